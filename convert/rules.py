@@ -1,0 +1,255 @@
+"""Rules that tie the tensors of a published checkpoint to the leaves of a parameter tree, in both directions.
+
+A table is a list of `Rule(pattern, path, transform)`. `pattern` is a tensor name of the checkpoint and `path` a leaf of
+the tree ("a/b/kernel"); a word in braces stands for a whole number and means the same number on both sides:
+
+    Rule("decoder.up_blocks.{stage}.resnets.{block}.conv1.weight", "decoder/up_{stage}/res_{block}/conv_1/kernel", CONV_3D)
+
+`{layer}` stands only in the pattern: it is the index on axis 0 of a stacked leaf, which takes one tensor per layer:
+
+    Rule("blocks.{layer}.attn1.to_q.weight", "blocks/self_attn/q/kernel", LINEAR)
+
+Because rules can be read backwards, the abstract tree says exactly which tensors a checkpoint must hold, and with which
+shapes; a checkpoint is compared with that list before a byte of data is read. Two rules with one path are two spellings of
+one tensor: a checkpoint has exactly one of them, and the first is the one that is written.
+
+Axis letters of the transforms: o outputs · i inputs · t h w kernel time, height, width · c channels · d model width.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from einops import rearrange
+
+from jvdiff.errors import CheckpointError, MissingTensor, ShapeMismatch
+
+Tree = Mapping[str, Any]  # nested dict; leaves have .shape and .dtype
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A rearrangement of axes in einops notation: left to right when reading a checkpoint, right to left when writing."""
+
+    source: str
+    target: str
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    def forward(self, array: np.ndarray) -> np.ndarray:
+        """Checkpoint layout -> parameter layout (a view where numpy can give one)."""
+        return rearrange(array, f"{self.source} -> {self.target}", **dict(self.sizes))
+
+    def inverse(self, array: np.ndarray) -> np.ndarray:
+        """Parameter layout -> checkpoint layout (a view where numpy can give one)."""
+        return rearrange(array, f"{self.target} -> {self.source}", **dict(self.sizes))
+
+    def source_shape(self, target_shape: Sequence[int]) -> tuple[int, ...]:
+        """The checkpoint's shape of a leaf, without data."""
+        return self.inverse(np.broadcast_to(np.int8(0), tuple(target_shape))).shape
+
+
+IDENTITY = Transform("...", "...")
+LINEAR = Transform("o i", "i o")  # torch stores [out, in]
+CONV_3D = Transform("o i t h w", "t h w i o")
+CONV_2D = Transform("o i h w", "h w i o")
+CONV_TIME = Transform("o i t 1 1", "t i o")  # kernel (3, 1, 1)
+CONV_1X1X1 = Transform("o i 1 1 1", "i o")
+CONV_1X1 = Transform("o i 1 1", "i o")
+GAMMA_VIDEO = Transform("c 1 1 1", "c")
+GAMMA_IMAGE = Transform("c 1 1", "c")
+MODULATION = Transform("1 m d", "m d")  # m: the shifts, scales and gates
+PATCH = Transform("d c t h w", "(c t h w) d", (("t", 1), ("h", 2), ("w", 2)))  # Conv3d with kernel = stride
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a table: tensor name in the checkpoint, leaf in the tree, and how the axes move between them."""
+
+    pattern: str
+    path: str
+    transform: Transform = IDENTITY
+
+    def match(self, path: str) -> dict[str, str] | None:
+        """The numbers in a leaf's path, or None if the rule is about other leaves."""
+        words = re.split(r"\{(\w+)\}", self.path)
+        regex = "".join(f"(?P<{w}>[0-9]+)" if i % 2 else re.escape(w) for i, w in enumerate(words))
+        found = re.fullmatch(regex, path)
+        return found and found.groupdict()
+
+
+class Entry(NamedTuple):
+    """What one tensor of the checkpoint must be: its shape there, and where it goes."""
+
+    shape: tuple[int, ...]
+    path: str
+    layer: int | None
+    transform: Transform
+
+
+class Source(Protocol):
+    """Anything that holds named tensors: `tensors[name]` has .shape and .dtype, `read(name)` gives the array."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {"a/b/kernel": leaf}, in the tree's order."""
+    flat = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(value, path + "/") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b/kernel": leaf} -> nested dict."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, key = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[key] = leaf
+    return tree
+
+
+def _spellings(rules: Sequence[Rule], path: str, shape: Sequence[int]) -> list[dict[str, Entry]]:
+    """The tensors that fill one leaf, once for each rule about it."""
+    spellings = []
+    for rule in rules:
+        numbers = rule.match(path)
+        if numbers is None:
+            continue
+        if "{layer}" in rule.pattern:
+            one = rule.transform.source_shape(shape[1:])
+            names = {rule.pattern.format(layer=i, **numbers): i for i in range(shape[0])}
+        else:
+            one = rule.transform.source_shape(shape)
+            names = {rule.pattern.format(**numbers): None}
+        spellings.append({name: Entry(one, path, layer, rule.transform) for name, layer in names.items()})
+    if not spellings:
+        raise LookupError(f"no rule is about the leaf {path!r}")
+    return spellings
+
+
+def expected(
+    rules: Sequence[Rule], abstract: Tree, found: Mapping[str, Any] | None = None
+) -> dict[str, Entry]:
+    """Every tensor that a checkpoint of this model holds, from the abstract tree alone.
+
+    Where a leaf has two spellings, those are listed of which `found` has a tensor; the first one if it has none.
+    Raises LookupError for a leaf without a rule and ValueError for a name that two leaves claim: mistakes in a table.
+    """
+    entries: dict[str, Entry] = {}
+    for path, leaf in flatten(abstract).items():
+        spellings = _spellings(rules, path, leaf.shape)
+        present = [s for s in spellings if found is not None and any(name in found for name in s)]
+        for spelling in present or spellings[:1]:
+            for name, entry in spelling.items():
+                if name in entries:
+                    raise ValueError(f"two leaves claim the tensor {name!r}: {entries[name].path}, {path}")
+                entries[name] = entry
+    return entries
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def listed(problems: Sequence[str], most: int = 10) -> str:
+    """The first few problems on one line, and how many more there are."""
+    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more
+
+
+def check(
+    rules: Sequence[Rule], abstract: Tree, source: Source, *, where: str = "checkpoint"
+) -> dict[str, Entry]:
+    """Compares a checkpoint's names and shapes with the abstract tree, before any data is read; gives the full list.
+
+    Raises:
+      MissingTensor: tensors missing, not expected, or given under two names.
+      ShapeMismatch: only shapes differ. Either message lists every problem (the first ten of a kind, and the count).
+    """
+    found = source.tensors
+    entries = expected(rules, abstract, found)
+
+    missing = [name for name in entries if name not in found]
+    unexpected = [name for name in found if name not in entries]
+    leaves = {}
+    for name, entry in entries.items():
+        if name in found:
+            leaves.setdefault((entry.path, entry.layer), []).append(name)
+    twice = [" and ".join(map(repr, names)) for names in leaves.values() if len(names) > 1]
+    shapes = [
+        f"{name!r} is {_shape(found[name].shape)}, expected {_shape(entry.shape)}"
+        for name, entry in entries.items()
+        if name in found and tuple(found[name].shape) != entry.shape
+    ]
+    if not (missing or unexpected or twice or shapes):
+        return entries
+
+    def hint(name: str, candidates: Sequence[str]) -> str:
+        near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.8)
+        return f" (near: {near[0]!r})" if near else ""
+
+    hints = [f"{name!r}{hint(name, missing)}" if i < 10 else repr(name) for i, name in enumerate(unexpected)]
+    total = len(missing) + len(unexpected) + len(twice) + len(shapes)
+    lines = [f"{where}: {total} of its tensors do not fit the model that its config.json describes."]
+    lines += [f"  missing ({len(missing)}): {listed([repr(name) for name in missing])}"] if missing else []
+    lines += [f"  not expected ({len(unexpected)}): {listed(hints)}"] if unexpected else []
+    lines += [f"  given twice ({len(twice)}): {listed(twice)}"] if twice else []
+    lines += [f"  wrong shape ({len(shapes)}): {listed(shapes)}"] if shapes else []
+    lines += [
+        "Take weights and config.json from one and the same Diffusers repository, complete and unchanged."
+    ]
+    raise (MissingTensor if missing or unexpected or twice else ShapeMismatch)("\n".join(lines))
+
+
+def stream(
+    rules: Sequence[Rule], abstract: Tree, source: Source, *, where: str = "checkpoint"
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Fills the tree leaf by leaf: (path, array of the abstract leaf's shape and dtype).
+
+    Names and shapes are checked first (see `check`). At any time it holds one leaf and one source tensor.
+    Raises CheckpointError where a finite value does not fit the wanted dtype (float16).
+    """
+    leaves: dict[str, list[tuple[str, Entry]]] = {}
+    for name, entry in check(rules, abstract, source, where=where).items():
+        leaves.setdefault(entry.path, []).append((name, entry))
+    for path, leaf in flatten(abstract).items():
+        array = np.empty(leaf.shape, leaf.dtype)
+        for name, entry in leaves[path]:
+            tensor = source.read(name)
+            place = array if entry.layer is None else array[entry.layer]
+            with np.errstate(over="ignore"):
+                place[...] = entry.transform.forward(tensor)
+            if tensor.dtype != array.dtype and np.isinf(place).any() and not np.isinf(tensor).any():
+                raise CheckpointError(
+                    f"{where}: {name!r} holds values up to {np.abs(tensor).max():.4g}, too large for {array.dtype}.\n"
+                    "Choose bfloat16 or float32."
+                )
+            del tensor, place
+        yield path, array
+        del array
+
+
+def assemble(
+    rules: Sequence[Rule], abstract: Tree, source: Source, *, where: str = "checkpoint"
+) -> dict[str, Any]:
+    """The whole parameter tree as numpy arrays of the abstract tree's shapes and dtypes; errors as in `stream`."""
+    return unflatten(dict(stream(rules, abstract, source, where=where)))
+
+
+def disassemble(rules: Sequence[Rule], tree: Tree) -> Iterator[tuple[str, np.ndarray]]:
+    """The inverse of `assemble`: (tensor name, array in the checkpoint's layout), one at a time."""
+    leaves = flatten(tree)
+    for name, entry in expected(rules, tree).items():
+        leaf = np.asarray(leaves[entry.path] if entry.layer is None else leaves[entry.path][entry.layer])
+        yield name, np.ascontiguousarray(entry.transform.inverse(leaf)).reshape(entry.shape)
