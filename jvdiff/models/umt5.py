@@ -1,0 +1,198 @@
+"""UMT5 text encoder (https://arxiv.org/abs/2304.09151): token ids in, one vector per token out.
+
+B batch · S text tokens (`q` for the queries where both sides of a score occur) · N heads · K head dim ·
+D model width.
+
+Follows transformers' UMT5EncoderModel: pre-norm RMSNorm, scores that are not scaled by K**-0.5, a position
+bias of its own in every layer, gated tanh-GELU, no biases, no dropout. With bfloat16 parameters the operands
+of every matrix product are bfloat16; the residual stream, norms, scores, position bias, softmax and GELU stay
+float32. The largest array is [B,N,S,S].
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jvdiff.errors import CheckpointError
+from jvdiff.types import Array, Params
+
+# What a config.json may say besides sizes, and the only value of it that this encoder computes.
+_FIXED = {"model_type": "umt5", "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new"}
+_HIGHEST = {"num_layers": 1000, "vocab_size": 2**24}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes, with transformers' names and defaults, so that a missing key means what it means there."""
+
+    vocab_size: int = 250112
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 1024
+    num_layers: int = 8
+    num_heads: int = 6
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    @classmethod
+    def from_json(cls, mapping: Mapping[str, Any]) -> "Config":
+        """Reads the content of a text_encoder/config.json.
+
+        Keys that change nothing in the encoder (decoder, dropout, bookkeeping) are passed over.
+
+        Raises:
+            CheckpointError: a field is out of range, of the wrong type, or names another architecture.
+        """
+        for name, only in _FIXED.items():
+            if mapping.get(name, only) != only:
+                raise _bad_field(name, mapping[name], repr(only))
+        sizes = {f.name: mapping[f.name] for f in dataclasses.fields(cls) if f.name in mapping}
+        for name, value in sizes.items():
+            number, low, high = int, 1, _HIGHEST.get(name, 2**20)
+            if name == "layer_norm_epsilon":
+                number, low, high = float, 1e-12, 0.1
+            if type(value) is not number or not low <= value <= high:
+                raise _bad_field(name, value, f"{number.__name__} from {low} to {high}")
+        cfg = cls(**sizes)
+        if (buckets := cfg.relative_attention_num_buckets) < 4 or buckets % 4:
+            raise _bad_field("relative_attention_num_buckets", buckets, "a positive multiple of 4")
+        if (farthest := cfg.relative_attention_max_distance) <= buckets // 4:
+            raise _bad_field("relative_attention_max_distance", farthest, f"more than {buckets // 4}")
+        return cfg
+
+    def to_json(self) -> dict[str, Any]:
+        """The config.json that transformers' UMT5EncoderModel.from_pretrained reads."""
+        return {"architectures": ["UMT5EncoderModel"], **_FIXED, **dataclasses.asdict(self)}
+
+
+UMT5_XXL = Config(vocab_size=256384, d_model=4096, d_ff=10240, num_layers=24, num_heads=64)
+
+
+def _bad_field(name: str, value: object, allowed: str) -> CheckpointError:
+    return CheckpointError(
+        f"text_encoder config.json: {name} = {value!r:.80} cannot be used by the UMT5 encoder.\n"
+        f"Expected: {allowed}.\n"
+        "Check that the folder is complete and holds a UMT5 text encoder."
+    )
+
+
+def _buckets(cfg: Config, length: int) -> np.ndarray:
+    """Bucket of every (query, key) pair, int32 [S,S]; the log part in float32, as in torch."""
+    relative = np.arange(length)[None, :] - np.arange(length)[:, None]
+    half = cfg.relative_attention_num_buckets // 2  # the first for keys at or before the query
+    exact = half // 2
+    distance = np.abs(relative)
+    # Where the logarithm is a whole number, float64 could truncate to the neighbouring bucket.
+    log = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    log = log / np.float32(math.log(cfg.relative_attention_max_distance / exact)) * np.float32(half - exact)
+    far = np.minimum(exact + log.astype(np.int64), half - 1)
+    return ((relative > 0) * half + np.where(distance < exact, distance, far)).astype(np.int32)
+
+
+class _Norm(nn.Module):
+    """RMSNorm without mean or bias; float32 in and out."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon) * scale[None, None]
+
+
+def _dense(features: int, variance: float, dtype: jnp.dtype, name: str) -> nn.Dense:
+    init = nn.initializers.normal(variance**0.5)
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+
+
+class _Attention(nn.Module):
+    cfg: Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, buckets: Array) -> Array:
+        cfg, N, K, D = self.cfg, self.cfg.num_heads, self.cfg.d_kv, self.cfg.d_model
+        h = _Norm(cfg.layer_norm_epsilon, name="norm")(x)
+        # The missing 1/sqrt(K) of the scores is in q's initial scale, as in T5.
+        q = _dense(N * K, 1 / (D * K), self.dtype, "q")(h).reshape(*h.shape[:2], N, K)
+        k = _dense(N * K, 1 / D, self.dtype, "k")(h).reshape(*h.shape[:2], N, K)
+        v = _dense(N * K, 1 / D, self.dtype, "v")(h).reshape(*h.shape[:2], N, K)
+        rows, init = cfg.relative_attention_num_buckets, nn.initializers.normal(D**-0.5)
+        table = nn.Embed(rows, N, embedding_init=init, name="relative_bias").embedding.astype(jnp.float32)
+        scores = jnp.einsum("BqNK,BSNK->BNqS", q, k, preferred_element_type=jnp.float32)
+        scores = scores + table.T[:, buckets][None]
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        out = jnp.einsum("BNqS,BSNK->BqNK", weights, v).reshape(*h.shape[:2], N * K)
+        return _dense(D, 1 / (N * K), self.dtype, "out")(out).astype(jnp.float32)
+
+
+class _FeedForward(nn.Module):
+    cfg: Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        cfg, D = self.cfg, self.cfg.d_model
+        h = _Norm(cfg.layer_norm_epsilon, name="norm")(x)
+        gate = _dense(cfg.d_ff, 1 / D, self.dtype, "gate")(h).astype(jnp.float32)
+        up = _dense(cfg.d_ff, 1 / D, self.dtype, "up")(h).astype(jnp.float32)
+        h = nn.gelu(gate, approximate=True) * up
+        return _dense(D, 1 / cfg.d_ff, self.dtype, "down")(h).astype(jnp.float32)
+
+
+class _Layer(nn.Module):
+    cfg: Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, buckets: Array) -> tuple[Array, None]:
+        x = x + _Attention(self.cfg, self.dtype, name="attn")(x, mask, buckets)
+        return x + _FeedForward(self.cfg, self.dtype, name="ffn")(x), None
+
+
+class _Encoder(nn.Module):
+    cfg: Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, ids: Array, mask: Array) -> Array:
+        cfg = self.cfg
+        init = nn.initializers.normal(1.0)
+        x = nn.Embed(cfg.vocab_size, cfg.d_model, self.dtype, embedding_init=init, name="token_embed")(ids)
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
+        stack = nn.scan(_Layer, length=cfg.num_layers, **axes)
+        buckets = jnp.asarray(_buckets(cfg, ids.shape[1]))
+        x, _ = stack(cfg, self.dtype, name="layers")(x.astype(jnp.float32), mask, buckets)
+        return _Norm(cfg.layer_norm_epsilon, name="final_norm")(x).astype(self.dtype)
+
+
+def init_params(key: Array, cfg: Config) -> Params:
+    """Float32 parameters to train from, at T5's own scales (transformers' UMT5 `_init_weights`)."""
+    ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    return jax.jit(_Encoder(cfg, jnp.dtype(jnp.float32)).init)(key, ids, mask)["params"]
+
+
+def abstract_params(cfg: Config, dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
+    """The parameter tree as ShapeDtypeStructs, every leaf in `dtype`; `layers` are stacked on axis 0."""
+    tree = jax.eval_shape(lambda key: init_params(key, cfg), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
+
+
+def encode(params: Params, cfg: Config, ids: Array, mask: Array) -> Array:
+    """Last hidden state [B,S,D] in the dtype of the parameters, which is also that of the matrix products.
+
+    Args:
+        params: tree of `abstract_params`.
+        ids: int32 [B,S], each below `cfg.vocab_size` (a larger one gives NaN: check the tokenizer first).
+        mask: bool [B,S], true at real tokens. These do not depend on the other rows, which mean nothing.
+    """
+    dtype = params["token_embed"]["embedding"].dtype
+    return _Encoder(cfg, dtype).apply({"params": params}, ids, mask)
