@@ -1,0 +1,107 @@
+"""The contract of attention, and the choice of the implementation that fulfils it.
+
+B batch · L query tokens · S key tokens · N heads · K head dim.
+
+Every implementation is a plain function `(q, k, v, return_lse) -> (out, lse or None)` in a file of its own, with an
+`unsupported(q, k, v, return_lse) -> reason or None` beside it that looks at shapes and dtypes only. Sparse patterns
+join as further frozen values beside `Dense`.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jvdiff.kernels import cudnn, reference, xla
+
+_log = logging.getLogger("jvdiff.kernels")
+
+# In order of preference: the first that supports the operands on the backend at hand is taken. `xla` supports all.
+IMPLEMENTATIONS = {"cudnn": cudnn, "xla": xla, "reference": reference}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every query attends to every key."""
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    pattern: Dense = Dense(),  # noqa: B008 - a frozen value
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """softmax(q k^T / sqrt(K)) v for each head, no mask; differentiable.
+
+    Args:
+      q: [B,L,N,K], any float dtype.
+      k, v: [B,S,N,K], the dtype of q.
+      pattern: which keys a query sees.
+      return_lse: also return the log-sum-exp of each query's scaled logits.
+      implementation: None takes the best that can do this shape and dtype on the current backend, and always works;
+        a name takes exactly that one.
+
+    Returns:
+      out [B,L,N,K] in the dtype of q; with return_lse, (out, lse), lse natural float32 [B,N,L].
+
+    Raises:
+      NotImplementedError: the named implementation cannot do this; the message says why.
+      ValueError: the operands do not fit together, or there is no such name or pattern.
+    """
+    name = choose(q, k, v, pattern=pattern, return_lse=return_lse, implementation=implementation)
+    _log_once(name, q.shape, k.shape[1], str(q.dtype))
+    out, lse = IMPLEMENTATIONS[name].attention(q, k, v, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def choose(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    pattern: Dense = Dense(),
+    return_lse: bool = False,
+    implementation: str | None = None,  # noqa: B008
+) -> str:
+    """The name of the implementation that `attention` runs for these operands (arrays or ShapeDtypeStructs).
+
+    Raises as `attention` does. Runs nothing, so that a record of a run can be written before it.
+    """
+    if not isinstance(pattern, Dense):
+        raise ValueError(f"attention knows the pattern Dense(), not {pattern!r}")
+    for name, x in (("k", k), ("v", v)):
+        expected = (q.shape[0], k.shape[1], *q.shape[2:]) if q.ndim == 4 else None
+        if x.shape != expected or x.dtype != q.dtype:
+            raise ValueError(
+                f"attention: {name} is {x.dtype}{list(x.shape)}; with q {q.dtype}{list(q.shape)} it must be "
+                f"[B,S,N,K] with the same B, N, K and dtype, and the same S for k and v"
+            )
+    if implementation is None:
+        return next(n for n, i in IMPLEMENTATIONS.items() if i.unsupported(q, k, v, return_lse) is None)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"no attention implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
+    if reason := IMPLEMENTATIONS[implementation].unsupported(q, k, v, return_lse):
+        raise NotImplementedError(f"attention implementation {implementation!r}: {reason}")
+    return implementation
+
+
+def merge(out_1: jax.Array, lse_1: jax.Array, out_2: jax.Array, lse_2: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Attention over the union of two disjoint sets of keys, from the results over each.
+
+    out [B,L,N,K] any float dtype, lse natural float32 [B,N,L]; returns the same, out in the dtype of out_1.
+    """
+    lse = jnp.logaddexp(lse_1, lse_2)
+    w_1, w_2 = (jnp.swapaxes(jnp.exp(x - lse), 1, 2)[..., None] for x in (lse_1, lse_2))
+    out = out_1.astype(jnp.float32) * w_1 + out_2.astype(jnp.float32) * w_2
+    return out.astype(out_1.dtype), lse
+
+
+@lru_cache(maxsize=None)
+def _log_once(name: str, q_shape: tuple[int, ...], keys: int, dtype: str) -> None:
+    _log.info("attention q=%s keys=%d %s: %s", list(q_shape), keys, dtype, name)

@@ -1,0 +1,66 @@
+"""Attention in plain XLA, a block of queries of a few heads at a time, with bounded memory forwards and backwards.
+
+B batch · L query tokens · S key tokens · N heads · K head dim · G heads of one block · Q queries of one block.
+
+Never more than `LOGITS` logits exist at once. The backward pass recomputes each block's logits instead of keeping
+them, so a gradient needs no more than the operands' own size beside that.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Logits of one block. On a CPU a block should stay in the caches, and one head at a time runs fastest; a GPU needs
+# enough work to fill it.
+LOGITS = {"cpu": 2**20, "gpu": 2**28}
+
+
+def unsupported(q: Any, k: Any, v: Any, return_lse: bool) -> str | None:
+    """It can do everything."""
+    return None
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, return_lse: bool) -> tuple[jax.Array, jax.Array | None]:
+    """The contract of `jvdiff.kernels.attention`."""
+    B, L, N, K = q.shape
+    heads, queries = block_sizes(B * N, L, k.shape[1])
+    q, k, v = (jnp.swapaxes(x, 1, 2).reshape(B * N, -1, K) for x in (q, k, v))
+    if heads == B * N and queries == L:
+        out, lse = _block(q, k, v)
+    else:
+        group = lambda x: x.reshape(B * N // heads, heads, -1, K)  # noqa: E731
+        out, lse = lax.map(lambda x: _queries_in_turn(*x, queries), (group(q), group(k), group(v)))
+    out = jnp.swapaxes(out.reshape(B, N, L, K), 1, 2)
+    return out, lse.reshape(B, N, L) if return_lse else None
+
+
+def block_sizes(heads: int, queries: int, keys: int) -> tuple[int, int]:
+    """(G, Q): how many of the B*N heads, and how many queries, one block holds. G divides the heads."""
+    limit = LOGITS.get(jax.default_backend(), LOGITS["gpu"])
+    if heads * queries * keys <= limit:
+        return heads, queries
+    group = 1 if jax.default_backend() == "cpu" else heads
+    blocks = -(-queries * group * keys // limit)
+    return group, -(-queries // min(blocks, queries))
+
+
+def _queries_in_turn(q: jax.Array, k: jax.Array, v: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """q [G,L,K], k and v [G,S,K] -> out [G,L,K], lse [G,L], `size` queries at a time."""
+    G, L, K = q.shape
+    n = -(-L // size)
+    blocks = jnp.pad(q, ((0, 0), (0, n * size - L), (0, 0))).reshape(G, n, size, K)
+    out, lse = lax.map(lambda x: jax.checkpoint(_block)(x, k, v), jnp.moveaxis(blocks, 1, 0))
+    out, lse = jnp.moveaxis(out, 0, 1), jnp.moveaxis(lse, 0, 1)
+    return out.reshape(G, n * size, K)[:, :L], lse.reshape(G, n * size)[:, :L]
+
+
+def _block(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Plain attention: q [G,Q,K], k and v [G,S,K] -> out [G,Q,K], lse float32 [G,Q]."""
+    logits = jnp.einsum("gqk,gsk->gqs", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum("gqs,gsk->gqk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / total).astype(q.dtype), (top + jnp.log(total))[..., 0]

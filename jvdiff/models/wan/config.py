@@ -1,0 +1,105 @@
+"""The configuration of Wan's diffusion transformer, read from and written as diffusers' `config.json`."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jvdiff.errors import CheckpointError
+
+# Field -> smallest and largest value that can be meant; a file that says more is damaged or hostile.
+_INT_RANGES = {
+    "num_attention_heads": (1, 256),
+    "attention_head_dim": (6, 512),
+    "in_channels": (1, 4096),
+    "out_channels": (1, 4096),
+    "text_dim": (1, 65536),
+    "freq_dim": (2, 65536),
+    "ffn_dim": (1, 1048576),
+    "num_layers": (1, 1024),
+    "rope_max_seq_len": (1, 1048576),
+}
+# Keys of diffusers' class for which only Wan 2.1 text-to-video's value is implemented.
+_FIXED = {
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """diffusers' WanTransformer3DModel arguments, with its names and defaults (those of the 14B model)."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    eps: float = 1e-6
+    rope_max_seq_len: int = 1024
+
+    @property
+    def width(self) -> int:
+        """D: the model width, all heads together."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_json(cls, mapping: Mapping[str, Any]) -> "DiTConfig":
+        """The configuration that a `transformer/config.json` describes; keys that it lacks take diffusers' defaults.
+
+        Raises CheckpointError with the field, the value found and the allowed range.
+        """
+        given = {k: v for k, v in mapping.items() if not k.startswith("_")}
+        if (name := mapping.get("_class_name", "WanTransformer3DModel")) != "WanTransformer3DModel":
+            raise _error("_class_name", name, "'WanTransformer3DModel'")
+        for field, only in _FIXED.items():
+            if (value := given.pop(field, only)) != only:
+                raise _error(field, value, f"{only!r} (Wan 2.1 text-to-video)")
+        names = [f.name for f in dataclasses.fields(cls)]
+        for field in given:
+            if field not in names:
+                raise _error(field, given[field], f"one of the known fields: {', '.join([*names, *_FIXED])}")
+        if given.get("out_channels", 0) is None:
+            given["out_channels"] = given.get("in_channels", cls.in_channels)
+        for field, (low, high) in _INT_RANGES.items():
+            value = given.get(field, getattr(cls, field))
+            if type(value) is not int or not low <= value <= high:
+                raise _error(field, value, f"an integer from {low} to {high}")
+        for field in ("attention_head_dim", "freq_dim"):
+            if given.get(field, 2) % 2:
+                raise _error(field, given[field], "an even number")
+        patch = given.get("patch_size", cls.patch_size)
+        if not isinstance(patch, list | tuple) or len(patch) != 3 or not all(_small(p) for p in patch):
+            raise _error("patch_size", patch, "three integers from 1 to 64")
+        eps = given.get("eps", cls.eps)
+        if not isinstance(eps, int | float) or not math.isfinite(eps) or not 0 < eps < 1:
+            raise _error("eps", eps, "a number above 0 and below 1")
+        return cls(**{**given, "patch_size": tuple(patch), "eps": float(eps)})
+
+    def to_json(self) -> dict[str, Any]:
+        """What `diffusers.WanTransformer3DModel.from_config` reads."""
+        fields = dataclasses.asdict(self) | {"patch_size": list(self.patch_size)}
+        return {"_class_name": "WanTransformer3DModel"} | fields | _FIXED
+
+
+WAN_2_1_T2V_1_3B = DiTConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+WAN_2_1_T2V_14B = DiTConfig()
+
+
+def _small(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 64
+
+
+def _error(field: str, value: Any, allowed: str) -> CheckpointError:
+    return CheckpointError(
+        f"Wan transformer config.json: {field} is {value!r}; allowed is {allowed}.\n"
+        f"Compare the file with the repository it came from, and copy it again."
+    )

@@ -1,0 +1,333 @@
+"""Wan 2.1's diffusion transformer: the velocity of flow matching, given latents, a timestep and a text.
+
+B batch · T latent frames · H W latent grid · C latent channels · L video tokens · S text tokens · N heads ·
+K head dim · D model width.
+
+The numbers are those of diffusers 0.42 (WanTransformer3DModel); in bfloat16 they are nearer to the float32 ones than
+diffusers' own, because what costs next to nothing stays float32: the residual stream, all norms, the whole timestep
+path with the modulation tables, the rotation, the patch embedding and the output head. Only the attention and
+feed-forward matrices and the text embedding are in the lower precision (see `abstract_params`).
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from jvdiff import kernels
+from jvdiff.errors import UsageError
+from jvdiff.kernels import Dense
+from jvdiff.models.wan.config import DiTConfig
+from jvdiff.types import Array, Params
+
+
+def velocity(
+    params: Params,
+    cfg: DiTConfig,
+    latents: Array,
+    timestep: Array,
+    text: Array,
+    *,
+    pattern: Dense = Dense(),  # noqa: B008 - a frozen value
+    text_length: int | None = None,
+    remat: bool = False,
+    implementation: str | None = None,
+) -> Array:
+    """d x / d sigma at `latents`: noise minus clean latents, as the network predicts it. Pure and differentiable.
+
+    Args:
+      params: the tree of `abstract_params(cfg)`; the compute dtype is that of its attention and feed-forward matrices.
+      latents: float32 [B,T,H,W,C]; T, H, W multiples of the patch size.
+      timestep: float32 [B] in 0..1000. Never lower precision: bfloat16 turns 937.5 into 936.
+      text: [B,S,text_dim], the text encoder's output, zero beyond each prompt's end.
+      pattern: which tokens the self-attention sees.
+      text_length: the last row of `text` stands for all rows up to this many (512 in Wan's pipeline, which attends
+        to the zero padding too): exactly the result of repeating it, without the work. None: S.
+      remat: recompute each block in the backward pass instead of keeping its activations.
+      implementation: of attention, see `jvdiff.kernels.attention`.
+
+    Returns:
+      float32 [B,T,H,W,out_channels].
+    """
+    _check(cfg, latents, timestep, text, text_length)
+    extra = 0 if text_length is None else text_length - text.shape[1]
+    model = _Transformer(cfg, pattern, extra, remat, implementation)
+    return model.apply({"params": params}, latents, timestep, text)
+
+
+def abstract_params(cfg: DiTConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The parameter tree as ShapeDtypeStructs; linear kernels are [in,out], `blocks` has the layers in axis 0.
+
+    With a lower `dtype`, the text embedding and the linear layers of the blocks have it; the rest stays float32.
+    """
+    leaves = traverse_util.flatten_dict(jax.eval_shape(lambda: _init(jax.random.key(0), cfg)))
+
+    def dtype_of(path: tuple[str, ...]) -> Any:
+        lower = path[0] in ("blocks", "text_embed") and path[-1] in ("kernel", "bias") and path[1] != "cross_norm"
+        return dtype if lower else jnp.float32
+
+    return traverse_util.unflatten_dict(
+        {path: jax.ShapeDtypeStruct(x.shape, dtype_of(path)) for path, x in leaves.items()}
+    )
+
+
+def init_params(key: Array, cfg: DiTConfig) -> dict[str, Any]:
+    """Float32 parameters to train from, as Wan's training starts: Xavier matrices, zero biases, a zero output head."""
+    return jax.jit(_init, static_argnums=1)(key, cfg)
+
+
+def attention_choice(
+    cfg: DiTConfig,
+    grid: tuple[int, int, int],
+    *,
+    batch: int = 1,
+    text_rows: int = 512,
+    dtype: Any = jnp.float32,
+    implementation: str | None = None,
+) -> dict[str, str]:
+    """Which implementation self- and cross-attention get for latents of (T,H,W): for the record of a run."""
+    tokens = int(np.prod([n // p for n, p in zip(grid, cfg.patch_size, strict=True)]))
+    shape = lambda n: jax.ShapeDtypeStruct(  # noqa: E731
+        (batch, n, cfg.num_attention_heads, cfg.attention_head_dim), dtype
+    )
+    q, k = shape(tokens), shape(text_rows)
+    return {
+        "self": kernels.choose(q, q, q, implementation=implementation),
+        "cross": kernels.choose(q, k, k, implementation=implementation),
+    }
+
+
+class _Transformer(nn.Module):
+    cfg: DiTConfig
+    pattern: Dense
+    extra_text: int  # how many more times the last text row counts
+    remat: bool
+    implementation: str | None
+
+    @nn.compact
+    def __call__(self, latents: Array, timestep: Array, text: Array) -> Array:
+        cfg, D = self.cfg, self.cfg.width
+        B, T, H, W, C = latents.shape
+        pt, ph, pw = cfg.patch_size
+        grid = (T // pt, H // ph, W // pw)
+
+        # Patches enter in the order (c, pt, ph, pw) and leave as (pt, ph, pw, c).
+        x = latents.reshape(B, grid[0], pt, grid[1], ph, grid[2], pw, C)
+        x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, -1, C * pt * ph * pw)
+        x = _Linear(D, name="patch_embed")(x)
+
+        t = _MLP(D, D, nn.silu, name="time_embed")(_sinusoid(timestep, cfg.freq_dim))
+        modulation = _Linear(6 * D, name="time_proj")(nn.silu(t)).reshape(B, 6, D)
+        text = _MLP(D, D, _gelu, name="text_embed")(text)
+
+        block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=cfg.num_layers,
+        )(cfg, self.pattern, self.extra_text, self.implementation, name="blocks")
+        x, _ = blocks(x, modulation, text, *rope_tables(grid, cfg))
+
+        x = _Head(cfg, name="head")(x, t)
+        x = x.reshape(B, *grid, pt, ph, pw, cfg.out_channels).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+        return x.reshape(B, T, H, W, cfg.out_channels)
+
+
+class _Block(nn.Module):
+    cfg: DiTConfig
+    pattern: Dense
+    extra_text: int
+    implementation: str | None
+
+    @nn.compact
+    def __call__(
+        self, x: Array, modulation: Array, text: Array, cos: np.ndarray, sin: np.ndarray
+    ) -> tuple[Array, None]:
+        cfg = self.cfg
+        table = self.param("modulation", _modulation_init, (6, cfg.width), jnp.float32)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation + table[None], 6, axis=1)
+
+        h = _layer_norm(x, cfg.eps) * (1 + scale_1) + shift_1
+        attend = lambda q, k, v: kernels.attention(  # noqa: E731
+            q, k, v, pattern=self.pattern, implementation=self.implementation
+        )
+        x = x + gate_1 * _Attention(cfg, attend, name="self_attn")(h, h, (cos, sin))
+
+        h = _LayerNorm(cfg.eps, name="cross_norm")(x)
+        attend = lambda q, k, v: _attend_text(q, k, v, self.extra_text, self.implementation)  # noqa: E731
+        x = x + _Attention(cfg, attend, name="cross_attn")(h, text, None)
+
+        h = _layer_norm(x, cfg.eps) * (1 + scale_2) + shift_2
+        h = _MLP(cfg.ffn_dim, cfg.width, _gelu, names=("up", "down"), name="ffn")(h)
+        x = x + gate_2 * h.astype(jnp.float32)
+        return x, None
+
+
+class _Attention(nn.Module):
+    """x, context -> float32 [B,L,D]. Queries and keys are normalised over all heads together, before the rotation."""
+
+    cfg: DiTConfig
+    attend: Callable[[Array, Array, Array], Array]
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array, rope: tuple[np.ndarray, np.ndarray] | None) -> Array:
+        cfg, D = self.cfg, self.cfg.width
+        q, k, v = _Linear(D, name="q")(x), _Linear(D, name="k")(context), _Linear(D, name="v")(context)
+        dtype = v.dtype
+        q, k = _RMSNorm(cfg.eps, name="q_norm")(q), _RMSNorm(cfg.eps, name="k_norm")(k)
+        q, k, v = (a.reshape(*a.shape[:2], -1, cfg.attention_head_dim) for a in (q, k, v))
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        out = self.attend(q.astype(dtype), k.astype(dtype), v)
+        return _Linear(D, name="out")(out.reshape(x.shape)).astype(jnp.float32)
+
+
+def _attend_text(q: Array, k: Array, v: Array, extra: int, implementation: str | None) -> Array:
+    """Attention to text [B,S,N,K] whose last row counts 1 + extra times."""
+    if extra == 0:
+        return kernels.attention(q, k, v, implementation=implementation)
+    if kernels.choose(q, k, v, implementation=implementation) == "cudnn":  # gives no float32 log-sum-exp
+        pad = ((0, 0), (0, extra), (0, 0), (0, 0))
+        return kernels.attention(q, jnp.pad(k, pad, "edge"), jnp.pad(v, pad, "edge"), implementation=implementation)
+    out, lse = kernels.attention(q, k, v, return_lse=True, implementation=implementation)
+    last = jnp.einsum("blnk,bnk->bnl", q, k[:, -1], preferred_element_type=jnp.float32)
+    lse_last = last * q.shape[-1] ** -0.5 + math.log(extra)
+    return kernels.merge(out, lse, jnp.broadcast_to(v[:, -1:], out.shape), lse_last)[0]
+
+
+class _Head(nn.Module):
+    cfg: DiTConfig
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array) -> Array:
+        """x [B,L,D] and the timestep's embedding [B,D], before its SiLU -> patches [B,L,pt*ph*pw*C]."""
+        cfg = self.cfg
+        table = self.param("modulation", _modulation_init, (2, cfg.width), jnp.float32)
+        shift, scale = jnp.split(t[:, None] + table[None], 2, axis=1)
+        x = _layer_norm(x, cfg.eps) * (1 + scale) + shift
+        return _Linear(cfg.out_channels * math.prod(cfg.patch_size), nn.initializers.zeros, name="proj")(x)
+
+
+class _MLP(nn.Module):
+    hidden: int
+    features: int
+    activation: Callable[[Array], Array]
+    names: tuple[str, str] = ("linear_1", "linear_2")
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = _Linear(self.hidden, name=self.names[0])(x)
+        return _Linear(self.features, name=self.names[1])(self.activation(x))
+
+
+class _Linear(nn.Module):
+    """x @ kernel + bias in the dtype of the kernel, whatever that of x."""
+
+    features: int
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()  # noqa: RUF009
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        y = x.astype(kernel.dtype) @ kernel
+        return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class _LayerNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        return _layer_norm(x, self.eps) * scale[None, None] + bias[None, None]
+
+
+class _RMSNorm(nn.Module):
+    """[B,L,D] in any dtype -> float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale[None, None]
+
+
+def _layer_norm(x: Array, eps: float) -> Array:
+    """LayerNorm without weights: float32 [B,L,D] -> the same."""
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def _gelu(x: Array) -> Array:
+    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+def _modulation_init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
+
+
+def _sinusoid(timestep: Array, size: int) -> Array:
+    """[B] float32 -> [B,size]: the cosines, then the sines, of t * 10000^(-i/(size/2))."""
+    rates = np.exp(-math.log(10000.0) * np.arange(size // 2) / (size // 2)).astype(np.float32)
+    angles = timestep[:, None] * rates[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+@lru_cache(maxsize=32)
+def rope_tables(grid: tuple[int, int, int], cfg: DiTConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines [L,K/2] float32 (angles in float64) of the rotation of each channel pair at each token.
+
+    The head's channels are split over the axes as d-4*(d//6), 2*(d//6), 2*(d//6); theta is 10000 on each.
+    """
+    side = 2 * (cfg.attention_head_dim // 6)
+    sizes = (cfg.attention_head_dim - 2 * side, side, side)
+    angles = []
+    for axis, (length, size) in enumerate(zip(grid, sizes, strict=True)):
+        a = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, size, 2) / max(size, 1))
+        a = np.expand_dims(a, tuple(i for i in range(3) if i != axis))
+        angles.append(np.broadcast_to(a, (*grid, size // 2)))
+    angles = np.concatenate(angles, axis=-1).reshape(-1, cfg.attention_head_dim // 2)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotate(x: Array, cos: np.ndarray, sin: np.ndarray) -> Array:
+    """Rotates each adjacent channel pair of x float32 [B,L,N,K] by the angles of `rope_tables`."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    c, s = cos[None, :, None], sin[None, :, None]
+    return jnp.stack([even * c - odd * s, even * s + odd * c], axis=-1).reshape(x.shape)
+
+
+def _init(key: Array, cfg: DiTConfig) -> dict[str, Any]:
+    model = _Transformer(cfg, Dense(), 0, False, "xla")
+    latents = jnp.zeros((1, *cfg.patch_size, cfg.in_channels))
+    return model.init(key, latents, jnp.zeros((1,)), jnp.zeros((1, 1, cfg.text_dim)))["params"]
+
+
+def _check(cfg: DiTConfig, latents: Array, timestep: Array, text: Array, text_length: int | None) -> None:
+    if latents.ndim != 5 or latents.shape[-1] != cfg.in_channels:
+        raise UsageError(f"velocity: latents are {latents.shape}; expected [B,T,H,W,{cfg.in_channels}]")
+    B, *grid, _ = latents.shape
+    for name, n, p in zip("THW", grid, cfg.patch_size, strict=True):
+        if n % p or not 1 <= n // p <= cfg.rope_max_seq_len:
+            raise UsageError(
+                f"velocity: latent {name} is {n}; expected a multiple of the patch size {p}, "
+                f"at most {p * cfg.rope_max_seq_len} (rope_max_seq_len {cfg.rope_max_seq_len})"
+            )
+    if timestep.shape != (B,) or timestep.dtype != jnp.float32:
+        raise UsageError(f"velocity: timestep is {timestep.dtype}{list(timestep.shape)}; expected float32[{B}]")
+    if text.ndim != 3 or text.shape[0] != B or text.shape[2] != cfg.text_dim or text.shape[1] == 0:
+        raise UsageError(f"velocity: text is {text.shape}; expected [{B},S,{cfg.text_dim}] with S at least 1")
+    if text_length is not None and text_length < text.shape[1]:
+        raise UsageError(f"velocity: text_length is {text_length}, and text has {text.shape[1]} rows; give fewer rows")
