@@ -1,0 +1,29 @@
+"""Sampler = schedule x solver x guidance x loop. Knows no model: a velocity is any `velocity(x, t)`.
+
+schedule = schedules.make(50, shift=3.0)                          # sigmas, float64 numpy
+solver   = solvers.unipc(schedule)                                # a table of coefficients, init and advance
+velocity = classifier_free(Partial(network, params), text, negative, scale=5.0)
+latents  = denoise(velocity, solver, solver.init(noise)).x        # noise, latents float32 [B,T,H,W,C]
+"""
+
+from jvdiff.diffusion import guidance, sampling, schedules, solvers
+from jvdiff.diffusion.guidance import classifier_free
+from jvdiff.diffusion.sampling import denoise, denoise_scan
+from jvdiff.diffusion.schedules import Schedule, from_scheduler_config
+from jvdiff.diffusion.solvers import SOLVERS, Solver, euler, unipc
+
+__all__ = [
+    "SOLVERS",
+    "Schedule",
+    "Solver",
+    "classifier_free",
+    "denoise",
+    "denoise_scan",
+    "euler",
+    "from_scheduler_config",
+    "guidance",
+    "sampling",
+    "schedules",
+    "solvers",
+    "unipc",
+]

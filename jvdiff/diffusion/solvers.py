@@ -1,0 +1,125 @@
+"""Solvers of the flow-matching ODE dx/dsigma = v(x, sigma), from sigma near 1 (noise) to 0 (data).
+
+A solver is a table of coefficients, worked out once in float64 numpy, and two pure functions: `init` makes a state
+from noise, `advance` takes it one step with one row of the table. The logarithm of the last sigma, which is infinite,
+therefore never meets a traced value. States are NamedTuples of float32 arrays shaped like x [B,...], whatever the
+network's dtype; a state and the number of steps done are all that resuming needs.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jvdiff.diffusion.schedules import Schedule
+from jvdiff.types import Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Solver:
+    """One solver on one schedule of N steps.
+
+    timesteps: float32 [N], what the network gets. table: float32 [N,K], the coefficients of each step.
+    init(x) -> state: x [B,...] is copied, so that the caller's array survives the donation of the state.
+    advance(state, v, row) -> state: v [B,...] float32 is the velocity at (state.x, timesteps[i]), row is table[i].
+    """
+
+    timesteps: np.ndarray
+    table: np.ndarray
+    init: Callable[[Array], Any]
+    advance: Callable[[Any, Array, Array], Any]
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def step(self, state: Any, i: Any, velocity: Array) -> Any:
+        """The state after step i (may be traced), given the velocity at (state.x, timesteps[i])."""
+        return self.advance(state, velocity.astype(jnp.float32), jnp.asarray(self.table)[i])
+
+
+class EulerState(NamedTuple):
+    x: Array  # float32 [B,...], the latents at the current sigma
+
+
+class UniPCState(NamedTuple):
+    x: Array  # float32 [B,...], the latents at the current sigma, as predicted
+    corrected: Array  # the latents one step earlier, as corrected
+    clean_1: Array  # the network's estimate of clean latents one step earlier
+    clean_2: Array  # and two steps earlier
+
+
+def euler(schedule: Schedule) -> Solver:
+    """Explicit Euler, x + (sigma_next - sigma) v: order 1, one network evaluation a step."""
+    table = np.diff(schedule.sigmas)[:, None]
+    return _solver(schedule, table, _euler_init, _euler_advance)
+
+
+def unipc(schedule: Schedule) -> Solver:
+    """UniPC of order 2, variant B(h) = exp(h) - 1 ("bh2"), predicting clean latents (arXiv:2302.04867).
+
+    Steps, orders and corrections are those of diffusers' UniPCMultistepScheduler with lower_order_final: the
+    predictor has order 1 in the first and last step and 2 between; from step 1 on, the latents are corrected with
+    the velocity just computed, in the order of the previous step's predictor. One network evaluation a step.
+    """
+    sigma = schedule.sigmas
+    alpha = 1 - sigma
+    steps = len(schedule)
+    lam = np.log(alpha[:-1]) - np.log(sigma[:-1])  # half log-SNR; infinite at the last sigma, which no formula needs
+    order = [1 if i in (0, steps - 1) else 2 for i in range(steps)]
+    table = np.zeros((steps, 9))  # sigma | corrected x = 5 weights | predicted x = 3 weights
+    for i in range(steps):
+        correct = 1.0, 0.0, 0.0, 0.0, 0.0  # of x, corrected, clean_0, clean_1, clean_2
+        if i > 0:  # from sigma[i-1] to sigma[i] once more, now knowing the estimate at sigma[i]
+            h = lam[i] - lam[i - 1]
+            r, rho_old, rho = 1.0, 0.0, 0.5
+            if order[i - 1] == 2:
+                r = (lam[i - 2] - lam[i - 1]) / h
+                phi_1 = np.expm1(-h)
+                phi_2 = phi_1 / -h - 1
+                phi_3 = phi_2 / -h - 0.5
+                rho_old, rho = np.linalg.solve([[1, 1], [r, 1]], [phi_2 / phi_1, 2 * phi_3 / phi_1])
+            ratio = sigma[i] / sigma[i - 1]
+            gain = alpha[i] - alpha[i - 1] * ratio  # alpha (1 - exp(-h)), without the logarithms
+            slope = rho_old / r
+            correct = 0.0, ratio, gain * rho, gain * (1 - rho - slope), gain * slope
+        slope = 0.5 * (lam[i + 1] - lam[i]) / (lam[i - 1] - lam[i]) if order[i] == 2 else 0.0
+        ratio = sigma[i + 1] / sigma[i]
+        gain = alpha[i + 1] - alpha[i] * ratio
+        predict = ratio, gain * (1 - slope), gain * slope  # of the corrected x, clean_0, clean_1
+        table[i] = sigma[i], *correct, *predict
+    return _solver(schedule, table, _unipc_init, _unipc_advance)
+
+
+def _solver(schedule, table, init, advance) -> Solver:
+    timesteps, table = schedule.timesteps.astype(np.float32), table.astype(np.float32)
+    return Solver(timesteps, table, init, advance)
+
+
+def _euler_init(x: Array) -> EulerState:
+    return EulerState(_copy(x))
+
+
+def _euler_advance(state: EulerState, v: Array, row: Array) -> EulerState:
+    return EulerState(state.x + row[0] * v)
+
+
+def _unipc_init(x: Array) -> UniPCState:
+    # Separate buffers: each of them is donated.
+    return UniPCState(_copy(x), *(jnp.zeros(x.shape, jnp.float32) for _ in range(3)))
+
+
+def _unipc_advance(state: UniPCState, v: Array, row: Array) -> UniPCState:
+    x, corrected, clean_1, clean_2 = state
+    clean_0 = x - row[0] * v
+    corrected = row[1] * x + row[2] * corrected + row[3] * clean_0 + row[4] * clean_1 + row[5] * clean_2
+    x = row[6] * corrected + row[7] * clean_0 + row[8] * clean_1
+    return UniPCState(x, corrected, clean_0, clean_1)
+
+
+def _copy(x: Array) -> Array:
+    return jnp.array(x, dtype=jnp.float32, copy=True)
+
+
+SOLVERS = {"euler": euler, "unipc": unipc}
