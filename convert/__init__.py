@@ -1,1 +1,1 @@
-"""Conversion between published checkpoints and jvdiff's parameter trees, as tables of rules; numpy only, no torch."""
+"""Conversion between published checkpoints and jvdiff's parameter trees, as tables; numpy only, no torch."""

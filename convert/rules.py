@@ -1,19 +1,19 @@
 """Rules that tie the tensors of a published checkpoint to the leaves of a parameter tree, in both directions.
 
-A table is a list of `Rule(pattern, path, transform)`. `pattern` is a tensor name of the checkpoint and `path` a leaf of
-the tree ("a/b/kernel"); a word in braces stands for a whole number and means the same number on both sides:
+A table is a list of `Rule(pattern, path, transform)`. `pattern` is a tensor name of the checkpoint and `path` a
+leaf of the tree ("a/b/kernel"); a word in braces stands for a whole number, the same one on both sides:
 
-    Rule("decoder.up_blocks.{stage}.resnets.{block}.conv1.weight", "decoder/up_{stage}/res_{block}/conv_1/kernel", CONV_3D)
+    Rule("decoder.up_blocks.{stage}.upsamplers.0.time_conv.bias", "decoder/up_{stage}/upsample/time_conv/bias")
 
-`{layer}` stands only in the pattern: it is the index on axis 0 of a stacked leaf, which takes one tensor per layer:
+`{layer}` stands only in the pattern: it is the index on axis 0 of a stacked leaf, which takes one tensor a layer:
 
     Rule("blocks.{layer}.attn1.to_q.weight", "blocks/self_attn/q/kernel", LINEAR)
 
-Because rules can be read backwards, the abstract tree says exactly which tensors a checkpoint must hold, and with which
-shapes; a checkpoint is compared with that list before a byte of data is read. Two rules with one path are two spellings of
-one tensor: a checkpoint has exactly one of them, and the first is the one that is written.
+Because rules can be read backwards, the abstract tree says exactly which tensors a checkpoint must hold, and
+with which shapes; a checkpoint is compared with that list before a byte of data is read. Two rules with one path
+are two spellings of one tensor: a checkpoint has exactly one of them, and the first is the one that is written.
 
-Axis letters of the transforms: o outputs · i inputs · t h w kernel time, height, width · c channels · d model width.
+Axes of the transforms: o outputs · i inputs · t h w kernel time, height, width · c channels · d model width.
 """
 
 import difflib
@@ -32,7 +32,7 @@ Tree = Mapping[str, Any]  # nested dict; leaves have .shape and .dtype
 
 @dataclass(frozen=True)
 class Transform:
-    """A rearrangement of axes in einops notation: left to right when reading a checkpoint, right to left when writing."""
+    """A rearrangement of axes in einops notation: left to right into the tree, right to left out of it."""
 
     source: str
     target: str
@@ -66,7 +66,7 @@ PATCH = Transform("d c t h w", "(c t h w) d", (("t", 1), ("h", 2), ("w", 2)))  #
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a table: tensor name in the checkpoint, leaf in the tree, and how the axes move between them."""
+    """One line of a table: tensor name in the checkpoint, leaf in the tree, how the axes move between them."""
 
     pattern: str
     path: str
@@ -90,7 +90,7 @@ class Entry(NamedTuple):
 
 
 class Source(Protocol):
-    """Anything that holds named tensors: `tensors[name]` has .shape and .dtype, `read(name)` gives the array."""
+    """Anything that holds named tensors: `tensors[name]` has a shape and dtype, `read(name)` gives the array."""
 
     @property
     def tensors(self) -> Mapping[str, Any]: ...
@@ -138,13 +138,11 @@ def _spellings(rules: Sequence[Rule], path: str, shape: Sequence[int]) -> list[d
     return spellings
 
 
-def expected(
-    rules: Sequence[Rule], abstract: Tree, found: Mapping[str, Any] | None = None
-) -> dict[str, Entry]:
+def expected(rules: Sequence[Rule], abstract: Tree, found: Mapping[str, Any] | None = None) -> dict[str, Entry]:
     """Every tensor that a checkpoint of this model holds, from the abstract tree alone.
 
-    Where a leaf has two spellings, those are listed of which `found` has a tensor; the first one if it has none.
-    Raises LookupError for a leaf without a rule and ValueError for a name that two leaves claim: mistakes in a table.
+    Where a leaf has two spellings, those are listed of which `found` has a tensor; the first if it has none.
+    Mistakes in a table raise LookupError (a leaf without a rule) or ValueError (a name that two leaves claim).
     """
     entries: dict[str, Entry] = {}
     for path, leaf in flatten(abstract).items():
@@ -158,6 +156,11 @@ def expected(
     return entries
 
 
+def shown(name: str) -> str:
+    """A tensor name from a file, quoted, escaped and cut short, so that it cannot spoil a terminal or a log."""
+    return ascii(name) if len(name) <= 120 else f"{name[:120]!a}... ({len(name)} characters)"
+
+
 def _shape(shape: Sequence[int]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
@@ -168,47 +171,44 @@ def listed(problems: Sequence[str], most: int = 10) -> str:
     return "; ".join(problems[:most]) + more
 
 
-def check(
-    rules: Sequence[Rule], abstract: Tree, source: Source, *, where: str = "checkpoint"
-) -> dict[str, Entry]:
-    """Compares a checkpoint's names and shapes with the abstract tree, before any data is read; gives the full list.
+def check(rules: Sequence[Rule], abstract: Tree, source: Source, *, where: str = "checkpoint") -> dict[str, Entry]:
+    """Compares names and shapes with the abstract tree, before any data is read; gives the list of `expected`.
+
+    One message tells of every problem, the first ten of each kind by name.
 
     Raises:
-      MissingTensor: tensors missing, not expected, or given under two names.
-      ShapeMismatch: only shapes differ. Either message lists every problem (the first ten of a kind, and the count).
+        MissingTensor: tensors missing, not expected, or given under two names.
+        ShapeMismatch: only shapes differ.
     """
     found = source.tensors
     entries = expected(rules, abstract, found)
 
     missing = [name for name in entries if name not in found]
     unexpected = [name for name in found if name not in entries]
-    leaves = {}
+    places: dict[tuple[str, int | None], list[str]] = {}
     for name, entry in entries.items():
-        if name in found:
-            leaves.setdefault((entry.path, entry.layer), []).append(name)
-    twice = [" and ".join(map(repr, names)) for names in leaves.values() if len(names) > 1]
+        places.setdefault((entry.path, entry.layer), []).append(name)
+    twice = [" and ".join(map(shown, names)) for names in places.values() if len(names) > 1]
     shapes = [
-        f"{name!r} is {_shape(found[name].shape)}, expected {_shape(entry.shape)}"
+        f"{shown(name)} is {_shape(found[name].shape)}, expected {_shape(entry.shape)}"
         for name, entry in entries.items()
         if name in found and tuple(found[name].shape) != entry.shape
     ]
     if not (missing or unexpected or twice or shapes):
         return entries
 
-    def hint(name: str, candidates: Sequence[str]) -> str:
-        near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.8)
-        return f" (near: {near[0]!r})" if near else ""
+    def hint(name: str) -> str:
+        near = difflib.get_close_matches(name[:200], missing, n=1, cutoff=0.8)
+        return f"{shown(name)} (near {near[0]!r})" if near else shown(name)
 
-    hints = [f"{name!r}{hint(name, missing)}" if i < 10 else repr(name) for i, name in enumerate(unexpected)]
+    hints = [hint(name) for name in unexpected[:10]] + unexpected[10:]
     total = len(missing) + len(unexpected) + len(twice) + len(shapes)
     lines = [f"{where}: {total} of its tensors do not fit the model that its config.json describes."]
-    lines += [f"  missing ({len(missing)}): {listed([repr(name) for name in missing])}"] if missing else []
+    lines += [f"  missing ({len(missing)}): {listed([shown(name) for name in missing])}"] if missing else []
     lines += [f"  not expected ({len(unexpected)}): {listed(hints)}"] if unexpected else []
     lines += [f"  given twice ({len(twice)}): {listed(twice)}"] if twice else []
     lines += [f"  wrong shape ({len(shapes)}): {listed(shapes)}"] if shapes else []
-    lines += [
-        "Take weights and config.json from one and the same Diffusers repository, complete and unchanged."
-    ]
+    lines += ["Take weights and config.json from one and the same Diffusers repository, complete and unchanged."]
     raise (MissingTensor if missing or unexpected or twice else ShapeMismatch)("\n".join(lines))
 
 
@@ -232,18 +232,15 @@ def stream(
                 place[...] = entry.transform.forward(tensor)
             if tensor.dtype != array.dtype and np.isinf(place).any() and not np.isinf(tensor).any():
                 raise CheckpointError(
-                    f"{where}: {name!r} holds values up to {np.abs(tensor).max():.4g}, too large for {array.dtype}.\n"
-                    "Choose bfloat16 or float32."
+                    f"{where}: {shown(name)} holds values too large for {array.dtype}.\nChoose bfloat16 or float32."
                 )
             del tensor, place
         yield path, array
         del array
 
 
-def assemble(
-    rules: Sequence[Rule], abstract: Tree, source: Source, *, where: str = "checkpoint"
-) -> dict[str, Any]:
-    """The whole parameter tree as numpy arrays of the abstract tree's shapes and dtypes; errors as in `stream`."""
+def assemble(rules: Sequence[Rule], abstract: Tree, source: Source, *, where: str = "checkpoint") -> dict[str, Any]:
+    """The whole tree as numpy arrays of the abstract tree's shapes and dtypes; errors as in `stream`."""
     return unflatten(dict(stream(rules, abstract, source, where=where)))
 
 

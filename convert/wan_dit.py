@@ -1,6 +1,6 @@
 """The Wan 2.1 text-to-video transformer: names in Diffusers' files <-> jvdiff's parameter tree.
 
-Source of the names: `diffusers.WanTransformer3DModel` and the published Wan2.1-T2V-{1.3B,14B}-Diffusers repositories.
+Source of the names: `diffusers.WanTransformer3DModel` and the published Wan2.1-T2V-*-Diffusers repositories.
 Diffusers' `norm2` is the affine norm before cross-attention, which the original Wan files call `norm3`.
 """
 

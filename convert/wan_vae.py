@@ -1,7 +1,8 @@
 """The Wan 2.1 causal VAE: names in Diffusers' files <-> jvdiff's parameter tree.
 
-Source of the names: `diffusers.AutoencoderKLWan` and the published Wan2.1-*-Diffusers repositories. Diffusers numbers the
-encoder's residual blocks and downsamplers in one flat list `down_blocks.0, 1, 2, ...`; the tree has stages.
+Source of the names: `diffusers.AutoencoderKLWan` and the published Wan2.1-*-Diffusers repositories. Diffusers
+numbers the encoder's residual blocks and downsamplers in one flat list `down_blocks.0, 1, 2, ...`; the tree has
+stages.
 """
 
 from collections.abc import Sequence
@@ -71,9 +72,7 @@ def rules(cfg: Stages) -> list[Rule]:
         first = stage * (cfg.num_res_blocks + 1)
         for block in range(cfg.num_res_blocks):
             down += _residual(f"encoder.down_blocks.{first + block}", f"encoder/down_{stage}/res_{block}")
-        down += _resample(
-            f"encoder.down_blocks.{first + cfg.num_res_blocks}", f"encoder/down_{stage}/downsample"
-        )
+        down += _resample(f"encoder.down_blocks.{first + cfg.num_res_blocks}", f"encoder/down_{stage}/downsample")
     return [
         *_side("encoder"),
         *down,
