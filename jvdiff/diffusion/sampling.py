@@ -46,7 +46,7 @@ def denoise(
     stop = _check_range(solver, start, stop)
     velocity = _as_pytree(velocity)
     for i in range(start, stop):
-        state = _step(solver.advance, velocity, state, solver.timesteps[i], solver.table[i])
+        state = step(solver.advance, velocity, state, solver.timesteps[i], solver.table[i])
         if callback is not None and callback(i + 1, jax.block_until_ready(state)):
             break
     return state
@@ -68,8 +68,8 @@ def _advance(advance, velocity, state, timestep, row):
     return advance(state, velocity(state.x, t).astype(jnp.float32), row)
 
 
-# The coefficients come as one row, not as a table and an index: the program does not depend on the number of steps.
-_step = jax.jit(_advance, static_argnames="advance", donate_argnames="state")
+# One compiled step, public so that it can be compiled ahead. The coefficients come as one row, not as a table and an index: the program does not depend on the number of steps.
+step = jax.jit(_advance, static_argnames="advance", donate_argnames="state")
 
 
 @functools.partial(jax.jit, static_argnames="advance")
