@@ -9,7 +9,7 @@ join as further frozen values beside `Dense`.
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     *,
-    pattern: Dense = Dense(),  # noqa: B008 - a frozen value
+    pattern: Dense = Dense(),
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Any:
@@ -67,7 +67,7 @@ def choose(
     *,
     pattern: Dense = Dense(),
     return_lse: bool = False,
-    implementation: str | None = None,  # noqa: B008
+    implementation: str | None = None,
 ) -> str:
     """The name of the implementation that `attention` runs for these operands (arrays or ShapeDtypeStructs).
 
@@ -102,6 +102,6 @@ def merge(out_1: jax.Array, lse_1: jax.Array, out_2: jax.Array, lse_2: jax.Array
     return out.astype(out_1.dtype), lse
 
 
-@lru_cache(maxsize=None)
+@cache
 def _log_once(name: str, q_shape: tuple[int, ...], keys: int, dtype: str) -> None:
     _log.info("attention q=%s keys=%d %s: %s", list(q_shape), keys, dtype, name)

@@ -8,26 +8,46 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jvdiff.models.wan import dit
+from jvdiff.models.wan import dit, vae
 from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, DiTConfig
 from jvdiff.models.wan.dit import attention_choice, velocity
+from jvdiff.models.wan.vae import (
+    WAN_2_1_VAE,
+    VAEConfig,
+    decode,
+    decode_chunk,
+    denormalize_latents,
+    encode,
+    encode_chunk,
+    init_cache,
+    normalize_latents,
+)
 
 __all__ = [
     "WAN_2_1_T2V_1_3B",
     "WAN_2_1_T2V_14B",
+    "WAN_2_1_VAE",
     "DiTConfig",
+    "VAEConfig",
     "abstract_params",
     "attention_choice",
+    "decode",
+    "decode_chunk",
+    "denormalize_latents",
+    "encode",
+    "encode_chunk",
+    "init_cache",
     "init_params",
+    "normalize_latents",
     "velocity",
 ]
 
 
-def abstract_params(cfg: DiTConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
+def abstract_params(cfg: DiTConfig | VAEConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The parameter tree of a configuration as a nested dict of ShapeDtypeStruct; allocates nothing."""
-    return dit.abstract_params(cfg, dtype)
+    return (vae if isinstance(cfg, VAEConfig) else dit).abstract_params(cfg, dtype)
 
 
-def init_params(key: jax.Array, cfg: DiTConfig) -> dict[str, Any]:
+def init_params(key: jax.Array, cfg: DiTConfig | VAEConfig) -> dict[str, Any]:
     """Float32 parameters to start a training from."""
-    return dit.init_params(key, cfg)
+    return (vae if isinstance(cfg, VAEConfig) else dit).init_params(key, cfg)

@@ -232,7 +232,7 @@ class _Linear(nn.Module):
     """x @ kernel + bias in the dtype of the kernel, whatever that of x."""
 
     features: int
-    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()  # noqa: RUF009
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
