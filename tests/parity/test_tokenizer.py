@@ -1,0 +1,86 @@
+"""Cleaning and ids against diffusers and transformers, live."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+
+from jvdiff.data import digits, digits_tokenizer, tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.parity
+
+WORDS = [*digits.COLOURS, *digits.DIGITS, *digits.DIRECTIONS, "a", "an", "moving"]
+PROMPTS = [
+    "a red seven moving left",
+    "an orange zero moving up",
+    "",
+    "A Ünïcode ▁ prompt with </s> and <pad> (8/9) 日本語 \U0001f600!",
+    "upward reddish nineteen",
+    "a  red\tseven",
+    "x" * 700,
+    "red " * 600,
+]
+
+
+def check(ours, theirs, prompts=PROMPTS):
+    for length in (7, 64, 512):
+        want = theirs(
+            prompts,
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="np",
+        )
+        got = tokenizer.tokenize(ours, prompts, length)
+        np.testing.assert_array_equal(got.ids, want.input_ids)
+        np.testing.assert_array_equal(got.mask, want.attention_mask.astype(bool))
+
+
+@pytest.mark.parametrize("name", ["AutoTokenizer", "T5TokenizerFast"])
+def test_digits_tokenizer(tmp_path, name):
+    digits_tokenizer.save(digits_tokenizer.build(WORDS), tmp_path)
+    theirs = getattr(transformers, name).from_pretrained(tmp_path)
+    assert len(theirs) == tokenizer.load(tmp_path).get_vocab_size()
+    assert (theirs.pad_token_id, theirs.eos_token_id, theirs.unk_token_id) == (0, 1, 2)
+    check(tokenizer.load(tmp_path), theirs)
+
+
+def test_spiece_model(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    rng = random.Random(0)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(" ".join(rng.choices(WORDS, k=6)) for _ in range(500)),
+        model_writer=model,
+        vocab_size=48,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (tmp_path / "spiece.model").write_bytes(model.getvalue())
+    theirs = transformers.T5TokenizerFast.from_pretrained(tmp_path, extra_ids=0)
+    prompts = [*PROMPTS, "ﬁne ① Ａ½ re\u0301d"]  # what the precompiled character map rewrites
+    check(tokenizer.load(tmp_path), theirs, prompts)
+    theirs.save_pretrained(tmp_path / "saved")
+    check(tokenizer.load(tmp_path / "saved"), theirs, prompts)
+
+
+def test_clean():
+    prompt_clean = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan").prompt_clean
+    for prompt in [
+        *PROMPTS,
+        " \u3000a\u00a0 red\r\n",
+        "cafÃ© &amp;lt;b&amp;gt; &eacute;",
+        "â€œquotesâ€\x9d ﬁ Ａ",
+        "\ufeffx\x00y\x1b[31m",
+        "\ud83d\ude00",
+        "&#32; x &nbsp;",
+    ]:
+        assert tokenizer.clean(prompt) == prompt_clean(prompt)
