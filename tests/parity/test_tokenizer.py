@@ -1,6 +1,7 @@
 """Cleaning and ids against diffusers and transformers, live."""
 
 import io
+import json
 import random
 
 import numpy as np
@@ -48,6 +49,16 @@ def test_digits_tokenizer(tmp_path, name):
     assert len(theirs) == tokenizer.load(tmp_path).get_vocab_size()
     assert (theirs.pad_token_id, theirs.eos_token_id, theirs.unk_token_id) == (0, 1, 2)
     check(tokenizer.load(tmp_path), theirs)
+
+
+def test_digits_tokenizer_in_a_pipeline(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    digits_tokenizer.save(digits_tokenizer.build(WORDS), tmp_path / "tokenizer")
+    components = {name: [None, None] for name in ("text_encoder", "transformer", "vae", "scheduler")}
+    index = {"_class_name": "WanPipeline", "tokenizer": ["transformers", "T5TokenizerFast"], **components}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    pipe = diffusers.WanPipeline.from_pretrained(tmp_path, **dict.fromkeys(components))
+    check(tokenizer.load(tmp_path / "tokenizer"), pipe.tokenizer)
 
 
 def test_spiece_model(tmp_path):
