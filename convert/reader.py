@@ -328,7 +328,8 @@ def _no_weights(path: Path) -> CheckpointError:
     names = sorted(p.name for p in path.iterdir())
     if unsafe := [name for name in names if Path(name).suffix in _UNSAFE]:
         return UnsafeFormat(
-            f"{path}: holds {', '.join(map(shown, unsafe[:3]))} and no safetensors; such files can run code and are not opened.\n"
+            f"{path}: holds {', '.join(map(shown, unsafe[:3]))} and no safetensors.\n"
+            "Files of these kinds can run code and are not opened.\n"
             "Use the safetensors version of the repository, for instance Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
     return MissingTensor(

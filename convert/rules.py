@@ -61,7 +61,11 @@ CONV_1X1 = Transform("o i 1 1", "i o")
 GAMMA_VIDEO = Transform("c 1 1 1", "c")
 GAMMA_IMAGE = Transform("c 1 1", "c")
 MODULATION = Transform("1 m d", "m d")  # m: the shifts, scales and gates
-PATCH = Transform("d c t h w", "(c t h w) d", (("t", 1), ("h", 2), ("w", 2)))  # Conv3d with kernel = stride
+
+
+def patch(t: int, h: int, w: int) -> Transform:
+    """A Conv3d with kernel = stride = (t, h, w) as one matrix."""
+    return Transform("d c t h w", "(c t h w) d", (("t", t), ("h", h), ("w", w)))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ Source of the names: `diffusers.WanTransformer3DModel` and the published Wan2.1-
 Diffusers' `norm2` is the affine norm before cross-attention, which the original Wan files call `norm3`.
 """
 
-from convert.rules import LINEAR, MODULATION, PATCH, Rule
+from typing import Protocol
+
+from convert.rules import LINEAR, MODULATION, Rule, patch
 
 
 def _linear(pattern: str, path: str) -> list[Rule]:
@@ -22,8 +24,7 @@ def _attention(pattern: str, path: str) -> list[Rule]:
     ]
 
 
-RULES = [
-    Rule("patch_embedding.weight", "patch_embed/kernel", PATCH),
+_REST = [
     Rule("patch_embedding.bias", "patch_embed/bias"),
     *_linear("condition_embedder.time_embedder.linear_1", "time_embed/linear_1"),
     *_linear("condition_embedder.time_embedder.linear_2", "time_embed/linear_2"),
@@ -40,3 +41,15 @@ RULES = [
     Rule("scale_shift_table", "head/modulation", MODULATION),
     *_linear("proj_out", "head/proj"),
 ]
+
+
+class Patched(Protocol):
+    """What the table needs to know of a transformer's configuration."""
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]: ...
+
+
+def rules(cfg: Patched) -> list[Rule]:
+    """The table of one transformer; `cfg` gives the size of a patch in frames, rows and columns."""
+    return [Rule("patch_embedding.weight", "patch_embed/kernel", patch(*cfg.patch_size)), *_REST]

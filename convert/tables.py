@@ -1,0 +1,52 @@
+"""Which model a component folder holds, and the table that goes with it, decided by its config.json."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from convert import umt5 as umt5_table
+from convert import wan_dit, wan_vae
+from convert.reader import read_json
+from convert.rules import Rule
+from jvdiff.errors import CheckpointError, UnsafeFormat
+from jvdiff.models import umt5, wan
+
+
+class Component(NamedTuple):
+    """A model with its configuration: `abstract(dtype)` is its parameter tree without data."""
+
+    cfg: Any
+    rules: list[Rule]
+    abstract: Callable[..., dict[str, Any]]
+
+
+def component(cfg: Any) -> Component:
+    """The table and the parameter tree of a configuration."""
+    if isinstance(cfg, umt5.Config):
+        return Component(cfg, umt5_table.RULES, lambda dtype: umt5.abstract_params(cfg, dtype))
+    rules = wan_vae.rules(cfg) if isinstance(cfg, wan.VAEConfig) else wan_dit.rules(cfg)
+    return Component(cfg, rules, lambda dtype: wan.abstract_params(cfg, dtype))
+
+
+def read_component(folder: Path) -> Component:
+    """Reads `folder/config.json` and says what the folder holds.
+
+    Raises:
+        CheckpointError: no config.json, or a model that jvdiff does not have, or a field out of range.
+        UnsafeFormat: the configuration asks for code of its own.
+    """
+    config = read_json(folder / "config.json")
+    if "auto_map" in config:
+        raise UnsafeFormat(f"{folder / 'config.json'}: remote code is not supported (auto_map).")
+    name = config.get("_class_name") or config.get("model_type") or config.get("architectures")
+    classes = {
+        "WanTransformer3DModel": wan.DiTConfig,
+        "AutoencoderKLWan": wan.VAEConfig,
+        "umt5": umt5.Config,
+    }
+    if not isinstance(name, str) or name not in classes:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: describes {str(name)!r:.80}, which jvdiff does not have.\n"
+            f"Expected _class_name or model_type to be one of {', '.join(classes)}."
+        )
+    return component(classes[name].from_json(config))

@@ -1,0 +1,587 @@
+"""Reads parameters from Hugging Face folders and Orbax directories, and writes Orbax directories whole or not at all.
+
+An Orbax directory of jvdiff carries `jvdiff.json`, a manifest with the sha256 of every file and of every array,
+because Orbax itself does not notice a flipped bit. Files are compared with it before a number of theirs is used.
+Writing goes to a hidden folder beside the target, under a lock, is read back and compared, and then takes one rename.
+
+A repository, in either layout, is a folder with model_index.json, transformer/, vae/, text_encoder/, tokenizer/ and
+scheduler/; what differs is how a component holds its weights: safetensors files, or the Orbax directory `params/`.
+"""
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from convert import reader
+from convert.rules import flatten, listed, stream, unflatten
+from convert.tables import read_component
+from jvdiff.errors import (
+    CheckpointError,
+    CorruptFile,
+    IntegrityError,
+    JvdiffError,
+    MissingTensor,
+    ResourceError,
+    ShapeMismatch,
+    UnsafeFormat,
+    UsageError,
+)
+from jvdiff.models import umt5, wan
+from jvdiff.types import Params
+
+MANIFEST = "jvdiff.json"
+PARAMS = "params"
+COMPONENTS = ("transformer", "vae", "text_encoder")
+_CHUNK = 64 * 2**20  # bytes of one chunk in an Orbax array; also the pieces in which files are hashed
+_GROUP = 256 * 2**20  # bytes of small leaves that are read back together
+_log = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------------------------------------------- repositories
+
+
+@dataclass(frozen=True)
+class Repository:
+    """What a repository says of itself; no weights were read.
+
+    `kind` is "hf" or "orbax"; `tokenizer` is a folder; `scheduler` the content of scheduler_config.json. `digest`
+    names the weights: of an Orbax directory the sha256 of its manifest, and so of everything; of a Hugging Face
+    folder that of all JSON, of weight files up to 64 MiB, and of size and 64 samples of larger ones.
+    """
+
+    path: Path
+    kind: str
+    transformer: wan.DiTConfig
+    vae: wan.VAEConfig
+    text_encoder: umt5.Config
+    scheduler: dict[str, Any]
+    tokenizer: Path
+    digest: str
+
+
+def inspect(path: str | Path) -> Repository:
+    """Reads every configuration of a text-to-video repository, in either layout, and checks that they fit together.
+
+    Raises:
+        UsageError: there is no such folder.
+        UnsafeFormat: a file of pickles instead of a folder, or a repository that wants its own code run.
+        CheckpointError: incomplete, damaged, or a model that jvdiff does not have.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise UnsafeFormat(
+            f"{path}: a single file; files such as .pth or .ckpt can run code and are not opened.\n"
+            "Give the folder of a Diffusers repository, for instance Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
+    if not path.is_dir():
+        raise UsageError(f"{path}: there is no such folder.\nExpected a Diffusers repository or a converted one.")
+    _check_model_index(path)
+    found = {}
+    for name, kind in zip(COMPONENTS, (wan.DiTConfig, wan.VAEConfig, umt5.Config), strict=True):
+        found[name] = read_component(path / name).cfg
+        if not isinstance(found[name], kind):
+            raise CheckpointError(f"{path / name}: holds {type(found[name]).__name__}, expected {kind.__name__}.")
+    dit, vae, text = (found[name] for name in COMPONENTS)
+    if dit.in_channels != vae.z_dim or dit.text_dim != text.d_model:
+        raise CheckpointError(
+            f"{path}: its components do not fit together: the transformer takes {dit.in_channels} latent channels and "
+            f"text of width {dit.text_dim},\nthe VAE gives {vae.z_dim} and the text encoder {text.d_model}.\n"
+            "Take all folders from one repository."
+        )
+    orbax = (path / "transformer" / PARAMS).is_dir()
+    return Repository(
+        path=path,
+        kind="orbax" if orbax else "hf",
+        transformer=dit,
+        vae=vae,
+        text_encoder=text,
+        scheduler=reader.read_json(path / "scheduler" / "scheduler_config.json"),
+        tokenizer=path / "tokenizer",
+        digest=_sha256(path / MANIFEST) if orbax and (path / MANIFEST).is_file() else _fingerprint(path),
+    )
+
+
+def _check_model_index(path: Path) -> None:
+    """Only classes of diffusers and transformers, of a pipeline that we have; nothing named there is ever imported."""
+    index = reader.read_json(path / "model_index.json")
+    for name, value in index.items():
+        if isinstance(value, list) and (len(value) != 2 or value[0] not in ("diffusers", "transformers", None)):
+            raise UnsafeFormat(
+                f"{path / 'model_index.json'}: {name} names {str(value)!r:.80}; remote code is not supported.\n"
+                "Expected classes of diffusers and transformers only."
+            )
+    if (pipeline := index.get("_class_name")) != "WanPipeline":
+        raise CheckpointError(
+            f"{path / 'model_index.json'}: describes a {str(pipeline)!r:.60}; expected 'WanPipeline' (text-to-video)."
+        )
+    if (index.get("transformer_2") or [None])[0] is not None:
+        raise CheckpointError(
+            f"{path}: holds two transformers (Wan 2.2 A14B), which jvdiff does not run yet.\n"
+            "Use a Wan 2.1 text-to-video repository."
+        )
+
+
+def _fingerprint(path: Path) -> str:
+    """A digest of a Hugging Face folder that takes the same short time for 20 MB and for 60 GB."""
+    total = hashlib.sha256()
+    for name in (*COMPONENTS, "scheduler", "tokenizer"):
+        for file in sorted(p for p in (path / name).glob("*") if p.is_file()):
+            size = file.stat().st_size
+            total.update(f"{name}/{file.name}\0{size}\0".encode())
+            with open(file, "rb") as data:
+                for place in [0] if size <= 2**26 else [i * (size - 2**20) // 63 for i in range(64)]:
+                    data.seek(place)
+                    total.update(data.read(min(size, 2**26 if size <= 2**26 else 2**20)))
+    return total.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+def restore(
+    component_dir: str | Path,
+    abstract: Params,
+    shardings: Any = None,
+    *,
+    verify: bool = True,
+    cast: bool = True,
+) -> dict[str, Any]:
+    """Reads one component onto devices, from a Hugging Face folder or from an Orbax directory.
+
+    Args:
+        component_dir: a folder with config.json and safetensors, or one that `save` or the converter wrote.
+        abstract: the wanted tree of ShapeDtypeStructs (nested dicts).
+        shardings: one sharding for all leaves, or a tree of them like `abstract`; None is the default device.
+        verify: compare the files with the manifest first (Orbax only; safetensors are checked as they are read).
+        cast: convert to the dtypes of `abstract`, and log it; False refuses another dtype.
+
+    Returns:
+        A nested dict of jax.Arrays with the shapes and dtypes of `abstract`.
+
+    Raises:
+        MissingTensor, ShapeMismatch: names, shapes or (with cast=False) dtypes differ from `abstract`; all are listed.
+        IntegrityError: a file differs from the manifest, or there is no manifest.
+        CheckpointError: damaged or unusable files; see `convert.reader`.
+    """
+    path = Path(component_dir)
+    is_orbax = (path / PARAMS).is_dir()
+    if is_orbax and verify:
+        verify_files(path)
+    wanted = flatten(abstract)
+    if isinstance(shardings, jax.sharding.Sharding):
+        places = dict.fromkeys(wanted, shardings)
+    else:
+        places = flatten(shardings) if shardings is not None else dict.fromkeys(wanted)
+    if not is_orbax:
+        folder = reader.open_folder(path)
+        _tell_casts(path, wanted, {t.dtype for t in folder.tensors.values()}, cast)
+        leaves = stream(read_component(path).rules, abstract, folder, where=str(path))
+        return _like(abstract, {name: jax.device_put(leaf, places[name]) for name, leaf in leaves})
+
+    stored = stored_leaves(path)
+    _check_leaves(path, wanted, stored)
+    _tell_casts(path, wanted, {np.dtype(leaf.dtype) for leaf in stored.values()}, cast)
+    item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]) for name, leaf in wanted.items()}
+    with _orbax_errors(path):
+        read = ocp.StandardCheckpointer().restore((path / PARAMS).absolute(), unflatten(item))
+    return _like(abstract, {name: jax.device_put(leaf, places[name]) for name, leaf in flatten(read).items()})
+
+
+def _like(abstract: Params, leaves: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The nested dict of `abstract`, empty dicts included, with other leaves."""
+    return {
+        key: _like(value, leaves, f"{prefix}{key}/") if isinstance(value, Mapping) else leaves[prefix + key]
+        for key, value in abstract.items()
+    }
+
+
+def _tell_casts(path: Path, wanted: Mapping[str, Any], stored: set[np.dtype], cast: bool) -> None:
+    asked = {np.dtype(leaf.dtype) for leaf in wanted.values()}
+    if stored == asked:
+        return
+    found, asked_for = (", ".join(sorted(d.name for d in kinds)) for kinds in (stored, asked))
+    if not cast:
+        raise ShapeMismatch(f"{path}: holds {found}, expected {asked_for}.\nConvert it to that dtype, or allow casts.")
+    _log.info("%s: cast from %s to %s", path, found, asked_for)
+
+
+def _check_leaves(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    missing = [name for name in wanted if name not in stored]
+    unexpected = [name for name in stored if name not in wanted]
+    shapes = [
+        f"{name} is {list(stored[name].shape)}, expected {list(leaf.shape)}"
+        for name, leaf in wanted.items()
+        if name in stored and tuple(stored[name].shape) != tuple(leaf.shape)
+    ]
+    if not (missing or unexpected or shapes):
+        return
+    lines = [f"{path}: its arrays do not fit the model."]
+    lines += [f"  missing ({len(missing)}): {listed(missing)}"] if missing else []
+    lines += [f"  not expected ({len(unexpected)}): {listed(unexpected)}"] if unexpected else []
+    lines += [f"  wrong shape ({len(shapes)}): {listed(shapes)}"] if shapes else []
+    lines += ["Use the config.json that belongs to these weights."]
+    raise (MissingTensor if missing or unexpected else ShapeMismatch)("\n".join(lines))
+
+
+@contextmanager
+def _orbax_errors(path: Path) -> Iterator[None]:
+    """Orbax and TensorStore raise many types; for a reader they all mean that the directory cannot be read."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        text = str(error).strip().split("\n")[0]
+        raise CorruptFile(
+            f"{path}: Orbax cannot read it ({type(error).__name__}: {text:.200}).\nConvert it again."
+        ) from error
+
+
+def stored_leaves(path: Path) -> dict[str, Any]:
+    """The arrays of an Orbax directory, {"a/b/kernel": something with .shape and .dtype}; no data is read."""
+    with _orbax_errors(path), ocp.PyTreeCheckpointer() as orbax:
+        return flatten(orbax.metadata((path / PARAMS).absolute()).item_metadata.tree)
+
+
+def read_leaves(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of an Orbax directory in turn, as stored; memory is bounded by the largest, or 256 MiB."""
+    group: dict[str, Any] = {}
+    leaves = list(stored_leaves(path).items())
+    for position, (name, leaf) in enumerate(leaves):
+        group[name] = leaf
+        sizes = [math.prod(each.shape) * np.dtype(each.dtype).itemsize for each in group.values()]
+        if position + 1 < len(leaves) and sum(sizes) < _GROUP:
+            continue
+        yield from _read_group(path, group)
+        group = {}
+
+
+def _read_group(path: Path, group: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in group.items()}
+    arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in group}
+    with _orbax_errors(path), ocp.PyTreeCheckpointer() as orbax:
+        read = orbax.restore(
+            (path / PARAMS).absolute(),
+            args=ocp.args.PyTreeRestore(item=unflatten(item), restore_args=unflatten(arguments), partial_restore=True),
+        )
+    yield from flatten(read).items()
+
+
+# --------------------------------------------------------------------------------------------------------- manifest
+
+
+def _sha256(file: Path) -> str:
+    total = hashlib.sha256()
+    with open(file, "rb") as data:
+        while piece := data.read(_CHUNK // 16):
+            total.update(piece)
+    return total.hexdigest()
+
+
+def array_sha256(array: np.ndarray) -> str:
+    """sha256 of an array's numbers in C order, as they lie in memory (little endian)."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+
+
+def _files(root: Path) -> dict[str, Path]:
+    """Every file below a folder, by its name relative to it."""
+    return {str(p.relative_to(root)): p for p in sorted(root.rglob("*")) if not p.is_dir()}
+
+
+def write_manifest(root: Path, tensors: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Writes jvdiff.json: `facts`, the arrays, and size and sha256 of every file below `root`."""
+    found = _files(root)
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_sha256, found.values()))
+    files = {
+        name: {"size": path.stat().st_size, "sha256": digest}
+        for (name, path), digest in zip(found.items(), digests, strict=True)
+    }
+    manifest = {"format": "jvdiff checkpoint", "version": 1, **facts, "tensors": tensors, "files": files}
+    (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of an Orbax directory.
+
+    Raises:
+        IntegrityError: there is none, so nothing can be checked.
+        CorruptFile, CheckpointError: it is damaged, or of a later version.
+    """
+    if not (root / MANIFEST).is_file():
+        raise IntegrityError(
+            f"{root}: no {MANIFEST}, so its files cannot be checked.\n"
+            "Convert it again, or restore with verify=False if you trust the disk."
+        )
+    manifest = reader.read_json(root / MANIFEST)
+    if manifest.get("version") != 1 or not all(isinstance(manifest.get(k), dict) for k in ("files", "tensors")):
+        raise CheckpointError(f"{root / MANIFEST}: expected a manifest of version 1.\nUpdate jvdiff, or convert again.")
+    return manifest
+
+
+def verify_files(path: Path) -> None:
+    """Compares every file below `path` (a component, or a whole directory) with the manifest beside or above it.
+
+    Raises IntegrityError that names the files that differ, are missing, or should not be there.
+    """
+    root = path if (path / MANIFEST).is_file() or not (path.parent / MANIFEST).is_file() else path.parent
+    prefix = "" if root == path else f"{path.name}/"
+    recorded = {name: entry for name, entry in read_manifest(root)["files"].items() if name.startswith(prefix)}
+    found = {prefix + name: file for name, file in _files(path).items() if prefix + name != MANIFEST}
+
+    def problem(name: str) -> str | None:
+        if name not in found:
+            return f"{name} is missing"
+        if name not in recorded:
+            return f"{name} is not in the manifest"
+        size, expected = found[name].stat().st_size, recorded[name]["size"]
+        if size != expected:
+            return f"{name} has {size:,} bytes instead of {expected:,}"
+        return None if _sha256(found[name]) == recorded[name]["sha256"] else f"{name} has other content"
+
+    with ThreadPoolExecutor() as pool:
+        problems = [text for text in pool.map(problem, sorted(recorded.keys() | found.keys())) if text]
+    if problems or not recorded:
+        raise IntegrityError(
+            f"{path}: differs from what was written: {listed(problems or ['the manifest lists nothing of it'])}.\n"
+            "The disk or a copy damaged it. Convert it again, or copy it again from a good place."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """An array that comes into being when it is written, so that only one needs to be in memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _LeafHandler(ocp.type_handlers.NumpyHandler):
+    """Writes leaves one after the other, each complete before the next is made; on disk they are plain arrays."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(self, values: Sequence[Leaf], infos: Any, args: Any = None) -> list[Any]:
+        for value, info, arg in zip(values, infos, args, strict=True):
+            for future in await super().serialize([value.load()], [info], [arg]):
+                future.result()
+        return []
+
+
+_REGISTRY = ocp.type_handlers.create_type_handler_registry(
+    (Leaf, _LeafHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+)
+
+
+def save(path: str | Path, tree: Params, *, overwrite: bool = False) -> None:
+    """Writes a nested dict of arrays to an Orbax directory that `restore` reads; it appears complete or not at all.
+
+    Raises:
+        UsageError: a key that is not a plain word, an array of another process, or a `path` that cannot be written.
+        ResourceError: the disk is full.
+    """
+    leaves = {}
+    for name, array in flatten(tree).items():
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            raise UsageError(f"{name}: lies partly on other hosts; gather it before saving.")
+        dtype = np.dtype(array.dtype) if hasattr(array, "dtype") else np.asarray(array).dtype
+        leaves[name] = Leaf(np.shape(array), dtype, lambda array=array: np.asarray(array))
+    with staged(path, overwrite=overwrite) as staging:
+        write_manifest(staging, write_params(staging, "", leaves), {})
+
+
+def write_params(root: Path, component: str, leaves: Mapping[str, Leaf]) -> dict[str, dict[str, Any]]:
+    """Writes `root/component/params`, reads it back, and gives the manifest's records of its arrays.
+
+    Raises:
+        UsageError: a name with a part that is not a plain word: Orbax would mix up "a.b" and a: {b}.
+        IntegrityError: what was read back differs.
+    """
+    for name in leaves:
+        if not all(re.fullmatch(r"[A-Za-z0-9_-]+", key) for key in name.split("/")):
+            raise UsageError(f"{name!r} cannot be saved: keys are words of letters, digits, - and _.")
+    prefix = f"{component}/{PARAMS}/" if component else f"{PARAMS}/"
+    records: dict[str, dict[str, Any]] = {}
+
+    def recorded(name: str, leaf: Leaf) -> Leaf:
+        def load() -> np.ndarray:
+            array = leaf.load()
+            records[prefix + name] = {
+                "shape": list(leaf.shape),
+                "dtype": leaf.dtype.name,
+                "sha256": array_sha256(array),
+            }
+            return array
+
+        return Leaf(leaf.shape, leaf.dtype, load)
+
+    tree = unflatten({name: recorded(name, leaf) for name, leaf in leaves.items()})
+    arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=_REGISTRY)) as orbax:
+        orbax.save((root / component / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree, save_args=arguments))
+    verify_arrays(root / component, prefix, records)
+    return records
+
+
+def verify_arrays(path: Path, prefix: str, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Reads every array of an Orbax directory and compares it with its record; raises IntegrityError."""
+    left = {name for name in records if name.startswith(prefix)}
+    for name, array in read_leaves(path):
+        left.discard(prefix + name)
+        if (record := records.get(prefix + name)) is None or array_sha256(array) != record["sha256"]:
+            raise IntegrityError(f"{path}: array {name} differs from what was written.\nConvert it again.")
+    if left:
+        raise IntegrityError(f"{path}: arrays are missing: {listed(sorted(left))}.\nConvert it again.")
+
+
+def _resource_error(error: BaseException, path: Path) -> ResourceError | None:
+    """What a full disk or memory looks like, from the system, from TensorStore and from numpy."""
+    if isinstance(error, MemoryError):
+        return ResourceError(f"{path}: not enough memory ({error}).\nFree memory, or use a machine with more.")
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = ("RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "No space left", "File too large", "quota exceeded")
+    if not full and not any(word in str(error) for word in words):
+        return None
+    free = shutil.disk_usage(path if path.exists() else path.parent).free
+    return ResourceError(
+        f"{path}: the disk (or a limit on file size) is full; {free:,} bytes are free.\n"
+        "Nothing was left behind. Free some space, or choose another target."
+    )
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raises ResourceError if `needed` bytes do not fit beside `target`."""
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise ResourceError(
+            f"{target}: needs about {needed:,} bytes, {free:,} are free.\nFree some space, or choose another target."
+        )
+
+
+@contextmanager
+def staged(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new hidden folder that becomes `path` by one rename when the block ends well, and is removed otherwise.
+
+    A lock that the kernel drops with the process keeps a second writer out. `overwrite` swaps a complete Orbax
+    directory of jvdiff for the new one, and replaces nothing else.
+
+    Raises:
+        UsageError: `path` exists already, or its folder cannot be written.
+        CheckpointError: another process is writing it.
+        ResourceError: disk or memory are full.
+    """
+    target = Path(os.path.abspath(path))
+    _check_target(target, overwrite)
+    with _lock(target):
+        _check_target(target, overwrite)  # who held the lock before may have written it
+        for stale in target.parent.glob(f".{target.name}.staging-*"):  # of a process that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        staging = target.with_name(f".{target.name}.staging-{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            staging.mkdir()
+            yield staging
+            _sync(staging)
+            if target.exists():
+                _exchange(staging, target)
+            else:
+                staging.rename(target)
+            _sync_one(target.parent)
+        except JvdiffError:
+            raise
+        except Exception as error:
+            if resource := _resource_error(error, target):
+                raise resource from error
+            raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)  # after an exchange: the old content
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    try:
+        there = os.path.lexists(target)
+        if overwrite and (target / MANIFEST).is_file() and not target.is_symlink():
+            return
+        if there:
+            what = "is not an Orbax directory of jvdiff" if overwrite else "exists already"
+            raise UsageError(f"{target}: {what}, and is left as it is.\nRemove it yourself, or choose another target.")
+        if not target.parent.is_dir():
+            raise UsageError(f"{target.parent}: there is no such folder.\nMake it first, or choose another target.")
+    except OSError as error:
+        raise UsageError(f"{target!s:.200}: cannot be written ({error.strerror}).\nChoose another target.") from error
+
+
+@contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    """Holds `.NAME.lock` beside the target; raises CheckpointError if another process does."""
+    file = target.with_name(f".{target.name}.lock")
+    try:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UsageError(f"{target!s:.200}: cannot be written ({error.strerror}).\nChoose another target.") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(handle), os.stat(file))  # not one that its owner has just removed
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:
+            owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            raise CheckpointError(
+                f"{target}: is being written by process {owner}.\nWait for it, or choose another target."
+            )
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swaps two folders in one step, so that there is a complete one at every moment (Linux only)."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename is None or rename(here, os.fsencode(new), here, os.fsencode(old), exchange) != 0:
+        raise UsageError(f"{old}: this system cannot swap folders in one step.\nRemove it yourself, then start again.")
+
+
+def _sync(root: Path) -> None:
+    for path in (root, *root.rglob("*")):
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
