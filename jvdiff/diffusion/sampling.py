@@ -68,8 +68,8 @@ def _advance(advance, velocity, state, timestep, row):
     return advance(state, velocity(state.x, t).astype(jnp.float32), row)
 
 
-# One compiled step: step(solver.advance, velocity, state, timestep, row) -> state. Public, so that it can be lowered and
-# compiled ahead. Coefficients come as one row, not as table and index: the program is the same for any number of steps.
+# One compiled step: step(solver.advance, velocity, state, timestep, row) -> state. Public, so that it can be compiled
+# ahead. Coefficients come as one row, not as table and index: the program is the same for any number of steps.
 step = jax.jit(_advance, static_argnames="advance", donate_argnames="state")
 
 

@@ -1,0 +1,146 @@
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from jvdiff.diffusion import schedules
+from jvdiff.errors import CheckpointError, UsageError
+
+TESTS = pathlib.Path(__file__).parents[1]
+GOLDEN = json.loads((TESTS / "goldens" / "schedules.json").read_text())
+CONFIGS = TESTS / "data" / "scheduler_configs"
+
+
+def read(name):
+    return json.loads((CONFIGS / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda c: "{grid}-{solver}-{steps}-{shift}".format(**c))
+def test_golden(case):
+    schedule = schedules.make(case["steps"], shift=case["shift"], grid=case["grid"], solver=case["solver"])
+    np.testing.assert_allclose(schedule.sigmas, case["sigmas"], rtol=0, atol=6e-8)  # float32 in the reference
+    if case["solver"] == "unipc":
+        np.testing.assert_array_equal(schedule.timesteps, case["timesteps"])
+    else:
+        np.testing.assert_allclose(schedule.timesteps, case["timesteps"], rtol=4e-7)
+
+
+def test_shift_is_applied_once():
+    """Shift 12, 40 steps: applied twice, the official grid would start at 0.9999930 (vllm-project/vllm-omni#7576)."""
+    wan = schedules.make(40, shift=12.0, grid="wan")
+    np.testing.assert_allclose(wan.sigmas[:3], [0.9999166, 0.9977826, 0.9955462], rtol=0, atol=5e-8)
+    diffusers = schedules.make(40, shift=12.0)
+    np.testing.assert_allclose(diffusers.sigmas[:3], [0.999999, 0.9978700, 0.9956378], rtol=0, atol=5e-8)
+    np.testing.assert_array_equal(diffusers.timesteps[:3], [999, 997, 995])
+
+
+def test_timesteps_are_truncated_for_unipc_only():
+    assert schedules.make(4, shift=3.0).timesteps.tolist() == [999, 900, 750, 500]
+    assert schedules.make(4, shift=3.0, grid="wan").timesteps.tolist() == [999, 899, 749, 499]
+    assert schedules.make(3, shift=1.0, grid="wan").timesteps.tolist() == [999, 666, 333]
+    euler = schedules.make(4, shift=3.0, solver="euler").timesteps
+    assert euler[0] == 1000 and np.any(euler != np.trunc(euler))
+
+
+@pytest.mark.parametrize("steps", (1, 2, 5, 50, 1000))
+@pytest.mark.parametrize("shift", (0.5, 1, 3.0, 17.0))
+@pytest.mark.parametrize(
+    "grid,solver", [("diffusers", "unipc"), ("diffusers", "euler"), ("wan", "unipc"), ("wan", "euler")]
+)
+def test_every_schedule_falls_to_zero(grid, solver, shift, steps):
+    schedule = schedules.make(steps, shift=shift, grid=grid, solver=solver)
+    assert len(schedule) == steps and schedule.sigmas.shape == (steps + 1,)
+    assert schedule.sigmas.dtype == schedule.timesteps.dtype == np.float64
+    assert np.all(np.diff(schedule.sigmas) < 0) and schedule.sigmas[-1] == 0 and schedule.sigmas[0] <= 1
+    assert np.all(np.diff(schedule.timesteps) <= 0)
+    assert np.all((schedule.timesteps >= 0) & (schedule.timesteps <= 1000))
+    with pytest.raises(ValueError):
+        schedule.sigmas[0] = 2
+
+
+@pytest.mark.parametrize(
+    "steps,kwargs,name",
+    [
+        (0, {"shift": 3.0}, "steps"),
+        (-1, {"shift": 3.0}, "steps"),
+        (2.0, {"shift": 3.0}, "steps"),
+        (True, {"shift": 3.0}, "steps"),
+        (4, {"shift": 0.0}, "shift"),
+        (4, {"shift": float("nan")}, "shift"),
+        (4, {"shift": float("inf")}, "shift"),
+        (4, {"shift": "3"}, "shift"),
+        (4, {"shift": 3.0, "grid": "karras"}, "grid"),
+        (4, {"shift": 3.0, "solver": "dpm++"}, "solver"),
+    ],
+)
+def test_bad_arguments(steps, kwargs, name):
+    with pytest.raises(UsageError, match=name):
+        schedules.make(steps, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "name,expected",
+    [
+        ("wan_2_1", ("unipc", 3.0, "diffusers")),
+        ("wan_2_2_a14b", ("unipc", 3.0, "diffusers")),
+        ("wan_2_2_ti2v_5b", ("unipc", 5.0, "diffusers")),
+        ("hunyuan_video", ("euler", 7.0, "diffusers")),
+    ],
+)
+def test_published_configs(name, expected):
+    assert schedules.from_scheduler_config(read(name)) == expected
+
+
+def test_every_published_config_is_tested():
+    assert len(list(CONFIGS.glob("*.json"))) == 5
+
+
+def test_few_step_scheduler_is_refused_by_name():
+    with pytest.raises(CheckpointError, match="SelfForcingFlowMatchScheduler"):
+        schedules.from_scheduler_config(read("self_forcing_wan_2_1"))
+
+
+def test_absent_keys_take_the_class_defaults():
+    minimal = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    assert schedules.from_scheduler_config(minimal) == ("euler", 1.0, "diffusers")
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    minimal = {"_class_name": "UniPCMultistepScheduler"} | flow
+    assert schedules.from_scheduler_config(minimal) == ("unipc", 1.0, "diffusers")
+    with pytest.raises(CheckpointError, match=r"prediction_type is 'epsilon' \(absent"):
+        schedules.from_scheduler_config({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True})
+
+
+@pytest.mark.parametrize(
+    "base,key,value",
+    [
+        ("wan_2_1", "solver_order", 3),
+        ("wan_2_1", "solver_type", "bh1"),
+        ("wan_2_1", "final_sigmas_type", "sigma_min"),
+        ("wan_2_1", "lower_order_final", False),
+        ("wan_2_1", "disable_corrector", [0]),
+        ("wan_2_1", "use_flow_sigmas", False),
+        ("wan_2_1", "use_karras_sigmas", True),
+        ("wan_2_1", "prediction_type", "v_prediction"),
+        ("wan_2_1", "predict_x0", False),
+        ("wan_2_1", "thresholding", True),
+        ("wan_2_1", "flow_shift", "3.0"),
+        ("wan_2_1", "flow_shift", float("nan")),
+        ("wan_2_1", "flow_shift", 0),
+        ("wan_2_1", "flow_shift", None),
+        ("wan_2_1", "num_train_timesteps", 10**9),
+        ("wan_2_2_a14b", "use_dynamic_shifting", True),
+        ("hunyuan_video", "use_dynamic_shifting", True),
+        ("hunyuan_video", "stochastic_sampling", True),
+        ("hunyuan_video", "invert_sigmas", True),
+        ("hunyuan_video", "shift_terminal", 0.1),
+        ("hunyuan_video", "shift", True),
+        ("hunyuan_video", "sihft", 3.0),
+        ("hunyuan_video", "_class_name", "DDIMScheduler"),
+    ],
+)
+def test_what_we_cannot_reproduce_is_refused(base, key, value):
+    with pytest.raises(CheckpointError) as error:
+        schedules.from_scheduler_config(read(base) | {key: value})
+    message = str(error.value)
+    assert key in message and repr(value) in message and len(message.splitlines()) <= 6
