@@ -11,7 +11,6 @@ feed-forward matrices and the text embedding are in the lower precision (see `ab
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +23,7 @@ from jvdiff import kernels
 from jvdiff.errors import UsageError
 from jvdiff.kernels import Dense
 from jvdiff.models.wan.config import DiTConfig
+from jvdiff.models.wan.layers import MLP, LayerNorm, Linear, RMSNorm, gelu, layer_norm, rope_tables, rotate
 from jvdiff.types import Array, Params
 
 
@@ -120,11 +120,11 @@ class _Transformer(nn.Module):
         # Patches enter in the order (c, pt, ph, pw) and leave as (pt, ph, pw, c).
         x = latents.reshape(B, grid[0], pt, grid[1], ph, grid[2], pw, C)
         x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, -1, C * pt * ph * pw)
-        x = _Linear(D, name="patch_embed")(x)
+        x = Linear(D, exact=True, name="patch_embed")(x)
 
-        t = _MLP(D, D, nn.silu, name="time_embed")(_sinusoid(timestep, cfg.freq_dim))
-        modulation = _Linear(6 * D, name="time_proj")(nn.silu(t)).reshape(B, 6, D)
-        text = _MLP(D, D, _gelu, name="text_embed")(text)
+        t = MLP(D, D, nn.silu, exact=True, name="time_embed")(_sinusoid(timestep, cfg.freq_dim))
+        modulation = Linear(6 * D, exact=True, name="time_proj")(nn.silu(t)).reshape(B, 6, D)
+        text = MLP(D, D, gelu, name="text_embed")(text)
 
         block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
         blocks = nn.scan(
@@ -134,7 +134,7 @@ class _Transformer(nn.Module):
             in_axes=nn.broadcast,
             length=cfg.num_layers,
         )(cfg, self.pattern, self.extra_text, self.implementation, name="blocks")
-        x, _ = blocks(x, modulation, text, *rope_tables(grid, cfg))
+        x, _ = blocks(x, modulation, text, *rope_tables(grid, cfg.attention_head_dim))
 
         x = _Head(cfg, name="head")(x, t)
         x = x.reshape(B, *grid, pt, ph, pw, cfg.out_channels).transpose(0, 1, 4, 2, 5, 3, 6, 7)
@@ -148,25 +148,23 @@ class _Block(nn.Module):
     implementation: str | None
 
     @nn.compact
-    def __call__(
-        self, x: Array, modulation: Array, text: Array, cos: np.ndarray, sin: np.ndarray
-    ) -> tuple[Array, None]:
+    def __call__(self, x: Array, modulation: Array, text: Array, cos: Array, sin: Array) -> tuple[Array, None]:
         cfg = self.cfg
         table = self.param("modulation", _modulation_init, (6, cfg.width), jnp.float32)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation + table[None], 6, axis=1)
 
-        h = _layer_norm(x, cfg.eps) * (1 + scale_1) + shift_1
+        h = layer_norm(x, cfg.eps) * (1 + scale_1) + shift_1
         attend = lambda q, k, v: kernels.attention(  # noqa: E731
             q, k, v, pattern=self.pattern, implementation=self.implementation
         )
         x = x + gate_1 * _Attention(cfg, attend, name="self_attn")(h, h, (cos, sin))
 
-        h = _LayerNorm(cfg.eps, name="cross_norm")(x)
+        h = LayerNorm(cfg.eps, name="cross_norm")(x)
         attend = lambda q, k, v: _attend_text(q, k, v, self.extra_text, self.implementation)  # noqa: E731
         x = x + _Attention(cfg, attend, name="cross_attn")(h, text, None)
 
-        h = _layer_norm(x, cfg.eps) * (1 + scale_2) + shift_2
-        h = _MLP(cfg.ffn_dim, cfg.width, _gelu, names=("up", "down"), name="ffn")(h)
+        h = layer_norm(x, cfg.eps) * (1 + scale_2) + shift_2
+        h = MLP(cfg.ffn_dim, cfg.width, gelu, names=("up", "down"), name="ffn")(h)
         x = x + gate_2 * h.astype(jnp.float32)
         return x, None
 
@@ -178,16 +176,16 @@ class _Attention(nn.Module):
     attend: Callable[[Array, Array, Array], Array]
 
     @nn.compact
-    def __call__(self, x: Array, context: Array, rope: tuple[np.ndarray, np.ndarray] | None) -> Array:
+    def __call__(self, x: Array, context: Array, rope: tuple[Array, Array] | None) -> Array:
         cfg, D = self.cfg, self.cfg.width
-        q, k, v = _Linear(D, name="q")(x), _Linear(D, name="k")(context), _Linear(D, name="v")(context)
+        q, k, v = Linear(D, name="q")(x), Linear(D, name="k")(context), Linear(D, name="v")(context)
         dtype = v.dtype
-        q, k = _RMSNorm(cfg.eps, name="q_norm")(q), _RMSNorm(cfg.eps, name="k_norm")(k)
+        q, k = RMSNorm(cfg.eps, name="q_norm")(q), RMSNorm(cfg.eps, name="k_norm")(k)
         q, k, v = (a.reshape(*a.shape[:2], -1, cfg.attention_head_dim) for a in (q, k, v))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         out = self.attend(q.astype(dtype), k.astype(dtype), v)
-        return _Linear(D, name="out")(out.reshape(x.shape)).astype(jnp.float32)
+        return Linear(D, name="out")(out.reshape(x.shape)).astype(jnp.float32)
 
 
 def _attend_text(q: Array, k: Array, v: Array, extra: int, implementation: str | None) -> Array:
@@ -212,66 +210,9 @@ class _Head(nn.Module):
         cfg = self.cfg
         table = self.param("modulation", _modulation_init, (2, cfg.width), jnp.float32)
         shift, scale = jnp.split(t[:, None] + table[None], 2, axis=1)
-        x = _layer_norm(x, cfg.eps) * (1 + scale) + shift
-        return _Linear(cfg.out_channels * math.prod(cfg.patch_size), nn.initializers.zeros, name="proj")(x)
-
-
-class _MLP(nn.Module):
-    hidden: int
-    features: int
-    activation: Callable[[Array], Array]
-    names: tuple[str, str] = ("linear_1", "linear_2")
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = _Linear(self.hidden, name=self.names[0])(x)
-        return _Linear(self.features, name=self.names[1])(self.activation(x))
-
-
-class _Linear(nn.Module):
-    """x @ kernel + bias in the dtype of the kernel, whatever that of x."""
-
-    features: int
-    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        y = x.astype(kernel.dtype) @ kernel
-        return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-
-
-class _LayerNorm(nn.Module):
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
-        return _layer_norm(x, self.eps) * scale[None, None] + bias[None, None]
-
-
-class _RMSNorm(nn.Module):
-    """[B,L,D] in any dtype -> float32."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale[None, None]
-
-
-def _layer_norm(x: Array, eps: float) -> Array:
-    """LayerNorm without weights: float32 [B,L,D] -> the same."""
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-
-
-def _gelu(x: Array) -> Array:
-    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+        x = layer_norm(x, cfg.eps) * (1 + scale) + shift
+        features = cfg.out_channels * math.prod(cfg.patch_size)
+        return Linear(features, nn.initializers.zeros, exact=True, name="proj")(x)
 
 
 def _modulation_init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -283,30 +224,6 @@ def _sinusoid(timestep: Array, size: int) -> Array:
     rates = np.exp(-math.log(10000.0) * np.arange(size // 2) / (size // 2)).astype(np.float32)
     angles = timestep[:, None] * rates[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-@lru_cache(maxsize=32)
-def rope_tables(grid: tuple[int, int, int], cfg: DiTConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines [L,K/2] float32 (angles in float64) of the rotation of each channel pair at each token.
-
-    The head's channels are split over the axes as d-4*(d//6), 2*(d//6), 2*(d//6); theta is 10000 on each.
-    """
-    side = 2 * (cfg.attention_head_dim // 6)
-    sizes = (cfg.attention_head_dim - 2 * side, side, side)
-    angles = []
-    for axis, (length, size) in enumerate(zip(grid, sizes, strict=True)):
-        a = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, size, 2) / max(size, 1))
-        a = np.expand_dims(a, tuple(i for i in range(3) if i != axis))
-        angles.append(np.broadcast_to(a, (*grid, size // 2)))
-    angles = np.concatenate(angles, axis=-1).reshape(-1, cfg.attention_head_dim // 2)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
-
-def rotate(x: Array, cos: np.ndarray, sin: np.ndarray) -> Array:
-    """Rotates each adjacent channel pair of x float32 [B,L,N,K] by the angles of `rope_tables`."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    c, s = cos[None, :, None], sin[None, :, None]
-    return jnp.stack([even * c - odd * s, even * s + odd * c], axis=-1).reshape(x.shape)
 
 
 def _init(key: Array, cfg: DiTConfig) -> dict[str, Any]:
