@@ -11,3 +11,59 @@ import jax
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+import json  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_repository(tmp_path_factory):
+    """A whole text-to-video repository in Hugging Face layout, random and tiny; by default 16x16 pixels, 5 frames."""
+    from safetensors.numpy import save_file
+
+    from convert.rules import disassemble, flatten, unflatten
+    from convert.tables import component
+    from jvdiff.data import digits_tokenizer
+    from jvdiff.models import umt5, wan
+
+    root = tmp_path_factory.mktemp("tiny") / "repository"
+    tokenizer = digits_tokenizer.build("a red blue seven two moving left right".split())
+    digits_tokenizer.save(tokenizer, root / "tokenizer")
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2}
+    normalisation = {"latents_mean": (0.1, -0.2, 0.0, 0.3), "latents_std": (1.0, 0.9, 1.1, 1.2)}
+    configs = {
+        "transformer": wan.DiTConfig(in_channels=4, out_channels=4, text_dim=16, **sizes),
+        "vae": wan.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 2, 2), num_res_blocks=1, **normalisation),
+        "text_encoder": umt5.Config(
+            vocab_size=tokenizer.get_vocab_size(), d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2
+        ),
+    }
+    random = np.random.default_rng(0)
+    for name, cfg in configs.items():
+        part = component(cfg)
+        leaves = {}
+        for path, leaf in flatten(part.abstract(np.float32)).items():  # no leaf zero, so that no layer is idle
+            values = random.standard_normal(leaf.shape, np.float32) * max(leaf.shape[-2:-1] or (4,)) ** -0.5
+            leaves[path] = values + np.float32(path.endswith("scale"))
+        (root / name).mkdir(parents=True)
+        (root / name / "config.json").write_text(json.dumps(cfg.to_json()))
+        file = "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
+        save_file(dict(disassemble(part.rules, unflatten(leaves))), root / name / file)
+    (root / "scheduler").mkdir()
+    scheduler = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    (root / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"_class_name": "UniPCMultistepScheduler", **scheduler})
+    )
+    index = {
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    }
+    (root / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **index}))
+    defaults = {"num_frames": 5, "height": 16, "width": 16, "steps": 4, "guidance": 3.0, "fps": 8}
+    (root / "jvdiff_defaults.json").write_text(json.dumps(defaults))
+    return root

@@ -1,0 +1,25 @@
+"""Wan 2.1 text-to-video, 14B parameters, 720x1280 pixels, 81 frames, as its authors run it.
+
+    hf download Wan-AI/Wan2.1-T2V-14B-Diffusers --local-dir checkpoints/Wan2.1-T2V-14B-Diffusers
+    python -m jvdiff.sample --config configs/wan2_1_t2v_14b.py --config.prompt="..." --config.seed=3
+
+50 steps, guidance 5, shift 5 (720p; for --config.height=480 --config.width=832 use --config.shift=3). The authors'
+program has a long Chinese negative prompt; here it is empty, as in diffusers, unless --config.negative_prompt is given.
+"""
+
+from ml_collections import ConfigDict
+
+from jvdiff import sample
+
+
+def get_config() -> ConfigDict:
+    config = sample.default_config()
+    config.checkpoint = "checkpoints/Wan2.1-T2V-14B-Diffusers"
+    config.num_frames = 81
+    config.height = 720
+    config.width = 1280
+    config.fps = 16
+    config.steps = 50
+    config.guidance = 5.0
+    config.shift = 5.0
+    return config

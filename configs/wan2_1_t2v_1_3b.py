@@ -1,0 +1,24 @@
+"""Wan 2.1 text-to-video, 1.3B parameters, 480x832 pixels, 81 frames: what diffusers' WanPipeline does by default.
+
+    hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir checkpoints/Wan2.1-T2V-1.3B-Diffusers
+    python -m jvdiff.sample --config configs/wan2_1_t2v_1_3b.py --config.prompt="..." --config.seed=3
+
+50 steps, guidance 5; solver, shift and sigma grid from the repository (UniPC, shift 3 as published for 480p; the
+official README advises --config.shift=8 --config.guidance=6). See --config.plan=true for the memory of each stage.
+"""
+
+from ml_collections import ConfigDict
+
+from jvdiff import sample
+
+
+def get_config() -> ConfigDict:
+    config = sample.default_config()
+    config.checkpoint = "checkpoints/Wan2.1-T2V-1.3B-Diffusers"
+    config.num_frames = 81
+    config.height = 480
+    config.width = 832
+    config.fps = 16
+    config.steps = 50
+    config.guidance = 5.0
+    return config

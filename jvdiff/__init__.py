@@ -1,0 +1,44 @@
+"""Video diffusion in JAX. This list is the product; each name is imported when it is first used.
+
+load(path) -> Pipeline                 a Hugging Face folder or a converted repository
+generate(pipe, prompts, ...) -> Output  video uint8 [B,F,Y,X,3] and latents float32 [B,T,H,W,C]
+pipeline                               the stages of generate, one by one
+models, kernels, diffusion, data       the rooms below: pure functions over arrays
+checkpoint, precision, errors          reading and saving weights, the dtype table, what can go wrong
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jvdiff import checkpoint, data, diffusion, errors, kernels, models, pipeline, precision
+    from jvdiff.pipeline import Output, Pipeline, generate, load
+
+_FROM_PIPELINE = ("Output", "Pipeline", "generate", "load")
+
+__all__ = [
+    "Output",
+    "Pipeline",
+    "checkpoint",
+    "data",
+    "diffusion",
+    "errors",
+    "generate",
+    "kernels",
+    "load",
+    "models",
+    "pipeline",
+    "precision",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'jvdiff' has no attribute {name!r}")
+    if name in _FROM_PIPELINE:
+        return getattr(importlib.import_module("jvdiff.pipeline"), name)
+    return importlib.import_module(f"jvdiff.{name}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,552 @@
+"""A prompt becomes a video: `load` a repository, `generate` from it, and the stages that `generate` puts in a row.
+
+    B batch · T latent frames · H W latent grid · C latent channels · S text tokens · D text width ·
+    F pixel frames · Y X pixel height, width
+
+Every stage is a function of its arguments: `encode_prompts`, `initial_noise`, `denoise`, `decode`. The four programs
+that they run compile when first called, or before, through `lowered`: the command line does that to show and time it,
+and `jvdiff.plan` does it without weights, so that what is planned is what runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from jvdiff import checkpoint, kernels, precision
+from jvdiff.data import tokenizer as tokenizers
+from jvdiff.diffusion import classifier_free, sampling, schedules, solvers
+from jvdiff.errors import CheckpointError, NumericsError, UsageError
+from jvdiff.models import umt5, wan
+from jvdiff.types import Array, Params
+
+log = logging.getLogger("jvdiff")
+
+TEXT_LENGTH = 512  # rows of text that the DiT attends to; those beyond the prompt are zeros (Wan pads, without a mask)
+TEXT_BUCKETS = (32, 64, 128, 256, TEXT_LENGTH)
+PROMPT_CHARACTERS = 100_000
+DEFAULTS_FILE = "jvdiff_defaults.json"
+
+
+# -------------------------------------------------------------------------------------------------------- settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything besides prompt, seed and weights that decides what a clip looks like. Defaults: the Wan 2.1 family's.
+
+    num_frames, height, width count pixels frames and pixels; fps is only written into the file. A repository may hold
+    its own defaults in `jvdiff_defaults.json` (any of these fields), beside the files that diffusers reads.
+    """
+
+    num_frames: int = 81
+    height: int = 480
+    width: int = 832
+    fps: int = 16
+    steps: int = 50
+    guidance: float = 5.0
+    negative_prompt: str = ""
+    shift: float = 3.0
+    solver: str = "unipc"
+    grid: str = "diffusers"
+    attention: str | None = None
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
+
+
+class Configs(NamedTuple):
+    """The three configurations that decide shapes."""
+
+    transformer: wan.DiTConfig
+    vae: wan.VAEConfig
+    text_encoder: umt5.Config
+
+
+def resolve(
+    configs: Configs, scheduler: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, **given: Any
+) -> Settings:
+    """Complete, checked settings: what is `given` and not None, else the repository's, else the family's.
+
+    Args:
+        scheduler: the content of scheduler_config.json; not read where solver, shift and grid are all known without it.
+        defaults: the content of the repository's `jvdiff_defaults.json`.
+
+    Raises:
+        UsageError: a value that cannot be; sizes name the nearest ones that can.
+        CheckpointError: a scheduler that cannot be reproduced.
+    """
+    chosen = dict(defaults or {}) | {name: value for name, value in given.items() if value is not None}
+    if unknown := sorted(chosen.keys() - set(FIELDS)):
+        raise UsageError(f"unknown setting {', '.join(unknown)}; expected some of {', '.join(FIELDS)}.")
+    if not {"solver", "shift", "grid"} <= chosen.keys():
+        chosen = schedules.from_scheduler_config(scheduler)._asdict() | chosen
+    settings = dataclasses.replace(Settings(), **{name: _typed(name, value) for name, value in chosen.items()})
+    _check(settings, configs)
+    return settings
+
+
+def _typed(name: str, value: Any) -> Any:
+    """`value` as the type of field `name`; a whole float is a fine int, but nothing is guessed from strings."""
+    kind = type(getattr(Settings(), name)) if name != "attention" else str
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is float and number:
+        return float(value)
+    if kind is int and number and value == value and abs(value) < 2**31 and int(value) == value:
+        return int(value)
+    what = {int: "a whole number", float: "a number", str: "text"}[kind]
+    raise UsageError(f"{name} is {value!r:.80}; expected {what}.")
+
+
+def _check(settings: Settings, configs: Configs) -> None:
+    dit, vae = configs.transformer, configs.vae
+    units = (vae.temporal_factor, vae.spatial_factor * dit.patch_size[1], vae.spatial_factor * dit.patch_size[2])
+    most = dit.rope_max_seq_len
+    for name, unit, extra in zip(("num_frames", "height", "width"), units, (1, 0, 0), strict=True):
+        value, low = getattr(settings, name), max(extra, unit * (1 - extra))
+        high = (most - 1) * unit + extra if extra else most * unit
+        nearest = min(max(round((value - extra) / unit) * unit + extra, low), high)
+        if value != nearest:
+            rule = f"a multiple of {unit}" + (" plus 1" if extra else "")
+            raise UsageError(
+                f"{name} is {value}; this model needs {rule} from {low} to {high}. The nearest is {nearest}."
+            )
+    _within("fps", settings.fps, 1, 240)
+    _within("steps", settings.steps, 1, 1000)
+    _within("guidance", settings.guidance, 1.0, 100.0, "1 means without guidance")
+    _within("shift", settings.shift, 0.01, 100.0)
+    _one_of("solver", settings.solver, schedules.SOLVERS)
+    _one_of("grid", settings.grid, schedules.GRIDS)
+    if settings.attention is not None:
+        _one_of("attention", settings.attention, tuple(kernels.IMPLEMENTATIONS))
+    if settings.negative_prompt:
+        check_prompt(settings.negative_prompt, "negative_prompt")
+
+
+def _within(name: str, value: float, low: float, high: float, note: str = "") -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        nearest = low if math.isnan(value) else min(max(value, low), high)
+        raise UsageError(
+            f"{name} is {value}; expected {low} to {high}{note and f' ({note})'}. The nearest is {nearest}."
+        )
+
+
+def _one_of(name: str, value: str, names: Sequence[str]) -> None:
+    if value not in names:
+        raise UsageError(f"{name} is {value!r}; expected one of {', '.join(names)}.")
+
+
+def check_prompt(prompt: Any, name: str = "prompt") -> str:
+    """`prompt` itself, if it is text that can be tokenised.
+
+    Raises:
+        UsageError: not text, blank, half a surrogate pair, or longer than any prompt.
+    """
+    if not isinstance(prompt, str):
+        raise UsageError(f"{name} is {prompt!r:.80}; expected text.")
+    if len(prompt) > PROMPT_CHARACTERS:
+        raise UsageError(f"{name} has {len(prompt)} characters; the most is {PROMPT_CHARACTERS}.")
+    if not tokenizers.clean(prompt):
+        raise UsageError(f"{name} is empty; say what the video shows.")
+    return prompt
+
+
+def check_seed(seed: Any) -> int:
+    """`seed` as an int; None draws one, which the caller shows, so that the clip can be made again.
+
+    Raises:
+        UsageError: not a whole number from 0 to 2**32 - 1 (more bits would be dropped without a word).
+    """
+    if seed is None:
+        return secrets.randbelow(2**32)
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise UsageError(f"seed is {seed!r:.80}; expected a whole number from 0 to {2**32 - 1}, or none to draw one.")
+    return int(seed)
+
+
+def latent_shape(configs: Configs, settings: Settings) -> tuple[int, int, int, int]:
+    """[T,H,W,C] of one clip."""
+    vae = configs.vae
+    frames = 1 + (settings.num_frames - 1) // vae.temporal_factor
+    return frames, settings.height // vae.spatial_factor, settings.width // vae.spatial_factor, vae.z_dim
+
+
+# -------------------------------------------------------------------------------------------------------- pipeline
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline:
+    """What `load` read. `params` has the trees transformer, vae, text_encoder; the last two fields feed `resolve`."""
+
+    path: str
+    digest: str
+    configs: Configs
+    params: Mapping[str, Params]
+    tokenizer: Any
+    precision: precision.Precision
+    scheduler: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+
+    def settings(self, **given: Any) -> Settings:
+        """`resolve` with what this repository says."""
+        return resolve(self.configs, self.scheduler, self.defaults, **given)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Output:
+    """video uint8 [B,F,Y,X,3]; latents float32 [B,T,H,W,C] as the sampler left them (normalised, model scale);
+    seeds: the one of each clip, empty where the noise was given; settings: every resolved setting."""
+
+    video: np.ndarray
+    latents: np.ndarray
+    seeds: tuple[int, ...]
+    settings: Settings
+
+
+def abstract_params(configs: Configs, dtypes: precision.Precision) -> dict[str, Params]:
+    """The three parameter trees as ShapeDtypeStructs in the dtypes of the precision table."""
+    return {
+        "transformer": wan.abstract_params(configs.transformer, jnp.dtype(dtypes.transformer)),
+        "vae": wan.abstract_params(configs.vae, jnp.dtype(dtypes.vae)),
+        "text_encoder": umt5.abstract_params(configs.text_encoder, jnp.dtype(dtypes.text_encoder)),
+    }
+
+
+def read_defaults(path: str | Path) -> dict[str, Any]:
+    """The repository's `jvdiff_defaults.json`, {} without one.
+
+    Raises:
+        CheckpointError: it is not an object of known settings.
+    """
+    file = Path(path) / DEFAULTS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        own = json.loads(file.read_bytes()[: 2**20])
+        if not isinstance(own, dict):
+            raise ValueError("not a JSON object")
+        if unknown := sorted(own.keys() - set(FIELDS)):
+            raise ValueError(f"unknown {', '.join(unknown)}; expected some of {', '.join(FIELDS)}")
+        return {name: _typed(name, value) for name, value in own.items()}
+    except ValueError as error:  # UsageError is one
+        raise CheckpointError(f"{file}: {error}.") from None
+
+
+def load(path: str | Path, precision: str | None = None) -> Pipeline:
+    """Reads a whole text-to-video repository: a Hugging Face (diffusers) folder, or what `convert` made of one.
+
+    Args:
+        path: the folder with model_index.json.
+        precision: a name in `jvdiff.precision.TABLE`; None is bfloat16 with a float32 VAE on GPUs, float32 elsewhere.
+
+    Raises:
+        CheckpointError: incomplete, damaged or unknown weights or configurations.
+        UsageError: no such folder, or an unknown precision.
+    """
+    return _load(path, precision)
+
+
+def _load(path: str | Path, name: str | None) -> Pipeline:  # where `precision` is the module again
+    dtypes = precision.choose(name)
+    repository = checkpoint.inspect(path)
+    configs = Configs(repository.transformer, repository.vae, repository.text_encoder)
+    defaults = read_defaults(path)
+    tokenizer = tokenizers.load(repository.tokenizer)
+    tokenizers.check_vocabulary(tokenizer, configs.text_encoder.vocab_size)
+    abstract = abstract_params(configs, dtypes)
+    params = {part: checkpoint.restore(Path(path) / part, abstract[part]) for part in abstract}
+    return Pipeline(str(path), repository.digest, configs, params, tokenizer, dtypes, repository.scheduler, defaults)
+
+
+# -------------------------------------------------------------------------------------------------------- programs
+
+
+def schedule(settings: Settings) -> schedules.Schedule:
+    """Sigmas and timesteps of a run."""
+    return schedules.make(settings.steps, shift=settings.shift, grid=settings.grid, solver=settings.solver)
+
+
+def solver(settings: Settings) -> solvers.Solver:
+    """The solver of a run on its schedule."""
+    return solvers.SOLVERS[settings.solver](schedule(settings))
+
+
+def velocity(configs: Configs, settings: Settings, params: Params, text: Array, negative: Array | None) -> Partial:
+    """The guided velocity(x, t) of a run, x float32 [B,T,H,W,C], t float32 [B]; `negative` None: without guidance."""
+    network = Partial(_network(configs.transformer, settings.attention), params)
+    if negative is None:
+        return classifier_free(network, text, None, 1.0)
+    # Small clips fill the device better as one batch; large ones fit it better in turn.
+    mode = "batched" if len(text) * math.prod(latent_shape(configs, settings)[:3]) <= 2**14 else "sequential"
+    return classifier_free(network, text, negative, settings.guidance, mode=mode)
+
+
+# The functions below are made once for each configuration, because jit compiles once for each function object.
+
+
+@functools.lru_cache(maxsize=8)
+def _network(cfg: wan.DiTConfig, attention: str | None) -> Callable[..., Array]:
+    def network(params: Params, x: Array, t: Array, text: Array) -> Array:
+        return wan.velocity(params, cfg, x, t, text, text_length=TEXT_LENGTH, implementation=attention)
+
+    return network
+
+
+@functools.lru_cache(maxsize=8)
+def _text_program(cfg: umt5.Config) -> Any:
+    """jitted (params, ids int32 [B,S], mask bool [B,S]) -> rows [B,S,D], zero where the mask is false."""
+
+    def text(params: Params, ids: Array, mask: Array) -> Array:
+        rows = umt5.encode(params, cfg, ids, mask)
+        return jnp.where(mask[:, :, None], rows, jnp.zeros((), rows.dtype))
+
+    return jax.jit(text)
+
+
+@functools.lru_cache(maxsize=8)
+def _decode_program(cfg: wan.VAEConfig) -> Any:
+    """jitted (params, normalised latents [1,1,H,W,C], cache or None) -> (uint8 [1,F,Y,X,3], non-finite share, cache).
+
+    F is 1 without a cache and 4 with one; the cache is donated.
+    """
+
+    def decode(params: Params, latents: Array, cache: Any) -> tuple[Array, Array, Any]:
+        frames, cache = wan.decode_chunk(params, cfg, wan.denormalize_latents(cfg, latents), cache)
+        # diffusers' rounding: to [0,1], clamped, times 255, halves to even.
+        pixels = jnp.round(jnp.clip(frames / 2 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
+        return pixels, jnp.mean(1.0 - jnp.isfinite(frames).astype(jnp.float32)), cache
+
+    return jax.jit(decode, donate_argnums=2)
+
+
+def lowered(
+    configs: Configs, settings: Settings, params: Mapping[str, Params], rows: int = 64
+) -> Iterator[tuple[str, jax.stages.Lowered]]:
+    """(name, lowered program) of each stage of one clip; `params` may be abstract. Once one of them is compiled, the
+    stage that runs it with the same shapes does not compile again.
+
+    rows: the text bucket. Names: text, denoise (one step), decode first (1 frame), decode next (4 frames).
+    """
+    struct, guided = jax.ShapeDtypeStruct, settings.guidance != 1
+    ids, mask = struct((1 + guided, rows), jnp.int32), struct((1 + guided, rows), jnp.bool_)
+    text_program, decode_program = _text_program(configs.text_encoder), _decode_program(configs.vae)
+    yield "text", text_program.lower(params["text_encoder"], ids, mask)
+
+    encoded = jax.eval_shape(text_program, params["text_encoder"], ids, mask)
+    text = struct((1, *encoded.shape[1:]), encoded.dtype)
+    shape, run = latent_shape(configs, settings), solver(settings)
+    state = jax.eval_shape(run.init, struct((1, *shape), jnp.float32))
+    guided_velocity = functools.partial(velocity, configs, settings)
+    flow = jax.eval_shape(guided_velocity, params["transformer"], text, text if guided else None)
+    yield "denoise", sampling.step.lower(run.advance, flow, state, run.timesteps[0], run.table[0])
+
+    frame = struct((1, 1, *shape[1:]), jnp.float32)
+    yield "decode first", decode_program.lower(params["vae"], frame, None)
+    if shape[0] > 1:
+        cache = jax.eval_shape(decode_program, params["vae"], frame, None)[2]
+        yield "decode next", decode_program.lower(params["vae"], frame, cache)
+
+
+# ---------------------------------------------------------------------------------------------------------- stages
+
+
+def tokenize(pipe: Pipeline, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """ids int32 [B,S] and mask bool [B,S] at the smallest bucket that leaves a padding row, or at 512 rows.
+
+    A longer prompt is cut after 512 tokens, the end token kept, and a warning says so.
+    """
+    ids, mask, cut = tokenizers.tokenize(pipe.tokenizer, [tokenizers.clean(p) for p in prompts], TEXT_LENGTH)
+    for prompt, tokens in zip(prompts, cut, strict=True):
+        if tokens:
+            log.warning("prompt %.40r...: the last %d of its %d tokens are cut", prompt, tokens, tokens + TEXT_LENGTH)
+    longest = int(mask.sum(axis=1).max())
+    bucket = next(b for b in TEXT_BUCKETS if longest < b or b == TEXT_LENGTH)
+    return ids[:, :bucket], mask[:, :bucket]
+
+
+def encode_prompts(
+    pipe: Pipeline, prompts: Sequence[str], negative_prompt: str | None = None
+) -> tuple[Array, Array | None]:
+    """Text rows [B,S,D] of the prompts, and of the negative prompt (None without one); zeros beyond each prompt's end.
+
+    S is a bucket, not 512: the last row, zero like the 512 - S that would follow, stands for all of them
+    (`velocity(..., text_length=512)`).
+
+    Raises:
+        UsageError: a prompt that cannot be tokenised.
+        NumericsError: the encoder made NaN or infinity.
+    """
+    texts = [check_prompt(prompt) for prompt in prompts] + ([] if negative_prompt is None else [negative_prompt])
+    ids, mask = tokenize(pipe, texts)
+    rows = _text_program(pipe.configs.text_encoder)(pipe.params["text_encoder"], ids, mask)
+    if bad := _nonfinite(np.asarray(rows, np.float32)):
+        raise NumericsError(f"text encoder: {bad:.1%} of its output ({rows.dtype}) is NaN or infinite.")
+    if negative_prompt is None:
+        return rows, None
+    return rows[:-1], jnp.broadcast_to(rows[-1:], rows[:-1].shape)
+
+
+def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> Array:
+    """Standard normal float32 [B,*shape], each clip from its own seed at the whole clip's shape.
+
+    So a clip depends neither on what else is in the batch nor on how arrays are spread over devices.
+    """
+    return jnp.stack([jax.random.normal(jax.random.key(np.uint32(seed)), tuple(shape), jnp.float32) for seed in seeds])
+
+
+def denoise(
+    pipe: Pipeline,
+    settings: Settings,
+    state: Any,
+    text: Array,
+    negative: Array | None,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    callback: Callable[[int, Any], Any] | None = None,
+) -> Any:
+    """Takes a state of `solver(settings).init(noise)` from step `start` to step `stop` (default: the end).
+
+    Args:
+        state: consumed (its buffers are donated); its `x` are the latents.
+        callback: called as callback(done, state) when `done` steps have been computed; a true value stops there.
+            Copy from the state what must outlive the call.
+
+    Raises:
+        NumericsError: a step made NaN or infinity; the error's `step` (the steps done before it) and `latents`
+            (float32 [B,T,H,W,C], as they were then) tell where it went wrong.
+    """
+    good = np.array(state.x)
+
+    def check(done: int, state: Any) -> Any:
+        nonlocal good
+        latents = np.array(state.x)
+        if bad := _nonfinite(latents):
+            raise _numerics(
+                f"transformer: after step {done} of {settings.steps}, {bad:.1%} of the latents is NaN or infinite "
+                f"(matrix products in {pipe.precision.transformer}).",
+                step=done - 1,
+                latents=good,
+            )
+        good = latents
+        return callback(done, state) if callback else None
+
+    flow = velocity(pipe.configs, settings, pipe.params["transformer"], text, negative)
+    return sampling.denoise(flow, solver(settings), state, start=start, stop=stop, callback=check)
+
+
+def decode(pipe: Pipeline, latents: Array | np.ndarray, *, callback: Callable[[int], Any] | None = None) -> np.ndarray:
+    """Normalised latents [B,T,H,W,C] -> video uint8 [B,F,Y,X,3], one latent frame of one clip at a time.
+
+    Device memory depends neither on B nor on T; the frames gather in host memory.
+
+    Args:
+        callback: called as callback(done) with the number of latent frames decoded so far, of B * T.
+
+    Raises:
+        NumericsError: the decoder made NaN or infinity; the error's `step` is the latent frame.
+    """
+    program, params = _decode_program(pipe.configs.vae), pipe.params["vae"]
+    latents = np.asarray(latents, np.float32)
+    clips = []
+    for b, clip in enumerate(latents):
+        frames, cache = [], None
+        for t in range(len(clip)):
+            pixels, bad, cache = program(params, clip[None, t : t + 1], cache)
+            if bad := float(bad):
+                raise _numerics(
+                    f"VAE decoder: {bad:.1%} of the pixels of latent frame {t + 1} of {len(clip)} is NaN or infinite "
+                    f"(computed in {pipe.precision.vae}).",
+                    step=t,
+                    latents=latents,
+                )
+            frames.append(np.asarray(pixels)[0])
+            if callback is not None:
+                callback(b * len(clip) + t + 1)
+        clips.append(np.concatenate(frames))
+    return np.stack(clips)
+
+
+def _nonfinite(x: np.ndarray) -> float:
+    return 1.0 - float(np.isfinite(x).mean())
+
+
+def _numerics(message: str, *, step: int, latents: np.ndarray) -> NumericsError:
+    error = NumericsError(message)
+    error.step, error.latents = step, latents  # type: ignore[attr-defined]
+    return error
+
+
+# -------------------------------------------------------------------------------------------------------- generate
+
+_solver = solver  # `generate` has an argument of that name
+
+
+def generate(
+    pipe: Pipeline,
+    prompts: str | Sequence[str],
+    *,
+    seed: int | None = None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    shift: float | None = None,
+    solver: str | None = None,
+    grid: str | None = None,
+    attention: str | None = None,
+    noise: Array | np.ndarray | None = None,
+    callback: Callable[[int, Any], Any] | None = None,
+) -> Output:
+    """Videos of the prompts, as one batch.
+
+    Args:
+        seed: clip i gets seed + i, whatever else is in the batch; None draws one (`Output.seeds` tells).
+        num_frames, height, width: pixel frames 1 + 4k, pixels in multiples of 16.
+        steps, shift, solver, grid: see `jvdiff.diffusion.schedules.make`; "unipc" or "euler", "diffusers" or "wan".
+        guidance: weight of classifier-free guidance; 1 runs the network once a step and ignores the negative prompt.
+        attention: an implementation of `jvdiff.kernels.attention`; None takes the best for the device.
+        noise: float32 [B,T,H,W,C] to start from instead of the seed's.
+        callback: see `denoise`.
+        What is None comes from the repository, else from the Wan 2.1 family (`Settings`).
+
+    Raises:
+        UsageError: sizes, prompts or settings that cannot be.
+        NumericsError: NaN or infinity, see `denoise` and `decode`.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise UsageError("no prompts; give at least one.")
+    settings = pipe.settings(
+        num_frames=num_frames, height=height, width=width, steps=steps, guidance=guidance,
+        negative_prompt=negative_prompt, shift=shift, solver=solver, grid=grid, attention=attention,
+    )  # fmt: skip
+    shape = (len(prompts), *latent_shape(pipe.configs, settings))
+    seeds: tuple[int, ...] = ()
+    if noise is None:
+        first = check_seed(seed)
+        seeds = tuple((first + i) % 2**32 for i in range(len(prompts)))
+        noise = initial_noise(seeds, shape[1:])
+    elif noise.shape != shape or noise.dtype != jnp.float32:
+        found = f"{noise.dtype}{list(noise.shape)}"
+        raise UsageError(f"noise is {found}; these prompts and sizes need float32{list(shape)}.")
+    text, negative = encode_prompts(pipe, prompts, settings.negative_prompt if settings.guidance != 1 else None)
+    state = denoise(pipe, settings, _solver(settings).init(noise), text, negative, callback=callback)
+    latents = np.array(state.x)
+    return Output(decode(pipe, latents), latents, seeds, settings)

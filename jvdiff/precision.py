@@ -1,0 +1,42 @@
+"""What is computed in which dtype, as one explicit table; nothing else in the package chooses a dtype.
+
+Names are those of the `precision` argument. Everything that is not a row below is float32 in both columns: latents,
+noise, timesteps, solver state, guidance, softmax, norms, rotary angles, and the frames that leave the decoder.
+"""
+
+import dataclasses
+
+import jax
+
+from jvdiff.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """One column of the table; a dtype name is that of the parameters and of the matrix products made with them."""
+
+    name: str
+    transformer: str
+    text_encoder: str
+    vae: str
+    softmax: str = "float32"
+
+
+TABLE = {
+    "float32": Precision("float32", transformer="float32", text_encoder="float32", vae="float32"),
+    # The decoder stays in float32: it is a small part of the time, and banding in flat areas is what bfloat16 costs.
+    "bfloat16": Precision("bfloat16", transformer="bfloat16", text_encoder="bfloat16", vae="float32"),
+}
+
+
+def choose(name: str | None = None, backend: str | None = None) -> Precision:
+    """The row called `name`; None takes bfloat16 on a GPU and float32 elsewhere.
+
+    Raises:
+        UsageError: `name` is not in the table.
+    """
+    if name is None:
+        name = "bfloat16" if (backend or jax.default_backend()) in ("gpu", "cuda", "rocm") else "float32"
+    if name not in TABLE:
+        raise UsageError(f"precision is {name!r}; expected one of {', '.join(sorted(TABLE))}.")
+    return TABLE[name]
