@@ -216,31 +216,41 @@ def check(rules: Sequence[Rule], abstract: Tree, source: Source, *, where: str =
     raise (MissingTensor if missing or unexpected or twice else ShapeMismatch)("\n".join(lines))
 
 
+def by_leaf(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
+    """Leaf path -> the tensors that fill it."""
+    leaves: dict[str, dict[str, Entry]] = {}
+    for name, entry in entries.items():
+        leaves.setdefault(entry.path, {})[name] = entry
+    return leaves
+
+
+def fill(
+    shape: Sequence[int], dtype: Any, entries: Mapping[str, Entry], source: Source, *, where: str = "checkpoint"
+) -> np.ndarray:
+    """Reads one leaf; holds it and one source tensor.
+
+    Raises CheckpointError where a finite number does not fit the wanted dtype (float16), and what `source` raises.
+    """
+    array = np.empty(shape, dtype)
+    for name, entry in entries.items():
+        tensor = source.read(name)
+        place = array if entry.layer is None else array[entry.layer]
+        with np.errstate(over="ignore"):
+            place[...] = entry.transform.forward(tensor)
+        if tensor.dtype != array.dtype and np.isinf(place).any() and not np.isinf(tensor).any():
+            raise CheckpointError(
+                f"{where}: {shown(name)} holds values too large for {array.dtype}.\nChoose bfloat16 or float32."
+            )
+    return array
+
+
 def stream(
     rules: Sequence[Rule], abstract: Tree, source: Source, *, where: str = "checkpoint"
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Fills the tree leaf by leaf: (path, array of the abstract leaf's shape and dtype).
-
-    Names and shapes are checked first (see `check`). At any time it holds one leaf and one source tensor.
-    Raises CheckpointError where a finite value does not fit the wanted dtype (float16).
-    """
-    leaves: dict[str, list[tuple[str, Entry]]] = {}
-    for name, entry in check(rules, abstract, source, where=where).items():
-        leaves.setdefault(entry.path, []).append((name, entry))
+    """Fills the tree leaf by leaf: (path, array of the abstract leaf's shape and dtype), after `check`."""
+    leaves = by_leaf(check(rules, abstract, source, where=where))
     for path, leaf in flatten(abstract).items():
-        array = np.empty(leaf.shape, leaf.dtype)
-        for name, entry in leaves[path]:
-            tensor = source.read(name)
-            place = array if entry.layer is None else array[entry.layer]
-            with np.errstate(over="ignore"):
-                place[...] = entry.transform.forward(tensor)
-            if tensor.dtype != array.dtype and np.isinf(place).any() and not np.isinf(tensor).any():
-                raise CheckpointError(
-                    f"{where}: {shown(name)} holds values too large for {array.dtype}.\nChoose bfloat16 or float32."
-                )
-            del tensor, place
-        yield path, array
-        del array
+        yield path, fill(leaf.shape, leaf.dtype, leaves[path], source, where=where)
 
 
 def assemble(rules: Sequence[Rule], abstract: Tree, source: Source, *, where: str = "checkpoint") -> dict[str, Any]:

@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -371,11 +371,15 @@ def verify_files(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Leaf:
-    """An array that comes into being when it is written, so that only one needs to be in memory."""
+    """An array that comes into being when it is written, so that only one needs to be in memory.
+
+    `facts` go into the manifest's record of it; `load` may fill them.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     load: Callable[[], np.ndarray]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -437,10 +441,11 @@ def write_params(root: Path, component: str, leaves: Mapping[str, Leaf]) -> dict
                 "shape": list(leaf.shape),
                 "dtype": leaf.dtype.name,
                 "sha256": array_sha256(array),
+                **leaf.facts,
             }
             return array
 
-        return Leaf(leaf.shape, leaf.dtype, load)
+        return replace(leaf, load=load)
 
     tree = unflatten({name: recorded(name, leaf) for name, leaf in leaves.items()})
     arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)

@@ -1,0 +1,260 @@
+"""Converts a Hugging Face repository to an Orbax directory:
+
+    python -m convert --source HF_DIR_OR_REPO_ID --target ORBAX_DIR [--dtype bfloat16] [--overwrite] [--verify]
+
+The target holds the whole text-to-video repository (transformer, vae, text_encoder, tokenizer, scheduler) and
+`jvdiff.json`, the manifest. It appears by one rename, complete and read back, or not at all. One stacked leaf is in
+memory at a time. `--verify` without a source re-reads a directory that was converted before.
+
+Exit status: 0 done · 2 usage · 3 checkpoint · 4 disk or memory · 5 interrupted; see jvdiff/errors.py.
+"""
+
+import argparse
+import importlib.metadata
+import platform
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from convert import reader
+from convert.rules import by_leaf, check, fill, flatten
+from convert.tables import read_component
+from jvdiff import checkpoint
+from jvdiff.checkpoint import COMPONENTS, Leaf
+from jvdiff.data import tokenizer
+from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, UsageError
+
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+COPIED = ("model_index.json", "jvdiff_defaults.json", "README.md", "LICENSE*", "NOTICE*")
+_TOKENIZER = ("*.json", "*.model", "*.txt")
+_PACKAGES = ("jvdiff", "jax", "orbax-checkpoint", "numpy", "ml_dtypes")
+
+
+class _Recorded:
+    """A source of tensors that notes the sha256 of what was read."""
+
+    def __init__(self, folder: reader.Folder):
+        self.folder = folder
+        self.tensors = folder.tensors
+        self.digests: dict[str, str] = {}
+
+    def read(self, name: str) -> np.ndarray:
+        array = self.folder.read(name)
+        self.digests[name] = checkpoint.array_sha256(array)
+        return array
+
+
+def find(source: str, revision: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """The source's folder, and what the manifest says of where it came from.
+
+    A name that is no folder is taken for a repository of the Hugging Face hub; its branch or tag is resolved to a
+    commit once, and only that commit is downloaded.
+
+    Raises:
+        UsageError: neither a folder nor a repository's name.
+        CheckpointError: not in the local cache, and the hub cannot be reached or has no such repository.
+    """
+    path = Path(source)
+    if path.exists():
+        name = path.resolve().name
+        return path, {"folder": name, "commit": name if re.fullmatch("[0-9a-f]{40}", name) else None}
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source):
+        raise UsageError(f"{source!r:.200}: there is no such folder, nor is it a repository's name (OWNER/NAME).")
+    import huggingface_hub
+
+    patterns = [f"{name}/*.{end}" for name in COMPONENTS for end in ("safetensors", "json")]
+    patterns += [f"tokenizer/{name}" for name in _TOKENIZER] + ["scheduler/*.json", *COPIED]
+    try:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            folder = huggingface_hub.snapshot_download(source, revision=revision, local_files_only=True)
+        else:
+            commit = huggingface_hub.HfApi().model_info(source, revision=revision).sha
+            folder = huggingface_hub.snapshot_download(source, revision=commit, allow_patterns=patterns)
+    except Exception as error:  # the hub's, the network's and the system's; their texts may hold a token
+        wanted = f" --revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"{source}: not in the local cache, and not downloaded ({type(error).__name__}).\n"
+            f"Where there is a connection, run: hf download {source}{wanted}"
+        ) from None
+    return Path(folder), {"repository": source, "commit": Path(folder).name}
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    follow_symlinks: bool = False,
+    origin: Mapping[str, Any] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Converts a whole Hugging Face folder.
+
+    Args:
+        dtype: of the transformer and the text encoder, a key of DTYPES; None keeps what is stored. The VAE is always
+            kept as stored: it is small, and pictures show bfloat16 in flat areas.
+        overwrite: swap an existing converted directory for the new one, once that is complete.
+        allow_nonfinite: keep NaN and infinity, and count them in the manifest.
+        follow_symlinks: allow weight files that are links out of the repository.
+        origin: where the source came from, for the manifest.
+        tell: called with a line on the progress now and then.
+
+    Raises:
+        JvdiffError: see `jvdiff.checkpoint.inspect`, `convert.reader`, `convert.rules.check`, `checkpoint.staged`.
+    """
+    repository = checkpoint.inspect(source)
+    if repository.kind == "orbax":
+        raise UsageError(f"{source}: is converted already. Give the Hugging Face folder.")
+    tokenizer.check_vocabulary(tokenizer.load(repository.tokenizer), repository.text_encoder.vocab_size)
+    folders, parts = {}, {}
+    for name in COMPONENTS:
+        folders[name] = reader.open_folder(
+            source / name, follow_symlinks=follow_symlinks, allow_nonfinite=allow_nonfinite
+        )
+        parts[name] = _leaves(source / name, folders[name], None if name == "vae" else dtype)
+    total = sum(leaf.nbytes for part in parts.values() for leaf in part.values())
+    checkpoint.check_space(target, total + total // 50 + 2**24)
+
+    with checkpoint.staged(target, overwrite=overwrite) as staging:
+        _copy(source, staging)
+        tensors: dict[str, Any] = {}
+        for name, part in parts.items():
+            size = sum(leaf.nbytes for leaf in part.values())
+            tell(f"{name}: {len(folders[name].tensors)} tensors, {size / 1e6:,.1f} MB")
+            tensors |= checkpoint.write_params(staging, name, part)
+        facts = {
+            "source": dict(origin or {"folder": source.resolve().name}),
+            "dtype": dtype or "as stored",
+            "nonfinite": {name: folder.nonfinite for name, folder in folders.items() if folder.nonfinite},
+            "versions": {"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
+        }
+        tell("digests of all files")
+        checkpoint.write_manifest(staging, tensors, facts)
+
+
+def _leaves(path: Path, folder: reader.Folder, dtype: str | None) -> dict[str, Leaf]:
+    """What to write of one component; names and shapes are checked here, numbers are read when a leaf is written."""
+    component = read_component(path)
+    entries = by_leaf(check(component.rules, component.abstract(np.float32), folder, where=str(path)))
+    leaves = {}
+    for name, leaf in flatten(component.abstract(np.float32)).items():
+        stored = {folder.tensors[tensor].dtype for tensor in entries[name]}
+        kept = stored.pop() if len(stored) == 1 else np.dtype(np.float32)  # float32 holds both 16-bit formats
+        wanted = DTYPES[dtype] if dtype else kept
+        source = _Recorded(folder)
+        load = partial(fill, leaf.shape, wanted, entries[name], source, where=str(path))
+        leaves[name] = Leaf(leaf.shape, wanted, load, {"source": source.digests})
+    return leaves
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The small files that make the target a whole repository."""
+    folders = {
+        "": COPIED,
+        "tokenizer": _TOKENIZER,
+        "scheduler": ("scheduler_config.json",),
+        **dict.fromkeys(COMPONENTS, ("config.json",)),
+    }
+    for folder, patterns in folders.items():
+        (target / folder).mkdir(exist_ok=True)
+        for file in sorted(p for pattern in patterns for p in (source / folder).glob(pattern)):
+            reader.check_link(file, source)
+            shutil.copyfile(file, target / folder / file.name)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def verify(target: Path) -> None:
+    """Re-reads a converted directory: every file, then every array as Orbax gives it.
+
+    Raises:
+        IntegrityError: something differs from the manifest, is missing, or should not be there.
+        JvdiffError: see `jvdiff.checkpoint.inspect`.
+    """
+    checkpoint.verify_files(target)
+    records = checkpoint.read_manifest(target)["tensors"]
+    for name in COMPONENTS:
+        checkpoint.verify_arrays(target / name, f"{name}/{checkpoint.PARAMS}/", records)
+    checkpoint.inspect(target)
+
+
+def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert", description="Hugging Face repository -> Orbax directory, whole or not at all."
+    )
+    parser.add_argument("--source", help="a Diffusers folder, or a repository on the hub (OWNER/NAME)")
+    parser.add_argument("--revision", help="branch, tag or commit of a repository on the hub")
+    parser.add_argument("--target", required=True, type=Path, help="the Orbax directory to write")
+    parser.add_argument("--dtype", choices=DTYPES, help="of transformer and text encoder; default: as stored")
+    parser.add_argument("--overwrite", action="store_true", help="replace a directory that was converted before")
+    parser.add_argument("--verify", action="store_true", help="re-read the target (alone: without converting)")
+    parser.add_argument("--allow_nonfinite", action="store_true", help="keep NaN and infinity in the weights")
+    parser.add_argument("--follow_symlinks", action="store_true", help="allow links to files elsewhere")
+    arguments = parser.parse_args(words)
+    if not arguments.source and not arguments.verify:
+        parser.error("give --source to convert, or --verify to re-read the target")
+    return arguments
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    arguments = _arguments(words)
+    start = time.monotonic()
+    if arguments.source:
+        source, origin = find(arguments.source, arguments.revision)
+        convert(
+            source,
+            arguments.target,
+            dtype=arguments.dtype,
+            overwrite=arguments.overwrite,
+            allow_nonfinite=arguments.allow_nonfinite,
+            follow_symlinks=arguments.follow_symlinks,
+            origin=origin,
+            tell=lambda line: print(line, flush=True),
+        )
+    if arguments.verify:
+        verify(arguments.target)
+    done = "verified" if arguments.verify else "written"
+    print(f"{arguments.target}: complete and {done} in {time.monotonic() - start:.1f} s")
+
+
+def run(program: Callable[[], None]) -> int:
+    """Runs a command line: errors become one message and an exit status, SIGTERM ends it as Ctrl-C does."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        program()
+        return 0
+    except JvdiffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: the target is as it was before; run the same command to start again.", file=sys.stderr)
+        return Interrupted.exit_code
+    except Exception:
+        traceback.print_exc()
+        print("error: this is a mistake in jvdiff; please report it with the lines above.", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
