@@ -56,13 +56,16 @@ HELD_OUT = frozenset(
     for c, colour in enumerate(COLOURS)
     for d, direction in enumerate(DIRECTIONS)
 )
-_COMBOS = {
-    "train": tuple(x for x in COMBOS if x not in HELD_OUT),
-    "held_out": tuple(x for x in COMBOS if x in HELD_OUT),
-    "all": COMBOS,
-}
 Split = Literal["train", "test"]
 Combos = Literal["train", "held_out", "all"]
+
+
+@functools.cache
+def combinations(which: Combos) -> tuple[Combo, ...]:
+    """The 288 combinations that training shows, the 32 that it never does, or all 320, always in the same order."""
+    if which not in ("train", "held_out", "all"):
+        raise UsageError(f"combos is 'train', 'held_out' or 'all', not {which!r}")
+    return tuple(c for c in COMBOS if which == "all" or (c in HELD_OUT) == (which == "held_out"))
 
 
 def prompt(colour: str, digit: int | str, direction: str) -> str:
@@ -84,9 +87,7 @@ def parse_prompt(text: str) -> Combo:
 
 
 def _vocabulary() -> str:
-    return (
-        f"\ncolours: {', '.join(COLOURS)}\ndigits: {', '.join(DIGITS)}\ndirections: {', '.join(DIRECTIONS)}"
-    )
+    return f"\ncolours: {', '.join(COLOURS)}\ndigits: {', '.join(DIGITS)}\ndirections: {', '.join(DIRECTIONS)}"
 
 
 @functools.cache
@@ -173,21 +174,15 @@ def sample(
     `split` says which glyphs, `combos` which combinations (or exactly one). The same generator state gives
     the same clip. At most 29 frames fit at the lowest speed; UsageError beyond.
     """
-    combo = combos
-    if not isinstance(combo, Combo):
-        if combos not in _COMBOS:
-            raise UsageError(f"combos is one of {', '.join(_COMBOS)} or a Combo, not {combos!r}")
-        choices = _COMBOS[combos]
-        combo = choices[rng.integers(len(choices))]
+    choices = (combos,) if isinstance(combos, Combo) else combinations(combos)
+    combo = choices[rng.integers(len(choices))]
     bank = glyphs(split)[combo.digit]
     glyph = bank[rng.integers(len(bank))]
 
     room = SIZE - BOX - 2 * MARGIN
     fastest = min(SPEEDS[1], room / max(frames - 1, 1))
     if fastest < SPEEDS[0]:
-        raise UsageError(
-            f"{frames} frames are too many: a digit crosses the picture in {int(room) + 1} frames"
-        )
+        raise UsageError(f"{frames} frames are too many: a digit crosses the picture in {int(room) + 1} frames")
     speed = rng.uniform(SPEEDS[0], fastest)
     travel = np.array(DIRECTIONS[combo.direction]) * speed * (frames - 1)  # (Y, X)
     start = MARGIN + np.maximum(-travel, 0.0) + rng.uniform(size=2) * (room - np.abs(travel))
