@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -35,7 +36,7 @@ from jvdiff.data import tokenizer
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, UsageError
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-COPIED = ("model_index.json", "jvdiff_defaults.json", "README.md", "LICENSE*", "NOTICE*")
+_COPIED = ("model_index.json", "jvdiff_defaults.json", "README.md", "LICENSE*", "NOTICE*")
 _TOKENIZER = ("*.json", "*.model", "*.txt")
 _PACKAGES = ("jvdiff", "jax", "orbax-checkpoint", "numpy", "ml_dtypes")
 
@@ -73,7 +74,7 @@ def find(source: str, revision: str | None = None) -> tuple[Path, dict[str, Any]
     import huggingface_hub
 
     patterns = [f"{name}/*.{end}" for name in COMPONENTS for end in ("safetensors", "json")]
-    patterns += [f"tokenizer/{name}" for name in _TOKENIZER] + ["scheduler/*.json", *COPIED]
+    patterns += [f"tokenizer/{name}" for name in _TOKENIZER] + ["scheduler/*.json", *_COPIED]
     try:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             folder = huggingface_hub.snapshot_download(source, revision=revision, local_files_only=True)
@@ -128,7 +129,7 @@ def convert(
     checkpoint.check_space(target, total + total // 50 + 2**24)
 
     with checkpoint.staged(target, overwrite=overwrite) as staging:
-        _copy(source, staging)
+        copy_small_files(source, staging)
         tensors: dict[str, Any] = {}
         for name, part in parts.items():
             size = sum(leaf.nbytes for leaf in part.values())
@@ -159,10 +160,10 @@ def _leaves(path: Path, folder: reader.Folder, dtype: str | None) -> dict[str, L
     return leaves
 
 
-def _copy(source: Path, target: Path) -> None:
-    """The small files that make the target a whole repository."""
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copies what makes the target a whole repository besides weights: configurations, tokenizer, licence."""
     folders = {
-        "": COPIED,
+        "": _COPIED,
         "tokenizer": _TOKENIZER,
         "scheduler": ("scheduler_config.json",),
         **dict.fromkeys(COMPONENTS, ("config.json",)),
@@ -241,6 +242,7 @@ def run(program: Callable[[], None]) -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    jax.config.update("jax_platforms", "cpu")  # files only; leave the GPU and its memory to others
     try:
         program()
         return 0

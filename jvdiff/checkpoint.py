@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -411,14 +412,65 @@ def save(path: str | Path, tree: Params, *, overwrite: bool = False) -> None:
         UsageError: a key that is not a plain word, an array of another process, or a `path` that cannot be written.
         ResourceError: the disk is full.
     """
+    with staged(path, overwrite=overwrite) as staging:
+        write_manifest(staging, write_params(staging, "", _leaves(tree)), {})
+
+
+def save_repository(
+    path: str | Path,
+    components: Mapping[str, tuple[Any, Params]],
+    *,
+    tokenizer: str | Path,
+    scheduler: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes trained components as a repository that `inspect` and `restore` read, and `convert.to_hf` exports.
+
+    Args:
+        components: for "transformer", "vae" and "text_encoder" the configuration and the parameter tree.
+        tokenizer: a folder with the tokenizer's files.
+        scheduler: the content of scheduler_config.json, with diffusers' `_class_name`.
+        defaults: the content of jvdiff_defaults.json: size, steps and so on that suit these weights.
+
+    Raises: as `save`, and UsageError where a component is missing.
+    """
+    if sorted(components) != sorted(COMPONENTS):
+        raise UsageError(f"components are {', '.join(components)}; expected {', '.join(COMPONENTS)}.")
+    index = {
+        "_class_name": "WanPipeline",
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+
+    def write_json(file: Path, content: Mapping[str, Any]) -> None:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    with staged(path, overwrite=overwrite) as staging:
+        write_json(staging / "model_index.json", index)
+        write_json(staging / "scheduler" / "scheduler_config.json", scheduler)
+        if defaults is not None:
+            write_json(staging / "jvdiff_defaults.json", defaults)
+        shutil.copytree(tokenizer, staging / "tokenizer")
+        records: dict[str, Any] = {}
+        for name, (cfg, tree) in components.items():
+            write_json(staging / name / "config.json", cfg.to_json())
+            records |= write_params(staging, name, _leaves(tree))
+        write_manifest(staging, records, {})
+
+
+def _leaves(tree: Params) -> dict[str, Leaf]:
     leaves = {}
     for name, array in flatten(tree).items():
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             raise UsageError(f"{name}: lies partly on other hosts; gather it before saving.")
         dtype = np.dtype(array.dtype) if hasattr(array, "dtype") else np.asarray(array).dtype
-        leaves[name] = Leaf(np.shape(array), dtype, lambda array=array: np.asarray(array))
-    with staged(path, overwrite=overwrite) as staging:
-        write_manifest(staging, write_params(staging, "", leaves), {})
+        leaves[name] = Leaf(np.shape(array), dtype, partial(np.asarray, array))
+    return leaves
 
 
 def write_params(root: Path, component: str, leaves: Mapping[str, Leaf]) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,97 @@
+"""Writes a converted or trained repository as a Diffusers folder, which `diffusers.WanPipeline.from_pretrained` loads:
+
+    python -m convert.to_hf --source ORBAX_DIR --target HF_DIR [--dtype bfloat16|float16|float32]
+
+The conversion's tables are read backwards, one array in memory at a time. Without --dtype every number is written as it
+is stored, so that Hugging Face -> Orbax -> Hugging Face gives the same bits; with it, all weights are cast.
+"""
+
+import argparse
+import json
+import struct
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from convert import reader
+from convert.__main__ import DTYPES, copy_small_files, run
+from convert.rules import by_leaf, expected
+from convert.tables import read_component
+from jvdiff import checkpoint
+from jvdiff.checkpoint import COMPONENTS
+from jvdiff.errors import CheckpointError, UsageError
+
+_STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_CODES = {dtype: code for code, dtype in reader.DTYPES.items()}
+
+
+def to_hf(source: Path, target: Path, dtype: str | None = None) -> None:
+    """Writes the folder, complete or not at all.
+
+    Args:
+        source: an Orbax directory of jvdiff with all components; its digests are checked first.
+        dtype: a key of DTYPES for all weights; None keeps them as they are.
+
+    Raises:
+        UsageError: `target` exists, or `source` is a Hugging Face folder already.
+        IntegrityError, CheckpointError: `source` is damaged, or holds numbers too large for `dtype`.
+        ResourceError: the disk is full.
+    """
+    repository = checkpoint.inspect(source)
+    if repository.kind != "orbax":
+        raise UsageError(f"{source}: is a Hugging Face folder already. Give an Orbax directory.")
+    checkpoint.verify_files(source)
+    with checkpoint.staged(target) as staging:
+        copy_small_files(source, staging)
+        for name in COMPONENTS:
+            _write(source / name, staging / name / f"{_STEMS[name]}.safetensors", dtype and DTYPES[dtype])
+
+
+def _write(source: Path, file: Path, dtype: np.dtype | None) -> None:
+    """One component as one safetensors file; the header comes first, so leaves may come in any order."""
+    component = read_component(source)
+    entries = expected(component.rules, component.abstract(np.float32))
+    stored = checkpoint.stored_leaves(source)
+    kinds = {name: dtype or np.dtype(stored[entry.path].dtype) for name, entry in entries.items()}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name in sorted(entries, key=lambda name: (-kinds[name].itemsize, name)):  # wide numbers first: all aligned
+        size = int(np.prod(entries[name].shape)) * kinds[name].itemsize
+        header[name] = {
+            "dtype": _CODES[kinds[name]],
+            "shape": list(entries[name].shape),
+            "data_offsets": [place, place + size],
+        }
+        place += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    leaves = by_leaf(entries)
+    with open(file, "xb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for path, array in checkpoint.read_leaves(source):
+            for name, entry in leaves[path].items():
+                leaf = array if entry.layer is None else array[entry.layer]
+                with np.errstate(over="ignore"):
+                    tensor = np.ascontiguousarray(entry.transform.inverse(leaf), kinds[name])
+                if tensor.dtype != leaf.dtype and np.isinf(tensor).any() and not np.isinf(leaf).any():
+                    raise CheckpointError(
+                        f"{source}: {path} holds values too large for {kinds[name]}.\nChoose bfloat16 or float32."
+                    )
+                out.seek(8 + len(text) + header[name]["data_offsets"][0])
+                out.write(tensor.reshape(-1).view(np.uint8))
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m convert.to_hf", description="Orbax directory -> Diffusers folder.")
+    parser.add_argument("--source", required=True, type=Path, help="an Orbax directory with all components")
+    parser.add_argument("--target", required=True, type=Path, help="the folder to write")
+    parser.add_argument("--dtype", choices=DTYPES, help="of all weights; default: as stored")
+    arguments = parser.parse_args(words)
+    to_hf(arguments.source, arguments.target, arguments.dtype)
+    print(f"{arguments.target}: complete")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
