@@ -51,15 +51,16 @@ def main() -> int:
 
     began = time.perf_counter()
     judge = digits_judge.train()
-    report: dict[str, Any] = {"machine": describe()}
     real, shown = digits_judge.real_clips(1000)
-    report["judge_on_real_clips"] = digits_judge.score(digits_judge.look(judge, real), shown)
+    calibration = digits_judge.score(digits_judge.look(judge, real), shown)
+    report: dict[str, Any] = {}
+    common = {"machine": describe(), "judge_on_real_clips": calibration}
     print(f"judge trained and calibrated in {time.perf_counter() - began:.0f} s")
-    _print("real held-out clips", report["judge_on_real_clips"])
+    _print("real held-out clips", calibration)
 
     if args.vae:
         vae = round_trip(judge, args.vae, (real[: args.clips], shown[: args.clips]))
-        report["vae"] = {"checkpoint": Path(args.vae).name} | vae
+        report["vae"] = {"checkpoint": Path(args.vae).name} | vae | common
         _print("before the VAE", vae["before"])
         _print("after the VAE", vae["after"])
         lost = vae["before"]["digit"]["percent"] - vae["after"]["digit"]["percent"]
@@ -68,22 +69,26 @@ def main() -> int:
     if args.checkpoint:
         began = time.perf_counter()
         clips, wanted = generate(args)
-        report["generated"] = {
-            "checkpoint": Path(args.checkpoint).name,
-            "combos": args.combos,
-            "first_seed": args.seed,
-            "steps": args.steps or "default",
-            "guidance": args.guidance or "default",
-            "seconds": round(time.perf_counter() - began, 1),
-        } | judged(judge, (clips, wanted))
+        report["generated"] = (
+            {
+                "checkpoint": Path(args.checkpoint).name,
+                "combos": args.combos,
+                "first_seed": args.seed,
+                "steps": args.steps or "default",
+                "guidance": args.guidance or "default",
+                "seconds": round(time.perf_counter() - began, 1),
+            }
+            | judged(judge, (clips, wanted))
+            | common
+        )
         _print("generated clips", report["generated"])
         if args.save:
             np.savez_compressed(args.save, video=clips, prompts=[digits.prompt(*w) for w in wanted])
     if args.clips_from:
-        report["clips"] = judged(judge, read_clips(Path(args.clips_from)))
+        report["clips"] = judged(judge, read_clips(Path(args.clips_from))) | common
         _print(args.clips_from, report["clips"])
 
-    if args.vae or args.checkpoint or args.clips_from:
+    if report:  # sections of earlier runs stay: each says where and with what it was measured
         old = json.loads(args.output.read_text()) if args.output.exists() else {}
         with video.atomic(args.output) as part:
             part.write_text(json.dumps(old | report, indent=2) + "\n")
@@ -117,14 +122,20 @@ def generate(args: argparse.Namespace) -> Clips:
 
     pipe = jvdiff.load(args.checkpoint)
     wanted = prompts_for(args.clips, args.combos)
-    settings = {"num_frames": 17, "height": digits.SIZE, "width": digits.SIZE}
     videos = []
     for start in range(0, args.clips, args.batch):
         part = wanted[start : start + args.batch]
         # The last batch is filled up, so that one compiled program serves them all.
         prompts = [digits.prompt(*w) for w in part + part[:1] * (args.batch - len(part))]
         out = jvdiff.generate(
-            pipe, prompts, seed=args.seed + start, steps=args.steps, guidance=args.guidance, **settings
+            pipe,
+            prompts,
+            seed=args.seed + start,
+            num_frames=17,
+            height=digits.SIZE,
+            width=digits.SIZE,
+            steps=args.steps,
+            guidance=args.guidance,
         )
         videos.append(np.asarray(out.video)[: len(part)])
         print(f"generated {start + len(part)} of {args.clips}", file=sys.stderr)

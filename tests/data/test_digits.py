@@ -45,9 +45,7 @@ def test_training_never_shows_a_held_out_combination():
 def test_no_glyph_is_in_both_splits():
     train, test = digits.glyphs("train"), digits.glyphs("test")
     assert train.shape == (10, 400, 20, 20) and test.shape == (10, 100, 20, 20)
-    assert not {g.tobytes() for g in train.reshape(-1, 20, 20)} & {
-        g.tobytes() for g in test.reshape(-1, 20, 20)
-    }
+    assert not {g.tobytes() for g in train.reshape(-1, 20, 20)} & {g.tobytes() for g in test.reshape(-1, 20, 20)}
 
 
 @pytest.mark.parametrize("direction", digits.DIRECTIONS)
@@ -57,9 +55,7 @@ def test_a_clip_moves_at_its_speed_in_its_direction(direction):
     weight = video[..., 0].astype(np.float64)
     mass = weight.sum((1, 2))
     centre = np.stack([(weight.sum(2) @ np.arange(64)) / mass, (weight.sum(1) @ np.arange(64)) / mass], 1)
-    np.testing.assert_allclose(
-        np.diff(centre, axis=0), np.broadcast_to([1.25 * dy, 1.25 * dx], (16, 2)), atol=0.05
-    )
+    np.testing.assert_allclose(np.diff(centre, axis=0), np.broadcast_to([1.25 * dy, 1.25 * dx], (16, 2)), atol=0.05)
 
 
 def test_colour_scales_the_glyph():
