@@ -51,8 +51,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CorruptFile: it is too large, or not one JSON object.
     """
     try:
-        if (size := path.stat().st_size) > _JSON_LIMIT:
-            raise CorruptFile(f"{path}: {size:,} bytes; a JSON file has at most {_JSON_LIMIT:,}.\n{_AGAIN}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _JSON_LIMIT:
+            raise CorruptFile(
+                f"{path}: expected a JSON file of at most {_JSON_LIMIT:,} bytes, found {status.st_size:,}.\n{_AGAIN}"
+            )
         text = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
@@ -61,10 +64,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _parse_json(text: bytes, where: str, repeated: str = "repeated key") -> dict[str, Any]:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(unique := dict(items)) < len(items):
-            names = [name for name, _ in items]
-            twice = next(name for name in unique if names.count(name) > 1)
-            raise ValueError(f"{repeated} {shown(twice)}")
+        unique: dict[str, Any] = {}
+        for name, value in items:
+            if name in unique:
+                raise ValueError(f"{repeated} {shown(name)}")
+            unique[name] = value
         return unique
 
     def constant(name: str) -> None:
@@ -158,8 +162,8 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise damaged("expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or not all(map(_whole, shape)):
-        raise damaged("its shape is not a list of whole numbers")
+    if not isinstance(shape, list) or len(shape) > 16 or not all(map(_whole, shape)):
+        raise damaged("its shape is not a list of at most 16 whole numbers")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
         raise damaged("its data_offsets are not two whole numbers")
     bits = 8 * DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_BITS.get(dtype)
@@ -169,9 +173,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:
     if end < begin:
         raise damaged(f"ends at byte {end:,}, before it begins at {begin:,}")
     if math.prod(shape) * bits != (end - begin) * 8:
-        raise damaged(
-            f"{dtype} of shape {shape!s:.80} needs {math.prod(shape) * bits // 8:.6g} bytes, has {end - begin:,}"
-        )
+        raise damaged(f"{dtype} of shape {shape!s:.80} does not take {end - begin:,} bytes")
     if dtype not in DTYPES:
         kind = "fp8 checkpoints are" if dtype.startswith("F8") else f"{dtype} tensors are"
         raise CheckpointError(
