@@ -58,7 +58,7 @@ def _queries_in_turn(q: jax.Array, k: jax.Array, v: jax.Array, size: int) -> tup
 
 def _block(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Plain attention: q [G,Q,K], k and v [G,S,K] -> out [G,Q,K], lse float32 [G,Q]."""
-    logits = jnp.einsum("gqk,gsk->gqs", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("gqk,gsk->gqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)

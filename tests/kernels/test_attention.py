@@ -1,0 +1,184 @@
+"""Every attention implementation against the definition in float64, and what the dispatcher promises."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from jvdiff import kernels
+from jvdiff.kernels import xla
+
+ON_CPU = ["reference", "xla"]
+# (B, L, S, N, K): odd lengths, one token, more keys than queries and fewer.
+SHAPES = [(2, 7, 7, 3, 8), (1, 33, 5, 2, 48), (1, 1, 1, 1, 6), (2, 19, 64, 1, 128), (1, 101, 101, 2, 16)]
+
+
+def operands(B, L, S, N, K, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(B, L, N, K), (B, S, N, K), (B, S, N, K)]
+    return [jnp.asarray(rng.standard_normal(s) * 2, dtype) for s in shapes]
+
+
+def definition(q, k, v):
+    """Output and log-sum-exp in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    logits = np.einsum("blnk,bsnk->bnls", q, k) * q.shape[-1] ** -0.5
+    top = logits.max(-1, keepdims=True)
+    weights = np.exp(logits - top)
+    total = weights.sum(-1, keepdims=True)
+    return np.einsum("bnls,bsnk->blnk", weights / total, v), (top + np.log(total))[..., 0]
+
+
+def error(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.fixture(params=[None, 16, 300], ids=["whole", "16-logits", "300-logits"])
+def block(request, monkeypatch):
+    """Logits that one block of the xla implementation may hold."""
+    if request.param:
+        monkeypatch.setitem(xla.LOGITS, jax.default_backend(), request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_and_lse(name, shape, block):
+    q, k, v = operands(*shape)
+    out, lse = kernels.attention(q, k, v, return_lse=True, implementation=name)
+    want, want_lse = definition(q, k, v)
+    assert out.dtype == q.dtype and lse.dtype == jnp.float32
+    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+    assert error(out, want) < 1e-6
+    np.testing.assert_allclose(lse, want_lse, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(out, kernels.attention(q, k, v, implementation=name))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_lower_precision_rounds_only_operands_weights_and_result(dtype, block):
+    q, k, v = operands(2, 33, 21, 2, 16, dtype)
+    out, lse = kernels.attention(q, k, v, return_lse=True, implementation="xla")
+    want, want_lse = definition(q, k, v)
+    assert out.dtype == dtype and lse.dtype == jnp.float32
+    assert error(out, want) < 1.5 * float(jnp.finfo(dtype).eps)
+    assert np.abs(lse - want_lse).max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients(shape, block):
+    q, k, v = operands(*shape)
+    cotangent = operands(*shape, seed=1)[0]
+    lse_cotangent = np.random.default_rng(2).standard_normal((q.shape[0], q.shape[2], q.shape[1]), np.float32)
+
+    def loss(name):
+        def f(q, k, v):
+            out, lse = kernels.attention(q, k, v, return_lse=True, implementation=name)
+            return jnp.sum(out * cotangent) + jnp.sum(lse * lse_cotangent)
+
+        return jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v)
+
+    for got, want in zip(loss("xla"), loss("reference"), strict=True):
+        scale = max(np.abs(want).max(), 1e-3)
+        np.testing.assert_allclose(got / scale, want / scale, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_large_logits_do_not_overflow(name, block):
+    q, k, v = operands(1, 9, 9, 1, 8)
+    out, lse = kernels.attention(q * 100, k * 100, v, return_lse=True, implementation=name)
+    want, want_lse = definition(q * 100, k * 100, v)
+    assert np.isfinite(out).all() and error(out, want) < 1e-3  # float32 logits near 1e5
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-6)
+
+
+def test_merge_is_attention_over_the_union():
+    q, k, v = operands(2, 9, 20, 3, 8)
+    parts = [kernels.attention(q, k[:, s], v[:, s], return_lse=True) for s in (slice(0, 7), slice(7, 20))]
+    out, lse = kernels.merge(*parts[0], *parts[1])
+    want, want_lse = definition(q, k, v)
+    assert error(out, want) < 1e-6
+    np.testing.assert_allclose(lse, want_lse, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_long_sequences_never_hold_all_logits(gradient):
+    L, N, K = 30_000, 2, 16  # all logits would be 7.2 GB
+    shape = jax.ShapeDtypeStruct((1, L, N, K), jnp.float32)
+
+    def f(q, k, v):
+        return jnp.sum(kernels.attention(q, k, v, implementation="xla"))
+
+    f = jax.grad(f, (0, 1, 2)) if gradient else f
+    largest = max(_sizes(jax.make_jaxpr(f)(shape, shape, shape).jaxpr))
+    assert largest <= 2 * max(xla.LOGITS["cpu"], L * N * K)
+    memory = jax.jit(f).lower(shape, shape, shape).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2**27
+
+
+def _sizes(jaxpr):
+    """Elements of every value that a program makes, inner programs included."""
+    for eqn in jaxpr.eqns:
+        yield from (v.aval.size for v in eqn.outvars)
+        for inner in jaxprs_in_params(eqn.params):
+            yield from _sizes(inner)
+
+
+def test_blocks_cover_the_work():
+    for heads, queries, keys in [(1, 1, 1), (24, 75_600, 75_600), (12, 390, 390), (8, 80, 80), (1, 3, 2**22)]:
+        g, q = xla.block_sizes(heads, queries, keys)
+        assert heads % g == 0 and 1 <= q <= queries
+        assert g * q * keys <= xla.LOGITS["cpu"] * 1.1 or (g, q) == (1, 1)
+
+
+def test_none_picks_one_that_works_and_says_which(caplog):
+    q, k, v = operands(1, 11, 5, 2, 8, seed=3)
+    name = kernels.choose(q, k, v)
+    abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    assert kernels.choose(*abstract) == name == "xla"
+    assert kernels.choose(q, k, v, implementation="reference") == "reference"
+    kernels.attention.__globals__["_log_once"].cache_clear()
+    with caplog.at_level(logging.INFO, "jvdiff.kernels"):
+        out = kernels.attention(q, k, v)
+        kernels.attention(q, k, v)
+    assert [r.getMessage() for r in caplog.records] == ["attention q=[1, 11, 2, 8] keys=5 float32: xla"]
+    np.testing.assert_array_equal(out, kernels.attention(q, k, v, implementation=name))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "head_dim", "return_lse", "reason"),
+    [
+        (jnp.float32, "gpu", 128, False, "takes bfloat16 and float16 operands, not float32"),
+        (jnp.bfloat16, "cpu", 128, False, "needs an NVIDIA GPU, and the backend is 'cpu'"),
+        (jnp.bfloat16, "gpu", 20, False, "multiples of 8 up to 128, not 20"),
+        (jnp.bfloat16, "gpu", 512, False, "multiples of 8 up to 128, not 512"),
+        (jnp.bfloat16, "gpu", 128, True, "log-sum-exp"),
+    ],
+)
+def test_cudnn_says_why_it_cannot(monkeypatch, dtype, backend, head_dim, return_lse, reason):
+    x = jax.ShapeDtypeStruct((1, 8, 2, head_dim), dtype)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    with pytest.raises(NotImplementedError, match=f"'cudnn': .*{reason}"):
+        kernels.choose(x, x, x, return_lse=return_lse, implementation="cudnn")
+    assert kernels.choose(x, x, x, return_lse=return_lse) == "xla"
+
+
+def test_cudnn_is_the_choice_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x = jax.ShapeDtypeStruct((1, 75_600, 12, 128), jnp.bfloat16)
+    assert kernels.choose(x, x, x) == "cudnn"
+
+
+def test_mistakes_are_named():
+    q, k, v = operands(1, 4, 5, 2, 8)
+    with pytest.raises(ValueError, match="no attention implementation 'flash'; there are cudnn, xla, reference"):
+        kernels.attention(q, k, v, implementation="flash")
+    with pytest.raises(ValueError, match="k is bfloat16"):
+        kernels.attention(q, k.astype(jnp.bfloat16), v)
+    with pytest.raises(ValueError, match=r"v is float32\[1, 4, 2, 8\]"):
+        kernels.attention(q, k, v[:, :4])
+    with pytest.raises(ValueError, match="pattern Dense"):
+        kernels.attention(q, k, v, pattern="tiles")
