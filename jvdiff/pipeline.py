@@ -4,7 +4,7 @@
     F pixel frames · Y X pixel height, width
 
 Every stage is a function of its arguments: `encode_prompts`, `initial_noise`, `denoise`, `decode`. The four programs
-that they run compile when first called, or before, through `lowered`: the command line does that to show and time it,
+that they run compile when first called, or before, through `traced`: the command line does that to show and time it,
 and `jvdiff.plan` does it without weights, so that what is planned is what runs.
 """
 
@@ -333,18 +333,37 @@ def _decode_program(cfg: wan.VAEConfig) -> Any:
     return jax.jit(decode, donate_argnums=2)
 
 
-def lowered(
-    configs: Configs, settings: Settings, params: Mapping[str, Params], rows: int = 64
-) -> Iterator[tuple[str, jax.stages.Lowered]]:
-    """(name, lowered program) of each stage of one clip; `params` may be abstract. Once one of them is compiled, the
-    stage that runs it with the same shapes does not compile again.
+@functools.lru_cache(maxsize=8)
+def first_frames(cfg: wan.VAEConfig) -> Any:
+    """jitted (params, normalised latents [B,1,H,W,C]) -> float32 first frames [B,1,Y,X,3] in -1..1, for previews."""
+    return jax.jit(lambda params, z: wan.decode_chunk(params, cfg, wan.denormalize_latents(cfg, z), None)[0])
 
-    rows: the text bucket. Names: text, denoise (one step), decode first (1 frame), decode next (4 frames).
+
+def traced(
+    configs: Configs, settings: Settings, params: Mapping[str, Params], rows: int = 64, sharding: Any = None
+) -> Iterator[tuple[str, jax.stages.Traced]]:
+    """(name, traced program) of each stage of one clip, in order; `params` may be abstract.
+
+    Once one of them is lowered and compiled, the stage that runs it with the same shapes does not compile again.
+    Names: text, denoise (one step), decode first (1 frame), decode next (4 frames).
+
+    Args:
+        rows: the text bucket.
+        sharding: where all arguments are, for compiling ahead for another device than the present one.
     """
     struct, guided = jax.ShapeDtypeStruct, settings.guidance != 1
-    ids, mask = struct((1 + guided, rows), jnp.int32), struct((1 + guided, rows), jnp.bool_)
+
+    def placed(tree: Any) -> Any:
+        if sharding is None:
+            return tree
+        return jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type), tree)
+
+    def trace(program: Any, *args: Any) -> jax.stages.Traced:
+        return program.trace(*placed(args))
+
     text_program, decode_program = _text_program(configs.text_encoder), _decode_program(configs.vae)
-    yield "text", text_program.lower(params["text_encoder"], ids, mask)
+    ids, mask = struct((1 + guided, rows), jnp.int32), struct((1 + guided, rows), jnp.bool_)
+    yield "text", trace(text_program, params["text_encoder"], ids, mask)
 
     encoded = jax.eval_shape(text_program, params["text_encoder"], ids, mask)
     text = struct((1, *encoded.shape[1:]), encoded.dtype)
@@ -352,13 +371,14 @@ def lowered(
     state = jax.eval_shape(run.init, struct((1, *shape), jnp.float32))
     guided_velocity = functools.partial(velocity, configs, settings)
     flow = jax.eval_shape(guided_velocity, params["transformer"], text, text if guided else None)
-    yield "denoise", sampling.step.lower(run.advance, flow, state, run.timesteps[0], run.table[0])
+    number, row = struct((), jnp.float32), struct(run.table.shape[1:], jnp.float32)
+    yield "denoise", sampling.step.trace(run.advance, *placed((flow, state, number, row)))
 
     frame = struct((1, 1, *shape[1:]), jnp.float32)
-    yield "decode first", decode_program.lower(params["vae"], frame, None)
+    yield "decode first", trace(decode_program, params["vae"], frame, None)
     if shape[0] > 1:
         cache = jax.eval_shape(decode_program, params["vae"], frame, None)[2]
-        yield "decode next", decode_program.lower(params["vae"], frame, cache)
+        yield "decode next", trace(decode_program, params["vae"], frame, cache)
 
 
 # ---------------------------------------------------------------------------------------------------------- stages

@@ -25,6 +25,7 @@ import stat
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv if argv is None else argv)
     show_traceback, folder = "--traceback" in argv, None
     try:
-        config, given = parse(argv)
+        config, given, file = parse(argv)
         folder = config.output
-        for path in run(config, given):
+        for path in run(config, given, file):
             print(path)
         return 0
     except KeyboardInterrupt:
@@ -105,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(message, 1, error if show_traceback else None)
 
 
-def parse(argv: Sequence[str]) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
-    """(the config, what the command line itself set in it).
+def parse(argv: Sequence[str]) -> tuple[config_dict.ConfigDict, dict[str, Any], str]:
+    """(the config, what the command line itself set in it, the config's file).
 
     Raises:
         UsageError: an unknown flag or field (with the nearest one), a value of the wrong type, no config.
@@ -116,10 +117,18 @@ def parse(argv: Sequence[str]) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
     flags.DEFINE_bool("help", False, "show this", flag_values=values)
     config_flags.DEFINE_config_file("config", None, "a file of configs/", flag_values=values, sys_argv=list(argv))
     try:
-        extra = values(list(argv))[1:]
-        config = values.config
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise UsageError(_first_lines(str(error).strip("'\"").replace("\\n", "\n").replace("\\'", "'"))) from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # ml_collections' own
+            extra = values(list(argv))[1:]
+            config = values.config
+            given = set(config or ())
+    except (AttributeError, KeyError) as error:
+        raise UsageError(f"unknown config field {' '.join(str(error.args[0]).split())}") from error
+    except flags.Error as error:
+        raise UsageError(str(error)) from error
+    except Exception as error:  # whatever the config file, which is a program, does
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UsageError(f"the config file cannot be used: {' '.join(lines[-1:] or [type(error).__name__])}") from error
     if values.help or config is None:
         fields = ", ".join(default_config())
         raise UsageError(
@@ -128,13 +137,10 @@ def parse(argv: Sequence[str]) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
         )
     if extra:
         raise UsageError(f"cannot use {extra[0]!r}; fields are set as --config.name=value.")
-    if unknown := sorted(set(config) - set(default_config())):
+    if unknown := sorted(given - set(default_config())):
         raise UsageError(f"the config file has unknown fields: {', '.join(unknown)}.")
-    return config, config_flags.get_override_values(values["config"])
-
-
-def _first_lines(text: str) -> str:
-    return "\n".join(line for line in text.splitlines() if line.strip() and "Traceback" not in line)[:600]
+    flag = values["config"]
+    return config, config_flags.get_override_values(flag), config_flags.get_config_filename(flag)
 
 
 def _fail(message: str, code: int, error: BaseException | None) -> int:
@@ -287,18 +293,20 @@ def _without_done(jobs: Sequence[Job], output: Path, precision: str, digest: str
 # --------------------------------------------------------------------------------------------------------------- run
 
 
-def run(config: Any, given: Mapping[str, Any] | None = None) -> list[Path]:
+def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG") -> list[Path]:
     """Makes every video that the config asks for and returns their paths.
 
-    given: the fields that were set on purpose; on resuming, the state's own values hold unless one of these differs,
-    which is an error.
+    given: the fields that were set on purpose; on resuming, the state's own values hold, and one of these that differs
+    is an error. file: the config's, for the command that resumes.
     """
-    from jvdiff import checkpoint, pipeline, plan, precision
-
     given = dict(given or {})
     if config.plan:
+        from jvdiff import plan  # before jax: it may have to be kept from looking for GPUs
+
         plan.show(config)
         return []
+    from jvdiff import checkpoint, pipeline, precision
+
     if config.checkpoint is None:
         raise UsageError("no checkpoint; give --config.checkpoint=FOLDER.")
     _check_numbers(config)
@@ -338,7 +346,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None) -> list[Path]:
                 if len(jobs) > 1:
                     say(f"video {number} of {len(jobs)}")
                 try:
-                    paths += _make(pipe, job, config, output, asked_to_stop, compiled, dict(seconds))
+                    paths += _make(pipe, job, config, file, output, asked_to_stop, compiled, dict(seconds))
                 except (ResourceError, Interrupted):
                     raise
                 except JvdiffError as error:
@@ -496,7 +504,14 @@ class _Stop(Exception):
 
 
 def _make(
-    pipe: Any, job: Job, config: Any, output: Path, asked_to_stop: Callable[[], bool], compiled: set, seconds: dict
+    pipe: Any,
+    job: Job,
+    config: Any,
+    file: str,
+    output: Path,
+    asked_to_stop: Callable[[], bool],
+    compiled: set,
+    seconds: dict,
 ) -> list[Path]:
     """Makes one video and returns [its path], or [the state's folder] where stop_at ended it."""
     from jvdiff import pipeline
@@ -510,8 +525,10 @@ def _make(
         rows = pipeline.tokenize(pipe, [job.prompt, settings.negative_prompt])[0].shape[1]
         if (settings, rows) not in compiled:
             with progress.phase("compiling", seconds, "compile"), _stage("compile"):
-                for _, program in pipeline.lowered(pipe.configs, settings, pipe.params, rows):
-                    program.compile()
+                for name, program in pipeline.traced(pipe.configs, settings, pipe.params, rows):
+                    if name.startswith("decode") and last < settings.steps:
+                        break
+                    program.lower().compile()
             compiled.add((settings, rows))
         with progress.phase("text", seconds, "text"), _stage("text"):
             text, negative = pipeline.encode_prompts(
@@ -545,10 +562,11 @@ def _make(
                     pipe, settings, state, text, negative, start=done, stop=max(done, last), callback=after_step
                 )
         if asked_to_stop():
-            raise _interrupted(save(state, done), config, done, settings.steps)
+            raise _interrupted(save(state, done), config, file, done, settings.steps)
         if done < settings.steps:
             kept = save(state, done)
-            say(f"stopped after step {done} of {settings.steps}; finish it with:\n  {_resume_command(kept, config)}")
+            command = _resume_command(kept, config, file)
+            say(f"stopped after step {done} of {settings.steps}; finish it with:\n  {command}")
             return [kept]
 
         latents = np.array(state.x)
@@ -568,7 +586,7 @@ def _make(
             ):
                 video = pipeline.decode(pipe, latents, callback=after_frame)[0]
         except _Stop:
-            raise _interrupted(save(state, done), config, done, settings.steps) from None
+            raise _interrupted(save(state, done), config, file, done, settings.steps) from None
         except ResourceError as error:
             kept = save(state, done)
             raise ResourceError(f"{error}\nAll steps are done; resume with --config.resume={kept}") from error
@@ -607,17 +625,11 @@ def _begin(pipe: Any, job: Job) -> Any:
 
 def _preview(pipe: Any) -> Callable[[Any, Path], None]:
     """save(state, path): a strip with one rough picture for each latent frame, as clean as the solver believes it."""
-    import jax
-
+    from jvdiff import pipeline
     from jvdiff.data import video as videos
-    from jvdiff.models import wan
 
-    @jax.jit
-    def decode(params, latents):
-        return wan.decode_chunk(params, pipe.configs.vae, wan.denormalize_latents(pipe.configs.vae, latents), None)[0]
-
-    channels = pipe.configs.vae.z_dim
-    factors = videos.fit_preview(lambda latents: decode(pipe.params["vae"], latents), channels)
+    decode = pipeline.first_frames(pipe.configs.vae)
+    factors = videos.fit_preview(lambda latents: decode(pipe.params["vae"], latents), pipe.configs.vae.z_dim)
 
     def save(state: Any, path: Path) -> None:
         latents = np.asarray(getattr(state, "clean_1", state.x))[0]
@@ -642,12 +654,14 @@ def _rescued_latents(base: Path) -> Iterator[None]:
         raise
 
 
-def _interrupted(kept: Path, config: Any, done: int, steps: int) -> Interrupted:
-    return Interrupted(f"interrupted after step {done} of {steps}; go on with:\n  {_resume_command(kept, config)}")
+def _interrupted(kept: Path, config: Any, file: str, done: int, steps: int) -> Interrupted:
+    return Interrupted(
+        f"interrupted after step {done} of {steps}; go on with:\n  {_resume_command(kept, config, file)}"
+    )
 
 
-def _resume_command(kept: Path, config: Any) -> str:
-    words = ["python", "-m", "jvdiff.sample", "--config", "CONFIG"]
+def _resume_command(kept: Path, config: Any, file: str) -> str:
+    words = ["python", "-m", "jvdiff.sample", "--config", file]
     words += [f"--config.checkpoint={config.checkpoint}", f"--config.output={config.output}", f"--config.resume={kept}"]
     return shlex.join(words)
 

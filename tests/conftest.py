@@ -29,7 +29,7 @@ def tiny_repository(tmp_path_factory):
     from jvdiff.models import umt5, wan
 
     root = tmp_path_factory.mktemp("tiny") / "repository"
-    tokenizer = digits_tokenizer.build("a red blue seven two moving left right".split())
+    tokenizer = digits_tokenizer.build(["a", "red", "blue", "seven", "two", "moving", "left", "right"])
     digits_tokenizer.save(tokenizer, root / "tokenizer")
     sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2}
     normalisation = {"latents_mean": (0.1, -0.2, 0.0, 0.3), "latents_std": (1.0, 0.9, 1.1, 1.2)}

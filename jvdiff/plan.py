@@ -1,0 +1,245 @@
+"""What a run would take, found out without weights: parameters, operations, memory of every compiled program.
+
+The programs are those that a run itself compiles (`pipeline.traced`), with abstract weights, for the device at hand or
+for a GPU that is not there: JAX's CUDA compiler needs no GPU, only the description in `plan_targets/`.
+
+L video tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jvdiff.errors import SetupError, UsageError
+
+TARGETS = Path(__file__).parent / "plan_targets"
+ROWS = 512  # plan for the longest prompt
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
+
+
+class Program(NamedTuple):
+    """One compiled program.
+
+    flops: of one call, a multiplication and an addition are two. weights, data, temporary: bytes of its weights, of its
+    other arguments and results, and of its temporary arrays. largest: array in it. seconds: to compile it.
+    """
+
+    name: str
+    flops: float
+    weights: int
+    data: int
+    temporary: int
+    largest: str
+    largest_elements: int
+    seconds: float
+
+
+def show(config: Any) -> None:
+    """Prints the plan of a sampling config to stdout.
+
+    Raises:
+        UsageError: neither a folder nor a published model, or settings that cannot be.
+        SetupError: the compiler for plan_target is not installed.
+    """
+    if config.plan_target is not None:
+        _check_target(config.plan_target)
+    from jvdiff import pipeline, precision
+
+    configs, scheduler, defaults = describe(config.checkpoint)
+    settings = pipeline.resolve(configs, scheduler, defaults, **{name: config[name] for name in pipeline.FIELDS})
+    dtypes = precision.choose(config.precision, "gpu" if config.plan_target else None)
+    for line in lines(configs, settings, dtypes, config.plan_target):
+        print(line, flush=True)
+
+
+def describe(checkpoint: str | None) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
+    """(configs, scheduler_config.json, defaults) of a repository, or of a published one that is not downloaded."""
+    from jvdiff import checkpoint as checkpoints
+    from jvdiff import pipeline
+    from jvdiff.models import umt5, wan
+
+    if checkpoint is not None and Path(checkpoint).exists():
+        found = checkpoints.inspect(checkpoint)
+        configs = pipeline.Configs(found.transformer, found.vae, found.text_encoder)
+        return configs, found.scheduler, pipeline.read_defaults(checkpoint)
+    published = {
+        "Wan2.1-T2V-1.3B-Diffusers": wan.WAN_2_1_T2V_1_3B,
+        "Wan2.1-T2V-14B-Diffusers": wan.WAN_2_1_T2V_14B,
+    }
+    if (name := Path(checkpoint or "").name) not in published:
+        raise UsageError(
+            f"checkpoint {checkpoint!r} is neither a folder nor a model to plan without one.\n"
+            f"Those are {', '.join(published)}."
+        )
+    configs = pipeline.Configs(published[name], wan.WAN_2_1_VAE, umt5.UMT5_XXL)
+    return configs, {}, {"solver": "unipc", "shift": 3.0, "grid": "diffusers"}
+
+
+def lines(configs: Any, settings: Any, dtypes: Any, target: str | None) -> Iterator[str]:
+    """The plan, line by line, each as soon as it is known."""
+    import jax
+
+    from jvdiff import pipeline
+
+    device = f"{target} (compiled without the device)" if target else jax.devices()[0].device_kind
+    frames, height, width = settings.num_frames, settings.height, settings.width
+    yield f"plan: {width}x{height}, {frames} frames, {settings.steps} steps, guidance {settings.guidance}"
+    yield f"device: {device}   precision: {dtypes.name}   jax {jax.__version__}"
+    abstract = pipeline.abstract_params(configs, dtypes)
+    resident = 0
+    for part, tree in abstract.items():
+        leaves = jax.tree.leaves(tree)
+        count, size = sum(math.prod(x.shape) for x in leaves), _size(tree)
+        resident += size
+        yield f"  {part:<13}{count:>16,} parameters {_gib(size)}"
+    tokens = token_count(configs, settings)
+    yield f"video tokens L: {tokens:,}"
+    columns = "".join(f"{title:>12}" for title in ("weights", "data", "temporary", "in all"))
+    yield f"{'program':<13}{'FLOPs':>10}{columns}   compiled in   largest array"
+    most, total = 0, 0.0
+    for program in programs(configs, settings, abstract, target):
+        most = max(most, program.data + program.temporary)
+        calls = {"denoise": settings.steps, "decode next": pipeline.latent_shape(configs, settings)[0] - 1}
+        total += program.flops * calls.get(program.name, 1)
+        needs = program.weights + program.data + program.temporary
+        columns = (program.weights, program.data, program.temporary, needs)
+        yield (
+            f"{program.name:<13}{_flops(program.flops):>10}{''.join(_gib(size) for size in columns)}"
+            f"{program.seconds:>12.1f} s   {program.largest}"
+            + (" (L x L!)" if program.largest_elements >= tokens**2 > 2**24 else "")
+        )
+    yield f"one clip: {_flops(total)}FLOPs; device memory, all weights resident: {_gib(resident + most).strip()}"
+    yield f"host memory for its frames: {_gib(frames * height * width * 3).strip()}"
+    if target:
+        yield "Attention is planned as the blocked XLA form; cuDNN's, which a GPU takes in bfloat16, needs no more."
+
+
+def programs(configs: Any, settings: Any, abstract: Mapping[str, Any], target: str | None = None) -> Iterator[Program]:
+    """Compiles each stage's program with abstract weights and measures it."""
+    from jvdiff import pipeline
+
+    sharding = _target_sharding(target) if target else None
+    part = {"text": "text_encoder", "denoise": "transformer", "decode first": "vae", "decode next": "vae"}
+    for name, traced in pipeline.traced(configs, settings, abstract, ROWS, sharding):
+        began = time.monotonic()
+        lowered = traced.lower(lowering_platforms=("cuda",)) if target else traced.lower()
+        compiled = lowered.compile()
+        took = time.monotonic() - began
+        memory = compiled.memory_analysis()
+        weights = _size(abstract[part[name]])
+        data = memory.argument_size_in_bytes - weights + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        largest, elements = largest_array(compiled.as_text())
+        flops = count_flops(traced.jaxpr.jaxpr)
+        yield Program(name, flops, weights, data, memory.temp_size_in_bytes, largest, elements, took)
+
+
+def token_count(configs: Any, settings: Any) -> int:
+    """L: the video tokens of one clip."""
+    from jvdiff import pipeline
+
+    grid = pipeline.latent_shape(configs, settings)[:3]
+    return math.prod(n // p for n, p in zip(grid, configs.transformer.patch_size, strict=True))
+
+
+def count_flops(jaxpr: Any) -> float:
+    """FLOPs of the matrix products and convolutions of a jaxpr, loops counted as often as they run.
+
+    Of branches the dearest one counts; a `while` without a known length counts once.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contract, _), _ = params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contract)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
+        elif name == "cond":
+            total += max(count_flops(branch.jaxpr) for branch in params["branches"])
+        else:
+            inner = [j for value in params.values() for j in _jaxprs(value)]
+            total += (
+                params.get("length", 1) * sum(count_flops(j) for j in inner)
+                if name == "scan"
+                else sum(count_flops(j) for j in inner)
+            )
+    return total
+
+
+def _jaxprs(value: Any) -> Iterator[Any]:
+    for each in value if isinstance(value, tuple | list) else (value,):
+        if hasattr(each, "eqns"):
+            yield each
+        elif hasattr(each, "jaxpr") and hasattr(each.jaxpr, "eqns"):
+            yield each.jaxpr
+
+
+def largest_array(hlo: str) -> tuple[str, int]:
+    """(type and shape, elements) of the largest array in a compiled program that is not one of its weights' stacks."""
+    best, most = "", 0
+    for line in hlo.splitlines():
+        if " parameter(" in line or " get-tuple-element(" in line or " tuple(" in line or " while(" in line:
+            continue
+        for kind, shape in re.findall(r"\b(pred|[a-z]{1,2}\d+)\[([\d,]+)\]", line.split(" metadata=")[0].split("(")[0]):
+            elements = math.prod(int(n) for n in shape.split(","))
+            if elements > most:
+                best, most = f"{kind}[{shape}] {_gib(elements * _BYTES.get(kind, 4)).strip()}", elements
+    return best, most
+
+
+def _size(tree: Any) -> int:
+    import jax
+
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:>8.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:>8.2f} MiB"
+
+
+def _flops(count: float) -> str:
+    for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count / 1e6:.2f} M"
+
+
+def _check_target(target: str) -> None:
+    """That the description and the compiler are there."""
+    known = sorted(path.stem for path in TARGETS.glob("*.textproto"))
+    if target not in known:
+        raise UsageError(f"plan_target is {target!r}; expected one of {', '.join(known)}.")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # or the plugin asks for a driver, where jax is first imported below
+    plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12") if importlib.util.find_spec("jax_plugins") else ()
+    if not any(importlib.util.find_spec(name) for name in plugins):
+        import jax
+
+        version = jax.__version__
+        raise SetupError(
+            f"planning for {target} needs the CUDA compiler (no GPU, no driver). Install it with:\n"
+            f"pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} nvidia-cuda-nvcc "
+            "nvidia-nvvm nvidia-cuda-crt nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump"
+        )
+
+
+def _target_sharding(target: str) -> Any:
+    """The one device of the described GPU."""
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    text = (TARGETS / f"{target}.textproto").read_text()
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=text)
+    except Exception as error:
+        raise SetupError(f"the CUDA compiler cannot be used: {error}\nIts packages must have jax's version.") from error
+    return NamedSharding(Mesh(topology.devices, ("device",)), PartitionSpec())
