@@ -11,6 +11,7 @@ Exit status: 0 done · 2 usage · 3 checkpoint · 4 disk or memory · 5 interrup
 
 import argparse
 import importlib.metadata
+import logging
 import platform
 import re
 import shutil
@@ -71,16 +72,16 @@ def find(source: str, revision: str | None = None) -> tuple[Path, dict[str, Any]
         return path, {"folder": name, "commit": name if re.fullmatch("[0-9a-f]{40}", name) else None}
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source):
         raise UsageError(f"{source!r:.200}: there is no such folder, nor is it a repository's name (OWNER/NAME).")
-    import huggingface_hub
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     patterns = [f"{name}/*.{end}" for name in COMPONENTS for end in ("safetensors", "json")]
     patterns += [f"tokenizer/{name}" for name in _TOKENIZER] + ["scheduler/*.json", *_COPIED]
     try:
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            folder = huggingface_hub.snapshot_download(source, revision=revision, local_files_only=True)
+        if constants.HF_HUB_OFFLINE:
+            folder = snapshot_download(source, revision=revision, local_files_only=True)
         else:
-            commit = huggingface_hub.HfApi().model_info(source, revision=revision).sha
-            folder = huggingface_hub.snapshot_download(source, revision=commit, allow_patterns=patterns)
+            commit = HfApi().model_info(source, revision=revision).sha
+            folder = snapshot_download(source, revision=commit, allow_patterns=patterns)
     except Exception as error:  # the hub's, the network's and the system's; their texts may hold a token
         wanted = f" --revision {revision}" if revision else ""
         raise CheckpointError(
@@ -104,7 +105,8 @@ def convert(
     """Converts a whole Hugging Face folder.
 
     Args:
-        dtype: of the transformer and the text encoder, a key of DTYPES; None keeps what is stored. The VAE is always
+        dtype: of the transformer's and the text encoder's large matrices, a key of DTYPES; the few arrays that the
+            models keep in float32 whatever their dtype become float32. None keeps what is stored. The VAE is always
             kept as stored: it is small, and pictures show bfloat16 in flat areas.
         overwrite: swap an existing converted directory for the new one, once that is complete.
         allow_nonfinite: keep NaN and infinity, and count them in the manifest.
@@ -115,6 +117,7 @@ def convert(
     Raises:
         JvdiffError: see `jvdiff.checkpoint.inspect`, `convert.reader`, `convert.rules.check`, `checkpoint.staged`.
     """
+    checkpoint.check_target(target.absolute(), overwrite)
     repository = checkpoint.inspect(source)
     if repository.kind == "orbax":
         raise UsageError(f"{source}: is converted already. Give the Hugging Face folder.")
@@ -126,9 +129,7 @@ def convert(
         )
         parts[name] = _leaves(source / name, folders[name], None if name == "vae" else dtype)
     total = sum(leaf.nbytes for part in parts.values() for leaf in part.values())
-    checkpoint.check_space(target, total + total // 50 + 2**24)
-
-    with checkpoint.staged(target, overwrite=overwrite) as staging:
+    with checkpoint.staged(target, needed=total + total // 50 + 2**24, overwrite=overwrite) as staging:
         copy_small_files(source, staging)
         tensors: dict[str, Any] = {}
         for name, part in parts.items():
@@ -148,12 +149,12 @@ def convert(
 def _leaves(path: Path, folder: reader.Folder, dtype: str | None) -> dict[str, Leaf]:
     """What to write of one component; names and shapes are checked here, numbers are read when a leaf is written."""
     component = read_component(path)
-    entries = by_leaf(check(component.rules, component.abstract(np.float32), folder, where=str(path)))
+    abstract = component.abstract(DTYPES[dtype or "float32"])
+    entries = by_leaf(check(component.rules, abstract, folder, where=str(path)))
     leaves = {}
-    for name, leaf in flatten(component.abstract(np.float32)).items():
+    for name, leaf in flatten(abstract).items():
         stored = {folder.tensors[tensor].dtype for tensor in entries[name]}
-        kept = stored.pop() if len(stored) == 1 else np.dtype(np.float32)  # float32 holds both 16-bit formats
-        wanted = DTYPES[dtype] if dtype else kept
+        wanted = stored.pop() if not dtype and len(stored) == 1 else np.dtype(leaf.dtype)
         source = _Recorded(folder)
         load = partial(fill, leaf.shape, wanted, entries[name], source, where=str(path))
         leaves[name] = Leaf(leaf.shape, wanted, load, {"source": source.digests})
@@ -242,6 +243,7 @@ def run(program: Callable[[], None]) -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads log what is raised here anyway
     jax.config.update("jax_platforms", "cpu")  # files only; leave the GPU and its memory to others
     try:
         program()

@@ -81,6 +81,7 @@ def _write(source: Path, file: Path, dtype: np.dtype | None) -> None:
                     )
                 out.seek(8 + len(text) + header[name]["data_offsets"][0])
                 out.write(tensor.reshape(-1).view(np.uint8))
+            del array, leaf, tensor  # before the next one is read
 
 
 def main(words: Sequence[str] | None = None) -> None:

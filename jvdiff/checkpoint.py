@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from convert import reader
-from convert.rules import flatten, listed, stream, unflatten
+from convert.rules import by_leaf, check, fill, flatten, listed, unflatten
 from convert.tables import read_component
 from jvdiff.errors import (
     CheckpointError,
@@ -52,7 +53,7 @@ MANIFEST = "jvdiff.json"
 PARAMS = "params"
 COMPONENTS = ("transformer", "vae", "text_encoder")
 _CHUNK = 64 * 2**20  # bytes of one chunk in an Orbax array; also the pieces in which files are hashed
-_GROUP = 256 * 2**20  # bytes of small leaves that are read back together
+_GROUP = 64 * 2**20  # bytes of small arrays that are read or written together
 _log = logging.getLogger(__name__)
 
 
@@ -193,13 +194,18 @@ def restore(
         places = flatten(shardings) if shardings is not None else dict.fromkeys(wanted)
     if not is_orbax:
         folder = reader.open_folder(path)
-        _tell_casts(path, wanted, {t.dtype for t in folder.tensors.values()}, cast)
-        leaves = stream(read_component(path).rules, abstract, folder, where=str(path))
-        return _like(abstract, {name: jax.device_put(leaf, places[name]) for name, leaf in leaves})
+        entries = check(read_component(path).rules, abstract, folder, where=str(path))
+        _tell_casts(path, [(folder.tensors[name].dtype, wanted[e.path].dtype) for name, e in entries.items()], cast)
+        tensors = by_leaf(entries)
+        leaves = {}
+        for name, leaf in wanted.items():
+            array = fill(leaf.shape, leaf.dtype, tensors[name], folder, where=str(path))
+            leaves[name] = jax.device_put(array, places[name])
+        return _like(abstract, leaves)
 
     stored = stored_leaves(path)
     _check_leaves(path, wanted, stored)
-    _tell_casts(path, wanted, {np.dtype(leaf.dtype) for leaf in stored.values()}, cast)
+    _tell_casts(path, [(stored[name].dtype, leaf.dtype) for name, leaf in wanted.items()], cast)
     item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]) for name, leaf in wanted.items()}
     with _orbax_errors(path):
         read = ocp.StandardCheckpointer().restore((path / PARAMS).absolute(), unflatten(item))
@@ -214,14 +220,14 @@ def _like(abstract: Params, leaves: Mapping[str, Any], prefix: str = "") -> dict
     }
 
 
-def _tell_casts(path: Path, wanted: Mapping[str, Any], stored: set[np.dtype], cast: bool) -> None:
-    asked = {np.dtype(leaf.dtype) for leaf in wanted.values()}
-    if stored == asked:
-        return
-    found, asked_for = (", ".join(sorted(d.name for d in kinds)) for kinds in (stored, asked))
-    if not cast:
-        raise ShapeMismatch(f"{path}: holds {found}, expected {asked_for}.\nConvert it to that dtype, or allow casts.")
-    _log.info("%s: cast from %s to %s", path, found, asked_for)
+def _tell_casts(path: Path, kinds: Sequence[tuple[Any, Any]], cast: bool) -> None:
+    """`kinds`: the stored and the wanted dtype of every array."""
+    casts = Counter((np.dtype(a).name, np.dtype(b).name) for a, b in kinds if np.dtype(a) != np.dtype(b))
+    told = ", ".join(f"{count} of {len(kinds)} from {a} to {b}" for (a, b), count in sorted(casts.items()))
+    if casts and not cast:
+        raise ShapeMismatch(f"{path}: arrays have another dtype than asked for: {told}.\nConvert it, or allow casts.")
+    if casts:
+        _log.info("%s: casts %s", path, told)
 
 
 def _check_leaves(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
@@ -263,27 +269,35 @@ def stored_leaves(path: Path) -> dict[str, Any]:
 
 
 def read_leaves(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of an Orbax directory in turn, as stored; memory is bounded by the largest, or 256 MiB."""
-    group: dict[str, Any] = {}
+    """The arrays of an Orbax directory in turn, as stored; memory is bounded by the largest, or 64 MiB."""
     leaves = list(stored_leaves(path).items())
-    for position, (name, leaf) in enumerate(leaves):
-        group[name] = leaf
-        sizes = [math.prod(each.shape) * np.dtype(each.dtype).itemsize for each in group.values()]
-        if position + 1 < len(leaves) and sum(sizes) < _GROUP:
-            continue
-        yield from _read_group(path, group)
-        group = {}
+    for group in _groups([math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for _, leaf in leaves]):
+        names = [leaves[i][0] for i in group]
+        item = {leaves[i][0]: jax.ShapeDtypeStruct(leaves[i][1].shape, leaves[i][1].dtype) for i in group}
+        arguments = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
+        with _orbax_errors(path), ocp.PyTreeCheckpointer() as orbax:
+            read = orbax.restore(
+                (path / PARAMS).absolute(),
+                args=ocp.args.PyTreeRestore(
+                    item=unflatten(item), restore_args=unflatten(arguments), partial_restore=True
+                ),
+            )
+        found = flatten(read)
+        del read
+        for name in names:
+            yield name, found.pop(name)
 
 
-def _read_group(path: Path, group: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in group.items()}
-    arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in group}
-    with _orbax_errors(path), ocp.PyTreeCheckpointer() as orbax:
-        read = orbax.restore(
-            (path / PARAMS).absolute(),
-            args=ocp.args.PyTreeRestore(item=unflatten(item), restore_args=unflatten(arguments), partial_restore=True),
-        )
-    yield from flatten(read).items()
+def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Positions of arrays to handle together: one large array, or small ones of 64 MiB in all."""
+    group: list[int] = []
+    for i, size in enumerate(sizes):
+        if group and sum(sizes[j] for j in group) + size > _GROUP:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
 
 
 # --------------------------------------------------------------------------------------------------------- manifest
@@ -388,15 +402,17 @@ class Leaf:
 
 
 class _LeafHandler(ocp.type_handlers.NumpyHandler):
-    """Writes leaves one after the other, each complete before the next is made; on disk they are plain arrays."""
+    """Writes leaves a few at a time, complete before the next are made; on disk they are plain arrays."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
 
     async def serialize(self, values: Sequence[Leaf], infos: Any, args: Any = None) -> list[Any]:
-        for value, info, arg in zip(values, infos, args, strict=True):
-            for future in await super().serialize([value.load()], [info], [arg]):
+        for group in _groups([value.nbytes for value in values]):
+            arrays = [values[i].load() for i in group]
+            for future in await super().serialize(arrays, [infos[i] for i in group], [args[i] for i in group]):
                 future.result()
+            del arrays
         return []
 
 
@@ -405,14 +421,18 @@ _REGISTRY = ocp.type_handlers.create_type_handler_registry(
 )
 
 
-def save(path: str | Path, tree: Params, *, overwrite: bool = False) -> None:
+def save(path: str | Path, tree: Params, *, config: Mapping[str, Any] | None = None, overwrite: bool = False) -> None:
     """Writes a nested dict of arrays to an Orbax directory that `restore` reads; it appears complete or not at all.
+
+    `config`: the content of a config.json beside them, where the directory is to be a component.
 
     Raises:
         UsageError: a key that is not a plain word, an array of another process, or a `path` that cannot be written.
         ResourceError: the disk is full.
     """
     with staged(path, overwrite=overwrite) as staging:
+        if config is not None:
+            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_manifest(staging, write_params(staging, "", _leaves(tree)), {})
 
 
@@ -463,7 +483,17 @@ def save_repository(
         write_manifest(staging, records, {})
 
 
+def _check_keys(tree: Params) -> None:
+    """Orbax would take "a.b" and {"a": {"b": ...}} for one array, and keep only one of them."""
+    for key, value in tree.items():
+        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", key):
+            raise UsageError(f"the key {key!r:.80} cannot be saved: keys are words of letters, digits, - and _.")
+        if isinstance(value, Mapping):
+            _check_keys(value)
+
+
 def _leaves(tree: Params) -> dict[str, Leaf]:
+    _check_keys(tree)
     leaves = {}
     for name, array in flatten(tree).items():
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
@@ -477,12 +507,8 @@ def write_params(root: Path, component: str, leaves: Mapping[str, Leaf]) -> dict
     """Writes `root/component/params`, reads it back, and gives the manifest's records of its arrays.
 
     Raises:
-        UsageError: a name with a part that is not a plain word: Orbax would mix up "a.b" and a: {b}.
         IntegrityError: what was read back differs.
     """
-    for name in leaves:
-        if not all(re.fullmatch(r"[A-Za-z0-9_-]+", key) for key in name.split("/")):
-            raise UsageError(f"{name!r} cannot be saved: keys are words of letters, digits, - and _.")
     prefix = f"{component}/{PARAMS}/" if component else f"{PARAMS}/"
     records: dict[str, dict[str, Any]] = {}
 
@@ -514,6 +540,7 @@ def verify_arrays(path: Path, prefix: str, records: Mapping[str, Mapping[str, An
         left.discard(prefix + name)
         if (record := records.get(prefix + name)) is None or array_sha256(array) != record["sha256"]:
             raise IntegrityError(f"{path}: array {name} differs from what was written.\nConvert it again.")
+        del array  # before the next one is read
     if left:
         raise IntegrityError(f"{path}: arrays are missing: {listed(sorted(left))}.\nConvert it again.")
 
@@ -533,21 +560,12 @@ def _resource_error(error: BaseException, path: Path) -> ResourceError | None:
     )
 
 
-def check_space(target: Path, needed: int) -> None:
-    """Raises ResourceError if `needed` bytes do not fit beside `target`."""
-    free = shutil.disk_usage(target.parent).free
-    if needed > free:
-        raise ResourceError(
-            f"{target}: needs about {needed:,} bytes, {free:,} are free.\nFree some space, or choose another target."
-        )
-
-
 @contextmanager
-def staged(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged(path: str | Path, *, needed: int = 0, overwrite: bool = False) -> Iterator[Path]:
     """A new hidden folder that becomes `path` by one rename when the block ends well, and is removed otherwise.
 
-    A lock that the kernel drops with the process keeps a second writer out. `overwrite` swaps a complete Orbax
-    directory of jvdiff for the new one, and replaces nothing else.
+    A lock that the kernel drops with the process keeps a second writer out. `needed` bytes must be free on the disk.
+    `overwrite` swaps a complete Orbax directory of jvdiff for the new one, and replaces nothing else.
 
     Raises:
         UsageError: `path` exists already, or its folder cannot be written.
@@ -555,9 +573,13 @@ def staged(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         ResourceError: disk or memory are full.
     """
     target = Path(os.path.abspath(path))
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
+    if needed > (free := shutil.disk_usage(target.parent).free):
+        raise ResourceError(
+            f"{target}: needs about {needed:,} bytes, {free:,} are free.\nFree some space, or choose another target."
+        )
     with _lock(target):
-        _check_target(target, overwrite)  # who held the lock before may have written it
+        check_target(target, overwrite)  # who held the lock before may have written it
         for stale in target.parent.glob(f".{target.name}.staging-*"):  # of a process that was killed
             shutil.rmtree(stale, ignore_errors=True)
         staging = target.with_name(f".{target.name}.staging-{os.getpid()}-{secrets.token_hex(4)}")
@@ -580,7 +602,8 @@ def staged(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)  # after an exchange: the old content
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises UsageError if `staged` could not put a folder there."""
     try:
         there = os.path.lexists(target)
         if overwrite and (target / MANIFEST).is_file() and not target.is_symlink():

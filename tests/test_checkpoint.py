@@ -1,0 +1,297 @@
+"""Inspecting, restoring and saving: exact, sharded, and nothing damaged is ever used (F28-F31, F39-F42)."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.__main__ import convert
+from convert.tables import read_component
+from jvdiff import checkpoint
+from jvdiff.errors import (
+    CheckpointError,
+    CorruptFile,
+    IntegrityError,
+    MissingTensor,
+    ShapeMismatch,
+    UnsafeFormat,
+    UsageError,
+)
+
+TREE = {
+    "layers": {"kernel": np.arange(24, dtype=np.float32).reshape(2, 3, 4), "bias": np.ones((2, 4), jnp.bfloat16)},
+    "step": np.int32(7),
+    "nothing": {},
+}
+
+
+def abstract(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), tree)
+
+
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    checkpoint.save(tmp_path / "saved", TREE)
+    return tmp_path / "saved"
+
+
+@pytest.fixture(scope="module")
+def orbax(tiny_repository, tmp_path_factory):
+    target = tmp_path_factory.mktemp("converted") / "orbax"
+    convert(tiny_repository, target)
+    return target
+
+
+def test_save_and_restore(saved):
+    restored = checkpoint.restore(saved, abstract(TREE), cast=False)
+    assert jax.tree.structure(restored) == jax.tree.structure(TREE)
+    for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(TREE), strict=True):
+        assert isinstance(ours, jax.Array)
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    assert [p.name for p in saved.parent.iterdir()] == ["saved"]
+
+
+def test_save_refuses_to_overwrite_unless_told(saved):
+    before = content(saved)
+    with pytest.raises(UsageError, match="exists already"):
+        checkpoint.save(saved, {"a": np.zeros(2, np.float32)})
+    assert content(saved) == before
+    checkpoint.save(saved, {"a": np.zeros(2, np.float32)}, overwrite=True)
+    assert list(checkpoint.stored_leaves(saved)) == ["a"]
+
+
+@pytest.mark.parametrize("key", ["a.b", "..", "", "a/b", "a\0", "ä"])
+def test_f42_keys_that_orbax_would_mix_up(tmp_path, key):
+    with pytest.raises(UsageError, match="cannot be saved"):
+        checkpoint.save(tmp_path / "saved", {"a": {key: np.zeros(2, np.float32)}})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["hf", "orbax"])
+def test_restore_onto_a_mesh(tiny_repository, orbax, layout):
+    folder = {"hf": tiny_repository, "orbax": orbax}[layout] / "transformer"
+    wanted = read_component(folder).abstract(jnp.float32)
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    shardings = jax.tree.map(lambda leaf: replicated, wanted)
+    shardings["blocks"]["ffn"]["up"]["kernel"] = split
+    on_mesh = checkpoint.restore(folder, wanted, shardings)
+    assert on_mesh["blocks"]["ffn"]["up"]["kernel"].sharding == split
+    assert on_mesh["head"]["proj"]["bias"].sharding == replicated
+    plain = checkpoint.restore(folder, wanted)
+    jax.tree.map(np.testing.assert_array_equal, on_mesh, plain)
+    everywhere = checkpoint.restore(folder, wanted, replicated)
+    assert everywhere["head"]["proj"]["bias"].sharding == replicated
+
+
+@pytest.mark.parametrize("layout", ["hf", "orbax"])
+def test_f41_casts_are_told_or_refused(tiny_repository, orbax, caplog, layout):
+    folder = {"hf": tiny_repository, "orbax": orbax}[layout] / "vae"
+    wanted = read_component(folder).abstract(jnp.bfloat16)
+    with pytest.raises(ShapeMismatch, match="from float32 to bfloat16"):
+        checkpoint.restore(folder, wanted, cast=False)
+    with caplog.at_level("INFO", logger="jvdiff.checkpoint"):
+        got = checkpoint.restore(folder, wanted)
+    assert "from float32 to bfloat16" in caplog.text
+    exact = checkpoint.restore(folder, read_component(folder).abstract(jnp.float32))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b).astype(a.dtype)), got, exact)
+
+
+def test_another_model_is_refused_with_a_list(saved):
+    wanted = abstract(TREE)
+    wanted["layers"]["kernel"] = jax.ShapeDtypeStruct((2, 4, 3), np.float32)
+    with pytest.raises(ShapeMismatch, match=r"layers/kernel is \[2, 3, 4\], expected \[2, 4, 3\]"):
+        checkpoint.restore(saved, wanted)
+    wanted["more"] = jax.ShapeDtypeStruct((1,), np.float32)
+    del wanted["step"]
+    with pytest.raises(MissingTensor) as error:
+        checkpoint.restore(saved, wanted)
+    assert "missing (1): more" in str(error.value) and "not expected (1): step" in str(error.value)
+    assert len(str(error.value).splitlines()) <= 6
+
+
+def test_f39_a_flipped_bit_in_any_file_is_noticed(orbax, tmp_path):
+    folder = shutil.copytree(orbax, tmp_path / "orbax")
+    wanted = read_component(folder / "vae").abstract(jnp.float32)
+    random = np.random.default_rng(0)
+    for file in sorted(p for p in (folder / "vae").rglob("*") if p.is_file()):
+        whole = file.read_bytes()
+        for _ in range(40 if len(whole) > 100_000 else 3):
+            damaged = bytearray(whole)
+            damaged[random.integers(len(whole))] ^= 1 << random.integers(8)
+            file.write_bytes(damaged)
+            with pytest.raises(IntegrityError) as error:
+                checkpoint.verify_files(folder / "vae")
+            assert f"{file.relative_to(folder)} has other content" in str(error.value)
+        file.write_bytes(whole)
+    checkpoint.restore(folder / "vae", wanted)
+
+
+def test_f39_damaged_files_never_reach_orbax(orbax, tmp_path, monkeypatch):
+    folder = shutil.copytree(orbax, tmp_path / "orbax")
+    file = max((folder / "vae" / "params").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    opened = []
+    monkeypatch.setattr(checkpoint, "stored_leaves", lambda path: opened.append(path))
+    monkeypatch.setattr(jax, "device_put", lambda *args: opened.append(args))
+    with pytest.raises(IntegrityError):
+        checkpoint.restore(folder / "vae", read_component(folder / "vae").abstract(jnp.float32))
+    assert opened == []
+
+
+@pytest.mark.parametrize("how", ["removed", "cut"])
+def test_f40_a_file_is_gone_or_cut(saved, how):
+    for name, whole in content(saved).items():
+        if how == "removed":
+            (saved / name).unlink()
+        else:
+            (saved / name).write_bytes(whole[:-2])
+        with pytest.raises(CheckpointError):
+            checkpoint.restore(saved, abstract(TREE))
+        (saved / name).write_bytes(whole)
+    checkpoint.restore(saved, abstract(TREE))
+
+
+def test_f40_more_files_than_were_written(saved):
+    (saved / "params" / "more").write_text("x")
+    with pytest.raises(IntegrityError, match="params/more is not in the manifest"):
+        checkpoint.restore(saved, abstract(TREE))
+    checkpoint.restore(saved, abstract(TREE), verify=False)
+
+
+def test_without_verification_orbax_errors_are_ours(saved):
+    shutil.rmtree(saved / "params" / "d")
+    with pytest.raises(CorruptFile, match="Orbax cannot read it"):
+        checkpoint.restore(saved, abstract(TREE), verify=False)
+
+
+def test_a_manifest_of_a_later_version(saved):
+    manifest = json.loads((saved / "jvdiff.json").read_text())
+    (saved / "jvdiff.json").write_text(json.dumps({**manifest, "version": 2}))
+    with pytest.raises(CheckpointError, match="version 1"):
+        checkpoint.restore(saved, abstract(TREE))
+
+
+# ---------------------------------------------------------------------------------------------------------- inspect
+
+
+@pytest.fixture
+def copy(tiny_repository, tmp_path):
+    return shutil.copytree(tiny_repository, tmp_path / "repository")
+
+
+def change(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_digests_tell_weights_apart(copy, orbax, tmp_path):
+    first = checkpoint.inspect(copy).digest
+    assert first == checkpoint.inspect(copy).digest
+    assert checkpoint.inspect(orbax).digest != first
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert checkpoint.inspect(copy).digest != first
+
+
+@pytest.mark.parametrize(
+    "value", [["my_module", "MyTransformer"], ["diffusers_modules.local", "X"], ["diffusers"], ["../evil", "X"]]
+)
+def test_f28_remote_code(copy, value):
+    (copy / "my_module.py").write_text("open('ran', 'w')")
+    change(copy / "model_index.json", transformer=value)
+    with pytest.raises(UnsafeFormat, match="remote code is not supported"):
+        checkpoint.inspect(copy)
+    assert not os.path.exists("ran")
+
+
+def test_f28_auto_map(copy):
+    change(copy / "text_encoder" / "config.json", auto_map={"AutoModel": "evil.Model"})
+    with pytest.raises(UnsafeFormat, match="remote code is not supported"):
+        checkpoint.inspect(copy)
+
+
+@pytest.mark.parametrize(
+    "file, values, words",
+    [
+        ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "expected 'WanPipeline'"),
+        ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "two transformers"),
+        ("transformer/config.json", {"_class_name": "AutoencoderKLWan"}, "VAE configuration"),
+        ("transformer/config.json", {"in_channels": 36}, "do not fit together"),
+        ("text_encoder/config.json", {"d_model": 24}, "do not fit together"),
+    ],
+)
+def test_repositories_that_cannot_be_used(copy, file, values, words):
+    change(copy / file, **values)
+    with pytest.raises(CheckpointError, match=words):
+        checkpoint.inspect(copy)
+
+
+@pytest.mark.parametrize(
+    "file", ["model_index.json", "vae/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"]
+)
+def test_incomplete_and_truncated_repositories(copy, file):
+    whole = (copy / file).read_text()
+    (copy / file).write_text(whole[: len(whole) // 2])
+    with pytest.raises(CorruptFile, match="not usable as JSON"):
+        checkpoint.inspect(copy)
+    (copy / file).unlink()
+    with pytest.raises(CheckpointError, match=file.split("/")[-1]):
+        checkpoint.inspect(copy)
+
+
+def test_f26_a_single_file(tmp_path):
+    (tmp_path / "model.pth").write_bytes(b"\x80\x04cos\nsystem\n(S'touch ran'\ntR.")
+    with pytest.raises(UnsafeFormat, match="not opened"):
+        checkpoint.inspect(tmp_path / "model.pth")
+    with pytest.raises(UsageError, match="no such folder"):
+        checkpoint.inspect(tmp_path / "none")
+
+
+def test_f31_more_words_than_embedding_rows(copy, tmp_path):
+    change(copy / "text_encoder" / "config.json", vocab_size=3)
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        convert(copy, tmp_path / "orbax")
+
+
+def test_save_repository(tiny_repository, tmp_path):
+    found = checkpoint.inspect(tiny_repository)
+    components = {}
+    for name in checkpoint.COMPONENTS:
+        part = read_component(tiny_repository / name)
+        components[name] = part.cfg, checkpoint.restore(tiny_repository / name, part.abstract(jnp.float32))
+    checkpoint.save_repository(
+        tmp_path / "trained",
+        components,
+        tokenizer=found.tokenizer,
+        scheduler=found.scheduler,
+        defaults={"steps": 4},
+    )
+    kept = checkpoint.inspect(tmp_path / "trained")
+    assert (kept.transformer, kept.vae, kept.text_encoder) == (found.transformer, found.vae, found.text_encoder)
+    assert kept.scheduler == found.scheduler
+    for name, (cfg, params) in components.items():
+        wanted = read_component(tmp_path / "trained" / name)
+        assert wanted.cfg == cfg
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            checkpoint.restore(tmp_path / "trained" / name, wanted.abstract(jnp.float32)),
+            params,
+        )
+    with pytest.raises(UsageError, match="expected transformer, vae, text_encoder"):
+        checkpoint.save_repository(
+            tmp_path / "x", {"vae": components["vae"]}, tokenizer=found.tokenizer, scheduler=found.scheduler
+        )
