@@ -31,7 +31,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, return_lse: bool) -> tup
         out, lse = _block(q, k, v)
     else:
         group = lambda x: x.reshape(B * N // heads, heads, -1, K)  # noqa: E731
-        out, lse = lax.map(lambda x: _queries_in_turn(*x, queries), (group(q), group(k), group(v)))
+        out, lse = lax.map(lambda x: _queries_in_turn(*x, size=queries), (group(q), group(k), group(v)))
     out = jnp.swapaxes(out.reshape(B, N, L, K), 1, 2)
     return out, lse.reshape(B, N, L) if return_lse else None
 
@@ -46,7 +46,7 @@ def block_sizes(heads: int, queries: int, keys: int) -> tuple[int, int]:
     return group, -(-queries // min(blocks, queries))
 
 
-def _queries_in_turn(q: jax.Array, k: jax.Array, v: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+def _queries_in_turn(q: jax.Array, k: jax.Array, v: jax.Array, *, size: int) -> tuple[jax.Array, jax.Array]:
     """q [G,L,K], k and v [G,S,K] -> out [G,L,K], lse [G,L], `size` queries at a time."""
     G, L, K = q.shape
     n = -(-L // size)

@@ -68,7 +68,7 @@ def test_lower_precision_rounds_only_operands_weights_and_result(dtype, block):
     assert np.abs(lse - want_lse).max() < 1e-5
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES[:2])
 def test_gradients(shape, block):
     q, k, v = operands(*shape)
     cotangent = operands(*shape, seed=1)[0]

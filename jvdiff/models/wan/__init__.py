@@ -22,6 +22,7 @@ from jvdiff.models.wan.vae import (
     init_cache,
     normalize_latents,
 )
+from jvdiff.types import Params
 
 __all__ = [
     "WAN_2_1_T2V_1_3B",
@@ -43,11 +44,11 @@ __all__ = [
 ]
 
 
-def abstract_params(cfg: DiTConfig | VAEConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
+def abstract_params(cfg: DiTConfig | VAEConfig, dtype: Any = jnp.float32) -> Params:
     """The parameter tree of a configuration as a nested dict of ShapeDtypeStruct; allocates nothing."""
-    return (vae if isinstance(cfg, VAEConfig) else dit).abstract_params(cfg, dtype)
+    return vae.abstract_params(cfg, dtype) if isinstance(cfg, VAEConfig) else dit.abstract_params(cfg, dtype)
 
 
-def init_params(key: jax.Array, cfg: DiTConfig | VAEConfig) -> dict[str, Any]:
+def init_params(key: jax.Array, cfg: DiTConfig | VAEConfig) -> Params:
     """Float32 parameters to start a training from."""
-    return (vae if isinstance(cfg, VAEConfig) else dit).init_params(key, cfg)
+    return vae.init_params(key, cfg) if isinstance(cfg, VAEConfig) else dit.init_params(key, cfg)

@@ -58,7 +58,8 @@ def velocity(
     _check(cfg, latents, timestep, text, text_length)
     extra = 0 if text_length is None else text_length - text.shape[1]
     model = _Transformer(cfg, pattern, extra, remat, implementation)
-    return model.apply({"params": params}, latents, timestep, text)
+    v: Any = model.apply({"params": params}, latents, timestep, text)
+    return v
 
 
 def abstract_params(cfg: DiTConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def abstract_params(cfg: DiTConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
 
     With a lower `dtype`, the text embedding and the linear layers of the blocks have it; the rest stays float32.
     """
-    leaves = traverse_util.flatten_dict(jax.eval_shape(lambda: _init(jax.random.key(0), cfg)))
+    leaves: dict[Any, Any] = traverse_util.flatten_dict(jax.eval_shape(lambda: _init(jax.random.key(0), cfg)))
 
     def dtype_of(path: tuple[str, ...]) -> Any:
         lower = path[0] in ("blocks", "text_embed") and path[-1] in ("kernel", "bias") and path[1] != "cross_norm"
@@ -131,7 +132,7 @@ class _Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] - documented, and wrongly annotated
             length=cfg.num_layers,
         )(cfg, self.pattern, self.extra_text, self.implementation, name="blocks")
         x, _ = blocks(x, modulation, text, *rope_tables(grid, cfg.attention_head_dim))
@@ -229,7 +230,8 @@ def _sinusoid(timestep: Array, size: int) -> Array:
 def _init(key: Array, cfg: DiTConfig) -> dict[str, Any]:
     model = _Transformer(cfg, Dense(), 0, False, "xla")
     latents = jnp.zeros((1, *cfg.patch_size, cfg.in_channels))
-    return model.init(key, latents, jnp.zeros((1,)), jnp.zeros((1, 1, cfg.text_dim)))["params"]
+    variables: Any = model.init(key, latents, jnp.zeros((1,)), jnp.zeros((1, 1, cfg.text_dim)))
+    return variables["params"]
 
 
 def _check(cfg: DiTConfig, latents: Array, timestep: Array, text: Array, text_length: int | None) -> None:

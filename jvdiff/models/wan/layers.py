@@ -87,7 +87,8 @@ def rope_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[Array, Array
         for table, f in ((cos, np.cos), (sin, np.sin)):
             short = jnp.asarray(np.expand_dims(f(angles), tuple({0, 1, 2} - {axis})), jnp.float32)
             table.append(jnp.broadcast_to(short, (*grid, size // 2)))
-    return tuple(jnp.concatenate(t, axis=-1).reshape(-1, head_dim // 2) for t in (cos, sin))
+    whole = [jnp.concatenate(t, axis=-1).reshape(-1, head_dim // 2) for t in (cos, sin)]
+    return whole[0], whole[1]
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
