@@ -384,18 +384,23 @@ def traced(
 # ---------------------------------------------------------------------------------------------------------- stages
 
 
-def tokenize(pipe: Pipeline, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """ids int32 [B,S] and mask bool [B,S] at the smallest bucket that leaves a padding row, or at 512 rows.
 
     A longer prompt is cut after 512 tokens, the end token kept, and a warning says so.
     """
-    ids, mask, cut = tokenizers.tokenize(pipe.tokenizer, [tokenizers.clean(p) for p in prompts], TEXT_LENGTH)
+    ids, mask, cut = tokenizers.tokenize(tokenizer, [tokenizers.clean(p) for p in prompts], TEXT_LENGTH)
     for prompt, tokens in zip(prompts, cut, strict=True):
         if tokens:
-            log.warning("prompt %.40r...: the last %d of its %d tokens are cut", prompt, tokens, tokens + TEXT_LENGTH)
+            _warn_cut(prompt, tokens)
     longest = int(mask.sum(axis=1).max())
     bucket = next(b for b in TEXT_BUCKETS if longest < b or b == TEXT_LENGTH)
     return ids[:, :bucket], mask[:, :bucket]
+
+
+@functools.lru_cache(maxsize=64)  # once for each prompt
+def _warn_cut(prompt: str, tokens: int) -> None:
+    log.warning("prompt %.40r...: the last %d of its %d tokens are cut", prompt, tokens, tokens + TEXT_LENGTH)
 
 
 def encode_prompts(
@@ -411,7 +416,7 @@ def encode_prompts(
         NumericsError: the encoder made NaN or infinity.
     """
     texts = [check_prompt(prompt) for prompt in prompts] + ([] if negative_prompt is None else [negative_prompt])
-    ids, mask = tokenize(pipe, texts)
+    ids, mask = tokenize(pipe.tokenizer, texts)
     rows = _text_program(pipe.configs.text_encoder)(pipe.params["text_encoder"], ids, mask)
     if bad := _nonfinite(np.asarray(rows, np.float32)):
         raise NumericsError(f"text encoder: {bad:.1%} of its output ({rows.dtype}) is NaN or infinite.")

@@ -65,7 +65,7 @@ def describe(checkpoint: str | None) -> tuple[Any, Mapping[str, Any], Mapping[st
     from jvdiff import pipeline
     from jvdiff.models import umt5, wan
 
-    if checkpoint is not None and Path(checkpoint).exists():
+    if checkpoint and Path(checkpoint).exists():
         found = checkpoints.inspect(checkpoint)
         configs = pipeline.Configs(found.transformer, found.vae, found.text_encoder)
         return configs, found.scheduler, pipeline.read_defaults(checkpoint)
@@ -185,15 +185,16 @@ def _jaxprs(value: Any) -> Iterator[Any]:
 
 
 def largest_array(hlo: str) -> tuple[str, int]:
-    """(type and shape, elements) of the largest array in a compiled program that is not one of its weights' stacks."""
+    """(type, shape and size, elements) of the largest array that a compiled program makes; arguments do not count."""
     best, most = "", 0
-    for line in hlo.splitlines():
-        if " parameter(" in line or " get-tuple-element(" in line or " tuple(" in line or " while(" in line:
+    for kinds, operation in re.findall(r" = (\([^)]*\)|\S+) ([\w-]+)\(", re.sub(r"/\*.*?\*/", "", hlo)):
+        if operation in ("parameter", "get-tuple-element", "tuple", "while", "bitcast"):
             continue
-        for kind, shape in re.findall(r"\b(pred|[a-z]{1,2}\d+)\[([\d,]+)\]", line.split(" metadata=")[0].split("(")[0]):
+        for kind, shape in re.findall(r"([a-z]+\d*)\[([\d,]+)\]", kinds):
             elements = math.prod(int(n) for n in shape.split(","))
             if elements > most:
-                best, most = f"{kind}[{shape}] {_gib(elements * _BYTES.get(kind, 4)).strip()}", elements
+                size = _gib(elements * _BYTES.get(kind, 4)).strip()
+                best, most = f"{kind}[{shape}] {size}", elements
     return best, most
 
 

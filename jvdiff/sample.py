@@ -16,25 +16,20 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import shlex
-import signal
-import stat
 import sys
 import tempfile
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import config_dict
 
-from jvdiff import progress, run_state
+from jvdiff import command_line, progress, run_state
+from jvdiff.command_line import say
 from jvdiff.errors import (
     CheckpointError,
     Interrupted,
@@ -44,6 +39,7 @@ from jvdiff.errors import (
     SetupError,
     UsageError,
 )
+from jvdiff.interrupts import interrupts
 
 MAX_PROMPTS_BYTES = 64 * 2**20
 
@@ -86,84 +82,20 @@ def default_config() -> config_dict.ConfigDict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status; errors are sentences on stderr."""
-    argv = list(sys.argv if argv is None else argv)
-    show_traceback, folder = "--traceback" in argv, None
-    try:
-        config, given, file = parse(argv)
-        folder = config.output
-        for path in run(config, given, file):
-            print(path)
-        return 0
-    except KeyboardInterrupt:
-        return _fail("stopped at once; nothing was saved.", 130, None)
-    except JvdiffError as error:
-        return _fail(str(error), error.exit_code, error if show_traceback else None)
-    except MemoryError:
-        return _fail("not enough memory on this machine; see --config.plan=true.", 4, None)
-    except Exception as error:
-        where = _log_traceback(error, folder)
-        message = f"{type(error).__name__}: {str(error)[:500]}\nThis is a bug; please report it with {where}."
-        return _fail(message, 1, error if show_traceback else None)
+    return command_line.main(argv, parse, lambda request: run(*request), "output")
 
 
-def parse(argv: Sequence[str]) -> tuple[config_dict.ConfigDict, dict[str, Any], str]:
-    """(the config, what the command line itself set in it, the config's file).
+def parse(argv: Sequence[str]) -> command_line.Request:
+    """The config, what the command line itself set in it, the config's file.
 
     Raises:
         UsageError: an unknown flag or field (with the nearest one), a value of the wrong type, no config.
     """
-    values = flags.FlagValues()
-    flags.DEFINE_bool("traceback", False, "show where in the program an error arose", flag_values=values)
-    flags.DEFINE_bool("help", False, "show this", flag_values=values)
-    config_flags.DEFINE_config_file("config", None, "a file of configs/", flag_values=values, sys_argv=list(argv))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # ml_collections' own
-            extra = values(list(argv))[1:]
-            config = values.config
-            given = set(config or ())
-    except (AttributeError, KeyError) as error:
-        raise UsageError(f"unknown config field {' '.join(str(error.args[0]).split())}") from error
-    except flags.Error as error:
-        raise UsageError(str(error)) from error
-    except Exception as error:  # whatever the config file, which is a program, does
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UsageError(f"the config file cannot be used: {' '.join(lines[-1:] or [type(error).__name__])}") from error
-    if values.help or config is None:
-        fields = ", ".join(default_config())
-        raise UsageError(
-            f"{'' if values.help else 'no config. '}Usage: python -m jvdiff.sample --config configs/digits.py "
-            f'--config.prompt="a red seven moving left"\nFields: {fields}.\nFlags: --traceback.'
-        )
-    if extra:
-        raise UsageError(f"cannot use {extra[0]!r}; fields are set as --config.name=value.")
-    if unknown := sorted(given - set(default_config())):
+    usage = 'python -m jvdiff.sample --config configs/digits.py --config.prompt="a red seven moving left"'
+    request = command_line.parse(argv, f"{usage}\nFields: {', '.join(default_config())}.")
+    if unknown := sorted(set(request.config) - set(default_config())):
         raise UsageError(f"the config file has unknown fields: {', '.join(unknown)}.")
-    flag = values["config"]
-    return config, config_flags.get_override_values(flag), config_flags.get_config_filename(flag)
-
-
-def _fail(message: str, code: int, error: BaseException | None) -> int:
-    if error is not None:
-        traceback.print_exception(error)
-    print(f"error: {message}", file=sys.stderr)
-    return code
-
-
-def _log_traceback(error: BaseException, folder: str | None) -> Path:
-    """Writes the traceback where the user finds it: the output folder, else the temporary folder."""
-    text = "".join(traceback.format_exception(error))
-    for place in (folder, tempfile.gettempdir()):
-        with contextlib.suppress(OSError, TypeError):
-            path = Path(place) / f"jvdiff-error-{os.getpid()}.log"  # type: ignore[arg-type]
-            path.write_text(text, encoding="utf-8")
-            return path
-    return Path("--traceback")
-
-
-def say(message: str) -> None:
-    """A line for the person at the terminal."""
-    print(message, file=sys.stderr, flush=True)
+    return request
 
 
 # -------------------------------------------------------------------------------------------------------------- jobs
@@ -277,8 +209,8 @@ def _without_done(jobs: Sequence[Job], output: Path, precision: str, digest: str
     for path in sorted(output.glob("*.json")):
         with contextlib.suppress(OSError, ValueError):
             record = json.loads(path.read_bytes())
-            if isinstance(record, dict) and isinstance(record.get("facts"), dict):
-                done.append(record["facts"])
+            if isinstance(record, dict):
+                done.append(record)
     left = []
     for job in jobs:
         wanted = {k: v for k, v in facts(job, precision, digest).items() if k != "seed" or job.seed_given}
@@ -306,6 +238,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
         plan.show(config)
         return []
     from jvdiff import checkpoint, pipeline, precision
+    from jvdiff.data import tokenizer
 
     if config.checkpoint is None:
         raise UsageError("no checkpoint; give --config.checkpoint=FOLDER.")
@@ -321,7 +254,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
     problems: list[str] = []
     if config.resume is not None:
         state = run_state.load(config.resume)
-        jobs, dtypes = [_resumed(config.resume, state, given, repository.digest, resolve)], state.facts["precision"]
+        jobs, dtypes = [_resumed(config, state, given, repository.digest, resolve)], state.facts["precision"]
     else:
         dtypes = precision.choose(config.precision).name
         jobs, problems = make_jobs(config, resolve)
@@ -332,12 +265,13 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
     for problem in problems:
         say(f"error: {problem}")
     _check_attention(jobs, configs, dtypes)
+    pipeline.tokenize(tokenizer.load(repository.tokenizer), [job.prompt for job in jobs] or [""])  # warns of long ones
 
     paths: list[Path] = []
     if jobs:
-        with _interrupts() as asked_to_stop:
+        with interrupts() as asked_to_stop:
             seconds: dict[str, float] = {}
-            _compile_cache(config.compile_cache)
+            command_line.compile_cache(config.compile_cache)
             _say_device(configs)
             with progress.phase(f"loading {config.checkpoint}", seconds, "load"), _stage("load"):
                 pipe = pipeline.load(config.checkpoint, dtypes)
@@ -376,18 +310,18 @@ def _writable(output: Path) -> Path:
         raise ResourceError(f"cannot write to {output}: {error.strerror}; choose another --config.output.") from error
 
 
-def _resumed(folder: str, state: run_state.RunState, given: Mapping[str, Any], digest: str, resolve: Any) -> Job:
+def _resumed(config: Any, state: run_state.RunState, given: Mapping[str, Any], digest: str, resolve: Any) -> Job:
     """The job that `state` is half of; refuses what differs from it."""
     from jvdiff import pipeline
 
-    saved = state.facts
+    folder, saved = config.resume, state.facts
     now: dict[str, Any] = {"checkpoint_digest": digest}
     for name, value in given.items():
         if name in saved and value is not None:
             now[name] = float(value) if isinstance(saved[name], float) else value
     run_state.check_same(saved, now, folder)
     try:
-        settings = resolve(**{k: saved[k] for k in pipeline.FIELDS if k in saved}, fps=given.get("fps"))
+        settings = resolve(**{k: saved[k] for k in pipeline.FIELDS if k in saved}, fps=config.fps)
         stem = re.sub(r"(-\d+)?\.state$", "", Path(folder).resolve().name)
         return Job(saved["prompt"], saved["seed"], settings, stem, state=state)
     except (KeyError, UsageError) as error:
@@ -425,29 +359,6 @@ def _say_device(configs: Any) -> None:
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Yields asked(): whether Ctrl-C or SIGTERM has come. The first waits for the step, a second Ctrl-C does not."""
-    seen: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        del frame
-        if seen and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        seen.append(number)
-        say("\nstopping after this step; once more to stop at once")
-
-    try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: nobody sends signals here
-        before = {}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
 def _stage(name: str, advice: str = "") -> Iterator[None]:
     """Turns the device's out-of-memory error into a sentence that names the stage."""
     import jax
@@ -463,37 +374,6 @@ def _stage(name: str, advice: str = "") -> Iterator[None]:
             "or --config.precision=bfloat16; --config.plan=true prints what each stage needs."
             + (f"\n{advice}" if advice else "")
         ) from error
-
-
-def _compile_cache(where: str | None) -> None:
-    """Turns on JAX's compilation cache, in a folder that nobody else can write: what it holds is run as code.
-
-    Raises:
-        SetupError: the folder is another user's, or its group or others may write into it.
-    """
-    import jax
-
-    if where == "off":
-        return
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(where or jax.config.jax_compilation_cache_dir or Path(root) / "jvdiff" / "compiled")
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = folder.stat()
-    except OSError as error:
-        say(f"notice: no compilation cache, {folder} cannot be used: {error.strerror}")
-        return
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise SetupError(
-            f"the compilation cache {folder} can be written by others, and what is in it is run as code.\n"
-            f"Expected: yours, mode 0700. Found: owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}.\n"
-            f"Run chmod 700 {shlex.quote(str(folder))}, or choose --config.compile_cache=FOLDER, or off."
-        )
-    if not os.access(folder, os.W_OK):
-        say(f"notice: no compilation cache, {folder} cannot be written")
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------- one video
@@ -522,7 +402,7 @@ def _make(
     say(f"prompt: {job.prompt}   seed: {job.seed}")
     notice = _video_writer(settings)
     with videos.claim(output, job.stem) as base:
-        rows = pipeline.tokenize(pipe, [job.prompt, settings.negative_prompt])[0].shape[1]
+        rows = pipeline.tokenize(pipe.tokenizer, [job.prompt, settings.negative_prompt])[0].shape[1]
         if (settings, rows) not in compiled:
             with progress.phase("compiling", seconds, "compile"), _stage("compile"):
                 for name, program in pipeline.traced(pipe.configs, settings, pipe.params, rows):
@@ -590,11 +470,10 @@ def _make(
         except ResourceError as error:
             kept = save(state, done)
             raise ResourceError(f"{error}\nAll steps are done; resume with --config.resume={kept}") from error
-        record = {
-            "facts": facts(job, pipe.precision.name, pipe.digest),
+        record = facts(job, pipe.precision.name, pipe.digest) | {
             "fps": settings.fps,
             "checkpoint": pipe.path,
-            "precision": dataclasses.asdict(pipe.precision),
+            "dtypes": dataclasses.asdict(pipe.precision),
             "sigmas": [float(s) for s in pipeline.schedule(settings).sigmas],
             "attention": _attention(settings, pipe.configs, pipe.precision.name, rows),
             "device": _device(),
@@ -682,12 +561,13 @@ def _write(base: Path, video: np.ndarray, latents: np.ndarray, record: dict, arr
     from jvdiff.data import video as videos
 
     fps = record["fps"]
+    told = {name: value for name, value in record.items() if name not in ("sigmas", "seconds", "versions", "device")}
     try:
         if no_mp4 is None:
-            path = videos.write_mp4(f"{base}.mp4", video, fps, record["facts"])
+            path = videos.write_mp4(f"{base}.mp4", video, fps, told)
         else:
             path = _write_apng(Path(f"{base}.apng"), video, fps)
-        videos.write_png(f"{base}.png", videos.contact_sheet(video), record["facts"])
+        videos.write_png(f"{base}.png", videos.contact_sheet(video), told)
         if arrays:
             with videos.atomic(f"{base}.npz") as part, open(part, "wb") as file:
                 np.savez(file, latents=latents, video=video)

@@ -97,10 +97,10 @@ def test_text_rows_are_zero_beyond_the_prompt(pipe):
 
 
 def test_a_prompt_of_512_tokens_or_more_uses_every_row(pipe, caplog):
-    ids, mask = pipeline.tokenize(pipe, ["red " * 511])
+    ids, mask = pipeline.tokenize(pipe.tokenizer, ["red " * 511])
     assert ids.shape == (1, 512) and mask.all() and not caplog.records
     with caplog.at_level(logging.WARNING, "jvdiff"):
-        ids, mask = pipeline.tokenize(pipe, ["red " * 600])
+        ids, mask = pipeline.tokenize(pipe.tokenizer, ["red " * 600])
     assert ids.shape == (1, 512) and mask.all() and ids[0, -1] == 1
     assert "the last 89 of its 601 tokens are cut" in caplog.text
 

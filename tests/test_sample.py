@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jvdiff
-from jvdiff import pipeline, progress, run_state, sample
+from jvdiff import command_line, pipeline, progress, run_state, sample
 from jvdiff.data import video as videos
 from jvdiff.errors import ResourceError, SetupError
 
@@ -74,12 +74,12 @@ def test_a_prompt_becomes_a_video_with_its_record(command, tmp_path, tiny_reposi
     np.testing.assert_array_equal(arrays["video"], same.video[0])
     assert videos.read_video(out / f"{STEM}.mp4").shape == (5, 16, 16, 3)
     record = json.loads((out / f"{STEM}.json").read_text())
-    assert record["facts"]["prompt"] == PROMPT and record["facts"]["seed"] == 3 and record["facts"]["steps"] == 4
-    assert videos.read_metadata(out / f"{STEM}.mp4") == record["facts"]
+    assert record["prompt"] == PROMPT and record["seed"] == 3 and record["steps"] == 4
+    assert videos.read_metadata(out / f"{STEM}.mp4").items() <= record.items()
     assert set(record["seconds"]) == {"load", "text", "compile", "denoise", "decode"}
     assert record["attention"] == {"self": "xla", "cross": "xla"} and record["device"]["backend"] == "cpu"
     assert len(record["sigmas"]) == 5 and record["versions"]["jax"] == jax.__version__
-    assert len(record["facts"]["checkpoint_digest"]) == 64
+    assert len(record["checkpoint_digest"]) == 64
 
 
 def test_a_taken_name_is_never_overwritten(command, tmp_path):
@@ -266,7 +266,7 @@ def test_bad_lines_do_not_stop_the_good_ones(command, tmp_path, capsys):
         assert any(f"line {number}" in line and hint in line for line in said.splitlines()), hint
     assert "8 of 9 videos were not made" in said
     assert [p.name for p in (tmp_path / "out").glob("*.mp4")] == ["one.mp4"]
-    assert json.loads((tmp_path / "out" / "one.json").read_text())["facts"]["guidance"] == 1.0
+    assert json.loads((tmp_path / "out" / "one.json").read_text())["guidance"] == 1.0
 
 
 def test_one_failing_job_does_not_stop_the_others(command, tmp_path, monkeypatch, capsys):
@@ -316,6 +316,11 @@ def test_usage_errors_are_told_before_weights_are_read(command, fields, message,
     assert sample.main(command(**fields)) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said and len(said.strip().splitlines()) <= 6
+
+
+def test_a_prompt_that_is_cut_is_told_before_weights_are_read(command, caplog, no_weights):
+    assert sample.main(command(prompt="red " * 2500)) == 1  # no_weights stops it
+    assert "the last 1989 of its 2501 tokens are cut" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -410,7 +415,7 @@ def test_a_compile_cache_that_others_can_write_is_refused(command, tmp_path, cap
 def test_a_compile_cache_is_made_for_its_owner_alone(tmp_path):
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     try:
-        sample._compile_cache(str(tmp_path / "a" / "cache"))
+        command_line.compile_cache(str(tmp_path / "a" / "cache"))
         assert (tmp_path / "a" / "cache").stat().st_mode & 0o777 == 0o700
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "cache")
     finally:

@@ -1,0 +1,45 @@
+"""Every config of configs/ is checked without weights: its fields, and the shapes of the programs that it asks for."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+
+from jvdiff import pipeline, plan, precision, sample
+
+ROOT = Path(__file__).parents[2]
+SAMPLING = sorted(p for p in (ROOT / "configs").glob("*.py") if not p.stem.startswith("train_"))
+
+
+def read(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", SAMPLING, ids=lambda p: p.stem)
+def test_a_sampling_config_fits_its_model(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    module = read(path)
+    config = module.get_config()
+    assert set(config) == set(sample.default_config())
+    assert f"--config configs/{path.name}" in module.__doc__  # the command that it is for
+    if not Path(config.checkpoint).exists() and path.stem == "digits":
+        pytest.skip("the digits checkpoint is not there")
+    configs, scheduler, defaults = plan.describe(config.checkpoint)
+    settings = pipeline.resolve(configs, scheduler, defaults, **{name: config[name] for name in pipeline.FIELDS})
+    for dtypes in precision.TABLE.values():
+        abstract = pipeline.abstract_params(configs, dtypes)
+        results = {name: jax.tree.leaves(t.out_info) for name, t in pipeline.traced(configs, settings, abstract)}
+        assert results["denoise"][0].shape == (1, *pipeline.latent_shape(configs, settings))
+        assert all(x.dtype == "float32" for x in results["denoise"])
+        first, following = results["decode first"][0], results["decode next"][0]
+        assert first.shape == (1, 1, settings.height, settings.width, 3) and first.dtype == "uint8"
+        assert 1 + (settings.num_frames - 1) // 4 * following.shape[1] // 1 == settings.num_frames
+        assert results["text"][0].shape == (1 + (settings.guidance != 1), 64, configs.text_encoder.d_model)
+
+
+def test_there_are_sampling_configs():
+    assert {"digits", "wan2_1_t2v_1_3b", "wan2_1_t2v_14b"} <= {p.stem for p in SAMPLING}

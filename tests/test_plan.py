@@ -1,0 +1,107 @@
+"""Planning without weights: operations counted, memory of the compiled programs, no LxL array."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvdiff import pipeline, plan, precision, sample
+
+
+def planned(config, abstract_of=precision.TABLE["float32"]):
+    configs, scheduler, defaults = plan.describe(config.checkpoint)
+    settings = pipeline.resolve(configs, scheduler, defaults, **{name: config[name] for name in pipeline.FIELDS})
+    return configs, settings, pipeline.abstract_params(configs, abstract_of)
+
+
+def test_flops_of_products_convolutions_loops_and_branches():
+    def f(a, b, image, kernel):
+        a = jax.lax.scan(lambda c, _: (c @ b, None), a, length=5)[0]  # 5 x 2*3*4*4
+        a = jax.lax.cond(a[0, 0] > 0, lambda x: x @ b, lambda x: x, a)  # 2*3*4*4
+        image = jax.jit(
+            lambda x: jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        )(image)  # 2 * 8*8*6 outputs * 3*3*5
+        return a, image
+
+    shapes = ((3, 4), (4, 4), (1, 8, 8, 5), (3, 3, 5, 6))
+    jaxpr = jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+    assert plan.count_flops(jaxpr.jaxpr) == 6 * 96 + 2 * 8 * 8 * 6 * 45
+
+
+def test_the_largest_array_of_a_program():
+    hlo = jax.jit(lambda x, y: jnp.tanh(x[:, None] * y[None]).sum()).lower(jnp.ones(300), jnp.ones(500)).compile()
+    text = "  %a = f32[9999,9999] parameter(0)\n  ROOT %b = (bf16[300,500]{1,0}, s32[2]) fusion(f32[9999,9999] %a)\n"
+    assert plan.largest_array(text) == ("bf16[300,500] 0.29 MiB", 150000)
+    assert plan.largest_array(hlo.as_text())[1] <= 150000
+
+
+def test_a_plan_reads_no_weights_and_says_what_a_run_takes(tiny_repository, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "tiny.py"
+    path.write_text("from jvdiff import sample\nget_config = sample.default_config\n")
+    monkeypatch.setattr(pipeline.checkpoint, "restore", None)
+    argv = ["sample", f"--config={path}", f"--config.checkpoint={tiny_repository}", "--config.plan=true"]
+    assert sample.main([*argv, "--config.num_frames=9"]) == 0
+    said = capsys.readouterr().out
+    for name in ("transformer", "text_encoder", "denoise", "decode first", "decode next", "one clip", "L: 3"):
+        assert name in said
+    assert sample.main([*argv, "--config.num_frames=8"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [(480, 832), (720, 1280)])
+@pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-14B-Diffusers"])
+def test_no_array_has_l_x_l_elements(name, size):
+    config = sample.default_config()
+    config.checkpoint, (config.height, config.width) = name, size
+    configs, settings, abstract = planned(config)
+    tokens = plan.token_count(configs, settings)
+    assert tokens == {480: 32760, 720: 75600}[size[0]]
+    program = next(p for p in plan.programs(configs, settings, abstract) if p.name == "denoise")
+    # What there is grows with L times the feed-forward's width, and is far from one head's LxL.
+    widest = tokens * configs.transformer.ffn_dim
+    assert 0 < program.largest_elements <= widest < tokens**2 / 2
+    assert program.temporary < 6 * 4 * widest
+    width, layers = configs.transformer.width, configs.transformer.num_layers
+    attention = 2 * 4 * tokens**2 * width * layers  # both branches of guidance
+    dense = 2 * 2 * tokens * layers * (6 * width**2 + 2 * width * configs.transformer.ffn_dim)
+    assert attention + dense < program.flops < 1.05 * (attention + dense)
+
+
+def test_decoding_is_the_same_program_for_21_and_81_frames():
+    config = sample.default_config()
+    config.checkpoint = "Wan2.1-T2V-1.3B-Diffusers"
+    programs = {}
+    for frames in (21, 81):
+        config.num_frames = frames
+        configs, settings, abstract = planned(config)
+        traced = dict(pipeline.traced(configs, settings, abstract))
+        programs[frames] = [str(traced[name].jaxpr) for name in ("decode first", "decode next")]
+    assert programs[21] == programs[81]
+
+
+def test_planning_for_a_gpu_needs_its_compiler(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("from jvdiff import sample\nget_config = sample.default_config\n")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    argv = ["sample", f"--config={path}", "--config.checkpoint=Wan2.1-T2V-1.3B-Diffusers", "--config.plan=true"]
+    assert sample.main([*argv, "--config.plan_target=h200"]) == 7
+    assert "pip install --no-deps jax-cuda13-plugin==" in capsys.readouterr().err
+    assert sample.main([*argv, "--config.plan_target=tpu"]) == 2
+    assert "h200" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_nobody_knows_cannot_be_planned(capsys, tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("from jvdiff import sample\nget_config = sample.default_config\n")
+    for name in ("nobody/knows", ""):
+        assert sample.main(["sample", f"--config={path}", "--config.plan=true", f"--config.checkpoint={name}"]) == 2
+        assert "Wan2.1-T2V-1.3B-Diffusers" in capsys.readouterr().err
+
+
+def test_gpu_descriptions_are_data():
+    assert [p.stem for p in plan.TARGETS.glob("*.textproto")] == ["h200"]
+    assert np.all(["NVIDIA H200" in p.read_text() for p in plan.TARGETS.glob("*.textproto")])
