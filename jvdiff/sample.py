@@ -243,7 +243,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
     if config.checkpoint is None:
         raise UsageError("no checkpoint; give --config.checkpoint=FOLDER.")
     _check_numbers(config)
-    output = _writable(Path(config.output))
+    output = command_line.writable(config.output, "output")
     repository = checkpoint.inspect(config.checkpoint)
     configs = pipeline.Configs(repository.transformer, repository.vae, repository.text_encoder)
     defaults = pipeline.read_defaults(config.checkpoint)
@@ -298,16 +298,6 @@ def _check_numbers(config: Any) -> None:
     for name, low in (("stop_at", 1), ("preview_every", 0)):
         if config[name] is not None and config[name] < low:
             raise UsageError(f"{name} is {config[name]}; expected {low} or more.")
-
-
-def _writable(output: Path) -> Path:
-    """`output`, made if need be; asked before minutes of work."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            return output
-    except OSError as error:
-        raise ResourceError(f"cannot write to {output}: {error.strerror}; choose another --config.output.") from error
 
 
 def _resumed(config: Any, state: run_state.RunState, given: Mapping[str, Any], digest: str, resolve: Any) -> Job:

@@ -116,6 +116,13 @@ def _newest_tap(key, shape, dtype=jnp.float32):
     return jnp.concatenate([jnp.zeros((shape[0] - 1, *shape[1:]), dtype), tap[None]])
 
 
+def _newest_frame(key, shape, dtype=jnp.float32):
+    """Passes the newest of three frames on, to each group of outputs: frames repeat until the layer learns to move."""
+    _, features, outputs = shape
+    tap = jnp.tile(jnp.eye(features, dtype=dtype), (1, outputs // features))
+    return jnp.concatenate([jnp.zeros((2, features, outputs), dtype), tap[None]])
+
+
 def _conv2d(x: Array, kernel: Array, *, stride: int = 1, padding=((1, 1), (1, 1))) -> Array:
     """Per-frame convolution. x [B,T,H,W,C], kernel [h,w,C,O]."""
     frames = rearrange(x, "B T H W C -> (B T) H W C")
@@ -238,12 +245,10 @@ def _upsampled_conv(x: Array, kernel: Array) -> Array:
     x [B,T,H,W,C], kernel [3,3,C,O] -> [B,T,2H,2W,O].
     """
     fold = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)  # [phase, tap of 2, tap of 3]
-    phases = jnp.einsum("aip,bjq,pqcd->ijcabd", fold, fold, kernel)
-    height, width = x.shape[2:4]
-    y = _conv2d(x, rearrange(phases, "i j c a b d -> i j c (a b d)"))  # [B,T,H+1,W+1,4*O]
-    y = rearrange(y, "B T H W (a b d) -> a b B T H W d", a=2, b=2)
-    rows = [jnp.stack([y[a, b, :, :, a : a + height, b : b + width] for b in (0, 1)], axis=-2) for a in (0, 1)]
-    return rearrange(jnp.stack(rows, axis=3), "B T H a W b d -> B T (H a) (W b) d")
+    small = jnp.einsum("aip,bjq,pqcd->abijcd", fold, fold, kernel)
+    phase = [[_conv2d(x, small[a, b], padding=((1 - a, a), (1 - b, b))) for b in (0, 1)] for a in (0, 1)]
+    y = jnp.stack([jnp.stack(row, axis=4) for row in phase], axis=3)
+    return rearrange(y, "B T H a W b C -> B T (H a) (W b) C")
 
 
 class _TimeConv(nn.Module):
@@ -254,7 +259,7 @@ class _TimeConv(nn.Module):
 
     @nn.compact
     def __call__(self, frames: Array) -> Array:
-        kernel = self.param("kernel", _newest_tap, (3, frames.shape[-1], self.features)).astype(frames.dtype)
+        kernel = self.param("kernel", _newest_frame, (3, frames.shape[-1], self.features)).astype(frames.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         last = frames.shape[1] - 2
         y = sum(frames[:, tap : tap + last : self.stride] @ kernel[tap] for tap in range(3))
@@ -411,12 +416,15 @@ def encode_chunk(params: Params, cfg: VAEConfig, frames: Array, cache: Cache) ->
     return _pointwise(moments, params["quant_conv"])[..., : cfg.z_dim].astype(jnp.float32), cache
 
 
-def decode_chunk(params: Params, cfg: VAEConfig, latents: Array, cache: Cache) -> tuple[Array, Cache]:
+def decode_chunk(
+    params: Params, cfg: VAEConfig, latents: Array, cache: Cache, *, clip: bool = True
+) -> tuple[Array, Cache]:
     """Decodes the next latent frames of a clip.
 
     Args:
       latents: [B,1,H,W,C] where the clip begins (cache None), then [B,n,H,W,C]; not normalised.
       cache: what the call before returned; None at first.
+      clip: False leaves values beyond [-1,1] as they are, so that they have gradients in training.
 
     Returns:
       float32 frames [B,1 or 4n,Y,X,3] in [-1,1], and the cache for the next call.
@@ -424,7 +432,8 @@ def decode_chunk(params: Params, cfg: VAEConfig, latents: Array, cache: Cache) -
     _check_chunk(latents, cache, 1, "latent frames")
     latents = _pointwise(_compute(params, latents), params["post_quant_conv"])
     frames, cache = _Decoder(cfg).apply({"params": params["decoder"]}, latents, cache)
-    return jnp.clip(frames.astype(jnp.float32), -1.0, 1.0), cache
+    frames = frames.astype(jnp.float32)
+    return jnp.clip(frames, -1.0, 1.0) if clip else frames, cache
 
 
 def encode(params: Params, cfg: VAEConfig, video: Array, *, chunk: int = 1) -> Array:
@@ -444,12 +453,12 @@ def encode(params: Params, cfg: VAEConfig, video: Array, *, chunk: int = 1) -> A
     return _scan_chunks(partial(encode_chunk, params, cfg), video, chunk * cfg.temporal_factor)
 
 
-def decode(params: Params, cfg: VAEConfig, latents: Array, *, chunk: int = 1) -> Array:
+def decode(params: Params, cfg: VAEConfig, latents: Array, *, chunk: int = 1, clip: bool = True) -> Array:
     """latents [B,T,H,W,C], not normalised -> float32 video [B,1+4(T-1),Y,X,3] in [-1,1].
 
     `chunk` latent frames are decoded at a time (it must divide T - 1): memory grows with it, never with the clip.
     """
-    return _scan_chunks(partial(decode_chunk, params, cfg), latents, chunk)
+    return _scan_chunks(partial(decode_chunk, params, cfg, clip=clip), latents, chunk)
 
 
 def init_cache(cfg: VAEConfig, which: str, batch: int, height: int, width: int, dtype=jnp.float32) -> Cache:

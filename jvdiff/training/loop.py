@@ -1,0 +1,267 @@
+"""The training loop: gradient, clipping, AdamW, moving average, metrics, checkpoints.
+
+Everything that happens at a step is a pure function of the state, the seed and the step's number, the batch included.
+So a run that was stopped, or killed, continues from its last checkpoint as if nothing had happened: bit for bit on
+CPU, data order included.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jvdiff.checkpoint import resource_error
+from jvdiff.data.video import atomic
+from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
+from jvdiff.interrupts import interrupts
+from jvdiff.types import Array, Params
+
+_log = logging.getLogger("jvdiff.training")
+
+
+class State(NamedTuple):
+    """All that a run remembers. `average`, the moving average of the parameters, is what is kept."""
+
+    step: Array  # int32 []
+    params: Params
+    average: Params
+    optimizer: optax.OptState
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what, and how well it does.
+
+    init: key -> float32 parameters.
+    loss: (parameters, batch, key) -> (scalar, metrics: a dict of scalars); pure.
+    batch: step -> a pytree of numpy arrays; pure too, so that a resumed run sees the same data.
+    """
+
+    init: Callable[[Array], Params]
+    loss: Callable[[Params, Any, Array], tuple[Array, Mapping[str, Array]]]
+    batch: Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Optimisation: AdamW with linear warm-up and cosine decay to `final_rate` times the peak."""
+
+    steps: int
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    final_rate: float = 0.01
+    weight_decay: float = 0.01
+    clip: float = 1.0  # of the global gradient norm
+    average_decay: float = 0.999  # reached gradually: at most (1 + n) / (10 + n) at step n, counted from 0
+
+    def __post_init__(self):
+        for field, fits, expected in (
+            ("steps", self.steps >= 1, "1 or more"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
+            ("warmup", 0 <= self.warmup < self.steps, f"0 or more, and fewer than the {self.steps} steps"),
+            ("final_rate", 0 <= self.final_rate <= 1, "0 to 1 (times learning_rate)"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("clip", 0 < self.clip <= math.inf, "a number above 0"),
+            ("average_decay", 0 <= self.average_decay < 1, "0 or more, and below 1"),
+        ):
+            if not fits:
+                raise UsageError(f"{field} is {getattr(self, field)}; expected {expected}.")
+
+
+def learning_rate(schedule: Schedule) -> optax.Schedule:
+    """step, counted from 0 -> rate: 0 at first, the peak after `warmup` steps, then a cosine to the final rate."""
+    peak = schedule.learning_rate
+    return optax.warmup_cosine_decay_schedule(
+        0.0, peak, schedule.warmup, schedule.steps, end_value=peak * schedule.final_rate
+    )
+
+
+def decayed(params: Params) -> Params:
+    """Which leaves weight decay shrinks: matrices, known by name because stacked layers give a bias two axes too."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+
+
+def optimizer(schedule: Schedule) -> optax.GradientTransformation:
+    """The gradient transformation of a schedule: clipping, then AdamW."""
+    adamw = optax.adamw(learning_rate(schedule), b2=0.99, weight_decay=schedule.weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(schedule.clip), adamw)
+
+
+def start(task: Task, schedule: Schedule, key: Array, params: Params | None = None) -> State:
+    """The state before the first step, from `task.init(key)` or from a copy of given parameters."""
+    params = jax.tree.map(jnp.array, task.init(key) if params is None else params)  # a step donates what it is given
+    average = jax.tree.map(jnp.copy, params)
+    return State(jnp.zeros((), jnp.int32), params, average, optimizer(schedule).init(params))
+
+
+def make_step(task: Task, schedule: Schedule, key: Array) -> Callable[[State, Any], tuple[State, Mapping[str, Array]]]:
+    """One compiled, donated training step: (state, batch) -> (state, metrics)."""
+    transformation = optimizer(schedule)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: State, batch: Any) -> tuple[State, Mapping[str, Array]]:
+        noise_key = jax.random.fold_in(key, state.step)
+        (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state.params, batch, noise_key)
+        norm = optax.global_norm(grads)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies its int32 count with floats
+            updates, opt_state = transformation.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        count = state.step.astype(jnp.float32)
+        decay = jnp.minimum(schedule.average_decay, (1.0 + count) / (10.0 + count))
+        average = optax.incremental_update(params, state.average, 1.0 - decay)
+        return State(state.step + 1, params, average, opt_state), {"loss": loss, "grad_norm": norm, **metrics}
+
+    return step
+
+
+def fit(
+    task: Task,
+    schedule: Schedule,
+    folder: Path,
+    *,
+    seed: int = 0,
+    params: Params | None = None,
+    save_every: int = 500,
+    log_every: int = 20,
+    keep: int = 2,
+    devices: int = 1,
+) -> State:
+    """Trains, or goes on training, until `schedule.steps` steps are done.
+
+    Args:
+      folder: gets `state/` (Orbax checkpoints, the last `keep`) and `metrics.jsonl`; an earlier run there is resumed.
+      params: to start from, where there is no earlier run; None: `task.init`.
+      save_every, log_every: steps between checkpoints and between lines of metrics.
+      devices: that share every batch, each with a copy of the state; the batch must be a multiple of it.
+
+    Raises:
+      Interrupted: SIGINT or SIGTERM came; the state after the last whole step is saved.
+      NumericsError: the loss or its gradient is NaN or infinite; the last checkpoint before it is kept.
+      CheckpointError: the run in `folder` is of another model.
+      ResourceError: the disk is full.
+    """
+    for name, value in (("save_every", save_every), ("log_every", log_every), ("keep", keep), ("devices", devices)):
+        if value < 1:
+            raise UsageError(f"{name} is {value}; expected 1 or more.")
+    if devices > jax.device_count():
+        raise UsageError(f"devices is {devices}, but this machine has {jax.device_count()}.")
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    everywhere, shared = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    folder.mkdir(parents=True, exist_ok=True)
+    init_key, step_key = jax.random.split(jax.random.key(seed))
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    with interrupts() as stopped, ocp.CheckpointManager((folder / "state").absolute(), options=options) as manager:
+        begin = partial(start, task, schedule, init_key, params)
+        state = begin() if manager.latest_step() is None else _restore(manager, begin)
+        state = jax.device_put(state, everywhere)
+        done = int(state.step)
+        metrics = _Metrics(folder / "metrics.jsonl", done)
+        step = make_step(task, schedule, step_key)
+        values: Mapping[str, Array] = {}
+
+        def finite() -> dict[str, float]:
+            numbers = {name: float(np.asarray(value)) for name, value in values.items()}
+            if not all(math.isfinite(numbers.get(name, 0.0)) for name in ("loss", "grad_norm")):
+                kept = manager.latest_step()
+                raise NumericsError(
+                    f"{folder}: at step {done} the loss is {numbers['loss']}, its gradient's norm "
+                    f"{numbers['grad_norm']}.\n"
+                    + (f"The state of step {kept} is kept. " if kept else "Nothing was saved yet. ")
+                    + "Try a lower learning_rate, a longer warmup or a lower clip."
+                )
+            return numbers
+
+        def save() -> None:
+            if manager.latest_step() != done:
+                finite()
+                with _disk(folder):  # an earlier save may still be under way, and fail here
+                    manager.save(done, args=ocp.args.StandardSave(tuple(state)))
+
+        with ThreadPoolExecutor(1) as reader:
+            upcoming = reader.submit(task.batch, done)
+            while done < schedule.steps and not stopped():
+                batch = upcoming.result()
+                if done + 1 < schedule.steps:
+                    upcoming = reader.submit(task.batch, done + 1)
+                state, values = step(state, jax.device_put(batch, shared))
+                done += 1
+                if done % log_every == 0 or done == schedule.steps:
+                    metrics.write(done, finite())
+                if done % save_every == 0:
+                    save()
+        save()
+        with _disk(folder):
+            manager.wait_until_finished()
+    if done < schedule.steps:
+        raise Interrupted(f"{folder}: stopped after step {done}, state saved; the same command goes on.")
+    return state
+
+
+def _restore(manager: ocp.CheckpointManager, begin: Callable[[], State]) -> State:
+    """The last state that was saved, with the shapes and dtypes of `begin()`, which is not run."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(begin))
+    saved = manager.latest_step()
+    try:
+        state = State(*manager.restore(saved, args=ocp.args.StandardRestore(tuple(like))))
+    except Exception as error:  # Orbax and TensorStore raise many types
+        raise CheckpointError(
+            f"{manager.directory}: step {saved} cannot be restored ({type(error).__name__}: "
+            f"{' '.join(str(error).split()):.200}).\n"
+            "It may be of a run with another model or optimizer; choose another folder, or remove it to start anew."
+        ) from error
+    _log.info("resuming at step %d", saved)
+    return state
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """Makes one kind of error of all the ways in which a full disk shows."""
+    try:
+        yield
+    except Exception as error:
+        if resource := resource_error(error, folder):
+            raise resource from error
+        raise
+
+
+class _Metrics:
+    """One JSON object a line; lines of steps that a resumed run does again are dropped."""
+
+    def __init__(self, path: Path, done: int):
+        self.path = path
+        self.clock = (time.perf_counter(), done)
+        if path.exists():
+            with atomic(path) as part:
+                part.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if _step(line) <= done))
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        now = time.perf_counter()
+        each = round((now - self.clock[0]) / max(step - self.clock[1], 1), 4)
+        self.clock = (now, step)
+        line = {"step": step, **numbers, "seconds_per_step": each}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        _log.info("%s", " · ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics; beyond every step where a killed run left half a line."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf

@@ -1,0 +1,63 @@
+"""Training a causal VAE to reconstruct clips.
+
+B batch · T latent frames · H W latent grid · C latent channels · F pixel frames · Y X pixel height, width
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jvdiff.errors import NumericsError
+from jvdiff.models import wan
+from jvdiff.training.loop import Task
+from jvdiff.types import Array, Params
+
+
+def vae_task(
+    cfg: wan.VAEConfig,
+    clips: Callable[[int], np.ndarray],
+    *,
+    foreground_weight: float = 9.0,
+    latent_noise: float = 0.05,
+) -> Task:
+    """Reconstruction with L1 + L2 error.
+
+    Args:
+      clips: step -> uint8 video [B,F,Y,X,3]; F = 1 trains on pictures.
+      foreground_weight: of pixels that are not black, against 1; small bright things on black are else ignored.
+      latent_noise: standard deviation of the noise that the decoder has to bear, in units of each latent channel's own,
+        so that a diffusion model's small errors stay small on the screen. It takes the place of a KL term.
+    """
+
+    def loss(params: Params, video: Array, key: Array) -> tuple[Array, Mapping[str, Array]]:
+        target = video.astype(jnp.float32) / 127.5 - 1.0
+        latents = wan.encode(params, cfg, target, chunk=max(1, (video.shape[1] - 1) // cfg.temporal_factor))
+        spread = jax.lax.stop_gradient(jnp.std(latents, axis=(0, 1, 2, 3), keepdims=True))
+        noisy = latents + latent_noise * spread * jax.random.normal(key, latents.shape)
+        frames = wan.decode(params, cfg, noisy, chunk=max(1, latents.shape[1] - 1), clip=False)
+        weight = jnp.where(jnp.max(video, axis=-1, keepdims=True) > 12, foreground_weight, 1.0)
+        error = frames - target
+        mean = jnp.sum(weight * (jnp.abs(error) + error**2)) / (3.0 * jnp.sum(weight))
+        mse = jnp.mean((jnp.clip(frames, -1.0, 1.0) - target) ** 2) / 4.0
+        return mean, {"psnr": -10.0 * jnp.log10(mse), "spread": jnp.mean(spread)}
+
+    return Task(init=lambda key: wan.init_params(key, cfg), loss=loss, batch=clips)
+
+
+def latent_statistics(cfg: wan.VAEConfig, params: Params, clips: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    """(means, standard deviations) of the latent channels over uint8 clips [B,F,Y,X,3], for the VAE's configuration.
+
+    Raises:
+      NumericsError: a channel is the same everywhere, or not finite, and so cannot be normalised.
+    """
+    encode = jax.jit(lambda video: wan.encode(params, cfg, video.astype(jnp.float32) / 127.5 - 1.0))
+    latents = np.concatenate([np.asarray(encode(clips[i : i + 8])) for i in range(0, len(clips), 8)])
+    mean, std = (f(latents, axis=(0, 1, 2, 3), dtype=np.float64) for f in (np.mean, np.std))
+    if bad := [i for i, v in enumerate(std) if not 0 < v < np.inf]:
+        raise NumericsError(
+            f"Latent channels {bad} have standard deviation {[float(std[i]) for i in bad]}; expected above 0.\n"
+            "The VAE does not use them: train longer, or with a smaller z_dim."
+        )
+    return tuple(tuple(float(f"{v:.5g}") for v in values) for values in (mean, std))
