@@ -239,7 +239,7 @@ class Folder:
         """
         tensor = self.tensors[name]
         array = np.empty(tensor.shape, tensor.dtype)
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        view = array.reshape(-1).view(np.uint8).data
         with open(tensor.file, "rb", buffering=0) as file:
             done = 0
             while done < len(view):

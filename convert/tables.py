@@ -10,6 +10,7 @@ from convert.reader import read_json
 from convert.rules import Rule
 from jvdiff.errors import CheckpointError, UnsafeFormat
 from jvdiff.models import umt5, wan
+from jvdiff.types import Params
 
 
 class Component(NamedTuple):
@@ -17,7 +18,7 @@ class Component(NamedTuple):
 
     cfg: Any
     rules: list[Rule]
-    abstract: Callable[..., dict[str, Any]]
+    abstract: Callable[..., Params]
 
 
 def component(cfg: Any) -> Component:

@@ -46,7 +46,7 @@ def to_hf(source: Path, target: Path, dtype: str | None = None) -> None:
     with checkpoint.staged(target) as staging:
         copy_small_files(source, staging)
         for name in COMPONENTS:
-            _write(source / name, staging / name / f"{_STEMS[name]}.safetensors", dtype and DTYPES[dtype])
+            _write(source / name, staging / name / f"{_STEMS[name]}.safetensors", DTYPES[dtype] if dtype else None)
 
 
 def _write(source: Path, file: Path, dtype: np.dtype | None) -> None:
@@ -80,7 +80,7 @@ def _write(source: Path, file: Path, dtype: np.dtype | None) -> None:
                         f"{source}: {path} holds values too large for {kinds[name]}.\nChoose bfloat16 or float32."
                     )
                 out.seek(8 + len(text) + header[name]["data_offsets"][0])
-                out.write(tensor.reshape(-1).view(np.uint8))
+                out.write(tensor.reshape(-1).view(np.uint8).data)
             del array, leaf, tensor  # before the next one is read
 
 

@@ -313,7 +313,7 @@ def _sha256(file: Path) -> str:
 
 def array_sha256(array: np.ndarray) -> str:
     """sha256 of an array's numbers in C order, as they lie in memory (little endian)."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def _files(root: Path) -> dict[str, Path]:
@@ -545,7 +545,7 @@ def verify_arrays(path: Path, prefix: str, records: Mapping[str, Mapping[str, An
         raise IntegrityError(f"{path}: arrays are missing: {listed(sorted(left))}.\nConvert it again.")
 
 
-def _resource_error(error: BaseException, path: Path) -> ResourceError | None:
+def resource_error(error: BaseException, path: Path) -> ResourceError | None:
     """What a full disk or memory looks like, from the system, from TensorStore and from numpy."""
     if isinstance(error, MemoryError):
         return ResourceError(f"{path}: not enough memory ({error}).\nFree memory, or use a machine with more.")
@@ -595,7 +595,7 @@ def staged(path: str | Path, *, needed: int = 0, overwrite: bool = False) -> Ite
         except JvdiffError:
             raise
         except Exception as error:
-            if resource := _resource_error(error, target):
+            if resource := resource_error(error, target):
                 raise resource from error
             raise
         finally:
