@@ -43,7 +43,7 @@ def start(*arguments, setup="", **options):
 
 def run(*arguments, **options):
     process = start(*arguments, **options)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return SimpleNamespace(code=process.returncode, out=out, err=err)
 
 
@@ -246,7 +246,7 @@ def test_stopped_on_request(tiny_repository, tmp_path, number):  # F36
     process = start("--source", tiny_repository, "--target", tmp_path / "orbax")
     wait_for(process, lambda: list(tmp_path.glob(".orbax.staging-*/transformer/params*")))
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 5, err
     assert "interrupted" in err
     assert not list(tmp_path.iterdir())
@@ -255,7 +255,7 @@ def test_stopped_on_request(tiny_repository, tmp_path, number):  # F36
 def test_two_processes_never_mix(tiny_repository, tmp_path):  # F37
     commands = ["--source", tiny_repository, "--target", tmp_path / "orbax"]
     both = [start(*commands), start(*commands, "--dtype", "bfloat16")]
-    errors = [process.communicate(timeout=120)[1] for process in both]
+    errors = [process.communicate(timeout=300)[1] for process in both]
     codes = [process.returncode for process in both]
     assert sorted(codes) in ([0, 2], [0, 3]), errors  # 2: it came when the other was done
     verify(tmp_path / "orbax")
