@@ -572,6 +572,6 @@ def generate(
         found = f"{noise.dtype}{list(noise.shape)}"
         raise UsageError(f"noise is {found}; these prompts and sizes need float32{list(shape)}.")
     text, negative = encode_prompts(pipe, prompts, settings.negative_prompt if settings.guidance != 1 else None)
-    state = denoise(pipe, settings, _solver(settings).init(noise), text, negative, callback=callback)
+    state = denoise(pipe, settings, _solver(settings).init(jnp.asarray(noise)), text, negative, callback=callback)
     latents = np.array(state.x)
     return Output(decode(pipe, latents), latents, seeds, settings)

@@ -132,10 +132,10 @@ def programs(configs: Any, settings: Any, abstract: Mapping[str, Any], target: s
         lowered = traced.lower(lowering_platforms=("cuda",)) if target else traced.lower()
         compiled = lowered.compile()
         took = time.monotonic() - began
-        memory = compiled.memory_analysis()
+        memory: Any = compiled.memory_analysis()
         weights = _size(abstract[part[name]])
         data = memory.argument_size_in_bytes - weights + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        largest, elements = largest_array(compiled.as_text())
+        largest, elements = largest_array(compiled.as_text() or "")
         flops = count_flops(traced.jaxpr.jaxpr)
         yield Program(name, flops, weights, data, memory.temp_size_in_bytes, largest, elements, took)
 

@@ -15,21 +15,21 @@ PLAIN_SECONDS = 10.0  # between two lines in a log file
 @contextlib.contextmanager
 def bar(label: str, total: int, *, start: int = 0, stream: TextIO | None = None) -> Iterator[Callable[[int], None]]:
     """Yields show(done), to be called with the number of units done of `total`, `start` of them before this run."""
-    stream = stream or sys.stderr
-    live, began, last = stream.isatty(), time.monotonic(), float("-inf")
+    out: TextIO = stream or sys.stderr
+    live, began, last = out.isatty(), time.monotonic(), float("-inf")
 
     def show(done: int) -> None:
         nonlocal last
         now = time.monotonic()
         line = f"{label}  {_bar(done, total) if live else f'{done}/{total}'}{_left(now - began, done, total, start)}"
         if live:
-            stream.write(f"\r\x1b[K{line}")
+            out.write(f"\r\x1b[K{line}")
         elif done >= total or now - last >= PLAIN_SECONDS:
-            stream.write(line + "\n")
+            out.write(line + "\n")
         else:
             return
         last = now
-        stream.flush()
+        out.flush()
 
     if live:
         show(start)
@@ -37,25 +37,25 @@ def bar(label: str, total: int, *, start: int = 0, stream: TextIO | None = None)
         yield show
     finally:
         if live:
-            stream.write("\n")
-            stream.flush()
+            out.write("\n")
+            out.flush()
 
 
 @contextlib.contextmanager
 def phase(label: str, seconds: dict[str, float], key: str, *, stream: TextIO | None = None) -> Iterator[None]:
     """Says that something without a countable length is going on, then how long it took; adds that to seconds[key]."""
-    stream = stream or sys.stderr
-    live, before = stream.isatty(), seconds.get(key, 0.0)
+    out: TextIO = stream or sys.stderr
+    live, before = out.isatty(), seconds.get(key, 0.0)
     if live:
-        stream.write(f"{label} ...")
-        stream.flush()
+        out.write(f"{label} ...")
+        out.flush()
     try:
         with timed(seconds, key):
             yield
     finally:
         took = seconds[key] - before
-        stream.write(f"{chr(13) + chr(27) + '[K' if live else ''}{label}: {took:.1f} s\n")
-        stream.flush()
+        out.write(f"{chr(13) + chr(27) + '[K' if live else ''}{label}: {took:.1f} s\n")
+        out.flush()
 
 
 @contextlib.contextmanager
