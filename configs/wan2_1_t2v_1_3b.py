@@ -7,7 +7,8 @@
 official README advises --config.shift=8 --config.guidance=6).
 
 Planned by compile for an H200 in bfloat16, not measured (--config.plan=true --config.plan_target=h200): weights 2.7 GiB
-(DiT), 10.6 GiB (text), 0.5 GiB (VAE); one step 3.8 GiB and 566 TFLOP, decoding 8.7 GiB; 22 GiB in all, 28.6 PFLOP a clip.
+(DiT), 10.6 GiB (text), 0.5 GiB (VAE); one step 3.8 GiB and 566 TFLOP, decoding 8.7 GiB; 22 GiB
+in all, 28.6 PFLOP a clip.
 """
 
 from ml_collections import ConfigDict
