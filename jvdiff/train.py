@@ -16,7 +16,6 @@ import difflib
 import hashlib
 import inspect
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from jvdiff.data import digits, digits_tokenizer, tokenizer
 from jvdiff.data.video import atomic
 from jvdiff.errors import CheckpointError, ResourceError, UsageError
 from jvdiff.models import umt5, wan
+from jvdiff.sharding import data_parallel
 from jvdiff.training import flow_matching, reconstruction
 from jvdiff.training.loop import Schedule, State, Task
 
@@ -73,11 +73,10 @@ def run(request: command_line.Request) -> list[Path]:
     """Trains what the config asks for and returns the folder of the result."""
     config = request.config
     folder = command_line.writable(config.folder, "folder")
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("jvdiff").setLevel(logging.INFO)
     command_line.compile_cache(config.get("compile_cache"))
     try:
-        return [TASKS[config.task].run(config, folder)]
+        with command_line.plain_logs():
+            return [TASKS[config.task].run(config, folder)]
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -129,13 +128,17 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     sizes = {"in_channels": vae_cfg.z_dim, "out_channels": vae_cfg.z_dim}
     text_cfg = _model("text_encoder", umt5.Config, config.text_encoder, vocab_size=tokens.get_vocab_size())
     dit_cfg = _model("transformer", wan.DiTConfig, config.transformer, text_dim=text_cfg.d_model, **sizes)
-    pipeline.resolve(
-        pipeline.Configs(dit_cfg, vae_cfg, text_cfg), config.scheduler.to_dict(), config.defaults.to_dict()
-    )
+    scheduler, defaults = config.scheduler.to_dict(), config.defaults.to_dict()
+    try:
+        pipeline.resolve(pipeline.Configs(dit_cfg, vae_cfg, text_cfg), scheduler, defaults)
+    except CheckpointError as error:
+        raise UsageError(f"scheduler: {error}") from None
     result = _result(folder / "repository")
     vae = checkpoint.restore(vae_dir, wan.abstract_params(vae_cfg))
 
-    latents, prompts = _encoded_digits(vae_cfg, vae, config.clips, config.seed, folder / "latents.npz")
+    latents, prompts = _encoded_digits(
+        vae_cfg, vae, config.clips, config.seed, config.loop.get("devices", 1), folder / "latents.npz"
+    )
     ids, mask, _ = tokenizer.tokenize(tokens, [*prompts, ""], config.tokens)
 
     def batches(step: int) -> flow_matching.Batch:
@@ -266,7 +269,7 @@ def _nearest(name: Any, names: Iterable[str]) -> str:
 
 
 def _encoded_digits(
-    cfg: wan.VAEConfig, params: Any, clips: int, seed: int, path: Path
+    cfg: wan.VAEConfig, params: Any, clips: int, seed: int, devices: int, path: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Normalised latents float16 [N,T,H,W,C] of N training clips, and their prompts; kept in the file `path`.
 
@@ -281,15 +284,18 @@ def _encoded_digits(
             if "key" in stored and stored["key"] == key:
                 return stored["latents"], stored["prompts"]
 
+    everywhere, shared = data_parallel(devices)
+    params = jax.device_put(params, everywhere)
+
     @jax.jit
-    def encode(video):
+    def encode(params, video):
         latents = wan.encode(params, cfg, video.astype(jnp.float32) / 127.5 - 1.0)
         return wan.normalize_latents(cfg, latents)
 
-    size, parts, texts = 16, [], []
+    size, parts, texts = 16 * devices, [], []
     for i in range(-(-clips // size)):
         video, prompts = digits.batch(np.random.default_rng((seed, 1, i)), size)
-        parts.append(np.asarray(encode(video), np.float16))
+        parts.append(np.asarray(encode(params, jax.device_put(video, shared)), np.float16))
         texts += prompts
         if i % 50 == 0:
             command_line.say(f"encoding clips: {i * size} of {clips}")

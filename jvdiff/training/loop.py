@@ -22,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvdiff.checkpoint import resource_error
 from jvdiff.data.video import atomic
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
 from jvdiff.interrupts import interrupts
+from jvdiff.sharding import data_parallel
 from jvdiff.types import Array, Params
 
 _log = logging.getLogger("jvdiff.training")
@@ -103,7 +103,8 @@ def optimizer(schedule: Schedule) -> optax.GradientTransformation:
 
 def start(task: Task, schedule: Schedule, key: Array, params: Params | None = None) -> State:
     """The state before the first step, from `task.init(key)` or from a copy of given parameters."""
-    params = jax.tree.map(jnp.array, task.init(key) if params is None else params)  # a step donates what it is given
+    begun = task.init(key) if params is None else params
+    params = jax.tree.map(jnp.array, begun)  # copied, because a step donates what it is given
     average = jax.tree.map(jnp.copy, params)
     return State(jnp.zeros((), jnp.int32), params, average, optimizer(schedule).init(params))
 
@@ -116,7 +117,7 @@ def make_step(task: Task, schedule: Schedule, key: Array) -> Callable[[State, An
     def step(state: State, batch: Any) -> tuple[State, Mapping[str, Array]]:
         noise_key = jax.random.fold_in(key, state.step)
         (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state.params, batch, noise_key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies its int32 count with floats
             updates, opt_state = transformation.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -154,13 +155,10 @@ def fit(
       CheckpointError: the run in `folder` is of another model.
       ResourceError: the disk is full.
     """
-    for name, value in (("save_every", save_every), ("log_every", log_every), ("keep", keep), ("devices", devices)):
+    for name, value in (("save_every", save_every), ("log_every", log_every), ("keep", keep)):
         if value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more.")
-    if devices > jax.device_count():
-        raise UsageError(f"devices is {devices}, but this machine has {jax.device_count()}.")
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
-    everywhere, shared = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    everywhere, shared = data_parallel(devices)
     folder.mkdir(parents=True, exist_ok=True)
     init_key, step_key = jax.random.split(jax.random.key(seed))
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)

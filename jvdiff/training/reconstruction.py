@@ -54,10 +54,11 @@ def latent_statistics(cfg: wan.VAEConfig, params: Params, clips: np.ndarray) -> 
     """
     encode = jax.jit(lambda video: wan.encode(params, cfg, video.astype(jnp.float32) / 127.5 - 1.0))
     latents = np.concatenate([np.asarray(encode(clips[i : i + 8])) for i in range(0, len(clips), 8)])
-    mean, std = (f(latents, axis=(0, 1, 2, 3), dtype=np.float64) for f in (np.mean, np.std))
-    if bad := [i for i, v in enumerate(std) if not 0 < v < np.inf]:
+    latents = latents.reshape(-1, cfg.z_dim).astype(np.float64)
+    mean, std = latents.mean(axis=0), latents.std(axis=0)
+    if bad := [i for i, v in enumerate(std.tolist()) if not 0 < v < np.inf]:
         raise NumericsError(
-            f"Latent channels {bad} have standard deviation {[float(std[i]) for i in bad]}; expected above 0.\n"
+            f"Latent channels {bad} have standard deviation {std[bad].tolist()}; expected above 0.\n"
             "The VAE does not use them: train longer, or with a smaller z_dim."
         )
-    return tuple(tuple(float(f"{v:.5g}") for v in values) for values in (mean, std))
+    return tuple(tuple(float(f"{v:.5g}") for v in values) for values in (mean.tolist(), std.tolist()))
