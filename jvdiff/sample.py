@@ -312,7 +312,7 @@ def _resumed(config: Any, state: run_state.RunState, given: Mapping[str, Any], d
     run_state.check_same(saved, now, folder)
     try:
         settings = resolve(**{k: saved[k] for k in pipeline.FIELDS if k in saved}, fps=config.fps)
-        stem = re.sub(r"(-\d+)?\.state$", "", Path(folder).resolve().name)
+        stem = Path(folder).resolve().name.removesuffix(".state")
         return Job(saved["prompt"], saved["seed"], settings, stem, state=state)
     except (KeyError, UsageError) as error:
         raise CheckpointError(f"{folder}: the state does not describe a run of this model: {error}") from None
@@ -392,7 +392,9 @@ def _make(
     say(f"prompt: {job.prompt}   seed: {job.seed}")
     notice = _video_writer(settings)
     with videos.claim(output, job.stem) as base:
-        rows = pipeline.tokenize(pipe.tokenizer, [job.prompt, settings.negative_prompt])[0].shape[1]
+        against = settings.negative_prompt if settings.guidance != 1 else None
+        texts = [job.prompt] + ([] if against is None else [against])
+        rows = pipeline.tokenize(pipe.tokenizer, texts)[0].shape[1]
         if (settings, rows) not in compiled:
             with progress.phase("compiling", seconds, "compile"), _stage("compile"):
                 for name, program in pipeline.traced(pipe.configs, settings, pipe.params, rows):
@@ -401,9 +403,7 @@ def _make(
                     program.lower().compile()
             compiled.add((settings, rows))
         with progress.phase("text", seconds, "text"), _stage("text"):
-            text, negative = pipeline.encode_prompts(
-                pipe, [job.prompt], settings.negative_prompt if settings.guidance != 1 else None
-            )
+            text, negative = pipeline.encode_prompts(pipe, [job.prompt], against)
         state = _begin(pipe, job)
         preview = _preview(pipe) if config.preview_every or last < settings.steps else None
 
