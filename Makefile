@@ -32,7 +32,7 @@ parity: .venv/.parity
 lint: .venv/.test
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
-	$(RUN) -m pyright
+	$(RUN) -m pyright --pythonpath $(RUN)
 
 # Without a Python 3.12 there is nothing to compare with: that is said, and is no failure.
 kernels:

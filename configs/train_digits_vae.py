@@ -2,8 +2,8 @@
 
     python -m jvdiff.train --config configs/train_digits_vae.py
 
-Pictures first, then whole clips: trained on short clips only, the colours of later chunks drift away. Figures and curves:
-docs/log.md. The result is runs/digits_vae/vae.
+Pictures first, then whole clips: trained on short clips only, the colours of later chunks drift away. Figures and
+curves: docs/log.md. The result is runs/digits_vae/vae.
 """
 
 from ml_collections import ConfigDict
