@@ -7,6 +7,7 @@ Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
 import stat
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,6 +105,22 @@ def writable(folder: str, field: str) -> Path:
 def say(message: str) -> None:
     """A line for the person at the terminal."""
     print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def plain_logs() -> Iterator[None]:
+    """Shows what jvdiff logs as plain lines on stderr, whatever format other packages have set."""
+    logger, handler = logging.getLogger("jvdiff"), logging.StreamHandler()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def compile_cache(where: str | None) -> None:
