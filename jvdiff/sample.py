@@ -465,7 +465,7 @@ def _make(
             "checkpoint": pipe.path,
             "dtypes": dataclasses.asdict(pipe.precision),
             "sigmas": [float(s) for s in pipeline.schedule(settings).sigmas],
-            "attention": _attention(settings, pipe.configs, pipe.precision.name, rows),
+            "attention_chosen": _attention(settings, pipe.configs, pipe.precision.name, rows),
             "device": _device(),
             "versions": versions(),
             "resumed_at_step": job.state.done if job.state else None,
