@@ -7,13 +7,13 @@
 #   make lint      ruff and pyright
 #   make clean     removes the environments
 #
-# PYTHON=python3.13 chooses another interpreter. TORCH=torch and TORCH_INDEX= choose where torch comes from: by default
-# its build for CPUs, because the one on PyPI brings gigabytes of CUDA packages along on Linux.
+# PYTHON=python3.13 chooses another interpreter; TORCH="torch --index-url ..." another build of torch, for instance the
+# one for CPUs, which is much smaller.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-PYTEST ?= # more arguments for pytest
+PYTEST ?= # more arguments for pytest, for instance -x or a file
+WORKERS ?= -n auto --dist loadfile
 
 PIP = -m pip install --quiet --disable-pip-version-check
 RUN = .venv/bin/python
@@ -24,7 +24,7 @@ sample: .venv/.sample
 	$(RUN) -m jvdiff.sample --config configs/digits.py --config.prompt="a red seven moving left" --config.seed=3 --config.output=out
 
 test: .venv/.test
-	$(RUN) -m pytest $(PYTEST)
+	$(RUN) -m pytest $(WORKERS) $(PYTEST)
 
 parity: .venv/.parity
 	$(RUN) -m pytest -m parity tests $(PYTEST)
@@ -57,7 +57,7 @@ kernels:
 	@touch $@
 
 .venv/.parity: .venv/.test
-	$(RUN) $(PIP) --timeout 30 --retries 2 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(RUN) $(PIP) $(TORCH)
 	$(RUN) $(PIP) --editable ".[parity]"
 	@touch $@
 
