@@ -1,0 +1,519 @@
+"""How fast is jvdiff beside diffusers and transformers? Same weights, inputs, machine, threads and process, in turn.
+
+    python benchmarks/compare_diffusers.py                                  # models alone, on the CPU
+    python benchmarks/compare_diffusers.py --checkpoint checkpoints/digits  # and the whole clip, and the first frame
+    python benchmarks/compare_diffusers.py --device gpu                     # the 1.3B model at 480x832x81, bfloat16
+
+Each row is the median of runs that alternate (ours, theirs, ours, theirs, ...) after one of each that does not count;
+what JAX needs to compile is a column of its own. `difference` is the relative L2 distance between the two results, so
+that a fast wrong answer shows. Without torch and diffusers (`make parity` installs them) only our side is timed. The
+table goes to benchmarks/results with the machine that it was measured on.
+
+B batch · T latent frames · H W latent grid · C latent channels · S text tokens · F pixel frames · Y X pixel size.
+"""
+
+import argparse
+import gc
+import importlib.util
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from machine import describe
+
+from convert.rules import disassemble, flatten, unflatten
+from convert.tables import component
+from jvdiff.data import video
+from jvdiff.errors import JvdiffError, SetupError
+from jvdiff.models import umt5, wan
+from jvdiff.plan import count_flops
+
+RESULTS = Path(__file__).parent / "results"
+PROMPT = "a red seven moving left"
+
+# The sizes of configs/train_digits_*.py.
+DIGITS_DIT = wan.DiTConfig(
+    in_channels=8, out_channels=8, text_dim=64, num_attention_heads=4, attention_head_dim=64, num_layers=6, ffn_dim=1024
+)
+DIGITS_VAE = wan.VAEConfig(
+    base_dim=8, dim_mult=(1, 4, 8, 8), num_res_blocks=1, z_dim=8, latents_mean=(0.0,) * 8, latents_std=(1.0,) * 8
+)
+DIGITS_TEXT = umt5.Config(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+
+Run = Callable[[], Any]  # runs once, waits for the result, returns it as our side lays it out
+
+
+@dataclass(frozen=True)
+class Case:
+    """One program of both sides: `inputs` are numpy arrays of our layout, `ours(params, *inputs)` is traced.
+
+    `theirs(model, *inputs)` gets torch tensors of the same layout and dtype on its device, and answers in it.
+    """
+
+    name: str
+    cfg: Any
+    inputs: tuple[np.ndarray, ...]
+    ours: Callable[..., Any]
+    theirs: Callable[..., Any]
+    dtype: str = "float32"
+    counted: Callable[..., Any] | None = None  # a form of `ours` whose products are all visible to count_flops
+
+    @property
+    def shape(self) -> str:
+        return "x".join(map(str, self.inputs[0].shape)) + f" {self.dtype}"
+
+
+@dataclass
+class Row:
+    """Seconds of every counted run; None where there is no rival."""
+
+    name: str
+    shape: str
+    ours: list[float]
+    theirs: list[float] | None = None
+    compile: float | None = None
+    difference: float | None = None
+    flops: float | None = None
+    peak: float | None = field(default=None, repr=False)
+
+    def record(self) -> dict[str, Any]:
+        ours = statistics.median(self.ours)
+        record: dict[str, Any] = {"name": self.name, "shape": self.shape, "ours_s": _short(ours)}
+        if self.theirs:
+            theirs = statistics.median(self.theirs)
+            record |= {"theirs_s": _short(theirs), "ratio": round(ours / theirs, 3), "difference": self.difference}
+        record |= {"compile_s": self.compile, "runs": len(self.ours), "ours_all_s": [_short(s) for s in self.ours]}
+        record |= {"theirs_all_s": [_short(s) for s in self.theirs or ()]}
+        if self.flops:
+            record["ours_tflops_per_s"] = _short(self.flops / ours / 1e12)
+            if self.peak:
+                record["share_of_peak"] = round(self.flops / ours / self.peak, 3)
+        return record
+
+
+# ----------------------------------------------------------------------------------------------------------- cases
+
+
+def _normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
+
+
+def dit(name: str, cfg: wan.DiTConfig, size: Sequence[int], text: int, **options: Any) -> Case:
+    """size: B, T, H, W; text: rows that both sides attend to."""
+    implementation = options.pop("implementation", None)
+
+    def ours(params: Any, x: Any, t: Any, rows: Any, how: str | None = implementation) -> Any:
+        # `rows` are cast as the pipeline has them, in the dtype of the text encoder.
+        return wan.velocity(
+            params, cfg, x, t, rows.astype(params["blocks"]["ffn"]["up"]["kernel"].dtype), implementation=how
+        )
+
+    def theirs(model: Any, x: Any, t: Any, rows: Any) -> Any:
+        first = x.permute(0, 4, 1, 2, 3).to(model.dtype)
+        return model(first, t, rows.to(model.dtype), return_dict=False)[0].permute(0, 2, 3, 4, 1)
+
+    inputs = _normal(*size, cfg.in_channels), np.full(size[0], 500.0, np.float32), _normal(size[0], text, cfg.text_dim)
+    return Case(name, cfg, inputs, ours, theirs, counted=partial(ours, how="xla"), **options)
+
+
+def vae_decode(name: str, cfg: wan.VAEConfig, size: Sequence[int], **options: Any) -> Case:
+    """size: B, T, H, W of the latents."""
+
+    def theirs(model: Any, z: Any) -> Any:
+        return model.decode(z.permute(0, 4, 1, 2, 3).to(model.dtype), return_dict=False)[0].permute(0, 2, 3, 4, 1)
+
+    return Case(name, cfg, (_normal(*size, cfg.z_dim),), lambda p, z: wan.decode(p, cfg, z), theirs, **options)
+
+
+def vae_encode(name: str, cfg: wan.VAEConfig, size: Sequence[int], **options: Any) -> Case:
+    """size: B, T, H, W of the latents."""
+
+    def theirs(model: Any, x: Any) -> Any:
+        return model.encode(x.permute(0, 4, 1, 2, 3).to(model.dtype)).latent_dist.mode().permute(0, 2, 3, 4, 1)
+
+    B, T, H, W = size
+    grid = (B, 1 + cfg.temporal_factor * (T - 1), H * cfg.spatial_factor, W * cfg.spatial_factor, 3)
+    return Case(name, cfg, (np.tanh(_normal(*grid)),), lambda p, x: wan.encode(p, cfg, x), theirs, **options)
+
+
+def text(name: str, cfg: umt5.Config, size: Sequence[int], **options: Any) -> Case:
+    """size: B, S."""
+
+    def theirs(model: Any, ids: Any, mask: Any) -> Any:
+        return model(ids.long(), attention_mask=mask.long()).last_hidden_state
+
+    ids = np.random.default_rng(0).integers(2, cfg.vocab_size, size, np.int32)
+    inputs = ids, np.ones(size, bool)
+    return Case(name, cfg, inputs, lambda p, ids, mask: umt5.encode(p, cfg, ids, mask), theirs, **options)
+
+
+def cases(device: str, quick: bool = False) -> Iterator[Case]:
+    """What is compared on a device; `quick` shrinks everything, to see that it runs."""
+    if quick:
+        heads = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 64}
+        small_dit = replace(DIGITS_DIT, text_dim=16, freq_dim=16, **heads)
+        small_vae = replace(DIGITS_VAE, base_dim=4, dim_mult=(1, 2, 2), temperal_downsample=(True, True))
+        small_text = replace(DIGITS_TEXT, d_model=16, d_kv=8, num_heads=2)
+        dtype = "bfloat16" if device == "gpu" else "float32"
+        yield dit("DiT", small_dit, (2, 2, 4, 6), 8, dtype=dtype)
+        yield vae_decode("VAE decode", small_vae, (1, 2, 2, 3), dtype=dtype)
+        yield vae_encode("VAE encode", small_vae, (1, 2, 2, 3), dtype=dtype)
+        yield text("UMT5", small_text, (1, 8), dtype=dtype)
+    elif device == "gpu":
+        size = (1, 21, 60, 104)
+        half = {"dtype": "bfloat16"}
+        yield dit("DiT 1.3B", wan.WAN_2_1_T2V_1_3B, size, 512, implementation="cudnn", **half)
+        yield vae_decode("VAE decode", wan.WAN_2_1_VAE, size)  # float32, as both programs run it by default
+        yield vae_decode("VAE decode", wan.WAN_2_1_VAE, size, **half)
+        yield vae_encode("VAE encode", wan.WAN_2_1_VAE, size)
+        yield vae_encode("VAE encode", wan.WAN_2_1_VAE, size, **half)
+        yield text("UMT5-XXL", umt5.UMT5_XXL, (1, 512), **half)
+    else:
+        heads = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 4}
+        yield dit("DiT digits", DIGITS_DIT, (2, 5, 8, 8), 512)  # 2: with and without the prompt
+        yield dit("DiT 1536 wide, 4 layers", wan.DiTConfig(**heads), (1, 3, 60, 104), 512)
+        yield vae_decode("VAE decode digits", DIGITS_VAE, (1, 5, 8, 8))
+        yield vae_decode("VAE decode 96 wide", wan.WAN_2_1_VAE, (1, 3, 16, 24))
+        yield vae_encode("VAE encode digits", DIGITS_VAE, (1, 5, 8, 8))
+        yield vae_encode("VAE encode 96 wide", wan.WAN_2_1_VAE, (1, 3, 16, 24))
+        yield text("UMT5 digits", DIGITS_TEXT, (2, 512))
+        wide = {"vocab_size": 8192, "d_model": 1024, "d_ff": 2560, "num_layers": 4, "num_heads": 16}
+        yield text("UMT5 1024 wide, 4 layers", umt5.Config(**wide), (1, 512))
+
+
+# ------------------------------------------------------------------------------------------------------- both sides
+
+
+def random_params(cfg: Any) -> dict[str, Any]:
+    """float32 numpy parameters that keep activations of order one; no leaf idle."""
+    block = np.random.default_rng(0).standard_normal(1_000_003, np.float32)  # repeated: billions of draws take minutes
+    leaves = {}
+    for path, leaf in flatten(component(cfg).abstract(jnp.float32)).items():
+        if path.endswith("scale"):
+            leaves[path] = np.ones(leaf.shape, np.float32)
+        elif path.endswith(("kernel", "embedding")):
+            stacked = path.startswith(("blocks", "layers"))
+            fan_in = 1 if "embedding" in path else max(math.prod(leaf.shape[stacked:-1]), 1)
+            size = 1 / math.sqrt(fan_in * (cfg.d_kv if isinstance(cfg, umt5.Config) and "attn/q/" in path else 1))
+            leaves[path] = np.resize(block, leaf.shape) * np.float32(size)
+        else:  # biases, modulations
+            leaves[path] = np.resize(block, leaf.shape) * np.float32(0.1)
+    return unflatten(leaves)
+
+
+def our_run(case: Case, params: dict[str, Any]) -> tuple[Run, float]:
+    """A compiled run, and the seconds that compiling took."""
+    abstract = component(case.cfg).abstract(jnp.dtype(case.dtype))
+    params = jax.tree.map(lambda leaf, value: jnp.asarray(value, leaf.dtype), abstract, params)
+    inputs = [jnp.asarray(x) for x in case.inputs]
+    began = time.perf_counter()
+    compiled = jax.jit(case.ours).lower(params, *inputs).compile()
+    took = time.perf_counter() - began
+    return lambda: jax.block_until_ready(compiled(params, *inputs)), took
+
+
+def have_rival() -> bool:
+    """Whether torch, diffusers and transformers are installed."""
+    return all(importlib.util.find_spec(name) for name in ("torch", "diffusers", "transformers"))
+
+
+def their_run(case: Case, params: dict[str, Any], device: str) -> Run:
+    """The rival's run on the same weights."""
+    import torch
+
+    model = _torch_model(case.cfg, device)
+    state = {name: torch.from_numpy(array) for name, array in disassemble(component(case.cfg).rules, params)}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) <= {"encoder.embed_tokens.weight"} and not unexpected, (missing, unexpected)
+    del state
+    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) if isinstance(case.cfg, wan.DiTConfig) else ()
+    for name, parameter in model.named_parameters():  # as from_pretrained(torch_dtype=...) casts
+        if not any(part in name.split(".") for part in kept):
+            parameter.data = parameter.data.to(getattr(torch, case.dtype))
+    model.eval()
+    inputs = [torch.from_numpy(x).to(device) for x in case.inputs]
+
+    def run() -> Any:
+        with torch.inference_mode():
+            out = case.theirs(model, *inputs)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return out
+
+    return run
+
+
+def _torch_model(cfg: Any, device: str) -> Any:
+    import diffusers
+    import torch
+    import transformers
+
+    with torch.device(device):
+        if isinstance(cfg, umt5.Config):
+            return transformers.UMT5EncoderModel(transformers.UMT5Config(**cfg.to_json()))
+        kind = diffusers.AutoencoderKLWan if isinstance(cfg, wan.VAEConfig) else diffusers.WanTransformer3DModel
+        return kind.from_config(cfg.to_json())
+
+
+def alternate(ours: Run, theirs: Run | None, repeats: int) -> tuple[list[float], list[float] | None, float | None]:
+    """Seconds of each side's runs in turn, after one uncounted run of each whose results are compared."""
+    first = np.asarray(_leaf(ours()), np.float32)
+    difference = None
+    if theirs is not None:
+        other = theirs()
+        other = other if isinstance(other, np.ndarray) else other.float().cpu().numpy()
+        difference = float(f"{np.linalg.norm(first - other) / np.linalg.norm(other):.1e}")
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for side, run in enumerate((ours, theirs)):
+            if run is not None:
+                began = time.perf_counter()
+                run()
+                times[side].append(time.perf_counter() - began)
+    return times[0], times[1] if theirs is not None else None, difference
+
+
+def _leaf(result: Any) -> Any:
+    return jax.tree.leaves(result)[0]
+
+
+def measure(case: Case, repeats: int, rival: str | None, peak: float | None = None) -> Row:
+    """One row of the table; `rival`: torch's device, or None."""
+    params = random_params(case.cfg)
+    ours, compile_seconds = our_run(case, params)
+    theirs = their_run(case, params, rival) if rival else None
+    counted = jax.make_jaxpr(case.counted or case.ours)
+    abstract = component(case.cfg).abstract(jnp.dtype(case.dtype))
+    flops = count_flops(counted(abstract, *case.inputs).jaxpr)
+    del params
+    seconds, their_seconds, difference = alternate(ours, theirs, repeats)
+    return Row(case.name, case.shape, seconds, their_seconds, _short(compile_seconds), difference, flops, peak)
+
+
+def matmul_peak(size: int = 8192, repeats: int = 20) -> float:
+    """FLOP/s of one large square bfloat16 product: the most that a real program can hope for."""
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.bfloat16)).lower(a, a).compile()
+    product(a, a).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        out = a
+        for _ in range(repeats):  # queued, so that the launch is not what is timed
+            out = product(a, a)
+        out.block_until_ready()
+        seconds.append((time.perf_counter() - began) / repeats)
+    return 2.0 * size**3 / statistics.median(seconds)
+
+
+# ------------------------------------------------------------------------------------------- a checkpoint's clip
+
+
+def measure_clip(checkpoint: str, repeats: int, rival: str | None) -> Row:
+    """Prompt to frames, with the checkpoint's own settings, from the same noise."""
+    import jvdiff
+    from jvdiff import pipeline
+
+    pipe = jvdiff.load(checkpoint)
+    settings = pipe.settings()
+    noise = np.asarray(pipeline.initial_noise([0], pipeline.latent_shape(pipe.configs, settings)))
+
+    def ours() -> np.ndarray:
+        return jvdiff.generate(pipe, [PROMPT], noise=noise).video
+
+    began = time.perf_counter()
+    ours()
+    first = time.perf_counter() - began
+    theirs = _their_clip(checkpoint, settings, noise, rival) if rival else None
+    seconds, their_seconds, difference = alternate(ours, theirs, repeats)
+    shape = f"{settings.num_frames}x{settings.height}x{settings.width}, {settings.steps} steps"
+    compiling = _short(max(first - statistics.median(seconds), 0.0))
+    return Row("whole clip", f"{shape} {pipe.precision.name}", seconds, their_seconds, compiling, difference)
+
+
+def _their_clip(checkpoint: str, settings: Any, noise: np.ndarray | None, device: str) -> Run:
+    import diffusers
+    import torch
+
+    pipe = diffusers.WanPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    start = None if noise is None else torch.from_numpy(noise.transpose(0, 4, 1, 2, 3).copy()).to(device)
+
+    def run() -> np.ndarray:
+        frames = pipe(
+            prompt=[PROMPT],
+            negative_prompt=settings.negative_prompt,
+            height=settings.height,
+            width=settings.width,
+            num_frames=settings.num_frames,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            latents=start,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+        ).frames
+        return np.round(frames * 255).astype(np.uint8)
+
+    return run
+
+
+def first_frame(checkpoint: str, side: str, cache: str) -> None:
+    """In a process of its own: prints the time of day when the first frame is in host memory."""
+    import jvdiff
+    from jvdiff import pipeline
+
+    if side == "ours":
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        pipe = jvdiff.load(checkpoint)
+        settings = pipe.settings()
+        words, negative = pipeline.encode_prompts(pipe, [PROMPT], settings.negative_prompt)
+        noise = pipeline.initial_noise([0], pipeline.latent_shape(pipe.configs, settings))
+        state = pipeline.denoise(pipe, settings, pipeline.solver(settings).init(noise), words, negative)
+        pipeline.decode(pipe, state.x, callback=lambda done: print(time.time(), flush=True) if done == 1 else None)
+    else:  # the rival gives all frames at once
+        configs = pipeline.checkpoint.inspect(checkpoint)
+        three = pipeline.Configs(configs.transformer, configs.vae, configs.text_encoder)
+        settings = pipeline.resolve(three, configs.scheduler, pipeline.read_defaults(checkpoint))
+        _their_clip(checkpoint, settings, None, "cpu")()
+        print(time.time(), flush=True)
+
+
+def measure_first_frame(checkpoint: str, repeats: int, rival: str | None) -> Row:
+    """Seconds from the start of a process to the first frame, files and compilations cached by a run before."""
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    sides = ["ours", "theirs"] if rival else ["ours"]
+    with tempfile.TemporaryDirectory() as cache:
+        for i in range(repeats + 1):
+            for side in sides:
+                command = [sys.executable, __file__, "--checkpoint", checkpoint, "--first-frame", side, cache]
+                began = time.time()
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                if i:
+                    times[side].append(float(done.stdout.split()[-1]) - began)
+    return Row("first frame, cold process", "from the command to the frame", times["ours"], times["theirs"] or None)
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def _short(seconds: float) -> float:
+    return float(f"{seconds:.4g}")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text; a ratio below 1 means that jvdiff is faster."""
+    lines = [
+        f"{'':<28}{'input':<34}{'ours':>10}{'theirs':>10}{'ratio':>7}{'compile':>9}{'difference':>12}{'TFLOP/s':>9}"
+    ]
+    for row in rows:
+        r = row.record()
+        theirs = (f"{r['theirs_s']:.4g} s", f"{r['ratio']:.2f}") if "ratio" in r else ("-", "-")
+        compiling = "-" if row.compile is None else f"{row.compile:.1f} s"
+        apart = "-" if row.difference is None else f"{row.difference:.0e}"
+        rate = f"{r['ours_tflops_per_s']:.3g}" if row.flops else "-"
+        rate += f" ({r['share_of_peak']:.0%})" if "share_of_peak" in r else ""
+        numbers = f"{r['ours_s']:.4g} s".rjust(10) + theirs[0].rjust(10) + theirs[1].rjust(7)
+        lines.append(f"{row.name:<28}{row.shape:<34}{numbers}{compiling:>9}{apart:>12}{rate:>9}")
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--checkpoint", help="a Diffusers folder: time the whole clip and the first frame too")
+    parser.add_argument("--only", help="rows whose name contains this")
+    parser.add_argument("--repeats", type=int, default=7, help="counted runs of each side")
+    parser.add_argument("--alone", action="store_true", help="do not run the rival")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and one run, to see that all works")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/compare_diffusers_DEVICE.json")
+    parser.add_argument("--first-frame", nargs=2, metavar=("SIDE", "CACHE"), help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
+    if args.first_frame:
+        first_frame(args.checkpoint, *args.first_frame)
+        return 0
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the rival needs room on the same GPU
+    if args.device == "gpu" and not args.quick and jax.default_backend() != "gpu":
+        raise SetupError(f"--device gpu: JAX finds no GPU, its backend is {jax.default_backend()!r}.")
+    rival, threads = _rival(args), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if rival:
+        import torch
+
+        torch.set_num_threads(threads or 1)
+    peak = matmul_peak() if args.device == "gpu" and not args.quick else None
+    repeats, rows = 1 if args.quick else args.repeats, []
+    wanted = [case for case in cases(args.device, args.quick) if not args.only or args.only in case.name]
+    todo: list[Callable[[], Row]] = [partial(measure, case, repeats, rival, peak) for case in wanted]
+    if args.checkpoint and not args.only:
+        todo.append(partial(measure_clip, args.checkpoint, repeats, rival))
+        if args.device == "cpu":
+            todo.append(partial(measure_first_frame, args.checkpoint, repeats, rival))
+    for job in todo:
+        rows.append(job())
+        print(table(rows[-1:]).splitlines()[1], file=sys.stderr, flush=True)
+        gc.collect()
+        if rival == "cuda":
+            torch.cuda.empty_cache()
+    print(table(rows))
+    if peak:
+        print(f"bfloat16 product of 8192x8192 matrices: {peak / 1e12:.0f} TFLOP/s")
+
+    output = args.output or (None if args.quick else RESULTS / f"compare_diffusers_{args.device}.json")
+    if output:
+        rivals = {name: version(name) for name in ("torch", "diffusers", "transformers")} if rival else {}
+        report = {
+            "machine": describe() | rivals | {"threads": threads, "load_before": _load()},
+            "peak_bfloat16_tflops_per_s": peak and round(peak / 1e12, 1),
+            "rows": [row.record() for row in rows],
+        }
+        with video.atomic(output) as part:
+            part.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"written to {output}")
+    return 0
+
+
+def _rival(args: argparse.Namespace) -> str | None:
+    if args.alone:
+        return None
+    if not have_rival():
+        print("torch, diffusers or transformers is not installed: timing jvdiff alone", file=sys.stderr)
+        return None
+    if args.device == "cpu" or args.quick:
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        print("this torch has no CUDA: timing jvdiff alone", file=sys.stderr)
+        return None
+    return "cuda"
+
+
+def _load() -> float | None:
+    """Other work on the machine spoils figures; so the record says how busy it was."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+if __name__ == "__main__":
+    if "--device=gpu" not in sys.argv and "gpu" not in sys.argv:
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        sys.exit(main())
+    except JvdiffError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

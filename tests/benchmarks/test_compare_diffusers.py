@@ -1,0 +1,71 @@
+"""The speed comparison runs, counts and writes what it says; with tiny sizes and without the rival."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convert.rules import flatten
+from jvdiff.models import wan
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    return importlib.import_module("compare_diffusers")
+
+
+def test_every_model_is_timed_alone(benchmark, tmp_path, capsys):
+    assert benchmark.main(["--quick", "--alone", "--output", str(tmp_path / "results.json")]) == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["DiT", "VAE decode", "VAE encode", "UMT5"]
+    for row in report["rows"]:
+        assert row["ours_s"] > 0 and row["compile_s"] > 0 and row["ours_tflops_per_s"] > 0 and "ratio" not in row
+    assert {"cpu", "cores", "jax", "date", "threads"} <= report["machine"].keys()
+    assert "VAE decode" in capsys.readouterr().out
+
+
+def test_runs_alternate_and_the_ratio_is_of_medians(benchmark):
+    order = []
+    result = np.ones((2, 3), np.float32)
+
+    def side(name, value):
+        return lambda: order.append(name) or value
+
+    ours, theirs, difference = benchmark.alternate(side("ours", result), side("theirs", result * 2), 3)
+    assert order == ["ours", "theirs"] * 4 and len(ours) == len(theirs) == 3 and difference == 0.5
+    row = benchmark.Row("a", "1x2", [1.0, 9.0, 2.0], [4.0, 4.0, 40.0], 1.0, difference, flops=4e12, peak=8e12)
+    record = row.record()
+    assert (record["ours_s"], record["theirs_s"], record["ratio"]) == (2.0, 4.0, 0.5)
+    assert (record["ours_tflops_per_s"], record["share_of_peak"]) == (2.0, 0.25)
+    assert "0.50" in benchmark.table([row]) and "25%" in benchmark.table([row])
+
+
+def test_the_sizes_are_those_that_ship(benchmark):
+    """The digits rows have the sizes of the training configurations."""
+    from configs import train_digits_dit, train_digits_vae
+
+    def same(cfg, mapping):
+        return all(getattr(cfg, name) == value for name, value in mapping.items())
+
+    trained = train_digits_dit.get_config()
+    assert same(benchmark.DIGITS_VAE, train_digits_vae.get_config().vae)
+    assert same(benchmark.DIGITS_DIT, trained.transformer) and same(benchmark.DIGITS_TEXT, trained.text_encoder)
+    assert benchmark.DIGITS_DIT.in_channels == benchmark.DIGITS_VAE.z_dim
+
+
+def test_gpu_rows_are_the_published_model_at_its_size(benchmark):
+    case = next(iter(benchmark.cases("gpu")))
+    assert case.cfg == wan.WAN_2_1_T2V_1_3B and case.shape == "1x21x60x104x16 bfloat16"
+    assert all(case.dtype == "bfloat16" for case in benchmark.cases("gpu", quick=True))
+
+
+def test_random_weights_leave_no_layer_idle(benchmark):
+    for case in benchmark.cases("cpu", quick=True):
+        assert all(np.any(leaf != 0) for leaf in flatten(benchmark.random_params(case.cfg)).values())
+
+
+def test_matmul_peak_is_a_rate(benchmark):
+    assert benchmark.matmul_peak(size=64, repeats=2) > 0
