@@ -164,7 +164,7 @@ def text(name: str, cfg: umt5.Config, size: Sequence[int], **options: Any) -> Ca
 def cases(device: str, quick: bool = False) -> Iterator[Case]:
     """What is compared on a device; `quick` shrinks everything, to see that it runs."""
     if quick:
-        heads = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 64}
+        heads: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 64}
         small_dit = replace(DIGITS_DIT, text_dim=16, freq_dim=16, **heads)
         small_vae = replace(DIGITS_VAE, base_dim=4, dim_mult=(1, 2, 2), temperal_downsample=(True, True))
         small_text = replace(DIGITS_TEXT, d_model=16, d_kv=8, num_heads=2)
@@ -365,7 +365,7 @@ def _their_clip(checkpoint: str, settings: Any, noise: np.ndarray | None, device
             latents=start,
             generator=torch.Generator().manual_seed(0),
             output_type="np",
-        ).frames
+        ).frames  # type: ignore[union-attr]
         return np.round(frames * 255).astype(np.uint8)
 
     return run

@@ -52,11 +52,11 @@ def main(
             print(path)
         return 0
     except KeyboardInterrupt:
-        return _fail("stopped at once; nothing was saved.", 130, None)
+        return _fail("stopped at once; nothing more was saved.", 130, None)
     except JvdiffError as error:
         return _fail(str(error), error.exit_code, error if show_traceback else None)
     except MemoryError:
-        return _fail("not enough memory on this machine; see --config.plan=true.", 4, None)
+        return _fail("not enough memory on this machine.", 4, None)
     except Exception as error:
         where = _log_traceback(error, place)
         message = f"{type(error).__name__}: {str(error)[:500]}\nThis is a bug; please report it with {where}."
@@ -136,7 +136,8 @@ def compile_cache(where: str | None) -> None:
     if where == "off":
         return
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(where or jax.config.jax_compilation_cache_dir or Path(root) / "jvdiff" / "compiled")
+    chosen = where or jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    folder = Path(chosen or Path(root) / "jvdiff" / "compiled")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
@@ -167,7 +168,7 @@ def _fail(message: str, code: int, error: BaseException | None) -> int:
     return code
 
 
-def _log_traceback(error: BaseException, folder: str | None) -> Path:
+def _log_traceback(error: BaseException, folder: Any) -> Path:
     """Writes the traceback where the user finds it: the output folder, else the temporary folder."""
     text = "".join(traceback.format_exception(error))
     for place in (folder, tempfile.gettempdir()):

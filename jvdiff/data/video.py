@@ -209,7 +209,7 @@ def _open(path: Path) -> Iterator[Any]:
         try:
             with av.open(raw, "r", format=kind, metadata_errors="replace") as file:
                 yield file
-        except av.error.FFmpegError as error:
+        except av.FFmpegError as error:
             raise CorruptFile(f"{path} cannot be decoded ({error.strerror}); it may be cut off") from error
 
 

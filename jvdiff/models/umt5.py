@@ -195,4 +195,4 @@ def encode(params: Params, cfg: Config, ids: Array, mask: Array) -> Array:
         mask: bool [B,S], true at real tokens. These do not depend on the other rows, which mean nothing.
     """
     dtype = params["token_embed"]["embedding"].dtype
-    return _Encoder(cfg, dtype).apply({"params": params}, ids, mask)
+    return _Encoder(cfg, dtype).apply({"params": params}, ids, mask)  # type: ignore[return-value]

@@ -51,7 +51,7 @@ def text_to_video_task(
         sigma = shift * sigma / (1.0 + (shift - 1.0) * sigma)
         noise = jax.random.normal(noise_key, clean.shape)
         level = sigma[:, None, None, None, None]
-        text = encode_text(params["text_encoder"], text_encoder, batch.ids, batch.mask)
+        text = encode_text(params["text_encoder"], text_encoder, batch.ids, batch.mask)  # type: ignore[arg-type]
         predicted = wan.velocity(
             params["transformer"],
             transformer,

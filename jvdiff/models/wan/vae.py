@@ -96,7 +96,8 @@ class VAEConfig:
                 raise CheckpointError(
                     f"VAE configuration: {key} is {fields[key]!r}, but only {value!r} (the Wan 2.1 VAE) is supported."
                 )
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in cls.__dataclass_fields__}
+        names = cls.__dataclass_fields__
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in names}
         return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
@@ -313,7 +314,7 @@ class _DownStage(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
-        layers = [_ResBlock(self.features, name=f"res_{i}") for i in range(self.blocks)]
+        layers: list[nn.Module] = [_ResBlock(self.features, name=f"res_{i}") for i in range(self.blocks)]
         if self.downsample is not None:
             layers.append(_Downsample(self.downsample, name="downsample"))
         return _chain(x, cache, layers)
@@ -326,13 +327,13 @@ class _UpStage(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
-        layers = [_ResBlock(self.features, name=f"res_{i}") for i in range(self.blocks)]
+        layers: list[nn.Module] = [_ResBlock(self.features, name=f"res_{i}") for i in range(self.blocks)]
         if self.upsample is not None:
             layers.append(_Upsample(self.upsample, name="upsample"))
         return _chain(x, cache, layers)
 
 
-def _chain(x: Array, cache: Cache, layers) -> tuple[Array, Cache]:
+def _chain(x: Array, cache: Cache, layers) -> tuple[Array, dict[str, Any]]:
     """Runs layers in turn, each with its own entry of the cache."""
     cache, new = cache or {}, {}
     for layer in layers:
