@@ -92,10 +92,25 @@ def parse(argv: Sequence[str]) -> command_line.Request:
         UsageError: an unknown flag or field (with the nearest one), a value of the wrong type, no config.
     """
     usage = 'python -m jvdiff.sample --config configs/digits.py --config.prompt="a red seven moving left"'
-    request = command_line.parse(argv, f"{usage}\nFields: {', '.join(default_config())}.")
+    request = command_line.parse(_quoted_prompts(argv), f"{usage}\nFields: {', '.join(default_config())}.")
     if unknown := sorted(set(request.config) - set(default_config())):
         raise UsageError(f"the config file has unknown fields: {', '.join(unknown)}.")
     return request
+
+
+def _quoted_prompts(argv: Sequence[str]) -> list[str]:
+    """argv with each prompt as a Python string, unless it is a tuple or list of them.
+
+    The field may hold either, so its value is read as Python; a prompt such as 7 or None must stay text, and Python's
+    parser gives up on a bare one of ten thousand characters.
+    """
+    quoted, flag = [], "--config.prompt"
+    for before, word in zip(["", *argv], argv, strict=False):
+        name, equals, value = ("", "", word) if before == flag else word.partition("=")
+        if (before == flag or (name == flag and equals)) and not value.lstrip().startswith(("(", "[")):
+            value = repr(value)
+        quoted.append(name + equals + value)
+    return quoted
 
 
 # -------------------------------------------------------------------------------------------------------------- jobs
@@ -173,9 +188,7 @@ def make_jobs(config: Any, resolve: Callable[..., Any]) -> tuple[list[Job], list
     if config.prompts is not None:
         entries, problems = read_prompts(config.prompts)
     else:
-        # The flag parser reads a number or a tuple where it can; a prompt "7" is still text.
         prompts = config.prompt if isinstance(config.prompt, tuple | list) else (config.prompt,)
-        prompts = [str(p) if isinstance(p, int | float) else p for p in prompts]
         entries = [{"prompt": pipeline.check_prompt(prompt)} for prompt in prompts]
         if not entries:
             raise UsageError("prompt is an empty tuple; give at least one.")
