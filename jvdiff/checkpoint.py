@@ -578,7 +578,7 @@ def staged(path: str | Path, *, needed: int = 0, overwrite: bool = False) -> Ite
         raise ResourceError(
             f"{target}: needs about {needed:,} bytes, {free:,} are free.\nFree some space, or choose another target."
         )
-    with _lock(target):
+    with lock(target):
         check_target(target, overwrite)  # who held the lock before may have written it
         for stale in target.parent.glob(f".{target.name}.staging-*"):  # of a process that was killed
             shutil.rmtree(stale, ignore_errors=True)
@@ -618,7 +618,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _lock(target: Path) -> Iterator[None]:
+def lock(target: Path) -> Iterator[None]:
     """Holds `.NAME.lock` beside the target; raises CheckpointError if another process does."""
     file = target.with_name(f".{target.name}.lock")
     try:

@@ -73,7 +73,7 @@ def run(request: command_line.Request) -> list[Path]:
     """Trains what the config asks for and returns the folder of the result."""
     config = request.config
     folder = command_line.writable(config.folder, "folder")
-    command_line.compile_cache(config.get("compile_cache"))
+    command_line.compile_cache(config.get("compile_cache"))  # type: ignore[arg-type]
     try:
         with command_line.plain_logs():
             return [TASKS[config.task].run(config, folder)]
@@ -89,7 +89,7 @@ def run(request: command_line.Request) -> list[Path]:
 def train_vae(config: ConfigDict, folder: Path) -> Path:
     """Trains a causal VAE on moving digits and writes it to `folder/vae` with its latent statistics."""
     cfg = _model("vae", wan.VAEConfig, config.vae)
-    stages = _stages(config.stages, cfg)
+    stages = _stages(config.stages, cfg, config.loop.get("devices", 1))
     result = _result(folder / "vae")
 
     def clips(step: int) -> np.ndarray:
@@ -115,6 +115,7 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     """Trains the transformer and its text encoder on latents of moving digits, and writes a whole repository."""
     for name in ("clips", "batch", "tokens"):
         _check_count(name, config[name])
+    _check_shared("batch", config.batch, devices := config.loop.get("devices", 1))
     if not 0 <= config.drop_text <= 1:
         raise UsageError(f"drop_text is {config.drop_text}; expected 0 to 1.")
     vae_dir = Path(config.vae)
@@ -136,9 +137,7 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     result = _result(folder / "repository")
     vae = checkpoint.restore(vae_dir, wan.abstract_params(vae_cfg))
 
-    latents, prompts = _encoded_digits(
-        vae_cfg, vae, config.clips, config.seed, config.loop.get("devices", 1), folder / "latents.npz"
-    )
+    latents, prompts = _encoded_digits(vae_cfg, vae, config.clips, config.seed, devices, folder / "latents.npz")
     ids, mask, _ = tokenizer.tokenize(tokens, [*prompts, ""], config.tokens)
 
     def batches(step: int) -> flow_matching.Batch:
@@ -216,7 +215,7 @@ def _model(where: str, kind: Any, values: Any, **fixed: Any) -> Any:
         raise UsageError(f"{where}: {str(error).splitlines()[0]}") from None
 
 
-def _stages(stages: Any, cfg: wan.VAEConfig) -> tuple[tuple[int, int, int, int], ...]:
+def _stages(stages: Any, cfg: wan.VAEConfig, devices: int) -> tuple[tuple[int, int, int, int], ...]:
     """((until step, batch, frames, crop), ...), checked; the last stage goes on for ever."""
     wanted = "a tuple of (until step, batch, frames, crop)"
     if not isinstance(stages, tuple | list) or not stages:
@@ -226,7 +225,8 @@ def _stages(stages: Any, cfg: wan.VAEConfig) -> tuple[tuple[int, int, int, int],
         whole = isinstance(stage, tuple | list) and len(stage) == 4 and all(type(v) is int for v in stage)
         if not whole or min(stage) < 1:
             raise UsageError(f"stage {number} is {stage!r:.80}; expected {wanted}, whole numbers from 1.")
-        until, _, frames, size = stage
+        until, batch, frames, size = stage
+        _check_shared(f"the batch of stage {number}", batch, devices)
         if until <= before:
             raise UsageError(f"stage {number} ends at step {until}; expected a step after {before}.")
         if (frames - 1) % cfg.temporal_factor or frames > longest:
@@ -251,6 +251,11 @@ def _result(target: Path) -> Path:
 def _check_count(name: str, value: Any) -> None:
     if type(value) is not int or value < 1:
         raise UsageError(f"{name} is {value!r:.80}; expected a whole number from 1.")
+
+
+def _check_shared(name: str, value: int, devices: int) -> None:
+    if value % devices:
+        raise UsageError(f"{name} is {value}; expected a multiple of the {devices} that share it (loop.devices).")
 
 
 def _check_names(where: str, given: Any, known: Sequence[str]) -> None:
@@ -292,13 +297,14 @@ def _encoded_digits(
         latents = wan.encode(params, cfg, video.astype(jnp.float32) / 127.5 - 1.0)
         return wan.normalize_latents(cfg, latents)
 
-    size, parts, texts = 16 * devices, [], []
-    for i in range(-(-clips // size)):
-        video, prompts = digits.batch(np.random.default_rng((seed, 1, i)), size)
+    parts, texts = [], []
+    for start in range(0, -(-clips // 16), devices):  # the same clips on any number of devices: 16 with each seed
+        drawn = [digits.batch(np.random.default_rng((seed, 1, i)), 16) for i in range(start, start + devices)]
+        video = np.concatenate([video for video, _ in drawn])
         parts.append(np.asarray(encode(params, jax.device_put(video, shared)), np.float16))
-        texts += prompts
-        if i % 50 == 0:
-            command_line.say(f"encoding clips: {i * size} of {clips}")
+        texts += [text for _, prompts in drawn for text in prompts]
+        if len(parts) % 50 == 1:
+            command_line.say(f"encoding clips: {16 * start} of {clips}")
     latents, prompts = np.concatenate(parts)[:clips], np.array(texts[:clips])
     with atomic(path) as part, open(part, "wb") as file:
         np.savez(file, latents=latents, prompts=prompts, key=key)

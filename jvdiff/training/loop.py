@@ -23,7 +23,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from jvdiff.checkpoint import resource_error
+from jvdiff.checkpoint import lock, resource_error
 from jvdiff.data.video import atomic
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
 from jvdiff.interrupts import interrupts
@@ -103,10 +103,9 @@ def optimizer(schedule: Schedule) -> optax.GradientTransformation:
 
 def start(task: Task, schedule: Schedule, key: Array, params: Params | None = None) -> State:
     """The state before the first step, from `task.init(key)` or from a copy of given parameters."""
-    begun = task.init(key) if params is None else params
-    params = jax.tree.map(jnp.array, begun)  # copied, because a step donates what it is given
-    average = jax.tree.map(jnp.copy, params)
-    return State(jnp.zeros((), jnp.int32), params, average, optimizer(schedule).init(params))
+    given = task.init(key) if params is None else params
+    own: Any = jax.tree.map(jnp.array, given)  # copied, because a step donates what it is given
+    return State(jnp.zeros((), jnp.int32), own, jax.tree.map(jnp.copy, own), optimizer(schedule).init(own))
 
 
 def make_step(task: Task, schedule: Schedule, key: Array) -> Callable[[State, Any], tuple[State, Mapping[str, Array]]]:
@@ -120,10 +119,10 @@ def make_step(task: Task, schedule: Schedule, key: Array) -> Callable[[State, An
         norm = optax.tree.norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies its int32 count with floats
             updates, opt_state = transformation.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         count = state.step.astype(jnp.float32)
         decay = jnp.minimum(schedule.average_decay, (1.0 + count) / (10.0 + count))
-        average = optax.incremental_update(params, state.average, 1.0 - decay)
+        average: Any = optax.incremental_update(params, state.average, 1.0 - decay)
         return State(state.step + 1, params, average, opt_state), {"loss": loss, "grad_norm": norm, **metrics}
 
     return step
@@ -152,7 +151,7 @@ def fit(
     Raises:
       Interrupted: SIGINT or SIGTERM came; the state after the last whole step is saved.
       NumericsError: the loss or its gradient is NaN or infinite; the last checkpoint before it is kept.
-      CheckpointError: the run in `folder` is of another model.
+      CheckpointError: the run in `folder` is of another model, or another process is at it.
       ResourceError: the disk is full.
     """
     for name, value in (("save_every", save_every), ("log_every", log_every), ("keep", keep)):
@@ -162,7 +161,12 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     init_key, step_key = jax.random.split(jax.random.key(seed))
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    with interrupts() as stopped, ocp.CheckpointManager((folder / "state").absolute(), options=options) as manager:
+    states = (folder / "state").absolute()
+    with (
+        interrupts() as stopped,
+        lock(states),
+        ocp.CheckpointManager(states, item_handlers=ocp.StandardCheckpointHandler(), options=options) as manager,
+    ):
         begin = partial(start, task, schedule, init_key, params)
         state = begin() if manager.latest_step() is None else _restore(manager, begin)
         state = jax.device_put(state, everywhere)
@@ -215,15 +219,23 @@ def _restore(manager: ocp.CheckpointManager, begin: Callable[[], State]) -> Stat
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(begin))
     saved = manager.latest_step()
     try:
+        here, wanted = _shapes(manager.item_metadata(saved).tree[1]), _shapes(like.params)
+        if other := sorted(dict(here.items() ^ wanted.items())):
+            first = f"{other[0]} is {here.get(other[0])} there, {wanted.get(other[0])} here"
+            raise ValueError(f"{len(other)} parameters differ, {first}")
         state = State(*manager.restore(saved, args=ocp.args.StandardRestore(tuple(like))))
     except Exception as error:  # Orbax and TensorStore raise many types
         raise CheckpointError(
-            f"{manager.directory}: step {saved} cannot be restored ({type(error).__name__}: "
-            f"{' '.join(str(error).split()):.200}).\n"
+            f"{manager.directory}: step {saved} cannot be restored: {' '.join(str(error).split()):.300}.\n"
             "It may be of a run with another model or optimizer; choose another folder, or remove it to start anew."
         ) from error
     _log.info("resuming at step %d", saved)
     return state
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
 @contextmanager
