@@ -47,7 +47,7 @@ PROMPT = "a red seven moving left"
 
 # The sizes of configs/train_digits_*.py.
 DIGITS_DIT = wan.DiTConfig(
-    in_channels=8, out_channels=8, text_dim=64, num_attention_heads=4, attention_head_dim=64, num_layers=6, ffn_dim=1024
+    in_channels=8, out_channels=8, text_dim=64, num_attention_heads=3, attention_head_dim=64, num_layers=6, ffn_dim=768
 )
 DIGITS_VAE = wan.VAEConfig(
     base_dim=8, dim_mult=(1, 4, 8, 8), num_res_blocks=1, z_dim=8, latents_mean=(0.0,) * 8, latents_std=(1.0,) * 8
@@ -382,7 +382,8 @@ def first_frame(checkpoint: str, side: str, cache: str) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         pipe = jvdiff.load(checkpoint)
         settings = pipe.settings()
-        words, negative = pipeline.encode_prompts(pipe, [PROMPT], settings.negative_prompt)
+        guided = settings.guidance != 1
+        words, negative = pipeline.encode_prompts(pipe, [PROMPT], settings.negative_prompt if guided else None)
         noise = pipeline.initial_noise([0], pipeline.latent_shape(pipe.configs, settings))
         state = pipeline.denoise(pipe, settings, pipeline.solver(settings).init(noise), words, negative)
         pipeline.decode(pipe, state.x, callback=lambda done: print(time.time(), flush=True) if done == 1 else None)
@@ -406,7 +407,7 @@ def measure_first_frame(checkpoint: str, repeats: int, rival: str | None) -> Row
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 if i:
                     times[side].append(float(done.stdout.split()[-1]) - began)
-    return Row("first frame, cold process", "from the command to the frame", times["ours"], times["theirs"] or None)
+    return Row("first frame", "a cold process, warm caches", times["ours"], times["theirs"] or None)
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -456,19 +457,25 @@ def main(words: Sequence[str] | None = None) -> int:
         import torch
 
         torch.set_num_threads(threads or 1)
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None  # other work spoils figures
     peak = matmul_peak() if args.device == "gpu" and not args.quick else None
     repeats, rows = 1 if args.quick else args.repeats, []
-    wanted = [case for case in cases(args.device, args.quick) if not args.only or args.only in case.name]
-    todo: list[Callable[[], Row]] = [partial(measure, case, repeats, rival, peak) for case in wanted]
-    if args.checkpoint and not args.only:
-        todo.append(partial(measure_clip, args.checkpoint, repeats, rival))
-        if args.device == "cpu":
-            todo.append(partial(measure_first_frame, args.checkpoint, repeats, rival))
-    for job in todo:
+    todo: list[tuple[str, Callable[[], Row]]] = [
+        (case.name, partial(measure, case, repeats, rival, peak)) for case in cases(args.device, args.quick)
+    ]
+    if args.checkpoint:
+        todo.append(("whole clip", partial(measure_clip, args.checkpoint, repeats, rival)))
+    if args.checkpoint and args.device == "cpu":
+        todo.append(("first frame", partial(measure_first_frame, args.checkpoint, repeats, rival)))
+    for name, job in todo:
+        if args.only and args.only not in name:
+            continue
         rows.append(job())
         print(table(rows[-1:]).splitlines()[1], file=sys.stderr, flush=True)
         gc.collect()
         if rival == "cuda":
+            import torch
+
             torch.cuda.empty_cache()
     print(table(rows))
     if peak:
@@ -478,7 +485,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if output:
         rivals = {name: version(name) for name in ("torch", "diffusers", "transformers")} if rival else {}
         report = {
-            "machine": describe() | rivals | {"threads": threads, "load_before": _load()},
+            "machine": describe() | rivals | {"threads": threads, "load_before": load},
             "peak_bfloat16_tflops_per_s": peak and round(peak / 1e12, 1),
             "rows": [row.record() for row in rows],
         }
@@ -502,11 +509,6 @@ def _rival(args: argparse.Namespace) -> str | None:
         print("this torch has no CUDA: timing jvdiff alone", file=sys.stderr)
         return None
     return "cuda"
-
-
-def _load() -> float | None:
-    """Other work on the machine spoils figures; so the record says how busy it was."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 if __name__ == "__main__":

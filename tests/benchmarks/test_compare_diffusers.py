@@ -13,7 +13,9 @@ from jvdiff.models import wan
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    root = Path(__file__).parents[2]
+    for folder in (root, root / "benchmarks"):
+        monkeypatch.syspath_prepend(str(folder))
     return importlib.import_module("compare_diffusers")
 
 

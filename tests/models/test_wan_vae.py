@@ -100,7 +100,7 @@ def test_decoding_in_chunks_is_decoding_the_whole_clip(params, chunk):
     np.testing.assert_allclose(clipped, jnp.clip(whole, -1, 1), atol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 1), (1, 3)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 1)])
 def test_streaming_by_hand(params, sizes):
     x, z = video(), latents()
     mean = in_pieces(lambda x, cache: encode_chunk(params, CFG, x, cache), x, [4 * size for size in sizes])
