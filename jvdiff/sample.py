@@ -104,13 +104,10 @@ def _quoted_prompts(argv: Sequence[str]) -> list[str]:
     The field may hold either, so its value is read as Python; a prompt such as 7 or None must stay text, and Python's
     parser gives up on a bare one of ten thousand characters.
     """
-    quoted, flag = [], "--config.prompt"
-    for before, word in zip(["", *argv], argv, strict=False):
-        name, equals, value = ("", "", word) if before == flag else word.partition("=")
-        if (before == flag or (name == flag and equals)) and not value.lstrip().startswith(("(", "[")):
-            value = repr(value)
-        quoted.append(name + equals + value)
-    return quoted
+    flag = "--config.prompt="
+    values = [word.removeprefix(flag) if word.startswith(flag) else None for word in argv]
+    bare = [value is not None and not value.lstrip().startswith(("(", "[")) for value in values]
+    return [f"{flag}{v!r}" if quote else word for word, v, quote in zip(argv, values, bare, strict=True)]
 
 
 # -------------------------------------------------------------------------------------------------------------- jobs

@@ -340,7 +340,6 @@ def test_a_command_line_that_makes_no_sense(argv, message, capsys):
 def test_a_prompt_is_text_whatever_it_looks_like(command):
     for prompt in ("7", "None", "a, b", "it's", 'a "b"', "x=y", "", "red " * 2500):
         assert sample.parse(command(prompt=prompt)).config.prompt == prompt
-        assert sample.parse([*command(prompt=None), "--config.prompt", prompt]).config.prompt == prompt
     assert sample.parse(command(prompt="('a', 'b')")).config.prompt == ("a", "b")
 
 
