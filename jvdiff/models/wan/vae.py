@@ -135,8 +135,14 @@ def _conv2d(x: Array, kernel: Array, *, stride: int = 1, padding=((1, 1), (1, 1)
     return rearrange(y, "(B T) H W C -> B T H W C", T=x.shape[1])
 
 
+def _product(x: Array, kernel: Array) -> Array:
+    """x [...,C] times kernel [C,O] in the dtype of x, not yet rounded to it: float32 [...,O]."""
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
 def _pointwise(x: Array, dense: Params) -> Array:
-    return x @ dense["kernel"].astype(x.dtype) + _row(dense["bias"], x)
+    y = _product(x, dense["kernel"])
+    return (y + _row(dense["bias"], y)).astype(x.dtype)
 
 
 def _row(vector: Array, x: Array) -> Array:
@@ -165,7 +171,8 @@ class _CausalConv(nn.Module):
 
     Written as a sum over the three temporal taps of 2-D convolutions: about twice as fast as one 3-D convolution on
     XLA:CPU, and a clip's first frame, whose past is zero, needs only one of them. Narrow layers stack the three frames
-    in channels and convolve once instead: XLA:CPU takes as long for 8 input channels as for 24.
+    in channels and convolve once instead: XLA:CPU takes as long for 8 input channels as for 24. So does bfloat16, to
+    round once and not three times.
     """
 
     features: int
@@ -178,7 +185,7 @@ class _CausalConv(nn.Module):
         length = x.shape[1]
         if cache is None and length == 1:
             y = _conv2d(x, kernel[2])
-        elif x.shape[-1] < 32:
+        elif x.shape[-1] < 32 or x.dtype != jnp.float32:
             stacked = jnp.concatenate([frames[:, tap : tap + length] for tap in range(3)], axis=-1)
             y = _conv2d(stacked, rearrange(kernel, "tap h w I O -> h w (tap I) O"))
         else:
@@ -187,7 +194,7 @@ class _CausalConv(nn.Module):
 
 
 class _Norm(nn.Module):
-    """RMS normalisation over channels, in float32 (Wan's `RMS_norm`: L2-normalise, times sqrt(C), times gamma)."""
+    """RMS normalisation over channels (Wan's `RMS_norm`: L2-normalise, times sqrt(C), times gamma); float32 out."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -195,7 +202,7 @@ class _Norm(nn.Module):
         wide = x.astype(jnp.float32)
         energy = jnp.sum(wide * wide, axis=-1, keepdims=True)
         wide = wide * (x.shape[-1] ** 0.5 * lax.rsqrt(jnp.maximum(energy, 1e-24)))
-        return (wide * _row(scale.astype(jnp.float32), wide)).astype(x.dtype)
+        return wide * _row(scale, wide)
 
 
 class _ResBlock(nn.Module):
@@ -206,7 +213,7 @@ class _ResBlock(nn.Module):
         cache, new = cache or {}, {}
         shortcut = x if x.shape[-1] == self.features else _Dense(self.features, name="shortcut")(x)
         for i in (1, 2):
-            x = nn.silu(_Norm(name=f"norm_{i}")(x))
+            x = nn.silu(_Norm(name=f"norm_{i}")(x)).astype(x.dtype)
             x, new[f"conv_{i}"] = _CausalConv(self.features, name=f"conv_{i}")(x, cache.get(f"conv_{i}"))
         return x + shortcut, new
 
@@ -217,7 +224,7 @@ class _SpatialAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, cache: None) -> tuple[Array, None]:
         channels = x.shape[-1]
-        h = _Dense(3 * channels, name="qkv")(_Norm(name="norm")(x))
+        h = _Dense(3 * channels, name="qkv")(_Norm(name="norm")(x).astype(x.dtype))
         q, k, v = jnp.split(rearrange(h, "B T H W C -> (B T) (H W) 1 C"), 3, axis=-1)
         h = rearrange(kernels.attention(q, k, v), "(B T) (H W) 1 C -> B T H W C", T=x.shape[1], H=x.shape[2])
         return x + _Dense(channels, name="out")(h), None
@@ -266,11 +273,11 @@ class _TimeConv(nn.Module):
 
     @nn.compact
     def __call__(self, frames: Array) -> Array:
-        kernel = self.param("kernel", _newest_frame, (3, frames.shape[-1], self.features)).astype(frames.dtype)
+        kernel = self.param("kernel", _newest_frame, (3, frames.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         last = frames.shape[1] - 2
-        y = sum(frames[:, tap : tap + last : self.stride] @ kernel[tap] for tap in range(3))
-        return y + _row(bias, frames)
+        taps: Any = sum(_product(frames[:, tap : tap + last : self.stride], kernel[tap]) for tap in range(3))
+        return (taps + _row(bias, taps)).astype(frames.dtype)
 
 
 class _Downsample(nn.Module):
@@ -377,7 +384,7 @@ class _Decoder(nn.Module):
 
 
 def _head(x: Array, cache: Cache, new: dict, features: int) -> tuple[Array, Cache]:
-    x = nn.silu(_Norm(name="norm_out")(x))
+    x = nn.silu(_Norm(name="norm_out")(x)).astype(x.dtype)
     x, new["conv_out"] = _CausalConv(features, name="conv_out")(x, (cache or {}).get("conv_out"))
     return x, new
 
