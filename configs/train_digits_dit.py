@@ -1,4 +1,4 @@
-"""Trains the transformer and text encoder of the digits model on latents of its VAE (configs/train_digits_vae.py first).
+"""Trains the transformer and text encoder of the digits model on latents of its VAE (that first: train_digits_vae.py).
 
     python -m jvdiff.train --config configs/train_digits_dit.py
     python -m convert.to_hf --source runs/digits_dit/repository --target checkpoints/digits --dtype bfloat16
@@ -17,19 +17,19 @@ def get_config() -> ConfigDict:
             "folder": "runs/digits_dit",
             "vae": "runs/digits_vae/vae",
             "seed": 0,
-            "clips": 9600,
+            "clips": 8000,
             "batch": 32,
             "tokens": 8,  # text tokens in a batch; a prompt has six
             "drop_text": 0.1,
             "transformer": {
-                "num_attention_heads": 4,
+                "num_attention_heads": 3,
                 "attention_head_dim": 64,
                 "num_layers": 6,
-                "ffn_dim": 1024,
+                "ffn_dim": 768,
             },
             "text_encoder": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
             "loss": {"shift": 3.0},
-            "schedule": {"steps": 6000, "learning_rate": 1e-3, "warmup": 200, "average_decay": 0.999},
+            "schedule": {"steps": 5600, "learning_rate": 1e-3, "warmup": 200, "average_decay": 0.999},
             "loop": {"save_every": 500, "log_every": 50, "devices": 1},
             "scheduler": {
                 "_class_name": "UniPCMultistepScheduler",
