@@ -98,7 +98,7 @@ def test_several_prompts_count_the_seed_up(command, tmp_path):
 def test_no_seed_draws_one_and_says_which(command, tmp_path, capsys):
     assert sample.main(command(seed=None, steps=1)) == 0
     record = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
-    assert f"seed: {record['facts']['seed']}" in capsys.readouterr().err
+    assert f"seed: {record['seed']}" in capsys.readouterr().err
 
 
 def test_a_converted_repository_gives_the_same_clip(command, tmp_path, tiny_repository):
