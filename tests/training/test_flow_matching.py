@@ -3,8 +3,6 @@
 B batch · T latent frames · H W latent grid · C latent channels · S text tokens · D text width
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,12 +39,18 @@ def task(**options):
 
 
 @pytest.fixture(scope="module")
-def params():
-    """None of them zero, so that every path carries a gradient."""
-    tree = jax.jit(task().init)(jax.random.key(0))
-    leaves, structure = jax.tree.flatten(tree)
-    rng = np.random.default_rng(1)
-    return structure.unflatten([x + 0.2 * rng.standard_normal(x.shape, np.float32) for x in leaves])
+def run(random_params):
+    """The state after the first step, and the loss of 60 steps on the same four clips."""
+    abstract = {"transformer": wan.abstract_params(DIT), "text_encoder": umt5.abstract_params(TEXT, jnp.float32)}
+    schedule = loop.Schedule(steps=60, learning_rate=5e-3, warmup=5, clip=1e3)
+    step, values = loop.make_step(task(), schedule, jax.random.key(1)), []
+    state = loop.start(task(), schedule, jax.random.key(0), random_params(abstract))
+    for number in range(schedule.steps):
+        state, metrics = step(state, batch())
+        values.append(float(metrics["loss"]))
+        if number == 0:
+            first = jax.tree.map(np.array, state)
+    return first, values
 
 
 def test_the_exact_velocity_has_no_loss_and_an_offset_has_its_square(monkeypatch):
@@ -94,7 +98,7 @@ def test_text_rows_are_those_of_the_pipeline(tiny_repository):
     rows = flow_matching.encode_text(pipe.params["text_encoder"], pipe.configs.text_encoder, ids, mask)
     theirs, empty = pipeline.encode_prompts(pipe, prompts[:2], "")
     theirs = jnp.concatenate([theirs, empty[:1]])
-    np.testing.assert_allclose(rows, theirs[:, :9], atol=2e-6)
+    np.testing.assert_allclose(rows, theirs[:, :9], atol=1e-5)
     assert rows.shape[1] == 9 and theirs.shape[1] > 9 and not rows[:, -1].any() and not theirs[:, 9:].any()
 
     @jax.jit
@@ -107,23 +111,16 @@ def test_text_rows_are_those_of_the_pipeline(tiny_repository):
     np.testing.assert_allclose(velocity(rows), velocity(theirs), atol=1e-5)
 
 
-def test_every_parameter_gets_a_gradient_the_text_encoder_too(params):
-    gradient = jax.jit(jax.grad(lambda p: task().loss(p, batch(), jax.random.key(0))[0]))(params)
+def test_every_parameter_gets_a_gradient_the_text_encoder_too(run):
+    """Adam's first moment after one step is a tenth of the gradient."""
+    gradient = run[0].optimizer[1][0].mu
     norms = {
-        jax.tree_util.keystr(k): float(jnp.linalg.norm(g)) for k, g in jax.tree_util.tree_leaves_with_path(gradient)
+        jax.tree_util.keystr(k): float(np.linalg.norm(g)) for k, g in jax.tree_util.tree_leaves_with_path(gradient)
     }
-    idle = {name for name, norm in norms.items() if not norm > 0 and not name.endswith("['k']['bias']")}
-    assert not idle, idle  # a bias of all keys changes no softmax, but for the normalisation and rotation of the keys
-    assert np.isfinite(list(norms.values())).all() and len(norms) > 40
+    assert all(0 < norm < np.inf for norm in norms.values()), norms
+    assert {name.split("'")[1] for name in norms} == {"transformer", "text_encoder"} and len(norms) > 40
 
 
-def test_it_learns_the_clips_it_is_shown(tmp_path):
-    fixed = dataclasses.replace(task(), batch=lambda step: batch(0))
-    schedule = loop.Schedule(steps=60, learning_rate=5e-3, warmup=5)
-    begun = loop.start(fixed, schedule, jax.random.key(0))
-    step, values = loop.make_step(fixed, schedule, jax.random.key(1)), []
-    for _ in range(schedule.steps):
-        begun, metrics = step(begun, fixed.batch(0))
-        values.append(float(metrics["loss"]))
-    assert values[0] > 1.5  # a zero head: noise - clean itself, variance 2
-    assert np.mean(values[-10:]) < 0.9 * np.mean(values[:5])
+def test_it_learns_the_clips_it_is_shown(run):
+    values = run[1]
+    assert np.mean(values[-10:]) < 0.75 * np.mean(values[:5]), values
