@@ -168,7 +168,8 @@ def fit(
         ocp.CheckpointManager(states, item_handlers=ocp.StandardCheckpointHandler(), options=options) as manager,
     ):
         begin = partial(start, task, schedule, init_key, params)
-        state = begin() if manager.latest_step() is None else _restore(manager, begin)
+        saved = manager.latest_step()
+        state = begin() if saved is None else _restore(manager, saved, begin)
         state = jax.device_put(state, everywhere)
         done = int(state.step)
         metrics = _Metrics(folder / "metrics.jsonl", done)
@@ -213,24 +214,23 @@ def fit(
     return state
 
 
-def _restore(manager: ocp.CheckpointManager, begin: Callable[[], State]) -> State:
-    """The last state that was saved, with the shapes and dtypes of `begin()`, which is not run."""
+def _restore(manager: ocp.CheckpointManager, saved: int, begin: Callable[[], State]) -> State:
+    """The state of step `saved`, with the shapes and dtypes of `begin()`, which is not run."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(begin))
-    saved = manager.latest_step()
     try:
         here, wanted = _shapes(manager.item_metadata(saved).tree[1]), _shapes(like.params)
         if other := sorted(dict(here.items() ^ wanted.items())):
             first = f"{other[0]} is {here.get(other[0])} there, {wanted.get(other[0])} here"
             raise ValueError(f"{len(other)} parameters differ, {first}")
-        state = State(*manager.restore(saved, args=ocp.args.StandardRestore(tuple(like))))
+        restored: Any = manager.restore(saved, args=ocp.args.StandardRestore(tuple(like)))
     except Exception as error:  # Orbax and TensorStore raise many types
         raise CheckpointError(
             f"{manager.directory}: step {saved} cannot be restored: {' '.join(str(error).split()):.300}.\n"
             "It may be of a run with another model or optimizer; choose another folder, or remove it to start anew."
         ) from error
     _log.info("resuming at step %d", saved)
-    return state
+    return State(*restored)
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
