@@ -34,6 +34,7 @@ from jvdiff.models import umt5, wan
 from jvdiff.sharding import data_parallel
 from jvdiff.training import flow_matching, reconstruction
 from jvdiff.training.loop import Schedule, State, Task
+from jvdiff.types import Params
 
 COMMON = ("task", "folder", "seed", "loss", "schedule", "loop")  # of every task; and, if you like, compile_cache
 
@@ -55,7 +56,7 @@ def parse(argv: Sequence[str]) -> command_line.Request:
     if name not in TASKS:
         raise UsageError(f"task is {name!r}; expected one of {', '.join(TASKS)}{_nearest(name, TASKS)}.")
     fields = (*COMMON, *TASKS[name].fields)
-    _check_names("the config", config, (*fields, "compile_cache"))
+    _check_names("the config", config, (*fields, *TASKS[name].optional, "compile_cache"))
     if missing := [field for field in fields if field not in config]:
         raise UsageError(f"the config lacks {', '.join(missing)}; task {name!r} needs {', '.join(fields)}.")
     if config.seed is None:
@@ -102,11 +103,18 @@ def train_vae(config: ConfigDict, folder: Path) -> Path:
         y, x = rng.integers(digits.SIZE - size + 1, size=2)
         return video[:, :, y : y + size, x : x + size]
 
-    task = training.vae_task(cfg, clips, **config.loss.to_dict())
-    params = _fit(task, config, folder).average
-    shown = digits.batch(np.random.default_rng(config.seed), 128, frames=17)[0]
-    mean, std = reconstruction.latent_statistics(cfg, params, shown)
-    cfg = dataclasses.replace(cfg, latents_mean=mean, latents_std=std)
+    trained = None
+    if config.get("decoder_of"):
+        known, trained = _trained_vae(Path(config.decoder_of))
+        if cfg != dataclasses.replace(known, latents_mean=cfg.latents_mean, latents_std=cfg.latents_std):
+            raise UsageError(f"vae: its sizes are not those of {config.decoder_of}; use {known}.")
+        cfg = known
+    task = training.vae_task(cfg, clips, trained, **config.loss.to_dict())
+    params = {**(trained or {}), **_fit(task, config, folder).average}
+    if trained is None:
+        shown = digits.batch(np.random.default_rng(config.seed), 128, frames=17)[0]
+        mean, std = reconstruction.latent_statistics(cfg, params, shown)
+        cfg = dataclasses.replace(cfg, latents_mean=mean, latents_std=std)
     checkpoint.save(result, params, config=cfg.to_json(), overwrite=True)
     return result
 
@@ -118,10 +126,7 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     _check_shared("batch", config.batch, devices := config.loop.get("devices", 1))
     if not 0 <= config.drop_text <= 1:
         raise UsageError(f"drop_text is {config.drop_text}; expected 0 to 1.")
-    vae_dir = Path(config.vae)
-    if not (vae_dir / "config.json").is_file():
-        raise UsageError(f"{vae_dir}: no trained VAE there; run configs/train_digits_vae.py first.")
-    vae_cfg = wan.VAEConfig.from_json(json.loads((vae_dir / "config.json").read_text()))
+    vae_cfg, vae = _trained_vae(Path(config.vae))
     every = [digits.prompt(*combo) for combo in digits.COMBOS]
     tokens = digits_tokenizer.build([word for text in every for word in text.split()])
     if cut := max(tokenizer.tokenize(tokens, every, config.tokens).cut):
@@ -135,7 +140,6 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     except CheckpointError as error:
         raise UsageError(f"scheduler: {error}") from None
     result = _result(folder / "repository")
-    vae = checkpoint.restore(vae_dir, wan.abstract_params(vae_cfg))
 
     latents, prompts = _encoded_digits(vae_cfg, vae, config.clips, config.seed, devices, folder / "latents.npz")
     ids, mask, _ = tokenizer.tokenize(tokens, [*prompts, ""], config.tokens)
@@ -171,6 +175,7 @@ class Kind(NamedTuple):
     run: Callable[[ConfigDict, Path], Path]
     loss: Callable[..., Task]
     fields: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
 
 _TEXT_TO_VIDEO = (
@@ -185,7 +190,7 @@ _TEXT_TO_VIDEO = (
     "defaults",
 )
 TASKS = {
-    "vae": Kind(train_vae, training.vae_task, ("vae", "stages")),
+    "vae": Kind(train_vae, training.vae_task, ("vae", "stages"), ("decoder_of",)),
     "text_to_video": Kind(train_text_to_video, training.text_to_video_task, _TEXT_TO_VIDEO),
 }
 
@@ -204,6 +209,14 @@ def _schedule(config: ConfigDict) -> Schedule:
 
 def _keywords(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def _trained_vae(folder: Path) -> tuple[wan.VAEConfig, Params]:
+    """Configuration and float32 parameters of a VAE: the result of a training, or the `vae` folder of a repository."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: no trained VAE there; run configs/train_digits_vae.py first.")
+    cfg = wan.VAEConfig.from_json(json.loads((folder / "config.json").read_text()))
+    return cfg, checkpoint.restore(folder, wan.abstract_params(cfg))
 
 
 def _model(where: str, kind: Any, values: Any, **fixed: Any) -> Any:
@@ -278,10 +291,10 @@ def _encoded_digits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Normalised latents float16 [N,T,H,W,C] of N training clips, and their prompts; kept in the file `path`.
 
-    The file is used again only for the same clips and the same VAE.
+    The file is used again only for the same clips and the same encoder.
     """
     total = hashlib.sha256(f"{cfg} {clips} {seed}".encode())
-    for leaf in jax.tree.leaves(params):
+    for leaf in jax.tree.leaves({name: part for name, part in params.items() if name not in reconstruction.DECODER}):
         total.update(np.asarray(leaf).tobytes())
     key = total.hexdigest()
     if path.is_file():

@@ -14,10 +14,13 @@ from jvdiff.models import wan
 from jvdiff.training.loop import Task
 from jvdiff.types import Array, Params
 
+DECODER = ("post_quant_conv", "decoder")  # the parts of a VAE's parameters that no latent depends on
+
 
 def vae_task(
     cfg: wan.VAEConfig,
     clips: Callable[[int], np.ndarray],
+    trained: Params | None = None,
     *,
     foreground_weight: float = 9.0,
     latent_noise: float = 0.05,
@@ -26,12 +29,15 @@ def vae_task(
 
     Args:
       clips: step -> uint8 video [B,F,Y,X,3]; F = 1 trains on pictures.
+      trained: the tree of a whole VAE of which only the decoder is trained on: what its encoder makes stays valid for
+        a transformer that knows it. The task's parameters are then those of `DECODER` alone.
       foreground_weight: of pixels that are not black, against 1; small bright things on black are else ignored.
       latent_noise: standard deviation of the noise that the decoder has to bear, in units of each latent channel's own,
         so that a diffusion model's small errors stay small on the screen. It takes the place of a KL term.
     """
 
     def loss(params: Params, video: Array, key: Array) -> tuple[Array, Mapping[str, Array]]:
+        params = {**(trained or {}), **params}
         target = video.astype(jnp.float32) / 127.5 - 1.0
         latents = wan.encode(params, cfg, target, chunk=max(1, (video.shape[1] - 1) // cfg.temporal_factor))
         spread = jax.lax.stop_gradient(jnp.std(latents, axis=(0, 1, 2, 3), keepdims=True))
@@ -43,7 +49,10 @@ def vae_task(
         mse = jnp.mean((jnp.clip(frames, -1.0, 1.0) - target) ** 2) / 4.0
         return mean, {"psnr": -10.0 * jnp.log10(mse), "spread": jnp.mean(spread)}
 
-    return Task(init=lambda key: wan.init_params(key, cfg), loss=loss, batch=clips)
+    def init(key: Array) -> Params:
+        return {name: trained[name] for name in DECODER} if trained else wan.init_params(key, cfg)
+
+    return Task(init=init, loss=loss, batch=clips)
 
 
 def latent_statistics(cfg: wan.VAEConfig, params: Params, clips: np.ndarray) -> tuple[tuple[float, ...], ...]:

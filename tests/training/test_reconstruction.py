@@ -120,3 +120,16 @@ def test_a_channel_that_nothing_uses_is_told(monkeypatch):
     monkeypatch.setattr(reconstruction.wan, "encode", lambda *args: latents)
     with pytest.raises(NumericsError, match=r"(?s)channels \[0, 2\].*smaller z_dim"):
         reconstruction.latent_statistics(CFG, {}, clips(0))
+
+
+def test_a_trained_vae_goes_on_with_its_decoder_alone(params):
+    """Only the decoder's parameters are trained, from where they were, on what the unchanged encoder makes."""
+    task = reconstruction.vae_task(CFG, clips, params, latent_noise=0.0)
+    begin = task.init(jax.random.key(0))
+    assert set(begin) == {"post_quant_conv", "decoder"}
+    jax.tree.map(np.testing.assert_array_equal, begin, {name: params[name] for name in begin})
+    whole = reconstruction.vae_task(CFG, clips, latent_noise=0.0)
+    video, key = clips(0), jax.random.key(1)
+    (alone, _), gradients = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(begin, video, key)
+    np.testing.assert_allclose(alone, jax.jit(whole.loss)(params, video, key)[0], rtol=1e-6)
+    assert all(np.abs(np.asarray(leaf)).max() > 0 for leaf in jax.tree.leaves(gradients))
