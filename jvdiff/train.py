@@ -34,7 +34,6 @@ from jvdiff.models import umt5, wan
 from jvdiff.sharding import data_parallel
 from jvdiff.training import flow_matching, reconstruction
 from jvdiff.training.loop import Schedule, State, Task
-from jvdiff.types import Params
 
 COMMON = ("task", "folder", "seed", "loss", "schedule", "loop")  # of every task; and, if you like, compile_cache
 
@@ -105,10 +104,10 @@ def train_vae(config: ConfigDict, folder: Path) -> Path:
 
     trained = None
     if config.get("decoder_of"):
-        known, trained = _trained_vae(Path(config.decoder_of))
+        known = _vae_config(Path(config.decoder_of))
         if cfg != dataclasses.replace(known, latents_mean=cfg.latents_mean, latents_std=cfg.latents_std):
             raise UsageError(f"vae: its sizes are not those of {config.decoder_of}; use {known}.")
-        cfg = known
+        cfg, trained = known, checkpoint.restore(config.decoder_of, wan.abstract_params(known))
     task = training.vae_task(cfg, clips, trained, **config.loss.to_dict())
     params = {**(trained or {}), **_fit(task, config, folder).average}
     if trained is None:
@@ -126,7 +125,7 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     _check_shared("batch", config.batch, devices := config.loop.get("devices", 1))
     if not 0 <= config.drop_text <= 1:
         raise UsageError(f"drop_text is {config.drop_text}; expected 0 to 1.")
-    vae_cfg, vae = _trained_vae(Path(config.vae))
+    vae_cfg = _vae_config(Path(config.vae))
     every = [digits.prompt(*combo) for combo in digits.COMBOS]
     tokens = digits_tokenizer.build([word for text in every for word in text.split()])
     if cut := max(tokenizer.tokenize(tokens, every, config.tokens).cut):
@@ -140,6 +139,7 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     except CheckpointError as error:
         raise UsageError(f"scheduler: {error}") from None
     result = _result(folder / "repository")
+    vae = checkpoint.restore(config.vae, wan.abstract_params(vae_cfg))
 
     latents, prompts = _encoded_digits(vae_cfg, vae, config.clips, config.seed, devices, folder / "latents.npz")
     ids, mask, _ = tokenizer.tokenize(tokens, [*prompts, ""], config.tokens)
@@ -211,12 +211,11 @@ def _keywords(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
-def _trained_vae(folder: Path) -> tuple[wan.VAEConfig, Params]:
-    """Configuration and float32 parameters of a VAE: the result of a training, or the `vae` folder of a repository."""
+def _vae_config(folder: Path) -> wan.VAEConfig:
+    """The configuration of a VAE: the result of a training, or the `vae` folder of a repository."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: no trained VAE there; run configs/train_digits_vae.py first.")
-    cfg = wan.VAEConfig.from_json(json.loads((folder / "config.json").read_text()))
-    return cfg, checkpoint.restore(folder, wan.abstract_params(cfg))
+    return wan.VAEConfig.from_json(json.loads((folder / "config.json").read_text()))
 
 
 def _model(where: str, kind: Any, values: Any, **fixed: Any) -> Any:
