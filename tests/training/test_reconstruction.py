@@ -15,9 +15,9 @@ from jvdiff.training import loop, reconstruction
 CFG = wan.VAEConfig(
     base_dim=4,
     z_dim=4,
-    dim_mult=(1, 1, 2),
+    dim_mult=(1, 2),
     num_res_blocks=1,
-    temperal_downsample=(False, True),
+    temperal_downsample=(True,),
     latents_mean=(0.0,) * 4,
     latents_std=(1.0,) * 4,
 )
