@@ -9,7 +9,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jvdiff import kernels
-from jvdiff.kernels import xla
+from jvdiff.kernels.dense import xla
 
 ON_CPU = ["reference", "xla"]
 # (B, L, S, N, K): odd lengths, one token, more keys than queries and fewer.

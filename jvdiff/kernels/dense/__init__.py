@@ -1,4 +1,4 @@
-"""The contract of attention, and the choice of the implementation that fulfils it.
+"""The contract of dense attention, and the choice of the implementation that fulfils it.
 
 B batch · L query tokens · S key tokens · N heads · K head dim.
 
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jvdiff.kernels import cudnn, reference, xla
+from jvdiff.kernels.dense import cudnn, reference, xla
 
 _log = logging.getLogger("jvdiff.kernels")
 

@@ -1,0 +1,167 @@
+"""Block-sparse attention: the contract, the choice of an implementation, and the gradient.
+
+B batch · L query tokens · S key tokens · N heads · K head dim · Nq, Nkv blocks of queries and keys · M places in a row.
+
+Each implementation is a file of plain functions:
+
+    unsupported(q, k, v, block) -> reason or None      by shapes and dtypes alone: what it cannot do anywhere
+    unavailable() -> reason or None                    why it cannot run on the backend at hand
+    forward(q, k, v, lists, *, block) -> (out, lse)
+    backward(q, k, v, out, lse, dout, dlse, lists, *, block) -> (dq, dk, dv)
+
+They may rely on `lists` naming no key block without valid tokens. A row with no entries gives 0 and a log-sum-exp of
+-inf. No backward pass uses atomics: the same operands give the same bits.
+"""
+
+import logging
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jvdiff.kernels.block_sparse import reference, xla
+from jvdiff.kernels.block_sparse.lists import Lists, split, transpose
+
+__all__ = ["IMPLEMENTATIONS", "Lists", "block_sparse_attention", "choose", "split", "transpose"]
+
+_log = logging.getLogger("jvdiff.kernels")
+
+# In order of preference: the first that supports the operands on the backend at hand is taken. `xla` supports all.
+IMPLEMENTATIONS = {
+    "xla": xla,
+    "reference": reference,
+}
+
+
+def block_sparse_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q2k: Any,
+    q2k_count: Any,
+    kv_sizes: Any,
+    *,
+    block: int = 64,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """Attention in which each block of queries sees a list of blocks of keys; differentiable in q, k and v.
+
+    Args:
+      q: [B,Nq*block,N,K], any float dtype.
+      k, v: [B,Nkv*block,N,K], the dtype of q.
+      q2k: int32 [B,N,Nq,M]: the key blocks that each query block sees, each at most once, in any order. Numbers lie in
+        0..Nkv-1 everywhere. B and N may be 1: the same for all.
+      q2k_count: int32 [B,N,Nq]: how many entries of each row count. A row of 0 gives 0, and -inf as log-sum-exp.
+      kv_sizes: int32 [Nkv]: how many tokens of each key block are valid; they come first.
+      block: tokens in a block.
+      return_lse: also return the log-sum-exp of each query's scaled logits.
+      implementation: None takes the best that can do this on the current backend, and always works; a name takes
+        exactly that one.
+
+    Lists may be numpy (constants of the program, checked) or JAX arrays (computed inside it, not checked).
+
+    Returns:
+      out [B,Nq*block,N,K] in the dtype of q; with return_lse, (out, lse), lse natural float32 [B,N,Nq*block].
+
+    Raises:
+      NotImplementedError: the named implementation cannot do this; the message says why.
+      ValueError: the operands do not fit together, or there is no such name.
+    """
+    name = choose(q, k, v, block=block, implementation=implementation)
+    lists = _checked(q, k, Lists(q2k, q2k_count, kv_sizes), block)
+    if not isinstance(q, jax.core.Tracer) and (reason := IMPLEMENTATIONS[name].unavailable()):
+        raise NotImplementedError(f"block-sparse attention implementation {name!r}: {reason}")
+    _log_once(name, q.shape, k.shape[1], str(q.dtype), block)
+    out, lse = _attention(name, block, q, k, v, lists)  # pyright: ignore[reportGeneralTypeIssues]
+    return (out, lse) if return_lse else out
+
+
+def choose(q: Any, k: Any, v: Any, *, block: int = 64, implementation: str | None = None) -> str:
+    """The name of the implementation that `block_sparse_attention` runs for these operands (or ShapeDtypeStructs).
+
+    Raises as `block_sparse_attention` does. Runs nothing, so that a record of a run can be written before it.
+    """
+    if block < 1:
+        raise ValueError(f"block_sparse_attention: block must be at least 1 token, not {block}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        expected = (q.shape[0], k.shape[1], *q.shape[2:]) if q.ndim == k.ndim == 4 and name != "q" else x.shape
+        if x.ndim != 4 or x.shape != expected or x.dtype != q.dtype or x.shape[1] % block:
+            raise ValueError(
+                f"block_sparse_attention: {name} is {x.dtype}{list(x.shape)} beside q {q.dtype}{list(q.shape)} and "
+                f"k {k.dtype}{list(k.shape)}; all must be [B,blocks*{block},N,K] with the same B, N, K and dtype"
+            )
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"block_sparse_attention: q, k and v must be of a float dtype, not {q.dtype}")
+    if implementation is None:
+        able = (n for n, i in IMPLEMENTATIONS.items() if not (i.unsupported(q, k, v, block) or i.unavailable()))
+        return next(able)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"no block-sparse attention implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"
+        )
+    if reason := IMPLEMENTATIONS[implementation].unsupported(q, k, v, block):
+        raise NotImplementedError(f"block-sparse attention implementation {implementation!r}: {reason}")
+    return implementation
+
+
+def _checked(q: Any, k: Any, lists: Lists, block: int) -> Lists:
+    """The lists as int32, without key blocks that have no valid tokens."""
+    (B, _, N, _), Nq, Nkv = q.shape, q.shape[1] // block, k.shape[1] // block
+    for name, x, ranks in (("q2k", lists.q2k, 4), ("q2k_count", lists.q2k_count, 3), ("kv_sizes", lists.kv_sizes, 1)):
+        ok = hasattr(x, "dtype") and x.ndim == ranks and jnp.issubdtype(x.dtype, jnp.integer)
+        if ok and name == "kv_sizes":
+            ok = x.shape == (Nkv,)
+        elif ok:
+            ok = x.shape[0] in (1, B) and x.shape[1] in (1, N) and x.shape[2] == Nq
+        if not ok:
+            axes = {"q2k": f"[{B} or 1,{N} or 1,{Nq},M]", "q2k_count": f"[{B} or 1,{N} or 1,{Nq}]"}
+            found = f"{getattr(x, 'dtype', type(x).__name__)}{list(np.shape(x))}"
+            expected = f"int32 {axes.get(name, f'[{Nkv}]')}"
+            raise ValueError(f"block_sparse_attention: {name} is {found}; with these q and k it must be {expected}")
+    for name, x, low, high in (
+        ("q2k", lists.q2k, 0, Nkv - 1),
+        ("q2k_count", lists.q2k_count, 0, lists.q2k.shape[-1]),
+        ("kv_sizes", lists.kv_sizes, 0, block),
+    ):
+        if isinstance(x, np.ndarray) and x.size and not (low <= x.min() and x.max() <= high):
+            raise ValueError(
+                f"block_sparse_attention: {name} holds {x.min()}..{x.max()}; it must stay within {low}..{high}"
+            )
+    if lists.q2k.shape[:2] != lists.q2k_count.shape[:2]:
+        raise ValueError(
+            f"block_sparse_attention: q2k {list(lists.q2k.shape)} and q2k_count {list(lists.q2k_count.shape)} must "
+            f"agree on batch and heads"
+        )
+    sizes = lists.kv_sizes
+    lists = Lists(*(x.astype(np.int32) for x in lists))
+    return lists if isinstance(sizes, np.ndarray) and sizes.all() else split(lists, block, block, block)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(
+    name: str, block: int, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists
+) -> tuple[jax.Array, jax.Array]:
+    return IMPLEMENTATIONS[name].forward(q, k, v, lists, block=block)
+
+
+def _forward(name: str, block: int, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists) -> tuple[Any, Any]:
+    out, lse = IMPLEMENTATIONS[name].forward(q, k, v, lists, block=block)
+    return (out, lse), (q, k, v, out, lse, lists)
+
+
+def _backward(name: str, block: int, kept: Any, cotangents: Any) -> Any:
+    *operands, lists = kept
+    dout, dlse = cotangents
+    dlse = jnp.where(jnp.isfinite(operands[-1]), dlse, 0)  # the log-sum-exp of no keys is a constant
+    return *IMPLEMENTATIONS[name].backward(*operands, dout, dlse, lists, block=block), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+@cache
+def _log_once(name: str, q_shape: tuple[int, ...], keys: int, dtype: str, block: int) -> None:
+    _log.info("block-sparse attention q=%s keys=%d block=%d %s: %s", list(q_shape), keys, block, dtype, name)
