@@ -1,7 +1,23 @@
 """Attention as operations with a contract: references, backends, and a way to tell which one will run."""
 
-from jvdiff.kernels import tiles
+from jvdiff.kernels import mask_search, tiles
 from jvdiff.kernels.block_sparse import block_sparse_attention
 from jvdiff.kernels.dense import IMPLEMENTATIONS, Dense, attention, choose, merge
+from jvdiff.kernels.sliding_tile import SlidingTile, sliding_tile_attention
+from jvdiff.kernels.video_sparse import VideoSparse, sparsity_schedule, video_sparse_attention
 
-__all__ = ["IMPLEMENTATIONS", "Dense", "attention", "block_sparse_attention", "choose", "merge", "tiles"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Dense",
+    "SlidingTile",
+    "VideoSparse",
+    "attention",
+    "block_sparse_attention",
+    "choose",
+    "mask_search",
+    "merge",
+    "sliding_tile_attention",
+    "sparsity_schedule",
+    "tiles",
+    "video_sparse_attention",
+]

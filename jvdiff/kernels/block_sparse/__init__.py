@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jvdiff.kernels.block_sparse import reference, xla
 from jvdiff.kernels.block_sparse.lists import Lists, split, transpose
@@ -72,7 +73,7 @@ def block_sparse_attention(
     """
     name = choose(q, k, v, block=block, implementation=implementation)
     lists = _checked(q, k, Lists(q2k, q2k_count, kv_sizes), block)
-    if not isinstance(q, jax.core.Tracer) and (reason := IMPLEMENTATIONS[name].unavailable()):
+    if not isinstance(q, Tracer) and (reason := IMPLEMENTATIONS[name].unavailable()):
         raise NotImplementedError(f"block-sparse attention implementation {name!r}: {reason}")
     _log_once(name, q.shape, k.shape[1], str(q.dtype), block)
     out, lse = _attention(name, block, q, k, v, lists)  # pyright: ignore[reportGeneralTypeIssues]

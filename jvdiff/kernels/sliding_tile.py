@@ -1,0 +1,132 @@
+"""Sliding tile attention: every tile of a video sees the box of tiles around it.
+
+B batch · L tokens · N heads · K head dim · V tokens of a tile · M places in a row of the lists.
+
+Source: arXiv 2502.04507 and FastVideo's kernels. A window that would leave the video is shifted inwards, never shrunk; an
+even window is as wide as the next odd one; one that reaches every tile means the whole axis. Tiles at the end of an
+axis may be smaller, which upstream does not allow.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jvdiff.kernels import layout, tiles
+from jvdiff.kernels.block_sparse import block_sparse_attention
+from jvdiff.kernels.tiles import Grid
+
+Windows = Grid | tuple[Grid, ...]
+
+
+@dataclass(frozen=True)
+class SlidingTile:
+    """The pattern of `sliding_tile_attention`: tile in tokens; window in tiles, one or one per head."""
+
+    tile: Grid = (6, 8, 8)
+    window: Windows = (3, 3, 3)
+
+
+def sliding_tile_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    grid: Grid,
+    tile: Grid,
+    window: Windows,
+    text_length: int = 0,
+    return_lse: bool = False,
+    tiled: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """Attention of each video token to the tiles around its own, and to text; differentiable.
+
+    Args:
+      q, k, v: [B,L,N,K] of one float dtype: the T*H*W video tokens, then text slots if `text_length` is not 0.
+      grid: (T,H,W) of the video tokens.
+      tile: (a,b,c) tokens of one tile.
+      window: (wt,wh,ww) tiles that a tile sees on each axis, or a tuple of N of them, one per head.
+      text_length: the first so many text slots are valid keys: video queries see them beside their window, text
+        queries see them and the whole video. Later slots are no keys; as queries they give values of no meaning.
+        0: there are no text slots.
+      return_lse: also return the log-sum-exp of each query's scaled logits.
+      tiled: the video tokens are in tile order (`tiles.partition_indices`), not raster order, and so is the result.
+      implementation: of `block_sparse_attention`; None takes the best.
+
+    Returns:
+      out [B,L,N,K] in the dtype and order of q; with return_lse, (out, lse), lse natural float32 [B,N,L].
+
+    Raises:
+      ValueError: operands, grid, tile, window or text length that do not fit together.
+      NotImplementedError: the named implementation cannot do this.
+    """
+    counts = tiles.counts(grid, tile)
+    video, slots = int(np.prod(grid)), q.shape[1] - int(np.prod(grid)) if q.ndim == 4 else 0
+    meaning = f"the grid {tuple(grid)}" + (f" and {max(slots, text_length)} text slots" if text_length else "")
+    layout.check("sliding_tile_attention", {"q": q, "k": k, "v": v}, video + (slots if text_length else 0), meaning)
+    if not 0 <= text_length <= slots:
+        raise ValueError(
+            f"sliding_tile_attention: text_length {text_length} must lie in 0..{slots}, the slots after the "
+            f"{video} video tokens of the grid {tuple(grid)}"
+        )
+    q2k, count = window_lists(counts, check_windows(window, q.shape[2]))
+
+    block, n = int(np.prod(tile)), int(np.prod(counts))
+    place, sizes = layout.video_places(grid, tile, tiled)
+    text_place, text_sizes = layout.segment_places((slots,), block)
+    place = np.concatenate([place, n * block + text_place])
+    text_sizes = np.clip(text_length - block * np.arange(text_sizes.size), 0, block)
+    sizes = np.concatenate([sizes, text_sizes])
+    layout.choose(q, sizes.size * block, block, implementation)
+    q, k, v = (layout.to_blocks(x, place, sizes.size * block) for x in (q, k, v))
+
+    def attend(q: jax.Array, q2k: np.ndarray, count: np.ndarray) -> Any:
+        return block_sparse_attention(
+            q, k, v, q2k, count, sizes, block=block, return_lse=True, implementation=implementation
+        )
+
+    text = (n + np.flatnonzero(text_sizes)).astype(np.int32)
+    q2k = np.concatenate([np.broadcast_to(text, (*q2k.shape[:3], text.size)), q2k], axis=-1)
+    out, lse = attend(q[:, : n * block], q2k, count + np.int32(text.size))
+    if slots:
+        text_out, text_lse = attend(q[:, n * block :], *layout.everything(text_sizes.size, sizes))
+        out, lse = jnp.concatenate([out, text_out], axis=1), jnp.concatenate([lse, text_lse], axis=2)
+    out = layout.from_blocks(out, place)
+    return (out, jnp.moveaxis(layout.from_blocks(jnp.moveaxis(lse, 2, 1), place), 1, 2)) if return_lse else out
+
+
+def check_windows(window: Windows, heads: int) -> tuple[Grid, ...]:
+    """The window of all heads, or one window per head; ValueError for anything else."""
+    windows: Any = (window,) if np.ndim(window) == 1 else tuple(window)
+    ok = all(len(w) == 3 and all(isinstance(x, (int, np.integer)) and x >= 1 for x in w) for w in windows)
+    if not ok or len(windows) not in (1, heads):
+        raise ValueError(
+            f"sliding_tile_attention: window must be three whole numbers of tiles (T, H, W) of at least 1, or one such "
+            f"triple for each of the {heads} heads, not {window!r}"
+        )
+    return tuple(windows)
+
+
+def axis_window(n: int, window: int) -> tuple[np.ndarray, int]:
+    """(first key tile of each query tile [n], how many) on an axis of n tiles."""
+    half = window // 2
+    width = min(2 * half + 1, n)
+    return np.clip(np.arange(n) - half, 0, n - width), width
+
+
+def window_lists(counts: Grid, windows: tuple[Grid, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(q2k int32 [1,len(windows),tiles,M], count): ascending key tiles of every query tile of a video of `counts` tiles."""
+    rows = []
+    for window in dict.fromkeys(windows):
+        axes = [axis_window(n, w) for n, w in zip(counts, window, strict=True)]
+        t, h, w = (start[:, None] + np.arange(width) for start, width in axes)
+        t, h, w = t[:, None, None, :, None, None], h[None, :, None, None, :, None], w[None, None, :, None, None, :]
+        rows.append(((t * counts[1] + h) * counts[2] + w).reshape(int(np.prod(counts)), -1))
+    most = max(r.shape[1] for r in rows)
+    padded = {w: np.pad(r, ((0, 0), (0, most - r.shape[1]))) for w, r in zip(dict.fromkeys(windows), rows, strict=True)}
+    widths = {w: r.shape[1] for w, r in zip(dict.fromkeys(windows), rows, strict=True)}
+    q2k = np.stack([padded[w] for w in windows])[None].astype(np.int32)
+    return q2k, np.array([[np.full(q2k.shape[2], widths[w]) for w in windows]], np.int32)
