@@ -406,6 +406,8 @@ class _Stream(NamedTuple):
 
     def release(self, j: Any) -> None:
         """This warpgroup has read the slots of step j."""
+        if INTERPRET is not None:
+            plgpu.commit_smem()  # the interpreter's products are plain reads, which wait for no copy without a fence
         later = j + self.ring.shape.stages
 
         @pl.when(later < self.ring.count)
