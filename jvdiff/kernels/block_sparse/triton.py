@@ -36,25 +36,36 @@ _FLOOR = -1e30  # below all logits, and finite: the running maximum of a row tha
 
 
 class Shape(NamedTuple):
-    """Rows of the query and key blocks of one kernel, its warps, and the stages of its loads."""
+    """How one kernel is cut: rows of a query and of a key block, channels of a part, warps, stages of its loads.
+
+    A program holds [rows,K] as parts of at most `channels`. The compiler gives each warp whole rows of the logits as
+    long as accumulators are no wider than they are high; otherwise it spreads a row over warps, which then exchange
+    their weights through shared memory, but need fewer registers.
+    """
 
     block_q: int
     block_kv: int
+    channels: int
     warps: int
     stages: int
 
 
 def shapes(block: int, head_dim: int, dtype: Any) -> dict[str, Shape]:
-    """The block shapes of each kernel: divisors of `block`, powers of two."""
-    limit = min(64, block & -block)  # the largest power of two in it
-    if jnp.dtype(dtype) == jnp.float32:  # no tensor cores: products of whole float32 numbers fill the registers
-        small = min(32, limit)
-        return dict.fromkeys(("forward", "dq", "dkv"), Shape(small, small, 4, 1))
-    warps = 4 if head_dim <= 64 else 8
+    """The cut of each kernel, chosen by registers and shared memory: nothing spills on compute capability 8.0.
+
+    `block` must be a multiple of both of its block sizes, which are powers of two.
+    """
+    rows = min(64, block & -block)
+    if jnp.dtype(dtype) == jnp.float32:  # without tensor cores, whose products are not of whole float32 numbers
+        rows = min(32, rows)
+        return dict.fromkeys(("forward", "dq", "dkv"), Shape(rows, rows, 32, 4, 1))
+    if head_dim <= 64:
+        return dict.fromkeys(("forward", "dq", "dkv"), Shape(rows, rows, 64, 4, 3))
+    wide = block % 128 == 0
     return {
-        "forward": Shape(limit, limit, warps, 2),
-        "dq": Shape(limit, limit, warps, 2),
-        "dkv": Shape(limit, limit, warps, 2),
+        "forward": Shape(128 if wide else rows, rows, 64, 8 if wide else 4, 3),
+        "dq": Shape(rows, rows, 128, 8, 3),
+        "dkv": Shape(rows, rows, 128, 8, 3),
     }
 
 
@@ -88,7 +99,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: in
     shape = shapes(block, K, q.dtype)["forward"]
     lists = _split(lists, block, shape)
     return _call(
-        functools.partial(_forward_kernel, block_kv=shape.block_kv, scale=K**-0.5),
+        functools.partial(_forward_kernel, shape=shape, scale=K**-0.5),
         "forward",
         shape,
         grid=(L // shape.block_q, N, B),
@@ -98,30 +109,28 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: in
     )(q, k, v, *lists)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, list_ref, count_ref, size_ref, out_ref, lse_ref, *, block_kv, scale):
+def _forward_kernel(q_ref, k_ref, v_ref, list_ref, count_ref, size_ref, out_ref, lse_ref, *, shape, scale):
     """q, out [Q,K]; k, v [S,K]; list [I,E]; count [I]; size [J]; lse [Q]."""
-    i = pl.program_id(0)
-    q = q_ref[...]
-    Q, K = q.shape
+    i, load = pl.program_id(0), functools.partial(_load, channels=shape.channels)
+    q = load(q_ref)
+    rows = q[0].shape[0]
 
     def step(j, carry):
         top, total, out = carry
         block = list_ref[i, j]
-        rows = pl.ds(block * block_kv, block_kv)
-        logits = _dot(q, k_ref[rows, :].T) * (scale * _LOG2_E)
-        logits = _mask(logits, size_ref[block])
+        keys = pl.ds(block * shape.block_kv, shape.block_kv)
+        logits = _mask(_inner(q, load(k_ref, keys)) * (scale * _LOG2_E), size_ref[block])
         new = jnp.maximum(top, jnp.max(logits, axis=1))
         weights = jnp.exp2(logits - new[:, None])
         fade = jnp.exp2(top - new)
-        v = v_ref[rows, :]
-        out = out * fade[:, None] + _dot(weights.astype(v.dtype), v)
+        out = _add(tuple(x * fade[:, None] for x in out), weights, load(v_ref, keys))
         return new, total * fade + jnp.sum(weights, axis=1), out
 
-    start = jnp.full((Q,), _FLOOR, jnp.float32), jnp.zeros((Q,), jnp.float32), jnp.zeros((Q, K), jnp.float32)
+    start = jnp.full((rows,), _FLOOR, jnp.float32), jnp.zeros((rows,), jnp.float32), _zeros(q)
     top, total, out = lax.fori_loop(0, count_ref[i], step, start)
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
-    out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
+    _store(out_ref, tuple(x / total[:, None] for x in out))
     lse_ref[...] = jnp.where(seen, (top + jnp.log2(total)) / _LOG2_E, -jnp.inf)
 
 
@@ -149,7 +158,7 @@ def backward(
     rows, keys, *_ = shape["dq"]
     parts = _split(lists, block, shape["dq"])
     dq = _call(
-        functools.partial(_dq_kernel, block_kv=keys, scale=scale),
+        functools.partial(_dq_kernel, shape=shape["dq"], scale=scale),
         "dq",
         shape["dq"],
         grid=(L // rows, N, B),
@@ -165,7 +174,7 @@ def backward(
     parts = _split(lists, block, shape["dkv"])
     offsets, ids = transpose(parts)
     dk, dv = _call(
-        functools.partial(_dkv_kernel, block_q=rows, scale=scale),
+        functools.partial(_dkv_kernel, shape=shape["dkv"], scale=scale),
         "dkv",
         shape["dkv"],
         grid=(k.shape[1] // keys, N, B),
@@ -180,57 +189,76 @@ def backward(
 
 
 def _dq_kernel(
-    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, list_ref, count_ref, size_ref, dq_ref, *, block_kv, scale
+    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, list_ref, count_ref, size_ref, dq_ref, *, shape, scale
 ):
     """q, dout, dq [Q,K]; k, v [S,K]; lse (to base 2), delta [Q]; list [I,E]; count [I]; size [J]."""
-    i = pl.program_id(0)
-    q, dout = q_ref[...], dout_ref[...]
+    i, load = pl.program_id(0), functools.partial(_load, channels=shape.channels)
+    q, dout = load(q_ref), load(dout_ref)
     lse, delta = lse_ref[...], delta_ref[...]
 
     def step(j, dq):
         block = list_ref[i, j]
-        rows = pl.ds(block * block_kv, block_kv)
-        k = k_ref[rows, :]
-        logits = _dot(q, k.T) * (scale * _LOG2_E)
-        weights = jnp.exp2(_mask(logits, size_ref[block]) - lse[:, None])
-        dlogits = weights * (_dot(dout, v_ref[rows, :].T) - delta[:, None])
-        return dq + _dot(dlogits.astype(k.dtype), k)
+        keys = pl.ds(block * shape.block_kv, shape.block_kv)
+        k = load(k_ref, keys)
+        logits = _mask(_inner(q, k) * (scale * _LOG2_E), size_ref[block])
+        weights = jnp.exp2(logits - lse[:, None])
+        return _add(dq, weights * (_inner(dout, load(v_ref, keys)) - delta[:, None]), k)
 
-    dq = lax.fori_loop(0, count_ref[i], step, jnp.zeros(q.shape, jnp.float32))
-    dq_ref[...] = (dq * scale).astype(dq_ref.dtype)
+    dq = lax.fori_loop(0, count_ref[i], step, _zeros(q))
+    _store(dq_ref, tuple(x * scale for x in dq))
 
 
 def _dkv_kernel(
-    k_ref, v_ref, q_ref, dout_ref, lse_ref, delta_ref, offset_ref, list_ref, size_ref, dk_ref, dv_ref, *, block_q, scale
+    k_ref, v_ref, q_ref, dout_ref, lse_ref, delta_ref, offset_ref, list_ref, size_ref, dk_ref, dv_ref, *, shape, scale
 ):
     """k, v, dk, dv [C,K]; q, dout [L,K]; lse (to base 2), delta [L]; offset [J+1]; list [all E]; size [J]."""
-    k, v = k_ref[...], v_ref[...]
-    j = pl.program_id(0)
+    j, load = pl.program_id(0), functools.partial(_load, channels=shape.channels)
+    k, v = load(k_ref), load(v_ref)
 
     def step(e, carry):
         dk, dv = carry
-        rows = pl.ds(list_ref[e] * block_q, block_q)
-        q, dout = q_ref[rows, :], dout_ref[rows, :]
-        weights = jnp.exp2(_dot(k, q.T) * (scale * _LOG2_E) - lse_ref[rows][None, :])
-        dv = dv + _dot(weights.astype(dout.dtype), dout)
-        dlogits = weights * (_dot(v, dout.T) - delta_ref[rows][None, :])
-        return dk + _dot(dlogits.astype(q.dtype), q), dv
+        queries = pl.ds(list_ref[e] * shape.block_q, shape.block_q)
+        q, dout = load(q_ref, queries), load(dout_ref, queries)
+        weights = jnp.exp2(_inner(k, q) * (scale * _LOG2_E) - lse_ref[queries][None, :])
+        dv = _add(dv, weights, dout)
+        return _add(dk, weights * (_inner(v, dout) - delta_ref[queries][None, :]), q), dv
 
-    zero = jnp.zeros(k.shape, jnp.float32)
-    dk, dv = lax.fori_loop(offset_ref[j], offset_ref[j + 1], step, (zero, zero))
+    dk, dv = lax.fori_loop(offset_ref[j], offset_ref[j + 1], step, (_zeros(k), _zeros(v)))
     # A row of these products is one key: what is computed of padded ones stays theirs, and is dropped here.
-    valid = lax.broadcasted_iota(jnp.int32, k.shape, 0) < size_ref[j]
-    dk_ref[...] = jnp.where(valid, dk * scale, 0.0).astype(dk_ref.dtype)
-    dv_ref[...] = jnp.where(valid, dv, 0.0).astype(dv_ref.dtype)
+    valid = lax.broadcasted_iota(jnp.int32, k[0].shape, 0) < size_ref[j]
+    _store(dk_ref, tuple(jnp.where(valid, x * scale, 0.0) for x in dk))
+    _store(dv_ref, tuple(jnp.where(valid, x, 0.0) for x in dv))
+
+
+def _load(ref: Any, rows: Any = slice(None), *, channels: int) -> tuple[jax.Array, ...]:
+    """The parts of ref [...,K]: see Shape."""
+    K = ref.shape[-1]
+    return tuple(ref[rows, pl.ds(c, min(channels, K))] for c in range(0, K, channels))
+
+
+def _store(ref, parts):
+    for n, x in enumerate(parts):
+        ref[:, pl.ds(n * x.shape[1], x.shape[1])] = x.astype(ref.dtype)
+
+
+def _zeros(parts):
+    return tuple(jnp.zeros(x.shape, jnp.float32) for x in parts)
+
+
+def _inner(a, b):
+    """a [Q,K], b [C,K] -> float32 [Q,C]."""
+    return functools.reduce(jnp.add, (_dot(x, y.T) for x, y in zip(a, b, strict=True)))
+
+
+def _add(total, weights, x):
+    """total [Q,K] + weights [Q,C] x [C,K]."""
+    return tuple(t + _dot(weights.astype(part.dtype), part) for t, part in zip(total, x, strict=True))
 
 
 def _dot(a, b):
-    return lax.dot(a, b, precision=_precision(a.dtype), preferred_element_type=jnp.float32)
-
-
-def _precision(dtype):
-    """Whole float32 products; a tensor core's of half-width operands have no other precision."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+    """Float32 operands in whole float32 products; a tensor core's of half-width ones are exact anyway."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _mask(logits, size):
