@@ -1,9 +1,9 @@
-"""The search for sliding tile attention's windows: how far each candidate is from full attention, and which to use where.
+"""The search for sliding tile attention's windows: how far each candidate is from full attention, and the best ones.
 
 B batch · L tokens · N heads · K head dim · C candidate windows.
 
-Source: arXiv 2502.04507 and FastVideo's `STA_searching` and `STA_tuning` modes. Run the dense model on a few prompts; at
-every timestep and layer take `losses` of q, k, v; then `choose_windows` once over everything recorded.
+Source: arXiv 2502.04507 and FastVideo's `STA_searching` and `STA_tuning` modes. Run the dense model on a few prompts;
+at every timestep and layer take `losses` of q, k, v; then `choose_windows` once over everything recorded.
 """
 
 import json

@@ -2,8 +2,8 @@
 
 B batch · L tokens · N heads · K head dim · V tokens of a tile · M places in a row of the lists.
 
-Source: arXiv 2502.04507 and FastVideo's kernels. A window that would leave the video is shifted inwards, never shrunk; an
-even window is as wide as the next odd one; one that reaches every tile means the whole axis. Tiles at the end of an
+Source: arXiv 2502.04507 and FastVideo's kernels. A window that would leave the video is shifted inwards, never shrunk;
+an even window is as wide as the next odd one; one that reaches every tile means the whole axis. Tiles at the end of an
 axis may be smaller, which upstream does not allow.
 """
 
@@ -118,7 +118,7 @@ def axis_window(n: int, window: int) -> tuple[np.ndarray, int]:
 
 
 def window_lists(counts: Grid, windows: tuple[Grid, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(q2k int32 [1,len(windows),tiles,M], count): ascending key tiles of every query tile of a video of `counts` tiles."""
+    """(q2k int32 [1,len(windows),tiles,M], count): the key tiles, ascending, of every query tile of a video."""
     rows = []
     for window in dict.fromkeys(windows):
         axes = [axis_window(n, w) for n, w in zip(counts, window, strict=True)]

@@ -1,9 +1,9 @@
-"""Video sparse attention: pooled tiles choose which tiles each tile attends to, and carry a coarse attention of their own.
+"""Video sparse attention: pooled tiles choose which tiles each tile attends to, and attend to each other coarsely.
 
 B batch · L tokens · N heads · K head dim · V tokens of a tile · P prefix blocks · n blocks, prefix and video.
 
-Source: arXiv 2505.13389 and FastVideo's code (which, unlike the paper, gates only the coarse branch). Pooling, scores and
-coarse softmax are float32 here. The choice of tiles is a constant to the gradient.
+Source: arXiv 2505.13389 and FastVideo's code (which, unlike the paper, gates only the coarse branch). Pooling, scores
+and coarse softmax are float32 here. The choice of tiles is a constant to the gradient.
 """
 
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ def video_sparse_attention(
     video_tiles = int(np.prod(tiles.counts(grid, tile)))
     if not all(isinstance(x, (int, np.integer)) and x >= 1 for x in prefix_lengths):
         raise ValueError(
-            f"video_sparse_attention: prefix_lengths must be whole numbers of tokens of at least 1, not {prefix_lengths!r}"
+            f"video_sparse_attention: prefix_lengths must be whole numbers of at least 1 token, not {prefix_lengths!r}"
         )
     if prefix_policy not in ("exempt", "compete"):
         raise ValueError(f"video_sparse_attention: prefix_policy must be 'exempt' or 'compete', not {prefix_policy!r}")
@@ -129,7 +129,7 @@ def _best(scores: jax.Array, kept: int, P: int, policy: str) -> jax.Array:
 def sparsity_schedule(step: int, target: float, rate: float, interval: int) -> float:
     """The sparsity to fine-tune a dense model with at `step`: it rises by `rate` every `interval` steps up to `target`.
 
-    Exactly upstream's rule, min(step // interval, target // rate) * rate in doubles, so that its recipes can be repeated.
+    Exactly upstream's rule, min(step // interval, target // rate) * rate in doubles, so that its recipes stay the same.
     It is not lifted to the target at the end: it stays at the last whole multiple of `rate`, which is below the target
     when `rate` does not divide it, and also where rounding says so (0.9 by 0.1 ends at 0.8; 0.8 by 0.03 at 0.78).
     """
