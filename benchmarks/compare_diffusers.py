@@ -112,21 +112,25 @@ def _normal(*shape: int) -> np.ndarray:
     return np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
 
 
-def dit(name: str, cfg: wan.DiTConfig, size: Sequence[int], text: int, **options: Any) -> Case:
-    """size: B, T, H, W; text: rows that both sides attend to."""
+def dit(name: str, cfg: wan.DiTConfig, size: Sequence[int], text: int, prompt: int, **options: Any) -> Case:
+    """size: B, T, H, W; text: rows that both sides attend to, zero beyond the first `prompt`, as in both pipelines.
+
+    Ours gets only those and merges the zero rows' share, as `jvdiff.generate` does; the numbers are the same.
+    """
     implementation = options.pop("implementation", None)
 
     def ours(params: Any, x: Any, t: Any, rows: Any, how: str | None = implementation) -> Any:
         # `rows` are cast as the pipeline has them, in the dtype of the text encoder.
-        return wan.velocity(
-            params, cfg, x, t, rows.astype(params["blocks"]["ffn"]["up"]["kernel"].dtype), implementation=how
-        )
+        rows = rows[:, : prompt + 1].astype(params["blocks"]["ffn"]["up"]["kernel"].dtype)
+        return wan.velocity(params, cfg, x, t, rows, text_length=text, implementation=how)
 
     def theirs(model: Any, x: Any, t: Any, rows: Any) -> Any:
         first = x.permute(0, 4, 1, 2, 3).to(model.dtype)
         return model(first, t, rows.to(model.dtype), return_dict=False)[0].permute(0, 2, 3, 4, 1)
 
-    inputs = _normal(*size, cfg.in_channels), np.full(size[0], 500.0, np.float32), _normal(size[0], text, cfg.text_dim)
+    rows = _normal(size[0], text, cfg.text_dim)
+    rows[:, prompt:] = 0
+    inputs = _normal(*size, cfg.in_channels), np.full(size[0], 500.0, np.float32), rows
     return Case(name, cfg, inputs, ours, theirs, counted=partial(ours, how="xla"), **options)
 
 
@@ -169,14 +173,14 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         small_vae = replace(DIGITS_VAE, base_dim=4, dim_mult=(1, 2, 2), temperal_downsample=(True, True))
         small_text = replace(DIGITS_TEXT, d_model=16, d_kv=8, num_heads=2)
         dtype = "bfloat16" if device == "gpu" else "float32"
-        yield dit("DiT", small_dit, (2, 2, 4, 6), 8, dtype=dtype)
+        yield dit("DiT", small_dit, (2, 2, 4, 6), 8, 3, dtype=dtype)
         yield vae_decode("VAE decode", small_vae, (1, 2, 2, 3), dtype=dtype)
         yield vae_encode("VAE encode", small_vae, (1, 2, 2, 3), dtype=dtype)
         yield text("UMT5", small_text, (1, 8), dtype=dtype)
     elif device == "gpu":
         size = (1, 21, 60, 104)
         half = {"dtype": "bfloat16"}
-        yield dit("DiT 1.3B", wan.WAN_2_1_T2V_1_3B, size, 512, implementation="cudnn", **half)
+        yield dit("DiT 1.3B", wan.WAN_2_1_T2V_1_3B, size, 512, 63, implementation="cudnn", **half)
         yield vae_decode("VAE decode", wan.WAN_2_1_VAE, size)  # float32, as both programs run it by default
         yield vae_decode("VAE decode", wan.WAN_2_1_VAE, size, **half)
         yield vae_encode("VAE encode", wan.WAN_2_1_VAE, size)
@@ -184,8 +188,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         yield text("UMT5-XXL", umt5.UMT5_XXL, (1, 512), **half)
     else:
         heads = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 4}
-        yield dit("DiT digits", DIGITS_DIT, (2, 5, 8, 8), 512)  # 2: with and without the prompt
-        yield dit("DiT 1536 wide, 4 layers", wan.DiTConfig(**heads), (1, 3, 60, 104), 512)
+        yield dit("DiT digits", DIGITS_DIT, (2, 5, 8, 8), 512, 31)  # 2: with and without the prompt
+        yield dit("DiT 1536 wide, 4 layers", wan.DiTConfig(**heads), (1, 3, 60, 104), 512, 63)
         yield vae_decode("VAE decode digits", DIGITS_VAE, (1, 5, 8, 8))
         yield vae_decode("VAE decode 96 wide", wan.WAN_2_1_VAE, (1, 3, 16, 24))
         yield vae_encode("VAE encode digits", DIGITS_VAE, (1, 5, 8, 8))
