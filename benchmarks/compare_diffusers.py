@@ -331,10 +331,11 @@ def measure_clip(checkpoint: str, repeats: int, rival: str | None) -> Row:
     """Prompt to frames, with the checkpoint's own settings, from the same noise."""
     import jvdiff
     from jvdiff import pipeline
+    from jvdiff.settings import latent_shape
 
     pipe = jvdiff.load(checkpoint)
     settings = pipe.settings()
-    noise = np.asarray(pipeline.initial_noise([0], pipeline.latent_shape(pipe.configs, settings)))
+    noise = np.asarray(pipeline.initial_noise([0], latent_shape(pipe.configs, settings)))
 
     def ours() -> np.ndarray:
         return jvdiff.generate(pipe, [PROMPT], noise=noise).video
@@ -378,7 +379,9 @@ def _their_clip(checkpoint: str, settings: Any, noise: np.ndarray | None, device
 def first_frame(checkpoint: str, side: str, cache: str) -> None:
     """In a process of its own: prints the time of day when the first frame is in host memory."""
     import jvdiff
+    from jvdiff import checkpoint as checkpoints
     from jvdiff import pipeline
+    from jvdiff.settings import Configs, latent_shape, read_defaults, resolve
 
     if side == "ours":
         jax.config.update("jax_compilation_cache_dir", cache)
@@ -388,13 +391,13 @@ def first_frame(checkpoint: str, side: str, cache: str) -> None:
         settings = pipe.settings()
         guided = settings.guidance != 1
         words, negative = pipeline.encode_prompts(pipe, [PROMPT], settings.negative_prompt if guided else None)
-        noise = pipeline.initial_noise([0], pipeline.latent_shape(pipe.configs, settings))
+        noise = pipeline.initial_noise([0], latent_shape(pipe.configs, settings))
         state = pipeline.denoise(pipe, settings, pipeline.solver(settings).init(noise), words, negative)
         pipeline.decode(pipe, state.x, callback=lambda done: print(time.time(), flush=True) if done == 1 else None)
     else:  # the rival gives all frames at once
-        configs = pipeline.checkpoint.inspect(checkpoint)
-        three = pipeline.Configs(configs.transformer, configs.vae, configs.text_encoder)
-        settings = pipeline.resolve(three, configs.scheduler, pipeline.read_defaults(checkpoint))
+        configs = checkpoints.inspect(checkpoint)
+        three = Configs(configs.transformer, configs.vae, configs.text_encoder)
+        settings = resolve(three, configs.scheduler, read_defaults(checkpoint))
         _their_clip(checkpoint, settings, None, "cpu")()
         print(time.time(), flush=True)
 

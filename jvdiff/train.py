@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jvdiff import checkpoint, command_line, pipeline, training
+from jvdiff import checkpoint, command_line, settings, training
 from jvdiff.data import digits, digits_tokenizer, tokenizer
 from jvdiff.data.video import atomic
 from jvdiff.errors import CheckpointError, UsageError
@@ -60,7 +60,7 @@ def parse(argv: Sequence[str]) -> command_line.Request:
         raise UsageError(f"the config lacks {', '.join(missing)}; task {name!r} needs {', '.join(fields)}.")
     if config.seed is None:
         raise UsageError("seed is None; a run that can go on later needs a number.")
-    pipeline.check_seed(config.seed)
+    settings.check_seed(config.seed)
     _check_names("loss", config.loss, _keywords(TASKS[name].loss))
     _check_names("loop", config.loop, [field for field in _keywords(training.fit) if field not in ("seed", "params")])
     for field, value in config.loop.items():
@@ -128,7 +128,7 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     dit_cfg = _model("transformer", wan.DiTConfig, config.transformer, text_dim=text_cfg.d_model, **sizes)
     scheduler, defaults = config.scheduler.to_dict(), config.defaults.to_dict()
     try:
-        pipeline.resolve(pipeline.Configs(dit_cfg, vae_cfg, text_cfg), scheduler, defaults)
+        settings.resolve(settings.Configs(dit_cfg, vae_cfg, text_cfg), scheduler, defaults)
     except CheckpointError as error:
         raise UsageError(f"scheduler: {error}") from None
     result = _result(folder / "repository")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -405,7 +406,7 @@ def test_a_disk_that_fills_up_while_writing_keeps_the_frames(command, tmp_path, 
         raise ResourceError(f"cannot write {path}: No space left on device")
 
     monkeypatch.setattr(videos, "write_mp4", full)
-    monkeypatch.setattr(sample.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(tmp_path))
     assert sample.main(command(steps=1)) == 4
     assert str(tmp_path / "video.npz") in capsys.readouterr().err
     assert read(tmp_path / "video.npz")["video"].shape == (5, 16, 16, 3)
