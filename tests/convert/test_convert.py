@@ -1,5 +1,6 @@
 """Conversion from end to end: exact, verified, whole or absent whatever happens on the way (F13, F20, F33-F46)."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -118,6 +120,21 @@ def test_there_and_back_is_bit_equal(tiny_repository, orbax, tmp_path):  # F46
             tiny_repository / name / "config.json"
         ).read_text()
     assert checkpoint.inspect(tmp_path / "hf").tokenizer.is_dir()
+
+
+def test_a_vae_can_be_replaced(tiny_repository, orbax, tmp_path):
+    cfg = checkpoint.inspect(orbax).vae
+    old = checkpoint.restore(orbax / "vae", read_component(orbax / "vae").abstract(np.float32))
+    new = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, old)
+    checkpoint.save(tmp_path / "vae", new, config=cfg.to_json())
+    to_hf(orbax, tmp_path / "hf", vae=tmp_path / "vae")
+    expected = {f"vae/{path}": leaf for path, leaf in flatten(new).items()}
+    assert same(restored(tmp_path / "hf"), restored(orbax) | expected)
+    other = dataclasses.replace(cfg, latents_std=tuple(2 * s for s in cfg.latents_std))
+    checkpoint.save(tmp_path / "other", new, config=other.to_json())
+    with pytest.raises(UsageError, match="latent statistics included, is not that of"):
+        to_hf(orbax, tmp_path / "refused", vae=tmp_path / "other")
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
