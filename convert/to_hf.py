@@ -22,6 +22,7 @@ from convert.tables import read_component
 from jvdiff import checkpoint
 from jvdiff.checkpoint import COMPONENTS
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.staging import staged
 
 _STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _CODES = {dtype: code for code, dtype in reader.DTYPES.items()}
@@ -52,7 +53,7 @@ def to_hf(source: Path, target: Path, dtype: str | None = None, vae: Path | None
                 f"{vae}: its configuration, latent statistics included, is not that of {source / 'vae'}.\n"
                 "The transformer knows the latents of the latter only. Give the result of training its decoder."
             )
-    with checkpoint.staged(target) as staging:
+    with staged(target) as staging:
         copy_small_files(source, staging)
         for name in COMPONENTS:
             _write(folders[name], staging / name / f"{_STEMS[name]}.safetensors", DTYPES[dtype] if dtype else None)

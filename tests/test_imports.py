@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"types", "errors", "precision", "progress", "interrupts"},
+    {"types", "errors", "precision", "progress", "interrupts", "staging"},
     {"sharding"},
     {"kernels"},
     {"models"},

@@ -22,6 +22,7 @@ from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import umt5, wan
 from jvdiff.settings import Configs, resolve
 from jvdiff.sharding import data_parallel
+from jvdiff.staging import check_target
 from jvdiff.training import fields, flow_matching, reconstruction
 from jvdiff.training.loop import State, Task, fit
 
@@ -165,7 +166,7 @@ def _stages(stages: Any, cfg: wan.VAEConfig, devices: int) -> tuple[tuple[int, i
 
 def _result(target: Path) -> Path:
     """`target`, if the result can be written there; asked before hours of work."""
-    checkpoint.check_target(target, True)
+    check_target(target, True)
     return target
 
 

@@ -24,6 +24,7 @@ from convert.tables import read_component
 from convert.to_hf import to_hf
 from jvdiff import checkpoint
 from jvdiff.errors import CheckpointError, IntegrityError, MissingTensor, ResourceError, ShapeMismatch, UsageError
+from jvdiff.staging import staged
 
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
@@ -286,7 +287,7 @@ def test_twenty_races_in_threads(tmp_path):  # F37
 
         def write(number, target=target, results=results):
             try:
-                with checkpoint.staged(target) as staging:
+                with staged(target) as staging:
                     for part in range(5):
                         (staging / str(part)).write_text(str(number))
                         time.sleep(0.002)
@@ -400,13 +401,14 @@ def test_memory_is_bounded_by_the_largest_leaf(tmp_path):  # F45
     program = f"""
 import resource, numpy as np
 from jvdiff import checkpoint
+from jvdiff.staging import staged
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 def leaf(size, seed):
     dtype = np.dtype(np.float32)
     return checkpoint.Leaf((size,), dtype, lambda: np.arange(size, dtype=np.int32).view(dtype) + dtype.type(seed))
 def write(name, leaves):
-    with checkpoint.staged({str(tmp_path)!r} + name) as staging:
+    with staged({str(tmp_path)!r} + name) as staging:
         checkpoint.write_manifest(staging, checkpoint.write_params(staging, "", leaves), {{}})
 write("/small", {{"a": leaf(1, 0)}})
 before = peak()
