@@ -5,7 +5,7 @@
 
 A run lives in `config.folder`: `state/` (Orbax checkpoints), `metrics.jsonl`, and when it is done the result: `vae/` or
 `repository/`, which `jvdiff.load` and `python -m jvdiff.sample` take and `python -m convert.to_hf` exports. The same
-command goes on where a stopped run was. Fields: see COMMON, TASKS and the functions that they feed.
+command goes on where a stopped run was. Fields: see COMMON, TASKS and `jvdiff.training`.
 
 Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 interrupted, resumable · 6 NaN or infinity ·
 7 set-up · 1 anything else.
@@ -79,20 +79,10 @@ class Kind(NamedTuple):
     optional: tuple[str, ...] = ()
 
 
-_TEXT_TO_VIDEO = (
-    "vae",
-    "clips",
-    "batch",
-    "tokens",
-    "drop_text",
-    "transformer",
-    "text_encoder",
-    "scheduler",
-    "defaults",
-)
+_DIT_FIELDS = ("vae", "clips", "batch", "tokens", "drop_text", "transformer", "text_encoder", "scheduler", "defaults")
 TASKS = {
     "vae": Kind(digits_runs.train_vae, training.vae_task, ("vae", "stages"), ("decoder_of",)),
-    "text_to_video": Kind(digits_runs.train_text_to_video, training.text_to_video_task, _TEXT_TO_VIDEO),
+    "text_to_video": Kind(digits_runs.train_text_to_video, training.text_to_video_task, _DIT_FIELDS),
 }
 
 
