@@ -112,21 +112,25 @@ def _normal(*shape: int) -> np.ndarray:
     return np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
 
 
-def dit(name: str, cfg: wan.DiTConfig, size: Sequence[int], text: int, **options: Any) -> Case:
-    """size: B, T, H, W; text: rows that both sides attend to."""
+def dit(name: str, cfg: wan.DiTConfig, size: Sequence[int], text: int, prompt: int, **options: Any) -> Case:
+    """size: B, T, H, W; text: rows that both sides attend to, zero beyond the first `prompt`, as in both pipelines.
+
+    Ours gets only those and merges the zero rows' share, as `jvdiff.generate` does; the numbers are the same.
+    """
     implementation = options.pop("implementation", None)
 
     def ours(params: Any, x: Any, t: Any, rows: Any, how: str | None = implementation) -> Any:
         # `rows` are cast as the pipeline has them, in the dtype of the text encoder.
-        return wan.velocity(
-            params, cfg, x, t, rows.astype(params["blocks"]["ffn"]["up"]["kernel"].dtype), implementation=how
-        )
+        rows = rows[:, : prompt + 1].astype(params["blocks"]["ffn"]["up"]["kernel"].dtype)
+        return wan.velocity(params, cfg, x, t, rows, text_length=text, implementation=how)
 
     def theirs(model: Any, x: Any, t: Any, rows: Any) -> Any:
         first = x.permute(0, 4, 1, 2, 3).to(model.dtype)
         return model(first, t, rows.to(model.dtype), return_dict=False)[0].permute(0, 2, 3, 4, 1)
 
-    inputs = _normal(*size, cfg.in_channels), np.full(size[0], 500.0, np.float32), _normal(size[0], text, cfg.text_dim)
+    rows = _normal(size[0], text, cfg.text_dim)
+    rows[:, prompt:] = 0
+    inputs = _normal(*size, cfg.in_channels), np.full(size[0], 500.0, np.float32), rows
     return Case(name, cfg, inputs, ours, theirs, counted=partial(ours, how="xla"), **options)
 
 
@@ -169,14 +173,14 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         small_vae = replace(DIGITS_VAE, base_dim=4, dim_mult=(1, 2, 2), temperal_downsample=(True, True))
         small_text = replace(DIGITS_TEXT, d_model=16, d_kv=8, num_heads=2)
         dtype = "bfloat16" if device == "gpu" else "float32"
-        yield dit("DiT", small_dit, (2, 2, 4, 6), 8, dtype=dtype)
+        yield dit("DiT", small_dit, (2, 2, 4, 6), 8, 3, dtype=dtype)
         yield vae_decode("VAE decode", small_vae, (1, 2, 2, 3), dtype=dtype)
         yield vae_encode("VAE encode", small_vae, (1, 2, 2, 3), dtype=dtype)
         yield text("UMT5", small_text, (1, 8), dtype=dtype)
     elif device == "gpu":
         size = (1, 21, 60, 104)
         half = {"dtype": "bfloat16"}
-        yield dit("DiT 1.3B", wan.WAN_2_1_T2V_1_3B, size, 512, implementation="cudnn", **half)
+        yield dit("DiT 1.3B", wan.WAN_2_1_T2V_1_3B, size, 512, 63, implementation="cudnn", **half)
         yield vae_decode("VAE decode", wan.WAN_2_1_VAE, size)  # float32, as both programs run it by default
         yield vae_decode("VAE decode", wan.WAN_2_1_VAE, size, **half)
         yield vae_encode("VAE encode", wan.WAN_2_1_VAE, size)
@@ -184,8 +188,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         yield text("UMT5-XXL", umt5.UMT5_XXL, (1, 512), **half)
     else:
         heads = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 4}
-        yield dit("DiT digits", DIGITS_DIT, (2, 5, 8, 8), 512)  # 2: with and without the prompt
-        yield dit("DiT 1536 wide, 4 layers", wan.DiTConfig(**heads), (1, 3, 60, 104), 512)
+        yield dit("DiT digits", DIGITS_DIT, (2, 5, 8, 8), 512, 31)  # 2: with and without the prompt
+        yield dit("DiT 1536 wide, 4 layers", wan.DiTConfig(**heads), (1, 3, 60, 104), 512, 63)
         yield vae_decode("VAE decode digits", DIGITS_VAE, (1, 5, 8, 8))
         yield vae_decode("VAE decode 96 wide", wan.WAN_2_1_VAE, (1, 3, 16, 24))
         yield vae_encode("VAE encode digits", DIGITS_VAE, (1, 5, 8, 8))
@@ -327,10 +331,11 @@ def measure_clip(checkpoint: str, repeats: int, rival: str | None) -> Row:
     """Prompt to frames, with the checkpoint's own settings, from the same noise."""
     import jvdiff
     from jvdiff import pipeline
+    from jvdiff.settings import latent_shape
 
     pipe = jvdiff.load(checkpoint)
     settings = pipe.settings()
-    noise = np.asarray(pipeline.initial_noise([0], pipeline.latent_shape(pipe.configs, settings)))
+    noise = np.asarray(pipeline.initial_noise([0], latent_shape(pipe.configs, settings)))
 
     def ours() -> np.ndarray:
         return jvdiff.generate(pipe, [PROMPT], noise=noise).video
@@ -374,7 +379,9 @@ def _their_clip(checkpoint: str, settings: Any, noise: np.ndarray | None, device
 def first_frame(checkpoint: str, side: str, cache: str) -> None:
     """In a process of its own: prints the time of day when the first frame is in host memory."""
     import jvdiff
+    from jvdiff import checkpoint as checkpoints
     from jvdiff import pipeline
+    from jvdiff.settings import Configs, latent_shape, read_defaults, resolve
 
     if side == "ours":
         jax.config.update("jax_compilation_cache_dir", cache)
@@ -384,13 +391,13 @@ def first_frame(checkpoint: str, side: str, cache: str) -> None:
         settings = pipe.settings()
         guided = settings.guidance != 1
         words, negative = pipeline.encode_prompts(pipe, [PROMPT], settings.negative_prompt if guided else None)
-        noise = pipeline.initial_noise([0], pipeline.latent_shape(pipe.configs, settings))
+        noise = pipeline.initial_noise([0], latent_shape(pipe.configs, settings))
         state = pipeline.denoise(pipe, settings, pipeline.solver(settings).init(noise), words, negative)
         pipeline.decode(pipe, state.x, callback=lambda done: print(time.time(), flush=True) if done == 1 else None)
     else:  # the rival gives all frames at once
-        configs = pipeline.checkpoint.inspect(checkpoint)
-        three = pipeline.Configs(configs.transformer, configs.vae, configs.text_encoder)
-        settings = pipeline.resolve(three, configs.scheduler, pipeline.read_defaults(checkpoint))
+        configs = checkpoints.inspect(checkpoint)
+        three = Configs(configs.transformer, configs.vae, configs.text_encoder)
+        settings = resolve(three, configs.scheduler, read_defaults(checkpoint))
         _their_clip(checkpoint, settings, None, "cpu")()
         print(time.time(), flush=True)
 

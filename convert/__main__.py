@@ -35,6 +35,7 @@ from jvdiff import checkpoint
 from jvdiff.checkpoint import COMPONENTS, Leaf
 from jvdiff.data import tokenizer
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, UsageError
+from jvdiff.staging import check_target, staged
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _COPIED = ("model_index.json", "jvdiff_defaults.json", "README.md", "LICENSE*", "NOTICE*")
@@ -115,9 +116,9 @@ def convert(
         tell: called with a line on the progress now and then.
 
     Raises:
-        JvdiffError: see `jvdiff.checkpoint.inspect`, `convert.reader`, `convert.rules.check`, `checkpoint.staged`.
+        JvdiffError: see `jvdiff.checkpoint.inspect`, `convert.reader`, `convert.rules.check`, `jvdiff.staging.staged`.
     """
-    checkpoint.check_target(target.absolute(), overwrite)
+    check_target(target.absolute(), overwrite)
     repository = checkpoint.inspect(source)
     if repository.kind == "orbax":
         raise UsageError(f"{source}: is converted already. Give the Hugging Face folder.")
@@ -129,7 +130,7 @@ def convert(
         )
         parts[name] = _leaves(source / name, folders[name], None if name == "vae" else dtype)
     total = sum(leaf.nbytes for part in parts.values() for leaf in part.values())
-    with checkpoint.staged(target, needed=total + total // 50 + 2**24, overwrite=overwrite) as staging:
+    with staged(target, needed=total + total // 50 + 2**24, overwrite=overwrite) as staging:
         copy_small_files(source, staging)
         tensors: dict[str, Any] = {}
         for name, part in parts.items():

@@ -1,6 +1,6 @@
 """Writes a converted or trained repository as a Diffusers folder, which `diffusers.WanPipeline.from_pretrained` loads:
 
-    python -m convert.to_hf --source ORBAX_DIR --target HF_DIR [--dtype bfloat16|float16|float32]
+    python -m convert.to_hf --source ORBAX_DIR --target HF_DIR [--dtype bfloat16|float16|float32] [--vae DIR]
 
 The conversion's tables are read backwards, one array in memory at a time. Without --dtype every number is written as it
 is stored, so that Hugging Face -> Orbax -> Hugging Face gives the same bits; with it, all weights are cast.
@@ -22,20 +22,22 @@ from convert.tables import read_component
 from jvdiff import checkpoint
 from jvdiff.checkpoint import COMPONENTS
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.staging import staged
 
 _STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _CODES = {dtype: code for code, dtype in reader.DTYPES.items()}
 
 
-def to_hf(source: Path, target: Path, dtype: str | None = None) -> None:
+def to_hf(source: Path, target: Path, dtype: str | None = None, vae: Path | None = None) -> None:
     """Writes the folder, complete or not at all.
 
     Args:
         source: an Orbax directory of jvdiff with all components; its digests are checked first.
         dtype: a key of DTYPES for all weights; None keeps them as they are.
+        vae: a VAE that takes the place of the source's, with the same configuration: one whose decoder was trained on.
 
     Raises:
-        UsageError: `target` exists, or `source` is a Hugging Face folder already.
+        UsageError: `target` exists, `source` is a Hugging Face folder already, or `vae` has another configuration.
         IntegrityError, CheckpointError: `source` is damaged, or holds numbers too large for `dtype`.
         ResourceError: the disk is full.
     """
@@ -43,10 +45,18 @@ def to_hf(source: Path, target: Path, dtype: str | None = None) -> None:
     if repository.kind != "orbax":
         raise UsageError(f"{source}: is a Hugging Face folder already. Give an Orbax directory.")
     checkpoint.verify_files(source)
-    with checkpoint.staged(target) as staging:
+    folders = {name: source / name for name in COMPONENTS}
+    if vae is not None:
+        folders["vae"] = vae
+        if read_component(vae).cfg != repository.vae:
+            raise UsageError(
+                f"{vae}: its configuration, latent statistics included, is not that of {source / 'vae'}.\n"
+                "The transformer knows the latents of the latter only. Give the result of training its decoder."
+            )
+    with staged(target) as staging:
         copy_small_files(source, staging)
         for name in COMPONENTS:
-            _write(source / name, staging / name / f"{_STEMS[name]}.safetensors", DTYPES[dtype] if dtype else None)
+            _write(folders[name], staging / name / f"{_STEMS[name]}.safetensors", DTYPES[dtype] if dtype else None)
 
 
 def _write(source: Path, file: Path, dtype: np.dtype | None) -> None:
@@ -89,8 +99,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", required=True, type=Path, help="an Orbax directory with all components")
     parser.add_argument("--target", required=True, type=Path, help="the folder to write")
     parser.add_argument("--dtype", choices=DTYPES, help="of all weights; default: as stored")
+    parser.add_argument("--vae", type=Path, help="a trained VAE that takes the place of the source's")
     arguments = parser.parse_args(words)
-    to_hf(arguments.source, arguments.target, arguments.dtype)
+    to_hf(arguments.source, arguments.target, arguments.dtype, arguments.vae)
     print(f"{arguments.target}: complete")
 
 

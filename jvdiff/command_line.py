@@ -67,7 +67,8 @@ def parse(argv: Sequence[str], usage: str) -> Request:
     """Reads --config FILE and --config.FIELD=VALUE; the file's own fields are for the caller to check.
 
     Raises:
-        UsageError: an unknown flag or field (with the nearest one), a value of the wrong type, no config; or --help.
+        UsageError: an unknown flag or field (with the nearest one), a value of the wrong type, no config, one that is
+            not Python; or --help.
     """
     values = flags.FlagValues()
     flags.DEFINE_bool("traceback", False, "show where in the program an error arose", flag_values=values)
@@ -82,6 +83,8 @@ def parse(argv: Sequence[str], usage: str) -> Request:
                 config.keys()  # a file that could not be loaded tells so only now
     except (AttributeError, KeyError) as error:
         raise UsageError(f"unknown config field {' '.join(str(error.args[0]).split())}") from error
+    except (ImportError, NameError, SyntaxError) as error:
+        raise UsageError(f"the config file cannot be read: {type(error).__name__}: {error}.") from error
     except (flags.Error, OSError, TypeError, ValueError) as error:
         raise UsageError(_first_lines(str(error))) from error
     if values.help or config is None:
@@ -100,6 +103,23 @@ def writable(folder: str, field: str) -> Path:
             return Path(folder)
     except OSError as error:
         raise ResourceError(f"cannot write to {folder}: {error.strerror}; choose another --config.{field}.") from error
+
+
+@contextlib.contextmanager
+def device_memory(what: str, advice: str) -> Iterator[None]:
+    """Turns the device's out-of-memory error into a sentence: what was being done, and what to try.
+
+    Raises:
+        ResourceError: the device has not enough memory.
+    """
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ResourceError(f"{what}: the device has not enough memory.\n{advice}") from error
 
 
 def say(message: str) -> None:

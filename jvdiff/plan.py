@@ -50,10 +50,11 @@ def show(config: Any) -> None:
     """
     if config.plan_target is not None:
         _check_target(config.plan_target)
-    from jvdiff import pipeline, precision
+    from jvdiff import precision
+    from jvdiff.settings import FIELDS, resolve
 
     configs, scheduler, defaults = describe(config.checkpoint)
-    settings = pipeline.resolve(configs, scheduler, defaults, **{name: config[name] for name in pipeline.FIELDS})
+    settings = resolve(configs, scheduler, defaults, **{name: config[name] for name in FIELDS})
     dtypes = precision.choose(config.precision, "gpu" if config.plan_target else None)
     for line in lines(configs, settings, dtypes, config.plan_target):
         print(line, flush=True)
@@ -62,13 +63,13 @@ def show(config: Any) -> None:
 def describe(checkpoint: str | None) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
     """(configs, scheduler_config.json, defaults) of a repository, or of a published one that is not downloaded."""
     from jvdiff import checkpoint as checkpoints
-    from jvdiff import pipeline
     from jvdiff.models import umt5, wan
+    from jvdiff.settings import Configs, read_defaults
 
     if checkpoint and Path(checkpoint).exists():
         found = checkpoints.inspect(checkpoint)
-        configs = pipeline.Configs(found.transformer, found.vae, found.text_encoder)
-        return configs, found.scheduler, pipeline.read_defaults(checkpoint)
+        configs = Configs(found.transformer, found.vae, found.text_encoder)
+        return configs, found.scheduler, read_defaults(checkpoint)
     published = {
         "Wan2.1-T2V-1.3B-Diffusers": wan.WAN_2_1_T2V_1_3B,
         "Wan2.1-T2V-14B-Diffusers": wan.WAN_2_1_T2V_14B,
@@ -78,7 +79,7 @@ def describe(checkpoint: str | None) -> tuple[Any, Mapping[str, Any], Mapping[st
             f"checkpoint {checkpoint!r} is neither a folder nor a model to plan without one.\n"
             f"Those are {', '.join(published)}."
         )
-    configs = pipeline.Configs(published[name], wan.WAN_2_1_VAE, umt5.UMT5_XXL)
+    configs = Configs(published[name], wan.WAN_2_1_VAE, umt5.UMT5_XXL)
     return configs, {}, {"solver": "unipc", "shift": 3.0, "grid": "diffusers"}
 
 
@@ -87,6 +88,7 @@ def lines(configs: Any, settings: Any, dtypes: Any, target: str | None) -> Itera
     import jax
 
     from jvdiff import pipeline
+    from jvdiff.settings import latent_shape
 
     device = f"{target} (compiled without the device)" if target else jax.devices()[0].device_kind
     frames, height, width = settings.num_frames, settings.height, settings.width
@@ -106,7 +108,7 @@ def lines(configs: Any, settings: Any, dtypes: Any, target: str | None) -> Itera
     most, total = 0, 0.0
     for program in programs(configs, settings, abstract, target):
         most = max(most, program.data + program.temporary)
-        calls = {"denoise": settings.steps, "decode next": pipeline.latent_shape(configs, settings)[0] - 1}
+        calls = {"denoise": settings.steps, "decode next": latent_shape(configs, settings)[0] - 1}
         total += program.flops * calls.get(program.name, 1)
         needs = program.weights + program.data + program.temporary
         columns = (program.weights, program.data, program.temporary, needs)
@@ -142,9 +144,9 @@ def programs(configs: Any, settings: Any, abstract: Mapping[str, Any], target: s
 
 def token_count(configs: Any, settings: Any) -> int:
     """L: the video tokens of one clip."""
-    from jvdiff import pipeline
+    from jvdiff.settings import latent_shape
 
-    grid = pipeline.latent_shape(configs, settings)[:3]
+    grid = latent_shape(configs, settings)[:3]
     return math.prod(n // p for n, p in zip(grid, configs.transformer.patch_size, strict=True))
 
 

@@ -9,13 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"types", "errors", "precision", "progress", "interrupts"},
+    {"types", "errors", "precision", "progress", "interrupts", "staging"},
     {"sharding"},
     {"kernels"},
     {"models"},
     {"diffusion"},
-    {"data", "checkpoint", "run_state", "pipeline", "streaming", "training"},
-    {"sample", "train", "plan", "command_line"},
+    {"data", "checkpoint", "run_state", "settings", "pipeline", "streaming", "training"},
+    {"sample", "jobs", "one_video", "train", "plan", "command_line"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(p for p in (ROOT / "jvdiff").rglob("*.py") if p != ROOT / "jvdiff" / "__init__.py")

@@ -12,6 +12,7 @@ import pytest
 import jvdiff
 from jvdiff import pipeline, precision
 from jvdiff.errors import CheckpointError, NumericsError, UsageError
+from jvdiff.settings import latent_shape
 
 PROMPT = "a red seven moving left"
 
@@ -65,7 +66,7 @@ def test_noise_is_standard_normal_and_every_seed_counts():
 def test_the_stages_in_a_row_are_generate(pipe, out):
     settings = pipe.settings()
     text, negative = pipeline.encode_prompts(pipe, [PROMPT], "")
-    noise = pipeline.initial_noise([3], pipeline.latent_shape(pipe.configs, settings))
+    noise = pipeline.initial_noise([3], latent_shape(pipe.configs, settings))
     seen = []
     state = pipeline.solver(settings).init(noise)
     state = pipeline.denoise(pipe, settings, state, text, negative, callback=lambda done, _: seen.append(done))
@@ -234,28 +235,6 @@ def test_precision_is_a_name_of_the_table():
     assert precision.choose(None, "cpu") == precision.TABLE["float32"]
     with pytest.raises(UsageError, match="bfloat16, float32"):
         precision.choose("float8")
-
-
-def test_a_repositorys_defaults_are_checked(tiny_repository, tmp_path):
-    file = tmp_path / pipeline.DEFAULTS_FILE
-    assert pipeline.read_defaults(tmp_path) == {}
-    for content, message in (
-        ("{", "Expecting"),
-        ("[]", "object"),
-        ('{"stepz": 3}', "stepz"),
-        ('{"steps": "3"}', "steps"),
-    ):
-        file.write_text(content)
-        with pytest.raises(CheckpointError, match=message):
-            pipeline.read_defaults(tmp_path)
-
-
-def test_a_scheduler_that_is_not_ours_can_be_overridden(pipe):
-    foreign = {"_class_name": "DDIMScheduler"}
-    with pytest.raises(CheckpointError, match="DDIMScheduler"):
-        pipeline.resolve(pipe.configs, foreign, pipe.defaults)
-    known = pipeline.resolve(pipe.configs, foreign, pipe.defaults, solver="euler", shift=2.0, grid="wan")
-    assert (known.solver, known.shift, known.grid) == ("euler", 2.0, "wan")
 
 
 def test_a_tokenizer_with_more_words_than_the_encoder_is_refused(tiny_repository, tmp_path):

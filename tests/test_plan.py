@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from jvdiff import pipeline, plan, precision, sample
+from jvdiff.settings import FIELDS, resolve
 
 
 def planned(config, abstract_of=precision.TABLE["float32"]):
     configs, scheduler, defaults = plan.describe(config.checkpoint)
-    settings = pipeline.resolve(configs, scheduler, defaults, **{name: config[name] for name in pipeline.FIELDS})
+    settings = resolve(configs, scheduler, defaults, **{name: config[name] for name in FIELDS})
     return configs, settings, pipeline.abstract_params(configs, abstract_of)
 
 

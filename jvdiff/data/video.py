@@ -136,6 +136,16 @@ def write_mp4(
     return Path(path)
 
 
+def write_apng(path: str | os.PathLike, video: np.ndarray, fps: float) -> Path:
+    """Write uint8 RGB frames [F,Y,X,3] as an animated PNG, which needs no package beyond Pillow; browsers play it."""
+    from PIL import Image
+
+    first, *rest = [Image.fromarray(frame) for frame in _frames(video)]
+    with atomic(path) as part:
+        first.save(part, format="png", save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+    return Path(path)
+
+
 def _frames(video: np.ndarray) -> np.ndarray:
     video = np.asarray(video)
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:

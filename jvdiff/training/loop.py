@@ -23,11 +23,11 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from jvdiff.checkpoint import lock, resource_error
 from jvdiff.data.video import atomic
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
 from jvdiff.interrupts import interrupts
 from jvdiff.sharding import data_parallel
+from jvdiff.staging import lock, resource_error
 from jvdiff.types import Array, Params
 
 _log = logging.getLogger("jvdiff.training")

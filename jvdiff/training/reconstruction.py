@@ -24,8 +24,9 @@ def vae_task(
     *,
     foreground_weight: float = 9.0,
     latent_noise: float = 0.05,
+    l1: float = 1.0,
 ) -> Task:
-    """Reconstruction with L1 + L2 error.
+    """Reconstruction with L2 and L1 error.
 
     Args:
       clips: step -> uint8 video [B,F,Y,X,3]; F = 1 trains on pictures.
@@ -34,6 +35,7 @@ def vae_task(
       foreground_weight: of pixels that are not black, against 1; small bright things on black are else ignored.
       latent_noise: standard deviation of the noise that the decoder has to bear, in units of each latent channel's own,
         so that a diffusion model's small errors stay small on the screen. It takes the place of a KL term.
+      l1: weight of the L1 error against 1 of L2. It makes early training fast; 0 at the end raises the PSNR.
     """
 
     def loss(params: Params, video: Array, key: Array) -> tuple[Array, Mapping[str, Array]]:
@@ -45,7 +47,7 @@ def vae_task(
         frames = wan.decode(params, cfg, noisy, chunk=max(1, latents.shape[1] - 1), clip=False)
         weight = jnp.where(jnp.max(video, axis=-1, keepdims=True) > 12, foreground_weight, 1.0)
         error = frames - target
-        mean = jnp.sum(weight * (jnp.abs(error) + error**2)) / (3.0 * jnp.sum(weight))
+        mean = jnp.sum(weight * (l1 * jnp.abs(error) + error**2)) / (3.0 * jnp.sum(weight))
         mse = jnp.mean((jnp.clip(frames, -1.0, 1.0) - target) ** 2) / 4.0
         return mean, {"psnr": -10.0 * jnp.log10(mse), "spread": jnp.mean(spread)}
 

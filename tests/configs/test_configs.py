@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from jvdiff import pipeline, plan, precision, sample
+from jvdiff.settings import FIELDS, latent_shape, resolve
 
 ROOT = Path(__file__).parents[2]
 SAMPLING = sorted(p for p in (ROOT / "configs").glob("*.py") if not p.stem.startswith("train_"))
@@ -29,11 +30,11 @@ def test_a_sampling_config_fits_its_model(path, monkeypatch):
     if not Path(config.checkpoint).exists() and path.stem == "digits":
         pytest.skip("the digits checkpoint is not there")
     configs, scheduler, defaults = plan.describe(config.checkpoint)
-    settings = pipeline.resolve(configs, scheduler, defaults, **{name: config[name] for name in pipeline.FIELDS})
+    settings = resolve(configs, scheduler, defaults, **{name: config[name] for name in FIELDS})
     for dtypes in precision.TABLE.values():
         abstract = pipeline.abstract_params(configs, dtypes)
         results = {name: jax.tree.leaves(t.out_info) for name, t in pipeline.traced(configs, settings, abstract)}
-        assert results["denoise"][0].shape == (1, *pipeline.latent_shape(configs, settings))
+        assert results["denoise"][0].shape == (1, *latent_shape(configs, settings))
         assert all(x.dtype == "float32" for x in results["denoise"])
         first, following = results["decode first"][0], results["decode next"][0]
         assert first.shape == (1, 1, settings.height, settings.width, 3) and first.dtype == "uint8"

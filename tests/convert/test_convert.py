@@ -1,5 +1,6 @@
 """Conversion from end to end: exact, verified, whole or absent whatever happens on the way (F13, F20, F33-F46)."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from convert.tables import read_component
 from convert.to_hf import to_hf
 from jvdiff import checkpoint
 from jvdiff.errors import CheckpointError, IntegrityError, MissingTensor, ResourceError, ShapeMismatch, UsageError
+from jvdiff.staging import staged
 
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
@@ -118,6 +121,21 @@ def test_there_and_back_is_bit_equal(tiny_repository, orbax, tmp_path):  # F46
             tiny_repository / name / "config.json"
         ).read_text()
     assert checkpoint.inspect(tmp_path / "hf").tokenizer.is_dir()
+
+
+def test_a_vae_can_be_replaced(tiny_repository, orbax, tmp_path):
+    cfg = checkpoint.inspect(orbax).vae
+    old = checkpoint.restore(orbax / "vae", read_component(orbax / "vae").abstract(np.float32))
+    new = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, old)
+    checkpoint.save(tmp_path / "vae", new, config=cfg.to_json())
+    to_hf(orbax, tmp_path / "hf", vae=tmp_path / "vae")
+    expected = {f"vae/{path}": leaf for path, leaf in flatten(new).items()}
+    assert same(restored(tmp_path / "hf"), restored(orbax) | expected)
+    other = dataclasses.replace(cfg, latents_std=tuple(2 * s for s in cfg.latents_std))
+    checkpoint.save(tmp_path / "other", new, config=other.to_json())
+    with pytest.raises(UsageError, match="latent statistics included, is not that of"):
+        to_hf(orbax, tmp_path / "refused", vae=tmp_path / "other")
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -269,7 +287,7 @@ def test_twenty_races_in_threads(tmp_path):  # F37
 
         def write(number, target=target, results=results):
             try:
-                with checkpoint.staged(target) as staging:
+                with staged(target) as staging:
                     for part in range(5):
                         (staging / str(part)).write_text(str(number))
                         time.sleep(0.002)
@@ -383,13 +401,14 @@ def test_memory_is_bounded_by_the_largest_leaf(tmp_path):  # F45
     program = f"""
 import resource, numpy as np
 from jvdiff import checkpoint
+from jvdiff.staging import staged
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 def leaf(size, seed):
     dtype = np.dtype(np.float32)
     return checkpoint.Leaf((size,), dtype, lambda: np.arange(size, dtype=np.int32).view(dtype) + dtype.type(seed))
 def write(name, leaves):
-    with checkpoint.staged({str(tmp_path)!r} + name) as staging:
+    with staged({str(tmp_path)!r} + name) as staging:
         checkpoint.write_manifest(staging, checkpoint.write_params(staging, "", leaves), {{}})
 write("/small", {{"a": leaf(1, 0)}})
 before = peak()

@@ -16,6 +16,7 @@ from convert.to_hf import to_hf
 from jvdiff import checkpoint
 from jvdiff.data import digits_tokenizer
 from jvdiff.models import umt5, wan
+from jvdiff.settings import latent_shape
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -129,7 +130,7 @@ def test_same_noise_same_clip(both, case, caplog):
     ours, theirs, size = both
     given = dict(CASES[case])
     prompts, seed, steps = given.pop("prompts"), given.pop("seed"), 20 if len(size) and size["height"] == 64 else 6
-    shape = jvdiff.pipeline.latent_shape(ours.configs, ours.settings(**size))
+    shape = latent_shape(ours.configs, ours.settings(**size))
     noise = np.random.default_rng(seed).standard_normal((len(prompts), *shape), np.float32)
     with caplog.at_level(logging.ERROR):
         latents, frames = diffusers_clip(theirs, noise, prompts, steps=steps, size=size, **given)
@@ -147,7 +148,7 @@ def test_another_prompt_is_another_clip(both):
     """The comparison above would pass with a text encoder that nobody listens to."""
     ours, _, size = both
     noise = np.random.default_rng(0).standard_normal(
-        (1, *jvdiff.pipeline.latent_shape(ours.configs, ours.settings(**size))), np.float32
+        (1, *latent_shape(ours.configs, ours.settings(**size))), np.float32
     )
     one, other = (
         jvdiff.generate(ours, [prompt], noise=noise, steps=3, guidance=4.0, **size).latents

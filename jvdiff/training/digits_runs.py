@@ -1,0 +1,208 @@
+"""The two runs that make the digits model: the VAE, then the transformer with its text encoder on the VAE's latents.
+
+B batch · T latent frames · H W latent grid · C latent channels · N clips
+"""
+
+import dataclasses
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from convert.tables import read_component
+from jvdiff import checkpoint
+from jvdiff.data import digits, digits_tokenizer, tokenizer
+from jvdiff.data.video import atomic
+from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.models import umt5, wan
+from jvdiff.settings import Configs, resolve
+from jvdiff.sharding import data_parallel
+from jvdiff.staging import check_target
+from jvdiff.training import fields, flow_matching, reconstruction
+from jvdiff.training.loop import State, Task, fit
+
+_log = logging.getLogger("jvdiff.training")
+
+
+def train_vae(config: ConfigDict, folder: Path) -> Path:
+    """Trains a causal VAE on moving digits and writes it to `folder/vae` with its latent statistics."""
+    cfg = fields.model("vae", wan.VAEConfig, config.vae)
+    stages = _stages(config.stages, cfg, config.loop.get("devices", 1))
+    result = _result(folder / "vae")
+
+    def clips(step: int) -> np.ndarray:
+        _, batch, frames, size = next((stage for stage in stages if step < stage[0]), stages[-1])
+        rng = np.random.default_rng((config.seed, step))
+        if frames == 1:  # four pictures of every clip
+            video = digits.batch(rng, -(-batch // 4))[0][:, 1::4].reshape(-1, 1, digits.SIZE, digits.SIZE, 3)[:batch]
+        else:
+            video = digits.batch(rng, batch, frames=frames)[0]
+        y, x = rng.integers(digits.SIZE - size + 1, size=2)
+        return video[:, :, y : y + size, x : x + size]
+
+    trained = None
+    if config.get("decoder_of"):
+        cfg = _same_sizes(cfg, Path(config.decoder_of))
+        trained = checkpoint.restore(config.decoder_of, wan.abstract_params(cfg))
+    task = reconstruction.vae_task(cfg, clips, trained, **config.loss.to_dict())
+    params = {**(trained or {}), **_fit(task, config, folder).average}
+    if trained is None:
+        shown = digits.batch(np.random.default_rng(config.seed), 128, frames=17)[0]
+        mean, std = reconstruction.latent_statistics(cfg, params, shown)
+        cfg = dataclasses.replace(cfg, latents_mean=mean, latents_std=std)
+    checkpoint.save(result, params, config=cfg.to_json(), overwrite=True)
+    return result
+
+
+def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
+    """Trains the transformer and its text encoder on latents of moving digits, and writes a whole repository."""
+    for name in ("clips", "batch", "tokens"):
+        fields.check_count(name, config[name])
+    fields.check_shared("batch", config.batch, devices := config.loop.get("devices", 1))
+    if not 0 <= config.drop_text <= 1:
+        raise UsageError(f"drop_text is {config.drop_text}; expected 0 to 1.")
+    vae_cfg = _vae_config(Path(config.vae))
+    every = [digits.prompt(*combo) for combo in digits.COMBOS]
+    tokens = digits_tokenizer.build([word for text in every for word in text.split()])
+    if cut := max(tokenizer.tokenize(tokens, every, config.tokens).cut):
+        raise UsageError(f"tokens is {config.tokens}, but a prompt has {config.tokens + cut}.")
+    sizes = {"in_channels": vae_cfg.z_dim, "out_channels": vae_cfg.z_dim}
+    text_cfg = fields.model("text_encoder", umt5.Config, config.text_encoder, vocab_size=tokens.get_vocab_size())
+    dit_cfg = fields.model("transformer", wan.DiTConfig, config.transformer, text_dim=text_cfg.d_model, **sizes)
+    scheduler, defaults = config.scheduler.to_dict(), config.defaults.to_dict()
+    try:
+        resolve(Configs(dit_cfg, vae_cfg, text_cfg), scheduler, defaults)
+    except CheckpointError as error:
+        raise UsageError(f"scheduler: {error}") from None
+    result = _result(folder / "repository")
+    vae = checkpoint.restore(config.vae, wan.abstract_params(vae_cfg))
+
+    latents, prompts = encoded_clips(vae_cfg, vae, config.clips, config.seed, devices, folder / "latents.npz")
+    ids, mask, _ = tokenizer.tokenize(tokens, [*prompts, ""], config.tokens)
+
+    def batches(step: int) -> flow_matching.Batch:
+        rng = np.random.default_rng((config.seed, step))
+        rows = rng.integers(len(latents), size=config.batch)
+        texts = np.where(rng.uniform(size=config.batch) < config.drop_text, len(prompts), rows)
+        return flow_matching.Batch(latents[rows], ids[texts], mask[texts])
+
+    task = flow_matching.text_to_video_task(dit_cfg, text_cfg, batches, **config.loss.to_dict())
+    params = _fit(task, config, folder).average
+    components = {
+        "transformer": (dit_cfg, params["transformer"]),
+        "vae": (vae_cfg, vae),
+        "text_encoder": (text_cfg, params["text_encoder"]),
+    }
+    digits_tokenizer.save(tokens, folder / "tokenizer")
+    checkpoint.save_repository(
+        result,
+        components,
+        tokenizer=folder / "tokenizer",
+        scheduler=scheduler,
+        defaults=defaults,
+        overwrite=True,
+    )
+    return result
+
+
+def _fit(task: Task, config: ConfigDict, folder: Path) -> State:
+    return fit(task, fields.schedule(config), folder, seed=config.seed, **config.loop.to_dict())
+
+
+def _vae_config(folder: Path) -> wan.VAEConfig:
+    """The configuration of a VAE: the result of a training, or the `vae` folder of a repository."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: no trained VAE there; run configs/train_digits_vae.py first.")
+    cfg = read_component(folder).cfg
+    if not isinstance(cfg, wan.VAEConfig):
+        raise UsageError(f"{folder}: holds {type(cfg).__name__}, expected the folder of a VAE.")
+    return cfg
+
+
+def _same_sizes(cfg: wan.VAEConfig, folder: Path) -> wan.VAEConfig:
+    """The configuration of the VAE in `folder`, latent statistics included, if it is of the sizes of `cfg`."""
+    known = _vae_config(folder)
+    other = [
+        f"{field.name} is {getattr(cfg, field.name)}, there {getattr(known, field.name)}"
+        for field in dataclasses.fields(cfg)
+        if not field.name.startswith("latents_") and getattr(cfg, field.name) != getattr(known, field.name)
+    ]
+    if other:
+        raise UsageError(f"vae: not the sizes of decoder_of, {folder}: {'; '.join(other)}.")
+    return known
+
+
+def _stages(stages: Any, cfg: wan.VAEConfig, devices: int) -> tuple[tuple[int, int, int, int], ...]:
+    """((until step, batch, frames, crop), ...), checked; the last stage goes on for ever."""
+    wanted = "a tuple of (until step, batch, frames, crop)"
+    if not isinstance(stages, tuple | list) or not stages:
+        raise UsageError(f"stages is {stages!r:.80}; expected {wanted}.")
+    before, longest = 0, digits.SIZE - digits.BOX - 2 * digits.MARGIN + 1  # frames until a digit leaves the picture
+    for number, stage in enumerate(stages, 1):
+        whole = isinstance(stage, tuple | list) and len(stage) == 4 and all(type(v) is int for v in stage)
+        if not whole or min(stage) < 1:
+            raise UsageError(f"stage {number} is {stage!r:.80}; expected {wanted}, whole numbers from 1.")
+        until, batch, frames, size = stage
+        fields.check_shared(f"the batch of stage {number}", batch, devices)
+        if until <= before:
+            raise UsageError(f"stage {number} ends at step {until}; expected a step after {before}.")
+        if (frames - 1) % cfg.temporal_factor or frames > longest:
+            raise UsageError(
+                f"stage {number} has {frames} frames; expected 1 + {cfg.temporal_factor}k, {longest} at most."
+            )
+        if size % cfg.spatial_factor or size > digits.SIZE:
+            raise UsageError(
+                f"stage {number} has a crop of {size} pixels; expected a multiple of {cfg.spatial_factor}, "
+                f"{digits.SIZE} at most."
+            )
+        before = until
+    return tuple(map(tuple, stages))
+
+
+def _result(target: Path) -> Path:
+    """`target`, if the result can be written there; asked before hours of work."""
+    check_target(target, True)
+    return target
+
+
+def encoded_clips(
+    cfg: wan.VAEConfig, params: Any, clips: int, seed: int, devices: int, path: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Normalised latents float16 [N,T,H,W,C] of N training clips, and their prompts; kept in the file `path`.
+
+    The file is used again only for the same clips and the same encoder.
+    """
+    total = hashlib.sha256(f"{cfg} {clips} {seed}".encode())
+    for leaf in jax.tree.leaves({name: part for name, part in params.items() if name not in reconstruction.DECODER}):
+        total.update(np.asarray(leaf).tobytes())
+    key = total.hexdigest()
+    if path.is_file():
+        with np.load(path) as stored:
+            if "key" in stored and stored["key"] == key:
+                return stored["latents"], stored["prompts"]
+
+    everywhere, shared = data_parallel(devices)
+    params = jax.device_put(params, everywhere)
+
+    @jax.jit
+    def encode(params, video):
+        latents = wan.encode(params, cfg, video.astype(jnp.float32) / 127.5 - 1.0)
+        return wan.normalize_latents(cfg, latents)
+
+    parts, texts = [], []
+    for start in range(0, -(-clips // 16), devices):  # the same clips on any number of devices: 16 with each seed
+        drawn = [digits.batch(np.random.default_rng((seed, 1, i)), 16) for i in range(start, start + devices)]
+        video = np.concatenate([video for video, _ in drawn])
+        parts.append(np.asarray(encode(params, jax.device_put(video, shared)), np.float16))
+        texts += [text for _, prompts in drawn for text in prompts]
+        if len(parts) % 50 == 1:
+            _log.info("encoding clips: %d of %d", 16 * start, clips)
+    latents, prompts = np.concatenate(parts)[:clips], np.array(texts[:clips])
+    with atomic(path) as part, open(part, "wb") as file:
+        np.savez(file, latents=latents, prompts=prompts, key=key)
+    return latents, prompts

@@ -1,0 +1,58 @@
+"""The fields of a training config, checked: each error names the field, what was expected and the nearest name."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.training.loop import Schedule
+
+
+def check_names(where: str, given: Any, known: Sequence[str]) -> None:
+    """Raises UsageError unless `given` is a dictionary whose names are all `known`."""
+    if not isinstance(given, ConfigDict):
+        raise UsageError(f"{where} is {given!r:.80}; expected a dictionary.")
+    for name in given:
+        if name not in known:
+            raise UsageError(
+                f"{where} has an unknown field {name!r}{nearest(name, known)}.\nFields: {', '.join(known)}."
+            )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises UsageError unless `value` is a whole number from 1."""
+    if type(value) is not int or value < 1:
+        raise UsageError(f"{name} is {value!r:.80}; expected a whole number from 1.")
+
+
+def check_shared(name: str, value: int, devices: int) -> None:
+    """Raises UsageError unless so many devices can share `value` evenly."""
+    if value % devices:
+        raise UsageError(f"{name} is {value}; expected a multiple of the {devices} that share it (loop.devices).")
+
+
+def schedule(config: ConfigDict) -> Schedule:
+    """`config.schedule`, checked."""
+    check_names("schedule", config.schedule, [field.name for field in dataclasses.fields(Schedule)])
+    try:
+        return Schedule(**config.schedule.to_dict())
+    except (TypeError, UsageError) as error:
+        raise UsageError(f"schedule: {error}") from None
+
+
+def model(where: str, kind: Any, values: Any, **fixed: Any) -> Any:
+    """A model's configuration, checked as if it had been read from a file."""
+    check_names(where, values, [f.name for f in dataclasses.fields(kind) if f.name not in fixed])
+    try:
+        return kind.from_json(kind(**values.to_dict(), **fixed).to_json())
+    except (TypeError, CheckpointError) as error:
+        raise UsageError(f"{where}: {str(error).splitlines()[0]}") from None
+
+
+def nearest(name: Any, names: Iterable[str]) -> str:
+    """The end of a sentence about an unknown `name`: which of `names` may be meant, if any."""
+    near = difflib.get_close_matches(str(name), list(names), 1)
+    return f"; did you mean {near[0]!r}" if near else ""
