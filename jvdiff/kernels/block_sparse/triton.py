@@ -51,7 +51,7 @@ class Shape(NamedTuple):
 
 
 def shapes(block: int, head_dim: int, dtype: Any) -> dict[str, Shape]:
-    """The cut of each kernel, chosen by registers and shared memory: on compute capability 8.0 no half-width one spills.
+    """The cut of each kernel, by registers and shared memory: half-width ones do not spill on compute capability 8.0.
 
     `block` must be a multiple of both of its block sizes, which are powers of two.
     """
