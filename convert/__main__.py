@@ -11,6 +11,7 @@ Exit status: 0 done · 2 usage · 3 checkpoint · 4 disk or memory · 5 interrup
 
 import argparse
 import importlib.metadata
+import json
 import logging
 import platform
 import re
@@ -35,6 +36,7 @@ from jvdiff import checkpoint
 from jvdiff.checkpoint import COMPONENTS, Leaf
 from jvdiff.data import tokenizer
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, UsageError
+from jvdiff.models import wan
 from jvdiff.staging import check_target, staged
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -132,6 +134,7 @@ def convert(
     total = sum(leaf.nbytes for part in parts.values() for leaf in part.values())
     with staged(target, needed=total + total // 50 + 2**24, overwrite=overwrite) as staging:
         copy_small_files(source, staging)
+        _tell_gate(staging / "transformer" / "config.json", repository.transformer)
         tensors: dict[str, Any] = {}
         for name, part in parts.items():
             size = sum(leaf.nbytes for leaf in part.values())
@@ -145,6 +148,13 @@ def convert(
         }
         tell("digests of all files")
         checkpoint.write_manifest(staging, tensors, facts)
+
+
+def _tell_gate(file: Path, cfg: wan.DiTConfig) -> None:
+    """What only the names of the source's tensors said, the target's config.json says."""
+    config = reader.read_json(file)
+    if cfg.gate_compress and "gate_compress" not in config:
+        file.write_text(json.dumps(config | {"gate_compress": True}, indent=2) + "\n", encoding="utf-8")
 
 
 def _leaves(path: Path, folder: reader.Folder, dtype: str | None) -> dict[str, Leaf]:

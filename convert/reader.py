@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.rules import listed, shown
-from jvdiff.errors import CheckpointError, CorruptFile, IntegrityError, MissingTensor, UnsafeFormat
+from jvdiff.errors import CheckpointError, CorruptFile, IntegrityError, JvdiffError, MissingTensor, UnsafeFormat
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -308,6 +308,14 @@ def open_folder(path: Path, *, follow_symlinks: bool = False, allow_nonfinite: b
             f"{index}: disagrees with its shards ({len(problems)} times): {listed(problems)}.\n{_AGAIN}"
         )
     return Folder(path, tensors, identities, allow_nonfinite)
+
+
+def tensor_names(path: Path) -> set[str]:
+    """The names of a component's tensors; none where its files are not in order, which `open_folder` tells in full."""
+    try:
+        return set(open_folder(path, follow_symlinks=True).tensors)  # only headers are read
+    except (JvdiffError, OSError):
+        return set()
 
 
 def _weight_map(index: Path) -> dict[str, str]:

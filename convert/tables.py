@@ -1,4 +1,8 @@
-"""Which model a component folder holds, and the table that goes with it, decided by its config.json."""
+"""Which model a component folder holds, and the table that goes with it, decided by its config.json.
+
+One thing published files do not say there: whether a Wan transformer has the gate of video sparse attention. Where the
+configuration is silent, its tensors decide.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +10,7 @@ from typing import Any, NamedTuple
 
 from convert import umt5 as umt5_table
 from convert import wan_dit, wan_vae
-from convert.reader import read_json
+from convert.reader import read_json, tensor_names
 from convert.rules import Rule
 from jvdiff.errors import CheckpointError, UnsafeFormat
 from jvdiff.models import umt5, wan
@@ -30,7 +34,7 @@ def component(cfg: Any) -> Component:
 
 
 def read_component(folder: Path) -> Component:
-    """Reads `folder/config.json` and says what the folder holds.
+    """Reads `folder/config.json`, and the names of its tensors, and says what the folder holds.
 
     Raises:
         CheckpointError: no config.json, or a model that jvdiff does not have, or a field out of range.
@@ -50,4 +54,6 @@ def read_component(folder: Path) -> Component:
             f"{folder / 'config.json'}: describes {str(name)!r:.80}, which jvdiff does not have.\n"
             f"Expected _class_name or model_type to be one of {', '.join(classes)}."
         )
+    if classes[name] is wan.DiTConfig and "gate_compress" not in config:
+        config |= {"gate_compress": f"{wan_dit.GATE.format(layer=0)}.weight" in tensor_names(folder)}
     return component(classes[name].from_json(config))

@@ -1,7 +1,8 @@
 """The Wan 2.1 text-to-video transformer: names in Diffusers' files <-> jvdiff's parameter tree.
 
 Source of the names: `diffusers.WanTransformer3DModel` and the published Wan2.1-T2V-*-Diffusers repositories.
-Diffusers' `norm2` is the affine norm before cross-attention, which the original Wan files call `norm3`.
+Diffusers' `norm2` is the affine norm before cross-attention, which the original Wan files call `norm3`. Files of models
+trained with video sparse attention (FastVideo's FastWan2.1-*-Diffusers) have `GATE` besides.
 """
 
 from typing import Protocol
@@ -24,6 +25,7 @@ def _attention(pattern: str, path: str) -> list[Rule]:
     ]
 
 
+GATE = "blocks.{layer}.to_gate_compress"
 _REST = [
     Rule("patch_embedding.bias", "patch_embed/bias"),
     *_linear("condition_embedder.time_embedder.linear_1", "time_embed/linear_1"),
@@ -34,6 +36,7 @@ _REST = [
     Rule("blocks.{layer}.scale_shift_table", "blocks/modulation", MODULATION),
     *_attention("blocks.{layer}.attn1", "blocks/self_attn"),
     *_attention("blocks.{layer}.attn2", "blocks/cross_attn"),
+    *_linear(GATE, "blocks/self_attn/gate"),
     Rule("blocks.{layer}.norm2.weight", "blocks/cross_norm/scale"),
     Rule("blocks.{layer}.norm2.bias", "blocks/cross_norm/bias"),
     *_linear("blocks.{layer}.ffn.net.0.proj", "blocks/ffn/up"),

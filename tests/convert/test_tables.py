@@ -4,6 +4,7 @@ The lists in tests/data/tensors are those of the published repositories' files: 
 how many there are.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from safetensors.numpy import save_file
 
 from convert import rules
 from convert.tables import component, read_component
@@ -18,6 +20,7 @@ from jvdiff.errors import CheckpointError, UnsafeFormat
 from jvdiff.models import umt5, wan
 
 LISTS = Path(__file__).parents[1] / "data" / "tensors"
+FASTWAN = dataclasses.replace(wan.WAN_2_1_T2V_1_3B, gate_compress=True)
 
 
 def published(name):
@@ -33,6 +36,7 @@ def published(name):
     "name, cfg, count, parameters",
     [
         ("wan2_1_t2v_1_3b", wan.WAN_2_1_T2V_1_3B, 825, 1_418_996_800),
+        ("fastwan2_1_t2v_1_3b", FASTWAN, 885, 1_489_821_760),
         ("wan2_1_t2v_14b", wan.WAN_2_1_T2V_14B, 1095, 14_288_491_584),
         ("wan2_1_vae", wan.WAN_2_1_VAE, 194, 126_892_531),
         ("umt5_xxl", umt5.UMT5_XXL, 242, 5_680_910_336),
@@ -45,6 +49,26 @@ def test_published_tensors(name, cfg, count, parameters):
     assert ours == published(name)
     assert len(ours) == count
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == parameters
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_gate_shows_by_its_tensors(tmp_path, sharded):
+    """FastWan's config.json is Wan 2.1's to the letter."""
+    cfg = wan.DiTConfig(num_attention_heads=1, attention_head_dim=6, ffn_dim=8, num_layers=1, text_dim=4, freq_dim=2)
+    (tmp_path / "config.json").write_text(json.dumps(cfg.to_json()))
+    assert read_component(tmp_path).cfg == cfg  # without weights beside it
+    gated = dataclasses.replace(cfg, gate_compress=True)
+    part = component(gated)
+    weights = dict(rules.disassemble(part.rules, wan.init_params(jax.random.key(0), gated)))
+    stem = "diffusion_pytorch_model"
+    file = f"{stem}-00001-of-00001.safetensors" if sharded else f"{stem}.safetensors"
+    if sharded:
+        index = {"weight_map": dict.fromkeys(weights, file)}
+        (tmp_path / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    save_file(weights, tmp_path / file)
+    assert read_component(tmp_path).cfg == gated
+    (tmp_path / "config.json").write_text(json.dumps(cfg.to_json() | {"gate_compress": False}))
+    assert read_component(tmp_path).cfg == cfg  # what the configuration says holds
 
 
 def test_other_sizes_have_other_lists():

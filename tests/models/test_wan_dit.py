@@ -49,6 +49,7 @@ def error(a, b):
     [
         ("wan_2_1_t2v_1_3b", wan.WAN_2_1_T2V_1_3B, 1_418_996_800),
         ("wan_2_1_t2v_14b", wan.WAN_2_1_T2V_14B, 14_288_491_584),
+        ("fastwan_2_1_t2v_1_3b", dataclasses.replace(wan.WAN_2_1_T2V_1_3B, gate_compress=True), 1_489_821_760),
     ],
 )
 def test_published_trees(name, cfg, count):
@@ -221,7 +222,8 @@ def test_wrong_inputs_are_named(change, message):
 
 
 def test_config_round_trip():
-    for cfg in (CFG, wan.WAN_2_1_T2V_1_3B, wan.WAN_2_1_T2V_14B):
+    gated = dataclasses.replace(CFG, gate_compress=True)
+    for cfg in (CFG, gated, wan.WAN_2_1_T2V_1_3B, wan.WAN_2_1_T2V_14B):
         assert wan.DiTConfig.from_json(json.loads(json.dumps(cfg.to_json()))) == cfg
     assert wan.DiTConfig.from_json({}) == wan.WAN_2_1_T2V_14B
     assert (
@@ -246,6 +248,7 @@ def test_config_round_trip():
         ({"patch_size": 2}, "patch_size is 2"),
         ({"image_dim": 1280}, "image_dim is 1280; allowed is None"),
         ({"qk_norm": None}, "qk_norm is None"),
+        ({"gate_compress": 1}, "gate_compress is 1; allowed is true or false"),
         ({"num_heads": 12}, "num_heads is 12; allowed is one of the known fields"),
     ],
 )

@@ -31,7 +31,11 @@ _FIXED = {
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """diffusers' WanTransformer3DModel arguments, with its names and defaults (those of the 14B model)."""
+    """diffusers' WanTransformer3DModel arguments, with its names and defaults (those of the 14B model).
+
+    `gate_compress` is ours: the blocks have the gate of video sparse attention's coarse branch, as FastWan's do, which
+    diffusers would ignore. Published files show it by their tensors alone (`convert.tables`).
+    """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 40
@@ -44,6 +48,7 @@ class DiTConfig:
     num_layers: int = 40
     eps: float = 1e-6
     rope_max_seq_len: int = 1024
+    gate_compress: bool = False
 
     @property
     def width(self) -> int:
@@ -78,14 +83,18 @@ class DiTConfig:
         patch = given.get("patch_size", cls.patch_size)
         if not isinstance(patch, list | tuple) or tuple(patch) != cls.patch_size:
             raise _error("patch_size", patch, f"{list(cls.patch_size)}, as in every published Wan model")
+        if type(gate := given.get("gate_compress", False)) is not bool:
+            raise _error("gate_compress", gate, "true or false")
         eps = given.get("eps", cls.eps)
         if type(eps) is not float or not 0 < eps < 1:  # NaN compares false
             raise _error("eps", eps, "a number above 0 and below 1")
         return cls(**{**given, "patch_size": tuple(patch), "eps": eps})
 
     def to_json(self) -> dict[str, Any]:
-        """What `diffusers.WanTransformer3DModel.from_config` reads."""
+        """What `diffusers.WanTransformer3DModel.from_config` reads; it passes over a `gate_compress` with a warning."""
         fields = dataclasses.asdict(self) | {"patch_size": list(self.patch_size)}
+        if not self.gate_compress:
+            del fields["gate_compress"]
         return {"_class_name": "WanTransformer3DModel"} | fields | _FIXED
 
 

@@ -7,10 +7,14 @@ The numbers are those of diffusers 0.42 (WanTransformer3DModel); in bfloat16 the
 diffusers' own, because what costs next to nothing stays float32: the residual stream, all norms, the whole timestep
 path with the modulation tables, the rotation, the patch embedding and the output head. Only the attention and
 feed-forward matrices and the text embedding are in the lower precision (see `abstract_params`).
+
+Sparse self-attention works on tiles of tokens, so with such a pattern the tokens are in tile order from the patches to
+the output head; nothing else in the network looks at their order.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,10 +25,13 @@ from flax import traverse_util
 
 from jvdiff import kernels
 from jvdiff.errors import UsageError
-from jvdiff.kernels import Dense
+from jvdiff.kernels import Dense, SlidingTile, VideoSparse, block_sparse, tiles
 from jvdiff.models.wan.config import DiTConfig
 from jvdiff.models.wan.layers import MLP, LayerNorm, Linear, RMSNorm, gelu, layer_norm, rope_tables, rotate
 from jvdiff.types import Array, Params
+
+Pattern = Dense | SlidingTile | VideoSparse
+Grid = tuple[int, int, int]
 
 
 def velocity(
@@ -34,7 +41,7 @@ def velocity(
     timestep: Array,
     text: Array,
     *,
-    pattern: Dense = Dense(),  # noqa: B008 - a frozen value
+    pattern: Pattern = Dense(),  # noqa: B008 - a frozen value
     text_length: int | None = None,
     remat: bool = False,
     implementation: str | None = None,
@@ -46,16 +53,22 @@ def velocity(
       latents: float32 [B,T,H,W,C]; T, H, W multiples of the patch size.
       timestep: float32 [B] in 0..1000. Never lower precision: bfloat16 turns 937.5 into 936.
       text: [B,S,text_dim], the text encoder's output, zero beyond each prompt's end.
-      pattern: which tokens the self-attention sees.
+      pattern: which tokens the self-attention sees; no choice changes the parameters. `VideoSparse` adds its coarse
+        branch where the configuration has its gate (`gate_compress`); the other patterns ignore the gate.
       text_length: the last row of `text` stands for all rows up to this many (512 in Wan's pipeline, which attends
         to the zero padding too): exactly the result of repeating it, without the work. None: S.
       remat: recompute each block in the backward pass instead of keeping its activations.
-      implementation: of attention, see `jvdiff.kernels.attention`.
+      implementation: of the self-attention, see `jvdiff.kernels`; of the attention to text too where there is a dense
+        one of that name, which otherwise takes the best.
 
     Returns:
       float32 [B,T,H,W,out_channels].
     """
     _check(cfg, latents, timestep, text, text_length)
+    if not isinstance(pattern, Pattern):
+        raise UsageError(
+            f"velocity: pattern is {pattern!r:.80}; expected Dense(), SlidingTile(...) or VideoSparse(...)"
+        )
     extra = 0 if text_length is None else text_length - text.shape[1]
     model = _Transformer(cfg, pattern, extra, remat, implementation)
     v: Any = model.apply({"params": params}, latents, timestep, text)
@@ -85,28 +98,37 @@ def init_params(key: Array, cfg: DiTConfig) -> dict[str, Any]:
 
 def attention_choice(
     cfg: DiTConfig,
-    grid: tuple[int, int, int],
+    grid: Grid,
     *,
+    pattern: Pattern = Dense(),  # noqa: B008 - a frozen value
     batch: int = 1,
     text_rows: int = 512,
     dtype: Any = jnp.float32,
     implementation: str | None = None,
 ) -> dict[str, str]:
     """Which implementation self- and cross-attention get for latents of (T,H,W): for the record of a run."""
-    tokens = int(np.prod([n // p for n, p in zip(grid, cfg.patch_size, strict=True)]))
+    t, h, w = (n // p for n, p in zip(grid, cfg.patch_size, strict=True))
     shape = lambda n: jax.ShapeDtypeStruct(  # noqa: E731
         (batch, n, cfg.num_attention_heads, cfg.attention_head_dim), dtype
     )
-    q, k = shape(tokens), shape(text_rows)
-    return {
-        "self": kernels.choose(q, q, q, implementation=implementation),
-        "cross": kernels.choose(q, k, k, implementation=implementation),
-    }
+    q, k = shape(t * h * w), shape(text_rows)
+    if isinstance(pattern, Dense):
+        own = kernels.choose(q, q, q, implementation=implementation)
+    else:
+        block = math.prod(pattern.tile)
+        x = shape(math.prod(tiles.counts((t, h, w), pattern.tile)) * block)
+        own = block_sparse.choose(x, x, x, block=block, implementation=implementation)
+    return {"self": own, "cross": kernels.choose(q, k, k, implementation=_dense(implementation))}
+
+
+def _dense(implementation: str | None) -> str | None:
+    """The implementation of the attention to text, which is dense: the named one where there is such a dense one."""
+    return implementation if implementation in kernels.IMPLEMENTATIONS else None
 
 
 class _Transformer(nn.Module):
     cfg: DiTConfig
-    pattern: Dense
+    pattern: Pattern
     extra_text: int  # how many more times the last text row counts
     remat: bool
     implementation: str | None
@@ -121,6 +143,10 @@ class _Transformer(nn.Module):
         # Patches enter in the order (c, pt, ph, pw) and leave as (pt, ph, pw, c).
         x = latents.reshape(B, grid[0], pt, grid[1], ph, grid[2], pw, C)
         x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, -1, C * pt * ph * pw)
+        rope = rope_tables(grid, cfg.attention_head_dim)
+        if not isinstance(self.pattern, Dense):
+            x = tile_order(x, grid, self.pattern.tile)
+            rope = tuple(tile_order(table[None], grid, self.pattern.tile)[0] for table in rope)
         x = Linear(D, exact=True, name="patch_embed")(x)
 
         t = MLP(D, D, nn.silu, exact=True, name="time_embed")(_sinusoid(timestep, cfg.freq_dim))
@@ -134,17 +160,20 @@ class _Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] - documented, and wrongly annotated
             length=cfg.num_layers,
-        )(cfg, self.pattern, self.extra_text, self.implementation, name="blocks")
-        x, _ = blocks(x, modulation, text, *rope_tables(grid, cfg.attention_head_dim))
+        )(cfg, grid, self.pattern, self.extra_text, self.implementation, name="blocks")
+        x, _ = blocks(x, modulation, text, *rope)
 
         x = _Head(cfg, name="head")(x, t)
+        if not isinstance(self.pattern, Dense):
+            x = raster_order(x, grid, self.pattern.tile)
         x = x.reshape(B, *grid, pt, ph, pw, cfg.out_channels).transpose(0, 1, 4, 2, 5, 3, 6, 7)
         return x.reshape(B, T, H, W, cfg.out_channels)
 
 
 class _Block(nn.Module):
     cfg: DiTConfig
-    pattern: Dense
+    grid: Grid
+    pattern: Pattern
     extra_text: int
     implementation: str | None
 
@@ -155,13 +184,12 @@ class _Block(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation + table[None], 6, axis=1)
 
         h = layer_norm(x, cfg.eps) * (1 + scale_1) + shift_1
-        attend = lambda q, k, v: kernels.attention(  # noqa: E731
-            q, k, v, pattern=self.pattern, implementation=self.implementation
-        )
-        x = x + gate_1 * _Attention(cfg, attend, name="self_attn")(h, h, (cos, sin))
+        attend = partial(_attend_video, self.grid, self.pattern, self.implementation)
+        gated = cfg.gate_compress and isinstance(self.pattern, VideoSparse)
+        x = x + gate_1 * _Attention(cfg, attend, gated, name="self_attn")(h, h, (cos, sin))
 
         h = LayerNorm(cfg.eps, name="cross_norm")(x)
-        attend = lambda q, k, v: _attend_text(q, k, v, self.extra_text, self.implementation)  # noqa: E731
+        attend = partial(_attend_text, self.extra_text, _dense(self.implementation))
         x = x + _Attention(cfg, attend, name="cross_attn")(h, text, None)
 
         h = layer_norm(x, cfg.eps) * (1 + scale_2) + shift_2
@@ -174,22 +202,37 @@ class _Attention(nn.Module):
     """x, context -> float32 [B,L,D]. Queries and keys are normalised over all heads together, before the rotation."""
 
     cfg: DiTConfig
-    attend: Callable[[Array, Array, Array], Array]
+    attend: Callable[[Array, Array, Array, Array | None], Array]
+    gated: bool = False
 
     @nn.compact
     def __call__(self, x: Array, context: Array, rope: tuple[Array, Array] | None) -> Array:
         cfg, D = self.cfg, self.cfg.width
         q, k, v = Linear(D, name="q")(x), Linear(D, name="k")(context), Linear(D, name="v")(context)
+        gate = Linear(D, nn.initializers.zeros, name="gate")(x) if self.gated else None
         dtype = v.dtype
         q, k = RMSNorm(cfg.eps, name="q_norm")(q), RMSNorm(cfg.eps, name="k_norm")(k)
-        q, k, v = (a.reshape(*a.shape[:2], -1, cfg.attention_head_dim) for a in (q, k, v))
+        heads = lambda a: a.reshape(*a.shape[:2], -1, cfg.attention_head_dim)  # noqa: E731
+        q, k, v, gate = jax.tree.map(heads, (q, k, v, gate))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        out = self.attend(q.astype(dtype), k.astype(dtype), v)
+        out = self.attend(q.astype(dtype), k.astype(dtype), v, gate)
         return Linear(D, name="out")(out.reshape(x.shape)).astype(jnp.float32)
 
 
-def _attend_text(q: Array, k: Array, v: Array, extra: int, implementation: str | None) -> Array:
+def _attend_video(
+    grid: Grid, pattern: Pattern, implementation: str | None, q: Array, k: Array, v: Array, gate: Array | None
+) -> Array:
+    """Self-attention of video tokens [B,L,N,K], in tile order where the pattern has tiles."""
+    if isinstance(pattern, Dense):
+        return kernels.attention(q, k, v, implementation=implementation)
+    common: Any = dict(grid=grid, tile=pattern.tile, tiled=True, implementation=implementation)
+    if isinstance(pattern, SlidingTile):
+        return kernels.sliding_tile_attention(q, k, v, window=pattern.window, **common)
+    return kernels.video_sparse_attention(q, k, v, gate, sparsity=pattern.sparsity, **common)
+
+
+def _attend_text(extra: int, implementation: str | None, q: Array, k: Array, v: Array, gate: Array | None) -> Array:
     """Attention to text [B,S,N,K] whose last row counts 1 + extra times."""
     if extra == 0:
         return kernels.attention(q, k, v, implementation=implementation)
@@ -216,6 +259,28 @@ class _Head(nn.Module):
         return Linear(features, nn.initializers.zeros, exact=True, name="proj")(x)
 
 
+def tile_order(x: Array, grid: Grid, tile: Grid) -> Array:
+    """[B,L,...] in raster order over `grid` -> the same tokens in the order of `kernels.tiles.partition_indices`."""
+    if any(n % size for n, size in zip(grid, tile, strict=True)):
+        return _permuted(x, tiles.partition_indices(grid, tile))
+    t, h, w = tiles.counts(grid, tile)
+    a, b, c = tile
+    y = x.reshape(x.shape[0], t, a, h, b, w, c, -1)
+    return y.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(x.shape)
+
+
+def raster_order(x: Array, grid: Grid, tile: Grid) -> Array:
+    """The inverse of `tile_order`."""
+    if any(n % size for n, size in zip(grid, tile, strict=True)):
+        return _permuted(x, tiles.reverse_partition_indices(grid, tile))
+    y = x.reshape(x.shape[0], *tiles.counts(grid, tile), *tile, -1)
+    return y.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape)
+
+
+def _permuted(x: Array, index: np.ndarray) -> Array:
+    return jnp.take(x, index.astype(np.int32), axis=1, mode="clip", unique_indices=True)
+
+
 def _modulation_init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
 
@@ -228,7 +293,8 @@ def _sinusoid(timestep: Array, size: int) -> Array:
 
 
 def _init(key: Array, cfg: DiTConfig) -> dict[str, Any]:
-    model = _Transformer(cfg, Dense(), 0, False, "xla")
+    pattern = VideoSparse((1, 1, 1), 0.0) if cfg.gate_compress else Dense()  # one that uses every parameter
+    model = _Transformer(cfg, pattern, 0, False, "xla")
     latents = jnp.zeros((1, *cfg.patch_size, cfg.in_channels))
     variables: Any = model.init(key, latents, jnp.zeros((1,)), jnp.zeros((1, 1, cfg.text_dim)))
     return variables["params"]
