@@ -136,7 +136,7 @@ def test_padding_beside_keys_that_repel_and_large_logits(name):
     q, k, v, dout, dlse = block_operands(shape)
     q2k, count, sizes = random_lists(shape)
     count, sizes = count * 0 + 2, np.array([3, 1, 5], np.int32)
-    k = -jnp.abs(k) * (np.arange(24) % 8 < sizes.repeat(8))[None, :, None, None]  # zero padding has the highest logit
+    k = -jnp.abs(k) * np.float32(np.arange(24) % 8 < sizes.repeat(8))[None, :, None, None]  # padding wins
     q = jnp.abs(q) * 6
     f = lambda q, k, v: kernels.block_sparse_attention(  # noqa: E731
         q, k, v, q2k, count, sizes, block=8, return_lse=True, implementation=name
@@ -226,7 +226,7 @@ def test_sliding_tiles(name, case):
     B = 2 if L < 300 else 1
     q, k, v, dout = (normal(s, B, L, heads, 8) for s in range(4))
     dlse = normal(9, B, heads, L)
-    valid = np.arange(L) < video + text  # later text slots are no keys, and nobody uses them as queries
+    valid = np.float32(np.arange(L) < video + text)  # later text slots are no keys, and nobody uses them as queries
     dout, dlse = dout * valid[None, :, None, None], dlse * valid[None, None]
     f = partial(kernels.sliding_tile_attention, grid=grid, tile=tile, window=window, text_length=text)
     got = results(lambda *x: f(*x, return_lse=True, implementation=name), (q, k, v), dout, dlse)
@@ -288,14 +288,15 @@ def test_video_sparse(name, gated, case):
     gate = gate if gated else None
     kept = tiles.top_k_count(sparsity, len(sizes) - len(chunks))
     f = partial(kernels.video_sparse_attention, grid=grid, tile=tile, sparsity=sparsity, prefix_lengths=prefix)
-    f = jax.jit(partial(f, prefix_policy=policy, implementation=name))
+    f = partial(f, prefix_policy=policy, implementation=name)
+    f, f_tiled = jax.jit(f), jax.jit(partial(f, tiled=True))
     arguments = (ids, sizes, kept, len(chunks), policy)
     assert error(f(q, k, v, gate), video_sparse_definition(q, k, v, gate, *arguments)) < F32["out"]
     if name == "xla":
         video = np.arange(sum(prefix), L)[tiles.partition_indices(grid, tile)]
         order = np.concatenate([np.arange(sum(prefix)), video])
         moved = [None if x is None else x[:, order] for x in (q, k, v, gate)]
-        np.testing.assert_allclose(f(*moved, tiled=True), f(q, k, v, gate)[:, order], atol=1e-6)
+        np.testing.assert_allclose(f_tiled(*moved), f(q, k, v, gate)[:, order], atol=1e-6)
         # The gradient along a direction, against a central difference of the definition in float64.
         which = (0, 1, 2, 3) if gated else (0, 1, 2)
         grads = jax.jit(jax.grad(lambda *x: jnp.sum(f(*x) * dout), which))(q, k, v, gate)
