@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jvdiff import precision, run_state
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import wan
-from jvdiff.settings import FIELDS, Configs, Settings, check_prompt, check_seed, latent_shape
+from jvdiff.settings import FIELDS, Configs, Settings, check_prompt, check_seed, latent_shape, read_pattern
 
 MAX_PROMPTS_BYTES = 64 * 2**20
 
@@ -167,5 +167,10 @@ def attention(settings: Settings, configs: Configs, dtypes: str, rows: int) -> d
     dtype = jnp.dtype(precision.choose(dtypes).transformer)
     grid = latent_shape(configs, settings)[:3]
     return wan.attention_choice(
-        configs.transformer, grid, text_rows=rows, dtype=dtype, implementation=settings.attention
+        configs.transformer,
+        grid,
+        pattern=read_pattern(settings.pattern),
+        text_rows=rows,
+        dtype=dtype,
+        implementation=settings.attention,
     )

@@ -28,7 +28,16 @@ from jvdiff.data import tokenizer as tokenizers
 from jvdiff.diffusion import classifier_free, sampling, schedules, solvers
 from jvdiff.errors import NumericsError, UsageError
 from jvdiff.models import umt5, wan
-from jvdiff.settings import Configs, Settings, check_prompt, check_seed, latent_shape, read_defaults, resolve
+from jvdiff.settings import (
+    Configs,
+    Settings,
+    check_prompt,
+    check_seed,
+    latent_shape,
+    read_defaults,
+    read_pattern,
+    resolve,
+)
 from jvdiff.types import Array, Params
 
 log = logging.getLogger("jvdiff")
@@ -119,7 +128,8 @@ def solver(settings: Settings) -> solvers.Solver:
 
 def velocity(configs: Configs, settings: Settings, params: Params, text: Array, negative: Array | None) -> Partial:
     """The guided velocity(x, t) of a run, x float32 [B,T,H,W,C], t float32 [B]; `negative` None: without guidance."""
-    network = Partial(_network(configs.transformer, settings.attention), params)
+    pattern = read_pattern(settings.pattern)
+    network = Partial(_network(configs.transformer, pattern, settings.attention), params)
     if negative is None:
         return classifier_free(network, text, None, 1.0)
     # Small clips fill the device better as one batch; large ones fit it better in turn.
@@ -131,9 +141,9 @@ def velocity(configs: Configs, settings: Settings, params: Params, text: Array, 
 
 
 @functools.lru_cache(maxsize=8)
-def _network(cfg: wan.DiTConfig, attention: str | None) -> Callable[..., Array]:
+def _network(cfg: wan.DiTConfig, pattern: wan.Pattern, attention: str | None) -> Callable[..., Array]:
     def network(params: Params, x: Array, t: Array, text: Array) -> Array:
-        return wan.velocity(params, cfg, x, t, text, text_length=TEXT_LENGTH, implementation=attention)
+        return wan.velocity(params, cfg, x, t, text, pattern=pattern, text_length=TEXT_LENGTH, implementation=attention)
 
     return network
 
@@ -367,6 +377,7 @@ def generate(
     shift: float | None = None,
     solver: str | None = None,
     grid: str | None = None,
+    pattern: str | None = None,
     attention: str | None = None,
     noise: Array | np.ndarray | None = None,
     callback: Callable[[int, Any], Any] | None = None,
@@ -378,7 +389,8 @@ def generate(
         num_frames, height, width: pixel frames 1 + 4k, pixels in multiples of 16.
         steps, shift, solver, grid: see `jvdiff.diffusion.schedules.make`; "unipc" or "euler", "diffusers" or "wan".
         guidance: weight of classifier-free guidance; 1 runs the network once a step and ignores the negative prompt.
-        attention: an implementation of `jvdiff.kernels.attention`; None takes the best for the device.
+        pattern: which tokens see each other, for instance "video_sparse:4x4x4:0.9"; see `jvdiff.settings.read_pattern`.
+        attention: an implementation of the pattern's attention in `jvdiff.kernels`; None takes the best for the device.
         noise: float32 [B,T,H,W,C] to start from instead of the seed's.
         callback: see `denoise`.
         What is None comes from the repository, else from the Wan 2.1 family (`Settings`).
@@ -392,7 +404,7 @@ def generate(
         raise UsageError("no prompts; give at least one.")
     settings = pipe.settings(
         num_frames=num_frames, height=height, width=width, steps=steps, guidance=guidance,
-        negative_prompt=negative_prompt, shift=shift, solver=solver, grid=grid, attention=attention,
+        negative_prompt=negative_prompt, shift=shift, solver=solver, grid=grid, pattern=pattern, attention=attention,
     )  # fmt: skip
     shape = (len(prompts), *latent_shape(pipe.configs, settings))
     seeds: tuple[int, ...] = ()

@@ -46,7 +46,8 @@ def default_config() -> config_dict.ConfigDict:
             "solver": none(str),  # unipc, euler
             "grid": none(str),  # diffusers, wan: whose sigmas
             "precision": none(str),  # float32, bfloat16
-            "attention": none(str),  # cudnn, xla, reference; None: the best that can
+            "pattern": none(str),  # dense, sliding_tile:6x8x8:3x3x3 (tile, window), video_sparse:4x4x4:0.9 (sparsity)
+            "attention": none(str),  # cudnn, xla, ...: see jvdiff/kernels; None: the best that can
             "output": "out",
             "save_arrays": False,  # NAME.npz with latents float32 [T,H,W,C] and video uint8 [F,Y,X,3]
             "resume": none(str),  # a .state folder

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +20,11 @@ from jvdiff import kernels
 from jvdiff.data import tokenizer as tokenizers
 from jvdiff.diffusion import schedules
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.kernels import block_sparse
 from jvdiff.models import umt5, wan
 
 PROMPT_CHARACTERS = 100_000
+TILE_TOKENS = 4096
 DEFAULTS_FILE = "jvdiff_defaults.json"
 
 
@@ -29,7 +32,8 @@ DEFAULTS_FILE = "jvdiff_defaults.json"
 class Settings:
     """Everything besides prompt, seed and weights that decides what a clip looks like. Defaults: the Wan 2.1 family's.
 
-    num_frames, height, width count pixels frames and pixels; fps is only written into the file. A repository may hold
+    num_frames, height, width count pixels frames and pixels; fps is only written into the file. pattern says which
+    tokens see each other (`read_pattern`), attention which implementation computes it. A repository may hold
     its own defaults in `jvdiff_defaults.json` (any of these fields), beside the files that diffusers reads.
     """
 
@@ -43,6 +47,7 @@ class Settings:
     shift: float = 3.0
     solver: str = "unipc"
     grid: str = "diffusers"
+    pattern: str = "dense"
     attention: str | None = None
 
 
@@ -133,10 +138,48 @@ def _check(settings: Settings, configs: Configs) -> None:
     _within("shift", settings.shift, 0.01, 100.0)
     _one_of("solver", settings.solver, schedules.SOLVERS)
     _one_of("grid", settings.grid, schedules.GRIDS)
+    pattern = read_pattern(settings.pattern, dit.num_attention_heads)
     if settings.attention is not None:
-        _one_of("attention", settings.attention, tuple(kernels.IMPLEMENTATIONS))
+        able = kernels if isinstance(pattern, kernels.Dense) else block_sparse
+        _one_of("attention", settings.attention, tuple(able.IMPLEMENTATIONS))
     if settings.negative_prompt:
         check_prompt(settings.negative_prompt, "negative_prompt")
+
+
+def read_pattern(text: str, heads: int | None = None) -> wan.Pattern:
+    """What `pattern` says, for a model with so many heads:
+
+        dense
+        sliding_tile:6x8x8:3x3x3    tile in tokens, window in tiles, time first; or a window for each head, with commas
+        video_sparse:4x4x4:0.9      tile in tokens, and the share of tiles that a tile does not see
+
+    Raises:
+        UsageError: anything else.
+    """
+    three = "[1-9][0-9]{0,3}x[1-9][0-9]{0,3}x[1-9][0-9]{0,3}"
+    if text == "dense":
+        return kernels.Dense()
+    if found := re.fullmatch(f"sliding_tile:({three}):({three}(?:,{three})*)", text):
+        windows: Any = tuple(map(_sizes, found[2].split(",")))
+        if heads is not None and len(windows) not in (1, heads):
+            raise UsageError(f"pattern has {len(windows)} windows; expected one, or one for each of the {heads} heads.")
+        pattern = kernels.SlidingTile(_sizes(found[1]), windows if len(windows) > 1 else windows[0])
+    elif found := re.fullmatch(rf"video_sparse:({three}):(0|1|[01]?\.[0-9]+)", text):
+        pattern = kernels.VideoSparse(_sizes(found[1]), float(found[2]))
+    else:
+        raise UsageError(
+            f"pattern is {text!r:.80}; expected 'dense', 'sliding_tile:6x8x8:3x3x3' (tile, window) or "
+            f"'video_sparse:4x4x4:0.9' (tile, sparsity)."
+        )
+    if isinstance(pattern, kernels.VideoSparse):
+        _within("the sparsity of pattern", pattern.sparsity, 0, 1)
+    _within("the number of tokens in a tile of pattern", math.prod(pattern.tile), 1, TILE_TOKENS)
+    return pattern
+
+
+def _sizes(text: str) -> tuple[int, int, int]:
+    t, h, w = map(int, text.split("x"))
+    return t, h, w
 
 
 def _within(name: str, value: float, low: float, high: float, note: str = "") -> None:

@@ -80,9 +80,10 @@ class Kind(NamedTuple):
 
 
 _DIT_FIELDS = ("vae", "clips", "batch", "tokens", "drop_text", "transformer", "text_encoder", "scheduler", "defaults")
+_DIT_OPTIONAL = ("initial", "pattern", "sparsity_warmup")
 TASKS = {
     "vae": Kind(digits_runs.train_vae, training.vae_task, ("vae", "stages"), ("decoder_of",)),
-    "text_to_video": Kind(digits_runs.train_text_to_video, training.text_to_video_task, _DIT_FIELDS),
+    "text_to_video": Kind(digits_runs.train_text_to_video, training.text_to_video_task, _DIT_FIELDS, _DIT_OPTIONAL),
 }
 
 

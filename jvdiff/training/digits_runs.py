@@ -6,6 +6,7 @@ B batch · T latent frames · H W latent grid · C latent channels · N clips
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from jvdiff import checkpoint
 from jvdiff.data import digits, digits_tokenizer, tokenizer
 from jvdiff.data.video import atomic
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.kernels import VideoSparse, sparsity_schedule
 from jvdiff.models import umt5, wan
-from jvdiff.settings import Configs, resolve
+from jvdiff.settings import Configs, read_pattern, resolve
 from jvdiff.sharding import data_parallel
 from jvdiff.staging import check_target
 from jvdiff.training import fields, flow_matching, reconstruction
 from jvdiff.training.loop import State, Task, fit
+from jvdiff.types import Params
 
+MOST_PROGRAMS = 32  # of one training: a sparsity is a part of the compiled step
 _log = logging.getLogger("jvdiff.training")
 
 
@@ -60,7 +64,12 @@ def train_vae(config: ConfigDict, folder: Path) -> Path:
 
 
 def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
-    """Trains the transformer and its text encoder on latents of moving digits, and writes a whole repository."""
+    """Trains the transformer and its text encoder on latents of moving digits, and writes a whole repository.
+
+    `initial` is a repository, in either layout, whose transformer and text encoder are trained on; a gate that it lacks
+    starts at zero. `pattern` is that of `settings.read_pattern`; `sparsity_warmup` raises its sparsity from 0 in steps
+    of `rate`, every `interval` training steps.
+    """
     for name in ("clips", "batch", "tokens"):
         fields.check_count(name, config[name])
     fields.check_shared("batch", config.batch, devices := config.loop.get("devices", 1))
@@ -79,7 +88,9 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
         resolve(Configs(dit_cfg, vae_cfg, text_cfg), scheduler, defaults)
     except CheckpointError as error:
         raise UsageError(f"scheduler: {error}") from None
+    pattern_at = _patterns(config, dit_cfg.num_attention_heads)
     result = _result(folder / "repository")
+    params = _initial(Path(config.initial), dit_cfg, text_cfg) if config.get("initial") else None
     vae = checkpoint.restore(config.vae, wan.abstract_params(vae_cfg))
 
     latents, prompts = encoded_clips(vae_cfg, vae, config.clips, config.seed, devices, folder / "latents.npz")
@@ -89,10 +100,10 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
         rng = np.random.default_rng((config.seed, step))
         rows = rng.integers(len(latents), size=config.batch)
         texts = np.where(rng.uniform(size=config.batch) < config.drop_text, len(prompts), rows)
-        return flow_matching.Batch(latents[rows], ids[texts], mask[texts])
+        return flow_matching.Batch(latents[rows], ids[texts], mask[texts], pattern_at(step))
 
     task = flow_matching.text_to_video_task(dit_cfg, text_cfg, batches, **config.loss.to_dict())
-    params = _fit(task, config, folder).average
+    params = _fit(task, config, folder, params).average
     components = {
         "transformer": (dit_cfg, params["transformer"]),
         "vae": (vae_cfg, vae),
@@ -110,8 +121,45 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     return result
 
 
-def _fit(task: Task, config: ConfigDict, folder: Path) -> State:
-    return fit(task, fields.schedule(config), folder, seed=config.seed, **config.loop.to_dict())
+def _fit(task: Task, config: ConfigDict, folder: Path, params: Params | None = None) -> State:
+    return fit(task, fields.schedule(config), folder, seed=config.seed, params=params, **config.loop.to_dict())
+
+
+def _patterns(config: Any, heads: int) -> Callable[[int], wan.Pattern]:
+    """step -> the pattern of the self-attention."""
+    pattern = read_pattern(config.get("pattern") or "dense", heads)
+    if not (warmup := config.get("sparsity_warmup")):
+        return lambda step: pattern
+    names = ("rate", "interval")
+    fields.check_names("sparsity_warmup", warmup, names)
+    if not isinstance(pattern, VideoSparse) or set(warmup) != set(names):
+        raise UsageError(f"sparsity_warmup needs a pattern video_sparse:..., and the fields {' and '.join(names)}.")
+    fields.check_count("sparsity_warmup.interval", warmup.interval)
+    if not isinstance(warmup.rate, float) or not pattern.sparsity / MOST_PROGRAMS <= warmup.rate <= 1:
+        raise UsageError(
+            f"sparsity_warmup.rate is {warmup.rate!r:.80}; expected a number from "
+            f"{pattern.sparsity / MOST_PROGRAMS} to 1: each sparsity is a program to compile, {MOST_PROGRAMS} at most."
+        )
+
+    def at(step: int) -> wan.Pattern:
+        return VideoSparse(pattern.tile, sparsity_schedule(step, pattern.sparsity, warmup.rate, warmup.interval))
+
+    return at
+
+
+def _initial(folder: Path, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config) -> Params:
+    """Float32 parameters of the repository `folder`, for models of these configurations."""
+    found = checkpoint.inspect(folder)
+    gated = dit_cfg.gate_compress or found.transformer.gate_compress
+    same = dataclasses.replace(found.transformer, gate_compress=gated)
+    for name, wanted, there in (("transformer", dit_cfg, same), ("text_encoder", text_cfg, found.text_encoder)):
+        _check_sizes(f"{name}: not that of initial, {folder}", wanted, there)
+    transformer = checkpoint.restore(folder / "transformer", wan.abstract_params(found.transformer))
+    if dit_cfg.gate_compress and not found.transformer.gate_compress:
+        gate = wan.abstract_params(dit_cfg)["blocks"]["self_attn"]["gate"]
+        transformer["blocks"]["self_attn"]["gate"] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), gate)
+    text = checkpoint.restore(folder / "text_encoder", umt5.abstract_params(text_cfg, jnp.float32))
+    return {"transformer": transformer, "text_encoder": text}
 
 
 def _vae_config(folder: Path) -> wan.VAEConfig:
@@ -127,14 +175,19 @@ def _vae_config(folder: Path) -> wan.VAEConfig:
 def _same_sizes(cfg: wan.VAEConfig, folder: Path) -> wan.VAEConfig:
     """The configuration of the VAE in `folder`, latent statistics included, if it is of the sizes of `cfg`."""
     known = _vae_config(folder)
+    _check_sizes(f"vae: not the sizes of decoder_of, {folder}", cfg, known)
+    return known
+
+
+def _check_sizes(what: str, cfg: Any, known: Any) -> None:
+    """Raises UsageError that lists every field, but for latent statistics, in which two configurations differ."""
     other = [
         f"{field.name} is {getattr(cfg, field.name)}, there {getattr(known, field.name)}"
         for field in dataclasses.fields(cfg)
         if not field.name.startswith("latents_") and getattr(cfg, field.name) != getattr(known, field.name)
     ]
     if other:
-        raise UsageError(f"vae: not the sizes of decoder_of, {folder}: {'; '.join(other)}.")
-    return known
+        raise UsageError(f"{what}: {'; '.join(other)}.")
 
 
 def _stages(stages: Any, cfg: wan.VAEConfig, devices: int) -> tuple[tuple[int, int, int, int], ...]:

@@ -7,23 +7,30 @@ predicts noise - x_0; sigma is logit-normal, shifted towards noise (Esser et al.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jvdiff.kernels import Dense
 from jvdiff.models import umt5, wan
 from jvdiff.training.loop import Task
 from jvdiff.types import Array, Params
 
 
-class Batch(NamedTuple):
-    """Normalised latents [B,T,H,W,C] of any float dtype, token ids int32 [B,S] and mask bool [B,S]."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Normalised latents [B,T,H,W,C] of any float dtype, token ids int32 [B,S] and mask bool [B,S].
+
+    `pattern`, of the self-attention, is no array but a part of the program: each that occurs in a training is compiled.
+    """
 
     latents: np.ndarray
     ids: np.ndarray
     mask: np.ndarray
+    pattern: wan.Pattern = field(default=Dense(), metadata={"static": True})
 
 
 def text_to_video_task(
@@ -35,7 +42,8 @@ def text_to_video_task(
     text_length: int = 512,
     remat: bool = False,
 ) -> Task:
-    """Parameters {"transformer", "text_encoder"}, trained together; unconditional batches come from `batches`."""
+    """Parameters {"transformer", "text_encoder"}, trained together; unconditional batches come from `batches`, and so
+    does the pattern of each step."""
 
     def init(key: Array) -> Params:
         one, two = jax.random.split(key)
@@ -58,6 +66,7 @@ def text_to_video_task(
             (1.0 - level) * clean + level * noise,
             1000.0 * sigma,
             text,
+            pattern=batch.pattern,
             text_length=text_length,
             remat=remat,
         )

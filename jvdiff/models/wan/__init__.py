@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jvdiff.models.wan import dit, vae
 from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, DiTConfig
-from jvdiff.models.wan.dit import attention_choice, velocity
+from jvdiff.models.wan.dit import Pattern, attention_choice, velocity
 from jvdiff.models.wan.vae import (
     WAN_2_1_VAE,
     VAEConfig,
@@ -29,6 +29,7 @@ __all__ = [
     "WAN_2_1_T2V_14B",
     "WAN_2_1_VAE",
     "DiTConfig",
+    "Pattern",
     "VAEConfig",
     "abstract_params",
     "attention_choice",
