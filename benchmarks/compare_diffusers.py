@@ -15,7 +15,6 @@ B batch · T latent frames · H W latent grid · C latent channels · S text tok
 import argparse
 import gc
 import importlib.util
-import json
 import math
 import os
 import statistics
@@ -34,15 +33,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from machine import describe
+from timing import RESULTS, in_turn, matmul_peak, short, write
 
 from convert.rules import disassemble, flatten, unflatten
 from convert.tables import component
-from jvdiff.data import video
 from jvdiff.errors import JvdiffError, SetupError
 from jvdiff.models import umt5, wan
 from jvdiff.plan import count_flops
 
-RESULTS = Path(__file__).parent / "results"
 PROMPT = "a red seven moving left"
 
 # The sizes of configs/train_digits_*.py.
@@ -92,14 +90,14 @@ class Row:
 
     def record(self) -> dict[str, Any]:
         ours = statistics.median(self.ours)
-        record: dict[str, Any] = {"name": self.name, "shape": self.shape, "ours_s": _short(ours)}
+        record: dict[str, Any] = {"name": self.name, "shape": self.shape, "ours_s": short(ours)}
         if self.theirs:
             theirs = statistics.median(self.theirs)
-            record |= {"theirs_s": _short(theirs), "ratio": round(ours / theirs, 3), "difference": self.difference}
-        record |= {"compile_s": self.compile, "runs": len(self.ours), "ours_all_s": [_short(s) for s in self.ours]}
-        record |= {"theirs_all_s": [_short(s) for s in self.theirs or ()]}
+            record |= {"theirs_s": short(theirs), "ratio": round(ours / theirs, 3), "difference": self.difference}
+        record |= {"compile_s": self.compile, "runs": len(self.ours), "ours_all_s": [short(s) for s in self.ours]}
+        record |= {"theirs_all_s": [short(s) for s in self.theirs or ()]}
         if self.flops:
-            record["ours_tflops_per_s"] = _short(self.flops / ours / 1e12)
+            record["ours_tflops_per_s"] = short(self.flops / ours / 1e12)
             if self.peak:
                 record["share_of_peak"] = round(self.flops / ours / self.peak, 3)
         return record
@@ -281,14 +279,8 @@ def alternate(ours: Run, theirs: Run | None, repeats: int) -> tuple[list[float],
         other = theirs()
         other = other if isinstance(other, np.ndarray) else other.float().cpu().numpy()
         difference = float(f"{np.linalg.norm(first - other) / np.linalg.norm(other):.1e}")
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
-        for side, run in enumerate((ours, theirs)):
-            if run is not None:
-                began = time.perf_counter()
-                run()
-                times[side].append(time.perf_counter() - began)
-    return times[0], times[1] if theirs is not None else None, difference
+    ours_seconds, *their_seconds = in_turn([ours] if theirs is None else [ours, theirs], repeats)
+    return ours_seconds, their_seconds[0] if their_seconds else None, difference
 
 
 def _leaf(result: Any) -> Any:
@@ -305,23 +297,7 @@ def measure(case: Case, repeats: int, rival: str | None, peak: float | None = No
     flops = count_flops(counted(abstract, *case.inputs).jaxpr)
     del params
     seconds, their_seconds, difference = alternate(ours, theirs, repeats)
-    return Row(case.name, case.shape, seconds, their_seconds, _short(compile_seconds), difference, flops, peak)
-
-
-def matmul_peak(size: int = 8192, repeats: int = 20) -> float:
-    """FLOP/s of one large square bfloat16 product: the most that a real program can hope for."""
-    a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-    product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.bfloat16)).lower(a, a).compile()
-    product(a, a).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        out = a
-        for _ in range(repeats):  # queued, so that the launch is not what is timed
-            out = product(a, a)
-        out.block_until_ready()
-        seconds.append((time.perf_counter() - began) / repeats)
-    return 2.0 * size**3 / statistics.median(seconds)
+    return Row(case.name, case.shape, seconds, their_seconds, short(compile_seconds), difference, flops, peak)
 
 
 # ------------------------------------------------------------------------------------------- a checkpoint's clip
@@ -346,7 +322,7 @@ def measure_clip(checkpoint: str, repeats: int, rival: str | None) -> Row:
     theirs = _their_clip(checkpoint, settings, noise, rival) if rival else None
     seconds, their_seconds, difference = alternate(ours, theirs, repeats)
     shape = f"{settings.num_frames}x{settings.height}x{settings.width}, {settings.steps} steps"
-    compiling = _short(max(first - statistics.median(seconds), 0.0))
+    compiling = short(max(first - statistics.median(seconds), 0.0))
     return Row("whole clip", f"{shape} {pipe.precision.name}", seconds, their_seconds, compiling, difference)
 
 
@@ -418,10 +394,6 @@ def measure_first_frame(checkpoint: str, repeats: int, rival: str | None) -> Row
 
 
 # ------------------------------------------------------------------------------------------------------------ report
-
-
-def _short(seconds: float) -> float:
-    return float(f"{seconds:.4g}")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -496,9 +468,7 @@ def main(words: Sequence[str] | None = None) -> int:
             "peak_bfloat16_tflops_per_s": peak and round(peak / 1e12, 1),
             "rows": [row.record() for row in rows],
         }
-        with video.atomic(output) as part:
-            part.write_text(json.dumps(report, indent=2) + "\n")
-        print(f"written to {output}")
+        write(output, report)
     return 0
 
 
