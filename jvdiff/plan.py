@@ -49,7 +49,7 @@ def show(config: Any) -> None:
         SetupError: the compiler for plan_target is not installed.
     """
     if config.plan_target is not None:
-        _check_target(config.plan_target)
+        check_target(config.plan_target)
     from jvdiff import precision
     from jvdiff.settings import FIELDS, resolve
 
@@ -102,7 +102,7 @@ def lines(configs: Any, settings: Any, dtypes: Any, target: str | None) -> Itera
         resident += size
         yield f"  {part:<13}{count:>16,} parameters {_gib(size)}"
     tokens = token_count(configs, settings)
-    yield f"video tokens L: {tokens:,}"
+    yield f"video tokens L: {tokens:,}   self-attention: {settings.pattern}"
     columns = "".join(f"{title:>12}" for title in ("weights", "data", "temporary", "in all"))
     yield f"{'program':<13}{'FLOPs':>10}{columns}   compiled in   largest array"
     most, total = 0, 0.0
@@ -125,9 +125,11 @@ def lines(configs: Any, settings: Any, dtypes: Any, target: str | None) -> Itera
 
 def programs(configs: Any, settings: Any, abstract: Mapping[str, Any], target: str | None = None) -> Iterator[Program]:
     """Compiles each stage's program with abstract weights and measures it."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
     from jvdiff import pipeline
 
-    sharding = _target_sharding(target) if target else None
+    sharding = NamedSharding(target_mesh(target), PartitionSpec()) if target else None
     part = {"text": "text_encoder", "denoise": "transformer", "decode first": "vae", "decode next": "vae"}
     for name, traced in pipeline.traced(configs, settings, abstract, ROWS, sharding):
         began = time.monotonic()
@@ -217,8 +219,13 @@ def _flops(count: float) -> str:
     return f"{count / 1e6:.2f} M"
 
 
-def _check_target(target: str) -> None:
-    """That the description and the compiler are there."""
+def check_target(target: str) -> None:
+    """That the description and the compiler of a GPU are there; before jax is first imported, if possible.
+
+    Raises:
+        UsageError: there is no such description in plan_targets/.
+        SetupError: the compiler is not installed; the message says how.
+    """
     known = sorted(path.stem for path in TARGETS.glob("*.textproto"))
     if target not in known:
         raise UsageError(f"plan_target is {target!r}; expected one of {', '.join(known)}.")
@@ -235,14 +242,18 @@ def _check_target(target: str) -> None:
         )
 
 
-def _target_sharding(target: str) -> Any:
-    """The one device of the described GPU."""
+def target_mesh(target: str, devices: int = 1) -> Any:
+    """A mesh ("device",) of so many of the described GPUs in one machine.
+
+    Raises:
+        SetupError: the compiler's packages are there, but cannot be used.
+    """
     from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from jax.sharding import Mesh
 
     text = (TARGETS / f"{target}.textproto").read_text()
     try:
-        topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=text)
+        topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{devices}", target_config=text)
     except Exception as error:
         raise SetupError(f"the CUDA compiler cannot be used: {error}\nIts packages must have jax's version.") from error
-    return NamedSharding(Mesh(topology.devices, ("device",)), PartitionSpec())
+    return Mesh(topology.devices, ("device",))

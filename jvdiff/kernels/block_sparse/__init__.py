@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jvdiff.kernels.block_sparse import reference, triton, xla
+from jvdiff.kernels.block_sparse import mosaic_gpu, reference, triton, xla
 from jvdiff.kernels.block_sparse.lists import Lists, split, transpose
 
 __all__ = ["IMPLEMENTATIONS", "Lists", "block_sparse_attention", "choose", "split", "transpose"]
@@ -31,6 +31,7 @@ _log = logging.getLogger("jvdiff.kernels")
 
 # In order of preference: the first that supports the operands on the backend at hand is taken. `xla` supports all.
 IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu,
     "triton": triton,
     "xla": xla,
     "reference": reference,

@@ -14,8 +14,10 @@ and one more does nothing but copy.
 """
 
 import functools
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +39,7 @@ _SIZE_BITS = 9  # of a list entry: the valid tokens of a block, at most 256; the
 
 
 class Shape(NamedTuple):
-    """How one kernel is cut: warpgroups that share a list, rows R of a step, slots of the ring, a warpgroup that copies."""
+    """How a kernel is cut: warpgroups that share a list, rows R of a step, slots of the ring, one more that copies."""
 
     warpgroups: int
     step: int
@@ -45,22 +47,22 @@ class Shape(NamedTuple):
     producer: bool
 
 
-def shapes(block: int, head_dim: int, dtype: Any) -> dict[str, Shape]:
-    if block % 128:
-        return {
-            "forward": Shape(1, 64, 1, False),
-            "dq": Shape(1, 64, 1, False),
-            "dkv": Shape(1, 64, 2, False),
-        }
-    return {
-        "forward": Shape(2, 128, 2, True),
-        "dq": Shape(2, 64, 2, True),
-        "dkv": Shape(2, 64, 2, True),
-    }
+# By device kind, then by block and head dim; where a GPU has no entries, the H200's hold.
+TUNED = json.loads(Path(__file__).with_name("tuned.json").read_text())["mosaic_gpu"]
+
+
+def shapes(block: int, head_dim: int) -> dict[str, Shape]:
+    """The cut of the kernels "forward", "dq" and "dkv": that of the largest block in the table that divides `block`."""
+    table = TUNED.get(jax.devices()[0].device_kind, TUNED["NVIDIA H200"])
+    sizes = (tuple(map(int, key.split("x"))) for key in table)
+    rows = max(rows for rows, K in sizes if block % rows == 0 and head_dim == K)
+    return {kernel: Shape(**cut) for kernel, cut in table[f"{rows}x{head_dim}"].items()}
 
 
 def unsupported(q: Any, k: Any, v: Any, block: int) -> str | None:
     """Why these kernels cannot do these shapes and dtypes, or None."""
+    if jax.__version_info__ < (0, 11):
+        return f"needs JAX 0.11 or newer (Python 3.12 or newer), and this is {jax.__version__}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16 operands, not {q.dtype}"
     if q.shape[-1] not in (64, 128):
@@ -84,8 +86,9 @@ def unavailable() -> str | None:
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, and the natural log-sum-exp, float32 [B,N,L]."""
     B, L, N, _ = q.shape
-    shape = shapes(block, q.shape[-1], q.dtype)["forward"]
+    shape = shapes(block, q.shape[-1])["forward"]
     return _call(
+        "forward",
         functools.partial(_forward_kernel, shape=shape, block=block),
         shape,
         grid=(B, N, L // (ROWS * shape.warpgroups)),
@@ -181,8 +184,9 @@ def backward(
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse * _LOG2_E)
     stats = jnp.stack([lse, delta], axis=2)  # [B,N,2,L]: one copy brings both
 
-    shape = shapes(block, K, q.dtype)["dq"]
+    shape = shapes(block, K)["dq"]
     dq = _call(
+        "dq",
         functools.partial(_dq_kernel, shape=shape, block=block),
         shape,
         grid=(B, N, L // (ROWS * shape.warpgroups)),
@@ -199,8 +203,9 @@ def backward(
         ),
     )(q, k, v, dout, stats, *_entries(lists, block, shape.step))
 
-    shape = shapes(block, K, q.dtype)["dkv"]
+    shape = shapes(block, K)["dkv"]
     dk, dv = _call(
+        "dkv",
         functools.partial(_dkv_kernel, shape=shape, block=block),
         shape,
         grid=(B, N, k.shape[1] // (ROWS * shape.warpgroups)),
@@ -236,7 +241,7 @@ def _dq_kernel(
         plgpu.copy_gmem_to_smem(stats_ref.at[b, n, :, rows], stats_smem.at[wg], own.at[wg])
         ring.start()
         plgpu.barrier_wait(own.at[wg])
-        lse, delta = (plgpu.load(stats_smem.at[wg, x], layout=plgpu.Layout.WGMMA.reduce(1)) for x in (0, 1))
+        lse, delta = (_load(stats_smem.at[wg, x], axis=1) for x in (0, 1))
 
         def step(j, entry, dq):
             (k_slot,), (v_slot,) = keys.wait(j), values.wait(j)
@@ -290,8 +295,9 @@ def _dkv_kernel(
         logits, dweights = _products(
             (k_smem.at[wg], q_slot.T, _zeros(shape.step)), (v_smem.at[wg], do_slot.T, _zeros(shape.step))
         )
-        lse, delta = (plgpu.load(stats.at[x], layout=plgpu.Layout.WGMMA.reduce(0)) for x in (0, 1))
+        lse = _load(stats.at[0], axis=0)
         weights = jnp.exp2(logits * (K**-0.5 * _LOG2_E) - lax.broadcast_in_dim(lse, logits.shape, [1]))
+        delta = _load(stats.at[1], axis=0)
         dlogits = weights * (dweights - lax.broadcast_in_dim(delta, logits.shape, [1]))
         dv, dk = _products((weights.astype(q_ref.dtype), do_slot, dv), (dlogits.astype(q_ref.dtype), q_slot, dk))
         douts.release(j)
@@ -319,7 +325,7 @@ def _dkv_kernel(
 
 
 class _Ring:
-    """What a CTA walks over, in `count` steps: step j is described by the number entry(j), its rows begin at row(entry)."""
+    """What a CTA walks over in `count` steps: the number entry(j) describes step j, whose rows begin at row(entry)."""
 
     def __init__(self, shape: Shape, count: Any, entry: Callable[[Any], Any], row: Callable[[Any], Any]):
         self.shape, self.count, self.row = shape, count, row
@@ -328,7 +334,8 @@ class _Ring:
         self.ahead: Sequence[Any] = ()  # the entries of this step and the next ones
 
     def stream(self, signals: Any, *copies: tuple[Callable[[Any], Any], Any]) -> "_Stream":
-        self.streams.append(_Stream(self, *signals, copies))
+        full, free = signals
+        self.streams.append(_Stream(self, full, free, copies))
         return self.streams[-1]
 
     def run(self, compute: Callable[[], None]) -> None:
@@ -337,7 +344,7 @@ class _Ring:
             compute()
             return
         wg = lax.axis_index("warpgroup")
-        more, fewer = {2: (232, 40), 3: (160, 32)}[self.shape.warpgroups]
+        more, fewer = {2: (240, 24), 3: (160, 32)}[self.shape.warpgroups]
 
         @pl.when(wg < self.shape.warpgroups)
         def _():
@@ -360,15 +367,15 @@ class _Ring:
         """Fills the slots for the first time, where no warpgroup does that alone."""
         if self.shape.producer:
             return
-        for j in range(self.shape.stages):
+        for j in (jnp.int32(j) for j in range(self.shape.stages)):
 
             @pl.when(j < self.count)
-            def _(j=jnp.int32(j)):
+            def _(j=j):
                 for stream in self.streams:
                     stream.load(j, self.entry(j))
 
     def walk(self, step: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
-        """carry = step(j, entry, carry) for every step. Entries come from global memory, a step before they are needed."""
+        """carry = step(j, entry, carry) for every step. Entries are read from global memory before they are needed."""
         depth = 1 if self.shape.producer else self.shape.stages + 1
 
         def body(j, carry):
@@ -434,7 +441,7 @@ def _row(ref: Any, b: Any, n: Any) -> Callable[..., Any]:
     return lambda *place: ref[b, n, *place]
 
 
-def _products(*terms: tuple[Any, Any, jax.Array], issued: Callable[[], None] = lambda: None) -> list[jax.Array]:
+def _products(*terms: tuple[Any, Any, jax.Array], issued: Callable[[], None] = lambda: None) -> Any:
     """start + a b in float32 for every (a, b, start): a in registers or shared memory, b in shared memory.
 
     issued() is called between their start and their end.
@@ -461,10 +468,15 @@ def _bias(entry: Any, bias_ref: Any) -> jax.Array:
     size = lax.bitwise_and(entry, jnp.int32(2**_SIZE_BITS - 1))
 
     def padded():
-        row = plgpu.load(bias_ref.at[size], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        row = _load(bias_ref.at[size], axis=0, optimized=False)
         return lax.broadcast_in_dim(row, (ROWS, step), [1])
 
     return lax.cond(size < step, padded, lambda: _zeros(step))
+
+
+def _load(ref: Any, *, axis: int, optimized: bool = True) -> jax.Array:
+    """The numbers of a vector that stand for the other axis of a product: 0 for its columns, 1 for its rows."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=optimized)  # pyright: ignore[reportCallIssue]
 
 
 def _zeros(columns: int) -> jax.Array:
@@ -497,9 +509,10 @@ def _signals(shape: Shape, copies: int = 1) -> Any:
     return plgpu.Barrier(num_barriers=shape.stages, num_arrivals=copies), free
 
 
-def _call(kernel: Any, shape: Shape, **arguments: Any) -> Any:
+def _call(name: str, kernel: Any, shape: Shape, **arguments: Any) -> Any:
     return plgpu.kernel(
         kernel,
+        kernel_name=f"block_sparse_{name}",
         grid_names=("batch", "head", "block"),
         num_threads=shape.warpgroups + shape.producer,
         thread_name="warpgroup",
