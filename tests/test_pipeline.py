@@ -159,6 +159,7 @@ def test_large_clips_are_guided_in_turn_with_the_same_result(pipe, out):
         ("solver", "ddim", "unipc, euler"),
         ("grid", "karras", "diffusers, wan"),
         ("attention", "flash9", "xla"),
+        ("pattern", "dance", "expected 'dense'"),
         ("negative_prompt", "bad \ud800", "surrogate"),
         ("seed", -1, "0 to 4294967295"),
         ("seed", 2**32, "0 to 4294967295"),

@@ -72,6 +72,23 @@ def test_no_array_has_l_x_l_elements(name, size):
     assert attention + dense < program.flops < 1.05 * (attention + dense)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "kept"),
+    [("video_sparse:4x4x4:0.9", 63 * 64), ("sliding_tile:6x8x8:3x3x3", 27 * 384), ("dense", None)],
+)
+def test_operations_are_those_of_the_pattern(pattern, kept):
+    """Of 32,760 tokens in a grid of 21x30x52, padded to whole tiles; the coarse branch and the rest come on top."""
+    config = sample.default_config()
+    config.checkpoint, config.pattern = "Wan2.1-T2V-1.3B-Diffusers", pattern
+    configs, settings, abstract = planned(config)
+    flops = plan.count_flops(dict(pipeline.traced(configs, settings, abstract, 512))["denoise"].jaxpr.jaxpr)
+    width, layers = configs.transformer.width, configs.transformer.num_layers
+    padded = {"v": 624 * 64, "s": 4 * 4 * 7 * 384, "d": 32760}[pattern[0]]
+    attention = 2 * 4 * padded * (kept or 32760) * width * layers
+    dense = 2 * 2 * 32760 * layers * (6 * width**2 + 2 * width * configs.transformer.ffn_dim)
+    assert attention + dense < flops < 1.08 * (attention + dense)
+
+
 def test_decoding_is_the_same_program_for_21_and_81_frames():
     config = sample.default_config()
     config.checkpoint = "Wan2.1-T2V-1.3B-Diffusers"

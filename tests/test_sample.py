@@ -83,6 +83,17 @@ def test_a_prompt_becomes_a_video_with_its_record(command, tmp_path, tiny_reposi
     assert len(record["checkpoint_digest"]) == 64
 
 
+def test_a_sparse_pattern_is_in_the_record_and_decides_the_clip(command, tmp_path, tiny_repository):
+    pattern = "video_sparse:1x1x1:0.5"
+    assert sample.main(command(save_arrays="true", pattern=pattern, attention="reference")) == 0
+    record = json.loads((tmp_path / "out" / f"{STEM}.json").read_text())
+    assert record["pattern"] == pattern and record["attention_chosen"] == {"self": "reference", "cross": "reference"}
+    pipe, latents = jvdiff.load(tiny_repository), read(tmp_path / "out" / f"{STEM}.npz")["latents"]
+    same = jvdiff.generate(pipe, PROMPT, seed=3, pattern=pattern, attention="reference")
+    np.testing.assert_array_equal(latents, same.latents[0])
+    assert np.abs(jvdiff.generate(pipe, PROMPT, seed=3).latents[0] - latents).max() > 1e-3
+
+
 def test_a_taken_name_is_never_overwritten(command, tmp_path):
     assert sample.main(command(steps=1)) == 0
     first = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
@@ -306,6 +317,17 @@ def test_one_failing_job_does_not_stop_the_others(command, tmp_path, monkeypatch
         ({"prompts": "/no/such/file", "prompt": None}, "cannot read"),
         ({"precision": "float8"}, "bfloat16"),
         ({"attention": "cudnn"}, "takes"),
+        ({"attention": "cudnn", "pattern": "video_sparse:1x1x1:0.5"}, "attention is 'cudnn'; expected one of"),
+        ({"pattern": "sparse"}, "'video_sparse:4x4x4:0.9' (tile, sparsity)"),
+        ({"pattern": "video_sparse:4x4x4:1.5"}, "the sparsity of pattern is 1.5; expected 0 to 1"),
+        ({"pattern": "video_sparse:4x4x4:nan"}, "pattern is 'video_sparse:4x4x4:nan'"),
+        ({"pattern": "video_sparse:0x4x4:0.5"}, "pattern is 'video_sparse:0x4x4:0.5'"),
+        ({"pattern": "sliding_tile:99x99x99:3x3x3"}, "expected 1 to 4096"),
+        ({"pattern": "sliding_tile:1x1x1:3x3"}, "pattern is 'sliding_tile:1x1x1:3x3'"),
+        (
+            {"pattern": "sliding_tile:1x1x1:3x3x3,1x1x1,3x3x3"},
+            "3 windows; expected one, or one for each",
+        ),
         ({"stop_at": 0}, "stop_at"),
         ({"checkpoint": None}, "checkpoint"),
         ({"checkpoint": "/no/such/folder"}, "no such folder"),

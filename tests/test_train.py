@@ -3,18 +3,21 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 import jvdiff
+from convert.rules import flatten
 from jvdiff import checkpoint, train
 from jvdiff.data import digits
 from jvdiff.errors import SetupError
 from jvdiff.models import wan
 from jvdiff.training import digits_runs
 
+DIGITS = Path(__file__).parents[1] / "checkpoints" / "digits"
 VAE = {
     "task": "vae",
     "folder": "FOLDER/vae_run",
@@ -56,6 +59,16 @@ TEXT_TO_VIDEO = {
         "flow_shift": 3.0,
     },
     "defaults": {"num_frames": 17, "height": 64, "width": 64, "fps": 8, "steps": 2, "guidance": 2.0},
+}
+
+SPARSE = TEXT_TO_VIDEO | {
+    "folder": "FOLDER/sparse_run",
+    "initial": "FOLDER/dit_run/repository",
+    "pattern": "video_sparse:3x8x8:0.5",  # of 9x16x16 tokens
+    "sparsity_warmup": {"rate": 0.5, "interval": 1},
+    "transformer": TEXT_TO_VIDEO["transformer"] | {"gate_compress": True},
+    "schedule": {"steps": 2, "warmup": 1, "learning_rate": 1e-8},
+    "defaults": TEXT_TO_VIDEO["defaults"] | {"pattern": "video_sparse:3x8x8:0.5"},
 }
 
 
@@ -113,6 +126,21 @@ def test_a_vae_then_a_transformer_then_a_sample(command, tmp_path, capsys, few_c
         assert cached["latents"].shape == (12, 9, 32, 32, 4) and cached["latents"].dtype == np.float16
         assert len(cached["prompts"]) == 12 and digits.parse_prompt(str(cached["prompts"][0]))
         assert 0.5 < cached["latents"].astype(np.float32).std() < 2.0  # normalised
+
+    # Sparse attention on top of that result, with a rate that moves nothing: the gate starts at zero, the rest there.
+    assert train.main(command(SPARSE)) == 0
+    pipe, before = jvdiff.load(tmp_path / "sparse_run" / "repository"), pipe.params["transformer"]
+    assert pipe.configs.transformer.gate_compress and [line["step"] for line in metrics(tmp_path / "sparse_run")] == [
+        1,
+        2,
+    ]
+    trained = flatten(pipe.params["transformer"])
+    for path, leaf in trained.items():
+        was = flatten(before)[path] if "/gate/" not in path else np.zeros_like(leaf)
+        np.testing.assert_allclose(leaf, was, rtol=0, atol=1e-6)
+    assert trained.keys() - flatten(before).keys() == {f"blocks/self_attn/gate/{name}" for name in ("kernel", "bias")}
+    out = jvdiff.generate(pipe, ["a red seven moving left"], seed=3)
+    assert out.settings.pattern == SPARSE["pattern"] and np.isfinite(out.latents).all()
 
 
 def test_sigterm_exits_5_and_the_same_command_goes_on(command, capsys, monkeypatch, few_clips):
@@ -187,6 +215,15 @@ def test_a_vae_config_that_cannot_be(command, capsys, monkeypatch, changes, flag
         ({"scheduler": {}}, "scheduler"),
         ({"defaults": {"framez": 3}}, "framez"),
         ({"defaults": {"num_frames": 16}}, "num_frames is 16"),
+        ({"pattern": "video_sparse:1x2x2:2"}, "pattern is 'video_sparse:1x2x2:2'"),
+        ({"pattern": "sliding_tile:1x1x1:1x1x1,1x1x1,3x3x3"}, "pattern has 3 windows"),
+        ({"sparsity_warmup": {"rate": 0.1, "interval": 1}}, "sparsity_warmup needs a pattern video_sparse"),
+        (SPARSE | {"sparsity_warmup": {"rate": 0.5}}, "and the fields rate and interval"),
+        (SPARSE | {"sparsity_warmup": {"rate": 0.5, "interval": 0}}, "interval is 0; expected a whole number from 1"),
+        (SPARSE | {"sparsity_warmup": {"rate": 0.001, "interval": 1}}, "rate is 0.001; expected a number from"),
+        (SPARSE | {"transformer": {"gate_compress": 1}}, "gate_compress is 1"),
+        ({"initial": "no/such"}, "no/such: there is no such folder"),
+        ({"initial": str(DIGITS)}, "transformer: not that of initial"),
     ],
 )
 def test_a_transformer_config_that_cannot_be(command, tmp_path, capsys, monkeypatch, changes, message):

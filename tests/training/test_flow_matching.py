@@ -3,6 +3,8 @@
 B batch · T latent frames · H W latent grid · C latent channels · S text tokens · D text width
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from jvdiff import pipeline
 from jvdiff.data import tokenizer
+from jvdiff.kernels import Dense, VideoSparse
 from jvdiff.models import umt5, wan
 from jvdiff.training import flow_matching, loop
 
@@ -124,3 +127,39 @@ def test_every_parameter_gets_a_gradient_the_text_encoder_too(run):
 def test_it_learns_the_clips_it_is_shown(run):
     values = run[1]
     assert np.mean(values[-10:]) < 0.75 * np.mean(values[:5]), values
+
+
+def test_each_pattern_is_a_program_and_is_what_the_network_gets(random_params, monkeypatch):
+    """A pattern is no data: it takes part in what is compiled, once for each that occurs, in whatever order."""
+    seen = []
+
+    def network(params, cfg, latents, timestep, text, *, pattern, **options):
+        seen.append(pattern)
+        return latents * params["w"]
+
+    monkeypatch.setattr(flow_matching.wan, "velocity", network)
+    monkeypatch.setattr(flow_matching.umt5, "encode", lambda params, cfg, ids, mask: jnp.ones((*ids.shape, 16)))
+    step = loop.make_step(task(), loop.Schedule(steps=9, warmup=1), jax.random.key(0))
+    tree = {"transformer": {"w": jnp.ones((1, 1, 1, 1, 4))}, "text_encoder": {"kernel": jnp.ones(1)}}
+    state = loop.start(task(), loop.Schedule(steps=9, warmup=1), jax.random.key(0), tree)
+    half, rest = VideoSparse((1, 2, 2), 0.5), VideoSparse((1, 2, 2), 0.75)
+    for pattern in (half, half, rest, half, Dense(), rest):
+        state, _ = step(state, dataclasses.replace(batch(), pattern=pattern))
+    assert seen == [half, rest, Dense()] and int(state.step) == 6
+    assert batch().pattern == Dense()
+
+
+def test_a_gate_that_starts_at_zero_learns(random_params):
+    cfg = dataclasses.replace(DIT, gate_compress=True)
+    abstract = {"transformer": wan.abstract_params(cfg), "text_encoder": umt5.abstract_params(TEXT, jnp.float32)}
+    tree = random_params(abstract)
+    start = jax.tree.map(np.zeros_like, tree["transformer"]["blocks"]["self_attn"]["gate"])
+    tree["transformer"]["blocks"]["self_attn"]["gate"] = start
+    sparse = flow_matching.text_to_video_task(cfg, TEXT, batch)
+    schedule = loop.Schedule(steps=2, warmup=0)
+    shown = dataclasses.replace(batch(), pattern=VideoSparse((1, 1, 3), 0.5))
+    state, _ = loop.make_step(sparse, schedule, jax.random.key(1))(
+        loop.start(sparse, schedule, jax.random.key(0), tree), shown
+    )
+    gate = state.params["transformer"]["blocks"]["self_attn"]["gate"]
+    assert all(np.abs(leaf).max() > 1e-5 for leaf in jax.tree.leaves(gate))

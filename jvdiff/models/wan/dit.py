@@ -261,19 +261,19 @@ class _Head(nn.Module):
 
 def tile_order(x: Array, grid: Grid, tile: Grid) -> Array:
     """[B,L,...] in raster order over `grid` -> the same tokens in the order of `kernels.tiles.partition_indices`."""
-    if any(n % size for n, size in zip(grid, tile, strict=True)):
+    (t, h, w), (a, b, c) = tiles.counts(grid, tile), tile
+    if (t * a, h * b, w * c) != grid:
         return _permuted(x, tiles.partition_indices(grid, tile))
-    t, h, w = tiles.counts(grid, tile)
-    a, b, c = tile
     y = x.reshape(x.shape[0], t, a, h, b, w, c, -1)
     return y.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(x.shape)
 
 
 def raster_order(x: Array, grid: Grid, tile: Grid) -> Array:
     """The inverse of `tile_order`."""
-    if any(n % size for n, size in zip(grid, tile, strict=True)):
+    (t, h, w), (a, b, c) = tiles.counts(grid, tile), tile
+    if (t * a, h * b, w * c) != grid:
         return _permuted(x, tiles.reverse_partition_indices(grid, tile))
-    y = x.reshape(x.shape[0], *tiles.counts(grid, tile), *tile, -1)
+    y = x.reshape(x.shape[0], t, h, w, a, b, c, -1)
     return y.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape)
 
 
