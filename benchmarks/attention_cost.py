@@ -1,0 +1,168 @@
+"""What attention costs as videos grow: dense, sliding tile and video sparse attention of one layer, forward.
+
+    python benchmarks/attention_cost.py     # a table, benchmarks/results/attention_cost.json and a plot for the docs
+
+Two counts of the same thing. `kept`: the products of kept query-key pairs, 4 FLOPs for each and each channel, from the
+lists of tiles; of VSA also its coarse branch and scores, between the means of tiles. `program`: all matrix products of
+the program that is run (`jvdiff.plan.count_flops`), which also multiplies the padding of ragged tiles; VSA's coarse
+products are in it. Needs no weights and no device, and matplotlib for the plot (pip install "jvdiff[dev]").
+
+F pixel frames · T latent frames · L tokens · N heads · K head dim · n tiles
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from timing import RESULTS, short, write
+
+from jvdiff import kernels
+from jvdiff.errors import JvdiffError
+from jvdiff.kernels import Dense, SlidingTile, VideoSparse, tiles
+from jvdiff.kernels.sliding_tile import check_windows, window_lists
+from jvdiff.plan import count_flops
+from jvdiff.settings import read_pattern
+
+FRAMES = (21, 41, 81, 161, 321)
+PATTERNS = (
+    "dense",
+    "sliding_tile:6x8x8:3x3x3",
+    "sliding_tile:6x8x8:5x5x5",
+    "video_sparse:4x4x4:0.8",
+    "video_sparse:4x4x4:0.9",
+)
+
+
+class Model(NamedTuple):
+    """A video's tokens in height and width, and the attention of one layer."""
+
+    name: str
+    height: int
+    width: int
+    heads: int
+    head_dim: int = 128
+
+
+MODELS = Model("Wan 1.3B 480p", 30, 52, 12), Model("Wan 14B 720p", 45, 80, 40)
+
+
+def kept(grid: tiles.Grid, pattern: Dense | SlidingTile | VideoSparse) -> tuple[float, float]:
+    """(query-key pairs between tokens, between means of tiles) of one head.
+
+    Which tiles VSA keeps depends on the operands; each query is taken to see the mean number of tokens.
+    """
+    L = float(np.prod(grid))
+    if isinstance(pattern, Dense):
+        return L * L, 0.0
+    sizes = tiles.variable_block_sizes(grid, pattern.tile).astype(np.float64)
+    if isinstance(pattern, VideoSparse):
+        n = sizes.size
+        return L * L * tiles.top_k_count(pattern.sparsity, n) / n, float(n) * n
+    q2k, count = window_lists(tiles.counts(grid, pattern.tile), check_windows(pattern.window, 1))
+    counted = np.arange(q2k.shape[-1]) < count[..., None]
+    return float(((sizes[q2k] * counted).sum(-1) * sizes).sum()), 0.0
+
+
+def program(grid: tiles.Grid, pattern: Dense | SlidingTile | VideoSparse, heads: int, head_dim: int) -> float:
+    """FLOPs of the traced program of all heads."""
+    x = jax.ShapeDtypeStruct((1, int(np.prod(grid)), heads, head_dim), jnp.bfloat16)
+    common: Any = {"grid": grid, "tile": getattr(pattern, "tile", None), "implementation": "xla"}
+    if isinstance(pattern, Dense):
+        traced = jax.make_jaxpr(lambda q, k, v: kernels.attention(q, k, v, implementation="xla"))(x, x, x)
+    elif isinstance(pattern, SlidingTile):
+        attend = lambda q, k, v: kernels.sliding_tile_attention(q, k, v, window=pattern.window, **common)  # noqa: E731
+        traced = jax.make_jaxpr(attend)(x, x, x)
+    else:
+        attend = lambda *x: kernels.video_sparse_attention(*x, sparsity=pattern.sparsity, **common)  # noqa: E731
+        traced = jax.make_jaxpr(attend)(x, x, x, x)
+    return count_flops(traced.jaxpr)
+
+
+def rows(models: Sequence[Model] = MODELS, frames: Sequence[int] = FRAMES) -> Iterator[dict[str, Any]]:
+    """One for each model, pattern and number of pixel frames."""
+    for model in models:
+        for text in PATTERNS:
+            for F in frames:
+                grid, pattern = (1 + (F - 1) // 4, model.height, model.width), read_pattern(text)
+                fine, coarse = (4 * pairs * model.heads * model.head_dim for pairs in kept(grid, pattern))
+                yield {
+                    "model": model.name,
+                    "pattern": text,
+                    "frames": F,
+                    "tokens": int(np.prod(grid)),
+                    "kept_flops": short(fine),
+                    "coarse_flops": short(coarse),
+                    "program_flops": short(program(grid, pattern, model.heads, model.head_dim)),
+                }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """TFLOP as Markdown: kept (for VSA + coarse) / program, and the program's share of dense."""
+    frames = sorted({row["frames"] for row in rows})
+    lines = [
+        "| one layer | pattern | " + " | ".join(f"{F} frames" for F in frames) + " |",
+        "| --- | --- |" + " ---: |" * len(frames),
+    ]
+    found = {(row["model"], row["pattern"], row["frames"]): row for row in rows}
+    for model, pattern in dict.fromkeys((row["model"], row["pattern"]) for row in rows):
+        cells = []
+        for F in frames:
+            row, dense = found[model, pattern, F], found[model, "dense", F]
+            coarse = f" + {row['coarse_flops'] / 1e12:.2g}" if row["coarse_flops"] else ""
+            share = "" if pattern == "dense" else f" ({row['program_flops'] / dense['program_flops']:.1%})"
+            cells.append(f"{row['kept_flops'] / 1e12:.3g}{coarse} / {row['program_flops'] / 1e12:.3g}{share}")
+        lines.append(f"| {model} | `{pattern}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """One panel a model, the program's FLOPs over frames; VSA's coarse part by itself."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, panels = plt.subplots(1, len(models), figsize=(10, 4.2), layout="constrained", squeeze=False)
+    for model, panel in zip(models, panels[0], strict=True):
+        for pattern in dict.fromkeys(row["pattern"] for row in rows):
+            mine = [row for row in rows if (row["model"], row["pattern"]) == (model, pattern)]
+            x = [row["frames"] for row in mine]
+            panel.plot(x, [row["program_flops"] / 1e12 for row in mine], marker="o", markersize=3, label=pattern)
+        panel.plot(x, [row["coarse_flops"] / 1e12 for row in mine], "k:", label="of video_sparse: coarse branch")
+        panel.set(
+            title=f"{model}, one layer", xlabel="pixel frames", xscale="log", yscale="log", ylabel="TFLOP forward"
+        )
+        panel.set_xticks(x, [str(F) for F in x])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0, 0].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    print(f"written to {path}")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS / "attention_cost.json")
+    parser.add_argument("--plot", type=Path, default=RESULTS.parents[1] / "docs" / "images" / "attention_cost.png")
+    args = parser.parse_args(words)
+    found = list(rows())
+    print(table(found))
+    write(args.output, {"jax": jax.__version__, "direction": "forward", "rows": found})
+    plot(found, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        sys.exit(main())
+    except JvdiffError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
