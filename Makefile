@@ -3,7 +3,7 @@
 #   make sample    a prompt becomes a video in out/, with the checkpoint that ships
 #   make test      the tests, without torch
 #   make parity    live comparisons with torch, diffusers and transformers
-#   make kernels   the attention tests on Python 3.12 and the newest JAX
+#   make kernels   the attention tests on Python 3.12 and the newest JAX, with the CUDA compiler (0.7 GB, no GPU needed)
 #   make lint      ruff and pyright
 #   make clean     removes the environments
 #
@@ -64,6 +64,8 @@ kernels:
 .venv312/.kernels: pyproject.toml
 	$(PYTHON312) -m venv .venv312
 	.venv312/bin/python $(PIP) --editable . "jax>=0.11" pytest
+	.venv312/bin/python $(PIP) --no-deps nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-nvdisasm \
+		$$(.venv312/bin/python -c 'from jax import __version__ as v; print(f"jax-cuda13-plugin=={v} jax-cuda13-pjrt=={v}")')
 	@touch $@
 
 clean:

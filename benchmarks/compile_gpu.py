@@ -39,7 +39,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jvdiff import plan
 from jvdiff.errors import JvdiffError, UsageError
-from jvdiff.kernels import block_sparse_attention, tiles
+from jvdiff.kernels import VideoSparse, block_sparse_attention, tiles
 from jvdiff.kernels.block_sparse import mosaic_gpu, triton
 
 # Grid of tokens after patchify, and heads; 81 frames, HunyuanVideo 117. All have head dim 128, --head-dim asks what if.
@@ -213,44 +213,42 @@ def _printed() -> Iterator[list[str]]:
 
 
 def steps(target: str) -> Iterator[dict[str, Any]]:
-    """A row for one velocity of each Wan DiT, 81 frames: one clip on one GPU; eight clips on eight, weights shared.
+    """A row for one velocity of each Wan DiT, 81 frames: one clip on one GPU, and eight clips on eight, weights shared.
 
-    Attention is the blocked XLA form. On eight, each GPU has one clip and an eighth of every weight, gathered when it
-    is used.
+    On one, also with video sparse attention by this GPU's kernels; dense attention is the blocked XLA form, which needs
+    no less memory than cuDNN's. On eight each GPU has one clip and an eighth of every weight, gathered when it is used.
     """
     from jvdiff.models import wan
 
-    for (name, cfg), (height, width), gpus in itertools.product(
-        {"Wan 1.3B": wan.WAN_2_1_T2V_1_3B, "Wan 14B": wan.WAN_2_1_T2V_14B}.items(), ((480, 832), (720, 1280)), (1, 8)
+    models = {"Wan 1.3B": wan.WAN_2_1_T2V_1_3B, "Wan 14B": wan.WAN_2_1_T2V_14B}
+    ways = [("dense", 1, {}), ("dense", 8, {})]
+    if target == "h200":
+        ways.append(("VSA 4x4x4", 1, {"pattern": VideoSparse(sparsity=0.9), "implementation": "mosaic_gpu"}))
+    for (name, cfg), (height, width), (attention, gpus, how) in itertools.product(
+        models.items(), ((480, 832), (720, 1280)), ways
     ):
         with _printed():
             mesh = plan.target_mesh(target, gpus)
-        struct = lambda shape, dtype, *axes, mesh=mesh: jax.ShapeDtypeStruct(  # noqa: E731
-            shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes))
+        place = lambda x, *axes, mesh=mesh: jax.ShapeDtypeStruct(  # noqa: E731
+            x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes))
         )
-        clips = functools.partial(struct, (gpus, 21, height // 8, width // 8, cfg.in_channels))
+        shapes = (gpus, 21, height // 8, width // 8, cfg.in_channels), (gpus,), (gpus, plan.ROWS, cfg.text_dim)
+        inputs = [place(jax.ShapeDtypeStruct(shape, jnp.float32), "device") for shape in shapes]
         params = jax.tree.map(
-            lambda x, gpus=gpus, struct=struct: struct(x.shape, jnp.bfloat16, *_shared(x.shape, gpus)),
-            wan.abstract_params(cfg),
+            lambda x, place=place, gpus=gpus: place(x, *_shared(x.shape, gpus)), wan.abstract_params(cfg, jnp.bfloat16)
         )
-        args = (
-            clips(jnp.bfloat16, "device"),
-            struct((gpus,), jnp.float32, "device"),
-            struct((gpus, plan.ROWS, cfg.text_dim), jnp.bfloat16, "device"),
-        )
-        velocity = lambda params, *args, cfg=cfg: wan.velocity(params, cfg, *args)  # noqa: E731
+        velocity = lambda params, *inputs, cfg=cfg, how=how: wan.velocity(params, cfg, *inputs, **how)  # noqa: E731
         began = time.monotonic()
         with _printed():
-            compiled = jax.jit(velocity).trace(params, *args).lower(lowering_platforms=("cuda",)).compile()
+            compiled = jax.jit(velocity).trace(params, *inputs).lower(lowering_platforms=("cuda",)).compile()
         memory: Any = compiled.memory_analysis()
-        weights = sum(math.prod(x.sharding.shard_shape(x.shape)) * 2 for x in jax.tree.leaves(params))
+        weights = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
         data = memory.argument_size_in_bytes - weights + memory.output_size_in_bytes
+        sizes = {"weights": weights, "data": data, "temporary": memory.temp_size_in_bytes}
         yield {
-            "step": f"{name} {height}p",
+            "step": f"{name} {height}p {attention}",
             "gpus": gpus,
-            "weights": weights / 2**30,
-            "data": data / 2**30,
-            "temporary": memory.temp_size_in_bytes / 2**30,
+            **{part: size / 2**30 for part, size in sizes.items()},
             "seconds": time.monotonic() - began,
         }
 

@@ -4,7 +4,6 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jvdiff import pipeline, plan, precision, sample
@@ -89,6 +88,17 @@ def test_operations_are_those_of_the_pattern(pattern, kept):
     assert attention + dense < flops < 1.08 * (attention + dense)
 
 
+def test_operations_are_counted_whatever_computes_them(tiny_repository):
+    config = sample.default_config()
+    config.checkpoint, config.pattern = str(tiny_repository), "video_sparse:1x1x1:0.5"
+    config.num_frames, config.height, config.width = 9, 32, 32
+    flops = []
+    for config.attention in ("xla", "reference"):
+        programs = plan.programs(*planned(config))
+        flops.append(next(p.flops for p in programs if p.name == "denoise"))
+    assert flops[0] == flops[1] > 0
+
+
 def test_decoding_is_the_same_program_for_21_and_81_frames():
     config = sample.default_config()
     config.checkpoint = "Wan2.1-T2V-1.3B-Diffusers"
@@ -121,5 +131,6 @@ def test_a_checkpoint_that_nobody_knows_cannot_be_planned(capsys, tmp_path):
 
 
 def test_gpu_descriptions_are_data():
-    assert [p.stem for p in plan.TARGETS.glob("*.textproto")] == ["h200"]
-    assert np.all(["NVIDIA H200" in p.read_text() for p in plan.TARGETS.glob("*.textproto")])
+    described = {p.stem: p.read_text() for p in plan.TARGETS.glob("*.textproto")}
+    assert set(described) == {"a100", "h200"}
+    assert all(f"NVIDIA {name.upper()}" in text for name, text in described.items())

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -493,9 +494,8 @@ def _entries(lists: Lists, block: int, step: int) -> tuple[jax.Array, jax.Array,
     if step != block:
         lists = split(lists, block, block, step)
     q2k, count, sizes = (jnp.asarray(x) for x in lists)
-    columns = jnp.arange(step, dtype=jnp.int32)
-    bias = jnp.where(columns < jnp.arange(step + 1, dtype=jnp.int32)[:, None], 0.0, _MASKED).astype(jnp.float32)
-    return (q2k << _SIZE_BITS) | sizes[q2k], count, bias
+    bias = np.where(np.arange(step) < np.arange(step + 1)[:, None], 0, _MASKED).astype(np.float32)
+    return (q2k << _SIZE_BITS) | sizes[q2k], count, jnp.asarray(bias)
 
 
 def _smem(slots: int, rows: int, like: jax.Array) -> Any:

@@ -1,0 +1,101 @@
+"""What is read from the compilers' output, and what the command line says to mistakes."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MOSAIC = """Resources(smem_scratch_bytes=50176, tmem_scratch_cols=0)
+Resources(smem_scratch_bytes=66560, tmem_scratch_cols=0)
+Resources(smem_scratch_bytes=99328, tmem_scratch_cols=0)
+ptxas info    : Function properties for block_sparse_dkv_mosaic_gpu_kernel
+    8 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 241 registers, used 2 barriers, 1 bytes smem
+ptxas info    : Function properties for loop_fusion
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 25 registers, used 0 barriers
+ptxas info    : Function properties for block_sparse_forward_mosaic_gpu_kernel
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 128 registers, used 2 barriers, 1 bytes smem
+ptxas info    : Function properties for block_sparse_dq_mosaic_gpu_kernel
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 162 registers, used 2 barriers, 1 bytes smem
+"""
+TRITON = """thunk_emitter.cc:186] Generating: block_sparse_dq
+xtile_compiler.cc:599] Shared memory usage: 73748 B
+thunk_emitter.cc:186] Generating: block_sparse_forward
+xtile_compiler.cc:599] Shared memory usage: 49172 B
+ptxas info    : Function properties for block_sparse_dq
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 127 registers, used 1 barriers, 416 bytes cmem[0]
+ptxas info    : Function properties for block_sparse_forward
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 237 registers, used 1 barriers, 416 bytes cmem[0]
+"""
+
+
+@pytest.fixture
+def compile_gpu(monkeypatch):
+    for name in ("JAX_PLATFORMS", "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_RESOURCES", "TF_CPP_VMODULE"):
+        monkeypatch.setenv(name, "")  # the script sets them: taken back afterwards
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "1")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("compile_gpu")
+
+
+def test_what_the_compilers_print_is_read(compile_gpu):
+    found = compile_gpu.read_log(MOSAIC)
+    assert found["forward"] == {"registers": 128, "spills": 0, "shared_memory": 50176}
+    assert found["dq"] == {"registers": 162, "spills": 0, "shared_memory": 66560}
+    assert found["dkv"] == {"registers": 241, "spills": 4, "shared_memory": 99328}
+    found = compile_gpu.read_log(TRITON)
+    assert found["forward"] == {"registers": 237, "spills": 0, "shared_memory": 49172}
+    assert found["dq"] == {"registers": 127, "spills": 0, "shared_memory": 73748}
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared_memory", "threads", "expected"),
+    [(128, 50_176, 128, 4), (129, 50_176, 128, 3), (168, 164_864, 384, 1), (96, 25_600, 128, 5), (32, 0, 128, 16)],
+)
+def test_how_many_fit_on_an_sm(compile_gpu, registers, shared_memory, threads, expected):
+    fit = compile_gpu.ctas("h200", registers=registers, shared_memory=shared_memory, threads=threads)
+    assert fit == expected
+
+
+def test_weights_are_shared_along_their_largest_axis_that_divides(compile_gpu):
+    assert compile_gpu._shared((30, 1536, 8960), 8) == [None, None, "device"]
+    assert compile_gpu._shared((30, 6, 1535), 8) == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target=a100"], "mosaic_gpu is for Hopper"),
+        (["--model=Wan 2B"], "invalid choice"),
+    ],
+)
+def test_mistakes_end_with_a_sentence_and_status_2(arguments, message, monkeypatch, capsys, compile_gpu):
+    monkeypatch.setattr(compile_gpu.plan, "check_target", lambda target: None)
+    monkeypatch.setattr(sys, "argv", ["compile_gpu.py", *arguments])
+    try:
+        status = compile_gpu.main()
+    except SystemExit as stop:  # argparse's way
+        status = stop.code
+    assert status == 2 and message in capsys.readouterr().err
+
+
+def test_without_the_compiler_it_says_how_to_install_it(monkeypatch, capsys, compile_gpu):
+    monkeypatch.setattr(compile_gpu.plan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["compile_gpu.py"])
+    assert compile_gpu.main() == 7
+    assert "pip install --no-deps jax-cuda13-plugin==" in capsys.readouterr().err
+
+
+def test_help_names_the_patterns():
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/compile_gpu.py", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "VSA 4x4x4" in done.stdout
