@@ -123,6 +123,29 @@ def test_there_and_back_is_bit_equal(tiny_repository, orbax, tmp_path):  # F46
     assert checkpoint.inspect(tmp_path / "hf").tokenizer.is_dir()
 
 
+def add_gates(tensors):
+    """What FastWan's files hold besides Wan's; their config.json says nothing of it."""
+    rng = np.random.default_rng(0)
+    for layer in range(2):
+        tensors[f"blocks.{layer}.to_gate_compress.weight"] = rng.standard_normal((24, 24), np.float32)
+        tensors[f"blocks.{layer}.to_gate_compress.bias"] = rng.standard_normal(24, np.float32)
+
+
+def test_the_gate_of_video_sparse_attention_there_and_back(copy, tiny_repository, tmp_path):
+    edit(copy, "transformer", add_gates)
+    convert(copy, tmp_path / "orbax")
+    to_hf(tmp_path / "orbax", tmp_path / "hf")
+    for repository in (copy, tmp_path / "orbax", tmp_path / "hf"):
+        assert checkpoint.inspect(repository).transformer.gate_compress
+        assert same(restored(repository), restored(copy))
+    assert len(restored(copy)) == len(restored(tiny_repository)) + 2
+    file = WEIGHTS["transformer"]
+    assert same(load_file(tmp_path / "hf" / "transformer" / file), load_file(copy / "transformer" / file))
+    edit(copy, "transformer", lambda tensors: tensors.pop("blocks.1.to_gate_compress.bias"))
+    with pytest.raises(MissingTensor, match=r"missing \(1\): 'blocks.1.to_gate_compress.bias'"):
+        convert(copy, tmp_path / "incomplete")
+
+
 def test_a_vae_can_be_replaced(tiny_repository, orbax, tmp_path):
     cfg = checkpoint.inspect(orbax).vae
     old = checkpoint.restore(orbax / "vae", read_component(orbax / "vae").abstract(np.float32))

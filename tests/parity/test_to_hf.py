@@ -1,10 +1,20 @@
 """Diffusers loads what `convert.to_hf` writes, with every weight equal."""
 
+import dataclasses
+import json
+import shutil
+
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from convert.__main__ import convert
+from convert.rules import disassemble
+from convert.tables import component
 from convert.to_hf import to_hf
+from jvdiff import checkpoint
+from jvdiff.models import wan
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -25,6 +35,21 @@ def test_the_pipeline_loads_and_samples(tiny_repository, tmp_path):
     out = theirs("a red seven", num_frames=5, height=16, width=16, num_inference_steps=2, output_type="np")
     assert out.frames.shape == (1, 5, 16, 16, 3)
     assert np.isfinite(out.frames).all()
+
+
+def test_a_gate_of_sparse_attention_is_passed_over(tiny_repository, tmp_path):
+    """Diffusers has dense attention only: it takes the rest of the transformer."""
+    found = checkpoint.inspect(tiny_repository)
+    gated = dataclasses.replace(found.transformer, gate_compress=True)
+    params = checkpoint.restore(tiny_repository / "transformer", wan.abstract_params(found.transformer))
+    params["blocks"]["self_attn"]["gate"] = wan.init_params(jax.random.key(0), gated)["blocks"]["self_attn"]["gate"]
+    shutil.copytree(tiny_repository, tmp_path / "hf")
+    (tmp_path / "hf" / "transformer" / "config.json").write_text(json.dumps(gated.to_json()))
+    file = tmp_path / "hf" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(dict(disassemble(component(gated).rules, jax.tree.map(np.asarray, params))), file)
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "hf" / "transformer").state_dict()
+    given = diffusers.WanTransformer3DModel.from_pretrained(tiny_repository / "transformer").state_dict()
+    assert theirs.keys() == given.keys() and all(torch.equal(theirs[key], given[key]) for key in given)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
