@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jvdiff import precision, run_state
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.kernels import Dense, block_sparse
 from jvdiff.models import wan
 from jvdiff.settings import FIELDS, Configs, Settings, check_prompt, check_seed, latent_shape, read_pattern
 
@@ -154,10 +155,13 @@ def resumed(
 
 
 def check_attention(jobs: Sequence[Job], configs: Configs, dtypes: str) -> None:
-    """Raises UsageError if an implementation that was asked for cannot compute a job."""
+    """Raises UsageError if an implementation that was asked for cannot compute a job, or not on this machine."""
     for job in jobs:
         try:
-            attention(job.settings, configs, dtypes, 512)
+            chosen = attention(job.settings, configs, dtypes, 512)["self"]
+            sparse = not isinstance(read_pattern(job.settings.pattern), Dense)
+            if sparse and (reason := block_sparse.IMPLEMENTATIONS[chosen].unavailable()):
+                raise NotImplementedError(f"block-sparse attention implementation {chosen!r}: {reason}")
         except NotImplementedError as error:
             raise UsageError(f"{error}.\nLeave --config.attention out to take the best that can.") from None
 

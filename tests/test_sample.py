@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import jvdiff
-from jvdiff import command_line, pipeline, progress, run_state, sample
+from jvdiff import command_line, kernels, pipeline, progress, run_state, sample
 from jvdiff.data import video as videos
 from jvdiff.errors import ResourceError, SetupError
 
@@ -339,6 +339,12 @@ def test_usage_errors_are_told_before_weights_are_read(command, fields, message,
     assert sample.main(command(**fields)) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said and len(said.strip().splitlines()) <= 6
+
+
+def test_an_implementation_for_another_machine_is_refused(command, capsys, monkeypatch, no_weights):
+    monkeypatch.setattr(kernels.block_sparse.reference, "unavailable", lambda: "needs a GPU")
+    assert sample.main(command(pattern="video_sparse:1x1x1:0.5", attention="reference")) == 2
+    assert "'reference': needs a GPU" in capsys.readouterr().err
 
 
 def test_a_prompt_that_is_cut_is_told_before_weights_are_read(command, caplog, no_weights):

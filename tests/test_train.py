@@ -18,6 +18,7 @@ from jvdiff.models import wan
 from jvdiff.training import digits_runs
 
 DIGITS = Path(__file__).parents[1] / "checkpoints" / "digits"
+VSA = "video_sparse:3x8x8:0.5"  # of 9x16x16 tokens
 VAE = {
     "task": "vae",
     "folder": "FOLDER/vae_run",
@@ -64,11 +65,11 @@ TEXT_TO_VIDEO = {
 SPARSE = TEXT_TO_VIDEO | {
     "folder": "FOLDER/sparse_run",
     "initial": "FOLDER/dit_run/repository",
-    "pattern": "video_sparse:3x8x8:0.5",  # of 9x16x16 tokens
+    "pattern": VSA,
     "sparsity_warmup": {"rate": 0.5, "interval": 1},
     "transformer": TEXT_TO_VIDEO["transformer"] | {"gate_compress": True},
     "schedule": {"steps": 2, "warmup": 1, "learning_rate": 1e-8},
-    "defaults": TEXT_TO_VIDEO["defaults"] | {"pattern": "video_sparse:3x8x8:0.5"},
+    "defaults": TEXT_TO_VIDEO["defaults"] | {"pattern": VSA},
 }
 
 
@@ -140,7 +141,7 @@ def test_a_vae_then_a_transformer_then_a_sample(command, tmp_path, capsys, few_c
         np.testing.assert_allclose(leaf, was, rtol=0, atol=1e-6)
     assert trained.keys() - flatten(before).keys() == {f"blocks/self_attn/gate/{name}" for name in ("kernel", "bias")}
     out = jvdiff.generate(pipe, ["a red seven moving left"], seed=3)
-    assert out.settings.pattern == SPARSE["pattern"] and np.isfinite(out.latents).all()
+    assert out.settings.pattern == VSA and np.isfinite(out.latents).all()
 
 
 def test_sigterm_exits_5_and_the_same_command_goes_on(command, capsys, monkeypatch, few_clips):
@@ -218,10 +219,16 @@ def test_a_vae_config_that_cannot_be(command, capsys, monkeypatch, changes, flag
         ({"pattern": "video_sparse:1x2x2:2"}, "pattern is 'video_sparse:1x2x2:2'"),
         ({"pattern": "sliding_tile:1x1x1:1x1x1,1x1x1,3x3x3"}, "pattern has 3 windows"),
         ({"sparsity_warmup": {"rate": 0.1, "interval": 1}}, "sparsity_warmup needs a pattern video_sparse"),
-        (SPARSE | {"sparsity_warmup": {"rate": 0.5}}, "and the fields rate and interval"),
-        (SPARSE | {"sparsity_warmup": {"rate": 0.5, "interval": 0}}, "interval is 0; expected a whole number from 1"),
-        (SPARSE | {"sparsity_warmup": {"rate": 0.001, "interval": 1}}, "rate is 0.001; expected a number from"),
-        (SPARSE | {"transformer": {"gate_compress": 1}}, "gate_compress is 1"),
+        ({"pattern": VSA, "sparsity_warmup": {"rate": 0.5}}, "and the fields rate and interval"),
+        (
+            {"pattern": VSA, "sparsity_warmup": {"rate": 0.5, "interval": 0}},
+            "interval is 0; expected a whole number from 1",
+        ),
+        (
+            {"pattern": VSA, "sparsity_warmup": {"rate": 0.001, "interval": 1}},
+            "rate is 0.001; expected a number from",
+        ),
+        ({"transformer": {"gate_compress": 1}}, "gate_compress is 1"),
         ({"initial": "no/such"}, "no/such: there is no such folder"),
         ({"initial": str(DIGITS)}, "transformer: not that of initial"),
     ],
