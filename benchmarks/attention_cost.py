@@ -141,7 +141,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set_xticks(x, [str(F) for F in x])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[0, 0].legend(fontsize=8)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
     print(f"written to {path}")
