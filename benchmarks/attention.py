@@ -6,7 +6,8 @@
 A row is one implementation, forward or backward. Its time has everything that the public function does to operands in
 raster order: permutations, padding, pooling, top-k and lists; VSA's its coarse branch, too. Only the products of kept
 query-key pairs count as work: 4 FLOPs per pair and channel forward, 10 backward. `x dense` is how many times faster
-than dense attention in the same run (cuDNN's on a GPU), `x rival` likewise than the fastest rival at the same mask.
+than our dense attention in the same run (cuDNN's on a GPU), `x SDPA` than PyTorch's, `x rival` than the fastest rival
+at the same mask.
 `difference` is the relative L2 distance to float64 of the results for two tiles of one head, and of the gradients of
 a loss that sees those.
 
@@ -332,7 +333,7 @@ def fastvideo(problem: Problem, direction: str, device: str) -> Contestant:
     q2k, count = (np.broadcast_to(x, (*rows, *x.shape[2:])) for x in lists[:2])
     arrays: Any = [torch.from_numpy(np.array(x)).to(device) for x in (q2k, count, lists.kv_sizes)]
     attend = lambda q, k, v: block_sparse_attn_from_indices(q, k, v, *arrays)[0]  # noqa: E731
-    return _torch_contestant("fastvideo triton", problem, direction, attend, _tiled(problem, device), problem.place)
+    return _torch_contestant(problem, direction, attend, _tiled(problem, device), problem.place)
 
 
 def _tiled(problem: Problem, device: str) -> tuple[Any, ...]:
@@ -424,13 +425,15 @@ def measure(
         return []
     contestants = {name: contestant for name, (contestant, _) in admitted.items()}
     if not isinstance(problem.pattern, Dense):
-        contestants["baseline"] = ours(dense, next(implementations(dense, gpu))[0], direction)
+        contestants["dense"] = ours(dense, next(implementations(dense, gpu))[0], direction)
+        if rival:
+            contestants["torch sdpa"] = sdpa(dense, direction, rival)
     runs, times = zip(*map(_repeated, contestants.values()), strict=True)
     taken = {
         name: [s / n for s in each] for name, each, n in zip(contestants, in_turn(runs, repeats), times, strict=True)
     }
     median = {name: statistics.median(each) for name, each in taken.items()}
-    baseline = median.get("baseline", next(iter(median.values())))
+    baseline = median.get("dense", next(iter(median.values())))
     flops, shape = DIRECTIONS[direction] * problem.pairs * problem.shape.head_dim, problem.shape
     return [
         {
@@ -447,6 +450,7 @@ def measure(
             "tflops_per_s": short(flops / median[name] / 1e12),
             "share_of_peak": short(flops / median[name] / peak),
             "x_dense": short(baseline / median[name]),
+            "x_sdpa": short(median["torch sdpa"] / median[name]) if "torch sdpa" in median else None,
             "x_rivals": {r: short(median[r] / median[name]) for r in others if r in median and name in own},
             "difference": float(f"{difference:.1e}"),
             "compile_s": contestant.compile and short(contestant.compile),
@@ -507,13 +511,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text; factors above 1 mean faster than what they name."""
     lines = [
         f"{'shape':<15}{'pattern':<26}{'':<10}{'implementation':<18}{'kept':>7}{'ms':>10}{'TFLOP/s':>9}{'of peak':>8}"
-        f"{'x dense':>9}{'x rival':>9}{'difference':>12}"
+        f"{'x dense':>9}{'x SDPA':>8}{'x rival':>9}{'difference':>12}"
     ]
     for row in rows:
         rival = f"{min(row['x_rivals'].values()):.2f}" if row["x_rivals"] else "-"
+        torch = f"{row['x_sdpa']:.2f}" if row["x_sdpa"] else "-"
         lines.append(
             f"{row['shape']:<15}{row['pattern']:<26}{row['direction']:<10}{row['implementation']:<18}{row['kept']:>7.1%}"
-            f"{row['ms']:>10.4g}{row['tflops_per_s']:>9.3g}{row['share_of_peak']:>8.0%}{row['x_dense']:>9.2f}{rival:>9}"
+            f"{row['ms']:>10.4g}{row['tflops_per_s']:>9.3g}{row['share_of_peak']:>8.0%}{row['x_dense']:>9.2f}{torch:>8}{rival:>9}"
             f"{row['difference']:>12.0e}"
         )
     return "\n".join(lines)
