@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from attention_cost import kept
 from machine import describe
@@ -57,17 +58,18 @@ class Run:
         self.seconds: list[float] = []
 
     def inputs(self, prompts: list[str], seed: int) -> tuple[Any, ...]:
-        """What denoising starts from."""
+        """Noise, and the text with and without the prompts."""
         settings = self.settings
         negative = settings.negative_prompt if settings.guidance != 1 else None
-        noise = pipeline.initial_noise(
-            [seed + i for i in range(len(prompts))], latent_shape(self.pipe.configs, settings)
-        )
-        return pipeline.solver(settings).init(noise), *pipeline.encode_prompts(self.pipe, prompts, negative)
+        seeds = [seed + i for i in range(len(prompts))]
+        noise = np.asarray(pipeline.initial_noise(seeds, latent_shape(self.pipe.configs, settings)))
+        return noise, *pipeline.encode_prompts(self.pipe, prompts, negative)
 
     def denoise(self, inputs: tuple[Any, ...]) -> np.ndarray:
         """[B,T,H,W,C]"""
-        return np.asarray(pipeline.denoise(self.pipe, self.settings, *inputs).x)
+        noise, *text = inputs
+        state = pipeline.solver(self.settings).init(jnp.array(noise))  # a copy, since the sampler consumes its state
+        return np.asarray(pipeline.denoise(self.pipe, self.settings, state, *text).x)
 
     def step(self, inputs: tuple[Any, ...]) -> None:
         """Denoises one batch and keeps the latents."""
