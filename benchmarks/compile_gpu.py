@@ -31,7 +31,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax: its CUDA plugin would ask for
 # What the compilers print, which is read below: that of Mosaic's kernels, and that of all others.
 os.environ["MOSAIC_GPU_DUMP_PTXAS"] = os.environ["MOSAIC_GPU_DUMP_RESOURCES"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0"
-os.environ["TF_CPP_VMODULE"] = "subprocess_compilation=2,xtile_compiler=2,thunk_emitter=2"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_force_compilation_parallelism=1"  # in order
+os.environ["TF_CPP_VMODULE"] = "subprocess_compilation=2,xtile_compiler=2,thunk_emitter=3"
 
 import jax
 import jax.numpy as jnp

@@ -39,7 +39,7 @@ ptxas info    : Used 237 registers, used 1 barriers, 416 bytes cmem[0]
 
 @pytest.fixture
 def compile_gpu(monkeypatch):
-    for name in ("JAX_PLATFORMS", "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_RESOURCES", "TF_CPP_VMODULE"):
+    for name in ("JAX_PLATFORMS", "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_RESOURCES", "TF_CPP_VMODULE", "XLA_FLAGS"):
         monkeypatch.setenv(name, "")  # the script sets them: taken back afterwards
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "1")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -1,13 +1,8 @@
-"""The Hopper kernels: interpreted on a CPU with race detection, and compiled for an H200 that is not there.
+"""The Hopper kernels, interpreted on a CPU with race detection.
 
 B batch · N heads · K head dim · Nq, Nkv blocks of queries and keys.
 """
 
-import json
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -19,7 +14,6 @@ from jvdiff import kernels
 from jvdiff.kernels import block_sparse
 from jvdiff.kernels.block_sparse import mosaic_gpu
 
-ROOT = Path(__file__).parents[2]
 TOLERANCES = {"bfloat16": (6e-3, 1e-2, 2e-3), "float16": (1e-3, 2e-3, 1e-3)}
 # B, Nq, Nkv, N, K, block, places in a row, dtype, lists shared by batch and heads
 CASES = {
@@ -158,30 +152,3 @@ def test_every_block_has_a_cut_that_divides_it(block, head_dim, device, monkeypa
     for cut in mosaic_gpu.shapes(block, head_dim).values():
         assert block % (64 * cut.warpgroups) == 0 and block % cut.step == 0
         assert cut.producer == (cut.warpgroups > 1)
-
-
-compiler = pytest.mark.skipif(
-    not (find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda13")),
-    reason="the CUDA compiler is not installed (make kernels installs it)",
-)
-
-
-@new_jax
-@compiler
-@pytest.mark.parametrize(("head_dim", "dtype"), [(128, "bfloat16"), (64, "float16")])
-def test_compiled_for_an_h200_nothing_spills_and_enough_fits(head_dim, dtype, tmp_path):
-    command = [sys.executable, ROOT / "benchmarks/compile_gpu.py", f"--head-dim={head_dim}", f"--dtype={dtype}"]
-    shapes = ["--model=Wan 14B 720p"]
-    if head_dim == 64:
-        shapes += ["--pattern=STA 6x8x8", "--pattern=VSA 4x4x4"]
-    done = subprocess.run(
-        [*command, *shapes, "--output", tmp_path / "rows.json"], capture_output=True, text=True, cwd=ROOT, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert len(rows) == (12 if head_dim == 128 else 6)
-    for row in rows:
-        assert row["spills"] == 0 and row["shared_memory"] <= 232_448
-        # One computing warpgroup in each: what hides its waits is other CTAs.
-        least = {"forward": 4, "dq": 3, "dkv": 2} if row["shape"].endswith("4x4x4") else {}
-        assert row["ctas"] >= least.get(row["kernel"], 1), row
