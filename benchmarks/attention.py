@@ -313,7 +313,15 @@ def flex(problem: Problem, direction: str, device: str) -> Contestant:
         BLOCK_SIZE=block,
         mask_mod=lambda b, h, i, j: valid[j],
     )
-    options: Any = {"BLOCK_M": 64, "BLOCK_N": 64} if block < 128 and device == "cuda" else None
+    sizes = (
+        "BLOCK_M",
+        "BLOCK_N",
+        "BLOCK_M1",
+        "BLOCK_N1",
+        "BLOCK_M2",
+        "BLOCK_N2",
+    )  # by default up to 128, too large for 64
+    options: Any = dict.fromkeys(sizes, block) if block < 128 and device == "cuda" else None
     torch.compiler.reset()  # beyond a number of shapes it would give up compiling, and without it ignores the blocks
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     operands = _tiled(problem, device)
