@@ -284,7 +284,9 @@ def test_kill_leaves_no_target(tiny_repository, tmp_path, moment):  # F35
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_on_request(tiny_repository, tmp_path, number):  # F36
-    process = start("--source", tiny_repository, "--target", tmp_path / "orbax")
+    # The last step waits, so that the signal comes before the end on any machine.
+    slow = "import time\nfrom jvdiff import checkpoint\ncheckpoint.write_manifest = lambda *_: time.sleep(300)"
+    process = start("--source", tiny_repository, "--target", tmp_path / "orbax", setup=slow)
     wait_for(process, lambda: list(tmp_path.glob(".orbax.staging-*/transformer/params*")))
     process.send_signal(number)
     _, err = process.communicate(timeout=300)
