@@ -151,8 +151,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         x, style = [row["kept"] for row in mine], "o" if len(mine) == 1 else "o-"
         panels[0].plot(x, [row["percent"]["all"] for row in mine], style, label=name)
         panels[1].plot(x, [row["latent_error"] for row in mine], style)
-    panels[0].set(ylabel="clips with digit, colour and direction right, %", ylim=(0, 101))
-    panels[1].set(ylabel="relative error of the latents against dense", ylim=(0, None))
+    panels[0].set(title="digit, colour and direction right, % of clips", ylim=(0, 101))
+    panels[1].set(title="relative error of the latents", ylim=(0, None))
     for panel in panels:
         panel.set(xlabel="share of query-key pairs that are kept")
         panel.grid(alpha=0.3)
