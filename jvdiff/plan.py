@@ -129,9 +129,12 @@ def programs(configs: Any, settings: Any, abstract: Mapping[str, Any], target: s
     from jax.sharding import NamedSharding, PartitionSpec
 
     from jvdiff import pipeline
+    from jvdiff.models import wan
 
     sharding = NamedSharding(target_mesh(target), PartitionSpec()) if target else None
-    part = {"text": "text_encoder", "denoise": "transformer", "decode first": "vae", "decode next": "vae"}
+    decoder = {part: abstract["vae"][part] for part in wan.DECODER}
+    needed = {"text": abstract["text_encoder"], "denoise": abstract["transformer"]}
+    needed |= {"decode first": decoder, "decode next": decoder}
     stages = pipeline.traced(configs, settings, abstract, ROWS, sharding)
     # Operations are counted in the XLA form, whose loops say how often they run; GPU kernels hide theirs.
     open_form = pipeline.traced(configs, dataclasses.replace(settings, attention="xla"), abstract, ROWS, sharding)
@@ -141,7 +144,7 @@ def programs(configs: Any, settings: Any, abstract: Mapping[str, Any], target: s
         compiled = lowered.compile()
         took = time.monotonic() - began
         memory: Any = compiled.memory_analysis()
-        weights = _size(abstract[part[name]])
+        weights = _size(needed[name])
         data = memory.argument_size_in_bytes - weights + memory.output_size_in_bytes - memory.alias_size_in_bytes
         largest, elements = largest_array(compiled.as_text() or "")
         flops = count_flops(counted.jaxpr.jaxpr)

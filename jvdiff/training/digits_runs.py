@@ -231,7 +231,7 @@ def encoded_clips(
     The file is used again only for the same clips and the same encoder.
     """
     total = hashlib.sha256(f"{cfg} {clips} {seed}".encode())
-    for leaf in jax.tree.leaves({name: part for name, part in params.items() if name not in reconstruction.DECODER}):
+    for leaf in jax.tree.leaves({name: part for name, part in params.items() if name not in wan.DECODER}):
         total.update(np.asarray(leaf).tobytes())
     key = total.hexdigest()
     if path.is_file():

@@ -14,8 +14,6 @@ from jvdiff.models import wan
 from jvdiff.training.loop import Task
 from jvdiff.types import Array, Params
 
-DECODER = ("post_quant_conv", "decoder")  # the parts of a VAE's parameters that no latent depends on
-
 
 def vae_task(
     cfg: wan.VAEConfig,
@@ -31,7 +29,7 @@ def vae_task(
     Args:
       clips: step -> uint8 video [B,F,Y,X,3]; F = 1 trains on pictures.
       trained: the tree of a whole VAE of which only the decoder is trained on: what its encoder makes stays valid for
-        a transformer that knows it. The task's parameters are then those of `DECODER` alone.
+        a transformer that knows it. The task's parameters are then those of `wan.DECODER` alone.
       foreground_weight: of pixels that are not black, against 1; small bright things on black are else ignored.
       latent_noise: standard deviation of the noise that the decoder has to bear, in units of each latent channel's own,
         so that a diffusion model's small errors stay small on the screen. It takes the place of a KL term.
@@ -52,7 +50,7 @@ def vae_task(
         return mean, {"psnr": -10.0 * jnp.log10(mse), "spread": jnp.mean(spread)}
 
     def init(key: Array) -> Params:
-        return {name: trained[name] for name in DECODER} if trained else wan.init_params(key, cfg)
+        return {name: trained[name] for name in wan.DECODER} if trained else wan.init_params(key, cfg)
 
     return Task(init=init, loss=loss, batch=clips)
 

@@ -180,5 +180,3 @@ def test_mistakes_are_named():
         kernels.attention(q, k.astype(jnp.bfloat16), v)
     with pytest.raises(ValueError, match=r"v is float32\[1, 4, 2, 8\]"):
         kernels.attention(q, k, v[:, :4])
-    with pytest.raises(ValueError, match="pattern Dense"):
-        kernels.attention(q, k, v, pattern="tiles")

@@ -3,8 +3,8 @@
 B batch · L query tokens · S key tokens · N heads · K head dim.
 
 Every implementation is a plain function `(q, k, v, return_lse) -> (out, lse or None)` in a file of its own, with an
-`unsupported(q, k, v, return_lse) -> reason or None` beside it that looks at shapes and dtypes only. Sparse patterns
-join as further frozen values beside `Dense`.
+`unsupported(q, k, v, return_lse) -> reason or None` beside it that looks at shapes and dtypes only. `Dense`
+is the pattern of a model's self-attention that asks for this, beside `SlidingTile` and `VideoSparse`.
 """
 
 import logging
@@ -33,7 +33,6 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     *,
-    pattern: Dense = Dense(),
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Any:
@@ -42,7 +41,6 @@ def attention(
     Args:
       q: [B,L,N,K], any float dtype.
       k, v: [B,S,N,K], the dtype of q.
-      pattern: which keys a query sees.
       return_lse: also return the log-sum-exp of each query's scaled logits.
       implementation: None takes the best that can do this shape and dtype on the current backend, and always works;
         a name takes exactly that one.
@@ -52,9 +50,9 @@ def attention(
 
     Raises:
       NotImplementedError: the named implementation cannot do this; the message says why.
-      ValueError: the operands do not fit together, or there is no such name or pattern.
+      ValueError: the operands do not fit together, or there is no such name.
     """
-    name = choose(q, k, v, pattern=pattern, return_lse=return_lse, implementation=implementation)
+    name = choose(q, k, v, return_lse=return_lse, implementation=implementation)
     _log_once(name, q.shape, k.shape[1], str(q.dtype))
     out, lse = IMPLEMENTATIONS[name].attention(q, k, v, return_lse)
     return (out, lse) if return_lse else out
@@ -65,7 +63,6 @@ def choose(
     k: Any,
     v: Any,
     *,
-    pattern: Dense = Dense(),
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> str:
@@ -73,8 +70,6 @@ def choose(
 
     Raises as `attention` does. Runs nothing, so that a record of a run can be written before it.
     """
-    if not isinstance(pattern, Dense):
-        raise ValueError(f"attention knows the pattern Dense(), not {pattern!r}")
     for name, x in (("k", k), ("v", v)):
         expected = (q.shape[0], k.shape[1], *q.shape[2:]) if q.ndim == 4 else None
         if x.shape != expected or x.dtype != q.dtype:

@@ -12,6 +12,7 @@ from jvdiff.models.wan import dit, vae
 from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, DiTConfig
 from jvdiff.models.wan.dit import Pattern, attention_choice, velocity
 from jvdiff.models.wan.vae import (
+    DECODER,
     WAN_2_1_VAE,
     VAEConfig,
     decode,
@@ -25,6 +26,7 @@ from jvdiff.models.wan.vae import (
 from jvdiff.types import Params
 
 __all__ = [
+    "DECODER",
     "WAN_2_1_T2V_1_3B",
     "WAN_2_1_T2V_14B",
     "WAN_2_1_VAE",

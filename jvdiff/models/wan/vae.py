@@ -392,6 +392,9 @@ def _head(x: Array, cache: Cache, new: dict, features: int) -> tuple[Array, Cach
 # -------------------------------------------------------------------------------------------------- functions
 
 
+DECODER = ("post_quant_conv", "decoder")  # the parts of the parameters that decoding needs, and no latent depends on
+
+
 def abstract_params(cfg: VAEConfig, dtype=jnp.float32) -> Params:
     """The parameter tree as ShapeDtypeStructs: what initialisation, conversion, restore and sharding all read."""
     return jax.eval_shape(partial(init_params, cfg=cfg, dtype=dtype), jax.random.key(0))
