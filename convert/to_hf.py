@@ -48,6 +48,10 @@ def to_hf(source: Path, target: Path, dtype: str | None = None, vae: Path | None
     folders = {name: source / name for name in COMPONENTS}
     if vae is not None:
         folders["vae"] = vae
+        if not (vae / checkpoint.PARAMS).is_dir():
+            raise UsageError(
+                f"{vae}: is no Orbax directory of a VAE. Give the result of training one (its `vae` folder)."
+            )
         if read_component(vae).cfg != repository.vae:
             raise UsageError(
                 f"{vae}: its configuration, latent statistics included, is not that of {source / 'vae'}.\n"

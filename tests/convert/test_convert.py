@@ -158,6 +158,8 @@ def test_a_vae_can_be_replaced(tiny_repository, orbax, tmp_path):
     checkpoint.save(tmp_path / "other", new, config=other.to_json())
     with pytest.raises(UsageError, match="latent statistics included, is not that of"):
         to_hf(orbax, tmp_path / "refused", vae=tmp_path / "other")
+    with pytest.raises(UsageError, match="no Orbax directory of a VAE"):
+        to_hf(orbax, tmp_path / "refused", vae=tiny_repository / "vae")
     assert not (tmp_path / "refused").exists()
 
 

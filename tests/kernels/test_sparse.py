@@ -13,11 +13,13 @@ from jax.extend.core import jaxprs_in_params
 
 from jvdiff import kernels
 from jvdiff.kernels import block_sparse, mask_search, sliding_tile, tiles
-from jvdiff.kernels.block_sparse import xla
+from jvdiff.kernels.block_sparse import mosaic_gpu, triton, xla
 
 ON_CPU = ["reference", "xla"]
 F32 = {"out": 2e-6, "grad": 2e-6, "lse": 5e-6}
 BF16 = {"out": 6e-3, "grad": 1e-2, "lse": 2e-3}
+F16 = {"out": 1e-3, "grad": 2e-3, "lse": 1e-3}
+BOUNDS = {"float32": F32, "bfloat16": BF16, "float16": F16}
 
 # (B, query blocks, key blocks, N, K, block, places, heads and batch share one list)
 BLOCKS = {
@@ -27,7 +29,43 @@ BLOCKS = {
     "shared": (2, 4, 4, 3, 32, 8, 2, True),
     "one block": (1, 1, 1, 1, 4, 5, 1, False),
     "long block": (1, 2, 3, 1, 16, 256, 2, False),
+    "head dim 128": (2, 2, 3, 2, 128, 64, 3, False),
+    "shared, head dim 64": (1, 3, 2, 2, 64, 64, 2, True),
+    "two warpgroups": (1, 2, 3, 1, 128, 128, 2, False),
+    "two warpgroups, several parts": (1, 1, 2, 2, 64, 384, 2, False),
+    "one warpgroup, several parts": (1, 2, 1, 1, 64, 192, 1, False),
 }
+HALF = ("shared, head dim 64", "two warpgroups, several parts")  # those that are tried in float16, too
+
+
+def able():
+    """Every shape with every implementation and dtype that can do it. Small steps of `xla` count as one more."""
+    for label, (B, Nq, Nkv, N, K, block, *_) in BLOCKS.items():
+        for dtype in ("float32", "bfloat16", *(["float16"] if label in HALF else [])):
+            q, k = (jax.ShapeDtypeStruct((B, n * block, N, K), dtype) for n in (Nq, Nkv))
+            for name, implementation in block_sparse.IMPLEMENTATIONS.items():
+                if implementation.unsupported(q, k, k, block) is None:
+                    yield pytest.param(name, label, dtype, None, id=f"{label}-{dtype}-{name}")
+            if block < 64:
+                yield pytest.param("xla", label, dtype, 64, id=f"{label}-{dtype}-xla in small steps")
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The GPU kernels run on a CPU; of Mosaic's, no two accesses may race."""
+    monkeypatch.setattr(triton, "INTERPRET", True)
+    if jax.__version_info__ < (0, 11):  # Mosaic's interpreter is not there yet, and `unsupported` says so
+        yield
+        return
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    monkeypatch.setattr(mosaic_gpu, "INTERPRET", plgpu.InterpretGPUParams(detect_races=True))
+    interpreter.reset_gpu_interpret_mode_state()
+    yield
+    raced = interpreter.get_races().races_found
+    interpreter.reset_gpu_interpret_mode_state()
+    assert not raced
 
 
 def error(a, b):
@@ -108,16 +146,11 @@ def block_operands(shape, dtype=np.float32):
     return q, k, v, dout, normal(5, B, N, Nq * block)
 
 
-@pytest.fixture(params=[None, 64], ids=["whole", "small-steps"])
-def steps(request, monkeypatch):
-    if request.param:
-        monkeypatch.setitem(xla.LOGITS, jax.default_backend(), request.param)
-
-
-@pytest.mark.parametrize("name", ON_CPU)
-@pytest.mark.parametrize("shape", BLOCKS.values(), ids=BLOCKS)
-@pytest.mark.parametrize(("dtype", "bounds"), [(np.float32, F32), (jnp.bfloat16, BF16)], ids=["f32", "bf16"])
-def test_block_lists(name, shape, dtype, bounds, steps):
+@pytest.mark.parametrize(("name", "label", "dtype", "logits"), list(able()))
+def test_block_lists(name, label, dtype, logits, interpreted, monkeypatch):
+    if logits:
+        monkeypatch.setitem(xla.LOGITS, jax.default_backend(), logits)
+    shape = BLOCKS[label]
     q, k, v, dout, dlse = block_operands(shape, dtype)
     lists, block = random_lists(shape), shape[5]
     mask = block_mask(q.shape[0], q.shape[2], *lists, block)
@@ -127,22 +160,24 @@ def test_block_lists(name, shape, dtype, bounds, steps):
     dlse = jnp.where(mask.any(-1), dlse, 0)
     got = results(f, (q, k, v), dout, dlse)
     assert got[0].dtype == q.dtype and got[1].dtype == jnp.float32 and all(x.dtype == q.dtype for x in got[2])
-    compare(got, definition(q, k, v, mask, dout, dlse), bounds)
+    compare(got, definition(q, k, v, mask, dout, dlse), BOUNDS[dtype])
 
 
-@pytest.mark.parametrize("name", ON_CPU)
-def test_padding_beside_keys_that_repel_and_large_logits(name):
-    shape = (1, 2, 3, 1, 64, 8, 2, False)
-    q, k, v, dout, dlse = block_operands(shape)
-    q2k, count, sizes = random_lists(shape)
-    count, sizes = count * 0 + 2, np.array([3, 1, 5], np.int32)
-    k = -jnp.abs(k) * np.float32(np.arange(24) % 8 < sizes.repeat(8))[None, :, None, None]  # padding wins
-    q = jnp.abs(q) * 6
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", list(block_sparse.IMPLEMENTATIONS))
+def test_padding_beside_keys_that_repel_and_large_logits(name, dtype, interpreted):
+    """Padded keys have logit 0; beside valid ones far below they would take everything, or overflow."""
+    q, k, v, dout, dlse = block_operands((1, 1, 3, 1, 64, 64, 2, False), dtype)
+    if reason := block_sparse.IMPLEMENTATIONS[name].unsupported(q, k, v, 64):
+        pytest.skip(reason)
+    q2k, count, sizes = np.array([[[[2, 0]]]], np.int32), np.array([[[2]]], np.int32), np.array([3, 1, 40], np.int32)
+    valid = np.arange(3 * 64) % 64 < sizes.repeat(64)
+    q, k = jnp.abs(q) * 6, -jnp.abs(k) * jnp.asarray(valid, dtype)[None, :, None, None]
     f = lambda q, k, v: kernels.block_sparse_attention(  # noqa: E731
-        q, k, v, q2k, count, sizes, block=8, return_lse=True, implementation=name
+        q, k, v, q2k, count, sizes, return_lse=True, implementation=name
     )
-    mask = block_mask(1, 1, q2k, count, sizes, 8)
-    bounds = F32 | {"out": 2e-5, "grad": 2e-5, "lse": 1e-4}
+    mask = block_mask(1, 1, q2k, count, sizes, 64)
+    bounds = {"out": 2e-5, "grad": 2e-5, "lse": 1e-4} if dtype == "float32" else BF16 | {"grad": 2e-2}
     compare(results(f, (q, k, v), dout, dlse), definition(q, k, v, mask, dout, dlse), bounds)
 
 
