@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -239,7 +240,7 @@ def main(words: Sequence[str] | None = None) -> None:
             allow_nonfinite=arguments.allow_nonfinite,
             follow_symlinks=arguments.follow_symlinks,
             origin=origin,
-            tell=lambda line: print(line, flush=True),
+            tell=_tell,
         )
     if arguments.verify:
         verify(arguments.target)
@@ -247,13 +248,25 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"{arguments.target}: complete and {done} in {time.monotonic() - start:.1f} s")
 
 
+_asked_to_stop = threading.Event()
+
+
+def _stop(number: int, frame: Any) -> None:
+    _asked_to_stop.set()
+    raise KeyboardInterrupt
+
+
+def _tell(line: str) -> None:
+    """Shows the progress; and stops, if Orbax's event loop has swallowed what `_stop` raised."""
+    if _asked_to_stop.is_set():
+        raise KeyboardInterrupt
+    print(line, flush=True)
+
+
 def run(program: Callable[[], None]) -> int:
     """Runs a command line: errors become one message and an exit status, SIGTERM ends it as Ctrl-C does."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads log what is raised here anyway
     jax.config.update("jax_platforms", "cpu")  # files only; leave the GPU and its memory to others
     try:
