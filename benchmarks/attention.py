@@ -75,7 +75,7 @@ PRODUCTION = (
     ),
 )
 CPU = (
-    (Shape("2k tokens", (8, 16, 16), 4, 64), Shape("8k tokens", (8, 32, 32), 4, 64)),
+    (Shape("2k tokens", (8, 16, 16), 2), Shape("8k tokens", (8, 32, 32), 2)),
     (
         "dense",
         "sliding_tile:4x4x4:3x3x3",
