@@ -36,4 +36,4 @@ def test_nothing_spills_and_everything_fits(case, tmp_path):
         assert row["spills"] == 0 and row["shared_memory"] <= {"h200": 232_448, "a100": 166_912}[target]
         # On Hopper, CTAs of one warpgroup hide each other's waits: the cut of small blocks counts on so many.
         alone = target == "h200" and row["shape"].endswith("4x4x4")
-        assert row["ctas"] >= ({"forward": 4, "dq": 3, "dkv": 2}[row["kernel"]] if alone else 1), row
+        assert row["ctas"] >= ({"forward": 4, "dq": 2, "dkv": 2}[row["kernel"]] if alone else 1), row
