@@ -225,7 +225,7 @@ def _collective(run: Run, devices: int) -> Collective | None:
 def _group(instruction: Instruction, devices: int) -> tuple[int, bool]:
     """(devices that exchange with one another, whether anything leaves a device)."""
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", instruction.attributes):
-        to = dict(tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),\s*(\d+)\}", pairs[1]))
+        to = {int(a): int(b) for a, b in re.findall(r"\{(\d+),\s*(\d+)\}", pairs[1])}
         return max(_cycle(to, source) for source in to), any(a != b for a, b in to.items())
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", instruction.attributes):
         return int(iota[1]), True
