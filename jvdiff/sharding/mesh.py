@@ -29,7 +29,8 @@ class MeshShape:
     """Devices on each axis; their product is the number of devices.
 
     ring: of the devices that share tokens, how many pass keys round a ring; the others exchange heads for tokens. A
-    factor of their number; None: as few as the heads allow, see `Sizes.ring`. 1 never passes keys round, and pads heads.
+    factor of their number; None: as few as the heads allow, see `Sizes.ring`. 1 never passes keys round: heads that do
+    not divide are padded.
     """
 
     data: int = 1
@@ -43,16 +44,15 @@ class MeshShape:
         return math.prod(getattr(self, axis) for axis in AXES)
 
     def __str__(self) -> str:
-        told = [
-            f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
-        ]
-        return ",".join(told) or "data=1"
+        sides = dataclasses.asdict(self).items()
+        return ",".join(f"{name}={n}" for name, n in sides if n is not None and (n > 1 or name == "ring")) or "data=1"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What a mesh must divide: clips in a batch (guidance's branches counted), tokens of one, heads, feed-forward width.
+    """What a mesh must divide.
 
+    batch: clips times guidance's branches. tokens: of one clip. ffn_dim: the feed-forward width.
     dense: whether every token sees every token; a ring serves no other pattern.
     """
 

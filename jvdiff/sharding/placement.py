@@ -41,17 +41,13 @@ class Placement:
         """
         if self.mesh.shape["fsdp"] == 1:
             return params
-        outer = (
-            {stack: jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), params)} if stack else params
-        )
-        found: Any = tables.specs(rules, outer)
-        found = found[stack] if stack else found
-        drop = 1 if stack else 0
+        found: Any = tables.specs(rules, {stack: params} if stack else params)
 
         def gather(x: Array, spec: PartitionSpec) -> Array:
-            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*spec[drop:])))
+            one_layer = spec[1:] if stack else spec
+            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*one_layer)))
 
-        return jax.tree.map(gather, params, found)
+        return jax.tree.map(gather, params, found[stack] if stack else found)
 
     def split(self, sizes: Sizes) -> Split:
         """How the activations of a batch of these sizes are divided."""

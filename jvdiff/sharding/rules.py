@@ -1,9 +1,9 @@
 """Where weights live: tables of (regex, PartitionSpec) over the parameter trees, and what `fsdp` adds to them.
 
-A pattern is matched with the end of a leaf's path ("blocks/ffn/up/kernel"), so that a table serves the parameters, their
-moving average and the optimiser's moments alike. Tables speak of the axis `tensor` alone: column-parallel layers (their
-outputs divided) feed row-parallel ones (their inputs divided), whose partial sums are added up once. `fsdp` takes the
-largest axis of a leaf that it divides, whatever the table says of the others.
+A pattern is matched with the end of a leaf's path ("blocks/ffn/up/kernel"), so that a table serves the parameters,
+their moving average and the optimiser's moments alike. Tables speak of the axis `tensor` alone: column-parallel layers
+(their outputs divided) feed row-parallel ones (their inputs divided), whose partial sums are added up once. `fsdp` takes
+the largest axis of a leaf that it divides, whatever the table says of the others.
 """
 
 import math
@@ -71,7 +71,7 @@ def specs(rules: Rules, tree: Params, fsdp: int = 1) -> Any:
         found = next((spec for pattern, spec in rules if re.search(rf"(^|/)({pattern})$", name)), None)
         if found is None:
             raise LookupError(f"no sharding rule is about the leaf {name!r} {list(leaf.shape)}")
-        if found == P() and rules is REPLICATED:
+        if rules is REPLICATED:
             return found
         return _with_fsdp(found, leaf.shape, fsdp, stacked=any(part in _STACKED for part in name.split("/")))
 

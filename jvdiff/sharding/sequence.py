@@ -2,14 +2,14 @@
 
 B batch · L video tokens · S text tokens · N heads · K head dim · U devices that exchange heads · R devices in a ring.
 
-Ulysses (arXiv 2309.14509): an all-to-all gives each of U devices all tokens of a share of the heads, the local function
-does its work, and an all-to-all brings the tokens back. A ring (arXiv 2310.01889): queries stay, keys and values go
-round R devices, and the results are merged by their log-sum-exp. Both together (arXiv 2405.07719): each of the R devices
-of a ring holds, after the exchange, a part of the tokens of its heads.
+Ulysses (arXiv 2309.14509): an all-to-all gives each of U devices all tokens of a share of the heads, the local
+function does its work, and an all-to-all brings the tokens back. A ring (arXiv 2310.01889): queries stay, keys and
+values go round R devices, and the results are merged by their log-sum-exp. Both together (arXiv 2405.07719): each of
+the R devices of a ring holds, after the exchange, a part of the tokens of its heads.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jvdiff import kernels
 from jvdiff.sharding.placement import Split
 from jvdiff.types import Array
 
-# (q, k, v, gate, first head) -> out, all [B,L,n,K]; the gate may be None. `first head`: where the n heads lie among all.
+# (q, k, v, gate, first head) -> out, all [B,L,n,K]; the gate may be None. The n heads are those from `first head` on.
 Local = Callable[[Array, Array, Array, Array | None, Any], Array]
 
 
@@ -30,8 +30,8 @@ def self_attention(
 ) -> Array:
     """`local` over whole sequences, for operands [B,L,N,K] divided as `split` says, L padded; the result likewise.
 
-    Where `split` has a ring, dense attention (`implementation` of `jvdiff.kernels.attention`) takes the place of `local`.
-    Heads that U does not divide are padded. At most four all-to-alls: a gate travels with the values.
+    Where `split` has a ring, dense attention (`implementation` of `jvdiff.kernels.attention`) takes the place of
+    `local`. Heads that U does not divide are padded. At most four all-to-alls: a gate travels with the values.
     """
     mesh = split.mesh
     whole = P("batch", Split.TOKENS, "tensor")
@@ -63,23 +63,23 @@ def _exchanged(
         return lax.all_to_all(x, "heads", split_axis=2, concat_axis=1, tiled=True)
 
     values = scatter_heads(jnp.concatenate([v, *gate], axis=-1) if gate else v)
-    q, k, v, gates = scatter_heads(q), scatter_heads(k), values[..., :K], values[..., K:]
-    length = q.shape[1]
+    q, k, length = scatter_heads(q), scatter_heads(k), values.shape[1]
     if R == 1:
-        out = local(*(x[:, :tokens] for x in (q, k, v)), gates[:, :tokens] if gate else None, first)
+        gates = values[:, :tokens, :, K:] if gate else None
+        out = local(q[:, :tokens], k[:, :tokens], values[:, :tokens, :, :K], gates, first)
         out = jnp.pad(out, ((0, 0), (0, length - tokens), (0, 0), (0, 0)))
     else:
-        out = _ring(q, k, v, R, tokens, implementation)
+        out = _ring(q, k, values, R, tokens, implementation)
     if U == 1:
         return out
     return lax.all_to_all(out, "heads", split_axis=1, concat_axis=2, tiled=True)[:, :, :heads]
 
 
 def _ring(q: Array, k: Array, v: Array, R: int, tokens: int, implementation: str | None) -> Array:
-    """Dense attention of a device's queries [B,c,n,K] to the keys of all R devices, of which `tokens` are no padding."""
+    """Dense attention of a device's queries [B,c,n,K] to the keys of R devices, of which `tokens` are no padding."""
     length, rank = q.shape[1], lax.axis_index("ring")
     onwards = [(i, (i + 1) % R) for i in range(R)]
-    total = lse = None
+    parts = []
     for step in range(R):
         valid = None
         if R * length != tokens:
@@ -87,8 +87,7 @@ def _ring(q: Array, k: Array, v: Array, R: int, tokens: int, implementation: str
         held = k, v
         if step < R - 1:  # sent before the work, so that both can go on at once
             k, v = lax.ppermute((k, v), "ring", onwards)
-        out, own = kernels.attention(q, *held, return_lse=True, kv_length=valid, implementation=implementation)
-        out = out.astype(jnp.float32)
-        total, lse = (out, own) if total is None else kernels.merge(total, lse, out, own)
-    assert total is not None
-    return total.astype(q.dtype)
+        out, lse = kernels.attention(q, *held, return_lse=True, kv_length=valid, implementation=implementation)
+        parts.append((out.astype(jnp.float32), lse))
+    out, _ = reduce(lambda one, two: kernels.merge(*one, *two), parts)
+    return out.astype(q.dtype)

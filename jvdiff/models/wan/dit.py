@@ -76,7 +76,7 @@ def velocity(
     extra = 0 if text_length is None else text_length - text.shape[1]
     split = None
     if placement is not None:
-        split = placement.split(mesh_sizes(cfg, latents.shape[1:4], latents.shape[0], pattern))
+        split = placement.split(mesh_sizes(cfg, latents.shape[1:4], len(latents), pattern))
         whole: Any = placement.whole({k: v for k, v in params.items() if k != "blocks"}, rules.WAN_DIT)
         params = {**whole, "blocks": params["blocks"]}
         latents, timestep, text = placement.replicate((latents, timestep, text))
@@ -131,7 +131,7 @@ def attention_choice(
     return {"self": own, "cross": kernels.choose(q, k, k, implementation=_dense(implementation))}
 
 
-def mesh_sizes(cfg: DiTConfig, grid: Grid, batch: int, pattern: Pattern) -> Sizes:
+def mesh_sizes(cfg: DiTConfig, grid: tuple[int, ...], batch: int, pattern: Pattern) -> Sizes:
     """What a mesh must divide to run this model on `batch` latents of (T,H,W)."""
     tokens = math.prod(n // p for n, p in zip(grid, cfg.patch_size, strict=True))
     return Sizes(batch, tokens, cfg.num_attention_heads, cfg.ffn_dim, isinstance(pattern, Dense))
