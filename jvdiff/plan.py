@@ -249,18 +249,20 @@ def check_target(target: str) -> None:
         )
 
 
-def target_mesh(target: str, devices: int = 1) -> Any:
-    """A mesh ("device",) of so many of the described GPUs in one machine.
+def target_mesh(target: str, shape: Any = None) -> Any:
+    """A mesh of a `jvdiff.sharding.MeshShape` (None: one device) of the described GPUs in one machine.
 
     Raises:
         SetupError: the compiler's packages are there, but cannot be used.
     """
     from jax.experimental import topologies
-    from jax.sharding import Mesh
 
+    from jvdiff.sharding import MeshShape, make_mesh
+
+    shape = shape or MeshShape()
     text = (TARGETS / f"{target}.textproto").read_text()
     try:
-        topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{devices}", target_config=text)
+        topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{shape.devices}", target_config=text)
     except Exception as error:
         raise SetupError(f"the CUDA compiler cannot be used: {error}\nIts packages must have jax's version.") from error
-    return Mesh(topology.devices, ("device",))
+    return make_mesh(shape, topology.devices)

@@ -75,12 +75,18 @@ class Instruction(NamedTuple):
 
 
 class Run(NamedTuple):
-    """An instruction as it runs: how often, in which computation, and behind what, if it is asynchronous."""
+    """An instruction as it runs.
+
+    computation: that it is in. runs: in one call of the program. loops: around it. fused: it is part of a kernel, so
+    that its operands and result need not be in memory. behind: kernels between its start and end; None: synchronous.
+    """
 
     instruction: Instruction
     computation: Mapping[str, Instruction]
     runs: int
-    behind: int | None  # None: synchronous
+    loops: int
+    fused: bool
+    behind: int | None
 
 
 def read(text: str) -> list[Collective]:
@@ -105,7 +111,12 @@ def by_kind(collectives: Iterable[Collective]) -> dict[str, tuple[int, int]]:
 def walk(text: str) -> Iterator[Run]:
     """Every instruction that a call of the program runs, those of loops, branches, calls and fusions included."""
     program, entry = _parse(text)
-    yield from _walk(program, entry, 1, None)
+    yield from _walk(program, entry)
+
+
+def computations(text: str) -> Mapping[str, Mapping[str, Instruction]]:
+    """{name of a computation: {name: instruction}}."""
+    return _parse(text)[0]
 
 
 def size(kinds: str) -> int:
@@ -150,19 +161,28 @@ def _balanced(line: str, start: int) -> int:
     raise ValueError(f"unbalanced parentheses: {line:.200}")
 
 
-def _walk(program: Mapping[str, Mapping[str, Instruction]], name: str, runs: int, behind: int | None) -> Iterator[Run]:
+def _walk(
+    program: Mapping[str, Mapping[str, Instruction]],
+    name: str,
+    runs: int = 1,
+    loops: int = 0,
+    fused: bool = False,
+    behind: int | None = None,
+) -> Iterator[Run]:
     computation = program[name]
     for instruction in computation.values():
-        hidden = _behind(computation, instruction) if instruction.opcode.endswith("-start") else behind
-        yield Run(instruction, computation, runs, hidden)
+        opcode = instruction.opcode
+        hidden = _behind(computation, instruction) if opcode.endswith("-start") else behind
+        yield Run(instruction, computation, runs, loops, fused, hidden)
         called = _called(instruction)
-        if instruction.opcode == "conditional":
-            walked = [list(_walk(program, branch, runs, hidden)) for branch in called]
-            yield from max(walked, key=_sent)
+        if opcode == "conditional":
+            branches = [list(_walk(program, branch, runs, loops, fused, hidden)) for branch in called]
+            yield from max(branches, key=_sent)
             continue
+        loop = opcode == "while"
+        times = runs * _trips(program, instruction) if loop else runs
         for each in called:
-            times = runs * _trips(program, instruction) if instruction.opcode == "while" else runs
-            yield from _walk(program, each, times, hidden)
+            yield from _walk(program, each, times, loops + loop, fused or opcode.startswith("fusion"), hidden)
 
 
 def _sent(runs: Iterable[Run]) -> int:
@@ -185,7 +205,7 @@ def _trips(program: Mapping[str, Mapping[str, Instruction]], loop: Instruction) 
     if known := re.search(r'known_trip_count":\s*\{\s*"n":\s*"?(\d+)', loop.attributes):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.-]+)", loop.attributes)
-    compared = [run.instruction for run in _walk(program, condition[1], 1, None)] if condition else []
+    compared = [run.instruction for run in _walk(program, condition[1])] if condition else []
     return max((int(i.arguments) for i in compared if i.opcode == "constant" and i.arguments.isdecimal()), default=1)
 
 

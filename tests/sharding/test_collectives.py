@@ -197,8 +197,9 @@ def test_bytes_of_a_type(kinds, size):
 )
 def test_a_program_for_eight_gpus_has_the_same_collectives():
     from jvdiff import plan
+    from jvdiff.sharding import MeshShape
 
-    gpus = mesh(plan.target_mesh("h200", 8).devices)
+    gpus = mesh(plan.target_mesh("h200", MeshShape(sequence=8)).devices)
     text = compiled(every_kind, [((2 * N, N), P("a")), ((LAYERS, N, N), P(None, "b"))], gpus, P(None, "b"))
     found = collectives.read(text)
     assert collectives.by_kind(found) == EVERY_KIND
