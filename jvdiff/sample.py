@@ -46,7 +46,7 @@ def default_config() -> config_dict.ConfigDict:
             "solver": none(str),  # unipc, euler
             "grid": none(str),  # diffusers, wan: whose sigmas
             "precision": none(str),  # float32, bfloat16
-            "mesh": none(object),  # how devices share the work: "sequence=4,tensor=2" (see jvdiff/sharding); None: one
+            "mesh": none(object),  # of devices that share the work: "sequence=4,tensor=2", or "auto"; None: one device
             "pattern": none(str),  # dense, sliding_tile:6x8x8:3x3x3 (tile, window), video_sparse:4x4x4:0.9 (sparsity)
             "attention": none(str),  # cudnn, xla, ...: see jvdiff/kernels; None: the best that can
             "output": "out",
@@ -135,7 +135,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
     for problem in problems:
         say(f"error: {problem}")
     jobs.check_attention(wanted, configs, dtypes)
-    mesh = jobs.check_mesh(wanted, configs, config.mesh)
+    mesh = jobs.choose_mesh(wanted, configs, dtypes, config.mesh)
     prompts = [job.prompt for job in wanted] or [""]
     pipeline.tokenize(tokenizer.load(repository.tokenizer), prompts)  # warns of long ones
 
