@@ -78,6 +78,35 @@ class Placement:
         names = ("batch", "ring", "heads", "tensor")
         return Split(Mesh(devices, names, axis_types=(AxisType.Auto,) * 4), sizes.tokens)
 
+    def spread(self, height: int, width: int) -> Mesh:
+        """The same devices in the same order, for pictures: axes height, width, copies.
+
+        height, width: of the grid of latents; as many devices as divide it share it, whatever the axes of `mesh`.
+        Strips come before tiles: neighbours exchange half as many messages, which cost more than their bytes.
+        """
+        devices = self.mesh.devices.reshape(-1)
+        able = (
+            (h, w)
+            for h in range(1, devices.size + 1)
+            for w in range(1, devices.size // h + 1)
+            if devices.size % (h * w) == 0 and height % h == 0 and width % w == 0
+        )
+
+        def cost(cut: tuple[int, int]) -> tuple[int, int, int]:
+            h, w = cut
+            return -h * w, (h > 1) + (w > 1), (h > 1) * width // w + (w > 1) * height // h
+
+        h, w = min(able, key=cost)
+        return Mesh(devices.reshape(h, w, -1), ("height", "width", "copies"), axis_types=(AxisType.Auto,) * 3)
+
+
+PICTURE = P(None, None, "height", "width")  # of [B,T,H,W,C] on a mesh made by `Placement.spread`
+
+
+def pictures(mesh: Mesh, tree: Any) -> Any:
+    """The same pictures [B,T,H,W,C], of each a part on every device of `mesh`, which `Placement.spread` made."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PICTURE)), tree)
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
