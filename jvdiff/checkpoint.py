@@ -3,9 +3,6 @@
 An Orbax directory of jvdiff carries `jvdiff.json`, a manifest with the sha256 of every file and of every array,
 because Orbax itself does not notice a flipped bit. Files are compared with it before a number of theirs is used.
 What was written is read back and compared before it takes its place (`jvdiff.staging`).
-
-A repository, in either layout, is a folder with model_index.json, transformer/, vae/, text_encoder/, tokenizer/ and
-scheduler/; what differs is how a component holds its weights: safetensors files, or the Orbax directory `params/`.
 """
 
 import hashlib
@@ -13,7 +10,6 @@ import json
 import logging
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,116 +32,15 @@ from jvdiff.errors import (
     IntegrityError,
     MissingTensor,
     ShapeMismatch,
-    UnsafeFormat,
     UsageError,
 )
-from jvdiff.models import umt5, wan
 from jvdiff.staging import MANIFEST, staged
 from jvdiff.types import Params
 
 PARAMS = "params"
-COMPONENTS = ("transformer", "vae", "text_encoder")
 _CHUNK = 64 * 2**20  # bytes of one chunk in an Orbax array; also the pieces in which files are hashed
 _GROUP = 64 * 2**20  # bytes of small arrays that are read or written together
 _log = logging.getLogger(__name__)
-
-
-# ---------------------------------------------------------------------------------------------------- repositories
-
-
-@dataclass(frozen=True)
-class Repository:
-    """What a repository says of itself; no weights were read.
-
-    `kind` is "hf" or "orbax"; `tokenizer` is a folder; `scheduler` the content of scheduler_config.json. `digest`
-    names the weights: of an Orbax directory the sha256 of its manifest, and so of everything; of a Hugging Face
-    folder that of all JSON, of weight files up to 64 MiB, and of size and 64 samples of larger ones.
-    """
-
-    path: Path
-    kind: str
-    transformer: wan.DiTConfig
-    vae: wan.VAEConfig
-    text_encoder: umt5.Config
-    scheduler: dict[str, Any]
-    tokenizer: Path
-    digest: str
-
-
-def inspect(path: str | Path) -> Repository:
-    """Reads every configuration of a text-to-video repository, in either layout, and checks that they fit together.
-
-    Raises:
-        UsageError: there is no such folder.
-        UnsafeFormat: a file of pickles instead of a folder, or a repository that wants its own code run.
-        CheckpointError: incomplete, damaged, or a model that jvdiff does not have.
-    """
-    path = Path(path)
-    if path.is_file():
-        raise UnsafeFormat(
-            f"{path}: a single file; files such as .pth or .ckpt can run code and are not opened.\n"
-            "Give the folder of a Diffusers repository, for instance Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
-        )
-    if not path.is_dir():
-        raise UsageError(f"{path}: there is no such folder.\nExpected a Diffusers repository or a converted one.")
-    _check_model_index(path)
-    found = {}
-    for name, kind in zip(COMPONENTS, (wan.DiTConfig, wan.VAEConfig, umt5.Config), strict=True):
-        found[name] = read_component(path / name).cfg
-        if not isinstance(found[name], kind):
-            raise CheckpointError(f"{path / name}: holds {type(found[name]).__name__}, expected {kind.__name__}.")
-    dit, vae, text = (found[name] for name in COMPONENTS)
-    if dit.in_channels != vae.z_dim or dit.text_dim != text.d_model:
-        raise CheckpointError(
-            f"{path}: its components do not fit together: the transformer takes {dit.in_channels} latent channels and "
-            f"text of width {dit.text_dim},\nthe VAE gives {vae.z_dim} and the text encoder {text.d_model}.\n"
-            "Take all folders from one repository."
-        )
-    orbax = (path / "transformer" / PARAMS).is_dir()
-    return Repository(
-        path=path,
-        kind="orbax" if orbax else "hf",
-        transformer=dit,
-        vae=vae,
-        text_encoder=text,
-        scheduler=reader.read_json(path / "scheduler" / "scheduler_config.json"),
-        tokenizer=path / "tokenizer",
-        digest=_sha256(path / MANIFEST) if orbax and (path / MANIFEST).is_file() else _fingerprint(path),
-    )
-
-
-def _check_model_index(path: Path) -> None:
-    """Only classes of diffusers and transformers, of a pipeline that we have; nothing named there is ever imported."""
-    index = reader.read_json(path / "model_index.json")
-    for name, value in index.items():
-        if isinstance(value, list) and (len(value) != 2 or value[0] not in ("diffusers", "transformers", None)):
-            raise UnsafeFormat(
-                f"{path / 'model_index.json'}: {name} names {str(value)!r:.80}; remote code is not supported.\n"
-                "Expected classes of diffusers and transformers only."
-            )
-    if (pipeline := index.get("_class_name")) != "WanPipeline":
-        raise CheckpointError(
-            f"{path / 'model_index.json'}: describes a {str(pipeline)!r:.60}; expected 'WanPipeline' (text-to-video)."
-        )
-    if (index.get("transformer_2") or [None])[0] is not None:
-        raise CheckpointError(
-            f"{path}: holds two transformers (Wan 2.2 A14B), which jvdiff does not run yet.\n"
-            "Use a Wan 2.1 text-to-video repository."
-        )
-
-
-def _fingerprint(path: Path) -> str:
-    """A digest of a Hugging Face folder that takes the same short time for 20 MB and for 60 GB."""
-    total = hashlib.sha256()
-    for name in (*COMPONENTS, "scheduler", "tokenizer"):
-        for file in sorted(p for p in (path / name).glob("*") if p.is_file()):
-            size = file.stat().st_size
-            total.update(f"{name}/{file.name}\0{size}\0".encode())
-            with open(file, "rb") as data:
-                for place in [0] if size <= 2**26 else [i * (size - 2**20) // 63 for i in range(64)]:
-                    data.seek(place)
-                    total.update(data.read(min(size, 2**26 if size <= 2**26 else 2**20)))
-    return total.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -296,7 +191,7 @@ def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
 # --------------------------------------------------------------------------------------------------------- manifest
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     total = hashlib.sha256()
     with open(file, "rb") as data:
         while piece := data.read(_CHUNK // 16):
@@ -318,7 +213,7 @@ def write_manifest(root: Path, tensors: Mapping[str, Any], facts: Mapping[str, A
     """Writes jvdiff.json: `facts`, the arrays, and size and sha256 of every file below `root`."""
     found = _files(root)
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_sha256, found.values()))
+        digests = list(pool.map(file_sha256, found.values()))
     files = {
         name: {"size": path.stat().st_size, "sha256": digest}
         for (name, path), digest in zip(found.items(), digests, strict=True)
@@ -363,7 +258,7 @@ def verify_files(path: Path) -> None:
         size, expected = found[name].stat().st_size, recorded[name]["size"]
         if size != expected:
             return f"{name} has {size:,} bytes instead of {expected:,}"
-        return None if _sha256(found[name]) == recorded[name]["sha256"] else f"{name} has other content"
+        return None if file_sha256(found[name]) == recorded[name]["sha256"] else f"{name} has other content"
 
     with ThreadPoolExecutor() as pool:
         problems = [text for text in pool.map(problem, sorted(recorded.keys() | found.keys())) if text]
@@ -426,54 +321,7 @@ def save(path: str | Path, tree: Params, *, config: Mapping[str, Any] | None = N
     with staged(path, overwrite=overwrite) as staging:
         if config is not None:
             (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_manifest(staging, write_params(staging, "", _leaves(tree)), {})
-
-
-def save_repository(
-    path: str | Path,
-    components: Mapping[str, tuple[Any, Params]],
-    *,
-    tokenizer: str | Path,
-    scheduler: Mapping[str, Any],
-    defaults: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Writes trained components as a repository that `inspect` and `restore` read, and `convert.to_hf` exports.
-
-    Args:
-        components: for "transformer", "vae" and "text_encoder" the configuration and the parameter tree.
-        tokenizer: a folder with the tokenizer's files.
-        scheduler: the content of scheduler_config.json, with diffusers' `_class_name`.
-        defaults: the content of jvdiff_defaults.json: size, steps and so on that suit these weights.
-
-    Raises: as `save`, and UsageError where a component is missing.
-    """
-    if sorted(components) != sorted(COMPONENTS):
-        raise UsageError(f"components are {', '.join(components)}; expected {', '.join(COMPONENTS)}.")
-    index = {
-        "_class_name": "WanPipeline",
-        "scheduler": ["diffusers", scheduler["_class_name"]],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "vae": ["diffusers", "AutoencoderKLWan"],
-    }
-
-    def write_json(file: Path, content: Mapping[str, Any]) -> None:
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    with staged(path, overwrite=overwrite) as staging:
-        write_json(staging / "model_index.json", index)
-        write_json(staging / "scheduler" / "scheduler_config.json", scheduler)
-        if defaults is not None:
-            write_json(staging / "jvdiff_defaults.json", defaults)
-        shutil.copytree(tokenizer, staging / "tokenizer")
-        records: dict[str, Any] = {}
-        for name, (cfg, tree) in components.items():
-            write_json(staging / name / "config.json", cfg.to_json())
-            records |= write_params(staging, name, _leaves(tree))
-        write_manifest(staging, records, {})
+        write_manifest(staging, write_params(staging, "", leaves_of(tree)), {})
 
 
 def _check_keys(tree: Params) -> None:
@@ -485,7 +333,7 @@ def _check_keys(tree: Params) -> None:
             _check_keys(value)
 
 
-def _leaves(tree: Params) -> dict[str, Leaf]:
+def leaves_of(tree: Params) -> dict[str, Leaf]:
     _check_keys(tree)
     leaves = {}
     for name, array in flatten(tree).items():

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from convert.tables import read_component
-from jvdiff import checkpoint
+from jvdiff import checkpoint, repository
 from jvdiff.data import digits, digits_tokenizer, tokenizer
 from jvdiff.data.video import atomic
 from jvdiff.errors import CheckpointError, UsageError
@@ -110,7 +110,7 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
         "text_encoder": (text_cfg, params["text_encoder"]),
     }
     digits_tokenizer.save(tokens, folder / "tokenizer")
-    checkpoint.save_repository(
+    repository.save(
         result,
         components,
         tokenizer=folder / "tokenizer",
@@ -149,7 +149,7 @@ def _patterns(config: Any, heads: int) -> Callable[[int], wan.Pattern]:
 
 def _initial(folder: Path, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config) -> Params:
     """Float32 parameters of the repository `folder`, for models of these configurations."""
-    found = checkpoint.inspect(folder)
+    found = repository.inspect(folder)
     gated = dit_cfg.gate_compress or found.transformer.gate_compress
     same = dataclasses.replace(found.transformer, gate_compress=gated)
     for name, wanted, there in (("transformer", dit_cfg, same), ("text_encoder", text_cfg, found.text_encoder)):
