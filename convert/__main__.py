@@ -48,15 +48,15 @@ _PACKAGES = ("jvdiff", "jax", "orbax-checkpoint", "numpy", "ml_dtypes")
 
 
 class _Recorded:
-    """A source of tensors that notes the sha256 of what was read."""
+    """A source of tensors that notes the sha256 of what was read (whole leaves, and so whole tensors)."""
 
     def __init__(self, folder: reader.Folder):
         self.folder = folder
         self.tensors = folder.tensors
         self.digests: dict[str, str] = {}
 
-    def read(self, name: str) -> np.ndarray:
-        array = self.folder.read(name)
+    def read(self, name: str, index: Sequence[slice] | None = None) -> np.ndarray:
+        array = self.folder.read(name, index)
         self.digests[name] = checkpoint.array_sha256(array)
         return array
 

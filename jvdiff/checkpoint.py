@@ -3,6 +3,9 @@
 An Orbax directory of jvdiff carries `jvdiff.json`, a manifest with the sha256 of every file and of every array,
 because Orbax itself does not notice a flipped bit. Files are compared with it before a number of theirs is used.
 What was written is read back and compared before it takes its place (`jvdiff.staging`).
+
+Where there are many processes, all call the same functions: each reads what its devices hold and compares its share of
+the files with the manifest; process 0 writes; an error of one is an error of all. They see the same folders.
 """
 
 import hashlib
@@ -22,14 +25,17 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from convert import reader
 from convert.rules import by_leaf, check, fill, flatten, listed, unflatten
 from convert.tables import read_component
+from jvdiff import errors
 from jvdiff.errors import (
     CheckpointError,
     CorruptFile,
     IntegrityError,
+    JvdiffError,
     MissingTensor,
     ShapeMismatch,
     UsageError,
@@ -56,6 +62,9 @@ def restore(
 ) -> dict[str, Any]:
     """Reads one component onto devices, from a Hugging Face folder or from an Orbax directory.
 
+    Each process reads what its own devices hold; of a Hugging Face folder, one part of one array is in host memory at a
+    time. How the arrays lay when they were saved does not matter.
+
     Args:
         component_dir: a folder with config.json and safetensors, or one that `save` or the converter wrote.
         abstract: the wanted tree of ShapeDtypeStructs (nested dicts).
@@ -75,22 +84,49 @@ def restore(
     is_orbax = (path / PARAMS).is_dir()
     if is_orbax and verify:
         verify_files(path)
-    wanted = flatten(abstract)
-    if isinstance(shardings, jax.sharding.Sharding):
-        places = dict.fromkeys(wanted, shardings)
-    else:
-        places = flatten(shardings) if shardings is not None else dict.fromkeys(wanted)
-    if not is_orbax:
-        folder = reader.open_folder(path)
-        entries = check(read_component(path).rules, abstract, folder, where=str(path))
-        _tell_casts(path, [(folder.tensors[name].dtype, wanted[e.path].dtype) for name, e in entries.items()], cast)
-        tensors = by_leaf(entries)
-        leaves = {}
-        for name, leaf in wanted.items():
-            array = fill(leaf.shape, leaf.dtype, tensors[name], folder, where=str(path))
-            leaves[name] = jax.device_put(array, places[name])
-        return _like(abstract, leaves)
+    with agreed():
+        return (_restore_orbax if is_orbax else _restore_hf)(path, abstract, shardings, cast)
 
+
+def _places(wanted: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
+    if isinstance(shardings, jax.sharding.Sharding):
+        return dict.fromkeys(wanted, shardings)
+    return flatten(shardings) if shardings is not None else dict.fromkeys(wanted)
+
+
+def _restore_hf(path: Path, abstract: Params, shardings: Any, cast: bool) -> dict[str, Any]:
+    wanted = flatten(abstract)
+    places = _places(wanted, shardings)
+    folder = reader.open_folder(path)
+    entries = check(read_component(path).rules, abstract, folder, where=str(path))
+    _tell_casts(path, [(folder.tensors[name].dtype, wanted[e.path].dtype) for name, e in entries.items()], cast)
+    tensors = by_leaf(entries)
+    leaves = {}
+    for name, leaf in wanted.items():
+        load = partial(fill, leaf.shape, leaf.dtype, tensors[name], folder, where=str(path))
+        leaves[name] = _placed(leaf, places[name], load)
+    return _like(abstract, leaves)
+
+
+def _placed(leaf: Any, sharding: jax.sharding.Sharding | None, load: Callable[..., np.ndarray]) -> jax.Array:
+    """An array made shard by shard: `load(index=...)` once for each part of it that this process' devices hold."""
+    if sharding is None:
+        return jax.device_put(load())
+    holders: dict[tuple, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        spans = tuple(part.indices(n)[:2] for part, n in zip(index or (), leaf.shape, strict=True))
+        holders.setdefault(spans, []).append(device)
+    shards: list[Any] = []
+    for spans, devices in holders.items():
+        part = load(index=[slice(*span) for span in spans])
+        shards += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+        del part  # before the next one is read
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
+
+
+def _restore_orbax(path: Path, abstract: Params, shardings: Any, cast: bool) -> dict[str, Any]:
+    wanted = flatten(abstract)
+    places = _places(wanted, shardings)
     stored = stored_leaves(path)
     _check_leaves(path, wanted, stored)
     _tell_casts(path, [(stored[name].dtype, leaf.dtype) for name, leaf in wanted.items()], cast)
@@ -98,6 +134,33 @@ def restore(
     with _orbax_errors(path):
         read = ocp.StandardCheckpointer().restore((path / PARAMS).absolute(), unflatten(item))
     return _like(abstract, {name: jax.device_put(leaf, places[name]) for name, leaf in flatten(read).items()})
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """An error that one process meets in the block is an error of all, so that nobody waits for one that gave up.
+
+    All raise that of the first process which has one, with its number.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        here: Exception | None = error
+    else:
+        if jax.process_count() == 1:
+            return
+        here = None
+    told = json.dumps([type(here).__name__, str(here)] if here else None).encode()
+    sizes = multihost_utils.process_allgather(np.int32(len(told)))
+    padded = np.frombuffer(told.ljust(int(max(sizes))), np.uint8)
+    for number, row in enumerate(multihost_utils.process_allgather(padded)):
+        if problem := json.loads(row.tobytes()):
+            if number == jax.process_index():
+                raise here  # type: ignore[misc]
+            kind = getattr(errors, problem[0], JvdiffError)
+            raise kind(f"process {number}: {problem[1]}") from here
 
 
 def _like(abstract: Params, leaves: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -150,9 +213,19 @@ def _orbax_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _orbax(**options: Any) -> ocp.Checkpointer:
+    """Orbax for this process alone: it waits for no other."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"jvdiff_{me}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, **options)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
 def stored_leaves(path: Path) -> dict[str, Any]:
     """The arrays of an Orbax directory, {"a/b/kernel": something with .shape and .dtype}; no data is read."""
-    with _orbax_errors(path), ocp.PyTreeCheckpointer() as orbax:
+    with _orbax_errors(path), _orbax() as orbax:
         return flatten(orbax.metadata((path / PARAMS).absolute()).item_metadata.tree)
 
 
@@ -163,7 +236,7 @@ def read_leaves(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         names = [leaves[i][0] for i in group]
         item = {leaves[i][0]: jax.ShapeDtypeStruct(leaves[i][1].shape, leaves[i][1].dtype) for i in group}
         arguments = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
-        with _orbax_errors(path), ocp.PyTreeCheckpointer() as orbax:
+        with _orbax_errors(path), _orbax() as orbax:
             read = orbax.restore(
                 (path / PARAMS).absolute(),
                 args=ocp.args.PyTreeRestore(
@@ -243,12 +316,21 @@ def read_manifest(root: Path) -> dict[str, Any]:
 def verify_files(path: Path) -> None:
     """Compares every file below `path` (a component, or a whole directory) with the manifest beside or above it.
 
-    Raises IntegrityError that names the files that differ, are missing, or should not be there.
+    Every process reads a share of them. Raises IntegrityError that names the files that differ, are missing, or should
+    not be there; of content, those of the first process that found any.
     """
+    with agreed():
+        _verify_share(path, jax.process_index(), jax.process_count())
+
+
+def _verify_share(path: Path, process: int, processes: int) -> None:
     root = path if (path / MANIFEST).is_file() or not (path.parent / MANIFEST).is_file() else path.parent
     prefix = "" if root == path else f"{path.name}/"
     recorded = {name: entry for name, entry in read_manifest(root)["files"].items() if name.startswith(prefix)}
     found = {prefix + name: file for name, file in _files(path).items() if prefix + name != MANIFEST}
+
+    by_size = sorted(recorded, key=lambda name: (recorded[name]["size"], name))
+    mine = set(by_size[process::processes])
 
     def problem(name: str) -> str | None:
         if name not in found:
@@ -258,7 +340,9 @@ def verify_files(path: Path) -> None:
         size, expected = found[name].stat().st_size, recorded[name]["size"]
         if size != expected:
             return f"{name} has {size:,} bytes instead of {expected:,}"
-        return None if file_sha256(found[name]) == recorded[name]["sha256"] else f"{name} has other content"
+        if name in mine and file_sha256(found[name]) != recorded[name]["sha256"]:
+            return f"{name} has other content"
+        return None
 
     with ThreadPoolExecutor() as pool:
         problems = [text for text in pool.map(problem, sorted(recorded.keys() | found.keys())) if text]
@@ -315,13 +399,43 @@ def save(path: str | Path, tree: Params, *, config: Mapping[str, Any] | None = N
     `config`: the content of a config.json beside them, where the directory is to be a component.
 
     Raises:
-        UsageError: a key that is not a plain word, an array of another process, or a `path` that cannot be written.
+        UsageError: a key that is not a plain word, or a `path` that cannot be written.
         ResourceError: the disk is full.
     """
-    with staged(path, overwrite=overwrite) as staging:
-        if config is not None:
-            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_manifest(staging, write_params(staging, "", leaves_of(tree)), {})
+    spread: list[jax.Array] = []
+    leaves = leaves_of(tree, spread)
+
+    def write() -> None:
+        with staged(path, overwrite=overwrite) as staging:
+            if config is not None:
+                (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_manifest(staging, write_params(staging, "", leaves), {})
+
+    by_process_0(write, spread)
+
+
+def by_process_0(write: Callable[[], None], spread: Sequence[jax.Array]) -> None:
+    """Process 0 runs `write`, which loads leaves; the others help it to gather those of `spread`, until it is done.
+
+    An error of process 0 is an error of all.
+    """
+    with agreed():
+        if jax.process_count() == 1:
+            write()
+        elif jax.process_index() == 0:
+            try:
+                write()
+            finally:
+                multihost_utils.broadcast_one_to_all(np.int32(-1))
+        else:
+            while (number := int(multihost_utils.broadcast_one_to_all(np.int32(0)))) >= 0:
+                multihost_utils.process_allgather(spread[number], tiled=True)
+
+
+def _gather(array: jax.Array, number: int) -> np.ndarray:
+    """In process 0: the whole array number `number` of those for which the others wait in `by_process_0`."""
+    multihost_utils.broadcast_one_to_all(np.int32(number))
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _check_keys(tree: Params) -> None:
@@ -333,14 +447,17 @@ def _check_keys(tree: Params) -> None:
             _check_keys(value)
 
 
-def leaves_of(tree: Params) -> dict[str, Leaf]:
+def leaves_of(tree: Params, spread: list[jax.Array]) -> dict[str, Leaf]:
+    """What `write_params` takes, {"a/b/kernel": leaf}; arrays that lie on many processes are appended to `spread`."""
     _check_keys(tree)
     leaves = {}
     for name, array in flatten(tree).items():
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            raise UsageError(f"{name}: lies partly on other hosts; gather it before saving.")
         dtype = np.dtype(array.dtype) if hasattr(array, "dtype") else np.asarray(array).dtype
-        leaves[name] = Leaf(np.shape(array), dtype, partial(np.asarray, array))
+        load = partial(np.asarray, array)
+        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+            load = partial(_gather, array, len(spread))
+            spread.append(array)
+        leaves[name] = Leaf(np.shape(array), dtype, load)
     return leaves
 
 
@@ -368,7 +485,7 @@ def write_params(root: Path, component: str, leaves: Mapping[str, Leaf]) -> dict
 
     tree = unflatten({name: recorded(name, leaf) for name, leaf in leaves.items()})
     arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=_REGISTRY)) as orbax:
+    with _orbax(type_handler_registry=_REGISTRY) as orbax:
         orbax.save((root / component / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree, save_args=arguments))
     verify_arrays(root / component, prefix, records)
     return records

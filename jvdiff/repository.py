@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from convert import reader
 from convert.tables import read_component
 from jvdiff import checkpoint
@@ -153,14 +155,20 @@ def save(
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    with staged(path, overwrite=overwrite) as staging:
-        write_json(staging / "model_index.json", index)
-        write_json(staging / "scheduler" / "scheduler_config.json", scheduler)
-        if defaults is not None:
-            write_json(staging / "jvdiff_defaults.json", defaults)
-        shutil.copytree(tokenizer, staging / "tokenizer")
-        records: dict[str, Any] = {}
-        for name, (cfg, tree) in components.items():
-            write_json(staging / name / "config.json", cfg.to_json())
-            records |= checkpoint.write_params(staging, name, checkpoint.leaves_of(tree))
-        checkpoint.write_manifest(staging, records, {})
+    spread: list[jax.Array] = []
+    leaves = {name: checkpoint.leaves_of(tree, spread) for name, (_, tree) in components.items()}
+
+    def write() -> None:
+        with staged(path, overwrite=overwrite) as staging:
+            write_json(staging / "model_index.json", index)
+            write_json(staging / "scheduler" / "scheduler_config.json", scheduler)
+            if defaults is not None:
+                write_json(staging / "jvdiff_defaults.json", defaults)
+            shutil.copytree(tokenizer, staging / "tokenizer")
+            records: dict[str, Any] = {}
+            for name, (cfg, _) in components.items():
+                write_json(staging / name / "config.json", cfg.to_json())
+                records |= checkpoint.write_params(staging, name, leaves[name])
+            checkpoint.write_manifest(staging, records, {})
+
+    checkpoint.by_process_0(write, spread)

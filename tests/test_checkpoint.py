@@ -1,6 +1,7 @@
 """Inspecting, restoring and saving: exact, sharded, and nothing damaged is ever used (F28-F31, F39-F42)."""
 
 import json
+import math
 import shutil
 
 import jax
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert import reader
 from convert.__main__ import convert
+from convert.rules import flatten
 from convert.tables import read_component
 from jvdiff import checkpoint
 from jvdiff.errors import (
@@ -90,6 +93,58 @@ def test_restore_onto_a_mesh(tiny_repository, orbax, layout):
     jax.tree.map(np.testing.assert_array_equal, on_mesh, plain)
     everywhere = checkpoint.restore(folder, wanted, replicated)
     assert everywhere["head"]["proj"]["bias"].sharding == replicated
+
+
+def sharded(tree, axis, mesh):
+    """Every leaf split along its largest dimension that the mesh axis divides."""
+
+    def place(leaf):
+        sizes = [n if n % mesh.shape[axis] == 0 else 0 for n in leaf.shape]
+        spec = [axis if i == sizes.index(max(sizes)) and max(sizes) else None for i in range(len(sizes))]
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    return jax.tree.map(place, tree)
+
+
+def mesh(**axes):
+    names, sizes = tuple(axes), tuple(axes.values())
+    kinds = (jax.sharding.AxisType.Auto,) * len(names)
+    return jax.make_mesh(sizes, names, axis_types=kinds, devices=jax.devices()[: math.prod(sizes)])
+
+
+def test_what_was_saved_under_one_mesh_is_restored_under_any_other(tiny_repository, tmp_path):
+    part = read_component(tiny_repository / "transformer")
+    wanted = part.abstract(jnp.float32)
+    plain = checkpoint.restore(tiny_repository / "transformer", wanted)
+    eight, other = mesh(fsdp=8), mesh(tensor=2, sequence=4)
+    places = [sharded(wanted, "fsdp", eight), sharded(wanted, "tensor", other), None, sharded(wanted, "fsdp", eight)]
+    last = checkpoint.restore(tiny_repository / "transformer", wanted, places[0])
+    for number, shardings in enumerate(places[1:]):
+        checkpoint.save(tmp_path / str(number), last, config=part.cfg.to_json())
+        last = checkpoint.restore(tmp_path / str(number), wanted, shardings)
+        jax.tree.map(np.testing.assert_array_equal, last, plain)
+        if shardings is not None:
+            assert jax.tree.map(lambda leaf: leaf.sharding, last) == shardings
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}])
+def test_one_shard_is_in_host_memory_at_a_time_and_read_once(tiny_repository, monkeypatch, axes):
+    folder = tiny_repository / "text_encoder"
+    wanted = read_component(folder).abstract(jnp.float32)
+    shardings, counts = sharded(wanted, "fsdp", mesh(**axes)), []
+
+    def counted(shape, dtype, *args, **options):
+        counts.append(fill(shape, dtype, *args, **options))
+        return counts[-1]
+
+    fill, read, numbers = checkpoint.fill, reader.Folder.read, []
+    monkeypatch.setattr(checkpoint, "fill", counted)
+    monkeypatch.setattr(reader.Folder, "read", lambda *args: numbers.append((array := read(*args)).nbytes) or array)
+    found = flatten(checkpoint.restore(folder, wanted, shardings))
+    total = sum(leaf.nbytes for leaf in found.values())
+    assert sum(array.nbytes for array in counts) == sum(numbers) == total  # replicated leaves too are read once
+    shards = {leaf.addressable_shards[0].data.nbytes for leaf in found.values()}
+    assert {array.nbytes for array in counts} == shards and 4 * max(shards) <= max(v.nbytes for v in found.values())
 
 
 @pytest.mark.parametrize("layout", ["hf", "orbax"])
