@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jvdiff.sharding import rules as tables
-from jvdiff.sharding.mesh import Sizes, fsdp_takes_batch, shape_of
+from jvdiff.sharding.mesh import MeshShape, Sizes, fsdp_takes_batch, shape_of
 from jvdiff.types import Array, Params
 
 P = PartitionSpec
@@ -24,6 +24,11 @@ class Placement:
 
     mesh: Mesh
     ring: int | None = None
+
+    @property
+    def shape(self) -> MeshShape:
+        """Devices on each axis."""
+        return shape_of(self.mesh, self.ring)
 
     @property
     def everywhere(self) -> NamedSharding:
@@ -41,7 +46,10 @@ class Placement:
         """
         if self.mesh.shape["fsdp"] == 1:
             return params
-        found: Any = tables.specs(rules, {stack: params} if stack else params)
+        outer = (
+            {stack: jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), params)} if stack else params
+        )
+        found: Any = tables.specs(rules, outer, {**self.mesh.shape, "fsdp": 1})
 
         def gather(x: Array, spec: PartitionSpec) -> Array:
             one_layer = spec[1:] if stack else spec
@@ -51,7 +59,7 @@ class Placement:
 
     def split(self, sizes: Sizes) -> Split:
         """How the activations of a batch of these sizes are divided."""
-        shape = shape_of(self.mesh, self.ring)
+        shape = self.shape
         ring, tokens = sizes.ring(shape), sizes.token_devices(shape)
         batch = shape.devices // tokens // shape.tensor
         # data, fsdp, sequence, tensor -> batch, tokens, tensor: the same devices in the same order

@@ -2,8 +2,8 @@
 
 A pattern is matched with the end of a leaf's path ("blocks/ffn/up/kernel"), so that a table serves the parameters,
 their moving average and the optimiser's moments alike. Tables speak of the axis `tensor` alone: column-parallel layers
-(their outputs divided) feed row-parallel ones (their inputs divided), whose partial sums are added up once. `fsdp` takes
-the largest axis of a leaf that it divides, whatever the table says of the others.
+(their outputs divided) feed row-parallel ones (their inputs divided), whose partial sums are added up once. `fsdp`
+takes the largest axis of a leaf that it divides, whatever the table says of the others.
 """
 
 import math
@@ -55,10 +55,11 @@ REPLICATED: Rules = ((r".*", P()),)  # the VAE: small, and spread over space ins
 _STACKED = ("blocks", "layers")
 
 
-def specs(rules: Rules, tree: Params, fsdp: int = 1) -> Any:
+def specs(rules: Rules, tree: Params, axes: Mapping[str, int]) -> Any:
     """The PartitionSpec of every leaf of a tree of arrays or ShapeDtypeStructs; scalars are on every device.
 
-    fsdp: devices on that axis; 1 leaves it out.
+    axes: devices on each axis of the mesh. What `tensor` does not divide stays whole, which only a small text encoder
+    meets: a transformer is checked by its heads.
 
     Raises:
         LookupError: no rule is about a leaf.
@@ -73,7 +74,10 @@ def specs(rules: Rules, tree: Params, fsdp: int = 1) -> Any:
             raise LookupError(f"no sharding rule is about the leaf {name!r} {list(leaf.shape)}")
         if rules is REPLICATED:
             return found
-        return _with_fsdp(found, leaf.shape, fsdp, stacked=any(part in _STACKED for part in name.split("/")))
+        fits = (
+            axis if axis and size % axes[axis] == 0 else None for axis, size in zip(found, leaf.shape, strict=False)
+        )
+        return _with_fsdp(P(*fits), leaf.shape, axes["fsdp"], any(part in _STACKED for part in name.split("/")))
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 
@@ -93,7 +97,7 @@ def _with_fsdp(spec: PartitionSpec, shape: Sequence[int], fsdp: int, stacked: bo
 
 def param_shardings(mesh: Mesh, tree: Params, rules: Rules) -> Any:
     """`specs` on a mesh with the axes of `jvdiff.sharding.AXES`: a tree of NamedShardings like `tree`."""
-    found = specs(rules, tree, mesh.shape["fsdp"])
+    found = specs(rules, tree, mesh.shape)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=lambda x: isinstance(x, P))
 
 
