@@ -172,7 +172,7 @@ def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp") if size % (data * fsdp) == 0 else "data"))
 
 
-def _shared(batch: Any, mesh: Mesh) -> Any:
+def shared(batch: Any, mesh: Mesh) -> Any:
     """A batch that every process has, on the mesh; each device gets its part of it."""
 
     def place(x: np.ndarray) -> jax.Array:
@@ -261,7 +261,7 @@ def fit(
                 batch = upcoming.result()
                 if done + 1 < schedule.steps:
                     upcoming = reader.submit(task.batch, done + 1)
-                state, values = step(state, _shared(batch, mesh))
+                state, values = step(state, shared(batch, mesh))
                 done += 1
                 if done % log_every == 0 or done == schedule.steps:
                     numbers = finite()
