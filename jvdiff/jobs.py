@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from jvdiff import precision, run_state
+from jvdiff import pipeline, plan, precision, run_state, sharding
+from jvdiff.command_line import say
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.kernels import Dense, block_sparse
 from jvdiff.models import wan
 from jvdiff.settings import FIELDS, Configs, Settings, check_prompt, check_seed, latent_shape, read_pattern
+from jvdiff.sharding import MeshShape
 
 MAX_PROMPTS_BYTES = 64 * 2**20
 
@@ -164,6 +167,25 @@ def check_attention(jobs: Sequence[Job], configs: Configs, dtypes: str) -> None:
                 raise NotImplementedError(f"block-sparse attention implementation {chosen!r}: {reason}")
         except NotImplementedError as error:
             raise UsageError(f"{error}.\nLeave --config.attention out to take the best that can.") from None
+
+
+def choose_mesh(jobs: Sequence[Job], configs: Configs, dtypes: str, mesh: Any) -> MeshShape | None:
+    """The mesh that a config names or, for "auto", the smallest that the largest job fits; None for one device.
+
+    Raises:
+        UsageError: it cannot be, not on this machine, or not for one of the jobs.
+        ResourceError: "auto", and none fits.
+    """
+    shape = sharding.read_mesh(mesh)
+    if shape is None or not jobs:
+        return None
+    if isinstance(shape, str):  # "auto"
+        largest = max((job.settings for job in jobs), key=lambda settings: plan.token_count(configs, settings))
+        shape, sentence = plan.smallest_mesh(configs, largest, precision.choose(dtypes))
+        say(sentence)
+    for job in jobs:
+        sharding.check_mesh(shape, pipeline.mesh_sizes(configs, job.settings, 1, shape), jax.device_count())
+    return shape
 
 
 def attention(settings: Settings, configs: Configs, dtypes: str, rows: int) -> dict[str, str]:
