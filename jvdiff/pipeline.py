@@ -24,6 +24,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jvdiff import checkpoint, precision
+from jvdiff import repository as repositories
 from jvdiff.data import tokenizer as tokenizers
 from jvdiff.diffusion import classifier_free, sampling, schedules, solvers
 from jvdiff.errors import NumericsError, UsageError
@@ -119,7 +120,7 @@ def load(path: str | Path, precision: str | None = None, mesh: Any = None) -> Pi
 def _load(path: str | Path, name: str | None, mesh: Any) -> Pipeline:  # where `precision` is the module again
     placement = place(read_mesh(mesh))
     dtypes = precision.choose(name)
-    repository = checkpoint.inspect(path)
+    repository = repositories.inspect(path)
     configs = Configs(repository.transformer, repository.vae, repository.text_encoder)
     defaults = read_defaults(path)
     tokenizer = tokenizers.load(repository.tokenizer)

@@ -109,14 +109,15 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
 
         plan.show(config)
         return []
-    from jvdiff import checkpoint, jobs, one_video, pipeline, precision, settings
+    from jvdiff import jobs, one_video, pipeline, precision, settings
+    from jvdiff import repository as repositories
     from jvdiff.data import tokenizer
 
     if config.checkpoint is None:
         raise UsageError("no checkpoint; give --config.checkpoint=FOLDER.")
     _check_numbers(config)
     output = command_line.writable(config.output, "output")
-    repository = checkpoint.inspect(config.checkpoint)
+    repository = repositories.inspect(config.checkpoint)
     configs = settings.Configs(repository.transformer, repository.vae, repository.text_encoder)
     defaults = settings.read_defaults(config.checkpoint)
     resolve = functools.partial(settings.resolve, configs, repository.scheduler, defaults)
