@@ -99,6 +99,10 @@ class Placement:
         h, w = min(able, key=cost)
         return Mesh(devices.reshape(h, w, -1), ("height", "width", "copies"), axis_types=(AxisType.Auto,) * 3)
 
+    def picture(self, height: int, width: int) -> NamedSharding:
+        """Where pictures [B,T,H,W,C], and whatever the VAE remembers of them, are; height, width: see `spread`."""
+        return NamedSharding(self.spread(height, width), PICTURE)
+
 
 PICTURE = P(None, None, "height", "width")  # of [B,T,H,W,C] on a mesh made by `Placement.spread`
 
