@@ -302,7 +302,7 @@ def traced(
     if shape[0] > 1:
         cache = first.out_info[2]
         if placement is not None:
-            divided = functools.partial(jax.ShapeDtypeStruct, sharding=placement.picture(*shape[1:3]))
+            divided = functools.partial(jax.ShapeDtypeStruct, sharding=placement.spread(*shape[1:3]).sharding)
             cache = jax.tree.map(lambda x: divided(x.shape, x.dtype), cache)
         yield "decode next", decode_program.trace(params["vae"], frame, cache)
 

@@ -7,12 +7,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jvdiff.errors import UsageError
 from jvdiff.sharding import rules, sequence
 from jvdiff.sharding.mesh import AXES, MeshShape, Sizes, check_mesh, make_mesh, nearest, read_mesh, shape_of
-from jvdiff.sharding.placement import Placement, Split
+from jvdiff.sharding.placement import Picture, Placement, Split
 from jvdiff.sharding.rules import bytes_per_device, param_shardings, specs
 
 __all__ = [
     "AXES",
     "MeshShape",
+    "Picture",
     "Placement",
     "Sizes",
     "Split",

@@ -6,6 +6,7 @@ B batch · L video tokens · N heads · K head dim · T latent frames · H W lat
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -74,22 +75,21 @@ class Placement:
         ring, tokens = sizes.ring(shape), sizes.token_devices(shape)
         batch = shape.devices // tokens // shape.tensor
         # data, fsdp, sequence, tensor -> batch, tokens, tensor: the same devices in the same order
-        devices = self.mesh.devices.reshape(batch, ring, tokens // ring, shape.tensor)
-        names = ("batch", "ring", "heads", "tensor")
-        return Split(Mesh(devices, names, axis_types=(AxisType.Auto,) * 4), sizes.tokens)
+        mesh, axes = _cut(self.mesh, batch=batch, ring=ring, heads=tokens // ring, tensor=shape.tensor)
+        return Split(mesh, tokens=sizes.tokens, **axes)
 
-    def spread(self, height: int, width: int) -> Mesh:
-        """The same devices in the same order, for pictures: axes height, width, copies.
+    def spread(self, height: int, width: int) -> Picture:
+        """How pictures [B,T,H,W,C], and whatever the VAE remembers of them, are divided among all devices of the mesh.
 
         height, width: of the grid of latents; as many devices as divide it share it, whatever the axes of `mesh`.
         Strips come before tiles: neighbours exchange half as many messages, which cost more than their bytes.
         """
-        devices = self.mesh.devices.reshape(-1)
+        devices = self.mesh.size
         able = (
             (h, w)
-            for h in range(1, devices.size + 1)
-            for w in range(1, devices.size // h + 1)
-            if devices.size % (h * w) == 0 and height % h == 0 and width % w == 0
+            for h in range(1, devices + 1)
+            for w in range(1, devices // h + 1)
+            if devices % (h * w) == 0 and height % h == 0 and width % w == 0
         )
 
         def cost(cut: tuple[int, int]) -> tuple[int, int, int]:
@@ -97,37 +97,59 @@ class Placement:
             return -h * w, (h > 1) + (w > 1), (h > 1) * width // w + (w > 1) * height // h
 
         h, w = min(able, key=cost)
-        return Mesh(devices.reshape(h, w, -1), ("height", "width", "copies"), axis_types=(AxisType.Auto,) * 3)
-
-    def picture(self, height: int, width: int) -> NamedSharding:
-        """Where pictures [B,T,H,W,C], and whatever the VAE remembers of them, are; height, width: see `spread`."""
-        return NamedSharding(self.spread(height, width), PICTURE)
+        mesh, axes = _cut(self.mesh, height=h, width=w, copies=devices // (h * w))
+        return Picture(mesh, axes["height"], axes["width"])
 
 
-PICTURE = P(None, None, "height", "width")  # of [B,T,H,W,C] on a mesh made by `Placement.spread`
+Axes = tuple[str, ...]
 
 
-def pictures(mesh: Mesh, tree: Any) -> Any:
-    """The same pictures [B,T,H,W,C], of each a part on every device of `mesh`, which `Placement.spread` made."""
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PICTURE)), tree)
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """The devices once more, as they share a picture: axes of `mesh` that divide the height, and the width."""
+
+    mesh: Mesh
+    height: Axes
+    width: Axes
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """Of [B,T,H,W,C]."""
+        return P(None, None, self.height, self.width)
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """Of [B,T,H,W,C]."""
+        return NamedSharding(self.mesh, self.spec)
+
+    def divide(self, tree: Any) -> Any:
+        """The same pictures [B,T,H,W,C], of each a part on every device."""
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self.sharding), tree)
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """The devices once more, as the activations of one forward pass are divided among them.
 
-    mesh: axes batch, ring, heads (ring times heads devices share the tokens), tensor. tokens: L, unpadded.
+    The axes of `mesh` that divide the batch; the tokens, in a ring and in an exchange of heads; and heads and columns.
+    tokens: L, unpadded.
     """
 
     mesh: Mesh
+    batch: Axes
+    ring: Axes
+    heads: Axes
+    tensor: Axes
     tokens: int
 
-    TOKENS = ("ring", "heads")
+    def devices(self, axes: Axes) -> int:
+        """How many there are along some axes."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     @property
     def padding(self) -> int:
         """Tokens to add so that every device has as many."""
-        return -self.tokens % (self.mesh.shape["ring"] * self.mesh.shape["heads"])
+        return -self.tokens % self.devices(self.ring + self.heads)
 
     def constrain(self, x: Array, *axes: Any) -> Array:
         """x divided as `axes` say, one for each of its axes; further ones are whole."""
@@ -135,7 +157,26 @@ class Split:
 
     def along_tokens(self, x: Array) -> Array:
         """Activations [B,L,...], L padded."""
-        return self.constrain(x, "batch", self.TOKENS)
+        return self.constrain(x, self.batch, self.ring + self.heads)
+
+
+def _cut(mesh: Mesh, **sizes: int) -> tuple[Mesh, dict[str, Axes]]:
+    """The devices of a mesh in the same order, divided anew: a mesh, and which of its axes each name stands for.
+
+    Every axis has a prime number of devices. XLA's partitioner brings two meshes of one program together only where the
+    axes of one are made of those of the other, and otherwise (4 by 2 and 2 by 4) divides nothing, without a word.
+    """
+    factors = {f"{name}{i}": prime for name, size in sizes.items() for i, prime in enumerate(_primes(size))} or {
+        "one": 1
+    }
+    axes = {name: tuple(f"{name}{i}" for i in range(len(_primes(size)))) for name, size in sizes.items()}
+    devices = mesh.devices.reshape(tuple(factors.values()))
+    return Mesh(devices, tuple(factors), axis_types=(AxisType.Auto,) * len(factors)), axes
+
+
+def _primes(number: int) -> list[int]:
+    factor = next((n for n in range(2, number + 1) if number % n == 0), None)
+    return [] if factor is None else [factor, *_primes(number // factor)]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
