@@ -166,12 +166,10 @@ def _cut(mesh: Mesh, **sizes: int) -> tuple[Mesh, dict[str, Axes]]:
     Every axis has a prime number of devices. XLA's partitioner brings two meshes of one program together only where the
     axes of one are made of those of the other, and otherwise (4 by 2 and 2 by 4) divides nothing, without a word.
     """
-    factors = {f"{name}{i}": prime for name, size in sizes.items() for i, prime in enumerate(_primes(size))} or {
-        "one": 1
-    }
-    axes = {name: tuple(f"{name}{i}" for i in range(len(_primes(size)))) for name, size in sizes.items()}
-    devices = mesh.devices.reshape(tuple(factors.values()))
-    return Mesh(devices, tuple(factors), axis_types=(AxisType.Auto,) * len(factors)), axes
+    factors = {name: {f"{name}{i}": n for i, n in enumerate(_primes(size))} for name, size in sizes.items()}
+    each = {axis: n for group in factors.values() for axis, n in group.items()} or {"one": 1}
+    cut = Mesh(mesh.devices.reshape(tuple(each.values())), tuple(each), axis_types=(AxisType.Auto,) * len(each))
+    return cut, {name: tuple(group) for name, group in factors.items()}
 
 
 def _primes(number: int) -> list[int]:
