@@ -280,8 +280,6 @@ def smallest_mesh(
                 need = max(need, resident + program.needs)
                 if program.name in DECODE:
                     decoding[shape.devices] = max(decoding.get(shape.devices, 0), program.needs)
-                elif need > limit:
-                    break
         if need <= limit:
             fewer = min((size for other, size in tried.items() if other.devices < shape.devices), default=None)
             reason = f"; fewer devices would need {_gib(fewer).strip()} or more" if fewer else ""
