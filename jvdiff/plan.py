@@ -87,12 +87,12 @@ def resolved(config: Any) -> tuple[Any, Any, Any]:
 
 def describe(checkpoint: str | None) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
     """(configs, scheduler_config.json, defaults) of a repository, or of a published one that is not downloaded."""
-    from jvdiff import checkpoint as checkpoints
+    from jvdiff import repository
     from jvdiff.models import umt5, wan
     from jvdiff.settings import Configs, read_defaults
 
     if checkpoint and Path(checkpoint).exists():
-        found = checkpoints.inspect(checkpoint)
+        found = repository.inspect(checkpoint)
         configs = Configs(found.transformer, found.vae, found.text_encoder)
         return configs, found.scheduler, read_defaults(checkpoint)
     published = {

@@ -46,7 +46,6 @@ def default_config() -> config_dict.ConfigDict:
             "solver": none(str),  # unipc, euler
             "grid": none(str),  # diffusers, wan: whose sigmas
             "precision": none(str),  # float32, bfloat16
-            "mesh": none(object),  # of devices that share the work: "sequence=4,tensor=2", or "auto"; None: one device
             "pattern": none(str),  # dense, sliding_tile:6x8x8:3x3x3 (tile, window), video_sparse:4x4x4:0.9 (sparsity)
             "attention": none(str),  # cudnn, xla, ...: see jvdiff/kernels; None: the best that can
             "output": "out",
@@ -109,14 +108,15 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
 
         plan.show(config)
         return []
-    from jvdiff import checkpoint, jobs, one_video, pipeline, precision, settings
+    from jvdiff import jobs, one_video, pipeline, precision, settings
+    from jvdiff import repository as repositories
     from jvdiff.data import tokenizer
 
     if config.checkpoint is None:
         raise UsageError("no checkpoint; give --config.checkpoint=FOLDER.")
     _check_numbers(config)
     output = command_line.writable(config.output, "output")
-    repository = checkpoint.inspect(config.checkpoint)
+    repository = repositories.inspect(config.checkpoint)
     configs = settings.Configs(repository.transformer, repository.vae, repository.text_encoder)
     defaults = settings.read_defaults(config.checkpoint)
     resolve = functools.partial(settings.resolve, configs, repository.scheduler, defaults)

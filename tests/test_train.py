@@ -173,7 +173,10 @@ def test_sigterm_exits_5_and_the_same_command_goes_on(command, capsys, monkeypat
         ({"schedule": {"steps": 4, "learningrate": 1}}, [], "did you mean 'learning_rate'"),
         ({"loop": {"saveevery": 1}}, [], "did you mean 'save_every'"),
         ({"loop": {"keep": 0}}, [], "loop.keep is 0; expected a whole number from 1"),
-        ({"loop": {"devices": 99}}, [], "batch of stage 1 is 6; expected a multiple of the 99"),
+        ({"loop": {"mesh": "data=99"}}, [], "loop.mesh data=99: it has 99 devices, and there are 8"),
+        ({"loop": {"mesh": "data=4"}}, [], "batch of stage 1 is 6; expected a multiple of the 4 that share it"),
+        ({"loop": {"mesh": "dta=4"}}, [], "loop.mesh has an axis 'dta'"),
+        ({"loop": {"mesh": "auto"}}, [], "loop.mesh is 'auto', which is for sampling"),
         ({"loop": {"params": None}}, [], "unknown field 'params'"),
         ({"loss": {"latentnoise": 0.1}}, [], "did you mean 'latent_noise'"),
         ({"vae": VAE["vae"] | {"basedim": 4}}, [], "did you mean 'base_dim'"),
@@ -204,7 +207,15 @@ def test_a_vae_config_that_cannot_be(command, capsys, monkeypatch, changes, flag
     ("changes", "message"),
     [
         ({"clips": 0}, "clips is 0; expected a whole number from 1"),
-        ({"batch": 3, "loop": {"devices": 2}}, "batch is 3; expected a multiple of the 2"),
+        ({"batch": 3, "loop": {"mesh": {"data": 2}}}, "loop.mesh data=2: data=2 does not divide the batch of 3"),
+        ({"loop": {"mesh": "tensor=4"}}, "loop.mesh tensor=4: tensor=4 does not divide the 2 attention heads"),
+        (
+            {
+                "loop": {"mesh": "tensor=2"},
+                "text_encoder": TEXT_TO_VIDEO["text_encoder"] | {"d_ff": 23},
+            },
+            "loop.mesh tensor=2: its devices cannot share text_encoder/layers/ffn/gate/kernel",
+        ),
         ({"drop_text": 1.5}, "drop_text is 1.5; expected 0 to 1"),
         ({"tokens": 4}, "tokens is 4, but a prompt has 6"),
         ({"vae": "nowhere"}, "nowhere: no trained VAE there; run configs/train_digits_vae.py first"),
