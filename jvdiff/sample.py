@@ -54,7 +54,6 @@ def default_config() -> config_dict.ConfigDict:
             "stop_at": none(int),  # stop after so many steps and save the state
             "preview_every": 0,  # write NAME.preview.png, a rough strip of all latent frames, every so many steps
             "compile_cache": none(str),  # a folder of your own, or "off"; None: the user's cache folder
-            "mesh": none(object),  # several devices: "sequence=4,tensor=2", a dict of that, or "auto"; None: one device
             "plan": False,  # print what it would take, without weights, and exit
             "plan_target": none(str),  # h200: plan for that, or a mesh of those, instead of the devices at hand
         }
