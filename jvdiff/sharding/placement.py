@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jvdiff.sharding import rules as tables
-from jvdiff.sharding.mesh import MeshShape, Sizes, fsdp_takes_batch, shape_of
+from jvdiff.sharding.mesh import MeshShape, Sizes, check_mesh, shape_of
 from jvdiff.types import Array, Params
 
 P = PartitionSpec
@@ -55,8 +55,8 @@ class Placement:
         leaves, structure = jax.tree.flatten(params)
         specs = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, P))
         specs = [P(*spec[1:]) if stack else spec for spec in specs]
-        for dtype in {x.dtype for x in leaves}:
-            own = [i for i, x in enumerate(leaves) if x.dtype == dtype and "fsdp" in specs[i]]
+        for dtype in sorted({x.dtype.name for x in leaves}):  # the same order in every process
+            own = [i for i, x in enumerate(leaves) if x.dtype.name == dtype and "fsdp" in specs[i]]
             if own:
                 gathered: Any = _gathered(self.mesh, tuple(specs[i] for i in own), tuple(leaves[i] for i in own))
                 for i, x in zip(own, gathered, strict=True):
@@ -64,15 +64,52 @@ class Placement:
         return jax.tree.unflatten(structure, leaves)
 
     def split(self, sizes: Sizes) -> Split:
-        """How the activations of a batch of these sizes are divided."""
+        """How the activations of a batch of these sizes are divided.
+
+        Raises:
+            UsageError: this mesh cannot run such a model; the sentence names the nearest that can.
+        """
         shape = self.shape
+        check_mesh(shape, sizes, shape.devices)
         ring, tokens = sizes.ring(shape), sizes.token_devices(shape)
         batch = shape.devices // tokens // shape.tensor
         # data, fsdp, sequence, tensor -> batch, tokens, tensor: the same devices in the same order
-        assert fsdp_takes_batch(shape, sizes.batch) or batch == shape.data
         devices = self.mesh.devices.reshape(batch, ring, tokens // ring, shape.tensor)
         names = ("batch", "ring", "heads", "tensor")
         return Split(Mesh(devices, names, axis_types=(AxisType.Auto,) * 4), sizes.tokens)
+
+    def spread(self, height: int, width: int) -> Mesh:
+        """The same devices in the same order, for pictures: axes height, width, copies.
+
+        height, width: of the grid of latents; as many devices as divide it share it, whatever the axes of `mesh`.
+        Strips come before tiles: neighbours exchange half as many messages, which cost more than their bytes.
+        """
+        devices = self.mesh.devices.reshape(-1)
+        able = (
+            (h, w)
+            for h in range(1, devices.size + 1)
+            for w in range(1, devices.size // h + 1)
+            if devices.size % (h * w) == 0 and height % h == 0 and width % w == 0
+        )
+
+        def cost(cut: tuple[int, int]) -> tuple[int, int, int]:
+            h, w = cut
+            return -h * w, (h > 1) + (w > 1), (h > 1) * width // w + (w > 1) * height // h
+
+        h, w = min(able, key=cost)
+        return Mesh(devices.reshape(h, w, -1), ("height", "width", "copies"), axis_types=(AxisType.Auto,) * 3)
+
+    def picture(self, height: int, width: int) -> NamedSharding:
+        """Where pictures [B,T,H,W,C], and whatever the VAE remembers of them, are; height, width: see `spread`."""
+        return NamedSharding(self.spread(height, width), PICTURE)
+
+
+PICTURE = P(None, None, "height", "width")  # of [B,T,H,W,C] on a mesh made by `Placement.spread`
+
+
+def pictures(mesh: Mesh, tree: Any) -> Any:
+    """The same pictures [B,T,H,W,C], of each a part on every device of `mesh`, which `Placement.spread` made."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PICTURE)), tree)
 
 
 @dataclasses.dataclass(frozen=True)
