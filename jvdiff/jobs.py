@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jvdiff import precision, run_state
+from jvdiff import distributed, precision, run_state
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.kernels import Dense, block_sparse
 from jvdiff.models import wan
@@ -93,7 +93,7 @@ def make_jobs(config: Any, resolve: Callable[..., Settings]) -> tuple[list[Job],
         entries = [{"prompt": check_prompt(prompt)} for prompt in prompts]
         if not entries:
             raise UsageError("prompt is an empty tuple; give at least one.")
-    first = check_seed(config.seed)
+    first = distributed.gather(check_seed(config.seed))[0]  # of several processes each would draw its own
     jobs = []
     for i, entry in enumerate(entries):
         try:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"types", "errors", "precision", "progress", "interrupts", "staging"},
+    {"types", "errors", "precision", "progress", "interrupts", "staging", "distributed"},
     {"sharding"},
     {"kernels"},
     {"models"},

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
+from jvdiff import distributed
 from jvdiff.data.video import atomic
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
 from jvdiff.interrupts import interrupts
@@ -164,7 +165,7 @@ def fit(
     states = (folder / "state").absolute()
     with (
         interrupts() as stopped,
-        lock(states),
+        lock(states) if distributed.writes() else nullcontext(),
         ocp.CheckpointManager(states, item_handlers=ocp.StandardCheckpointHandler(), options=options) as manager,
     ):
         begin = partial(start, task, schedule, init_key, params)
@@ -255,7 +256,7 @@ class _Metrics:
     def __init__(self, path: Path, done: int):
         self.path = path
         self.clock = (time.perf_counter(), done)
-        if path.exists():
+        if path.exists() and distributed.writes():
             with atomic(path) as part:
                 part.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if _step(line) <= done))
 
@@ -264,8 +265,9 @@ class _Metrics:
         each = round((now - self.clock[0]) / max(step - self.clock[1], 1), 4)
         self.clock = (now, step)
         line = {"step": step, **numbers, "seconds_per_step": each}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        if distributed.writes():
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
         _log.info("%s", " · ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
 
 
