@@ -38,6 +38,7 @@ from jvdiff.settings import (
     read_pattern,
     resolve,
 )
+from jvdiff.sharding import MeshShape, Placement, Sizes, check_mesh, make_mesh, param_shardings, read_mesh, rules
 from jvdiff.types import Array, Params
 
 log = logging.getLogger("jvdiff")
@@ -51,7 +52,10 @@ TEXT_BUCKETS = (32, 64, 128, 256, TEXT_LENGTH)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
-    """What `load` read. `params` has the trees transformer, vae, text_encoder; the last two fields feed `resolve`."""
+    """What `load` read. `params` has the trees transformer, vae, text_encoder; scheduler and defaults feed `resolve`.
+
+    placement: the mesh that the parameters are on; None: the default device.
+    """
 
     path: str
     digest: str
@@ -61,6 +65,7 @@ class Pipeline:
     precision: precision.Precision
     scheduler: Mapping[str, Any]
     defaults: Mapping[str, Any]
+    placement: Placement | None = None
 
     def settings(self, **given: Any) -> Settings:
         """`resolve` with what this repository says."""
@@ -87,21 +92,32 @@ def abstract_params(configs: Configs, dtypes: precision.Precision) -> dict[str, 
     }
 
 
-def load(path: str | Path, precision: str | None = None) -> Pipeline:
+RULES = {"transformer": rules.WAN_DIT, "vae": rules.REPLICATED, "text_encoder": rules.UMT5}
+
+
+def shardings(placement: Placement, abstract: Mapping[str, Params]) -> dict[str, Any]:
+    """Where the three parameter trees live on a mesh, leaf by leaf."""
+    return {part: param_shardings(placement.mesh, tree, RULES[part]) for part, tree in abstract.items()}
+
+
+def load(path: str | Path, precision: str | None = None, mesh: Any = None) -> Pipeline:
     """Reads a whole text-to-video repository: a Hugging Face (diffusers) folder, or what `convert` made of one.
 
     Args:
         path: the folder with model_index.json.
         precision: a name in `jvdiff.precision.TABLE`; None is bfloat16 with a float32 VAE on GPUs, float32 elsewhere.
+        mesh: how several devices share the work, for instance "sequence=4,tensor=2" or dict(sequence=4, tensor=2); see
+            `jvdiff.sharding.MeshShape`. None: one device.
 
     Raises:
         CheckpointError: incomplete, damaged or unknown weights or configurations.
-        UsageError: no such folder, or an unknown precision.
+        UsageError: no such folder, an unknown precision, or a mesh of more devices than there are.
     """
-    return _load(path, precision)
+    return _load(path, precision, mesh)
 
 
-def _load(path: str | Path, name: str | None) -> Pipeline:  # where `precision` is the module again
+def _load(path: str | Path, name: str | None, mesh: Any) -> Pipeline:  # where `precision` is the module again
+    placement = place(read_mesh(mesh))
     dtypes = precision.choose(name)
     repository = checkpoint.inspect(path)
     configs = Configs(repository.transformer, repository.vae, repository.text_encoder)
@@ -109,8 +125,38 @@ def _load(path: str | Path, name: str | None) -> Pipeline:  # where `precision` 
     tokenizer = tokenizers.load(repository.tokenizer)
     tokenizers.check_vocabulary(tokenizer, configs.text_encoder.vocab_size)
     abstract = abstract_params(configs, dtypes)
-    params = {part: checkpoint.restore(Path(path) / part, abstract[part]) for part in abstract}
-    return Pipeline(str(path), repository.digest, configs, params, tokenizer, dtypes, repository.scheduler, defaults)
+    where = shardings(placement, abstract) if placement else dict.fromkeys(abstract)
+    params = {part: checkpoint.restore(Path(path) / part, abstract[part], where[part]) for part in abstract}
+    return Pipeline(
+        str(path), repository.digest, configs, params, tokenizer, dtypes, repository.scheduler, defaults, placement
+    )
+
+
+def place(shape: MeshShape | str | None) -> Placement | None:
+    """A mesh of this machine's devices (of all processes'); None for None.
+
+    Raises:
+        UsageError: there are not so many, or the mesh is still "auto", which needs a clip's sizes (`jvdiff.plan`).
+    """
+    if isinstance(shape, str):
+        raise UsageError(f"mesh is {shape!r}; only the command line chooses one. Name its axes here.")
+    return None if shape is None else Placement(make_mesh(shape), shape.ring)
+
+
+def batched(configs: Configs, settings: Settings, clips: int, shape: MeshShape | None = None) -> bool:
+    """Whether guidance's two branches are one batch: they fill devices that share batches, and small clips one device.
+
+    Large clips fit one device better in turn.
+    """
+    shared = shape is not None and shape.data * shape.fsdp > 1
+    return shared or clips * math.prod(latent_shape(configs, settings)[:3]) <= 2**14
+
+
+def mesh_sizes(configs: Configs, settings: Settings, clips: int, shape: MeshShape) -> Sizes:
+    """What a mesh must divide to denoise so many clips at once."""
+    branches = 2 if settings.guidance != 1 and batched(configs, settings, clips, shape) else 1
+    grid, pattern = latent_shape(configs, settings)[:3], read_pattern(settings.pattern)
+    return wan.mesh_sizes(configs.transformer, grid, clips * branches, pattern)
 
 
 # -------------------------------------------------------------------------------------------------------- programs
@@ -126,14 +172,21 @@ def solver(settings: Settings) -> solvers.Solver:
     return solvers.SOLVERS[settings.solver](schedule(settings))
 
 
-def velocity(configs: Configs, settings: Settings, params: Params, text: Array, negative: Array | None) -> Partial:
+def velocity(
+    configs: Configs,
+    settings: Settings,
+    params: Params,
+    text: Array,
+    negative: Array | None,
+    placement: Placement | None = None,
+) -> Partial:
     """The guided velocity(x, t) of a run, x float32 [B,T,H,W,C], t float32 [B]; `negative` None: without guidance."""
     pattern = read_pattern(settings.pattern)
-    network = Partial(_network(configs.transformer, pattern, settings.attention), params)
+    network = Partial(_network(configs.transformer, pattern, settings.attention, placement), params)
     if negative is None:
         return classifier_free(network, text, None, 1.0)
-    # Small clips fill the device better as one batch; large ones fit it better in turn.
-    mode = "batched" if len(text) * math.prod(latent_shape(configs, settings)[:3]) <= 2**14 else "sequential"
+    shape = None if placement is None else placement.shape
+    mode = "batched" if batched(configs, settings, len(text), shape) else "sequential"
     return classifier_free(network, text, negative, settings.guidance, mode=mode)
 
 
@@ -141,26 +194,30 @@ def velocity(configs: Configs, settings: Settings, params: Params, text: Array, 
 
 
 @functools.lru_cache(maxsize=8)
-def _network(cfg: wan.DiTConfig, pattern: wan.Pattern, attention: str | None) -> Callable[..., Array]:
+def _network(
+    cfg: wan.DiTConfig, pattern: wan.Pattern, attention: str | None, placement: Placement | None
+) -> Callable[..., Array]:
+    how: Any = dict(pattern=pattern, text_length=TEXT_LENGTH, implementation=attention, placement=placement)
+
     def network(params: Params, x: Array, t: Array, text: Array) -> Array:
-        return wan.velocity(params, cfg, x, t, text, pattern=pattern, text_length=TEXT_LENGTH, implementation=attention)
+        return wan.velocity(params, cfg, x, t, text, **how)
 
     return network
 
 
 @functools.lru_cache(maxsize=8)
-def _text_program(cfg: umt5.Config) -> Any:
+def _text_program(cfg: umt5.Config, placement: Placement | None) -> Any:
     """jitted (params, ids int32 [B,S], mask bool [B,S]) -> rows [B,S,D], zero where the mask is false."""
 
     def text(params: Params, ids: Array, mask: Array) -> Array:
-        rows = umt5.encode(params, cfg, ids, mask)
+        rows = umt5.encode(params, cfg, ids, mask, placement=placement)
         return jnp.where(mask[:, :, None], rows, jnp.zeros((), rows.dtype))
 
     return jax.jit(text)
 
 
 @functools.lru_cache(maxsize=8)
-def _decode_program(cfg: wan.VAEConfig) -> Any:
+def _decode_program(cfg: wan.VAEConfig, placement: Placement | None) -> Any:
     """jitted (params, normalised latents [1,1,H,W,C], cache or None) -> (uint8 [1,F,Y,X,3], non-finite share, cache).
 
     F is 1 without a cache and 4 with one; the cache is donated.
@@ -170,7 +227,10 @@ def _decode_program(cfg: wan.VAEConfig) -> Any:
         frames, cache = wan.decode_chunk(params, cfg, wan.denormalize_latents(cfg, latents), cache)
         # diffusers' rounding: to [0,1], clamped, times 255, halves to even.
         pixels = jnp.round(jnp.clip(frames / 2 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
-        return pixels, jnp.mean(1.0 - jnp.isfinite(frames).astype(jnp.float32)), cache
+        bad = jnp.mean(1.0 - jnp.isfinite(frames).astype(jnp.float32))
+        if placement is not None:
+            pixels, bad = placement.replicate((pixels, bad))
+        return pixels, bad, cache
 
     return jax.jit(decode, donate_argnums=2)
 
@@ -181,8 +241,17 @@ def first_frames(cfg: wan.VAEConfig) -> Any:
     return jax.jit(lambda params, z: wan.decode_chunk(params, cfg, wan.denormalize_latents(cfg, z), None)[0])
 
 
+def _everywhere(placement: Placement | None, tree: Any) -> Any:
+    """Arrays on every device of the mesh: what a stage takes and gives has always the same place."""
+    return tree if placement is None else jax.device_put(tree, placement.everywhere)
+
+
 def traced(
-    configs: Configs, settings: Settings, params: Mapping[str, Params], rows: int = 64, sharding: Any = None
+    configs: Configs,
+    settings: Settings,
+    params: Mapping[str, Params],
+    rows: int = 64,
+    placement: Placement | None = None,
 ) -> Iterator[tuple[str, jax.stages.Traced]]:
     """(name, traced program) of each stage of one clip, in order; `params` may be abstract.
 
@@ -191,36 +260,39 @@ def traced(
 
     Args:
         rows: the text bucket.
-        sharding: where all arguments are, for compiling ahead for another device than the present one.
+        placement: the mesh, also one of devices that are not there; abstract parameters are placed on it.
     """
-    struct, guided = jax.ShapeDtypeStruct, settings.guidance != 1
+    guided, everywhere = settings.guidance != 1, placement and placement.everywhere
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=everywhere)
 
     def placed(tree: Any) -> Any:
-        if sharding is None:
-            return tree
-        return jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type), tree)
+        return jax.tree.map(lambda x: struct(x.shape, x.dtype, weak_type=x.weak_type), tree)
 
-    def trace(program: Any, *args: Any) -> jax.stages.Traced:
-        return program.trace(*placed(args))
+    if placement is not None and not isinstance(jax.tree.leaves(params)[0], jax.Array):
+        where = shardings(placement, params)
+        params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), dict(params), where)
 
-    text_program, decode_program = _text_program(configs.text_encoder), _decode_program(configs.vae)
+    text_program = _text_program(configs.text_encoder, placement)
+    decode_program = _decode_program(configs.vae, placement)
     ids, mask = struct((1 + guided, rows), jnp.int32), struct((1 + guided, rows), jnp.bool_)
-    yield "text", trace(text_program, params["text_encoder"], ids, mask)
+    yield "text", text_program.trace(params["text_encoder"], ids, mask)
 
     encoded = jax.eval_shape(text_program, params["text_encoder"], ids, mask)
     text = struct((1, *encoded.shape[1:]), encoded.dtype)
     shape, run = latent_shape(configs, settings), solver(settings)
-    state = jax.eval_shape(run.init, struct((1, *shape), jnp.float32))
-    guided_velocity = functools.partial(velocity, configs, settings)
-    flow = jax.eval_shape(guided_velocity, params["transformer"], text, text if guided else None)
+    state = placed(jax.eval_shape(run.init, struct((1, *shape), jnp.float32)))
+    guided_velocity = functools.partial(velocity, configs, settings, placement=placement)
+    flow = placed(jax.eval_shape(guided_velocity, params["transformer"], text, text if guided else None))
+    weights, (leaves, structure) = jax.tree.leaves(params["transformer"]), jax.tree.flatten(flow)
+    flow = jax.tree.unflatten(structure, weights + leaves[len(weights) :])  # the weights come first, with their places
     number, row = struct((), jnp.float32), struct(run.table.shape[1:], jnp.float32)
-    yield "denoise", sampling.step.trace(run.advance, *placed((flow, state, number, row)))
+    yield "denoise", sampling.step.trace(run.advance, flow, state, number, row)
 
     frame = struct((1, 1, *shape[1:]), jnp.float32)
-    yield "decode first", trace(decode_program, params["vae"], frame, None)
+    first = decode_program.trace(params["vae"], frame, None)
+    yield "decode first", first
     if shape[0] > 1:
-        cache = jax.eval_shape(decode_program, params["vae"], frame, None)[2]
-        yield "decode next", trace(decode_program, params["vae"], frame, cache)
+        yield "decode next", decode_program.trace(params["vae"], frame, first.out_info[2])
 
 
 # ---------------------------------------------------------------------------------------------------------- stages
@@ -259,12 +331,13 @@ def encode_prompts(
     """
     texts = [check_prompt(prompt) for prompt in prompts] + ([] if negative_prompt is None else [negative_prompt])
     ids, mask = tokenize(pipe.tokenizer, texts)
-    rows = _text_program(pipe.configs.text_encoder)(pipe.params["text_encoder"], ids, mask)
+    ids, mask = _everywhere(pipe.placement, (ids, mask))
+    rows = _text_program(pipe.configs.text_encoder, pipe.placement)(pipe.params["text_encoder"], ids, mask)
     if bad := _nonfinite(np.asarray(rows, np.float32)):
         raise NumericsError(f"text encoder: {bad:.1%} of its output ({rows.dtype}) is NaN or infinite.")
     if negative_prompt is None:
         return rows, None
-    return rows[:-1], jnp.broadcast_to(rows[-1:], rows[:-1].shape)
+    return _everywhere(pipe.placement, (rows[:-1], jnp.broadcast_to(rows[-1:], rows[:-1].shape)))
 
 
 def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> Array:
@@ -298,6 +371,7 @@ def denoise(
             (float32 [B,T,H,W,C], as they were then) tell where it went wrong.
     """
     good = np.array(state.x)
+    state = _everywhere(pipe.placement, state)
 
     def check(done: int, state: Any) -> Any:
         nonlocal good
@@ -312,7 +386,7 @@ def denoise(
         good = latents
         return callback(done, state) if callback else None
 
-    flow = velocity(pipe.configs, settings, pipe.params["transformer"], text, negative)
+    flow = velocity(pipe.configs, settings, pipe.params["transformer"], text, negative, pipe.placement)
     return sampling.denoise(flow, solver(settings), state, start=start, stop=stop, callback=check)
 
 
@@ -327,13 +401,14 @@ def decode(pipe: Pipeline, latents: Array | np.ndarray, *, callback: Callable[[i
     Raises:
         NumericsError: the decoder made NaN or infinity; the error's `step` is the latent frame.
     """
-    program, params = _decode_program(pipe.configs.vae), pipe.params["vae"]
+    program, params = _decode_program(pipe.configs.vae, pipe.placement), pipe.params["vae"]
     latents = np.asarray(latents, np.float32)
     clips = []
     for b, clip in enumerate(latents):
         frames, cache = [], None
         for t in range(len(clip)):
-            pixels, bad, cache = program(params, clip[None, t : t + 1], cache)
+            frame = _everywhere(pipe.placement, clip[None, t : t + 1])
+            pixels, bad, cache = program(params, frame, cache)
             if bad := float(bad):
                 raise _numerics(
                     f"VAE decoder: {bad:.1%} of the pixels of latent frame {t + 1} of {len(clip)} is NaN or infinite "
@@ -406,6 +481,9 @@ def generate(
         num_frames=num_frames, height=height, width=width, steps=steps, guidance=guidance,
         negative_prompt=negative_prompt, shift=shift, solver=solver, grid=grid, pattern=pattern, attention=attention,
     )  # fmt: skip
+    if pipe.placement is not None:
+        mesh = pipe.placement.shape
+        check_mesh(mesh, mesh_sizes(pipe.configs, settings, len(prompts), mesh), mesh.devices)
     shape = (len(prompts), *latent_shape(pipe.configs, settings))
     seeds: tuple[int, ...] = ()
     if noise is None:

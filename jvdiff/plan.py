@@ -126,18 +126,17 @@ def lines(configs: Any, settings: Any, dtypes: Any, target: str | None) -> Itera
 
 def programs(configs: Any, settings: Any, abstract: Mapping[str, Any], target: str | None = None) -> Iterator[Program]:
     """Compiles each stage's program with abstract weights and measures it."""
-    from jax.sharding import NamedSharding, PartitionSpec
-
     from jvdiff import pipeline
     from jvdiff.models import wan
+    from jvdiff.sharding import MeshShape, Placement, make_mesh
 
-    sharding = NamedSharding(target_mesh(target), PartitionSpec()) if target else None
+    placement = Placement(make_mesh(MeshShape(), target_mesh(target).devices.flat)) if target else None
     decoder = {part: abstract["vae"][part] for part in wan.DECODER}
     needed = {"text": abstract["text_encoder"], "denoise": abstract["transformer"]}
     needed |= {"decode first": decoder, "decode next": decoder}
-    stages = pipeline.traced(configs, settings, abstract, ROWS, sharding)
+    stages = pipeline.traced(configs, settings, abstract, ROWS, placement)
     # Operations are counted in the XLA form, whose loops say how often they run; GPU kernels hide theirs.
-    open_form = pipeline.traced(configs, dataclasses.replace(settings, attention="xla"), abstract, ROWS, sharding)
+    open_form = pipeline.traced(configs, dataclasses.replace(settings, attention="xla"), abstract, ROWS, placement)
     for (name, traced), (_, counted) in zip(stages, open_form, strict=True):
         began = time.monotonic()
         lowered = traced.lower(lowering_platforms=("cuda",)) if target else traced.lower()

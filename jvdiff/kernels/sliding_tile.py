@@ -40,6 +40,7 @@ def sliding_tile_attention(
     text_length: int = 0,
     return_lse: bool = False,
     tiled: bool = False,
+    first_head: Any = None,
     implementation: str | None = None,
 ) -> Any:
     """Attention of each video token to the tiles around its own, and to text; differentiable.
@@ -54,6 +55,9 @@ def sliding_tile_attention(
         0: there are no text slots.
       return_lse: also return the log-sum-exp of each query's scaled logits.
       tiled: the video tokens are in tile order (`tiles.partition_indices`), not raster order, and so is the result.
+      first_head: where there is a window for each of more heads than N, the heads of q are those from this one on
+        (int32 [], may be traced; where they are shared among devices). Heads beyond the last window have none of their
+        own, and take the last one's.
       implementation: of `block_sparse_attention`; None takes the best.
 
     Returns:
@@ -72,7 +76,7 @@ def sliding_tile_attention(
             f"sliding_tile_attention: text_length {text_length} must lie in 0..{slots}, the slots after the "
             f"{video} video tokens of the grid {tuple(grid)}"
         )
-    q2k, count = window_lists(counts, check_windows(window, q.shape[2]))
+    q2k, count = window_lists(counts, check_windows(window, q.shape[2] if first_head is None else None))
 
     block, n = int(np.prod(tile)), int(np.prod(counts))
     place, sizes = layout.video_places(grid, tile, tiled)
@@ -83,14 +87,18 @@ def sliding_tile_attention(
     layout.choose(q, sizes.size * block, block, implementation)
     q, k, v = (layout.to_blocks(x, place, sizes.size * block) for x in (q, k, v))
 
-    def attend(q: jax.Array, q2k: np.ndarray, count: np.ndarray) -> Any:
+    def attend(q: jax.Array, q2k: Any, count: Any) -> Any:
         return block_sparse_attention(
             q, k, v, q2k, count, sizes, block=block, return_lse=True, implementation=implementation
         )
 
     text = (n + np.flatnonzero(text_sizes)).astype(np.int32)
     q2k = np.concatenate([np.broadcast_to(text, (*q2k.shape[:3], text.size)), q2k], axis=-1)
-    out, lse = attend(q[:, : n * block], q2k, count + np.int32(text.size))
+    count = count + np.int32(text.size)
+    if first_head is not None and q2k.shape[1] > 1:
+        own = jnp.minimum(first_head + np.arange(q.shape[2], dtype=np.int32), q2k.shape[1] - 1)
+        q2k, count = jnp.asarray(q2k)[:, own], jnp.asarray(count)[:, own]
+    out, lse = attend(q[:, : n * block], q2k, count)
     if slots:
         text_out, text_lse = attend(q[:, n * block :], *layout.everything(text_sizes.size, sizes))
         out, lse = jnp.concatenate([out, text_out], axis=1), jnp.concatenate([lse, text_lse], axis=2)
@@ -98,11 +106,11 @@ def sliding_tile_attention(
     return (out, jnp.moveaxis(layout.from_blocks(jnp.moveaxis(lse, 2, 1), place), 1, 2)) if return_lse else out
 
 
-def check_windows(window: Windows, heads: int) -> tuple[Grid, ...]:
-    """The window of all heads, or one window per head; ValueError for anything else."""
+def check_windows(window: Windows, heads: int | None) -> tuple[Grid, ...]:
+    """The window of all heads, or one window per head (None: however many); ValueError for anything else."""
     windows: Any = (window,) if np.ndim(window) == 1 else tuple(window)
     ok = all(len(w) == 3 and all(isinstance(x, (int, np.integer)) and x >= 1 for x in w) for w in windows)
-    if not ok or len(windows) not in (1, heads):
+    if not ok or not windows or (heads is not None and len(windows) not in (1, heads)):
         raise ValueError(
             f"sliding_tile_attention: window must be three whole numbers of tiles (T, H, W) of at least 1, or one such "
             f"triple for each of the {heads} heads, not {window!r}"

@@ -12,6 +12,7 @@ float32. The largest array is [B,N,S,S].
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 from flax import linen as nn
 
 from jvdiff.errors import CheckpointError
+from jvdiff.sharding import Placement, rules
 from jvdiff.types import Array, Params
 
 # What a config.json may say besides sizes, and the only value of it that this encoder computes.
@@ -161,17 +163,27 @@ class _Layer(nn.Module):
 class _Encoder(nn.Module):
     cfg: Config
     dtype: jnp.dtype
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(self, ids: Array, mask: Array) -> Array:
         cfg = self.cfg
         init = nn.initializers.normal(1.0)
         x = nn.Embed(cfg.vocab_size, cfg.d_model, self.dtype, embedding_init=init, name="token_embed")(ids)
+        layer = _Layer
+        if placement := self.placement:
+            x, mask = placement.replicate((x, mask))
+            layer = nn.map_variables(layer, "params", partial(_gathered, placement))
         axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
-        stack = nn.scan(_Layer, length=cfg.num_layers, **axes)
+        stack = nn.scan(layer, length=cfg.num_layers, **axes)
         buckets = jnp.asarray(_buckets(cfg, ids.shape[1]))
         x, _ = stack(cfg, self.dtype, name="layers")(x.astype(jnp.float32), mask, buckets)
         return _Norm(cfg.layer_norm_epsilon, name="final_norm")(x).astype(self.dtype)
+
+
+def _gathered(placement: Placement, layer: Params) -> Params:
+    """The weights of one layer, whole but for `tensor`."""
+    return {"params": placement.whole(layer["params"], rules.UMT5, stack="layers")}
 
 
 def init_params(key: Array, cfg: Config) -> Params:
@@ -186,13 +198,15 @@ def abstract_params(cfg: Config, dtype: jax.typing.DTypeLike = jnp.float32) -> P
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
 
 
-def encode(params: Params, cfg: Config, ids: Array, mask: Array) -> Array:
+def encode(params: Params, cfg: Config, ids: Array, mask: Array, *, placement: Placement | None = None) -> Array:
     """Last hidden state [B,S,D] in the dtype of the parameters, which is also that of the matrix products.
 
     Args:
         params: tree of `abstract_params`.
         ids: int32 [B,S], each below `cfg.vocab_size` (a larger one gives NaN: check the tokenizer first).
         mask: bool [B,S], true at real tokens. These do not depend on the other rows, which mean nothing.
+        placement: the devices to work on, `params` on them by `sharding.rules.UMT5`; every device gets the result.
     """
     dtype = params["token_embed"]["embedding"].dtype
-    return _Encoder(cfg, dtype).apply({"params": params}, ids, mask)  # type: ignore[return-value]
+    states: Any = _Encoder(cfg, dtype, placement).apply({"params": params}, ids, mask)
+    return states if placement is None else placement.replicate(states)

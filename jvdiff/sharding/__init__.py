@@ -1,12 +1,33 @@
-"""Where arrays live. So far: data parallelism, every device with a share of the batch and a copy of everything else."""
+"""Where arrays live: the mesh, the rules for weights, what models are told of it, sequence parallelism."""
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvdiff.errors import UsageError
+from jvdiff.sharding import rules, sequence
+from jvdiff.sharding.mesh import AXES, MeshShape, Sizes, check_mesh, make_mesh, nearest, read_mesh, shape_of
+from jvdiff.sharding.placement import Placement, Split
+from jvdiff.sharding.rules import bytes_per_device, param_shardings, specs
 
-__all__ = ["data_parallel"]
+__all__ = [
+    "AXES",
+    "MeshShape",
+    "Placement",
+    "Sizes",
+    "Split",
+    "bytes_per_device",
+    "check_mesh",
+    "data_parallel",
+    "make_mesh",
+    "nearest",
+    "param_shardings",
+    "read_mesh",
+    "rules",
+    "sequence",
+    "shape_of",
+    "specs",
+]
 
 
 def data_parallel(devices: int) -> tuple[NamedSharding, NamedSharding]:

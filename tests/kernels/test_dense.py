@@ -1,6 +1,7 @@
 """Every attention implementation against the definition in float64, and what the dispatcher promises."""
 
 import logging
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,57 @@ def test_merge_is_attention_over_the_union():
     np.testing.assert_allclose(lse, want_lse, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ON_CPU)
+def test_only_the_first_keys_count(name, block):
+    """Output and gradients, for a traced number of keys, against a call with those keys alone."""
+    q, k, v = operands(2, 9, 20, 3, 8)
+    cotangent = operands(2, 9, 20, 3, 8, seed=1)[0]
+
+    @jax.jit
+    @partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+    def run(q, k, v, kv_length=None):
+        out, lse = kernels.attention(q, k, v, kv_length=kv_length, return_lse=True, implementation=name)
+        return jnp.sum(out * cotangent) + jnp.sum(jnp.where(jnp.isneginf(lse), 0.0, lse)), (out, lse)
+
+    (_, (out, lse)), gradients = run(q, k, v, 0)
+    assert np.isneginf(lse).all() and not any(np.any(x) for x in (out, *gradients))
+    for length in (13, 99):
+        (_, (out, lse)), (dq, dk, dv) = run(q, k, v, length)
+        (_, wants), (want_dq, *wants_kv) = run(q, k[:, :length], v[:, :length])
+        for got, want in zip((out, lse, dq, dk[:, :length], dv[:, :length]), (*wants, want_dq, *wants_kv), strict=True):
+            np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+        assert not np.any(dk[:, length:]) and not np.any(dv[:, length:])
+
+
+def test_merge_takes_sets_without_keys():
+    q, k, v = operands(2, 9, 20, 3, 8)
+    cotangent = operands(2, 9, 20, 3, 8, seed=1)[0]
+
+    def loss(out, lse):
+        return jnp.sum(out * cotangent) + jnp.sum(lse), (out, lse)
+
+    @jax.jit
+    @partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+    def run(q, k, v, n, m):
+        first = kernels.attention(q, k[:, :7], v[:, :7], kv_length=n, return_lse=True)
+        second = kernels.attention(q, k[:, 7:], v[:, 7:], kv_length=m, return_lse=True)
+        return loss(*kernels.merge(*first, *second))
+
+    @partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+    def whole(q, k, v, keys):
+        return loss(*kernels.attention(q, k[:, keys], v[:, keys], return_lse=True, implementation="reference"))
+
+    for n, m in ((5, 0), (0, 3), (2, 13)):
+        (_, (out, lse)), gradients = run(q, k, v, n, m)
+        (_, (want, want_lse)), want_gradients = whole(q, k, v, np.r_[0:n, 7 : 7 + m])
+        assert error(out, want) < 1e-6
+        np.testing.assert_allclose(lse, want_lse, rtol=0, atol=1e-5)
+        for got, want in zip(gradients, want_gradients, strict=True):
+            np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+    (_, (out, lse)), gradients = run(q, k, v, 0, 0)
+    assert np.isneginf(lse).all() and not any(np.any(x) for x in (out, *gradients))
+
+
 @pytest.mark.parametrize("gradient", [False, True])
 def test_long_sequences_never_hold_all_logits(gradient):
     L, N, K = 30_000, 2, 16  # all logits would be 7.2 GB
@@ -178,5 +230,7 @@ def test_mistakes_are_named():
         kernels.attention(q, k, v, implementation="flash")
     with pytest.raises(ValueError, match="k is bfloat16"):
         kernels.attention(q, k.astype(jnp.bfloat16), v)
+    with pytest.raises(ValueError, match=r"kv_length is int32\[1\]; it must be one whole number"):
+        kernels.attention(q, k, v, kv_length=jnp.array([4]))
     with pytest.raises(ValueError, match=r"v is float32\[1, 4, 2, 8\]"):
         kernels.attention(q, k, v[:, :4])

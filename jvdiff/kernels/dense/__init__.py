@@ -2,9 +2,10 @@
 
 B batch · L query tokens · S key tokens · N heads · K head dim.
 
-Every implementation is a plain function `(q, k, v, return_lse) -> (out, lse or None)` in a file of its own, with an
-`unsupported(q, k, v, return_lse) -> reason or None` beside it that looks at shapes and dtypes only. `Dense`
-is the pattern of a model's self-attention that asks for this, beside `SlidingTile` and `VideoSparse`.
+Every implementation is a plain function `(q, k, v, return_lse, kv_length) -> (out, lse or None)` in a file of its own,
+with an `unsupported(q, k, v, return_lse) -> reason or None` beside it that looks at shapes and dtypes only. It may rely
+on kv_length lying in 1..S. `Dense` is the pattern of a model's self-attention that asks for this, beside `SlidingTile`
+and `VideoSparse`.
 """
 
 import logging
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jvdiff.kernels.dense import cudnn, reference, xla
 
@@ -33,14 +35,17 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     *,
+    kv_length: Any = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Any:
-    """softmax(q k^T / sqrt(K)) v for each head, no mask; differentiable.
+    """softmax(q k^T / sqrt(K)) v for each head; differentiable.
 
     Args:
       q: [B,L,N,K], any float dtype.
       k, v: [B,S,N,K], the dtype of q.
+      kv_length: int32 [], may be traced: only the first kv_length keys count; None counts all. With 0 keys out is 0 and
+        the log-sum-exp -inf. Keys and values that do not count must be finite all the same.
       return_lse: also return the log-sum-exp of each query's scaled logits.
       implementation: None takes the best that can do this shape and dtype on the current backend, and always works;
         a name takes exactly that one.
@@ -52,10 +57,16 @@ def attention(
       NotImplementedError: the named implementation cannot do this; the message says why.
       ValueError: the operands do not fit together, or there is no such name.
     """
-    name = choose(q, k, v, return_lse=return_lse, implementation=implementation)
+    name = choose(q, k, v, kv_length=kv_length, return_lse=return_lse, implementation=implementation)
     _log_once(name, q.shape, k.shape[1], str(q.dtype))
-    out, lse = IMPLEMENTATIONS[name].attention(q, k, v, return_lse)
-    return (out, lse) if return_lse else out
+    if kv_length is None:
+        out, lse = IMPLEMENTATIONS[name].attention(q, k, v, return_lse, None)
+        return (out, lse) if return_lse else out
+    # Without keys one is attended to and the result thrown away, so that nothing is infinite on the way, nor backwards.
+    kv_length = jnp.asarray(kv_length, jnp.int32)
+    out, lse = IMPLEMENTATIONS[name].attention(q, k, v, return_lse, jnp.clip(kv_length, 1, k.shape[1]))
+    out = jnp.where(kv_length > 0, out, 0)
+    return (out, jnp.where(kv_length > 0, lse, -jnp.inf)) if return_lse else out
 
 
 def choose(
@@ -63,6 +74,7 @@ def choose(
     k: Any,
     v: Any,
     *,
+    kv_length: Any = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> str:
@@ -77,6 +89,9 @@ def choose(
                 f"attention: {name} is {x.dtype}{list(x.shape)}; with q {q.dtype}{list(q.shape)} it must be "
                 f"[B,S,N,K] with the same B, N, K and dtype, and the same S for k and v"
             )
+    if kv_length is not None and (jnp.ndim(kv_length) or not jnp.issubdtype(jnp.result_type(kv_length), jnp.integer)):
+        found = f"{jnp.result_type(kv_length)}{list(jnp.shape(kv_length))}"
+        raise ValueError(f"attention: kv_length is {found}; it must be one whole number, int32[]")
     if implementation is None:
         return next(n for n, i in IMPLEMENTATIONS.items() if i.unsupported(q, k, v, return_lse) is None)
     if implementation not in IMPLEMENTATIONS:
@@ -89,10 +104,16 @@ def choose(
 def merge(out_1: jax.Array, lse_1: jax.Array, out_2: jax.Array, lse_2: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Attention over the union of two disjoint sets of keys, from the results over each.
 
-    out [B,L,N,K] any float dtype, lse natural float32 [B,N,L]; returns the same, out in the dtype of out_1.
+    out [B,L,N,K] any float dtype, lse natural float32 [B,N,L], -inf where there were no keys; returns the same, out in
+    the dtype of out_1. Where neither set has keys out is 0.
     """
-    lse = jnp.logaddexp(lse_1, lse_2)
-    w_1, w_2 = (jnp.swapaxes(jnp.exp(x - lse), 1, 2)[..., None] for x in (lse_1, lse_2))
+    top = lax.stop_gradient(jnp.maximum(lse_1, lse_2))
+    top = jnp.where(jnp.isneginf(top), 0, top)
+    w_1, w_2 = jnp.exp(lse_1 - top), jnp.exp(lse_2 - top)
+    seen = w_1 + w_2 > 0
+    total = jnp.where(seen, w_1 + w_2, 1)
+    lse = jnp.where(seen, top + jnp.log(total), -jnp.inf)
+    w_1, w_2 = (jnp.swapaxes(w / total, 1, 2)[..., None] for w in (w_1, w_2))
     out = out_1.astype(jnp.float32) * w_1 + out_2.astype(jnp.float32) * w_2
     return out.astype(out_1.dtype), lse
 

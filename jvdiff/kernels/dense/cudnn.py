@@ -22,6 +22,9 @@ def unsupported(q: Any, k: Any, v: Any, return_lse: bool) -> str | None:
     return None
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, return_lse: bool) -> tuple[jax.Array, jax.Array | None]:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, return_lse: bool, kv_length: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
     """The contract of `jvdiff.kernels.attention`, for the operands that `unsupported` lets through."""
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), None
+    lengths = None if kv_length is None else jnp.broadcast_to(kv_length, q.shape[:1])
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"), None

@@ -14,10 +14,14 @@ def unsupported(q: Any, k: Any, v: Any, return_lse: bool) -> str | None:
     return None
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, return_lse: bool) -> tuple[jax.Array, jax.Array | None]:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, return_lse: bool, kv_length: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
     """The contract of `jvdiff.kernels.attention`."""
     qf, kf, vf = (x.astype(jnp.float32) for x in (q, k, v))
     logits = jnp.einsum("blnk,bsnk->bnls", qf, kf) * q.shape[-1] ** -0.5
+    if kv_length is not None:
+        logits = jnp.where(jnp.arange(k.shape[1]).reshape(1, 1, 1, -1) < kv_length, logits, -jnp.inf)
     lse = jax.nn.logsumexp(logits, axis=-1)
     out = jnp.einsum("bnls,bsnk->blnk", jnp.exp(logits - lse[..., None]), vf)
     return out.astype(q.dtype), lse if return_lse else None

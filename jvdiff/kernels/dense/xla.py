@@ -22,16 +22,18 @@ def unsupported(q: Any, k: Any, v: Any, return_lse: bool) -> str | None:
     return None
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, return_lse: bool) -> tuple[jax.Array, jax.Array | None]:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, return_lse: bool, kv_length: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
     """The contract of `jvdiff.kernels.attention`."""
     B, L, N, K = q.shape
     heads, queries = block_sizes(B * N, L, k.shape[1])
     q, k, v = (jnp.swapaxes(x, 1, 2).reshape(B * N, -1, K) for x in (q, k, v))
     if heads == B * N and queries == L:
-        out, lse = _block(q, k, v)
+        out, lse = _block(q, k, v, kv_length)
     else:
         group = lambda x: x.reshape(B * N // heads, heads, -1, K)  # noqa: E731
-        out, lse = lax.map(lambda x: _queries_in_turn(*x, size=queries), (group(q), group(k), group(v)))
+        out, lse = lax.map(lambda x: _queries_in_turn(x, kv_length, queries), (group(q), group(k), group(v)))
     out = jnp.swapaxes(out.reshape(B, N, L, K), 1, 2)
     return out, lse.reshape(B, N, L) if return_lse else None
 
@@ -46,19 +48,24 @@ def block_sizes(heads: int, queries: int, keys: int) -> tuple[int, int]:
     return group, -(-queries // min(blocks, queries))
 
 
-def _queries_in_turn(q: jax.Array, k: jax.Array, v: jax.Array, *, size: int) -> tuple[jax.Array, jax.Array]:
+def _queries_in_turn(
+    operands: tuple[jax.Array, jax.Array, jax.Array], kv_length: jax.Array | None, size: int
+) -> tuple[jax.Array, jax.Array]:
     """q [G,L,K], k and v [G,S,K] -> out [G,L,K], lse [G,L], `size` queries at a time."""
+    q, k, v = operands
     G, L, K = q.shape
     n = -(-L // size)
     blocks = jnp.pad(q, ((0, 0), (0, n * size - L), (0, 0))).reshape(G, n, size, K)
-    out, lse = lax.map(lambda x: jax.checkpoint(_block)(x, k, v), jnp.moveaxis(blocks, 1, 0))
+    out, lse = lax.map(lambda x: jax.checkpoint(_block)(x, k, v, kv_length), jnp.moveaxis(blocks, 1, 0))
     out, lse = jnp.moveaxis(out, 0, 1), jnp.moveaxis(lse, 0, 1)
     return out.reshape(G, n * size, K)[:, :L], lse.reshape(G, n * size)[:, :L]
 
 
-def _block(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _block(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Plain attention: q [G,Q,K], k and v [G,S,K] -> out [G,Q,K], lse float32 [G,Q]."""
     logits = jnp.einsum("gqk,gsk->gqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if kv_length is not None:
+        logits = jnp.where(lax.broadcasted_iota(jnp.int32, logits.shape, 2) < kv_length, logits, -jnp.inf)
     top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jvdiff.models.wan import dit, vae
 from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, DiTConfig
-from jvdiff.models.wan.dit import Pattern, attention_choice, velocity
+from jvdiff.models.wan.dit import Pattern, attention_choice, mesh_sizes, velocity
 from jvdiff.models.wan.vae import (
     DECODER,
     WAN_2_1_VAE,
@@ -42,6 +42,7 @@ __all__ = [
     "encode_chunk",
     "init_cache",
     "init_params",
+    "mesh_sizes",
     "normalize_latents",
     "velocity",
 ]

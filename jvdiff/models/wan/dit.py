@@ -28,6 +28,7 @@ from jvdiff.errors import UsageError
 from jvdiff.kernels import Dense, SlidingTile, VideoSparse, block_sparse, tiles
 from jvdiff.models.wan.config import DiTConfig
 from jvdiff.models.wan.layers import MLP, LayerNorm, Linear, RMSNorm, gelu, layer_norm, rope_tables, rotate
+from jvdiff.sharding import Placement, Sizes, Split, rules, sequence
 from jvdiff.types import Array, Params
 
 Pattern = Dense | SlidingTile | VideoSparse
@@ -45,6 +46,7 @@ def velocity(
     text_length: int | None = None,
     remat: bool = False,
     implementation: str | None = None,
+    placement: Placement | None = None,
 ) -> Array:
     """d x / d sigma at `latents`: noise minus clean latents, as the network predicts it. Pure and differentiable.
 
@@ -60,6 +62,8 @@ def velocity(
       remat: recompute each block in the backward pass instead of keeping its activations.
       implementation: of the self-attention, see `jvdiff.kernels`; of the attention to text too where there is a dense
         one of that name, which otherwise takes the best.
+      placement: the devices to work on, `params` on them by `sharding.rules.WAN_DIT`; the rest, and the result, is on
+        all of them. None: one device.
 
     Returns:
       float32 [B,T,H,W,out_channels].
@@ -70,7 +74,13 @@ def velocity(
             f"velocity: pattern is {pattern!r:.80}; expected Dense(), SlidingTile(...) or VideoSparse(...)"
         )
     extra = 0 if text_length is None else text_length - text.shape[1]
-    model = _Transformer(cfg, pattern, extra, remat, implementation)
+    split = None
+    if placement is not None:
+        split = placement.split(mesh_sizes(cfg, latents.shape[1:4], len(latents), pattern))
+        whole: Any = placement.whole({k: v for k, v in params.items() if k != "blocks"}, rules.WAN_DIT)
+        params = {**whole, "blocks": params["blocks"]}
+        latents, timestep, text = placement.replicate((latents, timestep, text))
+    model = _Transformer(cfg, pattern, extra, remat, implementation, placement, split)
     v: Any = model.apply({"params": params}, latents, timestep, text)
     return v
 
@@ -121,6 +131,12 @@ def attention_choice(
     return {"self": own, "cross": kernels.choose(q, k, k, implementation=_dense(implementation))}
 
 
+def mesh_sizes(cfg: DiTConfig, grid: tuple[int, ...], batch: int, pattern: Pattern) -> Sizes:
+    """What a mesh must divide to run this model on `batch` latents of (T,H,W)."""
+    tokens = math.prod(n // p for n, p in zip(grid, cfg.patch_size, strict=True))
+    return Sizes(batch, tokens, cfg.num_attention_heads, cfg.ffn_dim, isinstance(pattern, Dense))
+
+
 def _dense(implementation: str | None) -> str | None:
     """The implementation of the attention to text, which is dense: the named one where there is such a dense one."""
     return implementation if implementation in kernels.IMPLEMENTATIONS else None
@@ -132,6 +148,8 @@ class _Transformer(nn.Module):
     extra_text: int  # how many more times the last text row counts
     remat: bool
     implementation: str | None
+    placement: Placement | None = None
+    split: Split | None = None
 
     @nn.compact
     def __call__(self, latents: Array, timestep: Array, text: Array) -> Array:
@@ -147,23 +165,33 @@ class _Transformer(nn.Module):
         if not isinstance(self.pattern, Dense):
             x = tile_order(x, grid, self.pattern.tile)
             rope = tuple(tile_order(table[None], grid, self.pattern.tile)[0] for table in rope)
+        if split := self.split:
+            x, *rope = (jnp.pad(a, ((0, 0), (0, split.padding), (0, 0))) for a in (x, rope[0][None], rope[1][None]))
+            x, rope = split.along_tokens(x), tuple(split.constrain(a[0], split.TOKENS) for a in rope)
         x = Linear(D, exact=True, name="patch_embed")(x)
 
         t = MLP(D, D, nn.silu, exact=True, name="time_embed")(_sinusoid(timestep, cfg.freq_dim))
         modulation = Linear(6 * D, exact=True, name="time_proj")(nn.silu(t)).reshape(B, 6, D)
         text = MLP(D, D, gelu, name="text_embed")(text)
+        if placement := self.placement:
+            t, modulation, text = placement.replicate((t, modulation, text))
 
-        block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
+        block = _Block
+        if placement and placement.mesh.shape["fsdp"] > 1:
+            block = nn.map_variables(block, "params", partial(_gathered, placement), init=self.is_initializing())
+        block = nn.remat(block, prevent_cse=False) if self.remat else block
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] - documented, and wrongly annotated
             length=cfg.num_layers,
-        )(cfg, grid, self.pattern, self.extra_text, self.implementation, name="blocks")
+        )(cfg, grid, self.pattern, self.extra_text, self.implementation, split, name="blocks")
         x, _ = blocks(x, modulation, text, *rope)
 
         x = _Head(cfg, name="head")(x, t)
+        if placement and split:
+            x = placement.replicate(x)[:, : split.tokens]
         if not isinstance(self.pattern, Dense):
             x = raster_order(x, grid, self.pattern.tile)
         x = x.reshape(B, *grid, pt, ph, pw, cfg.out_channels).transpose(0, 1, 4, 2, 5, 3, 6, 7)
@@ -176,20 +204,23 @@ class _Block(nn.Module):
     pattern: Pattern
     extra_text: int
     implementation: str | None
+    split: Split | None
 
     @nn.compact
     def __call__(self, x: Array, modulation: Array, text: Array, cos: Array, sin: Array) -> tuple[Array, None]:
         cfg = self.cfg
+        if self.split:
+            x, text = self.split.along_tokens(x), self.split.constrain(text, "batch")
         table = self.param("modulation", _modulation_init, (6, cfg.width), jnp.float32)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation + table[None], 6, axis=1)
 
         h = layer_norm(x, cfg.eps) * (1 + scale_1) + shift_1
-        attend = partial(_attend_video, self.grid, self.pattern, self.implementation)
+        attend = partial(_attend_video, self.grid, self.pattern, self.implementation, self.split)
         gated = cfg.gate_compress and isinstance(self.pattern, VideoSparse)
         x = x + gate_1 * _Attention(cfg, attend, gated, name="self_attn")(h, h, (cos, sin))
 
         h = LayerNorm(cfg.eps, name="cross_norm")(x)
-        attend = partial(_attend_text, self.extra_text, _dense(self.implementation))
+        attend = partial(_attend_text, self.extra_text, _dense(self.implementation), self.split)
         x = x + _Attention(cfg, attend, name="cross_attn")(h, text, None)
 
         h = layer_norm(x, cfg.eps) * (1 + scale_2) + shift_2
@@ -221,28 +252,47 @@ class _Attention(nn.Module):
 
 
 def _attend_video(
-    grid: Grid, pattern: Pattern, implementation: str | None, q: Array, k: Array, v: Array, gate: Array | None
+    grid: Grid,
+    pattern: Pattern,
+    implementation: str | None,
+    split: Split | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    gate: Array | None,
 ) -> Array:
     """Self-attention of video tokens [B,L,N,K], in tile order where the pattern has tiles."""
-    if isinstance(pattern, Dense):
-        return kernels.attention(q, k, v, implementation=implementation)
-    common: Any = dict(grid=grid, tile=pattern.tile, tiled=True, implementation=implementation)
-    if isinstance(pattern, SlidingTile):
-        return kernels.sliding_tile_attention(q, k, v, window=pattern.window, **common)
-    return kernels.video_sparse_attention(q, k, v, gate, sparsity=pattern.sparsity, **common)
+
+    def local(q: Array, k: Array, v: Array, gate: Array | None, first_head: Any = None) -> Array:
+        if isinstance(pattern, Dense):
+            return kernels.attention(q, k, v, implementation=implementation)
+        common: Any = dict(grid=grid, tile=pattern.tile, tiled=True, implementation=implementation)
+        if isinstance(pattern, SlidingTile):
+            return kernels.sliding_tile_attention(q, k, v, window=pattern.window, first_head=first_head, **common)
+        return kernels.video_sparse_attention(q, k, v, gate, sparsity=pattern.sparsity, **common)
+
+    if split is None:
+        return local(q, k, v, gate)
+    return sequence.self_attention(local, split, q, k, v, gate, _dense(implementation))
 
 
-def _attend_text(extra: int, implementation: str | None, q: Array, k: Array, v: Array, gate: Array | None) -> Array:
+def _attend_text(
+    extra: int, implementation: str | None, split: Split | None, q: Array, k: Array, v: Array, gate: Array | None
+) -> Array:
     """Attention to text [B,S,N,K] whose last row counts 1 + extra times."""
-    if extra == 0:
-        return kernels.attention(q, k, v, implementation=implementation)
-    if kernels.choose(q, k, v, implementation=implementation) == "cudnn":  # gives no float32 log-sum-exp
-        pad = ((0, 0), (0, extra), (0, 0), (0, 0))
-        return kernels.attention(q, jnp.pad(k, pad, "edge"), jnp.pad(v, pad, "edge"), implementation=implementation)
-    out, lse = kernels.attention(q, k, v, return_lse=True, implementation=implementation)
-    last = jnp.einsum("blnk,bnk->bnl", q, k[:, -1], preferred_element_type=jnp.float32)
-    lse_last = last * q.shape[-1] ** -0.5 + math.log(extra)
-    return kernels.merge(out, lse, jnp.broadcast_to(v[:, -1:], out.shape), lse_last)[0]
+
+    def local(q: Array, k: Array, v: Array) -> Array:
+        if extra == 0:
+            return kernels.attention(q, k, v, implementation=implementation)
+        if kernels.choose(q, k, v, implementation=implementation) == "cudnn":  # gives no float32 log-sum-exp
+            pad = ((0, 0), (0, extra), (0, 0), (0, 0))
+            return kernels.attention(q, jnp.pad(k, pad, "edge"), jnp.pad(v, pad, "edge"), implementation=implementation)
+        out, lse = kernels.attention(q, k, v, return_lse=True, implementation=implementation)
+        last = jnp.einsum("blnk,bnk->bnl", q, k[:, -1], preferred_element_type=jnp.float32)
+        lse_last = last * q.shape[-1] ** -0.5 + math.log(extra)
+        return kernels.merge(out, lse, jnp.broadcast_to(v[:, -1:], out.shape), lse_last)[0]
+
+    return local(q, k, v) if split is None else sequence.cross_attention(local, split, q, k, v)
 
 
 class _Head(nn.Module):
@@ -257,6 +307,11 @@ class _Head(nn.Module):
         x = layer_norm(x, cfg.eps) * (1 + scale) + shift
         features = cfg.out_channels * math.prod(cfg.patch_size)
         return Linear(features, nn.initializers.zeros, exact=True, name="proj")(x)
+
+
+def _gathered(placement: Placement, layer: Params) -> Params:
+    """The weights of one layer, whole but for `tensor`: inside the scan, so that one layer at a time is gathered."""
+    return {"params": placement.whole(layer["params"], rules.WAN_DIT, stack="blocks")}
 
 
 def tile_order(x: Array, grid: Grid, tile: Grid) -> Array:

@@ -1,0 +1,185 @@
+"""The mesh: how many devices share what. Read from a config, checked in one sentence, built.
+
+data       clips, and the two branches of guidance
+fsdp       weights, gathered layer by layer; and clips, or tokens where the clips do not divide
+sequence   video tokens
+tensor     heads and feed-forward columns
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jvdiff.errors import UsageError
+
+AXES = ("data", "fsdp", "sequence", "tensor")  # neighbours, with the fastest links, talk most: they come last
+_EXAMPLE = "for instance sequence=4,tensor=2, or auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices on each axis; their product is the number of devices.
+
+    ring: of the devices that share tokens, how many pass keys round a ring; the others exchange heads for tokens. A
+    factor of their number; None: as few as the heads allow, see `Sizes.ring`. 1 never passes keys round: heads that do
+    not divide are padded.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    sequence: int = 1
+    tensor: int = 1
+    ring: int | None = None
+
+    @property
+    def devices(self) -> int:
+        return math.prod(getattr(self, axis) for axis in AXES)
+
+    def __str__(self) -> str:
+        sides = dataclasses.asdict(self).items()
+        return ",".join(f"{name}={n}" for name, n in sides if n is not None and (n > 1 or name == "ring")) or "data=1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a mesh must divide.
+
+    batch: clips times guidance's branches. tokens: of one clip. ffn_dim: the feed-forward width.
+    dense: whether every token sees every token; a ring serves no other pattern.
+    """
+
+    batch: int
+    tokens: int
+    heads: int
+    ffn_dim: int
+    dense: bool = True
+
+    def token_devices(self, shape: MeshShape) -> int:
+        """How many devices share the tokens of one clip."""
+        return shape.sequence * (1 if fsdp_takes_batch(shape, self.batch) else shape.fsdp)
+
+    def problem(self, shape: MeshShape) -> str | None:
+        """Why this mesh cannot run a model of these sizes, or None."""
+        devices = self.token_devices(shape)
+        if self.heads % shape.tensor:
+            return f"tensor={shape.tensor} does not divide the {self.heads} attention heads"
+        if self.ffn_dim % shape.tensor:
+            return f"tensor={shape.tensor} does not divide the feed-forward width {self.ffn_dim}"
+        if self.batch % shape.data:
+            return f"data={shape.data} does not divide the batch of {self.batch} (clips times guidance's two branches)"
+        if self.tokens < devices:
+            return f"{devices} devices cannot share {self.tokens} video tokens"
+        if shape.ring is not None and devices % shape.ring:
+            return f"ring={shape.ring} does not divide the {devices} devices that share the tokens"
+        if not self.dense and (shape.ring or 1) > 1:
+            return f"ring={shape.ring} is for dense attention; sparse patterns exchange heads"
+        return None
+
+    def ring(self, shape: MeshShape) -> int:
+        """How many of the devices that share tokens pass keys round.
+
+        For dense attention the fewest that let the heads divide (12 heads on 8 devices: 2, and 4 exchange heads);
+        sparse patterns have none, and pad their heads.
+        """
+        devices = self.token_devices(shape)
+        if shape.ring is not None:
+            return shape.ring
+        return devices // math.gcd(devices, self.heads // shape.tensor) if self.dense else 1
+
+
+def fsdp_takes_batch(shape: MeshShape, batch: int) -> bool:
+    """Whether the devices of `fsdp` share the batch; otherwise they share the tokens."""
+    return batch % (shape.data * shape.fsdp) == 0
+
+
+def read_mesh(value: Any) -> MeshShape | str | None:
+    """A config's `mesh`: None, "auto", a mapping, or text such as "sequence=4,tensor=2".
+
+    Raises:
+        UsageError: anything else.
+    """
+    if value is None or isinstance(value, MeshShape):
+        return value
+    if isinstance(value, str):
+        if value.strip() == "auto":
+            return "auto"
+        pairs = [part.split("=") for part in re.split(r"[,\s]+", value.strip())]
+        if not all(len(pair) == 2 and pair[1].isdecimal() for pair in pairs):
+            raise UsageError(f"mesh is {value!r:.80}; expected axes and devices, {_EXAMPLE}.")
+        value = {name: int(number) for name, number in pairs}
+    names = [field.name for field in dataclasses.fields(MeshShape)]
+    if not isinstance(value, Mapping):
+        value = value.to_dict() if hasattr(value, "to_dict") else {None: value}
+    for name, number in value.items():
+        if name not in names:
+            raise UsageError(f"mesh has an axis {name!r:.80}; expected some of {', '.join(names)}, {_EXAMPLE}.")
+        if number is None and name == "ring":
+            continue
+        if type(number) is not int or not 1 <= number <= 2**16:
+            raise UsageError(f"mesh has {name}={number!r:.80}; expected a whole number of devices from 1.")
+    return MeshShape(**value)
+
+
+def check_mesh(shape: MeshShape, sizes: Sizes, devices: int, *, exactly: bool = False) -> None:
+    """That so many devices can run a model of these sizes under this mesh; needs neither weights nor devices.
+
+    exactly: every device must have its place (several processes: each has some).
+
+    Raises:
+        UsageError: it cannot be; the sentence names the nearest mesh that can.
+    """
+    reason = sizes.problem(shape)
+    if shape.devices > devices or (exactly and shape.devices < devices):
+        reason = f"it has {shape.devices} devices, and there are {devices}"
+    if reason is not None:
+        near = nearest(shape, sizes, devices, exactly=exactly)
+        advice = f"The nearest mesh that works is {near}." if near else "No mesh of these devices works."
+        raise UsageError(f"mesh {shape}: {reason}.\n{advice}")
+
+
+def nearest(shape: MeshShape, sizes: Sizes, devices: int, *, exactly: bool = False) -> MeshShape | None:
+    """The working mesh whose axes differ least from `shape`, in halvings and doublings; the larger one on ties."""
+
+    def distance(other: MeshShape) -> tuple[float, float, float]:
+        steps = [abs(math.log2(getattr(other, axis) / getattr(shape, axis))) for axis in AXES]
+        return abs(math.log2(other.devices / min(shape.devices, devices))), sum(steps), -other.devices
+
+    rings = {None, shape.ring}
+    every = (MeshShape(*sides, ring=ring) for sides in _splits(devices, len(AXES)) for ring in rings)
+    able = [m for m in every if sizes.problem(m) is None and (m.devices == devices or not exactly)]
+    return min(able, key=distance, default=None)
+
+
+def _splits(most: int, axes: int) -> Iterator[tuple[int, ...]]:
+    """Every way to give so many axes a number of devices each, their product at most `most`."""
+    if axes == 0:
+        yield ()
+        return
+    for first in range(1, most + 1):
+        yield from ((first, *rest) for rest in _splits(most // first, axes - 1))
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of the first `shape.devices` devices (of all processes), axes `AXES`.
+
+    Raises:
+        UsageError: there are fewer.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    if len(found) < shape.devices:
+        raise UsageError(f"mesh {shape}: it has {shape.devices} devices, and there are {len(found)}.")
+    sides = [getattr(shape, axis) for axis in AXES]
+    return Mesh(np.array(found[: shape.devices]).reshape(sides), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def shape_of(mesh: Mesh, ring: int | None = None) -> MeshShape:
+    """The shape that `make_mesh` made a mesh of."""
+    return MeshShape(**dict(mesh.shape), ring=ring)
