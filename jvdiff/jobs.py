@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from jvdiff import distributed, precision, run_state
+from jvdiff import distributed, pipeline, precision, run_state, sharding
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.kernels import Dense, block_sparse
 from jvdiff.models import wan
 from jvdiff.settings import FIELDS, Configs, Settings, check_prompt, check_seed, latent_shape, read_pattern
+from jvdiff.sharding import MeshShape
 
 MAX_PROMPTS_BYTES = 64 * 2**20
 
@@ -164,6 +166,25 @@ def check_attention(jobs: Sequence[Job], configs: Configs, dtypes: str) -> None:
                 raise NotImplementedError(f"block-sparse attention implementation {chosen!r}: {reason}")
         except NotImplementedError as error:
             raise UsageError(f"{error}.\nLeave --config.attention out to take the best that can.") from None
+
+
+def check_mesh(jobs: Sequence[Job], configs: Configs, mesh: Any) -> MeshShape | None:
+    """The mesh that a config names, if every job fits it; None for one device.
+
+    Raises:
+        UsageError: it cannot be, not on this machine, or not for one of the jobs.
+    """
+    shape = sharding.read_mesh(mesh)
+    if distributed.several() and (shape is None or shape.devices != jax.device_count()):
+        raise UsageError(
+            f"mesh is {shape}; expected one of all {jax.device_count()} devices of the {jax.process_count()} processes,\n"
+            f"for instance --config.mesh=sequence={jax.device_count()}."
+        )
+    if shape is None:
+        return None
+    for job in jobs:
+        sharding.check_mesh(shape, pipeline.mesh_sizes(configs, job.settings, 1, shape), jax.device_count())
+    return shape
 
 
 def attention(settings: Settings, configs: Configs, dtypes: str, rows: int) -> dict[str, str]:

@@ -66,7 +66,7 @@ def make(
         rows = pipeline.tokenize(pipe.tokenizer, texts)[0].shape[1]
         if (settings, rows) not in compiled:
             with progress.phase("compiling", seconds, "compile"), stage("compile"):
-                for name, program in pipeline.traced(pipe.configs, settings, pipe.params, rows):
+                for name, program in pipeline.traced(pipe.configs, settings, pipe.params, rows, pipe.placement):
                     if name.startswith("decode") and last < settings.steps:
                         break
                     program.lower().compile()
@@ -137,7 +137,7 @@ def make(
             "dtypes": dataclasses.asdict(pipe.precision),
             "sigmas": [float(s) for s in pipeline.schedule(settings).sigmas],
             "attention_chosen": attention(settings, pipe.configs, pipe.precision.name, rows),
-            "device": _device(),
+            "device": _device(pipe),
             "versions": _versions(),
             "resumed_at_step": job.state.done if job.state else None,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
@@ -243,6 +243,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _device() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {"backend": jax.default_backend(), "kind": device.device_kind, "used": 1, "present": jax.device_count()}
+def _device(pipe: Pipeline) -> dict[str, Any]:
+    mesh = pipe.placement and pipe.placement.shape
+    return {
+        "backend": jax.default_backend(),
+        "kind": jax.devices()[0].device_kind,
+        "used": mesh.devices if mesh else 1,
+        "present": jax.device_count(),
+        "mesh": mesh and str(mesh),
+    }

@@ -265,8 +265,9 @@ def traced(
     guided, everywhere = settings.guidance != 1, placement and placement.everywhere
     struct = functools.partial(jax.ShapeDtypeStruct, sharding=everywhere)
 
-    def placed(tree: Any) -> Any:
-        return jax.tree.map(lambda x: struct(x.shape, x.dtype, weak_type=x.weak_type), tree)
+    def placed(tree: Any) -> Any:  # numbers come from Python, and so from nowhere
+        plain = jax.ShapeDtypeStruct
+        return jax.tree.map(lambda x: (struct if x.ndim else plain)(x.shape, x.dtype, weak_type=x.weak_type), tree)
 
     if placement is not None and not isinstance(jax.tree.leaves(params)[0], jax.Array):
         where = shardings(placement, params)
@@ -285,7 +286,7 @@ def traced(
     flow = placed(jax.eval_shape(guided_velocity, params["transformer"], text, text if guided else None))
     weights, (leaves, structure) = jax.tree.leaves(params["transformer"]), jax.tree.flatten(flow)
     flow = jax.tree.unflatten(structure, weights + leaves[len(weights) :])  # the weights come first, with their places
-    number, row = struct((), jnp.float32), struct(run.table.shape[1:], jnp.float32)
+    number, row = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((), run.table.shape[1:]))
     yield "denoise", sampling.step.trace(run.advance, flow, state, number, row)
 
     frame = struct((1, 1, *shape[1:]), jnp.float32)

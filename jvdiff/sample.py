@@ -46,6 +46,7 @@ def default_config() -> config_dict.ConfigDict:
             "solver": none(str),  # unipc, euler
             "grid": none(str),  # diffusers, wan: whose sigmas
             "precision": none(str),  # float32, bfloat16
+            "mesh": none(object),  # how devices share the work: "sequence=4,tensor=2" (see jvdiff/sharding); None: one
             "pattern": none(str),  # dense, sliding_tile:6x8x8:3x3x3 (tile, window), video_sparse:4x4x4:0.9 (sparsity)
             "attention": none(str),  # cudnn, xla, ...: see jvdiff/kernels; None: the best that can
             "output": "out",
@@ -140,6 +141,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
         say(f"error: {problem}")
     distributed.agree("what to make, of which weights", [jobs.facts(job, dtypes, repository.digest) for job in wanted])
     jobs.check_attention(wanted, configs, dtypes)
+    mesh = jobs.check_mesh(wanted, configs, config.mesh)
     prompts = [job.prompt for job in wanted] or [""]
     pipeline.tokenize(tokenizer.load(repository.tokenizer), prompts)  # warns of long ones
 
@@ -148,9 +150,9 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
         with interrupts() as asked_to_stop:
             seconds: dict[str, float] = {}
             command_line.compile_cache(config.compile_cache)
-            _say_device(configs)
+            _say_device(configs, mesh)
             with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_video.stage("load"):
-                pipe = pipeline.load(config.checkpoint, dtypes)
+                pipe = pipeline.load(config.checkpoint, dtypes, mesh)
             compiled: set[Any] = set()
             for number, job in enumerate(wanted, 1):
                 if len(wanted) > 1:
@@ -176,11 +178,12 @@ def _check_numbers(config: Any) -> None:
             raise UsageError(f"{name} is {config[name]}; expected {low} or more.")
 
 
-def _say_device(configs: Any) -> None:
+def _say_device(configs: Any, mesh: Any) -> None:
     import jax
 
-    device = jax.devices()[0]
-    say(f"device: {device.device_kind} ({jax.default_backend()}), jax {jax.__version__}")
+    device, count = jax.devices()[0], f"{mesh.devices} x " if mesh else ""
+    shared = f", mesh {mesh}" if mesh else ""
+    say(f"device: {count}{device.device_kind} ({jax.default_backend()}){shared}, jax {jax.__version__}")
     if jax.default_backend() == "cpu" and configs.transformer.width >= 1024:
         say("warning: no GPU was found; a model of this size takes hours on a CPU (see docs for the GPU extras)")
 
