@@ -177,7 +177,7 @@ def check_mesh(jobs: Sequence[Job], configs: Configs, mesh: Any) -> MeshShape | 
     shape = sharding.read_mesh(mesh)
     if distributed.several() and (shape is None or shape.devices != jax.device_count()):
         raise UsageError(
-            f"mesh is {shape}; expected one of all {jax.device_count()} devices of the {jax.process_count()} processes,\n"
+            f"mesh is {shape}; expected one of all {jax.device_count()} devices of {jax.process_count()} processes,\n"
             f"for instance --config.mesh=sequence={jax.device_count()}."
         )
     if shape is None:
