@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jvdiff import distributed, pipeline, precision, run_state, sharding
+from jvdiff import distributed, pipeline, plan, precision, run_state, sharding
+from jvdiff.command_line import say
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.kernels import Dense, block_sparse
 from jvdiff.models import wan
@@ -168,20 +169,25 @@ def check_attention(jobs: Sequence[Job], configs: Configs, dtypes: str) -> None:
             raise UsageError(f"{error}.\nLeave --config.attention out to take the best that can.") from None
 
 
-def check_mesh(jobs: Sequence[Job], configs: Configs, mesh: Any) -> MeshShape | None:
-    """The mesh that a config names, if every job fits it; None for one device.
+def choose_mesh(jobs: Sequence[Job], configs: Configs, dtypes: str, mesh: Any) -> MeshShape | None:
+    """The mesh that a config names or, for "auto", the smallest that the largest job fits; None for one device.
 
     Raises:
         UsageError: it cannot be, not on this machine, or not for one of the jobs.
+        ResourceError: "auto", and none fits.
     """
     shape = sharding.read_mesh(mesh)
-    if distributed.several() and (shape is None or shape.devices != jax.device_count()):
+    if distributed.several() and getattr(shape, "devices", 0) != jax.device_count():
         raise UsageError(
             f"mesh is {shape}; expected one of all {jax.device_count()} devices of {jax.process_count()} processes,\n"
             f"for instance --config.mesh=sequence={jax.device_count()}."
         )
-    if shape is None:
+    if shape is None or not jobs:
         return None
+    if isinstance(shape, str):  # "auto"
+        largest = max((job.settings for job in jobs), key=lambda settings: plan.token_count(configs, settings))
+        shape, sentence = plan.smallest_mesh(configs, largest, precision.choose(dtypes))
+        say(sentence)
     for job in jobs:
         sharding.check_mesh(shape, pipeline.mesh_sizes(configs, job.settings, 1, shape), jax.device_count())
     return shape

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from jvdiff.errors import ResourceError, SetupError, UsageError
 
 TARGETS = Path(__file__).parent / "plan_targets"
 ROWS = 512  # plan for the longest prompt
+DECODE = ("decode first", "decode next")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
 
 
@@ -163,9 +164,17 @@ def lines(configs: Any, settings: Any, dtypes: Any, target: str | None, shape: A
 
 
 def programs(
-    configs: Any, settings: Any, abstract: Mapping[str, Any], target: str | None = None, shape: Any = None
+    configs: Any,
+    settings: Any,
+    abstract: Mapping[str, Any],
+    target: str | None = None,
+    shape: Any = None,
+    without: Collection[str] = (),
 ) -> Iterator[Program]:
-    """Compiles each stage's program with abstract weights and measures it; shape: a MeshShape, None for one device."""
+    """Compiles each stage's program with abstract weights and measures it.
+
+    shape: a MeshShape, None for one device. without: names of programs to leave out.
+    """
     from jvdiff import pipeline
     from jvdiff.models import wan
     from jvdiff.sharding import Placement, collectives
@@ -178,6 +187,8 @@ def programs(
     stages = pipeline.traced(configs, settings, abstract, ROWS, placement)
     open_form = pipeline.traced(configs, dataclasses.replace(settings, attention="xla"), abstract, ROWS, placement)
     for (name, traced), (_, counted) in zip(stages, open_form, strict=True):
+        if name in without:
+            continue
         began = time.monotonic()
         lowered = traced.lower(lowering_platforms=("cuda",)) if target else traced.lower()
         compiled = lowered.compile()
@@ -241,7 +252,8 @@ def smallest_mesh(
     """(MeshShape, a line that explains it) of the smallest split of one clip whose compiled programs fit.
 
     Meshes are tried by the devices they use (1, 2, 4, ...), and of as many devices by what they communicate: tokens
-    divided, then weights too, then heads. One whose weights alone do not fit is not compiled.
+    divided, then weights too, then heads. One whose weights alone do not fit is not compiled, and decoding, which is
+    spread over all devices whatever the axes, only once for so many devices.
 
     devices: how many there are, and limit: bytes of memory of one; None: those at hand. target: compile for that GPU.
 
@@ -256,14 +268,19 @@ def smallest_mesh(
     limit = memory_limit() if limit is None else limit
     abstract = pipeline.abstract_params(configs, dtypes)
     tried: dict[Any, int] = {}
+    decoding: dict[int, int] = {}  # bytes besides the weights, by devices
     for shape in candidates(devices):
         if pipeline.mesh_sizes(configs, settings, 1, shape).problem(shape) is not None:
             continue
-        need = resident = sum(_weights(part, tree, shape) for part, tree in abstract.items())
+        resident = sum(_weights(part, tree, shape) for part, tree in abstract.items())
+        need = resident + decoding.get(shape.devices, 0)
         if need <= limit:
-            for program in programs(configs, settings, abstract, target, shape):
+            known = DECODE if shape.devices in decoding else ()
+            for program in programs(configs, settings, abstract, target, shape, known):
                 need = max(need, resident + program.needs)
-                if need > limit:
+                if program.name in DECODE:
+                    decoding[shape.devices] = max(decoding.get(shape.devices, 0), program.needs)
+                elif need > limit:
                     break
         if need <= limit:
             fewer = min((size for other, size in tried.items() if other.devices < shape.devices), default=None)

@@ -46,7 +46,7 @@ def default_config() -> config_dict.ConfigDict:
             "solver": none(str),  # unipc, euler
             "grid": none(str),  # diffusers, wan: whose sigmas
             "precision": none(str),  # float32, bfloat16
-            "mesh": none(object),  # how devices share the work: "sequence=4,tensor=2" (see jvdiff/sharding); None: one
+            "mesh": none(object),  # of devices that share the work: "sequence=4,tensor=2", or "auto"; None: one device
             "pattern": none(str),  # dense, sliding_tile:6x8x8:3x3x3 (tile, window), video_sparse:4x4x4:0.9 (sparsity)
             "attention": none(str),  # cudnn, xla, ...: see jvdiff/kernels; None: the best that can
             "output": "out",
@@ -55,8 +55,9 @@ def default_config() -> config_dict.ConfigDict:
             "stop_at": none(int),  # stop after so many steps and save the state
             "preview_every": 0,  # write NAME.preview.png, a rough strip of all latent frames, every so many steps
             "compile_cache": none(str),  # a folder of your own, or "off"; None: the user's cache folder
+            "mesh": none(object),  # several devices: "sequence=4,tensor=2", a dict of that, or "auto"; None: one device
             "plan": False,  # print what it would take, without weights, and exit
-            "plan_target": none(str),  # h200: plan for that instead of the device at hand
+            "plan_target": none(str),  # h200: plan for that, or a mesh of those, instead of the devices at hand
             **distributed.fields(),  # docs/clusters.md
         }
     )
@@ -141,7 +142,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
         say(f"error: {problem}")
     distributed.agree("what to make, of which weights", [jobs.facts(job, dtypes, repository.digest) for job in wanted])
     jobs.check_attention(wanted, configs, dtypes)
-    mesh = jobs.check_mesh(wanted, configs, config.mesh)
+    mesh = jobs.choose_mesh(wanted, configs, dtypes, config.mesh)
     prompts = [job.prompt for job in wanted] or [""]
     pipeline.tokenize(tokenizer.load(repository.tokenizer), prompts)  # warns of long ones
 
