@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from convert.rules import flatten
 from convert.tables import read_component
-from jvdiff import checkpoint
+from jvdiff import checkpoint, distributed
 from jvdiff.errors import UsageError
 from jvdiff.sharding import MeshShape, make_mesh
 from jvdiff.training import loop
@@ -27,13 +27,21 @@ SCHEDULE = loop.Schedule(steps=4, learning_rate=1e-3, warmup=0, clip=1e3)
 RULES = ((r"up/kernel", P(None, "tensor")), (r"down", P("tensor")))
 MESH = MeshShape(data=2, fsdp=2, tensor=2)
 WORKER = """
-import sys, warnings
+import sys, traceback, warnings
 warnings.simplefilter("error")
-import jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from ml_collections import ConfigDict
+from jvdiff import distributed
+config, (_, address, rank, *folders) = ConfigDict(distributed.fields()), sys.argv
+config.update(distributed=True, coordinator_address=address, num_processes=2, process_id=int(rank))
+distributed.join(config)
 sys.path.insert(0, "tests")
-import test_weights_of_many_processes
-test_weights_of_many_processes.work(*sys.argv[2:])
+code, message = 0, ""
+try:
+    __import__("test_weights_of_many_processes").work(rank, *folders)
+except Exception as error:
+    traceback.print_exc()
+    code, message = getattr(error, "exit_code", 1), str(error)
+sys.exit(distributed.leave(code, message))
 """
 
 
@@ -103,11 +111,12 @@ def work(rank, repository, folder):
     told["orbax"] = (io() - before) / whole.nbytes
 
     loop.fit(TASK, SCHEDULE, folder / "run", save_every=2, mesh=make_mesh(MESH))
-    if rank == "0":
-        (folder / "saved" / "jvdiff.json").unlink()  # so that process 0, and it alone, refuses to write there
-    with pytest.raises(UsageError, match="is not an Orbax directory of jvdiff"):
-        checkpoint.save(folder / "saved", params, overwrite=True)
     (folder / f"told_{rank}.json").write_text(json.dumps(told))
+
+    distributed.gather("both have told")
+    (folder / "saved" / "jvdiff.json").unlink(missing_ok=True)  # so that process 0 refuses to write there
+    checkpoint.save(folder / "saved", params, overwrite=True)
+    raise AssertionError("it was written")
 
 
 def io():
@@ -139,7 +148,8 @@ def test_two_processes(tiny_repository, tmp_path):
     finally:
         for worker in workers:
             worker.kill()
-    assert all(worker.returncode == 0 for worker in workers), "\n".join(err for _, err in said)
+    for worker, (_, error) in zip(workers, said, strict=True):  # all end as process 0 did, and know why
+        assert worker.returncode == UsageError.exit_code and "is not an Orbax directory of jvdiff" in error, error
     one, two = (json.loads((tmp_path / f"told_{rank}.json").read_text()) for rank in range(2))
     assert one["hf"] == one["held"] and two["hf"] == two["held"]  # no more than the devices hold, and once
     weights = tiny_repository / "transformer" / "diffusion_pytorch_model.safetensors"

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from convert.rules import flatten, unflatten
 from convert.tables import read_component
-from jvdiff import checkpoint, repository
+from jvdiff import checkpoint, distributed, repository
 from jvdiff.data import digits, digits_tokenizer, tokenizer
 from jvdiff.data.video import atomic
 from jvdiff.errors import CheckpointError, UsageError
@@ -118,7 +118,7 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
         "vae": (vae_cfg, vae),
         "text_encoder": (text_cfg, params["text_encoder"]),
     }
-    if jax.process_index() == 0:
+    if distributed.writes():
         digits_tokenizer.save(tokens, folder / "tokenizer")
     repository.save(
         result,
@@ -300,7 +300,7 @@ def encoded_clips(
         if len(parts) % 50 == 1:
             _log.info("encoding clips: %d of %d", 16 * start, clips)
     latents, prompts = np.concatenate(parts)[:clips], np.array(texts[:clips])
-    if jax.process_index() == 0:
+    if distributed.writes():
         with atomic(path) as part, open(part, "wb") as file:
             np.savez(file, latents=latents, prompts=prompts, key=key)
     return latents, prompts
