@@ -4,8 +4,9 @@ An Orbax directory of jvdiff carries `jvdiff.json`, a manifest with the sha256 o
 because Orbax itself does not notice a flipped bit. Files are compared with it before a number of theirs is used.
 What was written is read back and compared before it takes its place (`jvdiff.staging`).
 
-Where there are many processes, all call the same functions: each reads what its devices hold and compares its share of
-the files with the manifest; process 0 writes; an error of one is an error of all. They see the same folders.
+Where there are many processes, all call the same functions and see the same folders: each reads what its devices hold
+and compares its share of the files with the manifest; process 0 writes. An error of one is told to all by
+`jvdiff.distributed`.
 """
 
 import hashlib
@@ -30,12 +31,11 @@ from jax.experimental import multihost_utils
 from convert import reader
 from convert.rules import by_leaf, check, fill, flatten, listed, unflatten
 from convert.tables import read_component
-from jvdiff import errors
+from jvdiff import distributed
 from jvdiff.errors import (
     CheckpointError,
     CorruptFile,
     IntegrityError,
-    JvdiffError,
     MissingTensor,
     ShapeMismatch,
     UsageError,
@@ -84,8 +84,7 @@ def restore(
     is_orbax = (path / PARAMS).is_dir()
     if is_orbax and verify:
         verify_files(path)
-    with agreed():
-        return (_restore_orbax if is_orbax else _restore_hf)(path, abstract, shardings, cast)
+    return (_restore_orbax if is_orbax else _restore_hf)(path, abstract, shardings, cast)
 
 
 def _places(wanted: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
@@ -134,33 +133,6 @@ def _restore_orbax(path: Path, abstract: Params, shardings: Any, cast: bool) -> 
     with _orbax_errors(path):
         read = ocp.StandardCheckpointer().restore((path / PARAMS).absolute(), unflatten(item))
     return _like(abstract, {name: jax.device_put(leaf, places[name]) for name, leaf in flatten(read).items()})
-
-
-@contextmanager
-def agreed() -> Iterator[None]:
-    """An error that one process meets in the block is an error of all, so that nobody waits for one that gave up.
-
-    All raise that of the first process which has one, with its number.
-    """
-    try:
-        yield
-    except Exception as error:
-        if jax.process_count() == 1:
-            raise
-        here: Exception | None = error
-    else:
-        if jax.process_count() == 1:
-            return
-        here = None
-    told = json.dumps([type(here).__name__, str(here)] if here else None).encode()
-    sizes = multihost_utils.process_allgather(np.int32(len(told)))
-    padded = np.frombuffer(told.ljust(int(max(sizes))), np.uint8)
-    for number, row in enumerate(multihost_utils.process_allgather(padded)):
-        if problem := json.loads(row.tobytes()):
-            if number == jax.process_index():
-                raise here  # type: ignore[misc]
-            kind = getattr(errors, problem[0], JvdiffError)
-            raise kind(f"process {number}: {problem[1]}") from here
 
 
 def _like(abstract: Params, leaves: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -316,21 +288,17 @@ def read_manifest(root: Path) -> dict[str, Any]:
 def verify_files(path: Path) -> None:
     """Compares every file below `path` (a component, or a whole directory) with the manifest beside or above it.
 
-    Every process reads a share of them. Raises IntegrityError that names the files that differ, are missing, or should
-    not be there; of content, those of the first process that found any.
+    Of several processes each reads a share, and all know what any of them found. Raises IntegrityError that names the
+    files that differ, are missing, or should not be there.
     """
-    with agreed():
-        _verify_share(path, jax.process_index(), jax.process_count())
-
-
-def _verify_share(path: Path, process: int, processes: int) -> None:
     root = path if (path / MANIFEST).is_file() or not (path.parent / MANIFEST).is_file() else path.parent
     prefix = "" if root == path else f"{path.name}/"
     recorded = {name: entry for name, entry in read_manifest(root)["files"].items() if name.startswith(prefix)}
     found = {prefix + name: file for name, file in _files(path).items() if prefix + name != MANIFEST}
 
     by_size = sorted(recorded, key=lambda name: (recorded[name]["size"], name))
-    mine = set(by_size[process::processes])
+    first, processes = (jax.process_index(), jax.process_count()) if distributed.several() else (0, 1)
+    mine = set(by_size[first::processes])
 
     def problem(name: str) -> str | None:
         if name not in found:
@@ -346,6 +314,7 @@ def _verify_share(path: Path, process: int, processes: int) -> None:
 
     with ThreadPoolExecutor() as pool:
         problems = [text for text in pool.map(problem, sorted(recorded.keys() | found.keys())) if text]
+    problems = sorted({text for texts in distributed.gather(problems) for text in texts})
     if problems or not recorded:
         raise IntegrityError(
             f"{path}: differs from what was written: {listed(problems or ['the manifest lists nothing of it'])}.\n"
@@ -415,26 +384,18 @@ def save(path: str | Path, tree: Params, *, config: Mapping[str, Any] | None = N
 
 
 def by_process_0(write: Callable[[], None], spread: Sequence[jax.Array]) -> None:
-    """Process 0 runs `write`, which loads leaves; the others help it to gather those of `spread`, until it is done.
-
-    An error of process 0 is an error of all.
-    """
-    with agreed():
-        if jax.process_count() == 1:
-            write()
-        elif jax.process_index() == 0:
-            try:
-                write()
-            finally:
-                multihost_utils.broadcast_one_to_all(np.int32(-1))
-        else:
-            while (number := int(multihost_utils.broadcast_one_to_all(np.int32(0)))) >= 0:
-                multihost_utils.process_allgather(spread[number], tiled=True)
+    """Process 0 runs `write`, which loads leaves; the others help it to gather those of `spread`, until it is done."""
+    if distributed.writes():
+        write()
+        distributed.gather(None)
+    else:
+        while (number := distributed.gather(None)[0]) is not None:
+            multihost_utils.process_allgather(spread[number], tiled=True)
 
 
 def _gather(array: jax.Array, number: int) -> np.ndarray:
     """In process 0: the whole array number `number` of those for which the others wait in `by_process_0`."""
-    multihost_utils.broadcast_one_to_all(np.int32(number))
+    distributed.gather(number)
     return multihost_utils.process_allgather(array, tiled=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jvdiff import pipeline, plan, precision, run_state, sharding
+from jvdiff import distributed, pipeline, plan, precision, run_state, sharding
 from jvdiff.command_line import say
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.kernels import Dense, block_sparse
@@ -96,7 +96,7 @@ def make_jobs(config: Any, resolve: Callable[..., Settings]) -> tuple[list[Job],
         entries = [{"prompt": check_prompt(prompt)} for prompt in prompts]
         if not entries:
             raise UsageError("prompt is an empty tuple; give at least one.")
-    first = check_seed(config.seed)
+    first = distributed.gather(check_seed(config.seed))[0]  # of several processes each would draw its own
     jobs = []
     for i, entry in enumerate(entries):
         try:
@@ -177,6 +177,11 @@ def choose_mesh(jobs: Sequence[Job], configs: Configs, dtypes: str, mesh: Any) -
         ResourceError: "auto", and none fits.
     """
     shape = sharding.read_mesh(mesh)
+    if distributed.several() and getattr(shape, "devices", 0) != jax.device_count():
+        raise UsageError(
+            f"mesh is {shape}; expected one of all {jax.device_count()} devices of {jax.process_count()} processes,\n"
+            f"for instance --config.mesh=sequence={jax.device_count()}."
+        )
     if shape is None or not jobs:
         return None
     if isinstance(shape, str):  # "auto"

@@ -20,7 +20,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from jvdiff import command_line, progress, run_state
+from jvdiff import command_line, distributed, progress, run_state
 from jvdiff.command_line import say
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, ResourceError, UsageError
 from jvdiff.interrupts import interrupts
@@ -56,6 +56,7 @@ def default_config() -> config_dict.ConfigDict:
             "compile_cache": none(str),  # a folder of your own, or "off"; None: the user's cache folder
             "plan": False,  # print what it would take, without weights, and exit
             "plan_target": none(str),  # h200: plan for that, or a mesh of those, instead of the devices at hand
+            **distributed.fields(),  # docs/clusters.md
         }
     )
 
@@ -78,6 +79,8 @@ def parse(argv: Sequence[str]) -> command_line.Request:
     request = command_line.parse(_quoted_prompts(argv), f"{usage}\nFields: {', '.join(default_config())}.")
     if unknown := sorted(set(request.config) - set(default_config())):
         raise UsageError(f"the config file has unknown fields: {', '.join(unknown)}.")
+    if request.config.plan and request.config.distributed:
+        raise UsageError("a plan is made by one process; leave --config.distributed out.")
     return request
 
 
@@ -129,11 +132,14 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
         dtypes = precision.choose(config.precision).name
         wanted, problems = jobs.make_jobs(config, resolve)
         if config.prompts is not None:
-            asked, wanted = len(wanted), jobs.without_done(wanted, output, dtypes, repository.digest)
+            asked, left = len(wanted), set(map(id, jobs.without_done(wanted, output, dtypes, repository.digest)))
+            numbers = distributed.gather([i for i, job in enumerate(wanted) if id(job) in left])[0]  # it sees its files
+            wanted = [wanted[i] for i in numbers]
             if len(wanted) < asked:
                 say(f"{asked - len(wanted)} of {asked} videos are already in {output}")
     for problem in problems:
         say(f"error: {problem}")
+    distributed.agree("what to make, of which weights", [jobs.facts(job, dtypes, repository.digest) for job in wanted])
     jobs.check_attention(wanted, configs, dtypes)
     mesh = jobs.choose_mesh(wanted, configs, dtypes, config.mesh)
     prompts = [job.prompt for job in wanted] or [""]
@@ -156,7 +162,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
                 except (ResourceError, Interrupted):
                     raise
                 except JvdiffError as error:
-                    if len(wanted) + len(problems) == 1:
+                    if len(wanted) + len(problems) == 1 or distributed.several():  # where others wait for this one
                         raise
                     problems.append(f"{job.stem}: {error}")
                     say(f"error: {problems[-1]}")

@@ -9,13 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"types", "errors", "precision", "progress", "interrupts", "staging"},
+    {"types", "errors", "precision", "progress", "interrupts", "staging", "distributed"},
     {"kernels"},
     {"sharding"},
     {"models"},
     {"diffusion"},
     {"data", "checkpoint", "repository", "run_state", "settings", "pipeline", "streaming", "training"},
-    {"sample", "jobs", "one_video", "train", "plan", "command_line", "distributed", "__main__"},
+    {"sample", "jobs", "one_video", "train", "plan", "command_line", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(p for p in (ROOT / "jvdiff").rglob("*.py") if p != ROOT / "jvdiff" / "__init__.py")

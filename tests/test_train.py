@@ -209,13 +209,6 @@ def test_a_vae_config_that_cannot_be(command, capsys, monkeypatch, changes, flag
         ({"clips": 0}, "clips is 0; expected a whole number from 1"),
         ({"batch": 3, "loop": {"mesh": {"data": 2}}}, "loop.mesh data=2: data=2 does not divide the batch of 3"),
         ({"loop": {"mesh": "tensor=4"}}, "loop.mesh tensor=4: tensor=4 does not divide the 2 attention heads"),
-        (
-            {
-                "loop": {"mesh": "tensor=2"},
-                "text_encoder": TEXT_TO_VIDEO["text_encoder"] | {"d_ff": 23},
-            },
-            "loop.mesh tensor=2: its devices cannot share text_encoder/layers/ffn/gate/kernel",
-        ),
         ({"drop_text": 1.5}, "drop_text is 1.5; expected 0 to 1"),
         ({"tokens": 4}, "tokens is 4, but a prompt has 6"),
         ({"vae": "nowhere"}, "nowhere: no trained VAE there; run configs/train_digits_vae.py first"),

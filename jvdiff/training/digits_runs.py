@@ -17,16 +17,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from convert.rules import flatten, unflatten
 from convert.tables import read_component
-from jvdiff import checkpoint, repository
+from jvdiff import checkpoint, distributed, repository
 from jvdiff.data import digits, digits_tokenizer, tokenizer
 from jvdiff.data.video import atomic
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.kernels import VideoSparse, sparsity_schedule
 from jvdiff.models import umt5, wan
 from jvdiff.settings import Configs, read_pattern, resolve
-from jvdiff.sharding import MeshShape, Placement, Sizes, check_mesh, make_mesh, param_shardings, shape_of
+from jvdiff.sharding import MeshShape, Placement, Sizes, check_mesh, make_mesh, param_shardings
 from jvdiff.sharding.rules import UMT5, WAN_DIT
 from jvdiff.staging import check_target
 from jvdiff.training import fields, flow_matching, reconstruction
@@ -96,9 +95,8 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     pattern_at = _patterns(config, dit_cfg.num_attention_heads)
     grid = (1 + 16 // vae_cfg.temporal_factor, *2 * (digits.SIZE // vae_cfg.spatial_factor,))
     mesh, placement = _mesh(shape, wan.mesh_sizes(dit_cfg, grid, config.batch, pattern_at(0)))
-    shardings = _shardings(mesh, dit_cfg, text_cfg)
     result = _result(folder / "repository")
-    params = _initial(Path(config.initial), dit_cfg, text_cfg, shardings) if config.get("initial") else None
+    params = _initial(Path(config.initial), dit_cfg, text_cfg, mesh) if config.get("initial") else None
     vae = checkpoint.restore(config.vae, wan.abstract_params(vae_cfg), placement.everywhere)
 
     latents, prompts = encoded_clips(vae_cfg, vae, config.clips, config.seed, mesh, folder / "latents.npz")
@@ -118,7 +116,7 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
         "vae": (vae_cfg, vae),
         "text_encoder": (text_cfg, params["text_encoder"]),
     }
-    if jax.process_index() == 0:
+    if distributed.writes():
         digits_tokenizer.save(tokens, folder / "tokenizer")
     repository.save(
         result,
@@ -145,24 +143,6 @@ def _mesh(shape: MeshShape, sizes: Sizes) -> tuple[Mesh, Placement]:
     return mesh, Placement(mesh, shape.ring)
 
 
-def _shardings(mesh: Mesh, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config) -> Params:
-    """Where the parameters {"transformer", "text_encoder"} live, checked to be shared evenly."""
-    abstract = {
-        "transformer": wan.abstract_params(dit_cfg),
-        "text_encoder": umt5.abstract_params(text_cfg, jnp.float32),
-    }
-    places = param_shardings(mesh, abstract, (*WAN_DIT, *UMT5))
-    for path, leaf in flatten(abstract).items():
-        try:
-            flatten(places)[path].shard_shape(leaf.shape)
-        except ValueError:
-            spec = flatten(places)[path].spec
-            raise UsageError(
-                f"loop.mesh {shape_of(mesh)}: its devices cannot share {path} {list(leaf.shape)} evenly ({spec})."
-            ) from None
-    return places
-
-
 def _patterns(config: Any, heads: int) -> Callable[[int], wan.Pattern]:
     """step -> the pattern of the self-attention."""
     pattern = read_pattern(config.get("pattern") or "dense", heads)
@@ -185,23 +165,23 @@ def _patterns(config: Any, heads: int) -> Callable[[int], wan.Pattern]:
     return at
 
 
-def _initial(folder: Path, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config, shardings: Params) -> Params:
-    """Float32 parameters of the repository `folder`, for models of these configurations, placed by `shardings`."""
+def _initial(folder: Path, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config, mesh: Mesh) -> Params:
+    """Float32 parameters of the repository `folder`, for models of these configurations, on a mesh."""
     found = repository.inspect(folder)
     gated = dit_cfg.gate_compress or found.transformer.gate_compress
     same = dataclasses.replace(found.transformer, gate_compress=gated)
     for name, wanted, there in (("transformer", dit_cfg, same), ("text_encoder", text_cfg, found.text_encoder)):
         _check_sizes(f"{name}: not that of initial, {folder}", wanted, there)
-    places = flatten(shardings["transformer"])
-    abstract = wan.abstract_params(found.transformer)
-    there = unflatten({path: places[path] for path in flatten(abstract)})
-    transformer = checkpoint.restore(folder / "transformer", abstract, there)
+    params = {}
+    for name, abstract, rules in (
+        ("transformer", wan.abstract_params(found.transformer), WAN_DIT),
+        ("text_encoder", umt5.abstract_params(text_cfg, jnp.float32), UMT5),
+    ):
+        params[name] = checkpoint.restore(folder / name, abstract, param_shardings(mesh, abstract, rules))
     if dit_cfg.gate_compress and not found.transformer.gate_compress:
         gate = wan.abstract_params(dit_cfg)["blocks"]["self_attn"]["gate"]
-        transformer["blocks"]["self_attn"]["gate"] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), gate)
-    text_abstract = umt5.abstract_params(text_cfg, jnp.float32)
-    text = checkpoint.restore(folder / "text_encoder", text_abstract, shardings["text_encoder"])
-    return {"transformer": transformer, "text_encoder": text}
+        params["transformer"]["blocks"]["self_attn"]["gate"] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), gate)
+    return params
 
 
 def _vae_config(folder: Path) -> wan.VAEConfig:
@@ -300,7 +280,7 @@ def encoded_clips(
         if len(parts) % 50 == 1:
             _log.info("encoding clips: %d of %d", 16 * start, clips)
     latents, prompts = np.concatenate(parts)[:clips], np.array(texts[:clips])
-    if jax.process_index() == 0:
+    if distributed.writes():
         with atomic(path) as part, open(part, "wb") as file:
             np.savez(file, latents=latents, prompts=prompts, key=key)
     return latents, prompts

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jvdiff import distributed
 from jvdiff.data.video import atomic
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
 from jvdiff.interrupts import interrupts
@@ -212,30 +212,23 @@ def fit(
         if value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more.")
     mesh = make_mesh(MeshShape()) if mesh is None else mesh
-    first = jax.process_index() == 0
     folder.mkdir(parents=True, exist_ok=True)
     init_key, step_key = jax.random.split(jax.random.key(seed))
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     states = (folder / "state").absolute()
     shardings = state_shardings(mesh, task, schedule)
     with (
-        interrupts() as asked,
-        lock(states) if first else nullcontext(),
+        interrupts() as stopped,
+        lock(states) if distributed.writes() else nullcontext(),
         ocp.CheckpointManager(states, item_handlers=ocp.StandardCheckpointHandler(), options=options) as manager,
     ):
         begin = partial(start, task, schedule, init_key, params, shardings)
         saved = manager.latest_step()
         state = begin() if saved is None else _restore(manager, saved, begin, shardings)
         done = int(state.step)
-        metrics = _Metrics(folder / "metrics.jsonl", done) if first else None
+        metrics = _Metrics(folder / "metrics.jsonl", done)
         step = make_step(task, schedule, step_key, shardings)
         values: Mapping[str, Array] = {}
-
-        def stopped() -> bool:
-            """Whether any process was asked to stop: all stop after the same step."""
-            if jax.process_count() == 1:
-                return asked()
-            return bool(multihost_utils.process_allgather(np.array(asked())).any())
 
         def finite() -> dict[str, float]:
             numbers = {name: float(np.asarray(value)) for name, value in values.items()}
@@ -264,9 +257,7 @@ def fit(
                 state, values = step(state, shared(batch, mesh))
                 done += 1
                 if done % log_every == 0 or done == schedule.steps:
-                    numbers = finite()
-                    if metrics:
-                        metrics.write(done, numbers)
+                    metrics.write(done, finite())
                 if done % save_every == 0:
                     save()
         save()
@@ -319,7 +310,7 @@ class _Metrics:
     def __init__(self, path: Path, done: int):
         self.path = path
         self.clock = (time.perf_counter(), done)
-        if path.exists():
+        if path.exists() and distributed.writes():
             with atomic(path) as part:
                 part.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if _step(line) <= done))
 
@@ -328,8 +319,9 @@ class _Metrics:
         each = round((now - self.clock[0]) / max(step - self.clock[1], 1), 4)
         self.clock = (now, step)
         line = {"step": step, **numbers, "seconds_per_step": each}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        if distributed.writes():
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
         _log.info("%s", " · ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
 
 
