@@ -21,8 +21,7 @@ from jvdiff.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 STEM = "a-red-seven-moving-left_seed3"
-DIGITS = ["-m", "jvdiff.sample", "--config", "configs/digits.py", "--config.prompt=a red seven moving left"]
-DIGITS += ["--config.seed=3", "--config.num_frames=1", "--config.mesh=sequence=8", "--config.save_arrays=true"]
+PROMPT = "a red seven moving left"
 PROGRAM = """
 import sys, time, os, signal, contextlib
 from pathlib import Path
@@ -38,9 +37,9 @@ from jvdiff.interrupts import interrupts
 def work(request):
     rank, unlucky = jax.process_index(), jax.process_index() == int(sys.argv[2])
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    put = lambda spec: NamedSharding(mesh, PartitionSpec(spec))
+    put = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
     ones = jax.make_array_from_callback((8,), put("data"), lambda i: np.ones(8, np.float32)[i])
-    total = jax.jit(lambda x: x.sum(), out_shardings=put(None))
+    total = jax.jit(lambda x: x.sum(), out_shardings=put())
     assert distributed.gather(rank) == [0, 1]
     with claim(request.config.folder, "clip") if rank == 0 else contextlib.nullcontext() as base, interrupts() as asked:
         for step in range(200):
@@ -90,12 +89,12 @@ class Team:
 
     def wait(self, timeout=120):
         """The exit status of each."""
-        try:
-            return [process.wait(timeout) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-                process.wait()
+        return [process.wait(timeout) for process in self.processes]
+
+    def end(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
 
     def text(self, rank, stream="err"):
         return (self.logs / f"{stream}{rank}").read_text()
@@ -108,13 +107,27 @@ class Team:
 
 
 @pytest.fixture
-def program(tmp_path):
+def team(tmp_path):
+    """start(words of the command line) -> a Team; what is left of it is ended with the test."""
+    teams = []
+
+    def start(words, **more):
+        teams.append(Team(tmp_path, words, **more))
+        return teams[-1]
+
+    yield start
+    for each in teams:
+        each.end()
+
+
+@pytest.fixture
+def program(team, tmp_path):
     """start(what happens, to whom) -> a Team that runs PROGRAM; and the folder that it writes to."""
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "made").mkdir()
 
     def start(what, unlucky=1, **more):
-        return Team(tmp_path, [str(tmp_path / "program.py"), what, str(unlucky), str(tmp_path / "made")], **more)
+        return team([str(tmp_path / "program.py"), what, str(unlucky), str(tmp_path / "made")], **more)
 
     return start, tmp_path / "made"
 
@@ -197,38 +210,41 @@ def test_fields_that_cannot_be_are_refused(fields, message):
     assert not distributed.several() and distributed.writes() and distributed.gather(3) == [3]
 
 
-# ---------------------------------------------------------------------------------------------------- the digits model
+# ------------------------------------------------------------------------------------------------------------ sampling
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """A compilation cache that the runs of this file share."""
-    folder = tmp_path_factory.mktemp("compiled")
-    folder.chmod(0o700)
-    return folder
+@pytest.fixture
+def sampling(team, tmp_path):
+    """start(repository, fields) -> a Team that samples on all its devices; and the folder of its clips."""
+    config = tmp_path / "config.py"
+    config.write_text("from jvdiff import sample\nget_config = sample.default_config\n")
+    common = {"prompt": PROMPT, "seed": 3, "height": 64, "width": 64, "mesh": "sequence=8", "compile_cache": "off"}
+    common |= {"output": tmp_path / "clips", "save_arrays": "true"}
+
+    def start(repository, **given):
+        fields = [f"--config.{name}={value}" for name, value in (common | {"checkpoint": repository} | given).items()]
+        return team(["-m", "jvdiff.sample", f"--config={config}", *fields], timeout=60)
+
+    return start, tmp_path / "clips"
 
 
-def digits(tmp_path, compiled, *words):
-    words = [*DIGITS, f"--config.output={tmp_path / 'clips'}", f"--config.compile_cache={compiled}", *words]
-    return Team(tmp_path, words, timeout=60), tmp_path / "clips"
-
-
-def test_two_processes_make_the_clip_of_one(tmp_path, compiled):
-    running, clips = digits(tmp_path, compiled, "--config.steps=2")
-    same = jvdiff.generate(
-        jvdiff.load(ROOT / "checkpoints" / "digits", mesh="sequence=8"),
-        "a red seven moving left", seed=3, num_frames=1, height=64, width=64, steps=2, guidance=4.0,
-    )  # fmt: skip
+def test_two_processes_make_the_clip_of_one(sampling):
+    start, clips = sampling
+    running = start(ROOT / "checkpoints" / "digits", num_frames=1, steps=2)
+    pipe = jvdiff.load(ROOT / "checkpoints" / "digits", mesh="sequence=8")
+    same = jvdiff.generate(pipe, PROMPT, seed=3, num_frames=1, height=64, width=64, steps=2)
     assert running.wait() == [0, 0], running.text(0) + running.text(1)
     assert sorted(path.name for path in clips.iterdir()) == [f"{STEM}.{kind}" for kind in ("json", "mp4", "npz", "png")]
     with np.load(clips / f"{STEM}.npz") as made:
         np.testing.assert_array_equal(made["latents"], same.latents[0])
         np.testing.assert_array_equal(made["video"], same.video[0])
-    assert running.text(1) == "" and f"{STEM}.mp4" in running.text(0, "out") and STEM not in running.text(1, "out")
+    assert running.text(1) == ""
+    assert f"{STEM}.mp4" in running.text(0, "out") and STEM not in running.text(1, "out")
 
 
-def test_a_signal_to_one_stops_all_and_the_first_saves(tmp_path, compiled):
-    running, clips = digits(tmp_path, compiled, "--config.steps=500")
+def test_a_signal_to_one_stops_all_and_the_first_saves(sampling, tiny_repository):
+    start, clips = sampling
+    running = start(tiny_repository, steps=500)
     running.wait_for("denoise  ")
     running.processes[1].send_signal(signal.SIGTERM)
     assert running.wait() == [5, 5], running.text(0) + running.text(1)
@@ -236,17 +252,20 @@ def test_a_signal_to_one_stops_all_and_the_first_saves(tmp_path, compiled):
     assert f"--config.resume={clips / STEM}.state" in running.text(0)
 
 
-def test_a_killed_process_leaves_no_half_written_file(tmp_path, compiled):
-    running, clips = digits(tmp_path, compiled, "--config.steps=500")
+def test_a_killed_process_leaves_no_half_written_file(sampling, tiny_repository):
+    start, clips = sampling
+    running = start(tiny_repository, steps=500)
     running.wait_for("denoise  ")
+    assert [path.name for path in clips.iterdir()] == [f"{STEM}.json"]  # claimed
     running.processes[1].kill()
     assert running.wait() == [7, -signal.SIGKILL], running.text(0)
     assert "error: process 1 (" in running.text(0) and "Traceback" not in running.text(0)
     assert list(clips.iterdir()) == []
 
 
-def test_what_is_wrong_for_all_is_said_before_any_weight_is_read(tmp_path, compiled):
-    running, clips = digits(tmp_path, compiled, "--config.mesh=sequence=2")
+def test_what_is_wrong_for_all_is_said_before_any_weight_is_read(sampling, tiny_repository):
+    start, clips = sampling
+    running = start(tiny_repository, mesh="sequence=2")
     assert running.wait() == [2, 2]
     assert "expected one of all 8 devices of 2 processes" in running.text(0) and "loading" not in running.text(0)
     assert list(clips.iterdir()) == []
