@@ -21,8 +21,7 @@ from jvdiff.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 STEM = "a-red-seven-moving-left_seed3"
-DIGITS = ["-m", "jvdiff.sample", "--config", "configs/digits.py", "--config.prompt=a red seven moving left"]
-DIGITS += ["--config.seed=3", "--config.num_frames=1", "--config.mesh=sequence=8", "--config.save_arrays=true"]
+PROMPT = "a red seven moving left"
 PROGRAM = """
 import sys, time, os, signal, contextlib
 from pathlib import Path
@@ -38,9 +37,9 @@ from jvdiff.interrupts import interrupts
 def work(request):
     rank, unlucky = jax.process_index(), jax.process_index() == int(sys.argv[2])
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    put = lambda spec: NamedSharding(mesh, PartitionSpec(spec))
+    put = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
     ones = jax.make_array_from_callback((8,), put("data"), lambda i: np.ones(8, np.float32)[i])
-    total = jax.jit(lambda x: x.sum(), out_shardings=put(None))
+    total = jax.jit(lambda x: x.sum(), out_shardings=put())
     assert distributed.gather(rank) == [0, 1]
     with claim(request.config.folder, "clip") if rank == 0 else contextlib.nullcontext() as base, interrupts() as asked:
         for step in range(200):
@@ -90,12 +89,12 @@ class Team:
 
     def wait(self, timeout=120):
         """The exit status of each."""
-        try:
-            return [process.wait(timeout) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-                process.wait()
+        return [process.wait(timeout) for process in self.processes]
+
+    def end(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
 
     def text(self, rank, stream="err"):
         return (self.logs / f"{stream}{rank}").read_text()
@@ -108,13 +107,27 @@ class Team:
 
 
 @pytest.fixture
-def program(tmp_path):
+def team(tmp_path):
+    """start(words of the command line) -> a Team; what is left of it is ended with the test."""
+    teams = []
+
+    def start(words, **more):
+        teams.append(Team(tmp_path, words, **more))
+        return teams[-1]
+
+    yield start
+    for each in teams:
+        each.end()
+
+
+@pytest.fixture
+def program(team, tmp_path):
     """start(what happens, to whom) -> a Team that runs PROGRAM; and the folder that it writes to."""
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "made").mkdir()
 
     def start(what, unlucky=1, **more):
-        return Team(tmp_path, [str(tmp_path / "program.py"), what, str(unlucky), str(tmp_path / "made")], **more)
+        return team([str(tmp_path / "program.py"), what, str(unlucky), str(tmp_path / "made")], **more)
 
     return start, tmp_path / "made"
 
@@ -124,9 +137,9 @@ def program(tmp_path):
 
 def test_all_do_their_part_and_the_first_speaks(program):
     start, made = program
-    team = start("done")
-    assert team.wait() == [0, 0], team.text(0) + team.text(1)
-    assert "made\n" in team.text(0, "out") and "made\n" not in team.text(1, "out")
+    running = start("done")
+    assert running.wait() == [0, 0], running.text(0) + running.text(1)
+    assert "made\n" in running.text(0, "out") and "made\n" not in running.text(1, "out")
     assert [path.name for path in made.iterdir()] == ["clip.json"]
 
 
@@ -143,42 +156,42 @@ def test_all_do_their_part_and_the_first_speaks(program):
 )
 def test_the_error_of_one_ends_all_with_its_status_and_a_sentence(program, what, unlucky, status, there, elsewhere):
     start, made = program
-    team = start(what, unlucky)
-    assert team.wait() == [status, status], team.text(0) + team.text(1)
-    assert there in team.text(unlucky) and re.search(elsewhere, team.text(1 - unlucky)), team.text(1 - unlucky)
-    assert "Traceback" not in team.text(0) + team.text(1)
+    running = start(what, unlucky)
+    assert running.wait() == [status, status], running.text(0) + running.text(1)
+    assert there in running.text(unlucky) and re.search(elsewhere, running.text(1 - unlucky)), running.text(1 - unlucky)
+    assert "Traceback" not in running.text(0) + running.text(1)
     assert not [path for path in made.iterdir() if not path.name.startswith("jvdiff-error")]
 
 
 @pytest.mark.parametrize("unlucky", [0, 1])
 def test_the_others_survive_a_killed_process_long_enough_to_say_so(program, unlucky):
     start, made = program
-    team = start("kill", unlucky)
+    running = start("kill", unlucky)
     began = time.monotonic()
-    status = team.wait()
-    assert (status[unlucky], status[1 - unlucky]) == (-signal.SIGKILL, 7), team.text(1 - unlucky)
+    status = running.wait()
+    assert (status[unlucky], status[1 - unlucky]) == (-signal.SIGKILL, 7), running.text(1 - unlucky)
     assert time.monotonic() - began < 60
-    last = team.text(1 - unlucky).splitlines()[-1]
+    last = running.text(1 - unlucky).splitlines()[-1]
     assert last.startswith(f"error: process {unlucky} (") and last.endswith("ended without a word.")
     assert list(made.iterdir()) == []  # of process 0 too, if that is the one
 
 
 def test_a_silent_process_counts_as_dead_after_the_time_out(program):
     start, made = program
-    team = start("silent", timeout=4)
-    assert team.processes[0].wait(60) == 7
-    assert "error: process 1 (" in team.text(0) and "has been silent for 4 s." in team.text(0)
+    running = start("silent", timeout=4)
+    assert running.processes[0].wait(60) == 7
+    assert "error: process 1 (" in running.text(0) and "has been silent for 4 s." in running.text(0)
     assert list(made.iterdir()) == []
-    team.processes[1].kill()
-    team.wait()
+    running.processes[1].kill()
+    running.wait()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_who_waits_in_vain_says_so(program, rank):
     start, _ = program
-    team = start("done", started=[rank], timeout=3)
-    assert team.wait() == [7]
-    assert f"error: process {rank} waited 3 s, but not all of 2 processes came" in team.text(rank)
+    running = start("done", started=[rank], timeout=3)
+    assert running.wait() == [7]
+    assert f"error: process {rank} waited 3 s, but not all of 2 processes came" in running.text(rank)
 
 
 @pytest.mark.parametrize(
@@ -197,56 +210,62 @@ def test_fields_that_cannot_be_are_refused(fields, message):
     assert not distributed.several() and distributed.writes() and distributed.gather(3) == [3]
 
 
-# ---------------------------------------------------------------------------------------------------- the digits model
+# ------------------------------------------------------------------------------------------------------------ sampling
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """A compilation cache that the runs of this file share."""
-    folder = tmp_path_factory.mktemp("compiled")
-    folder.chmod(0o700)
-    return folder
+@pytest.fixture
+def sampling(team, tmp_path):
+    """start(repository, fields) -> a Team that samples on all its devices; and the folder of its clips."""
+    config = tmp_path / "config.py"
+    config.write_text("from jvdiff import sample\nget_config = sample.default_config\n")
+    common = {"prompt": PROMPT, "seed": 3, "height": 64, "width": 64, "mesh": "sequence=8", "compile_cache": "off"}
+    common |= {"output": tmp_path / "clips", "save_arrays": "true"}
+
+    def start(repository, **given):
+        fields = [f"--config.{name}={value}" for name, value in (common | {"checkpoint": repository} | given).items()]
+        return team(["-m", "jvdiff.sample", f"--config={config}", *fields], timeout=60)
+
+    return start, tmp_path / "clips"
 
 
-def digits(tmp_path, compiled, *words):
-    words = [*DIGITS, f"--config.output={tmp_path / 'clips'}", f"--config.compile_cache={compiled}", *words]
-    return Team(tmp_path, words, timeout=60), tmp_path / "clips"
-
-
-def test_two_processes_make_the_clip_of_one(tmp_path, compiled):
-    team, clips = digits(tmp_path, compiled, "--config.steps=2")
-    same = jvdiff.generate(
-        jvdiff.load(ROOT / "checkpoints" / "digits", mesh="sequence=8"),
-        "a red seven moving left", seed=3, num_frames=1, height=64, width=64, steps=2, guidance=4.0,
-    )  # fmt: skip
-    assert team.wait() == [0, 0], team.text(0) + team.text(1)
+def test_two_processes_make_the_clip_of_one(sampling):
+    start, clips = sampling
+    running = start(ROOT / "checkpoints" / "digits", num_frames=1, steps=2)
+    pipe = jvdiff.load(ROOT / "checkpoints" / "digits", mesh="sequence=8")
+    same = jvdiff.generate(pipe, PROMPT, seed=3, num_frames=1, height=64, width=64, steps=2)
+    assert running.wait() == [0, 0], running.text(0) + running.text(1)
     assert sorted(path.name for path in clips.iterdir()) == [f"{STEM}.{kind}" for kind in ("json", "mp4", "npz", "png")]
     with np.load(clips / f"{STEM}.npz") as made:
         np.testing.assert_array_equal(made["latents"], same.latents[0])
         np.testing.assert_array_equal(made["video"], same.video[0])
-    assert team.text(1) == "" and f"{STEM}.mp4" in team.text(0, "out") and STEM not in team.text(1, "out")
+    assert running.text(1) == ""
+    assert f"{STEM}.mp4" in running.text(0, "out") and STEM not in running.text(1, "out")
 
 
-def test_a_signal_to_one_stops_all_and_the_first_saves(tmp_path, compiled):
-    team, clips = digits(tmp_path, compiled, "--config.steps=500")
-    team.wait_for("denoise  ")
-    team.processes[1].send_signal(signal.SIGTERM)
-    assert team.wait() == [5, 5], team.text(0) + team.text(1)
+def test_a_signal_to_one_stops_all_and_the_first_saves(sampling, tiny_repository):
+    start, clips = sampling
+    running = start(tiny_repository, steps=500)
+    running.wait_for("denoise  ")
+    running.processes[1].send_signal(signal.SIGTERM)
+    assert running.wait() == [5, 5], running.text(0) + running.text(1)
     assert [path.name for path in clips.iterdir()] == [f"{STEM}.state"]
-    assert f"--config.resume={clips / STEM}.state" in team.text(0)
+    assert f"--config.resume={clips / STEM}.state" in running.text(0)
 
 
-def test_a_killed_process_leaves_no_half_written_file(tmp_path, compiled):
-    team, clips = digits(tmp_path, compiled, "--config.steps=500")
-    team.wait_for("denoise  ")
-    team.processes[1].kill()
-    assert team.wait() == [7, -signal.SIGKILL], team.text(0)
-    assert "error: process 1 (" in team.text(0) and "Traceback" not in team.text(0)
+def test_a_killed_process_leaves_no_half_written_file(sampling, tiny_repository):
+    start, clips = sampling
+    running = start(tiny_repository, steps=500)
+    running.wait_for("denoise  ")
+    assert [path.name for path in clips.iterdir()] == [f"{STEM}.json"]  # claimed
+    running.processes[1].kill()
+    assert running.wait() == [7, -signal.SIGKILL], running.text(0)
+    assert "error: process 1 (" in running.text(0) and "Traceback" not in running.text(0)
     assert list(clips.iterdir()) == []
 
 
-def test_what_is_wrong_for_all_is_said_before_any_weight_is_read(tmp_path, compiled):
-    team, clips = digits(tmp_path, compiled, "--config.mesh=sequence=2")
-    assert team.wait() == [2, 2]
-    assert "expected one of all 8 devices of 2 processes" in team.text(0) and "loading" not in team.text(0)
+def test_what_is_wrong_for_all_is_said_before_any_weight_is_read(sampling, tiny_repository):
+    start, clips = sampling
+    running = start(tiny_repository, mesh="sequence=2")
+    assert running.wait() == [2, 2]
+    assert "expected one of all 8 devices of 2 processes" in running.text(0) and "loading" not in running.text(0)
     assert list(clips.iterdir()) == []
