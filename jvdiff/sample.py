@@ -49,7 +49,6 @@ def default_config() -> config_dict.ConfigDict:
             "mesh": none(object),  # several devices: "sequence=4,tensor=2", a dict of that, or "auto"; None: one device
             "pattern": none(str),  # dense, sliding_tile:6x8x8:3x3x3 (tile, window), video_sparse:4x4x4:0.9 (sparsity)
             "attention": none(str),  # cudnn, xla, ...: see jvdiff/kernels; None: the best that can
-            "mesh": none(object),  # of devices that share the work: "sequence=4,tensor=2", or "auto"; None: one device
             "output": "out",
             "save_arrays": False,  # NAME.npz with latents float32 [T,H,W,C] and video uint8 [F,Y,X,3]
             "resume": none(str),  # a .state folder
