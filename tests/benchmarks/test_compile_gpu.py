@@ -97,6 +97,12 @@ def test_a_check_needs_the_gpu_that_was_predicted(monkeypatch, capsys, compile_g
     assert "--check compares with an H200, and this is" in capsys.readouterr().err
 
 
+def test_a_step_is_measured_with_random_weights(compile_gpu):
+    small = {"num_attention_heads": 2, "attention_head_dim": 12, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2}
+    cfg = compile_gpu.wan.DiTConfig(in_channels=4, out_channels=4, text_dim=16, **small)
+    assert 0 < compile_gpu.measure(cfg, 32, 32) < 60
+
+
 def test_the_meshes_of_the_table_are_of_one_to_eight_devices(compile_gpu):
     assert {mesh.devices for mesh in compile_gpu.MESHES} == {1, 2, 4, 8}
     assert len(set(compile_gpu.MESHES)) == len(compile_gpu.MESHES)
