@@ -3,7 +3,9 @@
     python benchmarks/compile_gpu.py                          # every kernel, every production shape, for an H200
     python benchmarks/compile_gpu.py --model "Wan 1.3B 480p" --pattern "VSA 4x4x4"
     python benchmarks/compile_gpu.py --implementation triton --target a100
-    python benchmarks/compile_gpu.py --step                   # one DiT step on one and on eight H200s: memory of each
+    python benchmarks/compile_gpu.py --step                   # a step of each Wan DiT on 1 to 8 H200s: memory, time
+    python benchmarks/compile_gpu.py --step --model "Wan 14B 720p" --mesh sequence=8
+    python benchmarks/compile_gpu.py --step --check           # where there is an H200: measured against predicted
 
 It needs no GPU and no driver, only the compiler's packages (`make kernels` installs them) and a few seconds a kernel.
 Registers are per thread, shared memory per CTA; `CTAs` is how many of them fit on an SM at once. The exit status is 1
@@ -22,12 +24,13 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before jax: its CUDA plugin would ask for a driver
+if "--check" not in sys.argv:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before jax: its CUDA plugin would ask for a driver
 # What the compilers print, which is read below: that of Mosaic's kernels, and that of all others.
 os.environ["MOSAIC_GPU_DUMP_PTXAS"] = os.environ["MOSAIC_GPU_DUMP_RESOURCES"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0"
@@ -36,12 +39,16 @@ os.environ["TF_CPP_VMODULE"] = "subprocess_compilation=2,xtile_compiler=2,thunk_
 
 import jax
 import jax.numpy as jnp
+import roofline
 from jax.sharding import NamedSharding, PartitionSpec
+from timing import RESULTS, in_turn
 
 from jvdiff import plan
-from jvdiff.errors import JvdiffError, UsageError
-from jvdiff.kernels import VideoSparse, block_sparse_attention, tiles
+from jvdiff.errors import JvdiffError, SetupError, UsageError
+from jvdiff.kernels import Dense, block_sparse_attention, tiles
 from jvdiff.kernels.block_sparse import mosaic_gpu, triton
+from jvdiff.models import wan
+from jvdiff.sharding import MeshShape, Placement, collectives, param_shardings, read_mesh, rules
 
 # Grid of tokens after patchify, and heads; 81 frames, HunyuanVideo 117. All have head dim 128, --head-dim asks what if.
 MODELS = {
@@ -62,30 +69,52 @@ KERNELS = ("forward", "dq", "dkv")
 KINDS = {"h200": "NVIDIA H200", "a100": "NVIDIA A100-SXM4-80GB"}  # as the driver names them
 SHARED_MEMORY = {"h200": 232_448, "a100": 166_912}  # bytes that one CTA may have
 REGISTERS, MAX_THREADS = 65_536, 2048  # of an SM
+STEPS = {
+    f"{name} {height}p": (cfg, height, width)
+    for name, cfg in (("Wan 1.3B", wan.WAN_2_1_T2V_1_3B), ("Wan 14B", wan.WAN_2_1_T2V_14B))
+    for height, width in ((480, 832), (720, 1280))
+}
+MESHES = [
+    MeshShape(**axes)
+    for axes in (
+        {},
+        *({axis: n} for n in (2, 4, 8) for axis in ("sequence", "fsdp", "tensor")),
+        {"data": 2},
+        *({other: 2, "sequence": n} for n in (2, 4) for other in ("data", "fsdp", "tensor")),
+    )
+]
+PREDICTIONS = RESULTS / "steps_h200.json"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=sorted(SHARED_MEMORY), default="h200")
     parser.add_argument("--implementation", choices=["mosaic_gpu", "triton"], default="mosaic_gpu")
-    parser.add_argument("--model", choices=MODELS, action="append", help="only this one; may be given again")
+    parser.add_argument("--model", choices=[*MODELS], action="append", help="only this one; may be given again")
     parser.add_argument("--pattern", choices=PATTERNS, action="append", help="only this one; may be given again")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--step", action="store_true", help="compile DiT steps instead of kernels")
+    parser.add_argument("--mesh", type=_mesh, action="append", help="of the steps, only this one; may be given again")
+    parser.add_argument(
+        "--check", action="store_true", help="with --step: run those of one GPU, against the prediction"
+    )
     parser.add_argument("--output", type=Path, help="write the rows to this JSON file as well")
     args = parser.parse_args()
     try:
+        if args.check:
+            return check()
         plan.check_target(args.target)
         if (args.implementation, args.target) == ("mosaic_gpu", "a100"):
             raise UsageError("mosaic_gpu is for Hopper: compile it for h200, or --implementation triton for a100.")
         if args.step:
-            print(f"{'GiB of each GPU':<24}{'GPUs':>5}{'weights':>10}{'data':>8}{'temporary':>11}{'seconds':>9}")
-            rows, line = [], "{step:<24}{gpus:>5}{weights:>10.2f}{data:>8.2f}{temporary:>11.2f}{seconds:>9.1f}"
-            for row in steps(args.target):
+            if args.target != "h200":
+                raise UsageError("steps are predicted for h200 alone; there are no rates for another target.")
+            print(f"{'one step, both branches':<15}{'mesh':>24}{STEP_COLUMNS}")
+            rows, failures = [], []
+            for row in steps(args.target, args.model or STEPS, args.mesh or MESHES):
                 rows.append(row)
-                print(line.format(**row), flush=True)
-            failures = []
+                print(step_line(row), flush=True)
         else:
             line = "{shape:<32}{kernel:<9}{registers:>10}{spills:>8}{shared_memory:>15}{ctas:>6}{seconds:>9}"
             print(line.format_map({name: name.replace("_", " ") for name in re.findall(r"{(\w+)", line)}))
@@ -112,6 +141,13 @@ def main() -> int:
     for row in failures:
         print(f"{row['shape']}, {row['kernel']}: spills or asks for too much shared memory", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _mesh(text: str) -> MeshShape:
+    shape = read_mesh(text)
+    if not isinstance(shape, MeshShape):
+        raise argparse.ArgumentTypeError(f"{text!r} is no mesh, such as sequence=4,tensor=2")
+    return shape
 
 
 def kernels(
@@ -213,52 +249,140 @@ def _printed() -> Iterator[list[str]]:
             texts.append(file.read().decode(errors="replace"))
 
 
-def steps(target: str) -> Iterator[dict[str, Any]]:
-    """A row for one velocity of each Wan DiT, 81 frames: one clip on one GPU, and eight clips on eight, weights shared.
+STEP_COLUMNS = f"{'GiB weights':>13}{'temporary':>11}{'GB sent':>9}{'async':>9}{'seconds':>17}{'efficiency':>13}"
 
-    On one, also with video sparse attention by this GPU's kernels; dense attention is the blocked XLA form, which needs
-    no less memory than cuDNN's. On eight each GPU has one clip and an eighth of every weight, gathered when it is used.
+
+def step_line(row: Mapping[str, Any]) -> str:
+    """One row of `steps` for the terminal."""
+    seconds = f"{row['seconds_overlapped']:.3f} - {row['seconds_exposed']:.3f}"
+    efficiency = f"{row['efficiency_exposed']:.0%} - {row['efficiency_overlapped']:.0%}"
+    return (
+        f"{row['step']:<15}{row['mesh']:>24}{row['weights']:>13.2f}{row['temporary']:>11.2f}{row['sent'] / 1e9:>9.2f}"
+        f"{row['asynchronous']:>5} / {row['collectives']}{seconds:>17}{efficiency:>13}"
+    )
+
+
+def steps(target: str, models: Iterable[str], meshes: Sequence[MeshShape]) -> Iterator[dict[str, Any]]:
+    """A row for one sampling step, both branches of guidance, of each Wan DiT, 81 frames, under each mesh it allows.
+
+    The branches run one after the other, or, where the mesh has an axis `data` or `fsdp`, at once. GiB and bytes sent
+    are of one GPU; `collectives` counts those in the program's text, not how often they run. Dense attention is
+    compiled in the blocked XLA form, and predicted as the fused kernel that a GPU takes (`roofline`).
     """
-    from jvdiff.models import wan
-
-    models = {"Wan 1.3B": wan.WAN_2_1_T2V_1_3B, "Wan 14B": wan.WAN_2_1_T2V_14B}
-    ways = [("dense", 1, {}), ("dense", 8, {})]
-    if target == "h200":
-        ways.append(("VSA 4x4x4", 1, {"pattern": VideoSparse(sparsity=0.9), "implementation": "mosaic_gpu"}))
-    for (name, cfg), (height, width), (attention, gpus, how) in itertools.product(
-        models.items(), ((480, 832), (720, 1280)), ways
-    ):
-        with _printed():
-            mesh = plan.target_mesh(target, gpus)
-        place = lambda x, *axes, mesh=mesh: jax.ShapeDtypeStruct(  # noqa: E731
-            x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes))
-        )
-        shapes = (gpus, 21, height // 8, width // 8, cfg.in_channels), (gpus,), (gpus, plan.ROWS, cfg.text_dim)
-        inputs = [place(jax.ShapeDtypeStruct(shape, jnp.float32), "device") for shape in shapes]
-        params = jax.tree.map(
-            lambda x, place=place, gpus=gpus: place(x, *_shared(x.shape, gpus)), wan.abstract_params(cfg, jnp.bfloat16)
-        )
-        velocity = lambda params, *inputs, cfg=cfg, how=how: wan.velocity(params, cfg, *inputs, **how)  # noqa: E731
-        began = time.monotonic()
-        with _printed():
-            compiled = jax.jit(velocity).trace(params, *inputs).lower(lowering_platforms=("cuda",)).compile()
-        memory: Any = compiled.memory_analysis()
-        weights = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
-        data = memory.argument_size_in_bytes - weights + memory.output_size_in_bytes
-        sizes = {"weights": weights, "data": data, "temporary": memory.temp_size_in_bytes}
-        yield {
-            "step": f"{name} {height}p {attention}",
-            "gpus": gpus,
-            **{part: size / 2**30 for part, size in sizes.items()},
-            "seconds": time.monotonic() - began,
-        }
+    for model in models:
+        cfg, height, width = STEPS[model]
+        alone = predicted(target, model, MeshShape())
+        for mesh in sorted(meshes, key=lambda mesh: mesh.devices):
+            if reason := wan.mesh_sizes(cfg, (21, height // 8, width // 8), branches(mesh), Dense()).problem(mesh):
+                print(f"{model:<15}{mesh!s:>24}  {reason}", flush=True)
+                continue
+            row = alone if mesh.devices == 1 else predicted(target, model, mesh)
+            for way in ("exposed", "overlapped"):
+                row[f"efficiency_{way}"] = alone[f"seconds_{way}"] / row[f"seconds_{way}"] / mesh.devices
+            yield row
 
 
-def _shared(shape: tuple[int, ...], gpus: int) -> list[str | None]:
-    """The largest axis that so many GPUs can share is divided."""
-    axes = [axis for axis, size in enumerate(shape) if size % gpus == 0]
-    best = max(axes, key=lambda axis: shape[axis], default=None)
-    return ["device" if axis == best else None for axis in range(len(shape))]
+def predicted(target: str, model: str, shape: MeshShape) -> dict[str, Any]:
+    """What the compiler says of one step on a mesh of such GPUs, and how long it should take."""
+    cfg, height, width = STEPS[model]
+    with _printed():
+        mesh = plan.target_mesh(target, shape)
+    placement = Placement(mesh, shape.ring) if shape.devices > 1 else None
+    here = NamedSharding(mesh, PartitionSpec())
+    abstract = wan.abstract_params(cfg, jnp.bfloat16)
+    params = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        param_shardings(mesh, abstract, rules.WAN_DIT),
+    )
+    batch = branches(shape)
+    calls = 2 // batch
+    inputs = [jax.ShapeDtypeStruct(*x, sharding=here) for x in step_inputs(cfg, batch, height, width)]
+
+    def velocity(params, *inputs):
+        v = wan.velocity(params, cfg, *inputs, placement=placement)
+        return v if placement is None else placement.replicate(v)
+
+    began = time.monotonic()
+    with _printed():
+        compiled = jax.jit(velocity).trace(params, *inputs).lower(lowering_platforms=("cuda",)).compile()
+    compiled_in = time.monotonic() - began
+    text = compiled.as_text() or ""
+    memory: Any = compiled.memory_analysis()
+    weights = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
+    found, work = collectives.read(text), roofline.work(text)
+    seconds = roofline.seconds(work, found, roofline.H200)
+    kinds = collectives.by_kind(found)
+    return {
+        "step": model,
+        "mesh": str(shape),
+        "gpus": shape.devices,
+        "weights": weights / 2**30,
+        "data": (memory.argument_size_in_bytes - weights + memory.output_size_in_bytes) / 2**30,
+        "temporary": memory.temp_size_in_bytes / 2**30,
+        "flops": calls * work.flops,
+        "attention_flops": calls * work.attention,
+        "traffic": calls * work.traffic,
+        "sent": calls * sum(sent for _, sent in kinds.values()),
+        "sent_by_kind": {kind: calls * sent for kind, (_, sent) in kinds.items()},
+        "runs_by_kind": {kind: calls * runs for kind, (runs, _) in kinds.items()},
+        "collectives": len(found),
+        "asynchronous": sum(each.asynchronous for each in found),
+        "seconds_compute": calls * seconds.compute,
+        "seconds_overlapped": calls * seconds.shortest,
+        "seconds_exposed": calls * seconds.longest,
+        "compiled_in": compiled_in,
+    }
+
+
+def branches(shape: MeshShape) -> int:
+    """How many of guidance's two branches a large clip's step computes at once: both where devices share batches."""
+    return 2 if shape.data * shape.fsdp > 1 else 1
+
+
+def step_inputs(cfg: Any, batch: int, height: int, width: int) -> list[tuple[tuple[int, ...], Any]]:
+    """(shape, dtype) of the latents of 81 frames, the timestep and the text."""
+    latents = (batch, 21, height // 8, width // 8, cfg.in_channels)
+    return [(latents, jnp.float32), ((batch,), jnp.float32), ((batch, plan.ROWS, cfg.text_dim), jnp.bfloat16)]
+
+
+def check() -> int:
+    """Runs the steps of one GPU with random weights and prints how far off their prediction is.
+
+    Raises:
+        SetupError: there is no H200 here.
+    """
+    device = jax.devices()[0]
+    if "H200" not in device.device_kind:
+        raise SetupError(f"--check compares with an H200, and this is {device.device_kind}.")
+    print(f"{'one step':<15}{'predicted':>12}{'measured':>12}{'measured / predicted':>24}")
+    for row in json.loads(PREDICTIONS.read_text())["rows"]:
+        if row["gpus"] == 1:
+            predicted, measured = row["seconds_exposed"], measure(*STEPS[row["step"]])
+            ratio = measured / predicted
+            print(f"{row['step']:<15}{predicted:>10.3f} s{measured:>10.3f} s{ratio:>24.2f}", flush=True)
+    return 0
+
+
+def measure(cfg: Any, height: int, width: int) -> float:
+    """Seconds of one step, both branches in turn, on the device at hand, with random weights: the best of three."""
+    leaves, tree = jax.tree.flatten(wan.abstract_params(cfg, jnp.bfloat16))
+
+    @jax.jit
+    def random(key):
+        keys = jax.random.split(key, len(leaves))
+        return [0.02 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+
+    params = jax.tree.unflatten(tree, random(jax.random.key(0)))
+    inputs = [jnp.ones(shape, dtype) for shape, dtype in step_inputs(cfg, 1, height, width)]
+    velocity = jax.jit(lambda params, *inputs: wan.velocity(params, cfg, *inputs))
+
+    def run() -> None:
+        for _ in range(2):
+            velocity(params, *inputs).block_until_ready()
+
+    run()
+    return min(in_turn([run], 3)[0])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ load(path) -> Pipeline                 a Hugging Face folder or a converted repo
 generate(pipe, prompts, ...) -> Output  video uint8 [B,F,Y,X,3] and latents float32 [B,T,H,W,C]
 pipeline, settings                     the stages of generate, one by one; what decides a clip
 models, kernels, diffusion, data       the rooms below: pure functions over arrays
+sharding                               meshes, where weights live, sequence-parallel attention
 checkpoint, precision, errors          reading and saving weights, the dtype table, what can go wrong
 """
 
@@ -11,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jvdiff import checkpoint, data, diffusion, errors, kernels, models, pipeline, precision, settings
+    from jvdiff import checkpoint, data, diffusion, errors, kernels, models, pipeline, precision, settings, sharding
     from jvdiff.pipeline import Output, Pipeline, generate, load
 
 _FROM_PIPELINE = ("Output", "Pipeline", "generate", "load")
@@ -30,6 +31,7 @@ __all__ = [
     "pipeline",
     "precision",
     "settings",
+    "sharding",
 ]
 
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from jvdiff import distributed
 from jvdiff.errors import JvdiffError, ResourceError, SetupError, UsageError
 
 
@@ -41,26 +42,28 @@ def main(
 ) -> int:
     """Runs a command line, prints the paths of what it made, and returns its exit status.
 
-    `folder` names the field of the config with the folder that gets the traceback of a bug.
+    `folder` names the field of the config with the folder that gets the traceback of a bug. Of several processes all
+    return the same status, and process 0 prints the paths.
     """
     argv = list(sys.argv if argv is None else argv)
-    show_traceback, place = "--traceback" in argv, None
+    place, shown, code, message = None, None, 0, ""
     try:
         request = parse(argv)
         place = request.config.get(folder)
+        distributed.join(request.config)
         for path in work(request):
-            print(path)
-        return 0
+            if distributed.writes():
+                print(path)
     except KeyboardInterrupt:
-        return _fail("stopped at once; nothing more was saved.", 130, None)
-    except JvdiffError as error:
-        return _fail(str(error), error.exit_code, error if show_traceback else None)
-    except MemoryError:
-        return _fail("not enough memory on this machine.", 4, None)
-    except Exception as error:
-        where = _log_traceback(error, place)
-        message = f"{type(error).__name__}: {str(error)[:500]}\nThis is a bug; please report it with {where}."
-        return _fail(message, 1, error if show_traceback else None)
+        code, message = 130, "stopped at once; nothing more was saved."
+    except Exception as raised:
+        shown = distributed.explained(raised)
+        code, message = _sentence(shown, place)
+    if code:
+        if shown is not None and "--traceback" in argv:
+            traceback.print_exception(shown)
+        print(f"error: {message}", file=sys.stderr)
+    return distributed.leave(code, message)
 
 
 def parse(argv: Sequence[str], usage: str) -> Request:
@@ -97,6 +100,8 @@ def parse(argv: Sequence[str], usage: str) -> Request:
 
 def writable(folder: str, field: str) -> Path:
     """The folder that a field of the config names, made if need be; asked before minutes of work."""
+    if not distributed.writes():
+        return Path(folder)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -123,8 +128,9 @@ def device_memory(what: str, advice: str) -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """A line for the person at the terminal."""
-    print(message, file=sys.stderr, flush=True)
+    """A line for the person at the terminal; of several processes the first speaks."""
+    if distributed.writes():
+        print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -133,7 +139,7 @@ def plain_logs() -> Iterator[None]:
     logger, handler = logging.getLogger("jvdiff"), logging.StreamHandler()
     before = logger.level, logger.propagate
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if distributed.writes() else logging.ERROR)
     logger.propagate = False
     try:
         yield
@@ -181,11 +187,14 @@ def _first_lines(text: str) -> str:
     return "\n".join(line for line in text.splitlines() if line.strip() and "Traceback" not in line)[:600]
 
 
-def _fail(message: str, code: int, error: BaseException | None) -> int:
-    if error is not None:
-        traceback.print_exception(error)
-    print(f"error: {message}", file=sys.stderr)
-    return code
+def _sentence(error: Exception, folder: Any) -> tuple[int, str]:
+    """(exit status, what to say) of an error; the traceback of a bug goes to a file."""
+    if isinstance(error, JvdiffError):
+        return error.exit_code, str(error)
+    if isinstance(error, MemoryError):
+        return ResourceError.exit_code, "not enough memory on this machine."
+    where = _log_traceback(error, folder)
+    return 1, f"{type(error).__name__}: {str(error)[:500]}\nThis is a bug; please report it with {where}."
 
 
 def _log_traceback(error: BaseException, folder: Any) -> Path:

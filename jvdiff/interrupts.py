@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM (preemption): asked for at any moment, obeyed between two steps."""
+"""Ctrl-C and SIGTERM (preemption): asked for at any moment, obeyed between two steps, the same two in all processes."""
 
 import contextlib
 import signal
@@ -6,10 +6,15 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jvdiff import distributed
+
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Yields asked(): whether Ctrl-C or SIGTERM has come. The first waits for the step, a second Ctrl-C does not."""
+    """Yields asked(): whether Ctrl-C or SIGTERM has come. The first waits for the step, a second Ctrl-C does not.
+
+    Of several processes each must ask equally often, and the answer is the same for all: whether it came to any.
+    """
     seen: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -24,7 +29,7 @@ def interrupts() -> Iterator[Callable[[], bool]]:
     except ValueError:  # not the main thread: nobody sends signals here
         before = {}
     try:
-        yield lambda: bool(seen)
+        yield lambda: any(distributed.gather(bool(seen)))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from jvdiff import precision, run_state
+from jvdiff import distributed, pipeline, plan, precision, run_state, sharding
+from jvdiff.command_line import say
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.kernels import Dense, block_sparse
 from jvdiff.models import wan
 from jvdiff.settings import FIELDS, Configs, Settings, check_prompt, check_seed, latent_shape, read_pattern
+from jvdiff.sharding import MeshShape
 
 MAX_PROMPTS_BYTES = 64 * 2**20
 
@@ -93,7 +96,7 @@ def make_jobs(config: Any, resolve: Callable[..., Settings]) -> tuple[list[Job],
         entries = [{"prompt": check_prompt(prompt)} for prompt in prompts]
         if not entries:
             raise UsageError("prompt is an empty tuple; give at least one.")
-    first = check_seed(config.seed)
+    first = distributed.gather(check_seed(config.seed))[0]  # of several processes each would draw its own
     jobs = []
     for i, entry in enumerate(entries):
         try:
@@ -164,6 +167,30 @@ def check_attention(jobs: Sequence[Job], configs: Configs, dtypes: str) -> None:
                 raise NotImplementedError(f"block-sparse attention implementation {chosen!r}: {reason}")
         except NotImplementedError as error:
             raise UsageError(f"{error}.\nLeave --config.attention out to take the best that can.") from None
+
+
+def choose_mesh(jobs: Sequence[Job], configs: Configs, dtypes: str, mesh: Any) -> MeshShape | None:
+    """The mesh that a config names or, for "auto", the smallest that the largest job fits; None for one device.
+
+    Raises:
+        UsageError: it cannot be, not on this machine, or not for one of the jobs.
+        ResourceError: "auto", and none fits.
+    """
+    shape = sharding.read_mesh(mesh)
+    if distributed.several() and getattr(shape, "devices", 0) != jax.device_count():
+        raise UsageError(
+            f"mesh is {shape}; expected one of all {jax.device_count()} devices of {jax.process_count()} processes,\n"
+            f"for instance --config.mesh=sequence={jax.device_count()}."
+        )
+    if shape is None or not jobs:
+        return None
+    if isinstance(shape, str):  # "auto"
+        largest = max((job.settings for job in jobs), key=lambda settings: plan.token_count(configs, settings))
+        shape, sentence = plan.smallest_mesh(configs, largest, precision.choose(dtypes))
+        say(sentence)
+    for job in jobs:
+        sharding.check_mesh(shape, pipeline.mesh_sizes(configs, job.settings, 1, shape), jax.device_count())
+    return shape
 
 
 def attention(settings: Settings, configs: Configs, dtypes: str, rows: int) -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jvdiff import command_line, pipeline, progress, run_state
+from jvdiff import command_line, distributed, pipeline, progress, run_state
 from jvdiff.command_line import say
 from jvdiff.data import video as videos
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, ResourceError, SetupError
@@ -51,18 +51,22 @@ def make(
     compiled: set,
     seconds: dict,
 ) -> list[Path]:
-    """Makes one video and returns [its path], or [the state's folder] where stop_at ended it."""
+    """Makes one video and returns [its path], or [the state's folder] where stop_at ended it.
+
+    Of several processes all compute and process 0 writes; what the others return has no number for a taken name.
+    """
     settings, done = job.settings, job.state.done if job.state else 0
     last = min(settings.steps, config.stop_at or settings.steps)
     say(f"prompt: {job.prompt}   seed: {job.seed}")
     notice = _video_writer(settings)
-    with videos.claim(output, job.stem) as base:
+    claimed = videos.claim if distributed.writes() else lambda folder, stem: contextlib.nullcontext(folder / stem)
+    with claimed(output, job.stem) as base:
         against = settings.negative_prompt if settings.guidance != 1 else None
         texts = [job.prompt] + ([] if against is None else [against])
         rows = pipeline.tokenize(pipe.tokenizer, texts)[0].shape[1]
         if (settings, rows) not in compiled:
             with progress.phase("compiling", seconds, "compile"), stage("compile"):
-                for name, program in pipeline.traced(pipe.configs, settings, pipe.params, rows):
+                for name, program in pipeline.traced(pipe.configs, settings, pipe.params, rows, pipe.placement):
                     if name.startswith("decode") and last < settings.steps:
                         break
                     program.lower().compile()
@@ -75,6 +79,8 @@ def make(
         def save(state: Any, done: int) -> Path:
             arrays = {name: np.asarray(array) for name, array in zip(state._fields, state, strict=True)}
             kept = facts(job, pipe.precision.name, pipe.digest) | {"versions": _versions()}
+            if not distributed.writes():
+                return Path(f"{base}.state")
             return run_state.save(Path(f"{base}.state"), run_state.RunState(kept, done, arrays))
 
         def after_step(now: int, state: Any) -> bool:
@@ -131,7 +137,7 @@ def make(
             "dtypes": dataclasses.asdict(pipe.precision),
             "sigmas": [float(s) for s in pipeline.schedule(settings).sigmas],
             "attention_chosen": attention(settings, pipe.configs, pipe.precision.name, rows),
-            "device": _device(),
+            "device": _device(pipe),
             "versions": _versions(),
             "resumed_at_step": job.state.done if job.state else None,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
@@ -157,12 +163,13 @@ def _begin(pipe: Pipeline, job: Job) -> Any:
 
 def _preview(pipe: Pipeline) -> Callable[[Any, Path], None]:
     """save(state, path): a strip with one rough picture for each latent frame, as clean as the solver believes it."""
-    decode = pipeline.first_frames(pipe.configs.vae)
+    decode = pipeline.first_frames(pipe.configs.vae, pipe.placement)
     factors = videos.fit_preview(lambda latents: decode(pipe.params["vae"], latents), pipe.configs.vae.z_dim)
 
     def save(state: Any, path: Path) -> None:
         latents = np.asarray(getattr(state, "clean_1", state.x))[0]
-        videos.write_png(path, videos.latent_preview(latents, *factors))
+        if distributed.writes():
+            videos.write_png(path, videos.latent_preview(latents, *factors))
 
     return save
 
@@ -173,7 +180,7 @@ def _rescued_latents(base: Path) -> Iterator[None]:
     try:
         yield
     except NumericsError as error:
-        if hasattr(error, "latents"):
+        if hasattr(error, "latents") and distributed.writes():
             path = Path(f"{base}.failed.npz")
             with videos.atomic(path) as part, open(part, "wb") as file:
                 np.savez(file, latents=error.latents, step=error.step)  # type: ignore[attr-defined]
@@ -204,6 +211,8 @@ def _video_writer(settings: Settings) -> str | None:
 
 def _write(base: Path, video: np.ndarray, latents: np.ndarray, record: dict, arrays: bool, no_mp4: str | None) -> Path:
     """Writes the files of one video, the record last, and returns the video's path."""
+    if not distributed.writes():
+        return Path(f"{base}.mp4")
     fps = record["fps"]
     told = {name: value for name, value in record.items() if name not in ("sigmas", "seconds", "versions", "device")}
     try:
@@ -234,6 +243,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _device() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {"backend": jax.default_backend(), "kind": device.device_kind, "used": 1, "present": jax.device_count()}
+def _device(pipe: Pipeline) -> dict[str, Any]:
+    mesh = pipe.placement and pipe.placement.shape
+    return {
+        "backend": jax.default_backend(),
+        "kind": jax.devices()[0].device_kind,
+        "used": mesh.devices if mesh else 1,
+        "present": jax.device_count(),
+        "mesh": mesh and str(mesh),
+    }

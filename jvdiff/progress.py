@@ -1,12 +1,18 @@
-"""Progress on a terminal: one line that is rewritten, with the time left; plain lines where nobody rewrites lines."""
+"""Progress on a terminal: one line that is rewritten, with the time left; plain lines where nobody rewrites lines.
+
+Of several processes the first shows it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
+
+from jvdiff import distributed
 
 WIDTH = 24
 PLAIN_SECONDS = 10.0  # between two lines in a log file
@@ -15,7 +21,7 @@ PLAIN_SECONDS = 10.0  # between two lines in a log file
 @contextlib.contextmanager
 def bar(label: str, total: int, *, start: int = 0, stream: TextIO | None = None) -> Iterator[Callable[[int], None]]:
     """Yields show(done), to be called with the number of units done of `total`, `start` of them before this run."""
-    out: TextIO = stream or sys.stderr
+    out = stream or _terminal()
     live, began, last = out.isatty(), time.monotonic(), float("-inf")
 
     def show(done: int) -> None:
@@ -44,7 +50,7 @@ def bar(label: str, total: int, *, start: int = 0, stream: TextIO | None = None)
 @contextlib.contextmanager
 def phase(label: str, seconds: dict[str, float], key: str, *, stream: TextIO | None = None) -> Iterator[None]:
     """Says that something without a countable length is going on, then how long it took; adds that to seconds[key]."""
-    out: TextIO = stream or sys.stderr
+    out = stream or _terminal()
     live, before = out.isatty(), seconds.get(key, 0.0)
     if live:
         out.write(f"{label} ...")
@@ -66,6 +72,10 @@ def timed(seconds: dict[str, float], key: str) -> Iterator[None]:
         yield
     finally:
         seconds[key] = seconds.get(key, 0.0) + time.monotonic() - began
+
+
+def _terminal() -> TextIO:
+    return sys.stderr if distributed.writes() else io.StringIO()
 
 
 def clock(seconds: float) -> str:

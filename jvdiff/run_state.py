@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from jvdiff.distributed import unfinished
 from jvdiff.errors import CheckpointError, IntegrityError, ResourceError, UsageError
 
 FORMAT = 1
@@ -52,17 +53,18 @@ def save(folder: str | Path, state: RunState) -> Path:
     folder = Path(folder)
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     try:
-        part.mkdir(parents=True)
-        for name, content in (("state.npz", data), ("state.json", text.encode())):
-            with open(part / name, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        number, target = 1, folder
-        while target.exists():
-            number += 1
-            target = folder.with_name(f"{folder.stem}-{number}{folder.suffix}")
-        os.rename(part, target)
+        with unfinished(part):
+            part.mkdir(parents=True)
+            for name, content in (("state.npz", data), ("state.json", text.encode())):
+                with open(part / name, "xb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            number, target = 1, folder
+            while target.exists():
+                number += 1
+                target = folder.with_name(f"{folder.stem}-{number}{folder.suffix}")
+            os.rename(part, target)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise ResourceError(f"cannot save the run's state in {folder}: {error.strerror or error}.") from error

@@ -20,7 +20,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from jvdiff import command_line, progress, run_state
+from jvdiff import command_line, distributed, progress, run_state
 from jvdiff.command_line import say
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, ResourceError, UsageError
 from jvdiff.interrupts import interrupts
@@ -46,6 +46,7 @@ def default_config() -> config_dict.ConfigDict:
             "solver": none(str),  # unipc, euler
             "grid": none(str),  # diffusers, wan: whose sigmas
             "precision": none(str),  # float32, bfloat16
+            "mesh": none(object),  # several devices: "sequence=4,tensor=2", a dict of that, or "auto"; None: one device
             "pattern": none(str),  # dense, sliding_tile:6x8x8:3x3x3 (tile, window), video_sparse:4x4x4:0.9 (sparsity)
             "attention": none(str),  # cudnn, xla, ...: see jvdiff/kernels; None: the best that can
             "output": "out",
@@ -55,7 +56,8 @@ def default_config() -> config_dict.ConfigDict:
             "preview_every": 0,  # write NAME.preview.png, a rough strip of all latent frames, every so many steps
             "compile_cache": none(str),  # a folder of your own, or "off"; None: the user's cache folder
             "plan": False,  # print what it would take, without weights, and exit
-            "plan_target": none(str),  # h200: plan for that instead of the device at hand
+            "plan_target": none(str),  # h200: plan for that, or a mesh of those, instead of the devices at hand
+            **distributed.fields(),  # docs/clusters.md
         }
     )
 
@@ -78,6 +80,8 @@ def parse(argv: Sequence[str]) -> command_line.Request:
     request = command_line.parse(_quoted_prompts(argv), f"{usage}\nFields: {', '.join(default_config())}.")
     if unknown := sorted(set(request.config) - set(default_config())):
         raise UsageError(f"the config file has unknown fields: {', '.join(unknown)}.")
+    if request.config.plan and request.config.distributed:
+        raise UsageError("a plan is made by one process; leave --config.distributed out.")
     return request
 
 
@@ -108,14 +112,15 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
 
         plan.show(config)
         return []
-    from jvdiff import checkpoint, jobs, one_video, pipeline, precision, settings
+    from jvdiff import jobs, one_video, pipeline, precision, settings
+    from jvdiff import repository as repositories
     from jvdiff.data import tokenizer
 
     if config.checkpoint is None:
         raise UsageError("no checkpoint; give --config.checkpoint=FOLDER.")
     _check_numbers(config)
     output = command_line.writable(config.output, "output")
-    repository = checkpoint.inspect(config.checkpoint)
+    repository = repositories.inspect(config.checkpoint)
     configs = settings.Configs(repository.transformer, repository.vae, repository.text_encoder)
     defaults = settings.read_defaults(config.checkpoint)
     resolve = functools.partial(settings.resolve, configs, repository.scheduler, defaults)
@@ -128,12 +133,16 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
         dtypes = precision.choose(config.precision).name
         wanted, problems = jobs.make_jobs(config, resolve)
         if config.prompts is not None:
-            asked, wanted = len(wanted), jobs.without_done(wanted, output, dtypes, repository.digest)
+            asked, left = len(wanted), set(map(id, jobs.without_done(wanted, output, dtypes, repository.digest)))
+            numbers = distributed.gather([i for i, job in enumerate(wanted) if id(job) in left])[0]  # it sees its files
+            wanted = [wanted[i] for i in numbers]
             if len(wanted) < asked:
                 say(f"{asked - len(wanted)} of {asked} videos are already in {output}")
     for problem in problems:
         say(f"error: {problem}")
+    distributed.agree("what to make, of which weights", [jobs.facts(job, dtypes, repository.digest) for job in wanted])
     jobs.check_attention(wanted, configs, dtypes)
+    mesh = jobs.choose_mesh(wanted, configs, dtypes, config.mesh)
     prompts = [job.prompt for job in wanted] or [""]
     pipeline.tokenize(tokenizer.load(repository.tokenizer), prompts)  # warns of long ones
 
@@ -142,9 +151,9 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
         with interrupts() as asked_to_stop:
             seconds: dict[str, float] = {}
             command_line.compile_cache(config.compile_cache)
-            _say_device(configs)
+            _say_device(configs, mesh)
             with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_video.stage("load"):
-                pipe = pipeline.load(config.checkpoint, dtypes)
+                pipe = pipeline.load(config.checkpoint, dtypes, mesh)
             compiled: set[Any] = set()
             for number, job in enumerate(wanted, 1):
                 if len(wanted) > 1:
@@ -154,7 +163,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
                 except (ResourceError, Interrupted):
                     raise
                 except JvdiffError as error:
-                    if len(wanted) + len(problems) == 1:
+                    if len(wanted) + len(problems) == 1 or distributed.several():  # where others wait for this one
                         raise
                     problems.append(f"{job.stem}: {error}")
                     say(f"error: {problems[-1]}")
@@ -170,11 +179,12 @@ def _check_numbers(config: Any) -> None:
             raise UsageError(f"{name} is {config[name]}; expected {low} or more.")
 
 
-def _say_device(configs: Any) -> None:
+def _say_device(configs: Any, mesh: Any) -> None:
     import jax
 
-    device = jax.devices()[0]
-    say(f"device: {device.device_kind} ({jax.default_backend()}), jax {jax.__version__}")
+    device, count = jax.devices()[0], f"{mesh.devices} x " if mesh else ""
+    shared = f", mesh {mesh}" if mesh else ""
+    say(f"device: {count}{device.device_kind} ({jax.default_backend()}){shared}, jax {jax.__version__}")
     if jax.default_backend() == "cpu" and configs.transformer.width >= 1024:
         say("warning: no GPU was found; a model of this size takes hours on a CPU (see docs for the GPU extras)")
 

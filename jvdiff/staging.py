@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jvdiff.distributed import unfinished
 from jvdiff.errors import CheckpointError, JvdiffError, ResourceError, UsageError
 
 MANIFEST = "jvdiff.json"  # its presence says that a folder is a complete one of ours, which may be overwritten
@@ -54,14 +55,15 @@ def staged(path: str | Path, *, needed: int = 0, overwrite: bool = False) -> Ite
             shutil.rmtree(stale, ignore_errors=True)
         staging = target.with_name(f".{target.name}.staging-{os.getpid()}-{secrets.token_hex(4)}")
         try:
-            staging.mkdir()
-            yield staging
-            _sync(staging)
-            if target.exists():
-                _exchange(staging, target)
-            else:
-                staging.rename(target)
-            _sync_one(target.parent)
+            with unfinished(staging):
+                staging.mkdir()
+                yield staging
+                _sync(staging)
+                if target.exists():
+                    _exchange(staging, target)
+                else:
+                    staging.rename(target)
+                _sync_one(target.parent)
         except JvdiffError:
             raise
         except Exception as error:
@@ -109,7 +111,8 @@ def lock(target: Path) -> Iterator[None]:
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         try:
-            yield
+            with unfinished(file):
+                yield
         finally:
             file.unlink(missing_ok=True)
     finally:

@@ -19,14 +19,15 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jvdiff import command_line, training
+from jvdiff import command_line, distributed, training
 from jvdiff.errors import UsageError
 from jvdiff.settings import check_seed
 from jvdiff.training import digits_runs
 from jvdiff.training.fields import check_count, check_names, nearest, schedule
 from jvdiff.training.loop import Task
 
-COMMON = ("task", "folder", "seed", "loss", "schedule", "loop")  # of every task; and, if you like, compile_cache
+# Fields of every task; compile_cache and those of `distributed.fields` may be there too.
+COMMON = ("task", "folder", "seed", "loss", "schedule", "loop")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def parse(argv: Sequence[str]) -> command_line.Request:
     if name not in TASKS:
         raise UsageError(f"task is {name!r}; expected one of {', '.join(TASKS)}{nearest(name, TASKS)}.")
     fields = (*COMMON, *TASKS[name].fields)
-    check_names("the config", config, (*fields, *TASKS[name].optional, "compile_cache"))
+    check_names("the config", config, (*fields, *TASKS[name].optional, *distributed.fields(), "compile_cache"))
     if missing := [field for field in fields if field not in config]:
         raise UsageError(f"the config lacks {', '.join(missing)}; task {name!r} needs {', '.join(fields)}.")
     if config.seed is None:
@@ -55,7 +56,8 @@ def parse(argv: Sequence[str]) -> command_line.Request:
     check_names("loss", config.loss, _keywords(TASKS[name].loss))
     check_names("loop", config.loop, [field for field in _keywords(training.fit) if field not in ("seed", "params")])
     for field, value in config.loop.items():
-        check_count(f"loop.{field}", value)
+        if field != "mesh":
+            check_count(f"loop.{field}", value)
     schedule(config)
     return request
 

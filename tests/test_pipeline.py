@@ -137,7 +137,7 @@ def test_large_clips_are_guided_in_turn_with_the_same_result(pipe, out):
     params, x, t = pipe.params["transformer"], jnp.asarray(out.latents), jnp.full((1,), 500.0)
     run = jax.jit(lambda velocity, x, t: velocity(x, t))
     batched = run(pipeline.velocity(pipe.configs, settings, params, text, negative), x, t)
-    network = pipeline.Partial(pipeline._network(pipe.configs.transformer, Dense(), None), params)
+    network = pipeline.Partial(pipeline._network(pipe.configs.transformer, Dense(), None, None), params)
     in_turn = run(pipeline.classifier_free(network, text, negative, settings.guidance, mode="sequential"), x, t)
     np.testing.assert_allclose(batched, in_turn, rtol=1e-5, atol=1e-5)
 

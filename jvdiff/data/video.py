@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jvdiff.distributed import unfinished
 from jvdiff.errors import CheckpointError, CorruptFile, ResourceError, SetupError, UsageError
 
 BT709 = 1  # the code of ITU-R BT.709 in H.264's colour primaries, transfer and matrix fields alike
@@ -34,10 +35,11 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with unfinished(part):
+            yield part
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
     except OSError as error:
         reason = error.strerror or error
         raise ResourceError(
@@ -72,7 +74,8 @@ def claim(folder: str | os.PathLike, stem: str, suffix: str = ".json") -> Iterat
         except OSError as error:
             raise ResourceError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
     try:
-        yield base
+        with unfinished(taken):
+            yield base
     finally:
         with contextlib.suppress(OSError):
             if taken.stat().st_size == 0:

@@ -18,7 +18,7 @@ from jvdiff.types import Params
 
 P = PartitionSpec
 Rules = Sequence[tuple[str, PartitionSpec]]
-SMALL = 2**14  # elements; what is smaller is not worth a gather of its own
+SMALL = 2**15  # elements; what is smaller is not worth a gather of its own
 
 # `blocks` and `layers` are stacked: axis 0 is the layer, and is never divided.
 WAN_DIT: Rules = (

@@ -74,9 +74,22 @@ def placement():
 )
 def test_as_many_devices_as_divide_the_grid(devices, grid, cut):
     every = make_mesh(MeshShape(data=devices))
-    mesh = Placement(every).spread(*grid)
-    assert mesh.devices.shape == (*cut, devices // math.prod(cut))
-    assert list(mesh.devices.flat) == list(every.devices.flat)
+    picture = Placement(every).spread(*grid)
+    shape = picture.mesh.shape
+    assert tuple(math.prod(shape[axis] for axis in axes) for axes in (picture.height, picture.width)) == cut
+    assert list(picture.mesh.devices.flat) == list(every.devices.flat)
+
+
+@pytest.mark.parametrize("axes", [{"sequence": 4, "tensor": 2}, {"fsdp": 2, "sequence": 4}, {"data": 8}])
+def test_parts_lie_where_they_should_however_the_mesh_is_cut(params, axes):
+    """4 by 2 devices for weights and 2 by 4 for pictures are meshes that XLA does not bring together by itself."""
+    placement = Placement(make_mesh(MeshShape(**axes)))
+    given, z = jax.device_put((params, latents(T=1, H=4, W=4)), placement.everywhere)
+    run = jax.jit(wan.decode_chunk, static_argnums=1, static_argnames="placement")
+    _, cache = run(given, CFG, z, None, placement=placement)
+    for leaf in jax.tree.leaves(cache):
+        shard = leaf.addressable_shards[0].data
+        assert shard.size * 8 == leaf.size
 
 
 def test_encoding_is_that_of_one_device(params, placement):

@@ -26,11 +26,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
-from jax.sharding import Mesh
 
 from jvdiff import kernels
 from jvdiff.errors import CheckpointError, UsageError
-from jvdiff.sharding.placement import PICTURE, Placement, pictures
+from jvdiff.sharding import Picture, Placement
 from jvdiff.types import Array, Params
 
 Cache = Mapping[str, Any] | None
@@ -226,36 +225,37 @@ class _ResBlock(nn.Module):
 class _SpatialAttention(nn.Module):
     """Single-head attention among the cells of each frame; it remembers nothing."""
 
-    mesh: Mesh | None
+    picture: Picture | None
 
     @nn.compact
     def __call__(self, x: Array, cache: None) -> tuple[Array, None]:
         qkv = _Dense(3 * x.shape[-1], name="qkv")(_Norm(name="norm")(x).astype(x.dtype))
         attend: Any = partial(_attend_cells, gather=())
-        if self.mesh is not None:
-            attend = partial(_attend_cells, gather=((2, "height"), (3, "width")))
-            attend = jax.shard_map(attend, mesh=self.mesh, in_specs=PICTURE, out_specs=PICTURE, check_vma=False)
+        if picture := self.picture:
+            attend = partial(_attend_cells, gather=((2, picture.height), (3, picture.width)))
+            spec = picture.spec
+            attend = jax.shard_map(attend, mesh=picture.mesh, in_specs=spec, out_specs=spec, check_vma=False)
         return x + _Dense(x.shape[-1], name="out")(attend(qkv)), None
 
 
-def _attend_cells(qkv: Array, *, gather: tuple[tuple[int, str], ...]) -> Array:
+def _attend_cells(qkv: Array, *, gather: tuple[tuple[int, tuple[str, ...]], ...]) -> Array:
     """qkv [B,T,H,W,3C] -> [B,T,H,W,C]: this device's cells look at all cells, gathered along these axes of the mesh."""
     channels = qkv.shape[-1] // 3
     q, kv = jnp.split(qkv, (channels,), axis=-1)
-    for axis, name in gather:
-        kv = lax.all_gather(kv, name, axis=axis, tiled=True)
+    for axis, names in gather:
+        kv = lax.all_gather(kv, names, axis=axis, tiled=True) if names else kv
     q, kv = (rearrange(x, "B T H W C -> (B T) (H W) 1 C") for x in (q, kv))
     out = kernels.attention(q, *jnp.split(kv, 2, axis=-1))
     return rearrange(out, "(B T) (H W) 1 C -> B T H W C", T=qkv.shape[1], H=qkv.shape[2])
 
 
 class _Mid(nn.Module):
-    mesh: Mesh | None
+    picture: Picture | None
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
         res = [_ResBlock(x.shape[-1], name=f"res_{i}") for i in (0, 1)]
-        return _chain(x, cache, [res[0], _SpatialAttention(self.mesh, name="attn"), res[1]])
+        return _chain(x, cache, [res[0], _SpatialAttention(self.picture, name="attn"), res[1]])
 
 
 class _SpatialConv(nn.Module):
@@ -373,7 +373,7 @@ class _Encoder(nn.Module):
     """Pixels [B,1 or 4n,Y,X,3] -> mean and log-variance [B,1 or n,H,W,2C]."""
 
     cfg: VAEConfig
-    mesh: Mesh | None = None
+    picture: Picture | None = None
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -381,7 +381,7 @@ class _Encoder(nn.Module):
         layers: list[nn.Module] = [_CausalConv(cfg.base_dim, name="conv_in")]
         for i, (mult, temporal) in enumerate(zip(cfg.dim_mult, (*cfg.temperal_downsample, None), strict=True)):
             layers.append(_DownStage(cfg.base_dim * mult, cfg.num_res_blocks, temporal, name=f"down_{i}"))
-        x, new = _chain(x, cache, [*layers, _Mid(self.mesh, name="mid")])
+        x, new = _chain(x, cache, [*layers, _Mid(self.picture, name="mid")])
         return _head(x, cache, new, 2 * cfg.z_dim)
 
 
@@ -389,14 +389,14 @@ class _Decoder(nn.Module):
     """Latents [B,1 or n,H,W,C] -> pixels [B,1 or 4n,Y,X,3], not yet clamped."""
 
     cfg: VAEConfig
-    mesh: Mesh | None = None
+    picture: Picture | None = None
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
         cfg = self.cfg
         layers: list[nn.Module] = [
             _CausalConv(cfg.base_dim * cfg.dim_mult[-1], name="conv_in"),
-            _Mid(self.mesh, name="mid"),
+            _Mid(self.picture, name="mid"),
         ]
         for i, (mult, temporal) in enumerate(
             zip(reversed(cfg.dim_mult), (*reversed(cfg.temperal_downsample), None), strict=True)
@@ -455,9 +455,9 @@ def encode_chunk(
       The posterior's mean [B,1 or n,H,W,C], not normalised, and the cache for the next call.
     """
     _check_chunk(frames, cache, cfg.temporal_factor, "pixel frames")
-    divide, mesh = _divided(placement, frames, cfg.spatial_factor)
+    divide, picture = _divided(placement, frames, cfg.spatial_factor)
     frames, cache = divide((_compute(params, frames), cache))
-    moments, cache = _Encoder(cfg, mesh).apply({"params": params["encoder"]}, frames, cache)
+    moments, cache = _Encoder(cfg, picture).apply({"params": params["encoder"]}, frames, cache)
     mean = _pointwise(moments, params["quant_conv"])[..., : cfg.z_dim].astype(jnp.float32)
     return divide((mean, cache))
 
@@ -483,10 +483,10 @@ def decode_chunk(
       float32 frames [B,1 or 4n,Y,X,3] in [-1,1], and the cache for the next call.
     """
     _check_chunk(latents, cache, 1, "latent frames")
-    divide, mesh = _divided(placement, latents, 1)
+    divide, picture = _divided(placement, latents, 1)
     latents, cache = divide((_compute(params, latents), cache))
     latents = _pointwise(latents, params["post_quant_conv"])
-    frames, cache = _Decoder(cfg, mesh).apply({"params": params["decoder"]}, latents, cache)
+    frames, cache = _Decoder(cfg, picture).apply({"params": params["decoder"]}, latents, cache)
     frames = frames.astype(jnp.float32)
     return divide((jnp.clip(frames, -1.0, 1.0) if clip else frames, cache))
 
@@ -555,12 +555,12 @@ def _compute(params: Params, x: Array) -> Array:
     return x.astype(params["quant_conv"]["kernel"].dtype)
 
 
-def _divided(placement: Placement | None, x: Array, factor: int) -> tuple[Any, Mesh | None]:
-    """(what divides a tree of pictures among the devices, their mesh), for x [B,T,H*factor,W*factor,C]."""
+def _divided(placement: Placement | None, x: Array, factor: int) -> tuple[Any, Picture | None]:
+    """(what divides a tree of pictures among the devices, how), for x [B,T,H*factor,W*factor,C]."""
     if placement is None:
         return lambda tree: tree, None
-    mesh = placement.spread(x.shape[2] // factor, x.shape[3] // factor)
-    return partial(pictures, mesh), mesh
+    picture = placement.spread(x.shape[2] // factor, x.shape[3] // factor)
+    return picture.divide, picture
 
 
 def _check_chunk(x: Array, cache: Cache, multiple: int, what: str) -> None:

@@ -1,0 +1,135 @@
+"""How long a compiled program should take on GPUs that are not there, from its text and from published rates.
+
+Of one device: time = matrix products + attention + float32 products + traffic of all other kernels + collectives, each
+at a share of the published peak that others have measured (`H200`). Collectives that the compiler has made asynchronous
+and put work behind may be hidden by that work or not: both are given. What is not modelled: launches, kernels that run
+side by side, the clock under load, and links that are shared with other traffic.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from jvdiff.sharding.collectives import KINDS, Collective, Instruction, Run, computations, size, walk
+
+
+class Rates(NamedTuple):
+    """FLOP/s of bfloat16 products, of attention and of float32 products; bytes/s of memory and of a device's links, one
+    way; seconds that a collective takes however little it sends."""
+
+    products: float
+    attention: float
+    float32: float
+    memory: float
+    link: float
+    latency: float
+
+
+# NVIDIA's H200 SXM: 989 TFLOP/s bfloat16 without sparsity, 67 TFLOP/s float32, HBM3e at 4.8 TB/s, NVLink at 450 GB/s
+# each way. Shares of that: see docs/scaling.md. The share of memory and the latency are assumptions.
+H200 = Rates(0.70 * 989e12, 0.60 * 989e12, 0.70 * 67e12, 0.85 * 4.8e12, 370e9, 20e-6)
+
+
+class Work(NamedTuple):
+    """Of one device in one call: FLOPs of bfloat16 products, attention, float32 products; bytes of other kernels."""
+
+    products: float
+    attention: float
+    float32: float
+    traffic: float
+
+    @property
+    def flops(self) -> float:
+        return self.products + self.attention + self.float32
+
+
+class Seconds(NamedTuple):
+    """One call: computing, collectives that computing may hide, and those that it cannot."""
+
+    compute: float
+    hidden: float
+    exposed: float
+
+    @property
+    def longest(self) -> float:
+        """Nothing is hidden."""
+        return self.compute + self.hidden + self.exposed
+
+    @property
+    def shortest(self) -> float:
+        """Whatever can be hidden is."""
+        return max(self.compute, self.hidden) + self.exposed
+
+
+def work(text: str) -> Work:
+    """What one device computes, from a compiled program's text in which attention is in its open form.
+
+    Products in a loop within the loop over layers are attention's, and what else goes on there a fused kernel would not
+    do. Other kernels read their operands (what they slice, only the slice) and write their result.
+    """
+    named = computations(text)
+    flops = {"products": 0.0, "attention": 0.0, "float32": 0.0}
+    traffic = 0.0
+    for run in walk(text):
+        if run.instruction.opcode == "dot":
+            operand = run.computation[run.instruction.operands[0]].type
+            kind = "attention" if run.loops > 1 else "float32" if operand.startswith("f32") else "products"
+            flops[kind] += run.runs * _flops(run.instruction, operand)
+        elif run.loops < 2 and not run.fused:
+            traffic += run.runs * _traffic(run, named)
+    return Work(**flops, traffic=traffic)
+
+
+def seconds(work: Work, collectives: Iterable[Collective], rates: Rates) -> Seconds:
+    """How long one call takes at these rates."""
+    compute = work.products / rates.products + work.attention / rates.attention
+    compute += work.float32 / rates.float32 + work.traffic / rates.memory
+    hidden = exposed = 0.0
+    for each in collectives:
+        took = each.runs * (each.bytes / rates.link + rates.latency)
+        if each.asynchronous and each.behind:
+            hidden += took
+        else:
+            exposed += took
+    return Seconds(compute, hidden, exposed)
+
+
+def _flops(dot: Instruction, left: str) -> float:
+    shape = lambda kind: [int(n) for n in re.findall(r"\[([\d,]*)\]", kind)[0].split(",") if n]  # noqa: E731
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)
+    axes = [int(n) for n in contracted[1].split(",") if n] if contracted else []
+    return 2.0 * math.prod(shape(dot.type)) * math.prod(shape(left)[axis] for axis in axes)
+
+
+_NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "dot"}
+
+
+def _traffic(run: Run, named: Mapping[str, Mapping[str, Instruction]]) -> int:
+    """Bytes that a kernel moves that is neither a product nor a collective."""
+    instruction, opcode = run.instruction, run.instruction.opcode
+    if opcode in _NOTHING or opcode.removesuffix("-start").removesuffix("-done") in (*KINDS, "async"):
+        return 0
+    if opcode.endswith("-start"):
+        return 0  # counted at its end, whose type is the result's alone
+    if opcode.endswith("-done"):
+        return 2 * size(instruction.type)  # a slice or a copy
+    body = re.search(r"calls=%?([\w.-]+)", instruction.attributes)
+    inside = named[body[1]] if body else {}
+    if any(each.opcode == "dot" for each in inside.values()):
+        return 0
+    written = size(instruction.type)
+    updates = [each for each in inside.values() if each.opcode == "dynamic-update-slice"]
+    if updates:  # in place
+        return 2 * sum(size(inside[each.operands[1]].type) for each in updates)
+    return written + sum(_read(run, inside, index) for index in range(len(instruction.operands)))
+
+
+def _read(run: Run, inside: Mapping[str, Instruction], index: int) -> int:
+    """Bytes of an operand that a kernel reads."""
+    whole = size(run.computation[run.instruction.operands[index]].type)
+    own = [i.name for i in inside.values() if i.opcode == "parameter" and i.arguments == str(index)]
+    users = [i for i in inside.values() if own and own[0] in i.operands]
+    if users and all(user.opcode in ("dynamic-slice", "slice") for user in users):
+        return min(whole, sum(size(user.type) for user in users))
+    return whole
