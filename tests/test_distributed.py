@@ -5,6 +5,9 @@ Most of it happens to a small program whose steps are sums over all devices (`PR
 
 import os
 import re
+import runpy
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -244,7 +247,7 @@ def test_two_processes_make_the_clip_of_one(sampling):
 
 def test_a_signal_to_one_stops_all_and_the_first_saves(sampling, tiny_repository):
     start, clips = sampling
-    running = start(tiny_repository, steps=500)
+    running = start(tiny_repository, num_frames=1, steps=500)
     running.wait_for("denoise  ")
     running.processes[1].send_signal(signal.SIGTERM)
     assert running.wait() == [5, 5], running.text(0) + running.text(1)
@@ -254,7 +257,7 @@ def test_a_signal_to_one_stops_all_and_the_first_saves(sampling, tiny_repository
 
 def test_a_killed_process_leaves_no_half_written_file(sampling, tiny_repository):
     start, clips = sampling
-    running = start(tiny_repository, steps=500)
+    running = start(tiny_repository, num_frames=1, steps=500)
     running.wait_for("denoise  ")
     assert [path.name for path in clips.iterdir()] == [f"{STEM}.json"]  # claimed
     running.processes[1].kill()
@@ -269,3 +272,57 @@ def test_what_is_wrong_for_all_is_said_before_any_weight_is_read(sampling, tiny_
     assert running.wait() == [2, 2]
     assert "expected one of all 8 devices of 2 processes" in running.text(0) and "loading" not in running.text(0)
     assert list(clips.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------- docs/clusters.md
+
+BLOCKS = re.findall(r"```(bash|yaml)\n(.*?)```", (ROOT / "docs" / "clusters.md").read_text(), re.DOTALL)
+
+
+def fields_of(words):
+    """The fields of the configs that a command line sets, by the program that it runs."""
+    program = words[words.index("-m") + 1]
+    file = next(words[i + 1] if word == "--config" else word[9:] for i, word in enumerate(words) if "--config" in word)
+    given = [re.match(r"--config\.([\w.]+)=", word) for word in words]
+    return program, ROOT / file, [match[1] for match in given if match]
+
+
+def check_command(words):
+    program, file, fields = fields_of(words)
+    config = runpy.run_path(str(file))["get_config"]()
+    assert program in ("jvdiff.sample", "jvdiff.train") and "distributed" in fields
+    for field in fields:
+        inner = config
+        for name in field.split("."):
+            assert name in inner, f"{file} has no {field}"
+            inner = inner[name]
+    return program
+
+
+def test_the_shell_scripts_of_the_documentation_are_sound():
+    programs = []
+    for _, text in (block for block in BLOCKS if block[0] == "bash"):
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        if shellcheck := shutil.which("shellcheck"):
+            subprocess.run([shellcheck, "--shell=bash", "-"], input=text, text=True, check=True)
+        line = next(line for line in text.replace("\\\n", " ").splitlines() if line.startswith(("srun", "mpirun")))
+        programs.append((line.split()[0], check_command(shlex.split(line))))
+    assert sorted(programs) == [(m, f"jvdiff.{p}") for m in ("mpirun", "srun") for p in ("sample", "train")]
+
+
+def test_the_job_sets_of_the_documentation_are_sound():
+    yaml = pytest.importorskip("yaml")
+    programs = []
+    for _, text in (block for block in BLOCKS if block[0] == "yaml"):
+        found = yaml.safe_load(text)
+        assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+        (job,) = found["spec"]["replicatedJobs"]
+        spec = job["template"]["spec"]
+        assert spec["completionMode"] == "Indexed" and spec["parallelism"] == spec["completions"] > 1
+        pod = spec["template"]["spec"]
+        (container,) = pod["containers"]
+        devices = spec["parallelism"] * container["resources"]["limits"]["nvidia.com/gpu"]
+        assert any(word.endswith(f"={devices}") for word in container["command"])
+        assert {each["name"] for each in container["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
+        programs.append(check_command(container["command"]))
+    assert programs == ["jvdiff.sample", "jvdiff.train"]
