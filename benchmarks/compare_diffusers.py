@@ -355,8 +355,7 @@ def _their_clip(checkpoint: str, settings: Any, noise: np.ndarray | None, device
 def first_frame(checkpoint: str, side: str, cache: str) -> None:
     """In a process of its own: prints the time of day when the first frame is in host memory."""
     import jvdiff
-    from jvdiff import checkpoint as checkpoints
-    from jvdiff import pipeline
+    from jvdiff import pipeline, repository
     from jvdiff.settings import Configs, latent_shape, read_defaults, resolve
 
     if side == "ours":
@@ -371,7 +370,7 @@ def first_frame(checkpoint: str, side: str, cache: str) -> None:
         state = pipeline.denoise(pipe, settings, pipeline.solver(settings).init(noise), words, negative)
         pipeline.decode(pipe, state.x, callback=lambda done: print(time.time(), flush=True) if done == 1 else None)
     else:  # the rival gives all frames at once
-        configs = checkpoints.inspect(checkpoint)
+        configs = repository.inspect(checkpoint)
         three = Configs(configs.transformer, configs.vae, configs.text_encoder)
         settings = resolve(three, configs.scheduler, read_defaults(checkpoint))
         _their_clip(checkpoint, settings, None, "cpu")()

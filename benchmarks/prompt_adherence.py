@@ -156,11 +156,11 @@ def read_clips(path: Path) -> Clips:
 
 def round_trip(judge: Params, path: str, clips: Clips) -> dict[str, Any]:
     """What encoding and decoding does to real clips: PSNR over whole clips, and the judge before and after."""
-    from jvdiff import checkpoint
+    from jvdiff import checkpoint, repository
     from jvdiff.models import wan
 
     real, shown = clips
-    cfg = checkpoint.inspect(path).vae
+    cfg = repository.inspect(path).vae
     params = checkpoint.restore(Path(path) / "vae", wan.abstract_params(cfg))
     back = np.concatenate(list(_through(jax.jit(lambda p, x: wan.decode(p, cfg, wan.encode(p, cfg, x))), params, real)))
     errors = np.square(back.astype(np.float32) - real.astype(np.float32)).mean((1, 2, 3, 4))

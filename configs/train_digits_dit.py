@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
             "text_encoder": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
             "loss": {"shift": 3.0},
             "schedule": {"steps": 5600, "learning_rate": 1e-3, "warmup": 200, "average_decay": 0.999},
-            "loop": {"save_every": 500, "log_every": 50, "devices": 1},
+            "loop": {"save_every": 500, "log_every": 50, "mesh": "data=1"},
             **distributed.fields(),
             "scheduler": {
                 "_class_name": "UniPCMultistepScheduler",

@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
             "stages": ((400, 32, 1, 64), (1400, 4, 17, 32), (1850, 2, 17, 64)),  # (until step, batch, frames, crop)
             "loss": {"foreground_weight": 9.0, "latent_noise": 0.05, "l1": 1.0},
             "schedule": {"steps": 1850, "learning_rate": 1e-3, "warmup": 50, "average_decay": 0.99},
-            "loop": {"save_every": 100, "log_every": 10, "devices": 1},
+            "loop": {"save_every": 100, "log_every": 10, "mesh": "data=1"},
             **distributed.fields(),
         }
     )

@@ -34,10 +34,11 @@ from convert import reader
 from convert.rules import by_leaf, check, fill, flatten
 from convert.tables import read_component
 from jvdiff import checkpoint
-from jvdiff.checkpoint import COMPONENTS, Leaf
+from jvdiff.checkpoint import Leaf
 from jvdiff.data import tokenizer
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, UsageError
 from jvdiff.models import wan
+from jvdiff.repository import COMPONENTS, inspect
 from jvdiff.staging import check_target, staged
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -47,15 +48,15 @@ _PACKAGES = ("jvdiff", "jax", "orbax-checkpoint", "numpy", "ml_dtypes")
 
 
 class _Recorded:
-    """A source of tensors that notes the sha256 of what was read."""
+    """A source of tensors that notes the sha256 of what was read (whole leaves, and so whole tensors)."""
 
     def __init__(self, folder: reader.Folder):
         self.folder = folder
         self.tensors = folder.tensors
         self.digests: dict[str, str] = {}
 
-    def read(self, name: str) -> np.ndarray:
-        array = self.folder.read(name)
+    def read(self, name: str, index: Sequence[slice] | None = None) -> np.ndarray:
+        array = self.folder.read(name, index)
         self.digests[name] = checkpoint.array_sha256(array)
         return array
 
@@ -119,10 +120,10 @@ def convert(
         tell: called with a line on the progress now and then.
 
     Raises:
-        JvdiffError: see `jvdiff.checkpoint.inspect`, `convert.reader`, `convert.rules.check`, `jvdiff.staging.staged`.
+        JvdiffError: see `jvdiff.repository.inspect`, `convert.reader`, `convert.rules.check`, `jvdiff.staging.staged`.
     """
     check_target(target.absolute(), overwrite)
-    repository = checkpoint.inspect(source)
+    repository = inspect(source)
     if repository.kind == "orbax":
         raise UsageError(f"{source}: is converted already. Give the Hugging Face folder.")
     tokenizer.check_vocabulary(tokenizer.load(repository.tokenizer), repository.text_encoder.vocab_size)
@@ -200,13 +201,13 @@ def verify(target: Path) -> None:
 
     Raises:
         IntegrityError: something differs from the manifest, is missing, or should not be there.
-        JvdiffError: see `jvdiff.checkpoint.inspect`.
+        JvdiffError: see `jvdiff.repository.inspect`.
     """
     checkpoint.verify_files(target)
     records = checkpoint.read_manifest(target)["tensors"]
     for name in COMPONENTS:
         checkpoint.verify_arrays(target / name, f"{name}/{checkpoint.PARAMS}/", records)
-    checkpoint.inspect(target)
+    inspect(target)
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,19 @@ def count_nonfinite(array: np.ndarray) -> int:
     return int(total)
 
 
+def _runs(tensor: Tensor, index: Sequence[slice] | None) -> tuple[list[int], list[int], int]:
+    """(shape of a part of a tensor, where its contiguous runs of bytes begin in the file, bytes of each run)."""
+    spans = [s.indices(n)[:2] for s, n in zip(index or [slice(None)] * len(tensor.shape), tensor.shape, strict=True)]
+    shape = [stop - start for start, stop in spans]
+    cut = max((axis for axis, n in enumerate(tensor.shape) if shape[axis] < n), default=-1)  # whole axes follow it
+    places, stride = np.array(tensor.begin), tensor.end - tensor.begin
+    for axis in range(cut + 1):
+        stride //= tensor.shape[axis]
+        start, stop = spans[axis]
+        places = np.add.outer(places, stride * np.arange(start, stop if axis < cut else start + 1))
+    return shape, places.reshape(-1).tolist(), math.prod(shape[max(cut, 0) :]) * tensor.dtype.itemsize
+
+
 @dataclass
 class Folder:
     """One component of a Hugging Face repository, opened: a source of tensors for `convert.rules`.
@@ -229,8 +242,8 @@ class Folder:
     allow_nonfinite: bool = False
     nonfinite: dict[str, int] = field(default_factory=dict)
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor's numbers, exactly as stored.
+    def read(self, name: str, index: Sequence[slice] | None = None) -> np.ndarray:
+        """One tensor's numbers, exactly as stored; `index` is the part to read, with a slice for each axis.
 
         Raises:
             CorruptFile: the file became shorter since it was opened.
@@ -238,15 +251,17 @@ class Folder:
             CheckpointError: it holds NaN or infinity (unless `allow_nonfinite`).
         """
         tensor = self.tensors[name]
-        array = np.empty(tensor.shape, tensor.dtype)
+        shape, places, run = _runs(tensor, index)
+        array = np.empty(shape, tensor.dtype)
         view = array.reshape(-1).view(np.uint8).data
         with open(tensor.file, "rb", buffering=0) as file:
-            done = 0
-            while done < len(view):
-                got = os.preadv(file.fileno(), [view[done : done + 2**30]], tensor.begin + done)
-                if got == 0:
-                    raise CorruptFile(f"{tensor.file}: became shorter while it was being read.\n{_AGAIN}")
-                done += got
+            for number, place in enumerate(places):
+                done, end = number * run, (number + 1) * run
+                while done < end:
+                    got = os.preadv(file.fileno(), [view[done : min(end, done + 2**30)]], place + done - number * run)
+                    if got == 0:
+                        raise CorruptFile(f"{tensor.file}: became shorter while it was being read.\n{_AGAIN}")
+                    done += got
             if _identity(os.fstat(file.fileno())) != self.files[tensor.file]:
                 raise IntegrityError(
                     f"{tensor.file}: source changed while reading.\n"

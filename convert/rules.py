@@ -37,6 +37,7 @@ class Transform:
     source: str
     target: str
     sizes: tuple[tuple[str, int], ...] = ()
+    all_zero: str = ""  # what is wrong if every number is 0, where that can be told
 
     def forward(self, array: np.ndarray) -> np.ndarray:
         """Checkpoint layout -> parameter layout (a view where numpy can give one)."""
@@ -45,6 +46,18 @@ class Transform:
     def inverse(self, array: np.ndarray) -> np.ndarray:
         """Parameter layout -> checkpoint layout (a view where numpy can give one)."""
         return rearrange(array, f"{self.target} -> {self.source}", **dict(self.sizes))
+
+    def cut(self, index: Sequence[slice]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """For a part of the leaf: (what to read of the tensor, what to keep of that once it is rearranged).
+
+        Axes that the tensor has too are cut as they are read; one that is made of several axes, afterwards.
+        """
+        if self.source == "...":
+            return tuple(index), (slice(None),) * len(index)
+        axes = dict(zip(re.findall(r"\(.*?\)|\S+", self.target), index, strict=True))
+        names = self.source.split()
+        read = tuple(axes.get(name, slice(None)) for name in names)
+        return read, tuple(slice(None) if name in names else part for name, part in axes.items())
 
     def source_shape(self, target_shape: Sequence[int]) -> tuple[int, ...]:
         """The checkpoint's shape of a leaf, without data."""
@@ -94,12 +107,15 @@ class Entry(NamedTuple):
 
 
 class Source(Protocol):
-    """Anything that holds named tensors: `tensors[name]` has a shape and dtype, `read(name)` gives the array."""
+    """Anything that holds named tensors: `tensors[name]` has a shape and dtype, `read(name)` gives the array.
+
+    `read(name, index)` gives a part of it: one slice for each axis.
+    """
 
     @property
     def tensors(self) -> Mapping[str, Any]: ...
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str, index: Sequence[slice] | None = None) -> np.ndarray: ...
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
@@ -225,23 +241,42 @@ def by_leaf(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
 
 
 def fill(
-    shape: Sequence[int], dtype: Any, entries: Mapping[str, Entry], source: Source, *, where: str = "checkpoint"
+    shape: Sequence[int],
+    dtype: Any,
+    entries: Mapping[str, Entry],
+    source: Source,
+    *,
+    index: Sequence[slice] | None = None,
+    where: str = "checkpoint",
 ) -> np.ndarray:
-    """Reads one leaf; holds it and one source tensor.
+    """Reads one leaf, or the part `index` of it (a slice for each axis); holds that, and as much of one source tensor.
 
-    Raises CheckpointError where a finite number does not fit the wanted dtype (float16), and what `source` raises.
+    Raises CheckpointError where a finite number does not fit the wanted dtype (float16), where everything is 0 that
+    cannot be, and what `source` raises.
     """
-    array = np.empty(shape, dtype)
+    spans = [s.indices(n)[:2] for s, n in zip(index or [slice(None)] * len(shape), shape, strict=True)]
+    array = np.empty([stop - start for start, stop in spans], dtype)
     for name, entry in entries.items():
-        tensor = source.read(name)
-        place = array if entry.layer is None else array[entry.layer]
+        place, part = array, [slice(*span) for span in spans]
+        if entry.layer is not None:
+            if entry.layer not in range(*spans[0]):
+                continue
+            place, part = array[entry.layer - spans[0][0]], part[1:]
+        read, keep = entry.transform.cut(part)
+        tensor = source.read(name) if array.shape == tuple(shape) else source.read(name, read)
+        if entry.transform.all_zero and not _any(tensor) and not _any(source.read(name)):
+            raise CheckpointError(f"{where}: {shown(name)}: {entry.transform.all_zero}")
         with np.errstate(over="ignore"):
-            place[...] = entry.transform.forward(tensor)
+            place[...] = entry.transform.forward(tensor)[keep]
         if tensor.dtype != array.dtype and np.isinf(place).any() and not np.isinf(tensor).any():
             raise CheckpointError(
                 f"{where}: {shown(name)} holds values too large for {array.dtype}.\nChoose bfloat16 or float32."
             )
     return array
+
+
+def _any(array: np.ndarray) -> bool:
+    return any(row.any() for row in array)  # row by row: ends at once, and makes no second array of that size
 
 
 def stream(

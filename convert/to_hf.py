@@ -20,8 +20,8 @@ from convert.__main__ import DTYPES, copy_small_files, run
 from convert.rules import by_leaf, expected
 from convert.tables import read_component
 from jvdiff import checkpoint
-from jvdiff.checkpoint import COMPONENTS
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.repository import COMPONENTS, inspect
 from jvdiff.staging import staged
 
 _STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -41,7 +41,7 @@ def to_hf(source: Path, target: Path, dtype: str | None = None, vae: Path | None
         IntegrityError, CheckpointError: `source` is damaged, or holds numbers too large for `dtype`.
         ResourceError: the disk is full.
     """
-    repository = checkpoint.inspect(source)
+    repository = inspect(source)
     if repository.kind != "orbax":
         raise UsageError(f"{source}: is a Hugging Face folder already. Give an Orbax directory.")
     checkpoint.verify_files(source)

@@ -4,30 +4,17 @@ Source of the names: `transformers.UMT5EncoderModel` and the published Wan2.1-*-
 embedding is tied: files hold it once, as `shared.weight`; `encoder.embed_tokens.weight` is its other name.
 """
 
-import numpy as np
-
 from convert.rules import LINEAR, Rule, Transform
-from jvdiff.errors import CheckpointError
 
-
-class _Embedding(Transform):
-    """The identity, for a matrix that is not all zeros.
-
-    Early releases of transformers 5 did not tie the two names, and saved an empty embedding under the second
-    (huggingface/transformers#43880): such a file loads without a word and every prompt gives the same clip.
-    """
-
-    def forward(self, array: np.ndarray) -> np.ndarray:
-        if not any(row.any() for row in array):
-            raise CheckpointError(
-                "text_encoder: every number of the token embedding is 0, so prompts would have no effect.\n"
-                "Such files come from releases of transformers 5 that did not tie `shared.weight` and\n"
-                "`encoder.embed_tokens.weight`. Take the text encoder from the published repository."
-            )
-        return array
-
-
-_EMBEDDING = _Embedding("...", "...")
+# Early releases of transformers 5 did not tie the two names, and saved an empty embedding under the second
+# (huggingface/transformers#43880): such a file loads without a word and every prompt gives the same clip.
+_EMBEDDING = Transform(
+    "...",
+    "...",
+    all_zero="every number of the token embedding is 0, so prompts would have no effect.\n"
+    "Such files come from releases of transformers 5 that did not tie `shared.weight` and\n"
+    "`encoder.embed_tokens.weight`. Take the text encoder from the published repository.",
+)
 _ATTENTION = "encoder.block.{layer}.layer.0"
 _FFN = "encoder.block.{layer}.layer.1"
 

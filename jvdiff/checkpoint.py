@@ -4,8 +4,9 @@ An Orbax directory of jvdiff carries `jvdiff.json`, a manifest with the sha256 o
 because Orbax itself does not notice a flipped bit. Files are compared with it before a number of theirs is used.
 What was written is read back and compared before it takes its place (`jvdiff.staging`).
 
-A repository, in either layout, is a folder with model_index.json, transformer/, vae/, text_encoder/, tokenizer/ and
-scheduler/; what differs is how a component holds its weights: safetensors files, or the Orbax directory `params/`.
+Where there are many processes, all call the same functions and see the same folders: each reads what its devices hold
+and compares its share of the files with the manifest; process 0 writes. An error of one is told to all by
+`jvdiff.distributed`.
 """
 
 import hashlib
@@ -13,7 +14,6 @@ import json
 import logging
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,126 +26,27 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from convert import reader
 from convert.rules import by_leaf, check, fill, flatten, listed, unflatten
 from convert.tables import read_component
+from jvdiff import distributed
 from jvdiff.errors import (
     CheckpointError,
     CorruptFile,
     IntegrityError,
     MissingTensor,
     ShapeMismatch,
-    UnsafeFormat,
     UsageError,
 )
-from jvdiff.models import umt5, wan
 from jvdiff.staging import MANIFEST, staged
 from jvdiff.types import Params
 
 PARAMS = "params"
-COMPONENTS = ("transformer", "vae", "text_encoder")
 _CHUNK = 64 * 2**20  # bytes of one chunk in an Orbax array; also the pieces in which files are hashed
 _GROUP = 64 * 2**20  # bytes of small arrays that are read or written together
 _log = logging.getLogger(__name__)
-
-
-# ---------------------------------------------------------------------------------------------------- repositories
-
-
-@dataclass(frozen=True)
-class Repository:
-    """What a repository says of itself; no weights were read.
-
-    `kind` is "hf" or "orbax"; `tokenizer` is a folder; `scheduler` the content of scheduler_config.json. `digest`
-    names the weights: of an Orbax directory the sha256 of its manifest, and so of everything; of a Hugging Face
-    folder that of all JSON, of weight files up to 64 MiB, and of size and 64 samples of larger ones.
-    """
-
-    path: Path
-    kind: str
-    transformer: wan.DiTConfig
-    vae: wan.VAEConfig
-    text_encoder: umt5.Config
-    scheduler: dict[str, Any]
-    tokenizer: Path
-    digest: str
-
-
-def inspect(path: str | Path) -> Repository:
-    """Reads every configuration of a text-to-video repository, in either layout, and checks that they fit together.
-
-    Raises:
-        UsageError: there is no such folder.
-        UnsafeFormat: a file of pickles instead of a folder, or a repository that wants its own code run.
-        CheckpointError: incomplete, damaged, or a model that jvdiff does not have.
-    """
-    path = Path(path)
-    if path.is_file():
-        raise UnsafeFormat(
-            f"{path}: a single file; files such as .pth or .ckpt can run code and are not opened.\n"
-            "Give the folder of a Diffusers repository, for instance Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
-        )
-    if not path.is_dir():
-        raise UsageError(f"{path}: there is no such folder.\nExpected a Diffusers repository or a converted one.")
-    _check_model_index(path)
-    found = {}
-    for name, kind in zip(COMPONENTS, (wan.DiTConfig, wan.VAEConfig, umt5.Config), strict=True):
-        found[name] = read_component(path / name).cfg
-        if not isinstance(found[name], kind):
-            raise CheckpointError(f"{path / name}: holds {type(found[name]).__name__}, expected {kind.__name__}.")
-    dit, vae, text = (found[name] for name in COMPONENTS)
-    if dit.in_channels != vae.z_dim or dit.text_dim != text.d_model:
-        raise CheckpointError(
-            f"{path}: its components do not fit together: the transformer takes {dit.in_channels} latent channels and "
-            f"text of width {dit.text_dim},\nthe VAE gives {vae.z_dim} and the text encoder {text.d_model}.\n"
-            "Take all folders from one repository."
-        )
-    orbax = (path / "transformer" / PARAMS).is_dir()
-    return Repository(
-        path=path,
-        kind="orbax" if orbax else "hf",
-        transformer=dit,
-        vae=vae,
-        text_encoder=text,
-        scheduler=reader.read_json(path / "scheduler" / "scheduler_config.json"),
-        tokenizer=path / "tokenizer",
-        digest=_sha256(path / MANIFEST) if orbax and (path / MANIFEST).is_file() else _fingerprint(path),
-    )
-
-
-def _check_model_index(path: Path) -> None:
-    """Only classes of diffusers and transformers, of a pipeline that we have; nothing named there is ever imported."""
-    index = reader.read_json(path / "model_index.json")
-    for name, value in index.items():
-        if isinstance(value, list) and (len(value) != 2 or value[0] not in ("diffusers", "transformers", None)):
-            raise UnsafeFormat(
-                f"{path / 'model_index.json'}: {name} names {str(value)!r:.80}; remote code is not supported.\n"
-                "Expected classes of diffusers and transformers only."
-            )
-    if (pipeline := index.get("_class_name")) != "WanPipeline":
-        raise CheckpointError(
-            f"{path / 'model_index.json'}: describes a {str(pipeline)!r:.60}; expected 'WanPipeline' (text-to-video)."
-        )
-    if (index.get("transformer_2") or [None])[0] is not None:
-        raise CheckpointError(
-            f"{path}: holds two transformers (Wan 2.2 A14B), which jvdiff does not run yet.\n"
-            "Use a Wan 2.1 text-to-video repository."
-        )
-
-
-def _fingerprint(path: Path) -> str:
-    """A digest of a Hugging Face folder that takes the same short time for 20 MB and for 60 GB."""
-    total = hashlib.sha256()
-    for name in (*COMPONENTS, "scheduler", "tokenizer"):
-        for file in sorted(p for p in (path / name).glob("*") if p.is_file()):
-            size = file.stat().st_size
-            total.update(f"{name}/{file.name}\0{size}\0".encode())
-            with open(file, "rb") as data:
-                for place in [0] if size <= 2**26 else [i * (size - 2**20) // 63 for i in range(64)]:
-                    data.seek(place)
-                    total.update(data.read(min(size, 2**26 if size <= 2**26 else 2**20)))
-    return total.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -160,6 +61,9 @@ def restore(
     cast: bool = True,
 ) -> dict[str, Any]:
     """Reads one component onto devices, from a Hugging Face folder or from an Orbax directory.
+
+    Each process reads what its own devices hold; of a Hugging Face folder, one part of one array is in host memory at a
+    time. How the arrays lay when they were saved does not matter.
 
     Args:
         component_dir: a folder with config.json and safetensors, or one that `save` or the converter wrote.
@@ -180,22 +84,48 @@ def restore(
     is_orbax = (path / PARAMS).is_dir()
     if is_orbax and verify:
         verify_files(path)
-    wanted = flatten(abstract)
-    if isinstance(shardings, jax.sharding.Sharding):
-        places = dict.fromkeys(wanted, shardings)
-    else:
-        places = flatten(shardings) if shardings is not None else dict.fromkeys(wanted)
-    if not is_orbax:
-        folder = reader.open_folder(path)
-        entries = check(read_component(path).rules, abstract, folder, where=str(path))
-        _tell_casts(path, [(folder.tensors[name].dtype, wanted[e.path].dtype) for name, e in entries.items()], cast)
-        tensors = by_leaf(entries)
-        leaves = {}
-        for name, leaf in wanted.items():
-            array = fill(leaf.shape, leaf.dtype, tensors[name], folder, where=str(path))
-            leaves[name] = jax.device_put(array, places[name])
-        return _like(abstract, leaves)
+    return (_restore_orbax if is_orbax else _restore_hf)(path, abstract, shardings, cast)
 
+
+def _places(wanted: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
+    if isinstance(shardings, jax.sharding.Sharding):
+        return dict.fromkeys(wanted, shardings)
+    return flatten(shardings) if shardings is not None else dict.fromkeys(wanted)
+
+
+def _restore_hf(path: Path, abstract: Params, shardings: Any, cast: bool) -> dict[str, Any]:
+    wanted = flatten(abstract)
+    places = _places(wanted, shardings)
+    folder = reader.open_folder(path)
+    entries = check(read_component(path).rules, abstract, folder, where=str(path))
+    _tell_casts(path, [(folder.tensors[name].dtype, wanted[e.path].dtype) for name, e in entries.items()], cast)
+    tensors = by_leaf(entries)
+    leaves = {}
+    for name, leaf in wanted.items():
+        load = partial(fill, leaf.shape, leaf.dtype, tensors[name], folder, where=str(path))
+        leaves[name] = _placed(leaf, places[name], load)
+    return _like(abstract, leaves)
+
+
+def _placed(leaf: Any, sharding: jax.sharding.Sharding | None, load: Callable[..., np.ndarray]) -> jax.Array:
+    """An array made shard by shard: `load(index=...)` once for each part of it that this process' devices hold."""
+    if sharding is None:
+        return jax.device_put(load())
+    holders: dict[tuple, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        spans = tuple(part.indices(n)[:2] for part, n in zip(index or (), leaf.shape, strict=True))
+        holders.setdefault(spans, []).append(device)
+    shards: list[Any] = []
+    for spans, devices in holders.items():
+        part = load(index=[slice(*span) for span in spans])
+        shards += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+        del part  # before the next one is read
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
+
+
+def _restore_orbax(path: Path, abstract: Params, shardings: Any, cast: bool) -> dict[str, Any]:
+    wanted = flatten(abstract)
+    places = _places(wanted, shardings)
     stored = stored_leaves(path)
     _check_leaves(path, wanted, stored)
     _tell_casts(path, [(stored[name].dtype, leaf.dtype) for name, leaf in wanted.items()], cast)
@@ -255,9 +185,19 @@ def _orbax_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _orbax(**options: Any) -> ocp.Checkpointer:
+    """Orbax for this process alone: it waits for no other."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"jvdiff_{me}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, **options)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
 def stored_leaves(path: Path) -> dict[str, Any]:
     """The arrays of an Orbax directory, {"a/b/kernel": something with .shape and .dtype}; no data is read."""
-    with _orbax_errors(path), ocp.PyTreeCheckpointer() as orbax:
+    with _orbax_errors(path), _orbax() as orbax:
         return flatten(orbax.metadata((path / PARAMS).absolute()).item_metadata.tree)
 
 
@@ -268,7 +208,7 @@ def read_leaves(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         names = [leaves[i][0] for i in group]
         item = {leaves[i][0]: jax.ShapeDtypeStruct(leaves[i][1].shape, leaves[i][1].dtype) for i in group}
         arguments = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
-        with _orbax_errors(path), ocp.PyTreeCheckpointer() as orbax:
+        with _orbax_errors(path), _orbax() as orbax:
             read = orbax.restore(
                 (path / PARAMS).absolute(),
                 args=ocp.args.PyTreeRestore(
@@ -296,7 +236,7 @@ def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
 # --------------------------------------------------------------------------------------------------------- manifest
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     total = hashlib.sha256()
     with open(file, "rb") as data:
         while piece := data.read(_CHUNK // 16):
@@ -318,7 +258,7 @@ def write_manifest(root: Path, tensors: Mapping[str, Any], facts: Mapping[str, A
     """Writes jvdiff.json: `facts`, the arrays, and size and sha256 of every file below `root`."""
     found = _files(root)
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_sha256, found.values()))
+        digests = list(pool.map(file_sha256, found.values()))
     files = {
         name: {"size": path.stat().st_size, "sha256": digest}
         for (name, path), digest in zip(found.items(), digests, strict=True)
@@ -348,12 +288,17 @@ def read_manifest(root: Path) -> dict[str, Any]:
 def verify_files(path: Path) -> None:
     """Compares every file below `path` (a component, or a whole directory) with the manifest beside or above it.
 
-    Raises IntegrityError that names the files that differ, are missing, or should not be there.
+    Of several processes each reads a share, and all know what any of them found. Raises IntegrityError that names the
+    files that differ, are missing, or should not be there.
     """
     root = path if (path / MANIFEST).is_file() or not (path.parent / MANIFEST).is_file() else path.parent
     prefix = "" if root == path else f"{path.name}/"
     recorded = {name: entry for name, entry in read_manifest(root)["files"].items() if name.startswith(prefix)}
     found = {prefix + name: file for name, file in _files(path).items() if prefix + name != MANIFEST}
+
+    by_size = sorted(recorded, key=lambda name: (recorded[name]["size"], name))
+    first, processes = (jax.process_index(), jax.process_count()) if distributed.several() else (0, 1)
+    mine = set(by_size[first::processes])
 
     def problem(name: str) -> str | None:
         if name not in found:
@@ -363,10 +308,13 @@ def verify_files(path: Path) -> None:
         size, expected = found[name].stat().st_size, recorded[name]["size"]
         if size != expected:
             return f"{name} has {size:,} bytes instead of {expected:,}"
-        return None if _sha256(found[name]) == recorded[name]["sha256"] else f"{name} has other content"
+        if name in mine and file_sha256(found[name]) != recorded[name]["sha256"]:
+            return f"{name} has other content"
+        return None
 
     with ThreadPoolExecutor() as pool:
         problems = [text for text in pool.map(problem, sorted(recorded.keys() | found.keys())) if text]
+    problems = sorted({text for texts in distributed.gather(problems) for text in texts})
     if problems or not recorded:
         raise IntegrityError(
             f"{path}: differs from what was written: {listed(problems or ['the manifest lists nothing of it'])}.\n"
@@ -420,60 +368,35 @@ def save(path: str | Path, tree: Params, *, config: Mapping[str, Any] | None = N
     `config`: the content of a config.json beside them, where the directory is to be a component.
 
     Raises:
-        UsageError: a key that is not a plain word, an array of another process, or a `path` that cannot be written.
+        UsageError: a key that is not a plain word, or a `path` that cannot be written.
         ResourceError: the disk is full.
     """
-    with staged(path, overwrite=overwrite) as staging:
-        if config is not None:
-            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_manifest(staging, write_params(staging, "", _leaves(tree)), {})
+    spread: list[jax.Array] = []
+    leaves = leaves_of(tree, spread)
+
+    def write() -> None:
+        with staged(path, overwrite=overwrite) as staging:
+            if config is not None:
+                (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_manifest(staging, write_params(staging, "", leaves), {})
+
+    by_process_0(write, spread)
 
 
-def save_repository(
-    path: str | Path,
-    components: Mapping[str, tuple[Any, Params]],
-    *,
-    tokenizer: str | Path,
-    scheduler: Mapping[str, Any],
-    defaults: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Writes trained components as a repository that `inspect` and `restore` read, and `convert.to_hf` exports.
+def by_process_0(write: Callable[[], None], spread: Sequence[jax.Array]) -> None:
+    """Process 0 runs `write`, which loads leaves; the others help it to gather those of `spread`, until it is done."""
+    if distributed.writes():
+        write()
+        distributed.gather(None)
+    else:
+        while (number := distributed.gather(None)[0]) is not None:
+            multihost_utils.process_allgather(spread[number], tiled=True)
 
-    Args:
-        components: for "transformer", "vae" and "text_encoder" the configuration and the parameter tree.
-        tokenizer: a folder with the tokenizer's files.
-        scheduler: the content of scheduler_config.json, with diffusers' `_class_name`.
-        defaults: the content of jvdiff_defaults.json: size, steps and so on that suit these weights.
 
-    Raises: as `save`, and UsageError where a component is missing.
-    """
-    if sorted(components) != sorted(COMPONENTS):
-        raise UsageError(f"components are {', '.join(components)}; expected {', '.join(COMPONENTS)}.")
-    index = {
-        "_class_name": "WanPipeline",
-        "scheduler": ["diffusers", scheduler["_class_name"]],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "vae": ["diffusers", "AutoencoderKLWan"],
-    }
-
-    def write_json(file: Path, content: Mapping[str, Any]) -> None:
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    with staged(path, overwrite=overwrite) as staging:
-        write_json(staging / "model_index.json", index)
-        write_json(staging / "scheduler" / "scheduler_config.json", scheduler)
-        if defaults is not None:
-            write_json(staging / "jvdiff_defaults.json", defaults)
-        shutil.copytree(tokenizer, staging / "tokenizer")
-        records: dict[str, Any] = {}
-        for name, (cfg, tree) in components.items():
-            write_json(staging / name / "config.json", cfg.to_json())
-            records |= write_params(staging, name, _leaves(tree))
-        write_manifest(staging, records, {})
+def _gather(array: jax.Array, number: int) -> np.ndarray:
+    """In process 0: the whole array number `number` of those for which the others wait in `by_process_0`."""
+    distributed.gather(number)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _check_keys(tree: Params) -> None:
@@ -485,14 +408,17 @@ def _check_keys(tree: Params) -> None:
             _check_keys(value)
 
 
-def _leaves(tree: Params) -> dict[str, Leaf]:
+def leaves_of(tree: Params, spread: list[jax.Array]) -> dict[str, Leaf]:
+    """What `write_params` takes, {"a/b/kernel": leaf}; arrays that lie on many processes are appended to `spread`."""
     _check_keys(tree)
     leaves = {}
     for name, array in flatten(tree).items():
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            raise UsageError(f"{name}: lies partly on other hosts; gather it before saving.")
         dtype = np.dtype(array.dtype) if hasattr(array, "dtype") else np.asarray(array).dtype
-        leaves[name] = Leaf(np.shape(array), dtype, partial(np.asarray, array))
+        load = partial(np.asarray, array)
+        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+            load = partial(_gather, array, len(spread))
+            spread.append(array)
+        leaves[name] = Leaf(np.shape(array), dtype, load)
     return leaves
 
 
@@ -520,7 +446,7 @@ def write_params(root: Path, component: str, leaves: Mapping[str, Leaf]) -> dict
 
     tree = unflatten({name: recorded(name, leaf) for name, leaf in leaves.items()})
     arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=_REGISTRY)) as orbax:
+    with _orbax(type_handler_registry=_REGISTRY) as orbax:
         orbax.save((root / component / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree, save_args=arguments))
     verify_arrays(root / component, prefix, records)
     return records

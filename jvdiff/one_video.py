@@ -163,7 +163,7 @@ def _begin(pipe: Pipeline, job: Job) -> Any:
 
 def _preview(pipe: Pipeline) -> Callable[[Any, Path], None]:
     """save(state, path): a strip with one rough picture for each latent frame, as clean as the solver believes it."""
-    decode = pipeline.first_frames(pipe.configs.vae)
+    decode = pipeline.first_frames(pipe.configs.vae, pipe.placement)
     factors = videos.fit_preview(lambda latents: decode(pipe.params["vae"], latents), pipe.configs.vae.z_dim)
 
     def save(state: Any, path: Path) -> None:

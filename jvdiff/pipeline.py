@@ -24,6 +24,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jvdiff import checkpoint, precision
+from jvdiff import repository as repositories
 from jvdiff.data import tokenizer as tokenizers
 from jvdiff.diffusion import classifier_free, sampling, schedules, solvers
 from jvdiff.errors import NumericsError, UsageError
@@ -119,7 +120,7 @@ def load(path: str | Path, precision: str | None = None, mesh: Any = None) -> Pi
 def _load(path: str | Path, name: str | None, mesh: Any) -> Pipeline:  # where `precision` is the module again
     placement = place(read_mesh(mesh))
     dtypes = precision.choose(name)
-    repository = checkpoint.inspect(path)
+    repository = repositories.inspect(path)
     configs = Configs(repository.transformer, repository.vae, repository.text_encoder)
     defaults = read_defaults(path)
     tokenizer = tokenizers.load(repository.tokenizer)
@@ -224,7 +225,8 @@ def _decode_program(cfg: wan.VAEConfig, placement: Placement | None) -> Any:
     """
 
     def decode(params: Params, latents: Array, cache: Any) -> tuple[Array, Array, Any]:
-        frames, cache = wan.decode_chunk(params, cfg, wan.denormalize_latents(cfg, latents), cache)
+        latents = wan.denormalize_latents(cfg, latents)
+        frames, cache = wan.decode_chunk(params, cfg, latents, cache, placement=placement)
         # diffusers' rounding: to [0,1], clamped, times 255, halves to even.
         pixels = jnp.round(jnp.clip(frames / 2 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
         bad = jnp.mean(1.0 - jnp.isfinite(frames).astype(jnp.float32))
@@ -236,9 +238,14 @@ def _decode_program(cfg: wan.VAEConfig, placement: Placement | None) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def first_frames(cfg: wan.VAEConfig) -> Any:
+def first_frames(cfg: wan.VAEConfig, placement: Placement | None = None) -> Any:
     """jitted (params, normalised latents [B,1,H,W,C]) -> float32 first frames [B,1,Y,X,3] in -1..1, for previews."""
-    return jax.jit(lambda params, z: wan.decode_chunk(params, cfg, wan.denormalize_latents(cfg, z), None)[0])
+
+    def first(params: Params, latents: Array) -> Array:
+        frames, _ = wan.decode_chunk(params, cfg, wan.denormalize_latents(cfg, latents), None, placement=placement)
+        return frames if placement is None else placement.replicate(frames)
+
+    return jax.jit(first)
 
 
 def _everywhere(placement: Placement | None, tree: Any) -> Any:
@@ -293,7 +300,11 @@ def traced(
     first = decode_program.trace(params["vae"], frame, None)
     yield "decode first", first
     if shape[0] > 1:
-        yield "decode next", decode_program.trace(params["vae"], frame, first.out_info[2])
+        cache = first.out_info[2]
+        if placement is not None:
+            divided = functools.partial(jax.ShapeDtypeStruct, sharding=placement.spread(*shape[1:3]).sharding)
+            cache = jax.tree.map(lambda x: divided(x.shape, x.dtype), cache)
+        yield "decode next", decode_program.trace(params["vae"], frame, cache)
 
 
 # ---------------------------------------------------------------------------------------------------------- stages

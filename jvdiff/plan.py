@@ -87,12 +87,12 @@ def resolved(config: Any) -> tuple[Any, Any, Any]:
 
 def describe(checkpoint: str | None) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
     """(configs, scheduler_config.json, defaults) of a repository, or of a published one that is not downloaded."""
-    from jvdiff import checkpoint as checkpoints
+    from jvdiff import repository
     from jvdiff.models import umt5, wan
     from jvdiff.settings import Configs, read_defaults
 
     if checkpoint and Path(checkpoint).exists():
-        found = checkpoints.inspect(checkpoint)
+        found = repository.inspect(checkpoint)
         configs = Configs(found.transformer, found.vae, found.text_encoder)
         return configs, found.scheduler, read_defaults(checkpoint)
     published = {
@@ -255,15 +255,18 @@ def smallest_mesh(
     divided, then weights too, then heads. One whose weights alone do not fit is not compiled, and decoding, which is
     spread over all devices whatever the axes, only once for so many devices.
 
-    devices: how many there are, and limit: bytes of memory of one; None: those at hand. target: compile for that GPU.
+    devices: how many there are, and limit: bytes of memory of one; None: those at hand, with several processes all of
+    them, since each has some. target: compile for that GPU.
 
     Raises:
         ResourceError: none fits; the message has the need of the best.
+        UsageError: this model cannot be divided among so many devices.
     """
     import jax
 
     from jvdiff import pipeline
 
+    exactly = devices is None and jax.process_count() > 1
     devices = jax.device_count() if devices is None else devices
     limit = memory_limit() if limit is None else limit
     abstract = pipeline.abstract_params(configs, dtypes)
@@ -271,6 +274,8 @@ def smallest_mesh(
     decoding: dict[int, int] = {}  # bytes besides the weights, by devices
     for shape in candidates(devices):
         if pipeline.mesh_sizes(configs, settings, 1, shape).problem(shape) is not None:
+            continue
+        if exactly and shape.devices < devices:
             continue
         resident = sum(_weights(part, tree, shape) for part, tree in abstract.items())
         need = resident + decoding.get(shape.devices, 0)
@@ -280,8 +285,6 @@ def smallest_mesh(
                 need = max(need, resident + program.needs)
                 if program.name in DECODE:
                     decoding[shape.devices] = max(decoding.get(shape.devices, 0), program.needs)
-                elif need > limit:
-                    break
         if need <= limit:
             fewer = min((size for other, size in tried.items() if other.devices < shape.devices), default=None)
             reason = f"; fewer devices would need {_gib(fewer).strip()} or more" if fewer else ""
@@ -289,6 +292,8 @@ def smallest_mesh(
             of = f"{shape.devices} of {devices} devices"
             return shape, f"mesh {shape}: {of}, the smallest split that fits, {need} of {most} on each{reason}"
         tried[shape] = need
+    if not tried:
+        raise UsageError(f"no mesh of {devices} devices can run this; name one to hear why, or use other devices.")
     best = min(tried, key=lambda shape: tried[shape])
     raise ResourceError(
         f"no mesh of {devices} devices fits: the best, {best}, needs at least {_gib(tried[best]).strip()} of memory on "

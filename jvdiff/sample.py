@@ -54,7 +54,6 @@ def default_config() -> config_dict.ConfigDict:
             "stop_at": none(int),  # stop after so many steps and save the state
             "preview_every": 0,  # write NAME.preview.png, a rough strip of all latent frames, every so many steps
             "compile_cache": none(str),  # a folder of your own, or "off"; None: the user's cache folder
-            "mesh": none(object),  # several devices: "sequence=4,tensor=2", a dict of that, or "auto"; None: one device
             "plan": False,  # print what it would take, without weights, and exit
             "plan_target": none(str),  # h200: plan for that, or a mesh of those, instead of the devices at hand
             **distributed.fields(),  # docs/clusters.md
@@ -112,14 +111,15 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
 
         plan.show(config)
         return []
-    from jvdiff import checkpoint, jobs, one_video, pipeline, precision, settings
+    from jvdiff import jobs, one_video, pipeline, precision, settings
+    from jvdiff import repository as repositories
     from jvdiff.data import tokenizer
 
     if config.checkpoint is None:
         raise UsageError("no checkpoint; give --config.checkpoint=FOLDER.")
     _check_numbers(config)
     output = command_line.writable(config.output, "output")
-    repository = checkpoint.inspect(config.checkpoint)
+    repository = repositories.inspect(config.checkpoint)
     configs = settings.Configs(repository.transformer, repository.vae, repository.text_encoder)
     defaults = settings.read_defaults(config.checkpoint)
     resolve = functools.partial(settings.resolve, configs, repository.scheduler, defaults)

@@ -56,7 +56,8 @@ def parse(argv: Sequence[str]) -> command_line.Request:
     check_names("loss", config.loss, _keywords(TASKS[name].loss))
     check_names("loop", config.loop, [field for field in _keywords(training.fit) if field not in ("seed", "params")])
     for field, value in config.loop.items():
-        check_count(f"loop.{field}", value)
+        if field != "mesh":
+            check_count(f"loop.{field}", value)
     schedule(config)
     return request
 

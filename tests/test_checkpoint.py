@@ -1,7 +1,7 @@
 """Inspecting, restoring and saving: exact, sharded, and nothing damaged is ever used (F28-F31, F39-F42)."""
 
 import json
-import os
+import math
 import shutil
 
 import jax
@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert import reader
 from convert.__main__ import convert
+from convert.rules import flatten
 from convert.tables import read_component
 from jvdiff import checkpoint
 from jvdiff.errors import (
@@ -18,7 +20,6 @@ from jvdiff.errors import (
     IntegrityError,
     MissingTensor,
     ShapeMismatch,
-    UnsafeFormat,
     UsageError,
 )
 
@@ -92,6 +93,58 @@ def test_restore_onto_a_mesh(tiny_repository, orbax, layout):
     jax.tree.map(np.testing.assert_array_equal, on_mesh, plain)
     everywhere = checkpoint.restore(folder, wanted, replicated)
     assert everywhere["head"]["proj"]["bias"].sharding == replicated
+
+
+def sharded(tree, axis, mesh):
+    """Every leaf split along its largest dimension that the mesh axis divides."""
+
+    def place(leaf):
+        sizes = [n if n % mesh.shape[axis] == 0 else 0 for n in leaf.shape]
+        spec = [axis if i == sizes.index(max(sizes)) and max(sizes) else None for i in range(len(sizes))]
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    return jax.tree.map(place, tree)
+
+
+def mesh(**axes):
+    names, sizes = tuple(axes), tuple(axes.values())
+    kinds = (jax.sharding.AxisType.Auto,) * len(names)
+    return jax.make_mesh(sizes, names, axis_types=kinds, devices=jax.devices()[: math.prod(sizes)])
+
+
+def test_what_was_saved_under_one_mesh_is_restored_under_any_other(tiny_repository, tmp_path):
+    part = read_component(tiny_repository / "transformer")
+    wanted = part.abstract(jnp.float32)
+    plain = checkpoint.restore(tiny_repository / "transformer", wanted)
+    eight, other = mesh(fsdp=8), mesh(tensor=2, sequence=4)
+    places = [sharded(wanted, "fsdp", eight), sharded(wanted, "tensor", other), None, sharded(wanted, "fsdp", eight)]
+    last = checkpoint.restore(tiny_repository / "transformer", wanted, places[0])
+    for number, shardings in enumerate(places[1:]):
+        checkpoint.save(tmp_path / str(number), last, config=part.cfg.to_json())
+        last = checkpoint.restore(tmp_path / str(number), wanted, shardings)
+        jax.tree.map(np.testing.assert_array_equal, last, plain)
+        if shardings is not None:
+            assert jax.tree.map(lambda leaf: leaf.sharding, last) == shardings
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}])
+def test_one_shard_is_in_host_memory_at_a_time_and_read_once(tiny_repository, monkeypatch, axes):
+    folder = tiny_repository / "text_encoder"
+    wanted = read_component(folder).abstract(jnp.float32)
+    shardings, counts = sharded(wanted, "fsdp", mesh(**axes)), []
+
+    def counted(shape, dtype, *args, **options):
+        counts.append(fill(shape, dtype, *args, **options))
+        return counts[-1]
+
+    fill, read, numbers = checkpoint.fill, reader.Folder.read, []
+    monkeypatch.setattr(checkpoint, "fill", counted)
+    monkeypatch.setattr(reader.Folder, "read", lambda *args: numbers.append((array := read(*args)).nbytes) or array)
+    found = flatten(checkpoint.restore(folder, wanted, shardings))
+    total = sum(leaf.nbytes for leaf in found.values())
+    assert sum(array.nbytes for array in counts) == sum(numbers) == total  # replicated leaves too are read once
+    shards = {leaf.addressable_shards[0].data.nbytes for leaf in found.values()}
+    assert {array.nbytes for array in counts} == shards and 4 * max(shards) <= max(v.nbytes for v in found.values())
 
 
 @pytest.mark.parametrize("layout", ["hf", "orbax"])
@@ -182,116 +235,3 @@ def test_a_manifest_of_a_later_version(saved):
     (saved / "jvdiff.json").write_text(json.dumps({**manifest, "version": 2}))
     with pytest.raises(CheckpointError, match="version 1"):
         checkpoint.restore(saved, abstract(TREE))
-
-
-# ---------------------------------------------------------------------------------------------------------- inspect
-
-
-@pytest.fixture
-def copy(tiny_repository, tmp_path):
-    return shutil.copytree(tiny_repository, tmp_path / "repository")
-
-
-def change(file, **values):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-
-
-def test_digests_tell_weights_apart(copy, orbax, tmp_path):
-    first = checkpoint.inspect(copy).digest
-    assert first == checkpoint.inspect(copy).digest
-    assert checkpoint.inspect(orbax).digest != first
-    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    assert checkpoint.inspect(copy).digest != first
-
-
-@pytest.mark.parametrize(
-    "value", [["my_module", "MyTransformer"], ["diffusers_modules.local", "X"], ["diffusers"], ["../evil", "X"]]
-)
-def test_f28_remote_code(copy, value):
-    (copy / "my_module.py").write_text("open('ran', 'w')")
-    change(copy / "model_index.json", transformer=value)
-    with pytest.raises(UnsafeFormat, match="remote code is not supported"):
-        checkpoint.inspect(copy)
-    assert not os.path.exists("ran")
-
-
-def test_f28_auto_map(copy):
-    change(copy / "text_encoder" / "config.json", auto_map={"AutoModel": "evil.Model"})
-    with pytest.raises(UnsafeFormat, match="remote code is not supported"):
-        checkpoint.inspect(copy)
-
-
-@pytest.mark.parametrize(
-    "file, values, words",
-    [
-        ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "expected 'WanPipeline'"),
-        ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "two transformers"),
-        ("transformer/config.json", {"_class_name": "AutoencoderKLWan"}, "VAE configuration"),
-        ("transformer/config.json", {"in_channels": 36}, "do not fit together"),
-        ("text_encoder/config.json", {"d_model": 24}, "do not fit together"),
-    ],
-)
-def test_repositories_that_cannot_be_used(copy, file, values, words):
-    change(copy / file, **values)
-    with pytest.raises(CheckpointError, match=words):
-        checkpoint.inspect(copy)
-
-
-@pytest.mark.parametrize(
-    "file", ["model_index.json", "vae/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"]
-)
-def test_incomplete_and_truncated_repositories(copy, file):
-    whole = (copy / file).read_text()
-    (copy / file).write_text(whole[: len(whole) // 2])
-    with pytest.raises(CorruptFile, match="not usable as JSON"):
-        checkpoint.inspect(copy)
-    (copy / file).unlink()
-    with pytest.raises(CheckpointError, match=file.split("/")[-1]):
-        checkpoint.inspect(copy)
-
-
-def test_f26_a_single_file(tmp_path):
-    (tmp_path / "model.pth").write_bytes(b"\x80\x04cos\nsystem\n(S'touch ran'\ntR.")
-    with pytest.raises(UnsafeFormat, match="not opened"):
-        checkpoint.inspect(tmp_path / "model.pth")
-    with pytest.raises(UsageError, match="no such folder"):
-        checkpoint.inspect(tmp_path / "none")
-
-
-def test_f31_more_words_than_embedding_rows(copy, tmp_path):
-    change(copy / "text_encoder" / "config.json", vocab_size=3)
-    with pytest.raises(CheckpointError, match="do not belong together"):
-        convert(copy, tmp_path / "orbax")
-
-
-def test_save_repository(tiny_repository, tmp_path):
-    found = checkpoint.inspect(tiny_repository)
-    components = {}
-    for name in checkpoint.COMPONENTS:
-        part = read_component(tiny_repository / name)
-        components[name] = part.cfg, checkpoint.restore(tiny_repository / name, part.abstract(jnp.float32))
-    checkpoint.save_repository(
-        tmp_path / "trained",
-        components,
-        tokenizer=found.tokenizer,
-        scheduler=found.scheduler,
-        defaults={"steps": 4},
-    )
-    kept = checkpoint.inspect(tmp_path / "trained")
-    assert (kept.transformer, kept.vae, kept.text_encoder) == (found.transformer, found.vae, found.text_encoder)
-    assert kept.scheduler == found.scheduler
-    for name, (cfg, params) in components.items():
-        wanted = read_component(tmp_path / "trained" / name)
-        assert wanted.cfg == cfg
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            checkpoint.restore(tmp_path / "trained" / name, wanted.abstract(jnp.float32)),
-            params,
-        )
-    with pytest.raises(UsageError, match="expected transformer, vae, text_encoder"):
-        checkpoint.save_repository(
-            tmp_path / "x", {"vae": components["vae"]}, tokenizer=found.tokenizer, scheduler=found.scheduler
-        )

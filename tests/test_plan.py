@@ -5,9 +5,12 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jvdiff import pipeline, plan, precision, sample
+from jvdiff.errors import ResourceError
 from jvdiff.settings import FIELDS, resolve
+from jvdiff.sharding import MeshShape, make_mesh
 
 
 def planned(config, abstract_of=precision.TABLE["float32"]):
@@ -134,3 +137,96 @@ def test_gpu_descriptions_are_data():
     described = {p.stem: p.read_text() for p in plan.TARGETS.glob("*.textproto")}
     assert set(described) == {"a100", "h200"}
     assert all(f"NVIDIA {name.upper()}" in text for name, text in described.items())
+
+
+@pytest.fixture
+def tiny(tiny_repository):
+    config = sample.default_config()
+    config.checkpoint, config.precision = str(tiny_repository), "float32"
+    config.num_frames, config.height, config.width = 9, 64, 64
+    return plan.resolved(config)
+
+
+def test_flops_of_a_shard_map_are_those_of_all_its_devices():
+    mesh = make_mesh(MeshShape(sequence=2, tensor=2))
+    body = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("sequence"), P()), out_specs=P("sequence"), check_vma=False)
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((6, 4), (4, 5))]
+    jaxpr = jax.make_jaxpr(lambda a, b: body(a, b) @ b.T)(*shapes)
+    # Four devices multiply 3 rows each: over `tensor` both halves of `sequence` are computed twice.
+    assert plan.count_flops(jaxpr.jaxpr) == 4 * 2 * 3 * 4 * 5 + 2 * 6 * 5 * 4
+
+
+def test_a_plan_under_a_mesh_is_of_one_device(tiny_repository, tmp_path, capsys):
+    path = tmp_path / "tiny.py"
+    path.write_text("from jvdiff import sample\nget_config = sample.default_config\n")
+    argv = ["sample", f"--config={path}", f"--config.checkpoint={tiny_repository}", "--config.plan=true"]
+    argv += ["--config.num_frames=9", "--config.height=64", "--config.width=64"]
+    assert sample.main([*argv, "--config.mesh=sequence=2,tensor=2"]) == 0
+    said = capsys.readouterr().out
+    assert "mesh: sequence=2,tensor=2, 4 devices" in said
+    # Each of the two heads is on one device, so that keys go round a ring. XLA:CPU has nothing asynchronous.
+    assert "collective-permute" in said and "all-reduce" in said and "; 0 of" in said
+    assert sample.main([*argv, "--config.mesh=tensor=3"]) == 2
+    assert "tensor=3 does not divide the 2 attention heads" in capsys.readouterr().err
+    assert sample.main([*argv, "--config.mesh=sequence=16"]) == 2
+    assert "there are 8" in capsys.readouterr().err
+
+
+def test_a_mesh_divides_operations_and_weights(tiny):
+    configs, settings, dtypes = tiny
+    abstract = pipeline.abstract_params(configs, dtypes)
+    alone, two, four = (
+        next(plan.programs(configs, settings, abstract, shape=shape, without=("text", *plan.DECODE)))
+        for shape in (None, MeshShape(sequence=2), MeshShape(sequence=2, tensor=2))
+    )
+    assert alone.name == two.name == four.name == "denoise" and not alone.sends
+    assert 0.9 < 4 * four.flops / alone.flops < 1.1 and 0.9 < 2 * two.flops / alone.flops < 1.1
+    assert alone.weights == two.weights
+    assert alone.weights / 2 < four.weights < 0.75 * alone.weights  # biases and embeddings are on every device
+    # Two layers, both branches at once: queries, keys and values there, the result back.
+    assert two.sends["all-to-all"][0] == 2 * 4
+
+
+def test_meshes_are_tried_from_the_smallest_and_quietest():
+    found = list(map(str, plan.candidates(6)))
+    assert found[:7] == ["data=1", "sequence=2", "fsdp=2", "tensor=2", "sequence=4", "fsdp=2,sequence=2", "fsdp=4"]
+    assert len(found) == len(set(found)) and "fsdp=2,sequence=3" in found and "sequence=6" in found
+
+
+def test_one_device_is_enough_where_everything_fits(tiny):
+    configs, settings, dtypes = tiny
+    abstract = pipeline.abstract_params(configs, dtypes)
+    resident = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+    needs = max(p.needs for p in plan.programs(configs, settings, abstract, shape=MeshShape()))
+    shape, sentence = plan.smallest_mesh(configs, settings, dtypes, 8, resident + needs)
+    assert shape == MeshShape() and sentence.startswith("mesh data=1: 1 of 8 devices")
+
+
+def test_the_smallest_mesh_that_fits(monkeypatch):
+    """Wan 14B on devices of 80 GiB, with what its programs need said instead of compiled."""
+    config = sample.default_config()
+    config.checkpoint, config.precision = "Wan2.1-T2V-14B-Diffusers", "bfloat16"  # 38 GiB of weights
+    compiled = []
+
+    def programs(configs, settings, abstract, target, shape, without):
+        compiled.append((str(shape), bool(without)))
+        for name, needs in (("denoise", 60 / shape.devices), ("decode first", 30), ("decode next", 50 / shape.devices)):
+            if name not in without:
+                yield plan.Program(name, 0.0, 0, 0, int(needs * 2**30), "", 0, 0.0, {}, 0, 0)
+
+    monkeypatch.setattr(plan, "programs", programs)
+    find = lambda devices, gib: plan.smallest_mesh(*plan.resolved(config), devices, int(gib * 2**30))  # noqa: E731
+    shape, sentence = find(8, 80)
+    assert shape == MeshShape(sequence=2) and "fewer devices would need 98" in sentence and "\n" not in sentence
+    compiled.clear()
+    # Decoding needs 30 GiB on however many devices: weights must shrink too. It is compiled once for so many devices,
+    # and not at all where weights do not fit.
+    assert find(8, 45)[0] == MeshShape(fsdp=4)
+    assert compiled == [("data=1", False), ("sequence=2", False), ("sequence=4", False), ("fsdp=4", True)]
+    with pytest.raises(ResourceError, match=r"no mesh of 8 devices fits: the best, (fsdp|tensor)=8, needs at least 35\.\d+ GiB"):
+        find(8, 20)
+
+
+def test_memory_of_devices():
+    assert 2**28 < plan.memory_limit() < 2**50  # the host's, on a CPU
+    assert 100 * 2**30 < plan.target_memory("h200") < 141 * 2**30

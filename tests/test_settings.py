@@ -2,13 +2,13 @@
 
 import pytest
 
-from jvdiff import checkpoint, settings
+from jvdiff import repository, settings
 from jvdiff.errors import CheckpointError
 
 
 @pytest.fixture
 def configs(tiny_repository):
-    found = checkpoint.inspect(tiny_repository)
+    found = repository.inspect(tiny_repository)
     return settings.Configs(found.transformer, found.vae, found.text_encoder)
 
 

@@ -6,6 +6,7 @@ B batch · L video tokens · N heads · K head dim · T latent frames · H W lat
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jvdiff.sharding import rules as tables
-from jvdiff.sharding.mesh import MeshShape, Sizes, fsdp_takes_batch, shape_of
+from jvdiff.sharding.mesh import MeshShape, Sizes, check_mesh, shape_of
 from jvdiff.types import Array, Params
 
 P = PartitionSpec
@@ -55,8 +56,8 @@ class Placement:
         leaves, structure = jax.tree.flatten(params)
         specs = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, P))
         specs = [P(*spec[1:]) if stack else spec for spec in specs]
-        for dtype in {x.dtype for x in leaves}:
-            own = [i for i, x in enumerate(leaves) if x.dtype == dtype and "fsdp" in specs[i]]
+        for dtype in sorted({x.dtype.name for x in leaves}):  # the same order in every process
+            own = [i for i, x in enumerate(leaves) if x.dtype.name == dtype and "fsdp" in specs[i]]
             if own:
                 gathered: Any = _gathered(self.mesh, tuple(specs[i] for i in own), tuple(leaves[i] for i in own))
                 for i, x in zip(own, gathered, strict=True):
@@ -64,33 +65,91 @@ class Placement:
         return jax.tree.unflatten(structure, leaves)
 
     def split(self, sizes: Sizes) -> Split:
-        """How the activations of a batch of these sizes are divided."""
+        """How the activations of a batch of these sizes are divided.
+
+        Raises:
+            UsageError: this mesh cannot run such a model; the sentence names the nearest that can.
+        """
         shape = self.shape
+        check_mesh(shape, sizes, shape.devices)
         ring, tokens = sizes.ring(shape), sizes.token_devices(shape)
         batch = shape.devices // tokens // shape.tensor
         # data, fsdp, sequence, tensor -> batch, tokens, tensor: the same devices in the same order
-        assert fsdp_takes_batch(shape, sizes.batch) or batch == shape.data
-        devices = self.mesh.devices.reshape(batch, ring, tokens // ring, shape.tensor)
-        names = ("batch", "ring", "heads", "tensor")
-        return Split(Mesh(devices, names, axis_types=(AxisType.Auto,) * 4), sizes.tokens)
+        mesh, axes = _cut(self.mesh, batch=batch, ring=ring, heads=tokens // ring, tensor=shape.tensor)
+        return Split(mesh, tokens=sizes.tokens, **axes)
+
+    def spread(self, height: int, width: int) -> Picture:
+        """How pictures [B,T,H,W,C], and whatever the VAE remembers of them, are divided among all devices of the mesh.
+
+        height, width: of the grid of latents; as many devices as divide it share it, whatever the axes of `mesh`.
+        Strips come before tiles: neighbours exchange half as many messages, which cost more than their bytes.
+        """
+        devices = self.mesh.size
+        able = (
+            (h, w)
+            for h in range(1, devices + 1)
+            for w in range(1, devices // h + 1)
+            if devices % (h * w) == 0 and height % h == 0 and width % w == 0
+        )
+
+        def cost(cut: tuple[int, int]) -> tuple[int, int, int]:
+            h, w = cut
+            return -h * w, (h > 1) + (w > 1), (h > 1) * width // w + (w > 1) * height // h
+
+        h, w = min(able, key=cost)
+        mesh, axes = _cut(self.mesh, height=h, width=w, copies=devices // (h * w))
+        return Picture(mesh, axes["height"], axes["width"])
+
+
+Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """The devices once more, as they share a picture: axes of `mesh` that divide the height, and the width."""
+
+    mesh: Mesh
+    height: Axes
+    width: Axes
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """Of [B,T,H,W,C]."""
+        return P(None, None, self.height, self.width)
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """Of [B,T,H,W,C]."""
+        return NamedSharding(self.mesh, self.spec)
+
+    def divide(self, tree: Any) -> Any:
+        """The same pictures [B,T,H,W,C], of each a part on every device."""
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self.sharding), tree)
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """The devices once more, as the activations of one forward pass are divided among them.
 
-    mesh: axes batch, ring, heads (ring times heads devices share the tokens), tensor. tokens: L, unpadded.
+    The axes of `mesh` that divide the batch; the tokens, in a ring and in an exchange of heads; and heads and columns.
+    tokens: L, unpadded.
     """
 
     mesh: Mesh
+    batch: Axes
+    ring: Axes
+    heads: Axes
+    tensor: Axes
     tokens: int
 
-    TOKENS = ("ring", "heads")
+    def devices(self, axes: Axes) -> int:
+        """How many there are along some axes."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     @property
     def padding(self) -> int:
         """Tokens to add so that every device has as many."""
-        return -self.tokens % (self.mesh.shape["ring"] * self.mesh.shape["heads"])
+        return -self.tokens % self.devices(self.ring + self.heads)
 
     def constrain(self, x: Array, *axes: Any) -> Array:
         """x divided as `axes` say, one for each of its axes; further ones are whole."""
@@ -98,7 +157,24 @@ class Split:
 
     def along_tokens(self, x: Array) -> Array:
         """Activations [B,L,...], L padded."""
-        return self.constrain(x, "batch", self.TOKENS)
+        return self.constrain(x, self.batch, self.ring + self.heads)
+
+
+def _cut(mesh: Mesh, **sizes: int) -> tuple[Mesh, dict[str, Axes]]:
+    """The devices of a mesh in the same order, divided anew: a mesh, and which of its axes each name stands for.
+
+    Every axis has a prime number of devices. XLA's partitioner brings two meshes of one program together only where the
+    axes of one are made of those of the other, and otherwise (4 by 2 and 2 by 4) divides nothing, without a word.
+    """
+    factors = {name: {f"{name}{i}": n for i, n in enumerate(_primes(size))} for name, size in sizes.items()}
+    each = {axis: n for group in factors.values() for axis, n in group.items()} or {"one": 1}
+    cut = Mesh(mesh.devices.reshape(tuple(each.values())), tuple(each), axis_types=(AxisType.Auto,) * len(each))
+    return cut, {name: tuple(group) for name, group in factors.items()}
+
+
+def _primes(number: int) -> list[int]:
+    factor = next((n for n in range(2, number + 1) if number % n == 0), None)
+    return [] if factor is None else [factor, *_primes(number // factor)]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

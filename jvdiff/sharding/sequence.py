@@ -33,51 +33,52 @@ def self_attention(
     Where `split` has a ring, dense attention (`implementation` of `jvdiff.kernels.attention`) takes the place of
     `local`. Heads that U does not divide are padded. At most four all-to-alls: a gate travels with the values.
     """
-    mesh = split.mesh
-    whole = P("batch", Split.TOKENS, "tensor")
+    whole = P(split.batch, split.ring + split.heads, split.tensor)
     operands = (q, k, v) if gate is None else (q, k, v, gate)
-    body = partial(_exchanged, local, split.tokens, mesh.shape["ring"], mesh.shape["heads"], implementation)
-    run = jax.shard_map(body, mesh=mesh, in_specs=(whole,) * len(operands), out_specs=whole, check_vma=False)
+    body = partial(_exchanged, local, split, implementation)
+    run = jax.shard_map(body, mesh=split.mesh, in_specs=(whole,) * len(operands), out_specs=whole, check_vma=False)
     return run(*operands)
 
 
 def cross_attention(local: Callable[[Array, Array, Array], Array], split: Split, q: Array, k: Array, v: Array) -> Array:
     """`local` of queries [B,L,N,K], divided as `split` says, to keys [B,S,N,K] that all devices of a clip have."""
-    tokens, text = P("batch", Split.TOKENS, "tensor"), P("batch", None, "tensor")
+    tokens, text = P(split.batch, split.ring + split.heads, split.tensor), P(split.batch, None, split.tensor)
     run = jax.shard_map(local, mesh=split.mesh, in_specs=(tokens, text, text), out_specs=tokens, check_vma=False)
     return run(q, k, v)
 
 
 def _exchanged(
-    local: Local, tokens: int, R: int, U: int, implementation: str | None, q: Array, k: Array, v: Array, *gate: Array
+    local: Local, split: Split, implementation: str | None, q: Array, k: Array, v: Array, *gate: Array
 ) -> Array:
     """On each device: [B,L/(R U),n,K] -> the same."""
+    tokens, U = split.tokens, split.devices(split.heads)
     heads, K = q.shape[2:]
     own = -(-heads // U)
-    first = lax.axis_index("tensor") * heads + lax.axis_index("heads") * own
+    first = _rank(split.tensor) * heads + _rank(split.heads) * own
 
     def scatter_heads(x: Array) -> Array:
         if U == 1:
             return x
         x = jnp.pad(x, ((0, 0), (0, 0), (0, own * U - heads), (0, 0)))
-        return lax.all_to_all(x, "heads", split_axis=2, concat_axis=1, tiled=True)
+        return lax.all_to_all(x, split.heads, split_axis=2, concat_axis=1, tiled=True)
 
     values = scatter_heads(jnp.concatenate([v, *gate], axis=-1) if gate else v)
     q, k, length = scatter_heads(q), scatter_heads(k), values.shape[1]
-    if R == 1:
+    if not split.ring:
         gates = values[:, :tokens, :, K:] if gate else None
         out = local(q[:, :tokens], k[:, :tokens], values[:, :tokens, :, :K], gates, first)
         out = jnp.pad(out, ((0, 0), (0, length - tokens), (0, 0), (0, 0)))
     else:
-        out = _ring(q, k, values, R, tokens, implementation)
+        out = _ring(q, k, values, split, implementation)
     if U == 1:
         return out
-    return lax.all_to_all(out, "heads", split_axis=1, concat_axis=2, tiled=True)[:, :, :heads]
+    return lax.all_to_all(out, split.heads, split_axis=1, concat_axis=2, tiled=True)[:, :, :heads]
 
 
-def _ring(q: Array, k: Array, v: Array, R: int, tokens: int, implementation: str | None) -> Array:
-    """Dense attention of a device's queries [B,c,n,K] to the keys of R devices, of which `tokens` are no padding."""
-    length, rank = q.shape[1], lax.axis_index("ring")
+def _ring(q: Array, k: Array, v: Array, split: Split, implementation: str | None) -> Array:
+    """Dense attention of a device's queries [B,c,n,K] to the keys of R devices, padding excepted."""
+    R, tokens = split.devices(split.ring), split.tokens
+    length, rank = q.shape[1], _rank(split.ring)
     onwards = [(i, (i + 1) % R) for i in range(R)]
     parts = []
     for step in range(R):
@@ -86,8 +87,13 @@ def _ring(q: Array, k: Array, v: Array, R: int, tokens: int, implementation: str
             valid = jnp.clip(tokens - (rank - step) % R * length, 0, length)
         held = k, v
         if step < R - 1:  # sent before the work, so that both can go on at once
-            k, v = lax.ppermute((k, v), "ring", onwards)
+            k, v = lax.ppermute((k, v), split.ring, onwards)
         out, lse = kernels.attention(q, *held, return_lse=True, kv_length=valid, implementation=implementation)
         parts.append((out.astype(jnp.float32), lse))
     out, _ = reduce(lambda one, two: kernels.merge(*one, *two), parts)
     return out.astype(q.dtype)
+
+
+def _rank(axes: tuple[str, ...]) -> Any:
+    """This device's place along some axes."""
+    return lax.axis_index(axes) if axes else 0

@@ -4,6 +4,7 @@ B batch · T latent frames · H W latent grid · C latent channels · N clips
 """
 
 import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Callable
@@ -13,17 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from convert.tables import read_component
-from jvdiff import checkpoint
+from jvdiff import checkpoint, distributed, repository
 from jvdiff.data import digits, digits_tokenizer, tokenizer
 from jvdiff.data.video import atomic
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.kernels import VideoSparse, sparsity_schedule
 from jvdiff.models import umt5, wan
 from jvdiff.settings import Configs, read_pattern, resolve
-from jvdiff.sharding import data_parallel
+from jvdiff.sharding import MeshShape, Placement, Sizes, check_mesh, make_mesh, param_shardings
+from jvdiff.sharding.rules import UMT5, WAN_DIT
 from jvdiff.staging import check_target
 from jvdiff.training import fields, flow_matching, reconstruction
 from jvdiff.training.loop import State, Task, fit
@@ -36,7 +39,8 @@ _log = logging.getLogger("jvdiff.training")
 def train_vae(config: ConfigDict, folder: Path) -> Path:
     """Trains a causal VAE on moving digits and writes it to `folder/vae` with its latent statistics."""
     cfg = fields.model("vae", wan.VAEConfig, config.vae)
-    stages = _stages(config.stages, cfg, config.loop.get("devices", 1))
+    shape = fields.mesh(config.loop)
+    stages = _stages(config.stages, cfg, shape)
     result = _result(folder / "vae")
 
     def clips(step: int) -> np.ndarray:
@@ -54,7 +58,7 @@ def train_vae(config: ConfigDict, folder: Path) -> Path:
         cfg = _same_sizes(cfg, Path(config.decoder_of))
         trained = checkpoint.restore(config.decoder_of, wan.abstract_params(cfg))
     task = reconstruction.vae_task(cfg, clips, trained, **config.loss.to_dict())
-    params = {**(trained or {}), **_fit(task, config, folder).average}
+    params = {**(trained or {}), **_fit(task, config, folder, make_mesh(shape)).average}
     if trained is None:
         shown = digits.batch(np.random.default_rng(config.seed), 128, frames=17)[0]
         mean, std = reconstruction.latent_statistics(cfg, params, shown)
@@ -72,7 +76,7 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     """
     for name in ("clips", "batch", "tokens"):
         fields.check_count(name, config[name])
-    fields.check_shared("batch", config.batch, devices := config.loop.get("devices", 1))
+    shape = fields.mesh(config.loop)
     if not 0 <= config.drop_text <= 1:
         raise UsageError(f"drop_text is {config.drop_text}; expected 0 to 1.")
     vae_cfg = _vae_config(Path(config.vae))
@@ -89,11 +93,13 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     except CheckpointError as error:
         raise UsageError(f"scheduler: {error}") from None
     pattern_at = _patterns(config, dit_cfg.num_attention_heads)
+    grid = (1 + 16 // vae_cfg.temporal_factor, *2 * (digits.SIZE // vae_cfg.spatial_factor,))
+    mesh, placement = _mesh(shape, wan.mesh_sizes(dit_cfg, grid, config.batch, pattern_at(0)))
     result = _result(folder / "repository")
-    params = _initial(Path(config.initial), dit_cfg, text_cfg) if config.get("initial") else None
-    vae = checkpoint.restore(config.vae, wan.abstract_params(vae_cfg))
+    params = _initial(Path(config.initial), dit_cfg, text_cfg, mesh) if config.get("initial") else None
+    vae = checkpoint.restore(config.vae, wan.abstract_params(vae_cfg), placement.everywhere)
 
-    latents, prompts = encoded_clips(vae_cfg, vae, config.clips, config.seed, devices, folder / "latents.npz")
+    latents, prompts = encoded_clips(vae_cfg, vae, config.clips, config.seed, mesh, folder / "latents.npz")
     ids, mask, _ = tokenizer.tokenize(tokens, [*prompts, ""], config.tokens)
 
     def batches(step: int) -> flow_matching.Batch:
@@ -102,15 +108,17 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
         texts = np.where(rng.uniform(size=config.batch) < config.drop_text, len(prompts), rows)
         return flow_matching.Batch(latents[rows], ids[texts], mask[texts], pattern_at(step))
 
-    task = flow_matching.text_to_video_task(dit_cfg, text_cfg, batches, **config.loss.to_dict())
-    params = _fit(task, config, folder, params).average
+    options = config.loss.to_dict()
+    task = flow_matching.text_to_video_task(dit_cfg, text_cfg, batches, placement=placement, **options)
+    params = _fit(task, config, folder, mesh, params).average
     components = {
         "transformer": (dit_cfg, params["transformer"]),
         "vae": (vae_cfg, vae),
         "text_encoder": (text_cfg, params["text_encoder"]),
     }
-    digits_tokenizer.save(tokens, folder / "tokenizer")
-    checkpoint.save_repository(
+    if distributed.writes():
+        digits_tokenizer.save(tokens, folder / "tokenizer")
+    repository.save(
         result,
         components,
         tokenizer=folder / "tokenizer",
@@ -121,8 +129,18 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     return result
 
 
-def _fit(task: Task, config: ConfigDict, folder: Path, params: Params | None = None) -> State:
-    return fit(task, fields.schedule(config), folder, seed=config.seed, params=params, **config.loop.to_dict())
+def _fit(task: Task, config: ConfigDict, folder: Path, mesh: Mesh, params: Params | None = None) -> State:
+    options = config.loop.to_dict() | {"mesh": mesh}
+    return fit(task, fields.schedule(config), folder, seed=config.seed, params=params, **options)
+
+
+def _mesh(shape: MeshShape, sizes: Sizes) -> tuple[Mesh, Placement]:
+    try:
+        check_mesh(shape, sizes, jax.device_count())
+    except UsageError as error:
+        raise UsageError(f"loop.{error}") from None
+    mesh = make_mesh(shape)
+    return mesh, Placement(mesh, shape.ring)
 
 
 def _patterns(config: Any, heads: int) -> Callable[[int], wan.Pattern]:
@@ -147,19 +165,23 @@ def _patterns(config: Any, heads: int) -> Callable[[int], wan.Pattern]:
     return at
 
 
-def _initial(folder: Path, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config) -> Params:
-    """Float32 parameters of the repository `folder`, for models of these configurations."""
-    found = checkpoint.inspect(folder)
+def _initial(folder: Path, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config, mesh: Mesh) -> Params:
+    """Float32 parameters of the repository `folder`, for models of these configurations, on a mesh."""
+    found = repository.inspect(folder)
     gated = dit_cfg.gate_compress or found.transformer.gate_compress
     same = dataclasses.replace(found.transformer, gate_compress=gated)
     for name, wanted, there in (("transformer", dit_cfg, same), ("text_encoder", text_cfg, found.text_encoder)):
         _check_sizes(f"{name}: not that of initial, {folder}", wanted, there)
-    transformer = checkpoint.restore(folder / "transformer", wan.abstract_params(found.transformer))
+    params = {}
+    for name, abstract, rules in (
+        ("transformer", wan.abstract_params(found.transformer), WAN_DIT),
+        ("text_encoder", umt5.abstract_params(text_cfg, jnp.float32), UMT5),
+    ):
+        params[name] = checkpoint.restore(folder / name, abstract, param_shardings(mesh, abstract, rules))
     if dit_cfg.gate_compress and not found.transformer.gate_compress:
         gate = wan.abstract_params(dit_cfg)["blocks"]["self_attn"]["gate"]
-        transformer["blocks"]["self_attn"]["gate"] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), gate)
-    text = checkpoint.restore(folder / "text_encoder", umt5.abstract_params(text_cfg, jnp.float32))
-    return {"transformer": transformer, "text_encoder": text}
+        params["transformer"]["blocks"]["self_attn"]["gate"] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), gate)
+    return params
 
 
 def _vae_config(folder: Path) -> wan.VAEConfig:
@@ -190,7 +212,7 @@ def _check_sizes(what: str, cfg: Any, known: Any) -> None:
         raise UsageError(f"{what}: {'; '.join(other)}.")
 
 
-def _stages(stages: Any, cfg: wan.VAEConfig, devices: int) -> tuple[tuple[int, int, int, int], ...]:
+def _stages(stages: Any, cfg: wan.VAEConfig, shape: MeshShape) -> tuple[tuple[int, int, int, int], ...]:
     """((until step, batch, frames, crop), ...), checked; the last stage goes on for ever."""
     wanted = "a tuple of (until step, batch, frames, crop)"
     if not isinstance(stages, tuple | list) or not stages:
@@ -201,7 +223,7 @@ def _stages(stages: Any, cfg: wan.VAEConfig, devices: int) -> tuple[tuple[int, i
         if not whole or min(stage) < 1:
             raise UsageError(f"stage {number} is {stage!r:.80}; expected {wanted}, whole numbers from 1.")
         until, batch, frames, size = stage
-        fields.check_shared(f"the batch of stage {number}", batch, devices)
+        fields.check_shared(f"the batch of stage {number}", batch, shape)
         if until <= before:
             raise UsageError(f"stage {number} ends at step {until}; expected a step after {before}.")
         if (frames - 1) % cfg.temporal_factor or frames > longest:
@@ -224,7 +246,7 @@ def _result(target: Path) -> Path:
 
 
 def encoded_clips(
-    cfg: wan.VAEConfig, params: Any, clips: int, seed: int, devices: int, path: Path
+    cfg: wan.VAEConfig, params: Any, clips: int, seed: int, mesh: Mesh, path: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Normalised latents float16 [N,T,H,W,C] of N training clips, and their prompts; kept in the file `path`.
 
@@ -239,10 +261,11 @@ def encoded_clips(
             if "key" in stored and stored["key"] == key:
                 return stored["latents"], stored["prompts"]
 
-    everywhere, shared = data_parallel(devices)
+    devices, everywhere = mesh.size, NamedSharding(mesh, PartitionSpec())
+    shared = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     params = jax.device_put(params, everywhere)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def encode(params, video):
         latents = wan.encode(params, cfg, video.astype(jnp.float32) / 127.5 - 1.0)
         return wan.normalize_latents(cfg, latents)
@@ -251,11 +274,13 @@ def encoded_clips(
     for start in range(0, -(-clips // 16), devices):  # the same clips on any number of devices: 16 with each seed
         drawn = [digits.batch(np.random.default_rng((seed, 1, i)), 16) for i in range(start, start + devices)]
         video = np.concatenate([video for video, _ in drawn])
-        parts.append(np.asarray(encode(params, jax.device_put(video, shared)), np.float16))
+        placed = jax.make_array_from_callback(video.shape, shared, video.__getitem__)
+        parts.append(np.asarray(encode(params, placed), np.float16))
         texts += [text for _, prompts in drawn for text in prompts]
         if len(parts) % 50 == 1:
             _log.info("encoding clips: %d of %d", 16 * start, clips)
     latents, prompts = np.concatenate(parts)[:clips], np.array(texts[:clips])
-    with atomic(path) as part, open(part, "wb") as file:
-        np.savez(file, latents=latents, prompts=prompts, key=key)
+    if distributed.writes():
+        with atomic(path) as part, open(part, "wb") as file:
+            np.savez(file, latents=latents, prompts=prompts, key=key)
     return latents, prompts

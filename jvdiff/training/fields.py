@@ -5,9 +5,11 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.sharding import MeshShape, read_mesh
 from jvdiff.training.loop import Schedule
 
 
@@ -28,10 +30,27 @@ def check_count(name: str, value: Any) -> None:
         raise UsageError(f"{name} is {value!r:.80}; expected a whole number from 1.")
 
 
-def check_shared(name: str, value: int, devices: int) -> None:
-    """Raises UsageError unless so many devices can share `value` evenly."""
-    if value % devices:
-        raise UsageError(f"{name} is {value}; expected a multiple of the {devices} that share it (loop.devices).")
+def check_shared(name: str, value: int, shape: MeshShape) -> None:
+    """Raises UsageError unless the mesh can share so many clips."""
+    if value % shape.data:
+        raise UsageError(f"{name} is {value}; expected a multiple of the {shape.data} that share it (loop.mesh).")
+
+
+def mesh(loop: ConfigDict) -> MeshShape:
+    """`loop.mesh`; one device where there is none.
+
+    Raises:
+        UsageError: it cannot be read, or has more devices than there are, or fewer than many processes have in all.
+    """
+    try:
+        shape = read_mesh(loop.get("mesh")) or MeshShape()
+    except UsageError as error:
+        raise UsageError(f"loop.{error}") from None
+    if isinstance(shape, str):
+        raise UsageError(f"loop.mesh is {shape!r}, which is for sampling; name the axes, for instance fsdp=8.")
+    if shape.devices > jax.device_count() or (jax.process_count() > 1 and shape.devices < jax.device_count()):
+        raise UsageError(f"loop.mesh {shape}: it has {shape.devices} devices, and there are {jax.device_count()}.")
+    return shape
 
 
 def schedule(config: ConfigDict) -> Schedule:

@@ -15,6 +15,8 @@ import numpy as np
 
 from jvdiff.kernels import Dense
 from jvdiff.models import umt5, wan
+from jvdiff.sharding import Placement
+from jvdiff.sharding.rules import UMT5, WAN_DIT
 from jvdiff.training.loop import Task
 from jvdiff.types import Array, Params
 
@@ -41,9 +43,10 @@ def text_to_video_task(
     shift: float = 3.0,
     text_length: int = 512,
     remat: bool = False,
+    placement: Placement | None = None,
 ) -> Task:
     """Parameters {"transformer", "text_encoder"}, trained together; unconditional batches come from `batches`, and so
-    does the pattern of each step."""
+    does the pattern of each step. `placement`: the mesh that `fit` is given."""
 
     def init(key: Array) -> Params:
         one, two = jax.random.split(key)
@@ -59,7 +62,8 @@ def text_to_video_task(
         sigma = shift * sigma / (1.0 + (shift - 1.0) * sigma)
         noise = jax.random.normal(noise_key, clean.shape)
         level = sigma[:, None, None, None, None]
-        text = encode_text(params["text_encoder"], text_encoder, batch.ids, batch.mask)  # type: ignore[arg-type]
+        ids, mask = jnp.asarray(batch.ids), jnp.asarray(batch.mask)
+        text = encode_text(params["text_encoder"], text_encoder, ids, mask, placement)
         predicted = wan.velocity(
             params["transformer"],
             transformer,
@@ -69,16 +73,17 @@ def text_to_video_task(
             pattern=batch.pattern,
             text_length=text_length,
             remat=remat,
+            placement=placement,
         )
         error = jnp.mean((predicted - (noise - clean)) ** 2, axis=(1, 2, 3, 4))
         noisy = (sigma > 0.75).astype(jnp.float32)
         return jnp.mean(error), {"loss_noisy": jnp.sum(error * noisy) / jnp.maximum(jnp.sum(noisy), 1.0)}
 
-    return Task(init=init, loss=loss, batch=batches)
+    return Task(init=init, loss=loss, batch=batches, rules=(*WAN_DIT, *UMT5))
 
 
-def encode_text(params: Params, cfg: umt5.Config, ids: Array, mask: Array) -> Array:
+def encode_text(params: Params, cfg: umt5.Config, ids: Array, mask: Array, placement: Placement | None = None) -> Array:
     """Text rows [B,S+1,D] as the pipeline makes them: zero beyond each prompt's end, and one zero row more at the end,
     which stands for all the padding up to `text_length`."""
-    states = umt5.encode(params, cfg, ids, mask)
+    states = umt5.encode(params, cfg, ids, mask, placement=placement)
     return jnp.pad(jnp.where(mask[:, :, None], states, 0), ((0, 0), (0, 1), (0, 0)))

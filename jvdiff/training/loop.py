@@ -2,7 +2,9 @@
 
 Everything that happens at a step is a pure function of the state, the seed and the step's number, the batch included.
 So a run that was stopped, or killed, continues from its last checkpoint as if nothing had happened: bit for bit on
-CPU, data order included.
+CPU, data order included; and under another mesh too, where only the order of sums differs.
+
+Where there are many processes, all call `fit` with one mesh of all their devices, and see the same `folder`.
 """
 
 import json
@@ -22,12 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvdiff import distributed
 from jvdiff.data.video import atomic
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
 from jvdiff.interrupts import interrupts
-from jvdiff.sharding import data_parallel
+from jvdiff.sharding import MeshShape, make_mesh, param_shardings
+from jvdiff.sharding.rules import REPLICATED, Rules
 from jvdiff.staging import lock, resource_error
 from jvdiff.types import Array, Params
 
@@ -49,12 +53,14 @@ class Task:
 
     init: key -> float32 parameters.
     loss: (parameters, batch, key) -> (scalar, metrics: a dict of scalars); pure.
-    batch: step -> a pytree of numpy arrays; pure too, so that a resumed run sees the same data.
+    batch: step -> a pytree of numpy arrays, axis 0 the batch; pure too, so that a resumed run sees the same data.
+    rules: where the parameters, their average and the optimiser's moments live on a mesh.
     """
 
     init: Callable[[Array], Params]
     loss: Callable[[Params, Any, Array], tuple[Array, Mapping[str, Array]]]
     batch: Callable[[int], Any]
+    rules: Rules = REPLICATED
 
 
 @dataclass(frozen=True)
@@ -102,21 +108,46 @@ def optimizer(schedule: Schedule) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(schedule.clip), adamw)
 
 
-def start(task: Task, schedule: Schedule, key: Array, params: Params | None = None) -> State:
-    """The state before the first step, from `task.init(key)` or from a copy of given parameters."""
-    given = task.init(key) if params is None else params
-    own: Any = jax.tree.map(jnp.array, given)  # copied, because a step donates what it is given
-    return State(jnp.zeros((), jnp.int32), own, jax.tree.map(jnp.copy, own), optimizer(schedule).init(own))
+def state_shardings(mesh: Mesh, task: Task, schedule: Schedule) -> State:
+    """Where the state of a training lives: a tree of NamedShardings.
+
+    Raises:
+      LookupError: `task.rules` say nothing about a leaf.
+    """
+    abstract: Any = jax.eval_shape(partial(start, task, schedule, jax.random.key(0)))
+    return param_shardings(mesh, abstract, task.rules)
 
 
-def make_step(task: Task, schedule: Schedule, key: Array) -> Callable[[State, Any], tuple[State, Mapping[str, Array]]]:
-    """One compiled, donated training step: (state, batch) -> (state, metrics)."""
+def start(
+    task: Task, schedule: Schedule, key: Array, params: Params | None = None, shardings: State | None = None
+) -> State:
+    """The state before the first step, made where it lives: from `task.init(key)`, or a copy of given parameters."""
+
+    def make(key: Array, params: Params | None) -> State:
+        given = task.init(key) if params is None else params
+        own: Any = jax.tree.map(jnp.copy, given)  # copied, because a step donates what it is given
+        return State(jnp.zeros((), jnp.int32), own, jax.tree.map(jnp.copy, own), optimizer(schedule).init(own))
+
+    if params is not None and shardings is not None:
+        params = jax.device_put(params, shardings.params)
+    return jax.jit(make, out_shardings=shardings)(key, params)
+
+
+def make_step(
+    task: Task, schedule: Schedule, key: Array, shardings: State | None = None
+) -> Callable[[State, Any], tuple[State, Mapping[str, Array]]]:
+    """One compiled, donated training step: (state, batch) -> (state, metrics); the state stays where it lives."""
     transformation = optimizer(schedule)
+    placed = None
+    if shardings is not None:  # metrics on every device
+        placed = shardings, NamedSharding(shardings.step.mesh, PartitionSpec())  # type: ignore[union-attr]
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=placed)
     def step(state: State, batch: Any) -> tuple[State, Mapping[str, Array]]:
         noise_key = jax.random.fold_in(key, state.step)
         (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state.params, batch, noise_key)
+        if shardings is not None:  # the gradient of gathered weights: added up and divided at once
+            grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         norm = optax.tree.norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies its int32 count with floats
             updates, opt_state = transformation.update(grads, state.optimizer, state.params)
@@ -129,6 +160,27 @@ def make_step(task: Task, schedule: Schedule, key: Array) -> Callable[[State, An
     return step
 
 
+def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
+    """How so many clips lie on a mesh: divided over `data`, and over `fsdp` too where they can be.
+
+    Raises:
+      UsageError: `data` does not divide them.
+    """
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    if size % data:
+        raise UsageError(f"the batch is {size}; expected a multiple of the {data} that share it (mesh data={data}).")
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp") if size % (data * fsdp) == 0 else "data"))
+
+
+def shared(batch: Any, mesh: Mesh) -> Any:
+    """A batch that every process has, on the mesh; each device gets its part of it."""
+
+    def place(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, batch_sharding(mesh, len(x)), lambda index: x[index])
+
+    return jax.tree.map(place, batch)
+
+
 def fit(
     task: Task,
     schedule: Schedule,
@@ -139,7 +191,7 @@ def fit(
     save_every: int = 500,
     log_every: int = 20,
     keep: int = 2,
-    devices: int = 1,
+    mesh: Mesh | None = None,
 ) -> State:
     """Trains, or goes on training, until `schedule.steps` steps are done.
 
@@ -147,7 +199,8 @@ def fit(
       folder: gets `state/` (Orbax checkpoints, the last `keep`) and `metrics.jsonl`; an earlier run there is resumed.
       params: to start from, where there is no earlier run; None: `task.init`.
       save_every, log_every: steps between checkpoints and between lines of metrics.
-      devices: that share every batch, each with a copy of the state; the batch must be a multiple of it.
+      mesh: of `jvdiff.sharding.make_mesh`, whose devices share every batch, and the state by `task.rules`; None: one
+        device. A run may go on under another mesh than it began with.
 
     Raises:
       Interrupted: SIGINT or SIGTERM came; the state after the last whole step is saved.
@@ -158,23 +211,23 @@ def fit(
     for name, value in (("save_every", save_every), ("log_every", log_every), ("keep", keep)):
         if value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more.")
-    everywhere, shared = data_parallel(devices)
+    mesh = make_mesh(MeshShape()) if mesh is None else mesh
     folder.mkdir(parents=True, exist_ok=True)
     init_key, step_key = jax.random.split(jax.random.key(seed))
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     states = (folder / "state").absolute()
+    shardings = state_shardings(mesh, task, schedule)
     with (
         interrupts() as stopped,
         lock(states) if distributed.writes() else nullcontext(),
         ocp.CheckpointManager(states, item_handlers=ocp.StandardCheckpointHandler(), options=options) as manager,
     ):
-        begin = partial(start, task, schedule, init_key, params)
+        begin = partial(start, task, schedule, init_key, params, shardings)
         saved = manager.latest_step()
-        state = begin() if saved is None else _restore(manager, saved, begin)
-        state = jax.device_put(state, everywhere)
+        state = begin() if saved is None else _restore(manager, saved, begin, shardings)
         done = int(state.step)
         metrics = _Metrics(folder / "metrics.jsonl", done)
-        step = make_step(task, schedule, step_key)
+        step = make_step(task, schedule, step_key, shardings)
         values: Mapping[str, Array] = {}
 
         def finite() -> dict[str, float]:
@@ -201,7 +254,7 @@ def fit(
                 batch = upcoming.result()
                 if done + 1 < schedule.steps:
                     upcoming = reader.submit(task.batch, done + 1)
-                state, values = step(state, jax.device_put(batch, shared))
+                state, values = step(state, shared(batch, mesh))
                 done += 1
                 if done % log_every == 0 or done == schedule.steps:
                     metrics.write(done, finite())
@@ -215,10 +268,11 @@ def fit(
     return state
 
 
-def _restore(manager: ocp.CheckpointManager, saved: int, begin: Callable[[], State]) -> State:
-    """The state of step `saved`, with the shapes and dtypes of `begin()`, which is not run."""
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(begin))
+def _restore(manager: ocp.CheckpointManager, saved: int, begin: Callable[[], State], shardings: State) -> State:
+    """The state of step `saved`, with the shapes and dtypes of `begin()`, which is not run; each shard read where it
+    lives."""
+    abstract = jax.eval_shape(begin)
+    like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, shardings)
     try:
         here, wanted = _shapes(manager.item_metadata(saved).tree[1]), _shapes(like.params)
         if other := sorted(dict(here.items() ^ wanted.items())):

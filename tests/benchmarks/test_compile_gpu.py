@@ -65,16 +65,13 @@ def test_how_many_fit_on_an_sm(compile_gpu, registers, shared_memory, threads, e
     assert fit == expected
 
 
-def test_weights_are_shared_along_their_largest_axis_that_divides(compile_gpu):
-    assert compile_gpu._shared((30, 1536, 8960), 8) == [None, None, "device"]
-    assert compile_gpu._shared((30, 6, 1535), 8) == [None, None, None]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--target=a100"], "mosaic_gpu is for Hopper"),
         (["--model=Wan 2B"], "invalid choice"),
+        (["--step", "--mesh=auto"], "'auto' is no mesh"),
+        (["--step", "--target=a100", "--implementation=triton"], "predicted for h200 alone"),
     ],
 )
 def test_mistakes_end_with_a_sentence_and_status_2(arguments, message, monkeypatch, capsys, compile_gpu):
@@ -92,6 +89,17 @@ def test_without_the_compiler_it_says_how_to_install_it(monkeypatch, capsys, com
     monkeypatch.setattr(sys, "argv", ["compile_gpu.py"])
     assert compile_gpu.main() == 7
     assert "pip install --no-deps jax-cuda13-plugin==" in capsys.readouterr().err
+
+
+def test_a_check_needs_the_gpu_that_was_predicted(monkeypatch, capsys, compile_gpu):
+    monkeypatch.setattr(sys, "argv", ["compile_gpu.py", "--step", "--check"])
+    assert compile_gpu.main() == 7
+    assert "--check compares with an H200, and this is" in capsys.readouterr().err
+
+
+def test_the_meshes_of_the_table_are_of_one_to_eight_devices(compile_gpu):
+    assert {mesh.devices for mesh in compile_gpu.MESHES} == {1, 2, 4, 8}
+    assert len(set(compile_gpu.MESHES)) == len(compile_gpu.MESHES)
 
 
 def test_help_names_the_patterns():

@@ -24,6 +24,7 @@ from convert.tables import read_component
 from convert.to_hf import to_hf
 from jvdiff import checkpoint
 from jvdiff.errors import CheckpointError, IntegrityError, MissingTensor, ResourceError, ShapeMismatch, UsageError
+from jvdiff.repository import inspect
 from jvdiff.staging import staged
 
 WEIGHTS = {
@@ -93,7 +94,7 @@ def edit(repository, component, change):
 def test_orbax_gives_what_the_folder_gives(tiny_repository, orbax):
     assert same(restored(orbax), restored(tiny_repository))
     assert sorted(p.name for p in orbax.parent.iterdir()) == ["orbax"]  # neither lock nor staging is left
-    found, kept = checkpoint.inspect(tiny_repository), checkpoint.inspect(orbax)
+    found, kept = inspect(tiny_repository), inspect(orbax)
     assert (found.kind, kept.kind) == ("hf", "orbax")
     assert (found.transformer, found.vae, found.text_encoder) == (kept.transformer, kept.vae, kept.text_encoder)
     assert found.scheduler == kept.scheduler
@@ -120,7 +121,7 @@ def test_there_and_back_is_bit_equal(tiny_repository, orbax, tmp_path):  # F46
         assert (tmp_path / "hf" / name / "config.json").read_text() == (
             tiny_repository / name / "config.json"
         ).read_text()
-    assert checkpoint.inspect(tmp_path / "hf").tokenizer.is_dir()
+    assert inspect(tmp_path / "hf").tokenizer.is_dir()
 
 
 def add_gates(tensors):
@@ -136,7 +137,7 @@ def test_the_gate_of_video_sparse_attention_there_and_back(copy, tiny_repository
     convert(copy, tmp_path / "orbax")
     to_hf(tmp_path / "orbax", tmp_path / "hf")
     for repository in (copy, tmp_path / "orbax", tmp_path / "hf"):
-        assert checkpoint.inspect(repository).transformer.gate_compress
+        assert inspect(repository).transformer.gate_compress
         assert same(restored(repository), restored(copy))
     assert len(restored(copy)) == len(restored(tiny_repository)) + 2
     file = WEIGHTS["transformer"]
@@ -147,7 +148,7 @@ def test_the_gate_of_video_sparse_attention_there_and_back(copy, tiny_repository
 
 
 def test_a_vae_can_be_replaced(tiny_repository, orbax, tmp_path):
-    cfg = checkpoint.inspect(orbax).vae
+    cfg = inspect(orbax).vae
     old = checkpoint.restore(orbax / "vae", read_component(orbax / "vae").abstract(np.float32))
     new = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, old)
     checkpoint.save(tmp_path / "vae", new, config=cfg.to_json())
@@ -428,6 +429,7 @@ def test_memory_is_bounded_by_the_largest_leaf(tmp_path):  # F45
     program = f"""
 import resource, numpy as np
 from jvdiff import checkpoint
+from jvdiff.repository import inspect
 from jvdiff.staging import staged
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

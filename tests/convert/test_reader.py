@@ -66,6 +66,22 @@ def test_reads_what_the_library_wrote(tmp_path, dtype):
         assert folder.read(name).tobytes() == value.tobytes()
 
 
+@pytest.mark.parametrize("shape", [(), (7,), (5, 6), (4, 3, 2, 5)])
+def test_any_part_is_that_of_the_whole_and_no_other_byte_is_read(tmp_path, monkeypatch, shape):
+    random = np.random.default_rng(0)
+    whole = np.asarray(random.standard_normal(shape), np.float32)
+    save_file({"a": np.ones(3, np.float32), "w": whole}, tmp_path / NAME)
+    folder, asked, preadv = reader.open_folder(tmp_path), [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda f, views, at: asked.append(len(views[0])) or preadv(f, views, at))
+    for _ in range(30):
+        bounds = [sorted(random.choice(n + 1, 2, replace=False).tolist()) for n in shape]
+        index = tuple(slice(*b) if random.integers(3) else slice(None) for b in bounds)
+        asked.clear()
+        part = folder.read("w", index)
+        np.testing.assert_array_equal(part, whole[index])
+        assert sum(asked) == part.nbytes
+
+
 def test_bfloat16_in_a_fresh_interpreter_without_torch(tmp_path):  # F14, F26
     save_file({"a": np.ones((2,), ml_dtypes.bfloat16)}, tmp_path / NAME)
     program = (

@@ -169,3 +169,51 @@ def test_hostile_names_are_escaped_and_cut():
     text = str(error.value)
     assert "\x1b" not in text and "\0" not in text and len(text) < 2000
     assert "(10013 characters)" in text
+
+
+@pytest.mark.parametrize(
+    ("transform", "shape"),
+    [
+        (IDENTITY, (4, 6)),
+        (LINEAR, (4, 6)),
+        (CONV_3D, (3, 2, 2, 4, 6)),
+        (CONV_TIME, (3, 4, 6)),
+        (MODULATION, (6, 4)),
+        (rules.patch(1, 2, 2), (12, 8)),
+    ],
+)
+@pytest.mark.parametrize("layers", [None, 3])
+def test_a_part_of_a_leaf_is_read_as_a_part_of_its_tensors(transform, shape, layers):
+    """Of every axis that tensor and leaf share no more is read; one made of several is read whole."""
+    pattern, stacked = ("w.{layer}", (layers, *shape)) if layers else ("w", shape)
+    table, leaf = [Rule(pattern, "w", transform)], array(*stacked)
+    entries, random = rules.expected(table, {"w": leaf}), np.random.default_rng(0)
+    tensors = {name: random.standard_normal(entry.shape, np.float32) for name, entry in entries.items()}
+    read = []
+
+    def part(name, index=None):
+        read.append(tensors[name][tuple(index or ())])
+        return read[-1]
+
+    held = SimpleNamespace(tensors=tensors, read=part)
+    whole = rules.fill(stacked, np.float32, entries, held)
+    for axis, n in enumerate(stacked):
+        for span in (slice(0, n // 2), slice(n // 2, n), slice(None)):
+            index = [slice(None)] * len(stacked)
+            index[axis] = span
+            read.clear()
+            found = rules.fill(stacked, np.float32, entries, held, index=index)
+            np.testing.assert_array_equal(found, whole[tuple(index)])
+            joined = transform.sizes and axis == len(stacked) - 2
+            assert sum(r.size for r in read) == (whole.size if joined else found.size)
+
+
+def test_zeros_that_cannot_be_are_told_from_a_part_that_is_zero():
+    table = [Rule("w", "w", rules.Transform("...", "...", all_zero="prompts would have no effect"))]
+    values = np.zeros((8, 2), np.float32)
+    held = SimpleNamespace(tensors={"w": values}, read=lambda name, index=None: values[tuple(index or ())])
+    entries, half = rules.expected(table, {"w": array(8, 2)}), [slice(0, 4), slice(None)]
+    with pytest.raises(CheckpointError, match="prompts would have no effect"):
+        rules.fill((8, 2), np.float32, entries, held, index=half)
+    values[7] = 1
+    assert not rules.fill((8, 2), np.float32, entries, held, index=half).any()

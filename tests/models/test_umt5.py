@@ -14,6 +14,8 @@ from convert import rules
 from convert.umt5 import RULES
 from jvdiff.errors import CheckpointError, MissingTensor
 from jvdiff.models import umt5
+from jvdiff.sharding import Placement, make_mesh, param_shardings, read_mesh
+from jvdiff.sharding import rules as sharding_rules
 
 CFG = umt5.Config(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=3)
 XXL_TENSORS = Path(__file__).parents[1] / "data" / "tensors" / "umt5_xxl.tsv"
@@ -100,6 +102,20 @@ def test_bfloat16_stays_near_float32(params):
     got = encode(rounded, CFG, ids, mask)
     assert got.dtype == jnp.bfloat16
     assert error(np.asarray(got)[mask], np.asarray(exact)[mask]) < 0.01
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8", "tensor=4", "fsdp=2,tensor=2,sequence=2", "data=3"])
+def test_a_mesh_gives_the_numbers_of_one_device(mesh):
+    cfg = umt5.Config(vocab_size=4096, d_model=64, d_kv=16, d_ff=768, num_layers=3, num_heads=4)
+    weights = umt5.init_params(jax.random.key(1), cfg)
+    placement = Placement(make_mesh(read_mesh(mesh)))
+    placed = jax.device_put(weights, param_shardings(placement.mesh, weights, sharding_rules.UMT5))
+    divided = [x for x in jax.tree.leaves(placed) if not x.sharding.is_fully_replicated]
+    assert bool(divided) == (mesh != "data=3")
+    ids, mask = prompts(16)
+    found = jax.jit(lambda p: umt5.encode(p, cfg, ids, mask, placement=placement))(placed)
+    assert found.sharding.is_fully_replicated
+    assert error(found, encode(weights, cfg, ids, mask)) < 1e-6
 
 
 def test_nothing_is_larger_than_the_scores():

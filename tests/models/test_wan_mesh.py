@@ -165,6 +165,15 @@ def test_a_ring_passes_keys_and_values_on_and_gathers_nothing():
     assert sum(c.bytes for c in block if c.kind == "collective-permute") == 3 * 2 * 4 * TOKENS * WIDTH // 8
 
 
+def test_a_mesh_cut_across_its_axes_is_still_divided():
+    """fsdp by sequence, 2 by 4, becomes a ring of 4 by 2 that exchange heads."""
+    block, _ = in_the_blocks(compiled("fsdp=2,sequence=4,ring=4"))
+    kinds = [c.kind for c in block]
+    assert kinds.count("all-gather") == 1  # the weights
+    assert kinds.count("all-to-all") == 4
+    assert sum(c.bytes for c in block if c.kind == "collective-permute") == 3 * 2 * 4 * TOKENS * WIDTH // 8
+
+
 def test_divided_heads_cost_one_all_reduce_for_each_attention_and_the_feed_forward():
     """And one each for the statistics of the attentions' norms: two numbers a token, as they are of all heads."""
     block, _ = in_the_blocks(compiled("tensor=8"))

@@ -13,7 +13,7 @@ import pytest
 
 import jvdiff
 from convert.to_hf import to_hf
-from jvdiff import checkpoint
+from jvdiff import repository
 from jvdiff.data import digits_tokenizer
 from jvdiff.models import umt5, wan
 from jvdiff.settings import latent_shape
@@ -82,7 +82,7 @@ def both(request, tmp_path_factory):
         digits_tokenizer.save(digits_tokenizer.build(WORDS), root / "words")
         source, folder = root / "orbax", root / "hf"
         scheduler = SCHEDULERS[request.param]
-        checkpoint.save_repository(source, random_components(), tokenizer=root / "words", scheduler=scheduler)
+        repository.save(source, random_components(), tokenizer=root / "words", scheduler=scheduler)
         to_hf(source, folder)
         size = {"num_frames": 9, "height": 32, "width": 48}
     theirs = diffusers.WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)

@@ -13,7 +13,7 @@ from convert.__main__ import convert
 from convert.rules import disassemble
 from convert.tables import component
 from convert.to_hf import to_hf
-from jvdiff import checkpoint
+from jvdiff import checkpoint, repository
 from jvdiff.models import wan
 
 torch = pytest.importorskip("torch")
@@ -39,7 +39,7 @@ def test_the_pipeline_loads_and_samples(tiny_repository, tmp_path):
 
 def test_a_gate_of_sparse_attention_is_passed_over(tiny_repository, tmp_path):
     """Diffusers has dense attention only: it takes the rest of the transformer."""
-    found = checkpoint.inspect(tiny_repository)
+    found = repository.inspect(tiny_repository)
     gated = dataclasses.replace(found.transformer, gate_compress=True)
     params = checkpoint.restore(tiny_repository / "transformer", wan.abstract_params(found.transformer))
     params["blocks"]["self_attn"]["gate"] = wan.init_params(jax.random.key(0), gated)["blocks"]["self_attn"]["gate"]

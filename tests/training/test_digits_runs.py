@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvdiff.models import wan
+from jvdiff.sharding import MeshShape, make_mesh
 from jvdiff.training import digits_runs
 
 
@@ -13,12 +14,12 @@ def test_cached_latents_are_of_the_same_vae_and_clips_on_any_number_of_devices(t
     monkeypatch.setattr(digits_runs.wan, "encode", encode)
     one, other = {"w": jnp.ones(4)}, {"w": jnp.full(4, 2.0)}
 
-    def run(name, params, clips=20, seed=0, devices=1):
-        return digits_runs.encoded_clips(cfg, params, clips, seed, devices, tmp_path / name)
+    def run(name, params, clips=20, seed=0, **axes):
+        return digits_runs.encoded_clips(cfg, params, clips, seed, make_mesh(MeshShape(**axes)), tmp_path / name)
 
     latents, prompts = run("a", one)
     np.testing.assert_array_equal(run("a", one)[0], latents)
-    np.testing.assert_array_equal(run("b", one, devices=2)[0], latents)
+    np.testing.assert_array_equal(run("b", one, fsdp=2, tensor=2)[0], latents)
     np.testing.assert_array_equal(run("a", other)[0], 2 * latents)  # not what was cached of another VAE
     assert len(run("a", one, clips=3)[0]) == 3 and list(run("a", one)[1]) == list(prompts)
     assert list(run("a", one, seed=1)[1]) != list(prompts)

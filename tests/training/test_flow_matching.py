@@ -66,7 +66,7 @@ def test_the_exact_velocity_has_no_loss_and_an_offset_has_its_square(monkeypatch
         return (latents - clean) / level + params["offset"]  # x_t = clean + sigma (noise - clean)
 
     monkeypatch.setattr(flow_matching.wan, "velocity", exact)
-    monkeypatch.setattr(flow_matching.umt5, "encode", lambda params, cfg, ids, mask: jnp.ones((*ids.shape, 16)))
+    monkeypatch.setattr(flow_matching.umt5, "encode", lambda params, cfg, ids, mask, **_: jnp.ones((*ids.shape, 16)))
     clean = batch().latents.astype(np.float32)
     for offset in (0.0, 0.5):
         tree = {"transformer": {"offset": jnp.float32(offset)}, "text_encoder": {}}
@@ -78,7 +78,7 @@ def test_the_exact_velocity_has_no_loss_and_an_offset_has_its_square(monkeypatch
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_noise_levels_are_logit_normal_and_shifted(monkeypatch, shift):
-    monkeypatch.setattr(flow_matching.umt5, "encode", lambda params, cfg, ids, mask: jnp.ones((*ids.shape, 16)))
+    monkeypatch.setattr(flow_matching.umt5, "encode", lambda params, cfg, ids, mask, **_: jnp.ones((*ids.shape, 16)))
     seen = []
     monkeypatch.setattr(
         flow_matching.wan, "velocity", lambda p, c, x, t, text, **options: seen.append(t / 1000.0) or jnp.zeros_like(x)
@@ -138,7 +138,7 @@ def test_each_pattern_is_a_program_and_is_what_the_network_gets(random_params, m
         return latents * params["w"]
 
     monkeypatch.setattr(flow_matching.wan, "velocity", network)
-    monkeypatch.setattr(flow_matching.umt5, "encode", lambda params, cfg, ids, mask: jnp.ones((*ids.shape, 16)))
+    monkeypatch.setattr(flow_matching.umt5, "encode", lambda params, cfg, ids, mask, **_: jnp.ones((*ids.shape, 16)))
     step = loop.make_step(task(), loop.Schedule(steps=9, warmup=1), jax.random.key(0))
     tree = {"transformer": {"w": jnp.ones((1, 1, 1, 1, 4))}, "text_encoder": {"kernel": jnp.ones(1)}}
     state = loop.start(task(), loop.Schedule(steps=9, warmup=1), jax.random.key(0), tree)

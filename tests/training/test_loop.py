@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
+from jvdiff.sharding import MeshShape, make_mesh
 from jvdiff.training import loop
 
 SCHEDULE = loop.Schedule(steps=24, learning_rate=1e-2, warmup=2)
@@ -249,18 +250,18 @@ def test_two_processes_never_share_a_folder(tmp_path):
     loop.fit(at(1, again), dataclasses.replace(SCHEDULE, steps=3), tmp_path)
 
 
-@pytest.mark.parametrize("field", ["save_every", "log_every", "keep", "devices"])
+@pytest.mark.parametrize("field", ["save_every", "log_every", "keep"])
 def test_counts_below_one_are_refused(tmp_path, field):
     with pytest.raises(UsageError, match=f"{field} is 0; expected 1"):
         loop.fit(TASK, SCHEDULE, tmp_path, **{field: 0})
 
 
 def test_devices_that_share_a_batch_give_the_same_run(whole, tmp_path):
-    state = loop.fit(TASK, SCHEDULE, tmp_path, seed=1, devices=2, **EVERY)
+    state = loop.fit(TASK, SCHEDULE, tmp_path, seed=1, mesh=make_mesh(MeshShape(data=2)), **EVERY)
     for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(whole[1].params), strict=True):
         np.testing.assert_allclose(new, old, rtol=1e-3, atol=1e-4)  # only the order of sums differs
-    with pytest.raises(UsageError, match="devices is 99; expected 1 to 8"):
-        loop.fit(TASK, SCHEDULE, tmp_path, devices=99)
+    with pytest.raises(UsageError, match="the batch is 4; expected a multiple of the 8"):
+        loop.fit(TASK, SCHEDULE, tmp_path / "new", mesh=make_mesh(MeshShape(data=8)))
 
 
 # ------------------------------------------------------------------------------------------------------- optimisation

@@ -167,7 +167,7 @@ class _Transformer(nn.Module):
             rope = tuple(tile_order(table[None], grid, self.pattern.tile)[0] for table in rope)
         if split := self.split:
             x, *rope = (jnp.pad(a, ((0, 0), (0, split.padding), (0, 0))) for a in (x, rope[0][None], rope[1][None]))
-            x, rope = split.along_tokens(x), tuple(split.constrain(a[0], split.TOKENS) for a in rope)
+            x, rope = split.along_tokens(x), tuple(split.constrain(a[0], split.ring + split.heads) for a in rope)
         x = Linear(D, exact=True, name="patch_embed")(x)
 
         t = MLP(D, D, nn.silu, exact=True, name="time_embed")(_sinusoid(timestep, cfg.freq_dim))
@@ -210,7 +210,7 @@ class _Block(nn.Module):
     def __call__(self, x: Array, modulation: Array, text: Array, cos: Array, sin: Array) -> tuple[Array, None]:
         cfg = self.cfg
         if self.split:
-            x, text = self.split.along_tokens(x), self.split.constrain(text, "batch")
+            x, text = self.split.along_tokens(x), self.split.constrain(text, self.split.batch)
         table = self.param("modulation", _modulation_init, (6, cfg.width), jnp.float32)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation + table[None], 6, axis=1)
 

@@ -7,6 +7,9 @@ four. All temporal convolutions are causal and look two frames back, so the whol
 two input frames of each of them: the `cache`, a nested dict named like the modules. `cache=None` means that the clip
 begins. Encoding or decoding a whole clip is a scan over chunks, so its memory does not depend on the clip's length.
 
+On several devices each has a part of every frame and of every frame that the cache remembers: XLA divides the
+convolutions and lets neighbours exchange the rows or columns that these look at beyond their part.
+
 Parity: diffusers' AutoencoderKLWan (0.42), whose chunks and first-frame rule these are: the temporal convolutions of
 the resamplers never see the first frame when decoding and pass it untouched when encoding.
 """
@@ -26,6 +29,7 @@ from jax import lax
 
 from jvdiff import kernels
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.sharding import Picture, Placement
 from jvdiff.types import Array, Params
 
 Cache = Mapping[str, Any] | None
@@ -221,20 +225,37 @@ class _ResBlock(nn.Module):
 class _SpatialAttention(nn.Module):
     """Single-head attention among the cells of each frame; it remembers nothing."""
 
+    picture: Picture | None
+
     @nn.compact
     def __call__(self, x: Array, cache: None) -> tuple[Array, None]:
-        channels = x.shape[-1]
-        h = _Dense(3 * channels, name="qkv")(_Norm(name="norm")(x).astype(x.dtype))
-        q, k, v = jnp.split(rearrange(h, "B T H W C -> (B T) (H W) 1 C"), 3, axis=-1)
-        h = rearrange(kernels.attention(q, k, v), "(B T) (H W) 1 C -> B T H W C", T=x.shape[1], H=x.shape[2])
-        return x + _Dense(channels, name="out")(h), None
+        qkv = _Dense(3 * x.shape[-1], name="qkv")(_Norm(name="norm")(x).astype(x.dtype))
+        attend: Any = partial(_attend_cells, gather=())
+        if picture := self.picture:
+            attend = partial(_attend_cells, gather=((2, picture.height), (3, picture.width)))
+            spec = picture.spec
+            attend = jax.shard_map(attend, mesh=picture.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        return x + _Dense(x.shape[-1], name="out")(attend(qkv)), None
+
+
+def _attend_cells(qkv: Array, *, gather: tuple[tuple[int, tuple[str, ...]], ...]) -> Array:
+    """qkv [B,T,H,W,3C] -> [B,T,H,W,C]: this device's cells look at all cells, gathered along these axes of the mesh."""
+    channels = qkv.shape[-1] // 3
+    q, kv = jnp.split(qkv, (channels,), axis=-1)
+    for axis, names in gather:
+        kv = lax.all_gather(kv, names, axis=axis, tiled=True) if names else kv
+    q, kv = (rearrange(x, "B T H W C -> (B T) (H W) 1 C") for x in (q, kv))
+    out = kernels.attention(q, *jnp.split(kv, 2, axis=-1))
+    return rearrange(out, "(B T) (H W) 1 C -> B T H W C", T=qkv.shape[1], H=qkv.shape[2])
 
 
 class _Mid(nn.Module):
+    picture: Picture | None
+
     @nn.compact
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
         res = [_ResBlock(x.shape[-1], name=f"res_{i}") for i in (0, 1)]
-        return _chain(x, cache, [res[0], _SpatialAttention(name="attn"), res[1]])
+        return _chain(x, cache, [res[0], _SpatialAttention(self.picture, name="attn"), res[1]])
 
 
 class _SpatialConv(nn.Module):
@@ -352,6 +373,7 @@ class _Encoder(nn.Module):
     """Pixels [B,1 or 4n,Y,X,3] -> mean and log-variance [B,1 or n,H,W,2C]."""
 
     cfg: VAEConfig
+    picture: Picture | None = None
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -359,7 +381,7 @@ class _Encoder(nn.Module):
         layers: list[nn.Module] = [_CausalConv(cfg.base_dim, name="conv_in")]
         for i, (mult, temporal) in enumerate(zip(cfg.dim_mult, (*cfg.temperal_downsample, None), strict=True)):
             layers.append(_DownStage(cfg.base_dim * mult, cfg.num_res_blocks, temporal, name=f"down_{i}"))
-        x, new = _chain(x, cache, [*layers, _Mid(name="mid")])
+        x, new = _chain(x, cache, [*layers, _Mid(self.picture, name="mid")])
         return _head(x, cache, new, 2 * cfg.z_dim)
 
 
@@ -367,13 +389,14 @@ class _Decoder(nn.Module):
     """Latents [B,1 or n,H,W,C] -> pixels [B,1 or 4n,Y,X,3], not yet clamped."""
 
     cfg: VAEConfig
+    picture: Picture | None = None
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
         cfg = self.cfg
         layers: list[nn.Module] = [
             _CausalConv(cfg.base_dim * cfg.dim_mult[-1], name="conv_in"),
-            _Mid(name="mid"),
+            _Mid(self.picture, name="mid"),
         ]
         for i, (mult, temporal) in enumerate(
             zip(reversed(cfg.dim_mult), (*reversed(cfg.temperal_downsample), None), strict=True)
@@ -418,23 +441,35 @@ def init_params(key: Array, cfg: VAEConfig, dtype=jnp.float32) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def encode_chunk(params: Params, cfg: VAEConfig, frames: Array, cache: Cache) -> tuple[Array, Cache]:
+def encode_chunk(
+    params: Params, cfg: VAEConfig, frames: Array, cache: Cache, *, placement: Placement | None = None
+) -> tuple[Array, Cache]:
     """Encodes the next frames of a clip.
 
     Args:
       frames: [B,1,Y,X,3] in [-1,1] where the clip begins (cache None), then [B,4n,Y,X,3].
       cache: what the call before returned; None at first.
+      placement: the devices that share every frame, `params` a copy on each; the results stay divided among them.
 
     Returns:
       The posterior's mean [B,1 or n,H,W,C], not normalised, and the cache for the next call.
     """
     _check_chunk(frames, cache, cfg.temporal_factor, "pixel frames")
-    moments, cache = _Encoder(cfg).apply({"params": params["encoder"]}, _compute(params, frames), cache)
-    return _pointwise(moments, params["quant_conv"])[..., : cfg.z_dim].astype(jnp.float32), cache
+    divide, picture = _divided(placement, frames, cfg.spatial_factor)
+    frames, cache = divide((_compute(params, frames), cache))
+    moments, cache = _Encoder(cfg, picture).apply({"params": params["encoder"]}, frames, cache)
+    mean = _pointwise(moments, params["quant_conv"])[..., : cfg.z_dim].astype(jnp.float32)
+    return divide((mean, cache))
 
 
 def decode_chunk(
-    params: Params, cfg: VAEConfig, latents: Array, cache: Cache, *, clip: bool = True
+    params: Params,
+    cfg: VAEConfig,
+    latents: Array,
+    cache: Cache,
+    *,
+    clip: bool = True,
+    placement: Placement | None = None,
 ) -> tuple[Array, Cache]:
     """Decodes the next latent frames of a clip.
 
@@ -442,21 +477,27 @@ def decode_chunk(
       latents: [B,1,H,W,C] where the clip begins (cache None), then [B,n,H,W,C]; not normalised.
       cache: what the call before returned; None at first.
       clip: False leaves values beyond [-1,1] as they are, so that they have gradients in training.
+      placement: the devices that share every frame, `params` a copy on each; the results stay divided among them.
 
     Returns:
       float32 frames [B,1 or 4n,Y,X,3] in [-1,1], and the cache for the next call.
     """
     _check_chunk(latents, cache, 1, "latent frames")
-    latents = _pointwise(_compute(params, latents), params["post_quant_conv"])
-    frames, cache = _Decoder(cfg).apply({"params": params["decoder"]}, latents, cache)
+    divide, picture = _divided(placement, latents, 1)
+    latents, cache = divide((_compute(params, latents), cache))
+    latents = _pointwise(latents, params["post_quant_conv"])
+    frames, cache = _Decoder(cfg, picture).apply({"params": params["decoder"]}, latents, cache)
     frames = frames.astype(jnp.float32)
-    return jnp.clip(frames, -1.0, 1.0) if clip else frames, cache
+    return divide((jnp.clip(frames, -1.0, 1.0) if clip else frames, cache))
 
 
-def encode(params: Params, cfg: VAEConfig, video: Array, *, chunk: int = 1) -> Array:
+def encode(
+    params: Params, cfg: VAEConfig, video: Array, *, chunk: int = 1, placement: Placement | None = None
+) -> Array:
     """video [B,1+4k,Y,X,3] in [-1,1] -> posterior mean [B,1+k,H,W,C] float32, not normalised.
 
     `chunk` latent frames are made at a time (it must divide k): memory grows with it, never with the clip.
+    `placement`: see `encode_chunk`.
     """
     if (video.shape[1] - 1) % cfg.temporal_factor:
         below = video.shape[1] - 1 - (video.shape[1] - 1) % cfg.temporal_factor + 1
@@ -467,15 +508,24 @@ def encode(params: Params, cfg: VAEConfig, video: Array, *, chunk: int = 1) -> A
     for axis, name in ((2, "height"), (3, "width")):
         if video.shape[axis] % cfg.spatial_factor:
             raise UsageError(f"The VAE takes a {name} divisible by {cfg.spatial_factor}, found {video.shape[axis]}.")
-    return _scan_chunks(partial(encode_chunk, params, cfg), video, chunk * cfg.temporal_factor)
+    return _scan_chunks(partial(encode_chunk, params, cfg, placement=placement), video, chunk * cfg.temporal_factor)
 
 
-def decode(params: Params, cfg: VAEConfig, latents: Array, *, chunk: int = 1, clip: bool = True) -> Array:
+def decode(
+    params: Params,
+    cfg: VAEConfig,
+    latents: Array,
+    *,
+    chunk: int = 1,
+    clip: bool = True,
+    placement: Placement | None = None,
+) -> Array:
     """latents [B,T,H,W,C], not normalised -> float32 video [B,1+4(T-1),Y,X,3] in [-1,1].
 
     `chunk` latent frames are decoded at a time (it must divide T - 1): memory grows with it, never with the clip.
+    `placement`: see `decode_chunk`.
     """
-    return _scan_chunks(partial(decode_chunk, params, cfg, clip=clip), latents, chunk)
+    return _scan_chunks(partial(decode_chunk, params, cfg, clip=clip, placement=placement), latents, chunk)
 
 
 def init_cache(cfg: VAEConfig, which: str, batch: int, height: int, width: int, dtype=jnp.float32) -> Cache:
@@ -503,6 +553,14 @@ def denormalize_latents(cfg: VAEConfig, latents: Array) -> Array:
 
 def _compute(params: Params, x: Array) -> Array:
     return x.astype(params["quant_conv"]["kernel"].dtype)
+
+
+def _divided(placement: Placement | None, x: Array, factor: int) -> tuple[Any, Picture | None]:
+    """(what divides a tree of pictures among the devices, how), for x [B,T,H*factor,W*factor,C]."""
+    if placement is None:
+        return lambda tree: tree, None
+    picture = placement.spread(x.shape[2] // factor, x.shape[3] // factor)
+    return picture.divide, picture
 
 
 def _check_chunk(x: Array, cache: Cache, multiple: int, what: str) -> None:
