@@ -5,6 +5,8 @@ Most of it happens to a small program whose steps are sums over all devices (`PR
 
 import os
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,8 +18,9 @@ import numpy as np
 import pytest
 
 import jvdiff
-from jvdiff import distributed, sample
+from jvdiff import distributed, sample, train
 from jvdiff.errors import UsageError
+from jvdiff.sharding import read_mesh
 
 ROOT = Path(__file__).parents[1]
 STEM = "a-red-seven-moving-left_seed3"
@@ -244,7 +247,7 @@ def test_two_processes_make_the_clip_of_one(sampling):
 
 def test_a_signal_to_one_stops_all_and_the_first_saves(sampling, tiny_repository):
     start, clips = sampling
-    running = start(tiny_repository, steps=500)
+    running = start(tiny_repository, num_frames=1, steps=500)
     running.wait_for("denoise  ")
     running.processes[1].send_signal(signal.SIGTERM)
     assert running.wait() == [5, 5], running.text(0) + running.text(1)
@@ -254,7 +257,7 @@ def test_a_signal_to_one_stops_all_and_the_first_saves(sampling, tiny_repository
 
 def test_a_killed_process_leaves_no_half_written_file(sampling, tiny_repository):
     start, clips = sampling
-    running = start(tiny_repository, steps=500)
+    running = start(tiny_repository, num_frames=1, steps=500)
     running.wait_for("denoise  ")
     assert [path.name for path in clips.iterdir()] == [f"{STEM}.json"]  # claimed
     running.processes[1].kill()
@@ -269,3 +272,48 @@ def test_what_is_wrong_for_all_is_said_before_any_weight_is_read(sampling, tiny_
     assert running.wait() == [2, 2]
     assert "expected one of all 8 devices of 2 processes" in running.text(0) and "loading" not in running.text(0)
     assert list(clips.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------- docs/clusters.md
+
+BLOCKS = re.findall(r"```(bash|yaml)\n(.*?)```", (ROOT / "docs" / "clusters.md").read_text(), re.DOTALL)
+
+
+def check_command(words, devices):
+    """The program of a command line that its own parser takes, with a mesh of so many devices."""
+    program = words[words.index("-m") + 1]
+    parser = {"jvdiff.sample": sample, "jvdiff.train": train}[program]
+    config = parser.parse([program, *words[words.index(program) + 1 :]]).config
+    assert config.distributed is True
+    assert read_mesh(config.mesh if parser is sample else config.loop.mesh).devices == devices
+    return program
+
+
+def test_the_shell_scripts_of_the_documentation_are_sound(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    programs = []
+    for _, text in (block for block in BLOCKS if block[0] == "bash"):
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        if shellcheck := shutil.which("shellcheck"):
+            subprocess.run([shellcheck, "--shell=bash", "-"], input=text, text=True, check=True)
+        line = next(line for line in text.replace("\\\n", " ").splitlines() if line.startswith(("srun", "mpirun")))
+        programs.append((line.split()[0], check_command(shlex.split(line), 16)))
+    assert sorted(programs) == [(m, f"jvdiff.{p}") for m in ("mpirun", "srun") for p in ("sample", "train")]
+
+
+def test_the_job_sets_of_the_documentation_are_sound(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    yaml = pytest.importorskip("yaml")
+    programs = []
+    for _, text in (block for block in BLOCKS if block[0] == "yaml"):
+        found = yaml.safe_load(text)
+        assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+        (job,) = found["spec"]["replicatedJobs"]
+        spec = job["template"]["spec"]
+        assert spec["completionMode"] == "Indexed" and spec["parallelism"] == spec["completions"] > 1
+        pod = spec["template"]["spec"]
+        (container,) = pod["containers"]
+        devices = spec["parallelism"] * container["resources"]["limits"]["nvidia.com/gpu"]
+        assert {each["name"] for each in container["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
+        programs.append(check_command(container["command"], devices))
+    assert programs == ["jvdiff.sample", "jvdiff.train"]
