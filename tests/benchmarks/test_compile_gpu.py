@@ -1,6 +1,7 @@
 """What is read from the compilers' output, and what the command line says to mistakes."""
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,18 @@ def test_a_step_is_measured_with_random_weights(compile_gpu):
     small = {"num_attention_heads": 2, "attention_head_dim": 12, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2}
     cfg = compile_gpu.wan.DiTConfig(in_channels=4, out_channels=4, text_dim=16, **small)
     assert 0 < compile_gpu.measure(cfg, 32, 32) < 60
+
+
+def test_the_docs_have_the_predictions_of_the_results(compile_gpu):
+    rows = json.loads(compile_gpu.PREDICTIONS.read_text())["rows"]
+    assert {row["step"] for row in rows} == set(compile_gpu.STEPS)
+    lines = (ROOT / "docs" / "scaling.md").read_text().splitlines()
+    for row in rows:
+        mesh = "one GPU" if row["gpus"] == 1 else row["mesh"]
+        seconds = f"{row['seconds_exposed']:.{3 if row['seconds_exposed'] < 1 else 2}f} |"
+        assert any(line.startswith(f"| {row['gpus']} | {mesh} |") and seconds in line for line in lines), row
+    eight = [row for row in rows if row["step"] == "Wan 14B 720p" and row["gpus"] == 8]
+    assert max(row["efficiency_exposed"] for row in eight) >= 0.85
 
 
 def test_the_meshes_of_the_table_are_of_one_to_eight_devices(compile_gpu):
