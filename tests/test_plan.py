@@ -223,7 +223,7 @@ def test_the_smallest_mesh_that_fits(monkeypatch):
     # and not at all where weights do not fit.
     assert find(8, 45)[0] == MeshShape(fsdp=4)
     assert compiled == [("data=1", False), ("sequence=2", False), ("sequence=4", False), ("fsdp=4", True)]
-    with pytest.raises(ResourceError, match=r"no mesh of 8 devices fits: the best, (fsdp|tensor)=8, needs at least 35\.\d+ GiB"):
+    with pytest.raises(ResourceError, match=r"no mesh of 8 devices fits: the best, .*=8, needs at least 35\.\d+ GiB"):
         find(8, 20)
 
 

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jvdiff import kernels
+from jvdiff import kernels, plan
+from jvdiff.errors import SetupError
+from jvdiff.kernels.block_sparse import mosaic_gpu, triton
 from jvdiff.kernels.dense import xla
 
 ON_CPU = ["reference", "xla"]
@@ -156,6 +159,62 @@ def test_merge_takes_sets_without_keys():
     assert np.isneginf(lse).all() and not any(np.any(x) for x in (out, *gradients))
 
 
+@pytest.fixture(params=["triton", "mosaic_gpu"])
+def interpreted(request, monkeypatch):
+    """One of the GPU kernels runs on a CPU."""
+    if request.param == "triton":
+        monkeypatch.setattr(triton, "INTERPRET", True)
+    elif jax.__version_info__ < (0, 11):
+        pytest.skip("Mosaic's interpreter needs JAX 0.11 (Python 3.12)")
+    else:
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        monkeypatch.setattr(mosaic_gpu, "INTERPRET", plgpu.InterpretGPUParams())
+
+
+def test_blocks_are_dense_attention(interpreted):
+    """By the block-sparse kernels, ragged ends and keys that do not count included, forwards and backwards."""
+    q, k, v = operands(1, 70, 150, 1, 64, jnp.bfloat16)
+    cotangent = operands(1, 70, 150, 1, 64, seed=1)[0]
+
+    def run(name):
+        @partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+        def f(q, k, v, n):
+            out, lse = kernels.attention(q, k, v, kv_length=n, return_lse=True, implementation=name)
+            return jnp.sum(out.astype(jnp.float32) * cotangent) + jnp.sum(lse), (out, lse)
+
+        (_, results), gradients = jax.jit(f)(q, k, v, 130)
+        return *results, *gradients
+
+    assert kernels.choose(q, k, v, return_lse=True) == "blocks"
+    assert kernels.choose(q, k, v) == "xla"  # nobody needs the log-sum-exp
+    got, want = run("blocks"), run("reference")
+    assert got[0].dtype == jnp.bfloat16 and got[1].dtype == jnp.float32
+    assert np.abs(got[1] - want[1]).max() < 1e-5
+    assert all(error(a, b) < 0.01 for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's kernels need JAX 0.11 (Python 3.12)")
+def test_blocks_compile_for_a_gpu_that_is_not_there(monkeypatch):
+    """A ring's step of Wan 1.3B at 480p on eight H200s, the number of keys traced; no array of L x L."""
+    try:
+        plan.check_target("h200")
+    except SetupError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(mosaic_gpu, "unavailable", lambda: None)
+    here = NamedSharding(plan.target_mesh("h200"), PartitionSpec())
+    x = jax.ShapeDtypeStruct((1, 16_380, 3, 128), jnp.bfloat16, sharding=here)
+    n = jax.ShapeDtypeStruct((), jnp.int32, sharding=here)
+
+    def f(q, k, v, n):
+        return kernels.attention(q, k, v, kv_length=n, return_lse=True)
+
+    both = lambda q, k, v, n: jax.vjp(lambda *x: f(*x, n), q, k, v)[1](f(q, k, v, n))  # noqa: E731
+    program = jax.jit(both).trace(x, x, x, n).lower(lowering_platforms=("cuda",)).compile()
+    memory = program.memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 12 * 16_384 * 3 * 128 * 4
+
+
 @pytest.mark.parametrize("gradient", [False, True])
 def test_long_sequences_never_hold_all_logits(gradient):
     L, N, K = 30_000, 2, 16  # all logits would be 7.2 GB
@@ -226,7 +285,9 @@ def test_cudnn_is_the_choice_on_a_gpu(monkeypatch):
 
 def test_mistakes_are_named():
     q, k, v = operands(1, 4, 5, 2, 8)
-    with pytest.raises(ValueError, match="no attention implementation 'flash'; there are cudnn, xla, reference"):
+    with pytest.raises(
+        ValueError, match="no attention implementation 'flash'; there are cudnn, blocks, xla, reference"
+    ):
         kernels.attention(q, k, v, implementation="flash")
     with pytest.raises(ValueError, match="k is bfloat16"):
         kernels.attention(q, k.astype(jnp.bfloat16), v)

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jvdiff.kernels.dense import cudnn, reference, xla
+from jvdiff.kernels.dense import blocks, cudnn, reference, xla
 
 _log = logging.getLogger("jvdiff.kernels")
 
 # In order of preference: the first that supports the operands on the backend at hand is taken. `xla` supports all.
-IMPLEMENTATIONS = {"cudnn": cudnn, "xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"cudnn": cudnn, "blocks": blocks, "xla": xla, "reference": reference}
 
 
 @dataclass(frozen=True)
