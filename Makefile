@@ -3,7 +3,8 @@
 #   make sample    a prompt becomes a video in out/, with the checkpoint that ships
 #   make test      the tests, without torch
 #   make parity    live comparisons with torch, diffusers and transformers
-#   make kernels   the attention tests on Python 3.12 and the newest JAX, with the CUDA compiler (0.7 GB, no GPU needed)
+#   make kernels   the tests of attention and of meshes on Python 3.12 and the newest JAX, with the CUDA compiler (0.7 GB,
+#                  no GPU needed)
 #   make lint      ruff and pyright
 #   make clean     removes the environments
 #
@@ -38,7 +39,7 @@ lint: .venv/.test
 kernels:
 	@python=$$(.ci/find_python 3.12) || { echo "kernels: skipped, no Python 3.12 on this machine"; exit 0; }; \
 	$(MAKE) --no-print-directory .venv312/.kernels PYTHON312="$$python" && \
-	.venv312/bin/python -m pytest tests/kernels $(PYTEST)
+	.venv312/bin/python -m pytest tests/kernels tests/sharding tests/models/test_wan_mesh.py $(PYTEST)
 
 # A stamp says that what pyproject.toml asks for is installed; the package itself is used from where it lies.
 .venv/.made:

@@ -29,13 +29,11 @@ PROGRAM = """
 import sys, time, os, signal, contextlib
 from pathlib import Path
 import jax, numpy as np
-from absl import flags
 from ml_collections import config_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jvdiff import command_line, distributed
 from jvdiff.data.video import claim
-from jvdiff.errors import Interrupted, NumericsError, UsageError
-from jvdiff.interrupts import interrupts
+from jvdiff.errors import UsageError
 
 def work(request):
     rank, unlucky = jax.process_index(), jax.process_index() == int(sys.argv[2])
@@ -44,21 +42,17 @@ def work(request):
     ones = jax.make_array_from_callback((8,), put("data"), lambda i: np.ones(8, np.float32)[i])
     total = jax.jit(lambda x: x.sum(), out_shardings=put())
     assert distributed.gather(rank) == [0, 1]
-    with claim(request.config.folder, "clip") if rank == 0 else contextlib.nullcontext() as base, interrupts() as asked:
+    with claim(request.config.folder, "clip") if rank == 0 else contextlib.nullcontext() as base:
         for step in range(200):
             assert float(total(ones)) == 8
             if step == 3:
                 match sys.argv[1]:
                     case "done": break
-                    case "all": raise NumericsError("not a number.")
                     case "bug" if unlucky: raise KeyError("x")
                     case "disagree": distributed.agree("colour", "red" if unlucky else "blue")
                     case "raise" if unlucky: raise UsageError("not so.")
                     case "kill" if unlucky: os.kill(os.getpid(), signal.SIGKILL)
                     case "silent" if unlucky: os.kill(os.getpid(), signal.SIGSTOP)
-                    case "signal" if unlucky: os.kill(os.getpid(), signal.SIGTERM)
-            if sys.argv[1] == "signal" and asked():
-                raise Interrupted(f"stopped after step {step}.")
         if rank == 0:
             Path(f"{base}.json").write_text("done")
     return [Path("made")]
@@ -150,10 +144,7 @@ def test_all_do_their_part_and_the_first_speaks(program):
     "what, unlucky, status, there, elsewhere",
     [
         ("raise", 0, 2, "error: not so.", "error: process 0 (.*) failed: not so."),
-        ("raise", 1, 2, "error: not so.", "error: process 1 (.*) failed: not so."),
-        ("all", 0, 6, "error: not a number.", "error: not a number."),
         ("disagree", 1, 2, "colour: process 1 has 'red', process 0 'blue'", "colour: process 1 has 'red'"),
-        ("signal", 1, 5, "error: stopped after step 3.", "error: stopped after step 3."),
         ("bug", 1, 1, "error: KeyError: 'x'", "error: process 1 (.*) failed: KeyError"),
     ],
 )
@@ -166,17 +157,13 @@ def test_the_error_of_one_ends_all_with_its_status_and_a_sentence(program, what,
     assert not [path for path in made.iterdir() if not path.name.startswith("jvdiff-error")]
 
 
-@pytest.mark.parametrize("unlucky", [0, 1])
-def test_the_others_survive_a_killed_process_long_enough_to_say_so(program, unlucky):
+def test_the_others_survive_process_0_long_enough_to_say_so_and_to_tidy_up_for_it(program):
     start, made = program
-    running = start("kill", unlucky)
-    began = time.monotonic()
-    status = running.wait()
-    assert (status[unlucky], status[1 - unlucky]) == (-signal.SIGKILL, 7), running.text(1 - unlucky)
-    assert time.monotonic() - began < 60
-    last = running.text(1 - unlucky).splitlines()[-1]
-    assert last.startswith(f"error: process {unlucky} (") and last.endswith("ended without a word.")
-    assert list(made.iterdir()) == []  # of process 0 too, if that is the one
+    running = start("kill", 0)
+    assert running.wait() == [-signal.SIGKILL, 7], running.text(1)
+    last = running.text(1).splitlines()[-1]
+    assert last.startswith("error: process 0 (") and last.endswith("ended without a word.")
+    assert list(made.iterdir()) == []
 
 
 def test_a_silent_process_counts_as_dead_after_the_time_out(program):
