@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,7 @@ ptxas info    : Used 237 registers, used 1 barriers, 416 bytes cmem[0]
 
 @pytest.fixture
 def compile_gpu(monkeypatch):
+    jax.devices()  # the backend starts with the flags of all tests, not with those below
     for name in ("JAX_PLATFORMS", "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_RESOURCES", "TF_CPP_VMODULE", "XLA_FLAGS"):
         monkeypatch.setenv(name, "")  # the script sets them: taken back afterwards
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "1")
