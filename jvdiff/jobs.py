@@ -157,11 +157,11 @@ def resumed(
         raise CheckpointError(f"{folder}: the state does not describe a run of this model: {error}") from None
 
 
-def check_attention(jobs: Sequence[Job], configs: Configs, dtypes: str) -> None:
+def check_attention(jobs: Sequence[Job], configs: Configs, dtypes: str, mesh: MeshShape | None) -> None:
     """Raises UsageError if an implementation that was asked for cannot compute a job, or not on this machine."""
     for job in jobs:
         try:
-            chosen = attention(job.settings, configs, dtypes, 512)["self"]
+            chosen = attention(job.settings, configs, dtypes, 512, mesh)["self"]
             sparse = not isinstance(read_pattern(job.settings.pattern), Dense)
             if sparse and (reason := block_sparse.IMPLEMENTATIONS[chosen].unavailable()):
                 raise NotImplementedError(f"block-sparse attention implementation {chosen!r}: {reason}")
@@ -193,7 +193,9 @@ def choose_mesh(jobs: Sequence[Job], configs: Configs, dtypes: str, mesh: Any) -
     return shape
 
 
-def attention(settings: Settings, configs: Configs, dtypes: str, rows: int) -> dict[str, str]:
+def attention(
+    settings: Settings, configs: Configs, dtypes: str, rows: int, mesh: MeshShape | None = None
+) -> dict[str, str]:
     """The implementation of self- and cross-attention that a job takes; `rows` of text."""
     dtype = jnp.dtype(precision.choose(dtypes).transformer)
     grid = latent_shape(configs, settings)[:3]
@@ -204,4 +206,5 @@ def attention(settings: Settings, configs: Configs, dtypes: str, rows: int) -> d
         text_rows=rows,
         dtype=dtype,
         implementation=settings.attention,
+        ring=mesh is not None and pipeline.mesh_sizes(configs, settings, 1, mesh).ring(mesh) > 1,
     )

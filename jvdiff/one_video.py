@@ -136,7 +136,9 @@ def make(
             "checkpoint": pipe.path,
             "dtypes": dataclasses.asdict(pipe.precision),
             "sigmas": [float(s) for s in pipeline.schedule(settings).sigmas],
-            "attention_chosen": attention(settings, pipe.configs, pipe.precision.name, rows),
+            "attention_chosen": attention(
+                settings, pipe.configs, pipe.precision.name, rows, pipe.placement and pipe.placement.shape
+            ),
             "device": _device(pipe),
             "versions": _versions(),
             "resumed_at_step": job.state.done if job.state else None,

@@ -141,8 +141,8 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
     for problem in problems:
         say(f"error: {problem}")
     distributed.agree("what to make, of which weights", [jobs.facts(job, dtypes, repository.digest) for job in wanted])
-    jobs.check_attention(wanted, configs, dtypes)
     mesh = jobs.choose_mesh(wanted, configs, dtypes, config.mesh)
+    jobs.check_attention(wanted, configs, dtypes, mesh)
     prompts = [job.prompt for job in wanted] or [""]
     pipeline.tokenize(tokenizer.load(repository.tokenizer), prompts)  # warns of long ones
 

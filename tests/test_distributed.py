@@ -189,7 +189,6 @@ def test_who_waits_in_vain_says_so(program, rank):
     [
         ({"num_processes": 2}, "num_processes: only with --config.distributed=true"),
         ({"distributed": True, "distributed_timeout": 0.0}, "distributed_timeout is 0; expected 1"),
-        ({"distributed": True}, "give --config.coordinator_address=HOST:PORT"),
     ],
 )
 def test_fields_that_cannot_be_are_refused(fields, message):
@@ -198,6 +197,15 @@ def test_fields_that_cannot_be_are_refused(fields, message):
     with pytest.raises(UsageError, match=re.escape(message)):
         distributed.join(config)
     assert not distributed.several() and distributed.writes() and distributed.gather(3) == [3]
+
+
+def test_without_a_cluster_addresses_are_asked_for():
+    """In a process of its own: JAX joins others only before it is used."""
+    code = (
+        "from jvdiff import distributed, sample; c = sample.default_config(); c.distributed = True; distributed.join(c)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "UsageError" in done.stderr and "give --config.coordinator_address=HOST:PORT" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling

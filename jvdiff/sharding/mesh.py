@@ -116,8 +116,10 @@ def read_mesh(value: Any) -> MeshShape | str | None:
             raise UsageError(f"mesh is {value!r:.80}; expected axes and devices, {_EXAMPLE}.")
         value = {name: int(number) for name, number in pairs}
     names = [field.name for field in dataclasses.fields(MeshShape)]
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
     if not isinstance(value, Mapping):
-        value = value.to_dict() if hasattr(value, "to_dict") else {None: value}
+        raise UsageError(f"mesh is {value!r:.80}; expected axes and devices, {_EXAMPLE}.")
     for name, number in value.items():
         if name not in names:
             raise UsageError(f"mesh has an axis {name!r:.80}; expected some of {', '.join(names)}, {_EXAMPLE}.")

@@ -352,7 +352,8 @@ def test_video_sparse(name, gated, case):
                 x[i] = x[i] + sign * direction
                 ends.append(np.sum(video_sparse_definition(*x, *arguments) * np.asarray(dout)))
             slope, got = (ends[0] - ends[1]) / (2 * h), np.sum(np.asarray(grads[i], np.float64) * direction)
-            assert abs(got - slope) <= 3e-5 * np.linalg.norm(grads[i]) * np.linalg.norm(direction) ** 0.5
+            scale = max(np.linalg.norm(grads[i]), 1e-2)  # of a gradient that is nothing but rounding
+            assert abs(got - slope) <= 3e-5 * scale * np.linalg.norm(direction) ** 0.5
 
 
 def test_ties_take_the_lowest_tiles_and_exactly_as_many_as_asked():

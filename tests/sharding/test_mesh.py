@@ -45,7 +45,7 @@ def test_what_is_printed_reads_back(shape):
         ("sequence=0", "sequence=0"),
         ({"tensor": True}, "tensor=True"),
         ({"tensor": -1}, "tensor=-1"),
-        (8, "axis None"),
+        (8, "mesh is 8; expected axes and devices"),
     ],
 )
 def test_anything_else_is_refused_with_what_was_found(value, told):

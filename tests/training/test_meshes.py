@@ -20,17 +20,16 @@ from jvdiff.training import flow_matching, loop
 
 DIT = wan.DiTConfig(
     num_attention_heads=8,
-    attention_head_dim=16,
+    attention_head_dim=24,
     in_channels=4,
     out_channels=4,
-    text_dim=128,
-    freq_dim=128,
+    text_dim=192,
+    freq_dim=192,
     ffn_dim=256,
     num_layers=2,
 )
-TEXT = umt5.Config(vocab_size=256, d_model=128, d_kv=16, d_ff=256, num_layers=2, num_heads=8)
+TEXT = umt5.Config(vocab_size=256, d_model=192, d_kv=24, d_ff=256, num_layers=2, num_heads=8)
 SCHEDULE = loop.Schedule(steps=4, learning_rate=1e-3, warmup=0, clip=1e3)
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # half the time to compile
 MESHES = [
     MeshShape(data=8),
     MeshShape(fsdp=8),
@@ -65,7 +64,7 @@ def two_steps(shape, params):
     kept = jax.tree.leaves((state.params, state.average, state.optimizer))
     share = sum(x.addressable_shards[0].data.nbytes for x in kept) / sum(x.nbytes for x in kept)
     step: Any = loop.make_step(placed, SCHEDULE, jax.random.key(1), shardings)
-    step = step.lower(state, loop.shared(batch(0), mesh)).compile(QUICKLY)  # one program, which takes what it gave
+    step = step.lower(state, loop.shared(batch(0), mesh)).compile()  # one program, which takes what it gave
     state, metrics = step(state, loop.shared(batch(0), mesh))
     first = jax.tree.map(np.array, state)
     state, more = step(state, loop.shared(batch(1), mesh))
@@ -90,7 +89,7 @@ def test_a_step_is_the_same_on_any_mesh(one_device, params, shape):
     ):
         for name in old:
             error = np.linalg.norm(new[name] - old[name]) / np.linalg.norm(old[name])
-            assert error < 1e-5, (name, error)
+            assert error < 2e-5, (name, error)  # 1e-5 where LLVM may optimise sums, which rounds less
     assert share < 1.15 / (shape.fsdp * shape.tensor)
 
 

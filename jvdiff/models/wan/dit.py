@@ -115,15 +115,19 @@ def attention_choice(
     text_rows: int = 512,
     dtype: Any = jnp.float32,
     implementation: str | None = None,
+    ring: bool = False,
 ) -> dict[str, str]:
-    """Which implementation self- and cross-attention get for latents of (T,H,W): for the record of a run."""
+    """Which implementation self- and cross-attention get for latents of (T,H,W): for the record of a run.
+
+    ring: keys go round several devices, which needs an implementation that gives the log-sum-exp.
+    """
     t, h, w = (n // p for n, p in zip(grid, cfg.patch_size, strict=True))
     shape = lambda n: jax.ShapeDtypeStruct(  # noqa: E731
         (batch, n, cfg.num_attention_heads, cfg.attention_head_dim), dtype
     )
     q, k = shape(t * h * w), shape(text_rows)
     if isinstance(pattern, Dense):
-        own = kernels.choose(q, q, q, implementation=implementation)
+        own = kernels.choose(q, q, q, return_lse=ring, implementation=implementation)
     else:
         block = math.prod(pattern.tile)
         x = shape(math.prod(tiles.counts((t, h, w), pattern.tile)) * block)
