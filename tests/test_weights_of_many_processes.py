@@ -162,5 +162,5 @@ def test_two_processes(tiny_repository, tmp_path):
     alone = loop.fit(TASK, SCHEDULE, tmp_path / "alone", mesh=make_mesh(MESH))
     there = loop.fit(TASK, SCHEDULE, tmp_path / "run")
     for new, old in zip(jax.tree.leaves(there), jax.tree.leaves(alone), strict=True):
-        # Adam takes the sign of a gradient that is nothing but rounding: a few elements may differ by the learning rate.
+        # Adam takes the sign of a gradient that is mere rounding: a few elements may differ by the learning rate.
         assert np.linalg.norm(np.subtract(new, old)) <= 1e-3 * np.linalg.norm(old)
