@@ -54,8 +54,11 @@ def main(
         for path in work(request):
             if distributed.writes():
                 print(path)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code, message = 130, "stopped at once; nothing more was saved."
+    except BrokenPipeError:  # who reads our output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as raised:
         shown = distributed.explained(raised)
         code, message = _sentence(shown, place)

@@ -1,5 +1,9 @@
 """The command line that says where weights would live."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from jvdiff.sharding.__main__ import main
@@ -77,3 +81,21 @@ def test_mistakes_are_sentences_with_status_2(bytes_of, mesh, message):
 
 def test_no_leaves_flag_reaches_the_config(bytes_of):
     assert bytes_of("tensor=8", "--leafs")[0] == 2
+
+
+def test_who_reads_may_stop_early():
+    """As `head -1` does, whose end is no bug of ours."""
+    command = [
+        sys.executable,
+        "-m",
+        "jvdiff.sharding",
+        "--config=configs/digits.py",
+        "--config.mesh=fsdp=8",
+        "--leaves",
+    ]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root, text=True) as running:
+        assert running.stdout.readline().startswith("mesh: fsdp=8")
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 0
