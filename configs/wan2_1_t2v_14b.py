@@ -8,6 +8,7 @@ program has a long Chinese negative prompt; here it is empty, as in diffusers, u
 
 Planned by compile for an H200 in bfloat16, not measured (--config.plan=true --config.plan_target=h200): weights 27 GiB
 (DiT), 10.6 GiB (text), 0.5 GiB (VAE); one step 33 GiB and 13 PFLOP, decoding 20 GiB; 57 GiB in all, 653 PFLOP a clip.
+On eight: --config.mesh=sequence=8; a step would take an eighth of the time, to within 4 % (docs/scaling.md, predicted).
 """
 
 from ml_collections import ConfigDict
