@@ -83,7 +83,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(pattern, mesh, batch):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "remat"), [("sequence=8", False), ("fsdp=8", True), ("tensor=4", False), ("data=2,fsdp=2,tensor=2", False)]
+    ("mesh", "remat"), [("sequence=8", False), ("fsdp=8", True), ("data=2,fsdp=2,tensor=2", False)]
 )
 def test_a_gradient_is_that_of_one_device_and_lies_where_the_weights_lie(mesh, remat):
     x, t, text = inputs(2)

@@ -34,7 +34,6 @@ MESHES = [
     MeshShape(data=8),
     MeshShape(fsdp=8),
     MeshShape(tensor=2),
-    MeshShape(sequence=2),
     MeshShape(fsdp=2, tensor=2, sequence=2),
 ]
 
