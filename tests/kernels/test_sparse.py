@@ -16,6 +16,7 @@ from jvdiff.kernels import block_sparse, mask_search, sliding_tile, tiles
 from jvdiff.kernels.block_sparse import mosaic_gpu, triton, xla
 
 ON_CPU = ["reference", "xla"]
+OPTIMISED = {"xla_backend_optimization_level": 3}
 F32 = {"out": 2e-6, "grad": 2e-6, "lse": 5e-6}
 BF16 = {"out": 6e-3, "grad": 1e-2, "lse": 2e-3}
 F16 = {"out": 1e-3, "grad": 2e-3, "lse": 1e-3}
@@ -343,7 +344,9 @@ def test_video_sparse(name, gated, case):
         np.testing.assert_allclose(f_tiled(*moved), f(q, k, v, gate)[:, order], atol=1e-6)
         # The gradient along a direction, against a central difference of the definition in float64.
         which = (0, 1, 2, 3) if gated else (0, 1, 2)
-        grads = jax.jit(jax.grad(lambda *x: jnp.sum(f(*x) * dout), which))(q, k, v, gate)
+        # Optimised, whatever the tests are compiled with: some gradients are nothing but rounding, and must be small.
+        gradient = jax.jit(jax.grad(lambda *x: jnp.sum(f(*x) * dout), which), compiler_options=OPTIMISED)
+        grads = gradient(q, k, v, gate)
         for i in which:
             direction, h = np.asarray(normal(50 + i, *q.shape), np.float64), 1e-5
             ends = []
@@ -352,8 +355,7 @@ def test_video_sparse(name, gated, case):
                 x[i] = x[i] + sign * direction
                 ends.append(np.sum(video_sparse_definition(*x, *arguments) * np.asarray(dout)))
             slope, got = (ends[0] - ends[1]) / (2 * h), np.sum(np.asarray(grads[i], np.float64) * direction)
-            scale = max(np.linalg.norm(grads[i]), 1e-2)  # of a gradient that is nothing but rounding
-            assert abs(got - slope) <= 3e-5 * scale * np.linalg.norm(direction) ** 0.5
+            assert abs(got - slope) <= 3e-5 * np.linalg.norm(grads[i]) * np.linalg.norm(direction) ** 0.5
 
 
 def test_ties_take_the_lowest_tiles_and_exactly_as_many_as_asked():

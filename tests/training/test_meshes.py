@@ -29,6 +29,7 @@ DIT = wan.DiTConfig(
     num_layers=2,
 )
 TEXT = umt5.Config(vocab_size=256, d_model=192, d_kv=24, d_ff=256, num_layers=2, num_heads=8)
+OPTIMISED = {"xla_backend_optimization_level": 3}  # whatever the tests are compiled with: such sums round less
 SCHEDULE = loop.Schedule(steps=4, learning_rate=1e-3, warmup=0, clip=1e3)
 MESHES = [
     MeshShape(data=8),
@@ -63,7 +64,7 @@ def two_steps(shape, params):
     kept = jax.tree.leaves((state.params, state.average, state.optimizer))
     share = sum(x.addressable_shards[0].data.nbytes for x in kept) / sum(x.nbytes for x in kept)
     step: Any = loop.make_step(placed, SCHEDULE, jax.random.key(1), shardings)
-    step = step.lower(state, loop.shared(batch(0), mesh)).compile()  # one program, which takes what it gave
+    step = step.lower(state, loop.shared(batch(0), mesh)).compile(OPTIMISED)  # one program, which takes what it gave
     state, metrics = step(state, loop.shared(batch(0), mesh))
     first = jax.tree.map(np.array, state)
     state, more = step(state, loop.shared(batch(1), mesh))
@@ -88,7 +89,7 @@ def test_a_step_is_the_same_on_any_mesh(one_device, params, shape):
     ):
         for name in old:
             error = np.linalg.norm(new[name] - old[name]) / np.linalg.norm(old[name])
-            assert error < 2e-5, (name, error)  # 1e-5 where LLVM may optimise sums, which rounds less
+            assert error < 1e-5, (name, error)
     assert share < 1.15 / (shape.fsdp * shape.tensor)
 
 
