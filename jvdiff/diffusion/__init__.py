@@ -10,18 +10,20 @@ from jvdiff.diffusion import guidance, sampling, schedules, solvers
 from jvdiff.diffusion.guidance import classifier_free
 from jvdiff.diffusion.sampling import denoise, denoise_scan
 from jvdiff.diffusion.schedules import Schedule, from_scheduler_config
-from jvdiff.diffusion.solvers import SOLVERS, Solver, euler, unipc
+from jvdiff.diffusion.solvers import SOLVERS, Solver, add_noise, euler, renoise, unipc
 
 __all__ = [
     "SOLVERS",
     "Schedule",
     "Solver",
+    "add_noise",
     "classifier_free",
     "denoise",
     "denoise_scan",
     "euler",
     "from_scheduler_config",
     "guidance",
+    "renoise",
     "sampling",
     "schedules",
     "solvers",

@@ -1,14 +1,14 @@
 """Flow-matching noise levels: which sigmas a sampler visits, and which timesteps the network is told.
 
 A latent at noise level sigma is (1 - sigma) * clean + sigma * noise. Everything here is float64 numpy, made once on
-the host. The shift s bends a grid towards noise, sigma -> s * sigma / (1 + (s - 1) * sigma), and `make` is the only
-place that applies it.
+the host. The shift s bends a grid towards noise, sigma -> s * sigma / (1 + (s - 1) * sigma); `make` and `training` are
+the only places that apply it.
 """
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,33 +58,134 @@ def make(
 
     Raises UsageError for steps < 1, a shift that is not a positive finite number, or an unknown name.
     """
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
-        raise UsageError(f"steps must be a whole number of at least 1, found {steps!r}")
-    if not _is_number(shift) or not shift > 0:
-        raise UsageError(f"shift must be a positive finite number, found {shift!r}")
+    _check_count("steps", steps)
+    _check_shift(shift)
     if grid not in GRIDS:
         raise UsageError(f"grid must be one of {', '.join(GRIDS)}; found {grid!r}")
     if solver not in SOLVERS:
         raise UsageError(f"solver must be one of {', '.join(SOLVERS)}; found {solver!r}")
 
-    def shifted(sigma):
-        return shift * sigma / (1 + (shift - 1) * sigma)
-
     if grid == "wan":
         # The official program keeps this end in float32; a little more than 0.999, it decides some truncations below.
         top = float(np.float32(1 - 1 / train_steps))
-        sigmas = shifted(np.linspace(top, 0, steps + 1)[:-1])
+        sigmas = _shifted(np.linspace(top, 0, steps + 1)[:-1], shift)
         timesteps = np.trunc(sigmas * train_steps)
     elif solver == "unipc":
-        sigmas = shifted(np.linspace(1, 1 / train_steps, steps + 1)[:-1])
+        sigmas = _shifted(np.linspace(1, 1 / train_steps, steps + 1)[:-1], shift)
         sigmas[0] -= 1e-6
         timesteps = np.trunc(sigmas * train_steps)
     else:
-        sigmas = shifted(np.linspace(1, shifted(1 / train_steps), steps))
+        sigmas = _shifted(np.linspace(1, _shifted(1 / train_steps, shift), steps), shift)
         timesteps = sigmas * train_steps
+    return _schedule(sigmas, timesteps)
+
+
+def training(
+    *,
+    shift: float,
+    sigma_max: float = 1.0,
+    sigma_min: float = 0.0,
+    extra_one_step: bool = True,
+    train_steps: int = 1000,
+) -> Schedule:
+    """All noise levels that a flow-matching network of the Self-Forcing family was trained at, the highest first.
+
+    linspace(sigma_max, sigma_min, train_steps + 1) without its end (`extra_one_step`), or train_steps points with both
+    ends; shifted. Timesteps are train_steps * sigma, not truncated. LingBot-World has sigma_max 0.999. (The 0 that ends every
+    Schedule comes besides: `Schedule.sigmas` has one number more than the table.)
+
+    Raises UsageError for a shift that is not a positive finite number, train_steps < 1, or ends that are not
+    1 >= sigma_max > sigma_min >= 0.
+    """
+    _check_shift(shift)
+    _check_count("train_steps", train_steps)
+    if not (_is_number(sigma_max) and _is_number(sigma_min) and 1 >= sigma_max > sigma_min >= 0):
+        raise UsageError(f"expected 1 >= sigma_max > sigma_min >= 0, found {sigma_max!r} and {sigma_min!r}")
+    grid = np.linspace(sigma_max, sigma_min, train_steps + bool(extra_one_step))[:train_steps]
+    sigmas = _shifted(grid, shift)
+    return _schedule(sigmas, sigmas * train_steps)
+
+
+def self_forcing(
+    denoising_timesteps: Sequence[int] = (1000, 750, 500, 250),
+    *,
+    shift: float = 8.0,
+    warp: bool = True,
+    integer: bool = False,
+    sigma_max: float = 1.0,
+    sigma_min: float = 0.0,
+    extra_one_step: bool = True,
+    train_steps: int = 1000,
+) -> Schedule:
+    """The few steps of a distilled network (Self-Forcing, arXiv:2506.08009; FlashDreams' FlowMatchScheduler).
+
+    denoising_timesteps count down the entries of the `training` table, so that d means entry train_steps - d; 0 means
+    its last entry, told to the network as timestep 0.
+    warp: the network gets the entry's timestep (shift 5: 1000, 937.5, 833.33, 625). Without: it gets d itself, and
+        sigma is that of the entry whose timestep is nearest.
+    integer: what the network gets is truncated to a whole number, as LingBot-World's int64 timesteps are.
+    The default shift is FlashDreams'; the published Self-Forcing checkpoints were trained with 5.
+
+    Raises UsageError as `training`, and for denoising_timesteps that are not whole numbers from train_steps to 0 which
+    fall, or of which two share a noise level.
+    """
+    table = training(
+        shift=shift, sigma_max=sigma_max, sigma_min=sigma_min, extra_one_step=extra_one_step, train_steps=train_steps
+    )
+    given = tuple(denoising_timesteps)
+    whole = all(isinstance(d, int | np.integer) and not isinstance(d, bool) for d in given)
+    if not given or not whole or not train_steps >= given[0] or not given[-1] >= 0 or np.any(np.diff(given) >= 0):
+        raise UsageError(
+            f"denoising_timesteps must be falling whole numbers from {train_steps} to 0, found {denoising_timesteps!r}"
+        )
+    if warp:
+        entries = np.array([min(train_steps - d, train_steps - 1) for d in given])
+        sigmas, timesteps = table.sigmas[entries], np.where(np.array(given) > 0, table.timesteps[entries], 0.0)
+    else:
+        sigmas = np.array([nearest_sigma(d, table.timesteps, table.sigmas) for d in given])
+        timesteps = np.array(given, np.float64)
+    if integer:
+        timesteps = np.trunc(timesteps + 1e-6)  # 0.58 * 1000 is 579.9999999999999
+    if np.any(np.diff(sigmas, append=0.0) >= 0):
+        raise UsageError(
+            f"denoising_timesteps {given} at shift {shift} have the noise levels {np.round(sigmas, 6).tolist()}; "
+            "expected falling ones above 0. Leave out one of those that are equal"
+        )
+    return _schedule(sigmas, timesteps)
+
+
+def nearest_sigma(t: float, timesteps: np.ndarray, sigmas: np.ndarray) -> float:
+    """The sigma of the entry whose timestep is nearest to t, the first of two that are equally near: what noise of
+    level t is, to a sampler that knows these entries only. timesteps [N], sigmas [N] or longer.
+
+    Self-Forcing's samplers know the whole `training` table, UniPC's the steps of its own schedule: t = 128 at shift 5
+    is 0.129928 to the first, and 0.0925 to 50 steps of UniPC on the grid "wan".
+
+    Raises UsageError for a t that is not a finite number.
+    """
+    if not _is_number(t):
+        raise UsageError(f"a timestep must be a finite number, found {t!r}")
+    return float(sigmas[np.argmin(np.abs(np.asarray(timesteps) - t))])
+
+
+def _schedule(sigmas: np.ndarray, timesteps: np.ndarray) -> Schedule:
     sigmas = np.append(sigmas, 0.0)
     sigmas.flags.writeable = timesteps.flags.writeable = False
     return Schedule(sigmas, timesteps)
+
+
+def _shifted(sigma: Any, shift: float) -> Any:
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def _check_shift(shift: Any) -> None:
+    if not _is_number(shift) or not shift > 0:
+        raise UsageError(f"shift must be a positive finite number, found {shift!r}")
+
+
+def _check_count(name: str, count: Any) -> None:
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
+        raise UsageError(f"{name} must be a whole number of at least 1, found {count!r}")
 
 
 # The keys of diffusers' classes: (the class's default, the values that we can reproduce). ANY: without effect on flow

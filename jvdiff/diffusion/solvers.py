@@ -3,13 +3,15 @@
 A solver is a table of coefficients, worked out once in float64 numpy, and two pure functions: `init` makes a state
 from noise, `advance` takes it one step with one row of the table. The logarithm of the last sigma, which is infinite,
 therefore never meets a traced value. States are NamedTuples of float32 arrays shaped like x [B,...], whatever the
-network's dtype; a state and the number of steps done are all that resuming needs.
+network's dtype, and of what draws noise, if anything does; a state and the number of steps done are all that resuming
+needs. `renoise` is no solver of the ODE but a sampler for networks distilled into few steps; it has the same shape.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,13 +24,14 @@ class Solver:
     """One solver on one schedule of N steps.
 
     timesteps: float32 [N], what the network gets. table: float32 [N,K], the coefficients of each step.
-    init(x) -> state: x [B,...] is copied, so that the caller's array survives the donation of the state.
+    init(x) -> state: x [B,...] is copied, so that the caller's array survives the donation of the state. Of `renoise`,
+    which draws noise, init(x, key).
     advance(state, v, row) -> state: v [B,...] float32 is the velocity at (state.x, timesteps[i]), row is table[i].
     """
 
     timesteps: np.ndarray
     table: np.ndarray
-    init: Callable[[Array], Any]
+    init: Callable[..., Any]
     advance: Callable[[Any, Array, Array], Any]
 
     def __len__(self) -> int:
@@ -48,6 +51,11 @@ class UniPCState(NamedTuple):
     corrected: Array  # the latents one step earlier, as corrected
     clean_1: Array  # the network's estimate of clean latents one step earlier
     clean_2: Array  # and two steps earlier
+
+
+class RenoiseState(NamedTuple):
+    x: Array  # float32 [B,...], the latents at the current sigma; after the last step the clean ones
+    key: Array  # the key data (uint32) that the noise of all steps is drawn from
 
 
 def euler(schedule: Schedule) -> Solver:
@@ -92,6 +100,29 @@ def unipc(schedule: Schedule) -> Solver:
     return _solver(schedule, table, _unipc_init, _unipc_advance)
 
 
+def renoise(schedule: Schedule) -> Solver:
+    """Self-forcing (arXiv:2506.08009): estimate the clean latents, and noise them anew to the *next* step's sigma.
+
+    x0 = x - sigma v; then, but for the last step, x = (1 - sigma_next) x0 + sigma_next * noise. N network evaluations
+    and N - 1 draws. The first step takes x to be at its sigma, as pure noise is at sigma 1.
+    init(x, key): a typed key of jax's default generator, or its key data. Step i adds the noise
+    normal(fold_in(key, i + 1)), float32 at the (global) shape of x, whatever was drawn before: a step can be replayed,
+    and the noise is the same on any number of devices.
+    """
+    steps = np.arange(1, len(schedule) + 1)
+    table = np.stack([schedule.sigmas[:-1], schedule.sigmas[1:], steps], axis=1)
+    return _solver(schedule, table, _renoise_init, _renoise_advance)
+
+
+def add_noise(clean: Array, sigma: Any, key: Array) -> Array:
+    """(1 - sigma) clean + sigma * noise, float32 [B,...]; noise float32 at the (global) shape of `clean`, from `key`.
+
+    sigma: a number, or an array that has clean's rank and broadcasts. `schedules.nearest_sigma` gives that of a
+    timestep.
+    """
+    return (1 - sigma) * clean.astype(jnp.float32) + sigma * jax.random.normal(key, clean.shape, jnp.float32)
+
+
 def _solver(schedule, table, init, advance) -> Solver:
     timesteps, table = schedule.timesteps.astype(np.float32), table.astype(np.float32)
     return Solver(timesteps, table, init, advance)
@@ -116,6 +147,19 @@ def _unipc_advance(state: UniPCState, v: Array, row: Array) -> UniPCState:
     corrected = row[1] * x + row[2] * corrected + row[3] * clean_0 + row[4] * clean_1 + row[5] * clean_2
     x = row[6] * corrected + row[7] * clean_0 + row[8] * clean_1
     return UniPCState(x, corrected, clean_0, clean_1)
+
+
+def _renoise_init(x: Array, key: Array) -> RenoiseState:
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    data = jax.random.key_data(key) if typed else key
+    return RenoiseState(_copy(x), jnp.array(data, dtype=jnp.uint32, copy=True))
+
+
+def _renoise_advance(state: RenoiseState, v: Array, row: Array) -> RenoiseState:
+    clean = state.x - row[0] * v
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), row[2].astype(jnp.int32))
+    x = jax.lax.cond(row[1] > 0, add_noise, lambda clean, *_: clean, clean, row[1], key)
+    return RenoiseState(x, state.key)
 
 
 def _copy(x: Array) -> Array:
