@@ -83,9 +83,11 @@ class Kind(NamedTuple):
 
 _DIT_FIELDS = ("vae", "clips", "batch", "tokens", "drop_text", "transformer", "text_encoder", "scheduler", "defaults")
 _DIT_OPTIONAL = ("initial", "pattern", "sparsity_warmup")
+_STREAM_FIELDS = (*_DIT_FIELDS, "chunks", "change", "pattern")
 TASKS = {
     "vae": Kind(digits_runs.train_vae, training.vae_task, ("vae", "stages"), ("decoder_of",)),
     "text_to_video": Kind(digits_runs.train_text_to_video, training.text_to_video_task, _DIT_FIELDS, _DIT_OPTIONAL),
+    "stream": Kind(digits_runs.train_stream, training.teacher_forcing_task, _STREAM_FIELDS, ("initial",)),
 }
 
 

@@ -1,4 +1,5 @@
-"""The two runs that make the digits model: the VAE, then the transformer with its text encoder on the VAE's latents.
+"""The runs that make the digits models: the VAE, then a transformer with its text encoder on the VAE's latents, for clips
+or for videos without end.
 
 B batch · T latent frames · H W latent grid · C latent channels · N clips
 """
@@ -7,9 +8,9 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jvdiff import checkpoint, distributed, repository
 from jvdiff.data import digits, digits_tokenizer, tokenizer
 from jvdiff.data.video import atomic
 from jvdiff.errors import CheckpointError, UsageError
-from jvdiff.kernels import VideoSparse, sparsity_schedule
+from jvdiff.kernels import BlockCausal, VideoSparse, sparsity_schedule
 from jvdiff.models import umt5, wan
 from jvdiff.settings import Configs, read_pattern, resolve
 from jvdiff.sharding import MeshShape, Placement, Sizes, check_mesh, make_mesh, param_shardings
@@ -30,6 +31,7 @@ from jvdiff.sharding.rules import UMT5, WAN_DIT
 from jvdiff.staging import check_target
 from jvdiff.training import fields, flow_matching, reconstruction
 from jvdiff.training.loop import State, Task, fit
+from jvdiff.training.teacher_forcing import teacher_forcing_task
 from jvdiff.types import Params
 
 MOST_PROGRAMS = 32  # of one training: a sparsity is a part of the compiled step
@@ -74,9 +76,102 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     starts at zero. `pattern` is that of `settings.read_pattern`; `sparsity_warmup` raises its sparsity from 0 in steps
     of `rate`, every `interval` training steps.
     """
+    models, shape = _models(config), fields.mesh(config.loop)
+    try:
+        resolve(models.configs, config.scheduler.to_dict(), config.defaults.to_dict())
+    except CheckpointError as error:
+        raise UsageError(f"scheduler: {error}") from None
+    pattern_at = _patterns(config, models.configs.transformer.num_attention_heads)
+    sizes = wan.mesh_sizes(models.configs.transformer, _grid(models.configs.vae, 17), config.batch, pattern_at(0))
+    run = _start(config, folder, models, shape, sizes)
+    latents, prompts = encoded_clips(models.configs.vae, run.vae, _clips, config, run.mesh, folder / "latents.npz")
+    ids, mask, _ = tokenizer.tokenize(models.tokens, [*prompts, ""], config.tokens)
+
+    def batches(step: int) -> flow_matching.Batch:
+        rng = np.random.default_rng((config.seed, step))
+        rows = rng.integers(len(latents), size=config.batch)
+        texts = np.where(rng.uniform(size=config.batch) < config.drop_text, len(prompts), rows)
+        return flow_matching.Batch(latents[rows], ids[texts], mask[texts], pattern_at(step))
+
+    task = flow_matching.text_to_video_task(
+        models.configs.transformer,
+        models.configs.text_encoder,
+        batches,
+        placement=run.placement,
+        **config.loss.to_dict(),
+    )
+    return _trained(config, folder, models, run, task)
+
+
+def train_stream(config: ConfigDict, folder: Path) -> Path:
+    """Trains a transformer that makes a video chunk by chunk, on digits that move on for ever; writes a repository.
+
+    A clip has `chunks` chunks of `pattern.chunk` latent frames. At each later one the digit takes another direction, and
+    the prompt says so, with probability `change`. `initial` as in `train_text_to_video`; the text that a clip is trained
+    on is dropped for all of it.
+    """
+    models, shape = _models(config), fields.mesh(config.loop)
+    for name in ("chunks",):
+        fields.check_count(name, config[name])
+    if not 0 <= config.change <= 1:
+        raise UsageError(f"change is {config.change}; expected 0 to 1.")
+    fields.check_names("pattern", config.pattern, ("chunk", "window", "sink"))
+    pattern, cfg = BlockCausal(**config.pattern.to_dict()), models.configs.vae
+    starts = [1 + cfg.temporal_factor * (pattern.chunk * chunk - 1) for chunk in range(1, config.chunks + 1)]
+    grid = _grid(cfg, starts[-1])
+    sizes = wan.mesh_sizes(models.configs.transformer, (2 * grid[0], *grid[1:]), config.batch, pattern)
+    run = _start(config, folder, models, shape, sizes)
+
+    def streams(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[list[str]]]:
+        videos, texts = [], []
+        for _ in range(count):
+            turns = rng.uniform(size=config.chunks - 1) < config.change
+            video, said = digits.stream(rng, starts[-1], [start for start, turn in zip(starts, turns) if turn])
+            videos.append(video)
+            texts.append([said[n] for n in np.cumsum([0, *turns])])
+        return np.stack(videos), texts
+
+    latents, prompts = encoded_clips(cfg, run.vae, streams, config, run.mesh, folder / "latents.npz")
+    ids, mask, _ = tokenizer.tokenize(models.tokens, [*prompts.ravel().tolist(), ""], config.tokens)
+    numbers = np.arange(prompts.size).reshape(prompts.shape)
+
+    def batches(step: int) -> flow_matching.Batch:
+        rng = np.random.default_rng((config.seed, step))
+        rows = rng.integers(len(latents), size=config.batch)
+        dropped = rng.uniform(size=(config.batch, 1)) < config.drop_text
+        texts = np.where(dropped, prompts.size, numbers[rows])
+        return flow_matching.Batch(latents[rows], ids[texts], mask[texts])
+
+    task = teacher_forcing_task(
+        models.configs.transformer,
+        models.configs.text_encoder,
+        batches,
+        pattern,
+        placement=run.placement,
+        **config.loss.to_dict(),
+    )
+    return _trained(config, folder, models, run, task)
+
+
+class _Models(NamedTuple):
+    configs: Configs
+    tokens: Any
+
+
+class _Run(NamedTuple):
+    """Where a training runs, and what it starts from; `params` None: from nothing."""
+
+    result: Path
+    mesh: Mesh
+    placement: Placement
+    vae: Params
+    params: Params | None
+
+
+def _models(config: ConfigDict) -> _Models:
+    """The models that a config describes, around the VAE that is there, and a tokenizer of the prompts' words."""
     for name in ("clips", "batch", "tokens"):
         fields.check_count(name, config[name])
-    shape = fields.mesh(config.loop)
     if not 0 <= config.drop_text <= 1:
         raise UsageError(f"drop_text is {config.drop_text}; expected 0 to 1.")
     vae_cfg = _vae_config(Path(config.vae))
@@ -87,46 +182,43 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     sizes = {"in_channels": vae_cfg.z_dim, "out_channels": vae_cfg.z_dim}
     text_cfg = fields.model("text_encoder", umt5.Config, config.text_encoder, vocab_size=tokens.get_vocab_size())
     dit_cfg = fields.model("transformer", wan.DiTConfig, config.transformer, text_dim=text_cfg.d_model, **sizes)
-    scheduler, defaults = config.scheduler.to_dict(), config.defaults.to_dict()
-    try:
-        resolve(Configs(dit_cfg, vae_cfg, text_cfg), scheduler, defaults)
-    except CheckpointError as error:
-        raise UsageError(f"scheduler: {error}") from None
-    pattern_at = _patterns(config, dit_cfg.num_attention_heads)
-    grid = (1 + 16 // vae_cfg.temporal_factor, *2 * (digits.SIZE // vae_cfg.spatial_factor,))
-    mesh, placement = _mesh(shape, wan.mesh_sizes(dit_cfg, grid, config.batch, pattern_at(0)))
+    return _Models(Configs(dit_cfg, vae_cfg, text_cfg), tokens)
+
+
+def _grid(cfg: wan.VAEConfig, frames: int) -> tuple[int, int, int]:
+    """(T,H,W) of the latents of a clip of so many pixel frames."""
+    side = digits.SIZE // cfg.spatial_factor
+    return 1 + (frames - 1) // cfg.temporal_factor, side, side
+
+
+def _start(config: ConfigDict, folder: Path, models: _Models, shape: MeshShape, sizes: Sizes) -> _Run:
+    mesh, placement = _mesh(shape, sizes)
     result = _result(folder / "repository")
+    dit_cfg, vae_cfg, text_cfg = models.configs
     params = _initial(Path(config.initial), dit_cfg, text_cfg, mesh) if config.get("initial") else None
     vae = checkpoint.restore(config.vae, wan.abstract_params(vae_cfg), placement.everywhere)
+    return _Run(result, mesh, placement, vae, params)
 
-    latents, prompts = encoded_clips(vae_cfg, vae, config.clips, config.seed, mesh, folder / "latents.npz")
-    ids, mask, _ = tokenizer.tokenize(tokens, [*prompts, ""], config.tokens)
 
-    def batches(step: int) -> flow_matching.Batch:
-        rng = np.random.default_rng((config.seed, step))
-        rows = rng.integers(len(latents), size=config.batch)
-        texts = np.where(rng.uniform(size=config.batch) < config.drop_text, len(prompts), rows)
-        return flow_matching.Batch(latents[rows], ids[texts], mask[texts], pattern_at(step))
-
-    options = config.loss.to_dict()
-    task = flow_matching.text_to_video_task(dit_cfg, text_cfg, batches, placement=placement, **options)
-    params = _fit(task, config, folder, mesh, params).average
+def _trained(config: ConfigDict, folder: Path, models: _Models, run: _Run, task: Task) -> Path:
+    """Runs the training and writes the repository."""
+    params = _fit(task, config, folder, run.mesh, run.params).average
     components = {
-        "transformer": (dit_cfg, params["transformer"]),
-        "vae": (vae_cfg, vae),
-        "text_encoder": (text_cfg, params["text_encoder"]),
+        "transformer": (models.configs.transformer, params["transformer"]),
+        "vae": (models.configs.vae, run.vae),
+        "text_encoder": (models.configs.text_encoder, params["text_encoder"]),
     }
     if distributed.writes():
-        digits_tokenizer.save(tokens, folder / "tokenizer")
+        digits_tokenizer.save(models.tokens, folder / "tokenizer")
     repository.save(
-        result,
+        run.result,
         components,
         tokenizer=folder / "tokenizer",
-        scheduler=scheduler,
-        defaults=defaults,
+        scheduler=config.scheduler.to_dict(),
+        defaults=config.defaults.to_dict(),
         overwrite=True,
     )
-    return result
+    return run.result
 
 
 def _fit(task: Task, config: ConfigDict, folder: Path, mesh: Mesh, params: Params | None = None) -> State:
@@ -245,14 +337,26 @@ def _result(target: Path) -> Path:
     return target
 
 
-def encoded_clips(
-    cfg: wan.VAEConfig, params: Any, clips: int, seed: int, mesh: Mesh, path: Path
-) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised latents float16 [N,T,H,W,C] of N training clips, and their prompts; kept in the file `path`.
+def _clips(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[str]]:
+    return digits.batch(rng, count)
 
-    The file is used again only for the same clips and the same encoder.
+
+def encoded_clips(
+    cfg: wan.VAEConfig,
+    params: Any,
+    draw: Callable[[np.random.Generator, int], tuple[np.ndarray, Sequence[Any]]],
+    config: ConfigDict,
+    mesh: Mesh,
+    path: Path,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Normalised latents float16 [N,T,H,W,C] of N = config.clips clips that `draw` makes, uint8 with their prompts, and
+    these prompts [N] or [N,P]; kept in the file `path`.
+
+    The file is used again only for the same config, other than what the training itself depends on, and encoder.
     """
-    total = hashlib.sha256(f"{cfg} {clips} {seed}".encode())
+    clips, seed = config.clips, config.seed
+    kind = {name: config.get(name) for name in ("task", "chunks", "change", "pattern") if config.task == "stream"}
+    total = hashlib.sha256(f"{cfg} {clips} {seed}{kind or ''}".encode())
     for leaf in jax.tree.leaves({name: part for name, part in params.items() if name not in wan.DECODER}):
         total.update(np.asarray(leaf).tobytes())
     key = total.hexdigest()
@@ -272,7 +376,7 @@ def encoded_clips(
 
     parts, texts = [], []
     for start in range(0, -(-clips // 16), devices):  # the same clips on any number of devices: 16 with each seed
-        drawn = [digits.batch(np.random.default_rng((seed, 1, i)), 16) for i in range(start, start + devices)]
+        drawn = [draw(np.random.default_rng((seed, 1, i)), 16) for i in range(start, start + devices)]
         video = np.concatenate([video for video, _ in drawn])
         placed = jax.make_array_from_callback(video.shape, shared, video.__getitem__)
         parts.append(np.asarray(encode(params, placed), np.float16))

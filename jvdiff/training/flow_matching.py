@@ -24,7 +24,8 @@ from jvdiff.types import Array, Params
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """Normalised latents [B,T,H,W,C] of any float dtype, token ids int32 [B,S] and mask bool [B,S].
+    """Normalised latents [B,T,H,W,C] of any float dtype, token ids int32 [B,S] and mask bool [B,S]; or [B,P,S], with a
+    prompt for each of P parts of a clip.
 
     `pattern`, of the self-attention, is no array but a part of the program: each that occurs in a training is compiled.
     """
@@ -58,8 +59,7 @@ def text_to_video_task(
     def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Mapping[str, Array]]:
         sigma_key, noise_key = jax.random.split(key)
         clean = batch.latents.astype(jnp.float32)
-        sigma = jax.nn.sigmoid(jax.random.normal(sigma_key, clean.shape[:1]))
-        sigma = shift * sigma / (1.0 + (shift - 1.0) * sigma)
+        sigma = noise_levels(sigma_key, clean.shape[:1], shift)
         noise = jax.random.normal(noise_key, clean.shape)
         level = sigma[:, None, None, None, None]
         ids, mask = jnp.asarray(batch.ids), jnp.asarray(batch.mask)
@@ -80,6 +80,12 @@ def text_to_video_task(
         return jnp.mean(error), {"loss_noisy": jnp.sum(error * noisy) / jnp.maximum(jnp.sum(noisy), 1.0)}
 
     return Task(init=init, loss=loss, batch=batches, rules=(*WAN_DIT, *UMT5))
+
+
+def noise_levels(key: Array, shape: tuple[int, ...], shift: float) -> Array:
+    """Random sigmas in 0..1, float32 of this shape: logit-normal, bent towards noise by the shift."""
+    sigma = jax.nn.sigmoid(jax.random.normal(key, shape))
+    return shift * sigma / (1.0 + (shift - 1.0) * sigma)
 
 
 def encode_text(params: Params, cfg: umt5.Config, ids: Array, mask: Array, placement: Placement | None = None) -> Array:

@@ -1,0 +1,30 @@
+"""Trains the digits model's causal sibling, which makes a video chunk by chunk and without end, from the one that ships.
+
+    python -m jvdiff.train --config configs/train_digits_stream.py
+    python -m convert.to_hf --source runs/digits_stream/repository --target checkpoints/digits-stream --dtype float16
+
+Teacher forcing: chunks of 3 latent frames that see two chunks before them, on clips of four chunks in which the digit
+moves on across the border and takes another direction when the prompt says so. Figures and curves: docs/log.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import train_digits_dit
+
+
+def get_config() -> ConfigDict:
+    config = train_digits_dit.get_config()
+    config.task = "stream"
+    config.folder = "runs/digits_stream"
+    config.vae = "checkpoints/digits/vae"
+    config.initial = "checkpoints/digits"
+    config.clips = 3000
+    config.batch = 10
+    config.chunks = 4
+    config.change = 0.4
+    config.pattern = ConfigDict({"chunk": 3, "window": 9, "sink": 0})
+    # config.transformer.causal = True
+    config.loss.context_noise = 0.3
+    config.schedule = ConfigDict({"steps": 3000, "learning_rate": 7e-4, "warmup": 100, "average_decay": 0.998})
+    config.defaults = ConfigDict({"fps": 8})
+    return config
