@@ -9,6 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from jvdiff.models.wan import dit, vae
+from jvdiff.models.wan.causal import (
+    KVCache,
+    Span,
+    chunk_velocity,
+    extend,
+    init_kv_cache,
+    reencode,
+    remembered,
+    text_keys,
+)
 from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, DiTConfig
 from jvdiff.models.wan.dit import Pattern, attention_choice, mesh_sizes, velocity
 from jvdiff.models.wan.vae import (
@@ -31,19 +41,27 @@ __all__ = [
     "WAN_2_1_T2V_14B",
     "WAN_2_1_VAE",
     "DiTConfig",
+    "KVCache",
     "Pattern",
+    "Span",
     "VAEConfig",
     "abstract_params",
     "attention_choice",
+    "chunk_velocity",
     "decode",
     "decode_chunk",
     "denormalize_latents",
     "encode",
     "encode_chunk",
+    "extend",
     "init_cache",
+    "init_kv_cache",
     "init_params",
     "mesh_sizes",
     "normalize_latents",
+    "reencode",
+    "remembered",
+    "text_keys",
     "velocity",
 ]
 

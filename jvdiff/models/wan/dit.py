@@ -81,7 +81,7 @@ def velocity(
         )
     _check(cfg, latents, timestep, text, text_length, pattern)
     timestep, text = timestep.reshape(len(timestep), -1), text if text.ndim == 4 else text[:, None]
-    how = plan_forward(cfg, latents.shape[:4], pattern, text, text_length, implementation, placement)
+    how = plan_forward(cfg, latents.shape[:4], pattern, text.shape[-2], text_length, implementation, placement)
     frames = pattern.frames(how.grid[0]) if isinstance(pattern, BlockCausal) else None
     if how.split and text.shape[1] > 1 and how.split.devices(how.split.ring + how.split.heads) > 1:
         raise UsageError(f"velocity: {text.shape[1]} texts a clip cannot be shared along its tokens; use mesh data=... only")
@@ -107,16 +107,16 @@ def plan_forward(
     cfg: DiTConfig,
     shape: tuple[int, ...],
     pattern: Pattern,
-    text: Array,
+    rows: int,
     text_length: int | None,
     implementation: str | None,
     placement: Placement | None,
 ) -> How:
-    """How latents of (B,T,H,W) go through the network."""
+    """How latents of (B,T,H,W), and so many rows of text, go through the network."""
     B, *sizes = shape
     t, h, w = (n // p for n, p in zip(sizes, cfg.patch_size, strict=True))
     split = None if placement is None else placement.split(mesh_sizes(cfg, tuple(sizes), B, pattern))
-    extra = 0 if text_length is None else text_length - text.shape[-2]
+    extra = 0 if text_length is None else text_length - rows
     return How((t, h, w), pattern, extra, implementation, placement, split)
 
 
