@@ -82,13 +82,14 @@ def generate(pipe: Any, wanted: Sequence[Sequence[Combo]], seed: int) -> np.ndar
             cache = pipe.set_prompts(cache, now)
         frames, cache, final = pipe.generate(i, cache)
         cache, _ = pipe.finalize(i, cache, final)
-        chunks.append(np.rint((np.clip(np.asarray(frames), -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8))
+        chunks.append(_levels(np.asarray(frames)))
         if len(chunks[-1][0]) != CHUNK_FRAMES[i > 0]:
             raise UsageError(
                 f"chunk {i + 1} has {len(chunks[-1][0])} frames; expected {CHUNK_FRAMES[i > 0]}: this benchmark knows "
                 "chunks of 3 latent frames."
             )
-        print(f"\rchunk {i + 1} of {len(prompts)}", end="" if i + 1 < len(prompts) else "\n", file=sys.stderr)
+        if (i + 1) % 10 == 0:
+            print(f"generated {i + 1} of {len(prompts)} chunks", file=sys.stderr)
     return np.concatenate(chunks, axis=1)
 
 
@@ -152,7 +153,7 @@ def show(what: str, report: dict[str, Any]) -> None:
     fields = ("colour", "digit", "direction", "all", "turning")
     print(f"{what:34}" + "".join(f"{field:>21}" for field in fields))
     for name, row in rows.items():
-        counts = (f"{row[f]['right']}/{row[f]['of']} = {row[f]['percent']} %" for f in fields)
+        counts = (f"{row[f]['right']}/{row[f]['of']} = {row[f]['percent']} %" if row[f]["of"] else "-" for f in fields)
         print(f"  {name:32}" + "".join(f"{count:>21}" for count in counts))
     for pair, lost in report.get("drift_points", {}).items():
         print(f"  points lost, {pair}: " + ", ".join(f"{field} {points}" for field, points in lost.items()))
@@ -164,6 +165,11 @@ def goals_met(report: dict[str, Any]) -> dict[str, bool]:
     met = {field: whole[field]["percent"] >= GOALS[field] for field in ("digit", "colour", "direction")}
     drift = list(report["drift_points"].values())[-1]
     return met | {"drift": all(drift[field] <= GOALS["drift"] for field in Combo._fields)}
+
+
+def _levels(frames: np.ndarray) -> np.ndarray:
+    """uint8 of uint8, or of a decoder's -1 to 1."""
+    return frames if frames.dtype == np.uint8 else np.rint((np.clip(frames, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def _start(chunk: int) -> int:
@@ -179,8 +185,12 @@ def _parts(wanted: list[list[Combo]], batch: int) -> Iterator[tuple[int, list[li
 
 def _count(right: Iterator[bool]) -> dict[str, Any]:
     found = list(right)
-    return {"right": sum(found), "of": len(found), "percent": round(100 * sum(found) / max(len(found), 1), 1)}
+    return {
+        "right": sum(found),
+        "of": len(found),
+        "percent": round(100 * sum(found) / len(found), 1) if found else None,
+    }
 
 
-def _lost(early: dict[str, Any], late: dict[str, Any]) -> float:
-    return round(early["percent"] - late["percent"], 1)
+def _lost(early: dict[str, Any], late: dict[str, Any]) -> float | None:
+    return round(early["percent"] - late["percent"], 1) if early["of"] and late["of"] else None
