@@ -4,6 +4,7 @@
     python benchmarks/prompt_adherence.py --checkpoint checkpoints/digits  # and 200 clips generated from it
     python benchmarks/prompt_adherence.py --vae checkpoints/digits         # and the VAE's round trip of held-out clips
     python benchmarks/prompt_adherence.py --clips-from out                 # and the .mp4 files of a folder, or one .npz
+    python benchmarks/prompt_adherence.py --stream checkpoints/digits-stream  # and streams of 40 chunks that turn
 
 The prompts are the 32 combinations that training never shows, in turn, each clip with a seed of its own. The judge is
 trained first, without ever seeing the test glyphs, and its own error rate is printed beside every result: a digit
@@ -23,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import stream_adherence
 from machine import describe
 
 from jvdiff.data import digits, digits_judge, video
@@ -39,13 +41,15 @@ def main() -> int:
     parser.add_argument("--checkpoint", help="generate clips from this Hugging Face folder or Orbax directory")
     parser.add_argument("--vae", help="measure the round trip through the VAE of this folder")
     parser.add_argument("--clips-from", help="judge the .mp4 files of this folder, or this .npz")
+    parser.add_argument("--stream", help="generate streams from this checkpoint of a causal model")
+    parser.add_argument("--rollouts", type=int, default=64, help="how many streams to generate")
     parser.add_argument("--clips", type=int, default=200, help="how many to generate or send through the VAE")
     parser.add_argument("--combos", choices=["held_out", "train", "all"], default="held_out")
     parser.add_argument("--seed", type=int, default=1000, help="of the first clip; clip i has seed + i")
-    parser.add_argument("--batch", type=int, default=10, help="clips generated at a time")
+    parser.add_argument("--batch", type=int, help="clips (default: 10) or streams (default: 16) generated at a time")
     parser.add_argument("--steps", type=int, help="default: the checkpoint's")
     parser.add_argument("--guidance", type=float, help="default: the checkpoint's")
-    parser.add_argument("--save", help="write the generated clips to this .npz as well")
+    parser.add_argument("--save", help="write the generated clips, or streams, to this .npz as well")
     parser.add_argument("--output", type=Path, default=RESULTS / "prompt_adherence.json")
     args = parser.parse_args()
 
@@ -66,6 +70,9 @@ def main() -> int:
         lost = vae["before"]["digit"]["percent"] - vae["after"]["digit"]["percent"]
         psnr = vae["psnr_db"]
         print(f"VAE: {psnr['mean']} dB PSNR (lowest clip {psnr['lowest']}), {lost:.1f} points of digit accuracy lost")
+        streams = report["vae"]["streams"] = stream_round_trip(judge, args.vae)
+        print(f"VAE, streams of {streams['chunks']} chunks: {streams['psnr_db']['mean']} dB PSNR")
+        stream_adherence.show("streams through the VAE", {k: streams[k] for k in ("before", "after")})
     if args.checkpoint:
         began = time.perf_counter()
         clips, wanted = generate(args)
@@ -84,6 +91,17 @@ def main() -> int:
         _print("generated clips", report["generated"])
         if args.save:
             np.savez_compressed(args.save, video=clips, prompts=[digits.prompt(*w) for w in wanted])
+    if args.stream:
+        from jvdiff import streaming
+
+        pipe = streaming.load(args.stream)
+        found, videos = stream_adherence.measure(judge, pipe, args.rollouts, args.batch or 16, args.seed)
+        report["stream"] = {"checkpoint": Path(args.stream).name} | found | common
+        stream_adherence.show("real streams", found["judge_on_real_streams"])
+        stream_adherence.show("generated streams", found["generated"])
+        print("goals: " + ", ".join(f"{name} {'met' if met else 'missed'}" for name, met in found["met"].items()))
+        if args.save:
+            np.savez_compressed(args.save, video=videos)
     if args.clips_from:
         report["clips"] = judged(judge, read_clips(Path(args.clips_from))) | common
         _print(args.clips_from, report["clips"])
@@ -122,11 +140,12 @@ def generate(args: argparse.Namespace) -> Clips:
 
     pipe = jvdiff.load(args.checkpoint)
     wanted = prompts_for(args.clips, args.combos)
+    batch: int = args.batch or 10
     videos = []
-    for start in range(0, args.clips, args.batch):
-        part = wanted[start : start + args.batch]
+    for start in range(0, args.clips, batch):
+        part = wanted[start : start + batch]
         # The last batch is filled up, so that one compiled program serves them all.
-        prompts = [digits.prompt(*w) for w in part + part[:1] * (args.batch - len(part))]
+        prompts = [digits.prompt(*w) for w in part + part[:1] * (batch - len(part))]
         out = jvdiff.generate(
             pipe,
             prompts,
@@ -156,20 +175,40 @@ def read_clips(path: Path) -> Clips:
 
 def round_trip(judge: Params, path: str, clips: Clips) -> dict[str, Any]:
     """What encoding and decoding does to real clips: PSNR over whole clips, and the judge before and after."""
-    from jvdiff import checkpoint, repository
-    from jvdiff.models import wan
-
     real, shown = clips
-    cfg = repository.inspect(path).vae
-    params = checkpoint.restore(Path(path) / "vae", wan.abstract_params(cfg))
-    back = np.concatenate(list(_through(jax.jit(lambda p, x: wan.decode(p, cfg, wan.encode(p, cfg, x))), params, real)))
-    errors = np.square(back.astype(np.float32) - real.astype(np.float32)).mean((1, 2, 3, 4))
-    psnr = 10 * np.log10(255.0**2 / np.maximum(errors, 1e-9))
+    back = _through_vae(path, real)
     return {
-        "psnr_db": {"mean": round(float(psnr.mean()), 2), "lowest": round(float(psnr.min()), 2)},
+        "psnr_db": _psnr(real, back),
         "before": digits_judge.score(digits_judge.look(judge, real), shown),
         "after": digits_judge.score(digits_judge.look(judge, back), shown),
     }
+
+
+def stream_round_trip(judge: Params, path: str, count: int = 40, chunks: int = 5) -> dict[str, Any]:
+    """What encoding and decoding does to real streams, each encoded and decoded as one clip."""
+    real, wanted = stream_adherence.streams(count, chunks, seed=0)
+    back = _through_vae(path, real)
+    before, after = (
+        stream_adherence.score(stream_adherence.seen_in(judge, v), wanted, range(1, chunks + 1)) for v in (real, back)
+    )
+    return {"streams": count, "chunks": chunks, "psnr_db": _psnr(real, back), "before": before, "after": after}
+
+
+def _through_vae(path: str, clips: np.ndarray) -> np.ndarray:
+    """uint8 [B,F,Y,X,3], encoded and decoded by the VAE of a repository."""
+    from jvdiff import checkpoint, repository
+    from jvdiff.models import wan
+
+    cfg = repository.inspect(path).vae
+    params = checkpoint.restore(Path(path) / "vae", wan.abstract_params(cfg))
+    program = jax.jit(lambda p, x: wan.decode(p, cfg, wan.encode(p, cfg, x)))
+    return np.concatenate(list(_through(program, params, clips)))
+
+
+def _psnr(real: np.ndarray, back: np.ndarray) -> dict[str, float]:
+    errors = np.square(back.astype(np.float32) - real.astype(np.float32)).mean((1, 2, 3, 4))
+    psnr = 10 * np.log10(255.0**2 / np.maximum(errors, 1e-9))
+    return {"mean": round(float(psnr.mean()), 2), "lowest": round(float(psnr.min()), 2)}
 
 
 def _through(program: Any, params: Params, clips: np.ndarray, size: int = 10) -> Iterator[np.ndarray]:

@@ -101,18 +101,27 @@ def _augment(key: Array, glyph: Array) -> Array:
     return jnp.clip(((1 - mix) * picture + mix * blurred) * (1.0 + 0.25 * r[7]) + noise, 0.0, 1.0)
 
 
-def look(params: Params, videos: np.ndarray) -> list[Seen]:
-    """What each of the clips uint8 [B,F,Y,X,3] shows. The digit is read in every frame, the votes averaged."""
+def look(params: Params, videos: np.ndarray, *, torus: bool = False) -> list[Seen]:
+    """What each of the clips uint8 [B,F,Y,X,3] shows. The digit is read in every frame, the votes averaged.
+
+    `torus` says that the clips are parts of streams: what is cut by the border goes on at the opposite one.
+    """
     light = videos.max(-1)
     light = np.where(light < FAINT, 0, light).astype(np.float32)  # [B,F,Y,X]
     mass = light.sum((2, 3))  # [B,F]
-    y, x = (np.arange(n, dtype=np.float32) for n in light.shape[2:])
-    safe = np.maximum(mass, 1)
-    centre = np.stack([light.sum(3) @ y / safe, light.sum(2) @ x / safe], -1)  # [B,F,2]
-    crops = np.stack([[_crop(f, c) for f, c in zip(*clip, strict=True)] for clip in zip(light, centre, strict=True)])
+    if torus:
+        centre = np.stack([_circular_mean(light.sum(axis)) for axis in (3, 2)], -1)  # [B,F,2]
+    else:
+        y, x = (np.arange(n, dtype=np.float32) for n in light.shape[2:])
+        safe = np.maximum(mass, 1)
+        centre = np.stack([light.sum(3) @ y / safe, light.sum(2) @ x / safe], -1)
+    crops = np.stack(
+        [[_crop(f, c, torus) for f, c in zip(*clip, strict=True)] for clip in zip(light, centre, strict=True)]
+    )
     votes = np.stack([np.asarray(_votes(params, clip)) for clip in crops]).mean(1)  # [B,10]
+    period = np.array(light.shape[2:]) if torus else None
     return [
-        Seen(_colour(video), int(vote.argmax()) if m.any() else None, _direction(c, m))
+        Seen(_colour(video), int(vote.argmax()) if m.any() else None, _direction(c, m, period))
         for video, vote, c, m in zip(videos, votes, centre, mass, strict=True)
     ]
 
@@ -122,11 +131,18 @@ def _votes(params: Params, pictures: Array) -> Array:
     return jax.nn.log_softmax(_logits(params, pictures))
 
 
-def _crop(frame: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """float32 [20,20] in 0..1: the window around the centre, averaged 2 x 2, zeros beyond the border."""
+def _circular_mean(light: np.ndarray) -> np.ndarray:
+    """Where the light [...,n] on a ring of n pixels is centred, in 0..n; no border tears it apart."""
+    n = light.shape[-1]
+    turn = np.exp(2j * np.pi * np.arange(n) / n)
+    return np.angle(light @ turn) * n / (2 * np.pi) % n
+
+
+def _crop(frame: np.ndarray, centre: np.ndarray, torus: bool) -> np.ndarray:
+    """float32 [20,20] in 0..1: the window around the centre, averaged 2 x 2; zeros, or a torus, beyond the border."""
     half = WINDOW // 2
     top, left = (round(float(c) + 0.5) for c in centre)  # corner of the window in the padded frame
-    window = np.pad(frame, half)[top : top + WINDOW, left : left + WINDOW]
+    window = np.pad(frame, half, mode="wrap" if torus else "constant")[top : top + WINDOW, left : left + WINDOW]
     return window.reshape(INPUT, 2, INPUT, 2).mean((1, 3)) / np.float32(255)
 
 
@@ -140,10 +156,13 @@ def _colour(video: np.ndarray) -> str | None:
     return min(distance, key=distance.__getitem__)
 
 
-def _direction(centre: np.ndarray, mass: np.ndarray) -> str | None:
+def _direction(centre: np.ndarray, mass: np.ndarray, period: np.ndarray | None) -> str | None:
     seen = centre[mass > 0]  # [F,2]
     if len(seen) < 2:
         return None
+    if period is not None:  # the shorter way from each frame to the next, across the border too
+        steps = (np.diff(seen, axis=0) + period[None] / 2) % period[None] - period[None] / 2
+        seen = np.concatenate([0 * seen[:1], steps.cumsum(0)])
     ends = max(1, len(seen) // 6)
     move = seen[-ends:].mean(0) - seen[:ends].mean(0)
     if np.abs(move).max() < len(seen) / 4:  # a quarter of the slowest speed: standing still

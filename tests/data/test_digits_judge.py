@@ -42,6 +42,32 @@ def test_wrong_clips_are_told_apart(judge):
     assert digits_judge.look(judge, np.zeros_like(clip)[None])[0] == (None, None, None)
 
 
+@pytest.mark.parametrize("frames", [9, 12])
+def test_parts_of_streams_are_read_through_the_border(judge, frames):
+    rng = np.random.default_rng(frames)
+    made = [digits.stream(rng, frames, split="test", combos="all") for _ in range(50)]
+    clips, shown = np.stack([video for video, _ in made]), [digits.parse_prompt(*prompts) for _, prompts in made]
+    result = digits_judge.score(digits_judge.look(judge, clips, torus=True), shown)
+    assert result["colour"]["right"] == result["direction"]["right"] == 50
+    assert result["digit"]["right"] >= 45
+    blind = digits_judge.score(digits_judge.look(judge, clips), shown)
+    assert blind["direction"]["right"] < 45 and blind["digit"]["right"] < result["digit"]["right"]
+
+
+@pytest.mark.parametrize("direction", digits.DIRECTIONS)
+def test_where_a_stream_is_cut_by_the_border_changes_nothing(judge, direction):
+    glyph = digits.glyphs("test")[4, 2]
+    clip = digits.render(glyph, "cyan", direction, 1.25, (16, 16), frames=9)
+    for by in [(0, 0), (29, 0), (0, 31), (32, 32), (-17, 11)]:
+        rolled = np.roll(clip, by, axis=(1, 2))[None]
+        assert digits_judge.look(judge, rolled, torus=True) == [("cyan", 4, direction)], by
+    still, gone = clip[:1].repeat(9, 0), np.zeros_like(clip)
+    assert digits_judge.look(judge, np.stack([still, gone]), torus=True) == [("cyan", 4, None), (None, None, None)]
+    holes = np.roll(clip, 32, axis=(1, 2))
+    holes[3:5] = 0
+    assert digits_judge.look(judge, holes[None], torus=True)[0].direction == direction
+
+
 def test_score_counts_each_property_and_all_together():
     seen = [digits_judge.Seen("red", 7, "left"), digits_judge.Seen("red", 1, None)]
     result = digits_judge.score(seen, [Combo("red", 7, "left"), Combo("red", 7, "left")])
