@@ -91,8 +91,8 @@ def training(
     """All noise levels that a flow-matching network of the Self-Forcing family was trained at, the highest first.
 
     linspace(sigma_max, sigma_min, train_steps + 1) without its end (`extra_one_step`), or train_steps points with both
-    ends; shifted. Timesteps are train_steps * sigma, not truncated. LingBot-World has sigma_max 0.999. (The 0 that ends every
-    Schedule comes besides: `Schedule.sigmas` has one number more than the table.)
+    ends; shifted. Timesteps are train_steps * sigma, not truncated. LingBot-World has sigma_max 0.999.
+    (The 0 that ends every Schedule comes besides: `Schedule.sigmas` has one number more than the table.)
 
     Raises UsageError for a shift that is not a positive finite number, train_steps < 1, or ends that are not
     1 >= sigma_max > sigma_min >= 0.
