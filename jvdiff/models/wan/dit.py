@@ -10,12 +10,16 @@ feed-forward matrices and the text embedding are in the lower precision (see `ab
 
 Sparse self-attention works on tiles of tokens, so with such a pattern the tokens are in tile order from the patches to
 the output head; nothing else in the network looks at their order.
+
+The forward pass of one chunk of an endless video, which reads what earlier chunks left, is in `causal`: the same
+`Transformer`, given a `Layer` of the past for each of its own.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,13 +29,13 @@ from flax import traverse_util
 
 from jvdiff import kernels
 from jvdiff.errors import UsageError
-from jvdiff.kernels import Dense, SlidingTile, VideoSparse, block_sparse, tiles
+from jvdiff.kernels import BlockCausal, Dense, SlidingTile, VideoSparse, block_sparse, tiles
 from jvdiff.models.wan.config import DiTConfig
 from jvdiff.models.wan.layers import MLP, LayerNorm, Linear, RMSNorm, gelu, layer_norm, rope_tables, rotate
 from jvdiff.sharding import Placement, Sizes, Split, rules, sequence
 from jvdiff.types import Array, Params
 
-Pattern = Dense | SlidingTile | VideoSparse
+Pattern = Dense | SlidingTile | VideoSparse | BlockCausal
 Grid = tuple[int, int, int]
 
 
@@ -53,10 +57,13 @@ def velocity(
     Args:
       params: the tree of `abstract_params(cfg)`; the compute dtype is that of its attention and feed-forward matrices.
       latents: float32 [B,T,H,W,C]; T, H, W multiples of the patch size.
-      timestep: float32 [B] in 0..1000. Never lower precision: bfloat16 turns 937.5 into 936.
-      text: [B,S,text_dim], the text encoder's output, zero beyond each prompt's end.
+      timestep: float32 [B] in 0..1000, or [B,T] with one for each frame, which sparse patterns do not take. Never lower
+        precision: bfloat16 turns 937.5 into 936.
+      text: [B,S,text_dim], the text encoder's output, zero beyond each prompt's end; or [B,P,S,text_dim], one for each
+        of P equal parts of the frames.
       pattern: which tokens the self-attention sees; no choice changes the parameters. `VideoSparse` adds its coarse
         branch where the configuration has its gate (`gate_compress`); the other patterns ignore the gate.
+        `BlockCausal` sees no later chunk, and with `teacher_forcing` takes two copies of the frames.
       text_length: the last row of `text` stands for all rows up to this many (512 in Wan's pipeline, which attends
         to the zero padding too): exactly the result of repeating it, without the work. None: S.
       remat: recompute each block in the backward pass instead of keeping its activations.
@@ -68,21 +75,92 @@ def velocity(
     Returns:
       float32 [B,T,H,W,out_channels].
     """
-    _check(cfg, latents, timestep, text, text_length)
     if not isinstance(pattern, Pattern):
         raise UsageError(
-            f"velocity: pattern is {pattern!r:.80}; expected Dense(), SlidingTile(...) or VideoSparse(...)"
+            f"velocity: pattern is {pattern!r:.80}; expected Dense(), SlidingTile(...), VideoSparse(...) or BlockCausal(...)"
         )
-    extra = 0 if text_length is None else text_length - text.shape[1]
-    split = None
-    if placement is not None:
-        split = placement.split(mesh_sizes(cfg, latents.shape[1:4], len(latents), pattern))
+    _check(cfg, latents, timestep, text, text_length, pattern)
+    timestep, text = timestep.reshape(len(timestep), -1), text if text.ndim == 4 else text[:, None]
+    how = plan_forward(cfg, latents.shape[:4], pattern, text, text_length, implementation, placement)
+    frames = pattern.frames(how.grid[0]) if isinstance(pattern, BlockCausal) else None
+    if how.split and text.shape[1] > 1 and how.split.devices(how.split.ring + how.split.heads) > 1:
+        raise UsageError(f"velocity: {text.shape[1]} texts a clip cannot be shared along its tokens; use mesh data=... only")
+    v, _ = apply(params, cfg, how, latents, timestep, text, frames=frames, remat=remat)
+    return v
+
+
+@dataclass(frozen=True)
+class How:
+    """What is known of a forward pass when it is compiled."""
+
+    grid: Grid
+    pattern: Pattern
+    extra_text: int = 0  # how many more times the last text row counts
+    implementation: str | None = None
+    placement: Placement | None = None
+    split: Split | None = None
+    keep: bool = False  # return every layer's keys and values
+    relative: bool = False  # keys are kept before their rotation, which counts from the oldest frame that is kept
+
+
+def plan_forward(
+    cfg: DiTConfig,
+    shape: tuple[int, ...],
+    pattern: Pattern,
+    text: Array,
+    text_length: int | None,
+    implementation: str | None,
+    placement: Placement | None,
+) -> How:
+    """How latents of (B,T,H,W) go through the network."""
+    B, *sizes = shape
+    t, h, w = (n // p for n, p in zip(sizes, cfg.patch_size, strict=True))
+    split = None if placement is None else placement.split(mesh_sizes(cfg, tuple(sizes), B, pattern))
+    extra = 0 if text_length is None else text_length - text.shape[-2]
+    return How((t, h, w), pattern, extra, implementation, placement, split)
+
+
+class Layer(NamedTuple):
+    """What one layer remembers (stacked over layers in axis 0): keys and values [B,frames,V,N,K] of past frames of V
+    tokens, N padded to the mesh, and those of the text [B,S,N,K]. None: none."""
+
+    past: tuple[Array, Array] | None
+    text: tuple[Array, Array] | None
+
+
+class Past(NamedTuple):
+    """What all layers need to know of the past: how many of its tokens there are int32 [], and the rotation [S,K/2] of
+    each of them where it was not done yet. Or, without a past to read, which frames see which, bool [T,T]."""
+
+    length: Array | None
+    rope: tuple[Array, Array] | None = None
+    visible: Array | None = None
+
+
+def apply(
+    params: Params,
+    cfg: DiTConfig,
+    how: How,
+    latents: Array,
+    timestep: Array,
+    text: Array | None,
+    *,
+    frames: Any = None,
+    layers: Layer | None = None,
+    past: Past | None = None,
+    remat: bool = False,
+) -> tuple[Array, Any]:
+    """(velocity, keys and values of every layer [layers,B,L,N,K] where `how.keep`) of latents [B,T,H,W,C].
+
+    timestep [B,1] or [B,T]; text [B,P,S,D], or None where `layers` have its keys; frames: see `rope_tables`.
+    """
+    if placement := how.placement:
         whole: Any = placement.whole({k: v for k, v in params.items() if k != "blocks"}, rules.WAN_DIT)
         params = {**whole, "blocks": params["blocks"]}
-        latents, timestep, text = placement.replicate((latents, timestep, text))
-    model = _Transformer(cfg, pattern, extra, remat, implementation, placement, split)
-    v: Any = model.apply({"params": params}, latents, timestep, text)
-    return v
+        latents, timestep, text, past = placement.replicate((latents, timestep, text, past))
+    model = Transformer(cfg, how, remat)
+    out: Any = model.apply({"params": params}, latents, timestep, text, frames, layers, past)
+    return out
 
 
 def abstract_params(cfg: DiTConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -129,8 +207,9 @@ def attention_choice(
     if isinstance(pattern, Dense):
         own = kernels.choose(q, q, q, return_lse=ring, implementation=implementation)
     else:
-        block = math.prod(pattern.tile)
-        x = shape(math.prod(tiles.counts((t, h, w), pattern.tile)) * block)
+        tile = (1, h, w) if isinstance(pattern, BlockCausal) else pattern.tile
+        block = math.prod(tile)
+        x = shape(math.prod(tiles.counts((t, h, w), tile)) * block)
         own = block_sparse.choose(x, x, x, block=block, implementation=implementation)
     return {"self": own, "cross": kernels.choose(q, k, k, implementation=_dense(implementation))}
 
@@ -146,38 +225,54 @@ def _dense(implementation: str | None) -> str | None:
     return implementation if implementation in kernels.IMPLEMENTATIONS else None
 
 
-class _Transformer(nn.Module):
+class _Shared(NamedTuple):
+    """What every block is given."""
+
+    modulation: Array  # float32 [B,1 or T,6,D]
+    text: Array | None  # [B,P,S,D]
+    rope: tuple[Array, Array]  # float32 [L,K/2]
+    past: Past | None
+
+
+class Transformer(nn.Module):
     cfg: DiTConfig
-    pattern: Pattern
-    extra_text: int  # how many more times the last text row counts
-    remat: bool
-    implementation: str | None
-    placement: Placement | None = None
-    split: Split | None = None
+    how: How
+    remat: bool = False
 
     @nn.compact
-    def __call__(self, latents: Array, timestep: Array, text: Array) -> Array:
-        cfg, D = self.cfg, self.cfg.width
+    def __call__(
+        self,
+        latents: Array,
+        timestep: Array,
+        text: Array | None,
+        frames: Any = None,
+        layers: Layer | None = None,
+        past: Past | None = None,
+    ) -> tuple[Array, Any]:
+        cfg, how, D = self.cfg, self.how, self.cfg.width
         B, T, H, W, C = latents.shape
         pt, ph, pw = cfg.patch_size
-        grid = (T // pt, H // ph, W // pw)
+        grid, tiled = how.grid, isinstance(how.pattern, SlidingTile | VideoSparse)
 
         # Patches enter in the order (c, pt, ph, pw) and leave as (pt, ph, pw, c).
         x = latents.reshape(B, grid[0], pt, grid[1], ph, grid[2], pw, C)
         x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, -1, C * pt * ph * pw)
-        rope = rope_tables(grid, cfg.attention_head_dim)
-        if not isinstance(self.pattern, Dense):
-            x = tile_order(x, grid, self.pattern.tile)
-            rope = tuple(tile_order(table[None], grid, self.pattern.tile)[0] for table in rope)
-        if split := self.split:
-            x, *rope = (jnp.pad(a, ((0, 0), (0, split.padding), (0, 0))) for a in (x, rope[0][None], rope[1][None]))
-            x, rope = split.along_tokens(x), tuple(split.constrain(a[0], split.ring + split.heads) for a in rope)
+        rope = rope_tables(grid, cfg.attention_head_dim, frames)
+        if tiled:
+            x = tile_order(x, grid, how.pattern.tile)
+            rope = tuple(tile_order(table[None], grid, how.pattern.tile)[0] for table in rope)
+        if split := how.split:
+            x = split.along_tokens(jnp.pad(x, ((0, 0), (0, split.padding), (0, 0))))
+            if not how.relative:
+                padded = (jnp.pad(table, ((0, split.padding), (0, 0))) for table in rope)
+                rope = tuple(split.constrain(table, split.ring + split.heads) for table in padded)
         x = Linear(D, exact=True, name="patch_embed")(x)
 
         t = MLP(D, D, nn.silu, exact=True, name="time_embed")(_sinusoid(timestep, cfg.freq_dim))
-        modulation = Linear(6 * D, exact=True, name="time_proj")(nn.silu(t)).reshape(B, 6, D)
-        text = MLP(D, D, gelu, name="text_embed")(text)
-        if placement := self.placement:
+        modulation = Linear(6 * D, exact=True, name="time_proj")(nn.silu(t)).reshape(*timestep.shape, 6, D)
+        if text is not None:
+            text = MLP(D, D, gelu, name="text_embed")(text)
+        if placement := how.placement:
             t, modulation, text = placement.replicate((t, modulation, text))
 
         block = _Block
@@ -188,126 +283,176 @@ class _Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] - documented, and wrongly annotated
+            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] - documented, and wrongly annotated
             length=cfg.num_layers,
-        )(cfg, grid, self.pattern, self.extra_text, self.implementation, split, name="blocks")
-        x, _ = blocks(x, modulation, text, *rope)
+        )(cfg, how, name="blocks")
+        x, kept = blocks(x, _Shared(modulation, text, rope, past), layers or Layer(None, None))
 
-        x = _Head(cfg, name="head")(x, t)
+        x = _Head(cfg, how, name="head")(x, t)
         if placement and split:
             x = placement.replicate(x)[:, : split.tokens]
-        if not isinstance(self.pattern, Dense):
-            x = raster_order(x, grid, self.pattern.tile)
+        if tiled:
+            x = raster_order(x, grid, how.pattern.tile)
         x = x.reshape(B, *grid, pt, ph, pw, cfg.out_channels).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-        return x.reshape(B, T, H, W, cfg.out_channels)
+        return x.reshape(B, T, H, W, cfg.out_channels), kept
 
 
 class _Block(nn.Module):
     cfg: DiTConfig
-    grid: Grid
-    pattern: Pattern
-    extra_text: int
-    implementation: str | None
-    split: Split | None
+    how: How
 
     @nn.compact
-    def __call__(self, x: Array, modulation: Array, text: Array, cos: Array, sin: Array) -> tuple[Array, None]:
-        cfg = self.cfg
-        if self.split:
-            x, text = self.split.along_tokens(x), self.split.constrain(text, self.split.batch)
+    def __call__(self, x: Array, shared: _Shared, layer: Layer) -> tuple[Array, Any]:
+        cfg, how, text = self.cfg, self.how, shared.text
+        if split := how.split:
+            x = split.along_tokens(x)
+            text = None if text is None else split.constrain(text, split.batch)
         table = self.param("modulation", _modulation_init, (6, cfg.width), jnp.float32)
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation + table[None], 6, axis=1)
+        each = jnp.moveaxis(shared.modulation + table[None, None], 2, 0)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (_per_token(m, how, x.shape[1]) for m in each)
 
         h = layer_norm(x, cfg.eps) * (1 + scale_1) + shift_1
-        attend = partial(_attend_video, self.grid, self.pattern, self.implementation, self.split)
-        gated = cfg.gate_compress and isinstance(self.pattern, VideoSparse)
-        x = x + gate_1 * _Attention(cfg, attend, gated, name="self_attn")(h, h, (cos, sin))
+        gated = cfg.gate_compress and isinstance(how.pattern, VideoSparse)
+        attend = partial(_attend_video, how, shared, layer.past)
+        rope = None if how.relative else shared.rope
+        h, kept = _Attention(cfg, gated, name="self_attn")(h, h, rope, attend)
+        x = x + gate_1 * h
 
         h = LayerNorm(cfg.eps, name="cross_norm")(x)
-        attend = partial(_attend_text, self.extra_text, _dense(self.implementation), self.split)
-        x = x + _Attention(cfg, attend, name="cross_attn")(h, text, None)
+        parts = 1 if text is None else text.shape[1]
+        text = None if text is None else text.reshape(text.shape[0], -1, text.shape[3])
+        attend = partial(_attend_text, how, parts)
+        h, _ = _Attention(cfg, name="cross_attn")(h, text, None, attend, layer.text)
+        x = x + h
 
         h = layer_norm(x, cfg.eps) * (1 + scale_2) + shift_2
         h = MLP(cfg.ffn_dim, cfg.width, gelu, names=("up", "down"), name="ffn")(h)
         x = x + gate_2 * h.astype(jnp.float32)
-        return x, None
+        return x, kept
+
+
+def _per_token(m: Array, how: How, length: int) -> Array:
+    """A modulation [B,1 or T,D] for tokens [B,length,D] of T frames, padding behind them."""
+    if m.shape[1] == 1:
+        return m
+    m = jnp.repeat(m, math.prod(how.grid) // m.shape[1], axis=1)
+    m = jnp.pad(m, ((0, 0), (0, length - m.shape[1]), (0, 0)))
+    return how.split.along_tokens(m) if how.split else m
 
 
 class _Attention(nn.Module):
-    """x, context -> float32 [B,L,D]. Queries and keys are normalised over all heads together, before the rotation."""
+    """x, context -> float32 [B,L,D], and what `attend` keeps. Queries and keys are normalised over all heads together,
+    before the rotation."""
 
     cfg: DiTConfig
-    attend: Callable[[Array, Array, Array, Array | None], Array]
     gated: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, context: Array, rope: tuple[Array, Array] | None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        context: Array | None,
+        rope: tuple[Array, Array] | None,
+        attend: Callable[[Array, Array, Array, Array | None], tuple[Array, Any]],
+        keys: tuple[Array, Array] | None = None,
+    ) -> tuple[Array, Any]:
+        """keys: those of the context with their values, [B,S,N,K], worked out before."""
         cfg, D = self.cfg, self.cfg.width
-        q, k, v = Linear(D, name="q")(x), Linear(D, name="k")(context), Linear(D, name="v")(context)
-        gate = Linear(D, nn.initializers.zeros, name="gate")(x) if self.gated else None
-        dtype = v.dtype
-        q, k = RMSNorm(cfg.eps, name="q_norm")(q), RMSNorm(cfg.eps, name="k_norm")(k)
         heads = lambda a: a.reshape(*a.shape[:2], -1, cfg.attention_head_dim)  # noqa: E731
-        q, k, v, gate = jax.tree.map(heads, (q, k, v, gate))
+        q = Linear(D, name="q")(x)
+        dtype = q.dtype
+        q = heads(RMSNorm(cfg.eps, name="q_norm")(q))
+        if keys is None:
+            k, v = Linear(D, name="k")(context), heads(Linear(D, name="v")(context))
+            k = heads(RMSNorm(cfg.eps, name="k_norm")(k))
+        else:
+            k, v = keys
+        gate = heads(Linear(D, nn.initializers.zeros, name="gate")(x)) if self.gated else None
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        out = self.attend(q.astype(dtype), k.astype(dtype), v, gate)
-        return Linear(D, name="out")(out.reshape(x.shape)).astype(jnp.float32)
+        out, kept = attend(q.astype(dtype), k.astype(dtype), v, gate)
+        return Linear(D, name="out")(out.reshape(x.shape)).astype(jnp.float32), kept
 
 
 def _attend_video(
-    grid: Grid,
-    pattern: Pattern,
-    implementation: str | None,
-    split: Split | None,
-    q: Array,
-    k: Array,
-    v: Array,
-    gate: Array | None,
-) -> Array:
-    """Self-attention of video tokens [B,L,N,K], in tile order where the pattern has tiles."""
+    how: How, shared: _Shared, past: tuple[Array, Array] | None, q: Array, k: Array, v: Array, gate: Array | None
+) -> tuple[Array, Any]:
+    """Self-attention of video tokens [B,L,N,K], in tile order where the pattern has tiles; and keys and values to keep."""
+    pattern, split, implementation = how.pattern, how.split, how.implementation
+    if shared.past is not None:
+        attend = partial(_attend_past, how)
+        common: Any = shared.past, shared.rope if how.relative else None
+        if split is None:
+            return attend(q, k, v, past, common), (k, v) if how.keep else None
+        out, kept = sequence.cached_attention(attend, split, q, k, v, past, common)
+        return out, kept if how.keep else None
 
     def local(q: Array, k: Array, v: Array, gate: Array | None, first_head: Any = None) -> Array:
         if isinstance(pattern, Dense):
             return kernels.attention(q, k, v, implementation=implementation)
-        common: Any = dict(grid=grid, tile=pattern.tile, tiled=True, implementation=implementation)
+        if isinstance(pattern, BlockCausal):
+            visible = pattern.visible(how.grid[0])
+            return kernels.block_causal_attention(q, k, v, visible, implementation=implementation)
+        common: Any = dict(grid=how.grid, tile=pattern.tile, tiled=True, implementation=implementation)
         if isinstance(pattern, SlidingTile):
             return kernels.sliding_tile_attention(q, k, v, window=pattern.window, first_head=first_head, **common)
         return kernels.video_sparse_attention(q, k, v, gate, sparsity=pattern.sparsity, **common)
 
     if split is None:
-        return local(q, k, v, gate)
-    return sequence.self_attention(local, split, q, k, v, gate, _dense(implementation))
+        return local(q, k, v, gate), None
+    return sequence.self_attention(local, split, q, k, v, gate, _dense(implementation)), None
 
 
-def _attend_text(
-    extra: int, implementation: str | None, split: Split | None, q: Array, k: Array, v: Array, gate: Array | None
-) -> Array:
-    """Attention to text [B,S,N,K] whose last row counts 1 + extra times."""
+def _attend_past(how: How, q: Array, k: Array, v: Array, past: tuple[Array, Array] | None, common: Any) -> Array:
+    """Attention of a chunk's tokens [B,L,N,K] to themselves and to the past; or among themselves, as a matrix says."""
+    state, rope = common
+    turned = lambda x, rope: rotate(x.astype(jnp.float32), *rope).astype(x.dtype)  # noqa: E731
+    if rope is not None:
+        q, k = turned(q, rope), turned(k, rope)
+    if past is None:
+        return kernels.block_causal_attention(q, k, v, state.visible, implementation=how.implementation)
+    old_k, old_v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in past)
+    if state.rope is not None:
+        old_k = turned(old_k, state.rope)
+    # The past behind the chunk: of its slots the first are filled, so that one length says which count.
+    k, v = jnp.concatenate([k, old_k], axis=1), jnp.concatenate([v, old_v], axis=1)
+    length = q.shape[1] + state.length
+    return kernels.attention(q, k, v, kv_length=length, implementation=_dense(how.implementation))
+
+
+def _attend_text(how: How, parts: int, q: Array, k: Array, v: Array, gate: None) -> tuple[Array, None]:
+    """Attention to text [B,P*S,N,K], of each of P parts of the tokens to its own, whose last row counts 1 + extra times."""
+    extra, implementation = how.extra_text, _dense(how.implementation)
 
     def local(q: Array, k: Array, v: Array) -> Array:
+        shape = q.shape
+        if parts > 1:
+            q, k, v = (x.reshape(x.shape[0] * parts, -1, *x.shape[2:]) for x in (q, k, v))
         if extra == 0:
-            return kernels.attention(q, k, v, implementation=implementation)
+            return kernels.attention(q, k, v, implementation=implementation).reshape(shape)
         if kernels.choose(q, k, v, implementation=implementation) == "cudnn":  # gives no float32 log-sum-exp
             pad = ((0, 0), (0, extra), (0, 0), (0, 0))
-            return kernels.attention(q, jnp.pad(k, pad, "edge"), jnp.pad(v, pad, "edge"), implementation=implementation)
+            k, v = jnp.pad(k, pad, "edge"), jnp.pad(v, pad, "edge")
+            return kernels.attention(q, k, v, implementation=implementation).reshape(shape)
         out, lse = kernels.attention(q, k, v, return_lse=True, implementation=implementation)
         last = jnp.einsum("blnk,bnk->bnl", q, k[:, -1], preferred_element_type=jnp.float32)
         lse_last = last * q.shape[-1] ** -0.5 + math.log(extra)
-        return kernels.merge(out, lse, jnp.broadcast_to(v[:, -1:], out.shape), lse_last)[0]
+        return kernels.merge(out, lse, jnp.broadcast_to(v[:, -1:], out.shape), lse_last)[0].reshape(shape)
 
-    return local(q, k, v) if split is None else sequence.cross_attention(local, split, q, k, v)
+    return local(q, k, v) if how.split is None else sequence.cross_attention(local, how.split, q, k, v), None
 
 
 class _Head(nn.Module):
     cfg: DiTConfig
+    how: How
 
     @nn.compact
     def __call__(self, x: Array, t: Array) -> Array:
-        """x [B,L,D] and the timestep's embedding [B,D], before its SiLU -> patches [B,L,pt*ph*pw*C]."""
+        """x [B,L,D] and the timestep's embedding [B,1 or T,D], before its SiLU -> patches [B,L,pt*ph*pw*C]."""
         cfg = self.cfg
         table = self.param("modulation", _modulation_init, (2, cfg.width), jnp.float32)
-        shift, scale = jnp.split(t[:, None] + table[None], 2, axis=1)
+        each = jnp.moveaxis(t[:, :, None] + table[None, None], 2, 0)
+        shift, scale = (_per_token(m, self.how, x.shape[1]) for m in each)
         x = layer_norm(x, cfg.eps) * (1 + scale) + shift
         features = cfg.out_channels * math.prod(cfg.patch_size)
         return Linear(features, nn.initializers.zeros, exact=True, name="proj")(x)
@@ -347,21 +492,23 @@ def _modulation_init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def _sinusoid(timestep: Array, size: int) -> Array:
-    """[B] float32 -> [B,size]: the cosines, then the sines, of t * 10000^(-i/(size/2))."""
+    """float32 [B,T] -> [B,T,size]: the cosines, then the sines, of t * 10000^(-i/(size/2))."""
     rates = np.exp(-math.log(10000.0) * np.arange(size // 2) / (size // 2)).astype(np.float32)
-    angles = timestep[:, None] * rates[None]
+    angles = timestep[:, :, None] * rates[None, None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def _init(key: Array, cfg: DiTConfig) -> dict[str, Any]:
     pattern = VideoSparse((1, 1, 1), 0.0) if cfg.gate_compress else Dense()  # one that uses every parameter
-    model = _Transformer(cfg, pattern, 0, False, "xla")
+    model = Transformer(cfg, How((1, 1, 1), pattern, implementation="xla"))
     latents = jnp.zeros((1, *cfg.patch_size, cfg.in_channels))
-    variables: Any = model.init(key, latents, jnp.zeros((1,)), jnp.zeros((1, 1, cfg.text_dim)))
+    variables: Any = model.init(key, latents, jnp.zeros((1, 1)), jnp.zeros((1, 1, 1, cfg.text_dim)))
     return variables["params"]
 
 
-def _check(cfg: DiTConfig, latents: Array, timestep: Array, text: Array, text_length: int | None) -> None:
+def _check(
+    cfg: DiTConfig, latents: Array, timestep: Array, text: Array, text_length: int | None, pattern: Pattern
+) -> None:
     if latents.ndim != 5 or latents.shape[-1] != cfg.in_channels:
         raise UsageError(f"velocity: latents are {latents.shape}; expected [B,T,H,W,{cfg.in_channels}]")
     B, *grid, _ = latents.shape
@@ -371,9 +518,22 @@ def _check(cfg: DiTConfig, latents: Array, timestep: Array, text: Array, text_le
                 f"velocity: latent {name} is {n}; expected a multiple of the patch size {p}, "
                 f"at most {p * cfg.rope_max_seq_len} (rope_max_seq_len {cfg.rope_max_seq_len})"
             )
-    if timestep.shape != (B,) or timestep.dtype != jnp.float32:
-        raise UsageError(f"velocity: timestep is {timestep.dtype}{list(timestep.shape)}; expected float32[{B}]")
-    if text.ndim != 3 or text.shape[0] != B or text.shape[2] != cfg.text_dim or text.shape[1] == 0:
-        raise UsageError(f"velocity: text is {text.shape}; expected [{B},S,{cfg.text_dim}] with S at least 1")
-    if text_length is not None and text_length < text.shape[1]:
-        raise UsageError(f"velocity: text_length is {text_length}, and text has {text.shape[1]} rows; give fewer rows")
+    if timestep.shape not in ((B,), (B, grid[0])) or timestep.dtype != jnp.float32:
+        raise UsageError(
+            f"velocity: timestep is {timestep.dtype}{list(timestep.shape)}; expected float32[{B}], or [{B},{grid[0]}] with "
+            "one for each frame"
+        )
+    if timestep.ndim == 2 and isinstance(pattern, SlidingTile | VideoSparse):
+        raise UsageError("velocity: a timestep for each frame goes with Dense() and BlockCausal(...) only")
+    if text.ndim not in (3, 4) or text.shape[0] != B or text.shape[-1] != cfg.text_dim or text.shape[-2] == 0:
+        raise UsageError(
+            f"velocity: text is {text.shape}; expected [{B},S,{cfg.text_dim}] with S at least 1, or "
+            f"[{B},P,S,{cfg.text_dim}]"
+        )
+    if text.ndim == 4 and (text.shape[1] == 0 or grid[0] % text.shape[1] or isinstance(pattern, SlidingTile | VideoSparse)):
+        raise UsageError(
+            f"velocity: there are {text.shape[1]} texts a clip of {grid[0]} frames; expected a number that divides the "
+            "frames, and a pattern without tiles"
+        )
+    if text_length is not None and text_length < text.shape[-2]:
+        raise UsageError(f"velocity: text_length is {text_length}, and text has {text.shape[-2]} rows; give fewer rows")

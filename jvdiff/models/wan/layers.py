@@ -4,6 +4,7 @@ B batch · L video tokens · N heads · K head dim · D model width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -74,21 +75,40 @@ def gelu(x: Array) -> Array:
     return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
-def rope_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[Array, Array]:
+def rope_tables(grid: tuple[int, int, int], head_dim: int, frames: Any = None) -> tuple[Array, Array]:
     """Cosines and sines [L,K/2] float32 of the rotation of each channel pair at each token (t,h,w), w fastest.
 
-    The channels are split over the axes as d-4*(d//6), 2*(d//6), 2*(d//6); theta is 10000 on each. Angles are float64;
-    only one short table an axis is a constant of the compiled program.
+    The channels are split over the axes as d-4*(d//6), 2*(d//6), 2*(d//6); theta is 10000 on each. Only short tables of
+    each axis are constants of the compiled program. `frames`: int32 [T], traced or not, from 0 without a limit: the
+    place in the video of each frame; None: 0, 1, ...
     """
     side = 2 * (head_dim // 6)
-    cos, sin = [], []
+    whole: tuple[list[Array], list[Array]] = ([], [])
     for axis, (length, size) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
-        angles = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, size, 2) / size)
-        for table, f in ((cos, np.cos), (sin, np.sin)):
-            short = jnp.asarray(np.expand_dims(f(angles), tuple({0, 1, 2} - {axis})), jnp.float32)
+        places = np.arange(length) if axis or frames is None else frames
+        for table, short in zip(whole, _turns(places, size), strict=True):
+            short = jnp.expand_dims(short, tuple({0, 1, 2} - {axis}))
             table.append(jnp.broadcast_to(short, (*grid, size // 2)))
-    whole = [jnp.concatenate(t, axis=-1).reshape(-1, head_dim // 2) for t in (cos, sin)]
-    return whole[0], whole[1]
+    cos, sin = (jnp.concatenate(t, axis=-1).reshape(-1, head_dim // 2) for t in whole)
+    return cos, sin
+
+
+def _turns(places: Any, size: int) -> tuple[Array, Array]:
+    """Cosines and sines float32 [n,size/2] of places [n] times the rates of an axis of `size` channels.
+
+    Angles are float64. Traced places are made of digits in base 256, whose turns are constants and follow one another:
+    so the last frame of a day is as exact as the first.
+    """
+    rates = 10000.0 ** (-np.arange(0, size, 2) / size)
+    if isinstance(places, np.ndarray):
+        angles = places[:, None] * rates
+        return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    cos, sin = _turns(np.arange(256), size)
+    digits = cos[places & 255], sin[places & 255]
+    for shift in (8, 16, 24):
+        c, s = (t[(places >> shift) & 255] for t in _turns(np.arange(256) << shift, size))
+        digits = digits[0] * c - digits[1] * s, digits[1] * c + digits[0] * s
+    return digits
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
