@@ -188,6 +188,38 @@ def test_few_step_scheduler_is_refused_by_name():
         schedules.from_scheduler_config(read("self_forcing_wan_2_1"))
 
 
+def test_published_self_forcing_config():
+    found = schedules.from_self_forcing_config(read("self_forcing_wan_2_1"))
+    assert found == {"shift": 5.0, "sigma_max": 1.0, "sigma_min": 0.0, "extra_one_step": True}
+    assert schedules.self_forcing(**found).timesteps[1] == 937.5
+    minimal = {"_class_name": "SelfForcingFlowMatchScheduler", "num_inference_steps": 1000}
+    found = schedules.from_self_forcing_config(minimal)  # FastVideo's defaults
+    assert found == {"shift": 3.0, "sigma_max": 1.0, "sigma_min": 0.003 / 1.002, "extra_one_step": False}
+
+
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        ("shift", 0),
+        ("shift", "5"),
+        ("sigma_min", -0.1),
+        ("sigma_max", float("nan")),
+        ("extra_one_step", 1),
+        ("num_inference_steps", 4),
+        ("num_train_timesteps", 500),
+        ("inverse_timesteps", True),
+        ("reverse_sigmas", True),
+        ("sihft", 5.0),
+        ("_class_name", "UniPCMultistepScheduler"),
+    ],
+)
+def test_self_forcing_configs_that_are_refused(key, value):
+    with pytest.raises(CheckpointError) as error:
+        schedules.from_self_forcing_config(read("self_forcing_wan_2_1") | {key: value})
+    message = str(error.value)
+    assert key in message and repr(value) in message and len(message.splitlines()) <= 6
+
+
 def test_absent_keys_take_the_class_defaults():
     minimal = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     assert schedules.from_scheduler_config(minimal) == ("euler", 1.0, "diffusers")
