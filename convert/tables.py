@@ -46,6 +46,7 @@ def read_component(folder: Path) -> Component:
     name = config.get("_class_name") or config.get("model_type") or config.get("architectures")
     classes = {
         "WanTransformer3DModel": wan.DiTConfig,
+        "CausalWanTransformer3DModel": wan.DiTConfig,
         "AutoencoderKLWan": wan.VAEConfig,
         "umt5": umt5.Config,
     }

@@ -3,7 +3,8 @@
     python -m convert.to_hf --source ORBAX_DIR --target HF_DIR [--dtype bfloat16|float16|float32] [--vae DIR]
 
 The conversion's tables are read backwards, one array in memory at a time. Without --dtype every number is written as it
-is stored, so that Hugging Face -> Orbax -> Hugging Face gives the same bits; with it, all weights are cast.
+is stored, so that Hugging Face -> Orbax -> Hugging Face gives the same bits; with it, all weights are cast. A causal
+repository keeps its class names, which diffusers does not have.
 """
 
 import argparse

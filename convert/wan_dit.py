@@ -1,6 +1,7 @@
 """The Wan 2.1 text-to-video transformer: names in Diffusers' files <-> jvdiff's parameter tree.
 
-Source of the names: `diffusers.WanTransformer3DModel` and the published Wan2.1-T2V-*-Diffusers repositories.
+Source of the names: `diffusers.WanTransformer3DModel` and the published Wan2.1-T2V-*-Diffusers repositories. Those of
+the causal models (wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers) are the same.
 Diffusers' `norm2` is the affine norm before cross-attention, which the original Wan files call `norm3`. Files of models
 trained with video sparse attention (FastVideo's FastWan2.1-*-Diffusers) have `GATE` besides.
 """

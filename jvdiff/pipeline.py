@@ -112,7 +112,8 @@ def load(path: str | Path, precision: str | None = None, mesh: Any = None) -> Pi
 
     Raises:
         CheckpointError: incomplete, damaged or unknown weights or configurations.
-        UsageError: no such folder, an unknown precision, or a mesh of more devices than there are.
+        UsageError: no such folder, one for `jvdiff.stream`, an unknown precision, or a mesh of more devices than there
+            are.
     """
     return _load(path, precision, mesh)
 
@@ -120,7 +121,7 @@ def load(path: str | Path, precision: str | None = None, mesh: Any = None) -> Pi
 def _load(path: str | Path, name: str | None, mesh: Any) -> Pipeline:  # where `precision` is the module again
     placement = place(read_mesh(mesh))
     dtypes = precision.choose(name)
-    repository = repositories.inspect(path)
+    repository = repositories.inspect(path, causal=False)
     configs = Configs(repository.transformer, repository.vae, repository.text_encoder)
     defaults = read_defaults(path)
     tokenizer = tokenizers.load(repository.tokenizer)

@@ -92,7 +92,7 @@ def describe(checkpoint: str | None) -> tuple[Any, Mapping[str, Any], Mapping[st
     from jvdiff.settings import Configs, read_defaults
 
     if checkpoint and Path(checkpoint).exists():
-        found = repository.inspect(checkpoint)
+        found = repository.inspect(checkpoint, causal=False)
         configs = Configs(found.transformer, found.vae, found.text_encoder)
         return configs, found.scheduler, read_defaults(checkpoint)
     published = {

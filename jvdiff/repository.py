@@ -24,6 +24,8 @@ from jvdiff.staging import MANIFEST, staged
 from jvdiff.types import Params
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
+_PIPELINES = {False: "WanPipeline", True: "WanCausalDMDPipeline"}  # DiTConfig.causal: the class in model_index.json
+_CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler")
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,14 @@ class Repository:
     digest: str
 
 
-def inspect(path: str | Path) -> Repository:
+def inspect(path: str | Path, causal: bool | None = None) -> Repository:
     """Reads every configuration of a text-to-video repository, in either layout, and checks that they fit together.
 
+    causal: which models the caller can run, True those that make a video chunk by chunk, False those that make it at
+    once; None takes both.
+
     Raises:
-        UsageError: there is no such folder.
+        UsageError: there is no such folder, or a repository of the other kind.
         UnsafeFormat: a file of pickles instead of a folder, or a repository that wants its own code run.
         CheckpointError: incomplete, damaged, or a model that jvdiff does not have.
     """
@@ -61,7 +66,7 @@ def inspect(path: str | Path) -> Repository:
         )
     if not path.is_dir():
         raise UsageError(f"{path}: there is no such folder.\nExpected a Diffusers repository or a converted one.")
-    _check_model_index(path)
+    pipeline = _check_model_index(path)
     found = {}
     for name, kind in zip(COMPONENTS, (wan.DiTConfig, wan.VAEConfig, umt5.Config), strict=True):
         found[name] = read_component(path / name).cfg
@@ -73,6 +78,18 @@ def inspect(path: str | Path) -> Repository:
             f"{path}: its components do not fit together: the transformer takes {dit.in_channels} latent channels and "
             f"text of width {dit.text_dim},\nthe VAE gives {vae.z_dim} and the text encoder {text.d_model}.\n"
             "Take all folders from one repository."
+        )
+    if _PIPELINES[dit.causal] != pipeline:
+        raise CheckpointError(
+            f"{path}: model_index.json describes a {pipeline}, transformer/config.json a "
+            f"{dit.to_json()['_class_name']}; expected {_PIPELINES[dit.causal]} with that.\n"
+            "Take all folders from one repository."
+        )
+    if causal is not None and causal != dit.causal:
+        raise UsageError(
+            f"{path}: a causal model, which makes a video chunk by chunk; run it with `python -m jvdiff.stream`."
+            if dit.causal
+            else f"{path}: no causal model, it makes a video at once; run it with `python -m jvdiff.sample`."
         )
     orbax = (path / "transformer" / checkpoint.PARAMS).is_dir()
     return Repository(
@@ -87,8 +104,8 @@ def inspect(path: str | Path) -> Repository:
     )
 
 
-def _check_model_index(path: Path) -> None:
-    """Only classes of diffusers and transformers, of a pipeline that we have; nothing named there is ever imported."""
+def _check_model_index(path: Path) -> str:
+    """The pipeline's class, one that we have, of classes of diffusers and transformers; none is ever imported."""
     index = reader.read_json(path / "model_index.json")
     for name, value in index.items():
         if isinstance(value, list) and (len(value) != 2 or value[0] not in ("diffusers", "transformers", None)):
@@ -96,15 +113,17 @@ def _check_model_index(path: Path) -> None:
                 f"{path / 'model_index.json'}: {name} names {str(value)!r:.80}; remote code is not supported.\n"
                 "Expected classes of diffusers and transformers only."
             )
-    if (pipeline := index.get("_class_name")) != "WanPipeline":
+    if (pipeline := str(index.get("_class_name"))) not in _PIPELINES.values():
         raise CheckpointError(
-            f"{path / 'model_index.json'}: describes a {str(pipeline)!r:.60}; expected 'WanPipeline' (text-to-video)."
+            f"{path / 'model_index.json'}: describes a {pipeline!r:.60}; expected 'WanPipeline' (text-to-video) "
+            "or 'WanCausalDMDPipeline' (streaming)."
         )
     if (index.get("transformer_2") or [None])[0] is not None:
         raise CheckpointError(
             f"{path}: holds two transformers (Wan 2.2 A14B), which jvdiff does not run yet.\n"
             "Use a Wan 2.1 text-to-video repository."
         )
+    return pipeline
 
 
 def _fingerprint(path: Path) -> str:
@@ -135,19 +154,26 @@ def save(
     Args:
         components: for "transformer", "vae" and "text_encoder" the configuration and the parameter tree.
         tokenizer: a folder with the tokenizer's files.
-        scheduler: the content of scheduler_config.json, with diffusers' `_class_name`.
+        scheduler: the content of scheduler_config.json, with diffusers' `_class_name`; of a causal transformer, which
+            the class names written here make known, SelfForcingFlowMatchScheduler or UniPCMultistepScheduler.
         defaults: the content of jvdiff_defaults.json: size, steps and so on that suit these weights.
 
-    Raises: as `checkpoint.save`, and UsageError where a component is missing.
+    Raises: as `checkpoint.save`, and UsageError where a component is missing or the scheduler does not fit.
     """
     if sorted(components) != sorted(COMPONENTS):
         raise UsageError(f"components are {', '.join(components)}; expected {', '.join(COMPONENTS)}.")
+    dit = components["transformer"][0]
+    if dit.causal and scheduler["_class_name"] not in _CAUSAL_SCHEDULERS:
+        raise UsageError(
+            f"scheduler is a {scheduler['_class_name']}; a causal transformer needs one of "
+            f"{', '.join(_CAUSAL_SCHEDULERS)}."
+        )
     index = {
-        "_class_name": "WanPipeline",
+        "_class_name": _PIPELINES[dit.causal],
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer": ["diffusers", dit.to_json()["_class_name"]],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
 

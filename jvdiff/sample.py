@@ -120,7 +120,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
         raise UsageError("no checkpoint; give --config.checkpoint=FOLDER.")
     _check_numbers(config)
     output = command_line.writable(config.output, "output")
-    repository = repositories.inspect(config.checkpoint)
+    repository = repositories.inspect(config.checkpoint, causal=False)
     configs = settings.Configs(repository.transformer, repository.vae, repository.text_encoder)
     defaults = settings.read_defaults(config.checkpoint)
     resolve = functools.partial(settings.resolve, configs, repository.scheduler, defaults)

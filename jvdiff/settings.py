@@ -26,6 +26,7 @@ from jvdiff.models import umt5, wan
 PROMPT_CHARACTERS = 100_000
 TILE_TOKENS = 4096
 DEFAULTS_FILE = "jvdiff_defaults.json"
+STREAM = "stream"  # the key in it under which a causal repository keeps what streaming needs; not read here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ def resolve(
 
 
 def read_defaults(path: str | Path) -> dict[str, Any]:
-    """The repository's `jvdiff_defaults.json`, {} without one.
+    """The repository's `jvdiff_defaults.json` without its object `stream`; {} if there is none.
 
     Raises:
         CheckpointError: it is not an object of known settings.
@@ -98,6 +99,7 @@ def read_defaults(path: str | Path) -> dict[str, Any]:
         own = json.loads(file.read_bytes()[: 2**20])
         if not isinstance(own, dict):
             raise ValueError("not a JSON object")
+        own.pop(STREAM, None)
         if unknown := sorted(own.keys() - set(FIELDS)):
             raise ValueError(f"unknown {', '.join(unknown)}; expected some of {', '.join(FIELDS)}")
         return {name: _typed(name, value) for name, value in own.items()}

@@ -67,3 +67,23 @@ def tiny_repository(tmp_path_factory):
     defaults = {"num_frames": 5, "height": 16, "width": 16, "steps": 4, "guidance": 3.0, "fps": 8}
     (root / "jvdiff_defaults.json").write_text(json.dumps(defaults))
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_causal_repository(tiny_repository, tmp_path_factory):
+    """The same weights under the class names of a Self-Forcing repository (SFWan2.1-T2V-1.3B-Diffusers)."""
+    import shutil
+
+    root = shutil.copytree(tiny_repository, tmp_path_factory.mktemp("causal") / "repository")
+    names = {"_class_name": "WanCausalDMDPipeline", "transformer": ["diffusers", "CausalWanTransformer3DModel"]}
+    names["scheduler"] = ["diffusers", "SelfForcingFlowMatchScheduler"]
+    scheduler = {"num_inference_steps": 1000, "shift": 5.0, "sigma_min": 0.0, "extra_one_step": True, "training": True}
+    for file, content in {
+        "model_index.json": json.loads((root / "model_index.json").read_text()) | names,
+        "transformer/config.json": json.loads((root / "transformer" / "config.json").read_text())
+        | {"_class_name": "CausalWanTransformer3DModel"},
+        "scheduler/scheduler_config.json": {"_class_name": "SelfForcingFlowMatchScheduler", **scheduler},
+        "jvdiff_defaults.json": {"num_frames": 5, "height": 16, "width": 16, "stream": {"len_t": 1}},
+    }.items():
+        (root / file).write_text(json.dumps(content))
+    return root

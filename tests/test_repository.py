@@ -11,7 +11,7 @@ import pytest
 
 from convert.__main__ import convert
 from convert.tables import read_component
-from jvdiff import checkpoint, repository
+from jvdiff import checkpoint, pipeline, repository, settings
 from jvdiff.errors import CheckpointError, CorruptFile, UnsafeFormat, UsageError
 
 
@@ -63,6 +63,12 @@ def test_f28_auto_map(copy):
     "file, values, words",
     [
         ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "expected 'WanPipeline'"),
+        ("model_index.json", {"_class_name": "WanCausalDMDPipeline"}, "expected WanPipeline with that"),
+        (
+            "transformer/config.json",
+            {"_class_name": "CausalWanTransformer3DModel"},
+            "expected WanCausalDMDPipeline with that",
+        ),
         ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "two transformers"),
         ("transformer/config.json", {"_class_name": "AutoencoderKLWan"}, "VAE configuration"),
         ("transformer/config.json", {"in_channels": 36}, "do not fit together"),
@@ -100,6 +106,39 @@ def test_f31_more_words_than_embedding_rows(copy, tmp_path):
     change(copy / "text_encoder" / "config.json", vocab_size=3)
     with pytest.raises(CheckpointError, match="do not belong together"):
         convert(copy, tmp_path / "orbax")
+
+
+def test_a_causal_repository_is_for_the_streaming_program(tiny_causal_repository, tiny_repository):
+    assert repository.inspect(tiny_causal_repository).transformer.causal
+    assert repository.inspect(tiny_causal_repository, causal=True).scheduler["shift"] == 5.0
+    assert not repository.inspect(tiny_repository, causal=False).transformer.causal
+    with pytest.raises(UsageError, match=r"chunk by chunk; run it with `python -m jvdiff\.stream`"):
+        pipeline.load(tiny_causal_repository)
+    with pytest.raises(UsageError, match=r"at once; run it with `python -m jvdiff\.sample`"):
+        repository.inspect(tiny_repository, causal=True)
+
+
+def test_save_causal_repository(tiny_causal_repository, tmp_path):
+    found = repository.inspect(tiny_causal_repository)
+    components = {}
+    for name in repository.COMPONENTS:
+        part = read_component(tiny_causal_repository / name)
+        components[name] = part.cfg, checkpoint.restore(tiny_causal_repository / name, part.abstract(jnp.float32))
+    unipc = {"_class_name": "UniPCMultistepScheduler", "flow_shift": 5.0}
+    stream = {"stream": {"len_t": 3, "sink_size_t": 1}}
+    for number, scheduler in enumerate((found.scheduler, unipc)):
+        saved = tmp_path / str(number)
+        repository.save(saved, components, tokenizer=found.tokenizer, scheduler=scheduler, defaults=stream)
+        index = json.loads((saved / "model_index.json").read_text())
+        assert index["_class_name"] == "WanCausalDMDPipeline"
+        assert index["transformer"] == ["diffusers", "CausalWanTransformer3DModel"]
+        assert index["scheduler"] == ["diffusers", scheduler["_class_name"]]
+        assert repository.inspect(saved).transformer == found.transformer
+        assert settings.read_defaults(saved) == {}
+    euler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    with pytest.raises(UsageError, match="needs one of SelfForcingFlowMatchScheduler"):
+        repository.save(tmp_path / "x", components, tokenizer=found.tokenizer, scheduler=euler)
+    assert not (tmp_path / "x").exists()
 
 
 def test_save_repository(tiny_repository, tmp_path):

@@ -24,6 +24,8 @@ def test_a_repositorys_defaults_are_checked(tmp_path):
         file.write_text(content)
         with pytest.raises(CheckpointError, match=message):
             settings.read_defaults(tmp_path)
+    file.write_text('{"steps": 3, "stream": {"len_t": 3}}')  # what streaming needs is read elsewhere
+    assert settings.read_defaults(tmp_path) == {"steps": 3}
 
 
 def test_a_scheduler_that_is_not_ours_can_be_overridden(configs, tiny_repository):

@@ -91,8 +91,8 @@ def training(
     """All noise levels that a flow-matching network of the Self-Forcing family was trained at, the highest first.
 
     linspace(sigma_max, sigma_min, train_steps + 1) without its end (`extra_one_step`), or train_steps points with both
-    ends; shifted. Timesteps are train_steps * sigma, not truncated. LingBot-World has sigma_max 0.999. (The 0 that ends every
-    Schedule comes besides: `Schedule.sigmas` has one number more than the table.)
+    ends; shifted. Timesteps are train_steps * sigma, not truncated. LingBot-World has sigma_max 0.999.
+    (The 0 that ends every Schedule comes besides: `Schedule.sigmas` has one number more than the table.)
 
     Raises UsageError for a shift that is not a positive finite number, train_steps < 1, or ends that are not
     1 >= sigma_max > sigma_min >= 0.
@@ -189,8 +189,9 @@ def _check_count(name: str, count: Any) -> None:
 
 
 # The keys of diffusers' classes: (the class's default, the values that we can reproduce). ANY: without effect on flow
-# sigmas, whatever it says. NUMBER: the shift itself.
-_ANY, _NUMBER = "any", "number"
+# sigmas, whatever it says. NUMBER: the shift itself. LEVEL: a sigma.
+_ANY, _NUMBER, _LEVEL = "any", "number", "level"
+_WHERE = "scheduler_config.json"
 _UNIPC = {
     "num_train_timesteps": (1000, (1000,)),
     "beta_start": (0.0001, _ANY),
@@ -238,6 +239,18 @@ _EULER = {
     "time_shift_type": ("exponential", ("exponential", "linear")),
     "stochastic_sampling": (False, (False,)),
 }
+_SELF_FORCING_NAME = "SelfForcingFlowMatchScheduler"
+_SELF_FORCING = {
+    "num_inference_steps": (100, (1000,)),  # the length of its table, not of a run
+    "num_train_timesteps": (1000, (1000,)),
+    "shift": (3.0, _NUMBER),
+    "sigma_max": (1.0, _LEVEL),
+    "sigma_min": (0.003 / 1.002, _LEVEL),
+    "inverse_timesteps": (False, (False,)),
+    "extra_one_step": (False, (False, True)),
+    "reverse_sigmas": (False, (False,)),
+    "training": (False, _ANY),  # weights of a loss
+}
 _CLASSES = {  # _class_name: (solver, key of the shift, table)
     "UniPCMultistepScheduler": ("unipc", "flow_shift", _UNIPC),
     "FlowMatchEulerDiscreteScheduler": ("euler", "shift", _EULER),
@@ -250,20 +263,41 @@ def from_scheduler_config(config: Mapping[str, Any]) -> Defaults:
     Raises CheckpointError naming the key and its value where diffusers would sample in a way that we do not
     reproduce, and for a key that neither class has, so that nothing is dropped silently.
     """
-    where = "scheduler_config.json"
     name = config.get("_class_name")
     if name not in _CLASSES:
         raise CheckpointError(
-            f"{where}: _class_name is {name!r}, a scheduler that jvdiff does not have.\n"
+            f"{_WHERE}: _class_name is {name!r}, a scheduler that jvdiff does not have.\n"
             f"Expected one of: {', '.join(_CLASSES)}.\n"
             "Use a repository with one of these, or give solver, shift and grid yourself."
         )
     solver, shift_key, table = _CLASSES[name]
+    _check_config(config, table)
+    return Defaults(solver, float(config.get(shift_key, table[shift_key][0])), "diffusers")
+
+
+def from_self_forcing_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments shift, sigma_max, sigma_min and extra_one_step of `training` and `self_forcing`, from the
+    scheduler_config.json of a causal repository, read as FastVideo's SelfForcingFlowMatchScheduler reads it (absent
+    keys: its defaults). Which steps are taken, the file does not say.
+
+    Raises CheckpointError as `from_scheduler_config`.
+    """
+    if (name := config.get("_class_name")) != _SELF_FORCING_NAME:
+        raise CheckpointError(f"{_WHERE}: _class_name is {name!r}; expected {_SELF_FORCING_NAME!r}.")
+    _check_config(config, _SELF_FORCING)
+    given = {key: config.get(key, default) for key, (default, _) in _SELF_FORCING.items()}
+    numbers = {key: float(given[key]) for key in ("shift", "sigma_max", "sigma_min")}
+    return numbers | {"extra_one_step": given["extra_one_step"]}
+
+
+def _check_config(config: Mapping[str, Any], table: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises CheckpointError for a key that the table does not have, or a value that it does not allow."""
+    name = config["_class_name"]
     for key in config:
         if not key.startswith("_") and key not in table:
             near = difflib.get_close_matches(key, table, n=1)
             raise CheckpointError(
-                f"{where}: unknown key {key!r} = {config[key]!r} for {name}."
+                f"{_WHERE}: unknown key {key!r} = {config[key]!r} for {name}."
                 + (f" Did you mean {near[0]!r}?" if near else "")
                 + "\nRemove it if it has no effect, or give solver, shift and grid yourself."
             )
@@ -273,16 +307,17 @@ def from_scheduler_config(config: Mapping[str, Any]) -> Defaults:
             continue
         if allowed is _NUMBER:
             good, expected = _is_number(value) and value > 0, "a positive finite number"
+        elif allowed is _LEVEL:
+            good, expected = _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"
         else:
             good = any(type(value) is type(a) and value == a for a in allowed)
             expected = " or ".join(repr(a) for a in allowed)
         if not good:
             raise CheckpointError(
-                f"{where}: {key} is {value!r}{'' if key in config else ' (absent, the default of ' + name + ')'}.\n"
+                f"{_WHERE}: {key} is {value!r}{'' if key in config else ' (absent, the default of ' + name + ')'}.\n"
                 f"Expected {expected}; jvdiff samples flow-matching models only.\n"
                 "Use a repository with a supported scheduler, or give solver, shift and grid yourself."
             )
-    return Defaults(solver, float(config.get(shift_key, table[shift_key][0])), "diffusers")
 
 
 def _is_number(value: Any) -> bool:

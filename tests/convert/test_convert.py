@@ -124,6 +124,26 @@ def test_there_and_back_is_bit_equal(tiny_repository, orbax, tmp_path):  # F46
     assert inspect(tmp_path / "hf").tokenizer.is_dir()
 
 
+def test_a_causal_repository_there_and_back(tiny_causal_repository, tmp_path):
+    convert(tiny_causal_repository, tmp_path / "orbax")
+    verify(tmp_path / "orbax")
+    to_hf(tmp_path / "orbax", tmp_path / "hf")
+    for repository in (tiny_causal_repository, tmp_path / "orbax", tmp_path / "hf"):
+        assert inspect(repository).transformer.causal
+        assert same(restored(repository), restored(tiny_causal_repository))
+    for file in (
+        "model_index.json",
+        "transformer/config.json",
+        "scheduler/scheduler_config.json",
+        "jvdiff_defaults.json",
+    ):
+        assert json.loads((tmp_path / "hf" / file).read_text()) == json.loads(
+            (tiny_causal_repository / file).read_text()
+        )
+    weights = [load_file(r / "transformer" / WEIGHTS["transformer"]) for r in (tmp_path / "hf", tiny_causal_repository)]
+    assert same(*weights)
+
+
 def add_gates(tensors):
     """What FastWan's files hold besides Wan's; their config.json says nothing of it."""
     rng = np.random.default_rng(0)

@@ -21,6 +21,7 @@ from jvdiff.models import umt5, wan
 
 LISTS = Path(__file__).parents[1] / "data" / "tensors"
 FASTWAN = dataclasses.replace(wan.WAN_2_1_T2V_1_3B, gate_compress=True)
+SELF_FORCING = dataclasses.replace(wan.WAN_2_1_T2V_1_3B, causal=True)
 
 
 def published(name):
@@ -36,6 +37,7 @@ def published(name):
     "name, cfg, count, parameters",
     [
         ("wan2_1_t2v_1_3b", wan.WAN_2_1_T2V_1_3B, 825, 1_418_996_800),
+        ("wan2_1_t2v_1_3b", SELF_FORCING, 825, 1_418_996_800),  # the published lists are equal
         ("fastwan2_1_t2v_1_3b", FASTWAN, 885, 1_489_821_760),
         ("wan2_1_t2v_14b", wan.WAN_2_1_T2V_14B, 1095, 14_288_491_584),
         ("wan2_1_vae", wan.WAN_2_1_VAE, 194, 126_892_531),
@@ -49,6 +51,15 @@ def test_published_tensors(name, cfg, count, parameters):
     assert ours == published(name)
     assert len(ours) == count
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == parameters
+
+
+def test_the_causal_class(tmp_path):
+    """The class's name is all in which Self-Forcing's config.json differs from Wan 2.1's."""
+    config = wan.WAN_2_1_T2V_1_3B.to_json() | {"_class_name": "CausalWanTransformer3DModel"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_component(tmp_path).cfg == SELF_FORCING
+    assert SELF_FORCING.to_json() == config
+    assert "causal" not in config
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -79,6 +79,93 @@ def test_bad_arguments(steps, kwargs, name):
         schedules.make(steps, **kwargs)
 
 
+def float64_table(shift, sigma_max=1.0):
+    """The training table, written out: entry j of 1000."""
+    grid = [sigma_max * (1000 - j) / 1000 for j in range(1000)]
+    return np.array([shift * g / (1 + (shift - 1) * g) for g in grid])
+
+
+@pytest.mark.parametrize("shift,sigma_max", [(5.0, 1.0), (8.0, 1.0), (10.0, 0.999)])
+def test_training_table(shift, sigma_max):
+    table = schedules.training(shift=shift, sigma_max=sigma_max)
+    assert len(table) == 1000 and table.sigmas[-1] == 0
+    np.testing.assert_allclose(table.sigmas[:-1], float64_table(shift, sigma_max), rtol=1e-12)
+    np.testing.assert_allclose(table.timesteps, 1000 * table.sigmas[:-1], rtol=1e-12)
+
+
+def test_training_table_with_both_ends():
+    table = schedules.training(shift=1.0, sigma_max=1.0, sigma_min=0.5, extra_one_step=False, train_steps=3)
+    assert table.sigmas.tolist() == [1, 0.75, 0.5, 0] and table.timesteps.tolist() == [3, 2.25, 1.5]
+
+
+@pytest.mark.parametrize(
+    "given,kwargs,sigmas,timesteps",
+    [
+        ((1000, 750, 500, 250), {"shift": 5.0}, [1, 0.9375, 0.8333333, 0.625], [1000, 937.5, 833.33333, 625]),
+        ((1000, 750, 500, 250), {}, [1, 0.96, 0.8888889, 0.7272727], [1000, 960, 888.88889, 727.27273]),
+        ((1000, 757, 522), {"warp": False}, [1, 28 / 37, 12 / 23], [1000, 757, 522]),  # CausVid; 280/1000, 120/1000
+        ((1000, 750, 500, 250), {"integer": True}, [1, 0.96, 0.8888889, 0.7272727], [1000, 960, 888, 727]),
+        (
+            (1000, 821, 642, 321),  # LingBot-World
+            {"shift": 10.0, "sigma_max": 0.999, "integer": True},
+            [0.9998999, 0.9785458, 0.9470422, 0.8251926],
+            [999, 978, 947, 825],
+        ),
+        ((1000, 0), {"shift": 5.0}, [1, 5 / 1004], [1000, 0]),  # 0: the last entry, and still told as 0
+        ((1000, 580, 29), {"shift": 1.0, "integer": True}, [1, 0.58, 0.029], [1000, 580, 29]),  # rounding decides not
+    ],
+    ids=("shift-5", "default", "not-warped", "integer", "sigma-max", "zero", "no-shift"),
+)
+def test_self_forcing(given, kwargs, sigmas, timesteps):
+    schedule = schedules.self_forcing(given, **kwargs)
+    assert schedule.sigmas.dtype == schedule.timesteps.dtype == np.float64
+    np.testing.assert_allclose(schedule.sigmas, [*sigmas, 0], rtol=0, atol=5e-8)
+    np.testing.assert_allclose(schedule.timesteps, timesteps, rtol=0, atol=5e-6)
+    if kwargs.get("integer"):
+        assert np.all(schedule.timesteps == np.trunc(schedule.timesteps))
+
+
+def test_nearest_sigma():
+    table, unipc = schedules.training(shift=5.0), schedules.make(50, shift=5.0, grid="wan")
+    assert schedules.nearest_sigma(128, table.timesteps, table.sigmas) == pytest.approx(0.129928, abs=5e-7)
+    assert schedules.nearest_sigma(128, unipc.timesteps, unipc.sigmas) == pytest.approx(0.0925, abs=5e-5)
+    assert schedules.nearest_sigma(0, table.timesteps, table.sigmas) == table.sigmas[999]  # never the closing 0
+    first = schedules.nearest_sigma(2.0, np.array([3.0, 1.0]), np.array([0.3, 0.1, 0.0]))
+    assert first == 0.3  # of two that are equally near
+    with pytest.raises(UsageError, match="finite"):
+        schedules.nearest_sigma(float("nan"), table.timesteps, table.sigmas)
+
+
+def test_steps_of_unipc_on_the_official_grid():
+    schedule = schedules.make(50, shift=5.0, grid="wan")
+    assert schedule.timesteps[[0, 1, 2, -2, -1]].tolist() == [999, 995, 991, 172, 92]
+    np.testing.assert_allclose(schedule.sigmas[[0, -2]], [0.9997998, 0.092507], rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        ({"denoising_timesteps": ()}, "falling whole numbers from 1000 to 0"),
+        ({"denoising_timesteps": (500, 750)}, r"falling.*\(500, 750\)"),
+        ({"denoising_timesteps": (500, 500)}, "falling"),
+        ({"denoising_timesteps": (1001,)}, "from 1000 to 0"),
+        ({"denoising_timesteps": (500, -1)}, "from 1000 to 0"),
+        ({"denoising_timesteps": (999.5,)}, "whole numbers"),
+        ({"denoising_timesteps": (True,)}, "whole numbers"),
+        ({"denoising_timesteps": (1000, 1, 0)}, "noise levels .*equal"),
+        ({"warp": False, "denoising_timesteps": (4, 3)}, "noise levels .*equal"),  # entries are 8 apart there
+        ({"shift": 0}, "shift"),
+        ({"shift": None}, "shift"),
+        ({"sigma_max": 1.5}, "sigma_max"),
+        ({"sigma_min": 1.0}, "sigma_min"),
+        ({"train_steps": 0}, "train_steps"),
+    ],
+)
+def test_bad_self_forcing(kwargs, message):
+    with pytest.raises(UsageError, match=message):
+        schedules.self_forcing(**kwargs)
+
+
 @pytest.mark.parametrize(
     "name,expected",
     [
@@ -99,6 +186,38 @@ def test_every_published_config_is_tested():
 def test_few_step_scheduler_is_refused_by_name():
     with pytest.raises(CheckpointError, match="SelfForcingFlowMatchScheduler"):
         schedules.from_scheduler_config(read("self_forcing_wan_2_1"))
+
+
+def test_published_self_forcing_config():
+    found = schedules.from_self_forcing_config(read("self_forcing_wan_2_1"))
+    assert found == {"shift": 5.0, "sigma_max": 1.0, "sigma_min": 0.0, "extra_one_step": True}
+    assert schedules.self_forcing(**found).timesteps[1] == 937.5
+    minimal = {"_class_name": "SelfForcingFlowMatchScheduler", "num_inference_steps": 1000}
+    found = schedules.from_self_forcing_config(minimal)  # FastVideo's defaults
+    assert found == {"shift": 3.0, "sigma_max": 1.0, "sigma_min": 0.003 / 1.002, "extra_one_step": False}
+
+
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        ("shift", 0),
+        ("shift", "5"),
+        ("sigma_min", -0.1),
+        ("sigma_max", float("nan")),
+        ("extra_one_step", 1),
+        ("num_inference_steps", 4),
+        ("num_train_timesteps", 500),
+        ("inverse_timesteps", True),
+        ("reverse_sigmas", True),
+        ("sihft", 5.0),
+        ("_class_name", "UniPCMultistepScheduler"),
+    ],
+)
+def test_self_forcing_configs_that_are_refused(key, value):
+    with pytest.raises(CheckpointError) as error:
+        schedules.from_self_forcing_config(read("self_forcing_wan_2_1") | {key: value})
+    message = str(error.value)
+    assert key in message and repr(value) in message and len(message.splitlines()) <= 6
 
 
 def test_absent_keys_take_the_class_defaults():

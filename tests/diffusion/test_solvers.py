@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jvdiff.diffusion import denoise, schedules, solvers
+from jvdiff.diffusion import add_noise, denoise, denoise_scan, schedules, solvers
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "goldens" / "schedules.json").read_text())
 MEAN, SPREAD = 0.7, 1.0  # of the Gaussian data below
@@ -106,3 +107,180 @@ def test_state_is_float32_and_a_copy(name):
     noise = jnp.ones((1, 2))
     denoise(lambda x, t: x, solver, solver.init(noise))
     assert noise.sum() == 2  # not donated with the state
+
+
+X, KEY = jax.random.normal(jax.random.key(3), (2, 3, 4)), jax.random.key(4)
+
+
+def stub(x, t):
+    """A flow that knows its timestep; x float32 [B,L,C]."""
+    return 0.7 * x + 0.1 + t[:, None, None] / 1000
+
+
+def float64_stub(x, t):
+    return 0.7 * x + 0.1 + t / 1000
+
+
+def assert_near(got, want, bound):
+    error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+    assert error <= bound, error
+
+
+def float64_renoise(x, steps, noises):
+    """Self-forcing written out: steps are (sigma, timestep); noises those of the steps after the first."""
+    clean = None
+    for i, (sigma, t) in enumerate(steps):
+        if i > 0:
+            x = (1 - sigma) * clean + sigma * noises[i - 1]
+        clean = x - sigma * float64_stub(x, t)
+    return clean
+
+
+def noises(count, shape=X.shape):
+    draws = [jax.random.normal(jax.random.fold_in(KEY, i + 1), shape, jnp.float32) for i in range(count)]
+    return np.asarray(draws, np.float64) if draws else []
+
+
+@pytest.mark.parametrize("loop", (denoise, denoise_scan))
+@pytest.mark.parametrize(
+    "steps,kwargs",
+    [
+        ([(1, 1000), (0.9375, 937.5), (5 / 6, 2500 / 3), (0.625, 625)], {"shift": 5.0}),
+        ([(1, 1000), (0.96, 960), (8 / 9, 8000 / 9), (8 / 11, 8000 / 11)], {}),
+        ([(1, 1000), (0.96, 960), (8 / 9, 888), (8 / 11, 727)], {"integer": True}),
+        ([(1, 1000), (28 / 37, 757), (12 / 23, 522)], {"denoising_timesteps": (1000, 757, 522), "warp": False}),
+        ([(1, 1000)], {"denoising_timesteps": (1000,)}),
+    ],
+    ids=("shift-5", "shift-8", "integer", "not-warped", "one-step"),
+)
+def test_renoise_against_float64(steps, kwargs, loop):
+    solver = solvers.renoise(schedules.self_forcing(**kwargs))
+    state = loop(stub, solver, solver.init(X, KEY))
+    assert_near(state.x, float64_renoise(np.asarray(X, np.float64), steps, noises(len(steps) - 1)), 2e-6)
+
+
+def float64_unipc(x, n, shift):
+    """UniPC of order 2 as written in float64 step by step, without a table; its grid is the official Wan program's."""
+    grid = np.linspace(float(np.float32(0.999)), 0, n + 1)[:-1]
+    sigma = np.append(shift * grid / (1 + (shift - 1) * grid), 0)
+    alpha, t = 1 - sigma, np.trunc(1000 * sigma)
+    lam = np.log(alpha[:-1] / sigma[:-1])
+    clean, base, order = [], None, 0  # estimates so far; the corrected sample one step earlier; the predictor's order
+    for i in range(n):
+        clean.append(x - sigma[i] * float64_stub(x, t[i]))
+        if i > 0:
+            h = lam[i] - lam[i - 1]
+            growth = np.expm1(-h)
+            phi = growth / -h - 1
+            rest, rho = 0, 0.5
+            if order == 2:
+                r = (lam[i - 2] - lam[i - 1]) / h
+                rho_0, rho = np.linalg.solve([[1, 1], [r, 1]], [phi / growth, 2 * (phi / -h - 0.5) / growth])
+                rest = rho_0 * (clean[-3] - clean[-2]) / r
+            inner = clean[-2] + rest + rho * (clean[-1] - clean[-2])
+            x = sigma[i] / sigma[i - 1] * base - alpha[i] * growth * inner
+        order, base = (1 if i in (0, n - 1) else 2), x
+        if i == n - 1:
+            return clean[-1]
+        h = lam[i + 1] - lam[i]
+        slope = 0.5 * h / (lam[i - 1] - lam[i]) * (clean[-2] - clean[-1]) if order == 2 else 0
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * np.expm1(-h) * (clean[-1] + slope)
+
+
+@pytest.mark.parametrize("shift", (5.0, 8.0))
+@pytest.mark.parametrize("steps", (1, 2, 3, 4, 50))
+def test_unipc_against_float64(steps, shift):
+    solver = solvers.unipc(schedules.make(steps, shift=shift, grid="wan"))
+    state = denoise(stub, solver, solver.init(X))
+    assert_near(state.x, float64_unipc(np.asarray(X, np.float64), steps, shift), 5e-6)
+
+
+@pytest.mark.parametrize("loop", (denoise, denoise_scan))
+@pytest.mark.parametrize("steps", (1, 2, 4))
+def test_renoise_counts(monkeypatch, steps, loop):
+    """N calls of the network and N - 1 draws of noise, counted while the compiled program runs."""
+    x = jnp.ones((1, steps, 97 if loop is denoise else 89))  # a shape of its own: what was traced before counts nothing
+    counts = {"calls": 0, "draws": 0}
+
+    def count(what):
+        counts[what] += 1
+
+    def normal(*args, draw=jax.random.normal):
+        jax.debug.callback(lambda: count("draws"))
+        return draw(*args)
+
+    def network(x, t):
+        jax.debug.callback(lambda: count("calls"))
+        return stub(x, t)
+
+    solver = solvers.renoise(schedules.self_forcing((1000, 750, 500, 250)[:steps]))
+    state = solver.init(x, KEY)
+    monkeypatch.setattr(jax.random, "normal", normal)
+    jax.block_until_ready(loop(network, solver, state))
+    jax.effects_barrier()
+    assert counts == {"calls": steps, "draws": steps - 1}
+
+
+def test_renoise_loop_scan_and_resumed_are_bit_equal():
+    solver = solvers.renoise(schedules.self_forcing())
+    whole = denoise_scan(stub, solver, solver.init(X, KEY))
+    for at in range(5):
+        state = denoise(stub, solver, solver.init(X, KEY), stop=at)
+        saved = jax.tree.map(np.array, state)  # plain numpy, as from a file
+        np.testing.assert_array_equal(denoise(stub, solver, saved, start=at).x, whole.x)
+
+
+def test_renoise_noise_is_of_key_and_step_only():
+    solver = solvers.renoise(schedules.self_forcing())
+    one, other = (denoise(stub, solver, solver.init(x, KEY), stop=2) for x in (X, X + 1))
+    # Step 1 again, from another state with the same key: the same noise.
+    replayed = solver.advance(solver.init(X, KEY), jnp.zeros_like(X), solver.table[1])
+    want = (1 - solver.table[1, 1]) * X + solver.table[1, 1] * noises(2)[1].astype(np.float32)
+    np.testing.assert_allclose(replayed.x, want, rtol=0, atol=1e-6)
+    assert np.std(other.x - one.x) < 1e-5  # the states differ by what is left of X: a constant
+    different = denoise(stub, solver, solver.init(X, jax.random.key(5)))
+    assert np.abs(different.x - denoise(stub, solver, solver.init(X, KEY)).x).max() > 0.1
+
+
+def test_renoise_takes_key_data_too():
+    solver = solvers.renoise(schedules.self_forcing())
+    data = jax.random.key_data(KEY)
+    typed, raw = (denoise(stub, solver, solver.init(X, key)) for key in (KEY, data))
+    np.testing.assert_array_equal(typed.x, raw.x)
+    assert data.shape and typed.x.dtype == jnp.float32 and X.sum() != 0  # neither was donated with the state
+
+
+def test_renoise_is_traced_once_for_any_steps():
+    shapes = []
+
+    def network(x, t):
+        shapes.append(x.shape)
+        return stub(x, t)
+
+    for given, shift in [((1000, 750, 500, 250), 8.0), ((1000, 500), 5.0), ((1000,), 5.0)]:
+        solver = solvers.renoise(schedules.self_forcing(given, shift=shift))
+        denoise(network, solver, solver.init(X, KEY))
+    assert shapes == [X.shape]
+
+
+def test_renoise_is_the_same_on_eight_devices():
+    solver = solvers.renoise(schedules.self_forcing())
+    noise = jax.random.normal(jax.random.key(6), (8, 3, 4))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    x, key = solver.init(noise, KEY)
+    state = solvers.RenoiseState(jax.device_put(x, rows), jax.device_put(key, everywhere))
+    got = denoise(stub, solver, state)
+    assert got.x.sharding.is_equivalent_to(rows, 3)
+    np.testing.assert_allclose(got.x, denoise(stub, solver, solver.init(noise, KEY)).x, rtol=0, atol=1e-6)
+
+
+def test_add_noise():
+    clean = jax.random.normal(jax.random.key(7), (2, 3, 4)).astype(jnp.bfloat16)
+    noise = np.asarray(jax.random.normal(KEY, clean.shape, jnp.float32))
+    got = add_noise(clean, 0.129928, KEY)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, (1 - 0.129928) * np.asarray(clean, np.float32) + 0.129928 * noise, atol=1e-6)
+    sigma = jnp.array([0.25, 0.5])[:, None, None]  # a level for each row
+    got = add_noise(clean, sigma, KEY)
+    np.testing.assert_allclose(got[1], 0.5 * np.asarray(clean, np.float32)[1] + 0.5 * noise[1], atol=1e-6)

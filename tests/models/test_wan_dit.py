@@ -223,7 +223,7 @@ def test_wrong_inputs_are_named(change, message):
 
 def test_config_round_trip():
     gated = dataclasses.replace(CFG, gate_compress=True)
-    for cfg in (CFG, gated, wan.WAN_2_1_T2V_1_3B, wan.WAN_2_1_T2V_14B):
+    for cfg in (CFG, gated, dataclasses.replace(CFG, causal=True), wan.WAN_2_1_T2V_1_3B, wan.WAN_2_1_T2V_14B):
         assert wan.DiTConfig.from_json(json.loads(json.dumps(cfg.to_json()))) == cfg
     assert wan.DiTConfig.from_json({}) == wan.WAN_2_1_T2V_14B
     assert (
@@ -249,6 +249,7 @@ def test_config_round_trip():
         ({"image_dim": 1280}, "image_dim is 1280; allowed is None"),
         ({"qk_norm": None}, "qk_norm is None"),
         ({"gate_compress": 1}, "gate_compress is 1; allowed is true or false"),
+        ({"causal": True}, "causal is True; allowed is one of the known fields"),
         ({"num_heads": 12}, "num_heads is 12; allowed is one of the known fields"),
     ],
 )

@@ -27,6 +27,7 @@ _FIXED = {
     "added_kv_proj_dim": None,
     "pos_embed_seq_len": None,
 }
+_CLASSES = {"WanTransformer3DModel": False, "CausalWanTransformer3DModel": True}  # _class_name: DiTConfig.causal
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class DiTConfig:
     """diffusers' WanTransformer3DModel arguments, with its names and defaults (those of the 14B model).
 
     `gate_compress` is ours: the blocks have the gate of video sparse attention's coarse branch, as FastWan's do, which
-    diffusers would ignore. Published files show it by their tensors alone (`convert.tables`).
+    diffusers would ignore. Published files show it by their tensors alone (`convert.tables`). `causal`: the weights
+    were trained to make a video chunk by chunk, as Self-Forcing's, and the class is named CausalWanTransformer3DModel;
+    tensors and computation are the same.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -49,6 +52,7 @@ class DiTConfig:
     eps: float = 1e-6
     rope_max_seq_len: int = 1024
     gate_compress: bool = False
+    causal: bool = False
 
     @property
     def width(self) -> int:
@@ -62,12 +66,12 @@ class DiTConfig:
         Raises CheckpointError with the field, the value found and the allowed range.
         """
         given = {k: v for k, v in mapping.items() if not k.startswith("_")}
-        if (name := mapping.get("_class_name", "WanTransformer3DModel")) != "WanTransformer3DModel":
-            raise _error("_class_name", name, "'WanTransformer3DModel'")
+        if (name := mapping.get("_class_name", "WanTransformer3DModel")) not in _CLASSES:
+            raise _error("_class_name", name, " or ".join(map(repr, _CLASSES)))
         for field, only in _FIXED.items():
             if (value := given.pop(field, only)) != only:
                 raise _error(field, value, f"{only!r} (Wan 2.1 text-to-video)")
-        names = [f.name for f in dataclasses.fields(cls)]
+        names = [f.name for f in dataclasses.fields(cls) if f.name != "causal"]
         for field in given:
             if field not in names:
                 raise _error(field, given[field], f"one of the known fields: {', '.join([*names, *_FIXED])}")
@@ -88,14 +92,15 @@ class DiTConfig:
         eps = given.get("eps", cls.eps)
         if type(eps) is not float or not 0 < eps < 1:  # NaN compares false
             raise _error("eps", eps, "a number above 0 and below 1")
-        return cls(**{**given, "patch_size": tuple(patch), "eps": eps})
+        return cls(**{**given, "patch_size": tuple(patch), "eps": eps, "causal": _CLASSES[name]})
 
     def to_json(self) -> dict[str, Any]:
         """What `diffusers.WanTransformer3DModel.from_config` reads; it passes over a `gate_compress` with a warning."""
         fields = dataclasses.asdict(self) | {"patch_size": list(self.patch_size)}
         if not self.gate_compress:
             del fields["gate_compress"]
-        return {"_class_name": "WanTransformer3DModel"} | fields | _FIXED
+        name = {causal: name for name, causal in _CLASSES.items()}[bool(fields.pop("causal"))]
+        return {"_class_name": name} | fields | _FIXED
 
 
 WAN_2_1_T2V_1_3B = DiTConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30)
