@@ -1,0 +1,353 @@
+"""Video in and out of a rollout, chunk by chunk: encoders and decoders over the causal VAE.
+
+    B batch · T latent frames · H W latent grid · C latent channels · F pixel frames · Y X pixel height, width
+
+Each is a frozen value, part of a rollout's configuration, with pure methods, all of which may be jitted (`self` is
+static). The `cache` that a method returns is all that it remembers; None means that the rollout begins (chunk 0).
+
+Of a temporal ratio of 4 the first latent frame stands for one pixel frame and every later one for four: T latent frames
+are 1 + 4 (T - 1) pixel frames in chunk 0, and 4 T afterwards. Names as in NVIDIA's flashdreams.
+
+An encoder's `encode` takes (params of the VAE, input, cache, *, latent_frames of the chunk, placement) and returns what
+the diffusion model is given, and the new cache. Of a placement's devices each has a part of the pixels and of what the
+VAE remembers, and all of the latents; all that is given lies on the placement's mesh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from jvdiff.errors import UsageError
+from jvdiff.models import wan
+from jvdiff.sharding import Placement
+from jvdiff.types import Array, Params
+
+# latent float32 [B,T,H,W,C], normalised, and mask float32 that broadcasts to it or goes with it: 1 where it is given.
+Payload = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class StreamingVideoDecoder:
+    """Latents of a chunk -> its pixel frames."""
+
+    vae: wan.VAEConfig = wan.WAN_2_1_VAE
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """Pixels per latent cell, along height and along width."""
+        return self.vae.spatial_factor
+
+    @property
+    def temporal_compression_ratio(self) -> int:
+        """Pixel frames per latent frame, after the first."""
+        return self.vae.temporal_factor
+
+    def get_output_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
+        """Pixel frames that so many latent frames become in the chunk of this index (from 0)."""
+        return _pixel_frames(self.vae, latent_frames, autoregressive_index)
+
+    def get_input_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
+        """Latent frames that become so many pixel frames; UsageError, with the nearest number, where none do."""
+        return _latent_frames(self.vae, pixel_frames, autoregressive_index)
+
+    def initialize_cache(self) -> None:
+        """The cache before chunk 0."""
+        return None
+
+    def decode(
+        self, params: Params, latents: Array, cache: Any, *, placement: Placement | None = None
+    ) -> tuple[Array, Any]:
+        """Decodes the next chunk.
+
+        Args:
+          latents: [B,T,H,W,C] as the diffusion model makes them (normalised), T of any size from 1.
+          cache: what the chunk before returned.
+          placement: the devices that share every frame, `params` a copy on each.
+
+        Returns:
+          float32 frames [B,F,Y,X,3] in [-1,1], and the cache for the next chunk.
+        """
+        if latents.ndim != 5 or latents.shape[-1] != self.vae.z_dim or 0 in latents.shape:
+            raise UsageError(
+                f"latents of a chunk are [B,T,H,W,{self.vae.z_dim}], each at least 1, found {list(latents.shape)}."
+            )
+        latents = wan.denormalize_latents(self.vae, latents.astype(jnp.float32))
+        return _in_turn(wan.decode_chunk, params, self.vae, latents, cache, placement)
+
+
+@dataclass(frozen=True)
+class StreamingVideoEncoder:
+    """Pixel frames of a chunk -> its latents."""
+
+    vae: wan.VAEConfig = wan.WAN_2_1_VAE
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """Pixels per latent cell, along height and along width."""
+        return self.vae.spatial_factor
+
+    @property
+    def temporal_compression_ratio(self) -> int:
+        """Pixel frames per latent frame, after the first."""
+        return self.vae.temporal_factor
+
+    def get_output_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
+        """Latent frames that so many pixel frames become; UsageError, with the nearest number, where they do not."""
+        return _latent_frames(self.vae, pixel_frames, autoregressive_index)
+
+    def get_input_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
+        """Pixel frames that become so many latent frames in the chunk of this index (from 0)."""
+        return _pixel_frames(self.vae, latent_frames, autoregressive_index)
+
+    def initialize_cache(self) -> None:
+        """The cache before chunk 0."""
+        return None
+
+    def encode(
+        self,
+        params: Params,
+        video: Array,
+        cache: Any,
+        *,
+        latent_frames: int | None = None,
+        placement: Placement | None = None,
+    ) -> tuple[Array, Any]:
+        """Encodes the next chunk.
+
+        Args:
+          video: [B,F,Y,X,3], uint8 or float32 in [-1,1].
+          cache: what the chunk before returned.
+          latent_frames: T of the rollout's chunks, which the video must fill; None: what the video fills.
+
+        Returns:
+          Normalised latents float32 [B,T,H,W,C] (the posterior's mean), and the cache for the next chunk.
+        """
+        frames = _pixels(self.vae, video, "video", "[B,F,Y,X,3]")
+        index = 0 if cache is None else 1
+        if latent_frames is not None and frames.shape[1] != (
+            wanted := self.get_input_temporal_size(latent_frames, index)
+        ):
+            raise UsageError(
+                f"{_which(index)} of {latent_frames} latent frames takes {wanted} pixel frames, "
+                f"found {frames.shape[1]}."
+            )
+        self.get_output_temporal_size(frames.shape[1], index)
+        latents, cache = _in_turn(wan.encode_chunk, params, self.vae, frames, cache, placement)
+        return _normalized(self.vae, latents, placement), cache
+
+
+@dataclass(frozen=True)
+class NullEncoder:
+    """For inputs that are encoded already: they pass as they are."""
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """1: what goes in comes out."""
+        return 1
+
+    @property
+    def temporal_compression_ratio(self) -> int:
+        """1: what goes in comes out."""
+        return 1
+
+    def get_output_temporal_size(self, frames: int, autoregressive_index: int) -> int:
+        """As many."""
+        _check_size(frames, autoregressive_index)
+        return frames
+
+    def get_input_temporal_size(self, frames: int, autoregressive_index: int) -> int:
+        """As many."""
+        _check_size(frames, autoregressive_index)
+        return frames
+
+    def initialize_cache(self) -> None:
+        """Nothing is remembered."""
+        return None
+
+    def encode(
+        self,
+        params: Any,
+        encoded: Any,
+        cache: Any,
+        *,
+        latent_frames: int | None = None,
+        placement: Placement | None = None,
+    ) -> tuple[Any, Any]:
+        """(encoded, cache); UsageError where there is no input."""
+        if encoded is None:
+            raise UsageError("this rollout has an encoder, so every chunk takes an input, found None.")
+        return encoded, cache
+
+
+@dataclass(frozen=True)
+class ImageEncoder:
+    """A picture that a rollout begins with -> what tells the diffusion model of it, chunk by chunk.
+
+    The picture is the first frame of a video whose other frames are 0 (grey), which the VAE encodes; the mask is 1 for
+    the latent frame that it is. How the diffusion model takes them:
+
+      stamp: `stamped`, mask [B,T,1,1,1]: that latent frame is put into the sample before every call of the network and
+        into its result (Causal-Forcing). Other latent frames are masked, so only the picture is encoded, once; they
+        repeat it.
+      concat: `concatenated`, mask [B,T,H,W,4]: mask and latents are further channels of the network's input (Wan
+        image-to-video, 36 channels), one channel of the mask for each pixel frame of a latent frame.
+    """
+
+    vae: wan.VAEConfig = wan.WAN_2_1_VAE
+    mode: Literal["stamp", "concat"] = "stamp"
+
+    def __post_init__(self):
+        if self.mode not in ("stamp", "concat"):
+            raise UsageError(f"ImageEncoder: mode is {self.mode!r}, expected 'stamp' or 'concat'.")
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """Pixels per latent cell, along height and along width."""
+        return self.vae.spatial_factor
+
+    @property
+    def temporal_compression_ratio(self) -> int:
+        """Pixel frames per latent frame, after the first."""
+        return self.vae.temporal_factor
+
+    def get_output_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
+        """Latent frames for so many pixel frames; UsageError, with the nearest number, where they do not fit."""
+        return _latent_frames(self.vae, pixel_frames, autoregressive_index)
+
+    def get_input_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
+        """Pixel frames, the picture and its followers, that become so many latent frames."""
+        return _pixel_frames(self.vae, latent_frames, autoregressive_index)
+
+    def initialize_cache(self) -> None:
+        """The cache before chunk 0."""
+        return None
+
+    def encode(
+        self,
+        params: Params,
+        image: Array | None,
+        cache: Any,
+        *,
+        latent_frames: int,
+        placement: Placement | None = None,
+    ) -> tuple[Payload, Any]:
+        """The payload of the next chunk.
+
+        Args:
+          image: [B,Y,X,3], uint8 or float32 in [-1,1], for chunk 0; None for the others.
+          cache: what the chunk before returned.
+          latent_frames: T.
+
+        Returns:
+          dict(latent normalised float32 [B,T,H,W,C], mask float32), and the cache for the next chunk.
+        """
+        begins = cache is None
+        wanted = self.get_input_temporal_size(latent_frames, 0 if begins else 1)
+        if begins and image is None:
+            raise UsageError("chunk 0 takes a picture [B,Y,X,3], found None.")
+        if not begins and image is not None:
+            raise UsageError("only chunk 0 takes a picture; the input of a later chunk is None.")
+        frame = None if image is None else _pixels(self.vae, image, "picture", "[B,Y,X,3]")[:, None]
+
+        if self.mode == "stamp":
+            if frame is not None:
+                latent, _ = wan.encode_chunk(params, self.vae, frame, None, placement=placement)
+                cache = _normalized(self.vae, latent, placement)
+            latent = jnp.repeat(cache, latent_frames, axis=1)
+            shape = (latent.shape[0], latent_frames, 1, 1, 1)
+        else:
+            # The VAE remembers two frames of its input, and so the size of the picture.
+            batch, _, height, width, _ = (cache["conv_in"] if frame is None else frame).shape
+            grey = jnp.zeros((batch, wanted - int(begins), height, width, 3), jnp.float32)
+            frames = grey if frame is None else jnp.concatenate([frame, grey], axis=1)
+            latent, cache = _in_turn(wan.encode_chunk, params, self.vae, frames, cache, placement)
+            latent = _normalized(self.vae, latent, placement)
+            shape = (*latent.shape[:-1], self.vae.temporal_factor)
+        mask = jnp.zeros(shape, jnp.float32)
+        return {"latent": latent, "mask": mask.at[:, 0].set(1.0) if begins else mask}, cache
+
+
+def stamped(payload: Payload | None, x: Array) -> Array:
+    """x [B,T,H,W,C] with the payload's latent where its mask is 1; x itself without a payload."""
+    if payload is None:
+        return x
+    mask, latent = (payload[name].astype(x.dtype) for name in ("mask", "latent"))
+    return (1 - mask) * x + mask * latent
+
+
+def concatenated(payload: Payload | None, x: Array) -> Array:
+    """The network's input x | mask | latent, along channels; x itself without a payload."""
+    if payload is None:
+        return x
+    return jnp.concatenate([x, *(payload[name].astype(x.dtype) for name in ("mask", "latent"))], axis=-1)
+
+
+def _in_turn(
+    step: Any, params: Params, vae: wan.VAEConfig, x: Array, cache: Any, placement: Placement | None
+) -> tuple[Array, Any]:
+    """A chunk through `wan.encode_chunk` or `wan.decode_chunk`; a clip's first frame goes apart."""
+    if cache is not None:
+        return step(params, vae, x, cache, placement=placement)
+    first, cache = step(params, vae, x[:, :1], None, placement=placement)
+    if x.shape[1] == 1:
+        return first, cache
+    rest, cache = step(params, vae, x[:, 1:], cache, placement=placement)
+    return jnp.concatenate([first, rest], axis=1), cache
+
+
+def _normalized(vae: wan.VAEConfig, latents: Array, placement: Placement | None) -> Array:
+    """Latents as the diffusion model sees them, on every device."""
+    latents = wan.normalize_latents(vae, latents)
+    return latents if placement is None else placement.replicate(latents)
+
+
+def _pixels(vae: wan.VAEConfig, x: Array | None, what: str, axes: str) -> Array:
+    """float32 pixels in [-1,1], of a size that the VAE takes."""
+    if x is None:
+        raise UsageError(f"this chunk takes a {what} {axes}, found None.")
+    if x.ndim != axes.count(",") + 1 or x.shape[-1] != 3 or x.dtype not in (jnp.uint8, jnp.float32) or 0 in x.shape:
+        raise UsageError(
+            f"a {what} is {axes}, uint8 or float32 in -1..1, each axis at least 1, found {x.dtype} {list(x.shape)}."
+        )
+    ratio = vae.spatial_factor
+    size = x.shape[-3:-1]
+    fits = [max(1, (2 * n + ratio) // (2 * ratio)) * ratio for n in size]
+    if list(size) != fits:
+        raise UsageError(
+            f"a {what} has a height and width divisible by {ratio}, found {size[0]}x{size[1]}; "
+            f"the nearest is {fits[0]}x{fits[1]}."
+        )
+    x = jnp.asarray(x)
+    return x.astype(jnp.float32) / 127.5 - 1.0 if x.dtype == jnp.uint8 else x
+
+
+def _pixel_frames(vae: wan.VAEConfig, latent_frames: int, index: int) -> int:
+    _check_size(latent_frames, index)
+    return latent_frames * vae.temporal_factor - (vae.temporal_factor - 1 if index == 0 else 0)
+
+
+def _latent_frames(vae: wan.VAEConfig, pixel_frames: int, index: int) -> int:
+    if index < 0:
+        _check_size(1, index)
+    ratio, missing = vae.temporal_factor, vae.temporal_factor - 1 if index == 0 else 0
+    held = pixel_frames + missing
+    nearest = max(1, (2 * held + ratio) // (2 * ratio))
+    if held != nearest * ratio:
+        form = f"1 + {ratio}k" if index == 0 else f"{ratio}k, k at least 1,"
+        fits = nearest * ratio - missing
+        raise UsageError(f"{_which(index)} has {form} pixel frames, found {pixel_frames}; the nearest is {fits}.")
+    return nearest
+
+
+def _check_size(frames: int, index: int) -> None:
+    if index < 0:
+        raise UsageError(f"chunks are counted from 0, found {index}.")
+    if frames < 1:
+        raise UsageError(f"{_which(index)} has at least 1 frame, found {frames}; the nearest is 1.")
+
+
+def _which(index: int) -> str:
+    return "chunk 0" if index == 0 else "a later chunk"
