@@ -228,14 +228,18 @@ def _decode_program(cfg: wan.VAEConfig, placement: Placement | None) -> Any:
     def decode(params: Params, latents: Array, cache: Any) -> tuple[Array, Array, Any]:
         latents = wan.denormalize_latents(cfg, latents)
         frames, cache = wan.decode_chunk(params, cfg, latents, cache, placement=placement)
-        # diffusers' rounding: to [0,1], clamped, times 255, halves to even.
-        pixels = jnp.round(jnp.clip(frames / 2 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
+        pixels = to_pixels(frames)
         bad = jnp.mean(1.0 - jnp.isfinite(frames).astype(jnp.float32))
         if placement is not None:
             pixels, bad = placement.replicate((pixels, bad))
         return pixels, bad, cache
 
     return jax.jit(decode, donate_argnums=2)
+
+
+def to_pixels(frames: Array) -> Array:
+    """Frames in -1..1 -> uint8, rounded as diffusers does it: to [0,1], clamped, times 255, halves to even."""
+    return jnp.round(jnp.clip(frames / 2 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
 
 
 @functools.lru_cache(maxsize=8)
@@ -343,14 +347,22 @@ def encode_prompts(
         NumericsError: the encoder made NaN or infinity.
     """
     texts = [check_prompt(prompt) for prompt in prompts] + ([] if negative_prompt is None else [negative_prompt])
-    ids, mask = tokenize(pipe.tokenizer, texts)
-    ids, mask = _everywhere(pipe.placement, (ids, mask))
-    rows = _text_program(pipe.configs.text_encoder, pipe.placement)(pipe.params["text_encoder"], ids, mask)
-    if bad := _nonfinite(np.asarray(rows, np.float32)):
-        raise NumericsError(f"text encoder: {bad:.1%} of its output ({rows.dtype}) is NaN or infinite.")
+    rows = encode_texts(pipe.configs.text_encoder, pipe.params["text_encoder"], pipe.tokenizer, texts, pipe.placement)
     if negative_prompt is None:
         return rows, None
     return _everywhere(pipe.placement, (rows[:-1], jnp.broadcast_to(rows[-1:], rows[:-1].shape)))
+
+
+def encode_texts(
+    cfg: umt5.Config, params: Params, tokenizer: Any, texts: Sequence[str], placement: Placement | None = None
+) -> Array:
+    """Text rows [B,S,D] of any texts, also empty ones; S a bucket, zeros beyond each text's end. Raises as
+    `encode_prompts`."""
+    ids, mask = _everywhere(placement, tokenize(tokenizer, texts))
+    rows = _text_program(cfg, placement)(params, ids, mask)
+    if bad := _nonfinite(np.asarray(rows, np.float32)):
+        raise NumericsError(f"text encoder: {bad:.1%} of its output ({rows.dtype}) is NaN or infinite.")
+    return rows
 
 
 def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> Array:

@@ -26,7 +26,7 @@ from jvdiff.models import umt5, wan
 PROMPT_CHARACTERS = 100_000
 TILE_TOKENS = 4096
 DEFAULTS_FILE = "jvdiff_defaults.json"
-STREAM = "stream"  # the key in it under which a causal repository keeps what streaming needs; not read here
+STREAM = "stream"  # the key in it under which a causal repository keeps what streaming needs (`stream_defaults`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,29 @@ def read_defaults(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not an object of known settings.
     """
+    own = _defaults_file(path)
+    own.pop(STREAM, None)
+    try:
+        if unknown := sorted(own.keys() - set(FIELDS)):
+            raise ValueError(f"unknown {', '.join(unknown)}; expected some of {', '.join(FIELDS)}")
+        return {name: _typed(name, value) for name, value in own.items()}
+    except ValueError as error:  # UsageError is one
+        raise CheckpointError(f"{Path(path) / DEFAULTS_FILE}: {error}.") from None
+
+
+def stream_defaults(path: str | Path) -> dict[str, Any]:
+    """The object `stream` of the repository's `jvdiff_defaults.json`, not checked; {} if there is none.
+
+    Raises:
+        CheckpointError: it is not an object.
+    """
+    found = _defaults_file(path).get(STREAM, {})
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{Path(path) / DEFAULTS_FILE}: {STREAM} is {found!r:.60}, expected an object.")
+    return found
+
+
+def _defaults_file(path: str | Path) -> dict[str, Any]:
     file = Path(path) / DEFAULTS_FILE
     if not file.is_file():
         return {}
@@ -99,11 +122,8 @@ def read_defaults(path: str | Path) -> dict[str, Any]:
         own = json.loads(file.read_bytes()[: 2**20])
         if not isinstance(own, dict):
             raise ValueError("not a JSON object")
-        own.pop(STREAM, None)
-        if unknown := sorted(own.keys() - set(FIELDS)):
-            raise ValueError(f"unknown {', '.join(unknown)}; expected some of {', '.join(FIELDS)}")
-        return {name: _typed(name, value) for name, value in own.items()}
-    except ValueError as error:  # UsageError is one
+        return own
+    except ValueError as error:
         raise CheckpointError(f"{file}: {error}.") from None
 
 

@@ -279,10 +279,9 @@ def stamped(payload: Payload | None, x: Array) -> Array:
 
 
 def concatenated(payload: Payload | None, x: Array) -> Array:
-    """The network's input x | mask | latent, along channels; x itself without a payload."""
-    if payload is None:
-        return x
-    return jnp.concatenate([x, *(payload[name].astype(x.dtype) for name in ("mask", "latent"))], axis=-1)
+    """The network's input x | mask | latent (x | latent without a mask), along channels; x itself without a payload."""
+    parts = [payload[name].astype(x.dtype) for name in ("mask", "latent") if name in payload] if payload else []
+    return jnp.concatenate([x, *parts], axis=-1) if parts else x
 
 
 def _in_turn(

@@ -50,7 +50,11 @@ class BlockCausal:
         """
         copies = 1 + self.teacher_forcing
         if count % (self.chunk * copies):
-            what = f"{copies} copies of a video of {self.chunk}-frame chunks" if copies > 1 else f"{self.chunk}-frame chunks"
+            what = (
+                f"{copies} copies of a video of {self.chunk}-frame chunks"
+                if copies > 1
+                else f"{self.chunk}-frame chunks"
+            )
             raise UsageError(f"{count} latent frames are not {what}; give a multiple of {self.chunk * copies}.")
         return np.tile(np.arange(count // copies, dtype=np.int32), copies)
 

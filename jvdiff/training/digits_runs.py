@@ -261,7 +261,7 @@ def _initial(folder: Path, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config, mesh: 
     """Float32 parameters of the repository `folder`, for models of these configurations, on a mesh."""
     found = repository.inspect(folder)
     gated = dit_cfg.gate_compress or found.transformer.gate_compress
-    same = dataclasses.replace(found.transformer, gate_compress=gated)
+    same = dataclasses.replace(found.transformer, gate_compress=gated, causal=dit_cfg.causal)
     for name, wanted, there in (("transformer", dit_cfg, same), ("text_encoder", text_cfg, found.text_encoder)):
         _check_sizes(f"{name}: not that of initial, {folder}", wanted, there)
     params = {}

@@ -1,15 +1,11 @@
 """Chunk after chunk over a cache, against one forward pass of the whole video under the block-causal mask."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvdiff.errors import UsageError
 from jvdiff.models import wan
-from jvdiff.sharding import MeshShape, Placement, make_mesh
 
 CFG = wan.DiTConfig(
     num_attention_heads=3, attention_head_dim=12, num_layers=2, ffn_dim=40, in_channels=4, out_channels=4, text_dim=20

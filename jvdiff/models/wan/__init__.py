@@ -12,6 +12,7 @@ from jvdiff.models.wan import dit, vae
 from jvdiff.models.wan.causal import (
     KVCache,
     Span,
+    TextKeys,
     chunk_velocity,
     extend,
     init_kv_cache,
@@ -44,6 +45,7 @@ __all__ = [
     "KVCache",
     "Pattern",
     "Span",
+    "TextKeys",
     "VAEConfig",
     "abstract_params",
     "attention_choice",

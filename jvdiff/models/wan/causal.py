@@ -224,7 +224,9 @@ def reencode(
     _, kept = apply(
         params, cfg, how, history, timestep.reshape(len(timestep), -1), None, frames=places, layers=layers, past=state
     )
-    keys, values = (new.reshape(old.shape).astype(old.dtype) for new, old in zip(kept, (past.keys, past.values), strict=True))
+    keys, values = (
+        new.reshape(old.shape).astype(old.dtype) for new, old in zip(kept, (past.keys, past.values), strict=True)
+    )
     return KVCache(keys, values, past.frames)
 
 

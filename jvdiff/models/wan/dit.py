@@ -84,7 +84,9 @@ def velocity(
     how = plan_forward(cfg, latents.shape[:4], pattern, text.shape[-2], text_length, implementation, placement)
     frames = pattern.frames(how.grid[0]) if isinstance(pattern, BlockCausal) else None
     if how.split and text.shape[1] > 1 and how.split.devices(how.split.ring + how.split.heads) > 1:
-        raise UsageError(f"velocity: {text.shape[1]} texts a clip cannot be shared along its tokens; use mesh data=... only")
+        raise UsageError(
+            f"velocity: {text.shape[1]} texts a clip cannot be shared along its tokens; use mesh data=... only"
+        )
     v, _ = apply(params, cfg, how, latents, timestep, text, frames=frames, remat=remat)
     return v
 
@@ -530,7 +532,9 @@ def _check(
             f"velocity: text is {text.shape}; expected [{B},S,{cfg.text_dim}] with S at least 1, or "
             f"[{B},P,S,{cfg.text_dim}]"
         )
-    if text.ndim == 4 and (text.shape[1] == 0 or grid[0] % text.shape[1] or isinstance(pattern, SlidingTile | VideoSparse)):
+    if text.ndim == 4 and (
+        text.shape[1] == 0 or grid[0] % text.shape[1] or isinstance(pattern, SlidingTile | VideoSparse)
+    ):
         raise UsageError(
             f"velocity: there are {text.shape[1]} texts a clip of {grid[0]} frames; expected a number that divides the "
             "frames, and a pattern without tiles"
