@@ -341,6 +341,12 @@ def test_usage_errors_are_told_before_weights_are_read(command, fields, message,
     assert message in said and "Traceback" not in said and len(said.strip().splitlines()) <= 6
 
 
+@pytest.mark.parametrize("plan", (False, True))
+def test_a_causal_model_is_sent_to_the_streaming_program(command, tiny_causal_repository, plan, capsys, no_weights):
+    assert sample.main(command(checkpoint=tiny_causal_repository, plan=plan)) == 2
+    assert "python -m jvdiff.stream" in capsys.readouterr().err
+
+
 def test_an_implementation_for_another_machine_is_refused(command, capsys, monkeypatch, no_weights):
     monkeypatch.setattr(kernels.block_sparse.reference, "unavailable", lambda: "needs a GPU")
     assert sample.main(command(pattern="video_sparse:1x1x1:0.5", attention="reference")) == 2
