@@ -32,11 +32,12 @@ def resource_error(error: BaseException, path: Path) -> ResourceError | None:
 
 
 @contextmanager
-def staged(path: str | Path, *, needed: int = 0, overwrite: bool = False) -> Iterator[Path]:
+def staged(path: str | Path, *, needed: int = 0, overwrite: bool = False, manifest: str = MANIFEST) -> Iterator[Path]:
     """A new hidden folder that becomes `path` by one rename when the block ends well, and is removed otherwise.
 
     A lock that the kernel drops with the process keeps a second writer out. `needed` bytes must be free on the disk.
-    `overwrite` swaps a complete Orbax directory of jvdiff for the new one, and replaces nothing else.
+    `overwrite` swaps a complete folder of the same kind for the new one, and replaces nothing else; `manifest` is a
+    file that such a folder has, and that the block writes too.
 
     Raises:
         UsageError: `path` exists already, or its folder cannot be written.
@@ -44,13 +45,13 @@ def staged(path: str | Path, *, needed: int = 0, overwrite: bool = False) -> Ite
         ResourceError: disk or memory are full.
     """
     target = Path(os.path.abspath(path))
-    check_target(target, overwrite)
+    check_target(target, overwrite, manifest)
     if needed > (free := shutil.disk_usage(target.parent).free):
         raise ResourceError(
             f"{target}: needs about {needed:,} bytes, {free:,} are free.\nFree some space, or choose another target."
         )
     with lock(target):
-        check_target(target, overwrite)  # who held the lock before may have written it
+        check_target(target, overwrite, manifest)  # who held the lock before may have written it
         for stale in target.parent.glob(f".{target.name}.staging-*"):  # of a process that was killed
             shutil.rmtree(stale, ignore_errors=True)
         staging = target.with_name(f".{target.name}.staging-{os.getpid()}-{secrets.token_hex(4)}")
@@ -74,14 +75,15 @@ def staged(path: str | Path, *, needed: int = 0, overwrite: bool = False) -> Ite
             shutil.rmtree(staging, ignore_errors=True)  # after an exchange: the old content
 
 
-def check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool, manifest: str = MANIFEST) -> None:
     """Raises UsageError if `staged` could not put a folder there."""
     try:
         there = os.path.lexists(target)
-        if overwrite and (target / MANIFEST).is_file() and not target.is_symlink():
+        if overwrite and (target / manifest).is_file() and not target.is_symlink():
             return
         if there:
-            what = "is not an Orbax directory of jvdiff" if overwrite else "exists already"
+            kind = "an Orbax directory" if manifest == MANIFEST else "a saved state"
+            what = f"is not {kind} of jvdiff" if overwrite else "exists already"
             raise UsageError(f"{target}: {what}, and is left as it is.\nRemove it yourself, or choose another target.")
         if not target.parent.is_dir():
             raise UsageError(f"{target.parent}: there is no such folder.\nMake it first, or choose another target.")

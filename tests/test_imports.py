@@ -14,17 +14,8 @@ LEVELS = [
     {"sharding"},
     {"models"},
     {"diffusion"},
-    {
-        "data",
-        "checkpoint",
-        "repository",
-        "run_state",
-        "settings",
-        "pipeline",
-        "streaming",
-        "streaming_video",
-        "training",
-    },
+    {"data", "checkpoint", "repository", "run_state", "settings", "pipeline", "training"}
+    | {"streaming", "streaming_video"},
     {"sample", "jobs", "one_video", "train", "plan", "command_line", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

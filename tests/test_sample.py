@@ -219,7 +219,7 @@ def test_the_same_settings_said_again_are_fine(command, state):
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "edit", "missing", "not json", "not a folder"])
 def test_a_damaged_state_is_refused(command, state, damage, capsys, no_weights):
-    arrays, facts = state / "state.npz", state / "state.json"
+    arrays, facts = state / "state.bin", state / "state.json"
     if damage == "cut":
         arrays.write_bytes(arrays.read_bytes()[:-1])
     elif damage == "flip":
