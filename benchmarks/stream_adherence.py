@@ -82,7 +82,7 @@ def generate(pipe: Any, wanted: Sequence[Sequence[Combo]], seed: int) -> np.ndar
             cache = pipe.set_prompts(cache, now)
         frames, cache, final = pipe.generate(i, cache)
         cache, _ = pipe.finalize(i, cache, final)
-        chunks.append(_levels(np.asarray(frames)))
+        chunks.append(np.asarray(frames))
         if len(chunks[-1][0]) != CHUNK_FRAMES[i > 0]:
             raise UsageError(
                 f"chunk {i + 1} has {len(chunks[-1][0])} frames; expected {CHUNK_FRAMES[i > 0]}: this benchmark knows "
@@ -165,11 +165,6 @@ def goals_met(report: dict[str, Any]) -> dict[str, bool]:
     met = {field: whole[field]["percent"] >= GOALS[field] for field in ("digit", "colour", "direction")}
     drift = list(report["drift_points"].values())[-1]
     return met | {"drift": all(drift[field] <= GOALS["drift"] for field in Combo._fields)}
-
-
-def _levels(frames: np.ndarray) -> np.ndarray:
-    """uint8 of uint8, or of a decoder's -1 to 1."""
-    return frames if frames.dtype == np.uint8 else np.rint((np.clip(frames, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def _start(chunk: int) -> int:
