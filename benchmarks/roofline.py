@@ -62,11 +62,11 @@ class Seconds(NamedTuple):
         return max(self.compute, self.hidden) + self.exposed
 
 
-def work(text: str) -> Work:
+def work(text: str, layers: int = 1) -> Work:
     """What one device computes, from a compiled program's text in which attention is in its open form.
 
-    Products in a loop within the loop over layers are attention's, and what else goes on there a fused kernel would not
-    do. Other kernels read their operands (what they slice, only the slice) and write their result.
+    Products in a loop within the loop over layers, which is `layers` loops deep, are attention's, and what else goes on
+    there a fused kernel would not do. Other kernels read their operands (what they slice, only the slice) and write their result.
     """
     named = computations(text)
     flops = {"products": 0.0, "attention": 0.0, "float32": 0.0}
@@ -74,9 +74,9 @@ def work(text: str) -> Work:
     for run in walk(text):
         if run.instruction.opcode == "dot":
             operand = run.computation[run.instruction.operands[0]].type
-            kind = "attention" if run.loops > 1 else "float32" if operand.startswith("f32") else "products"
+            kind = "attention" if run.loops > layers else "float32" if operand.startswith("f32") else "products"
             flops[kind] += run.runs * _flops(run.instruction, operand)
-        elif run.loops < 2 and not run.fused:
+        elif run.loops <= layers and not run.fused:
             traffic += run.runs * _traffic(run, named)
     return Work(**flops, traffic=traffic)
 
@@ -119,9 +119,10 @@ def _traffic(run: Run, named: Mapping[str, Mapping[str, Instruction]]) -> int:
     if any(each.opcode == "dot" for each in inside.values()):
         return 0
     written = size(instruction.type)
-    updates = [each for each in inside.values() if each.opcode == "dynamic-update-slice"]
-    if updates:  # in place
-        return 2 * sum(size(inside[each.operands[1]].type) for each in updates)
+    place = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is what they write in place
+    updates = [each for each in inside.values() if each.opcode in place]
+    if updates:
+        return 2 * sum(size(inside[each.operands[place[each.opcode]]].type) for each in updates)
     return written + sum(_read(run, inside, index) for index in range(len(instruction.operands)))
 
 
@@ -130,6 +131,10 @@ def _read(run: Run, inside: Mapping[str, Instruction], index: int) -> int:
     whole = size(run.computation[run.instruction.operands[index]].type)
     own = [i.name for i in inside.values() if i.opcode == "parameter" and i.arguments == str(index)]
     users = [i for i in inside.values() if own and own[0] in i.operands]
+    while any(user.opcode == "bitcast" for user in users):  # the same bytes under another shape
+        names = [user.name for user in users if user.opcode == "bitcast"]
+        users = [user for user in users if user.opcode != "bitcast"]
+        users += [i for i in inside.values() if set(names) & set(i.operands)]
     if users and all(user.opcode in ("dynamic-slice", "slice") for user in users):
         return min(whole, sum(size(user.type) for user in users))
     return whole

@@ -437,30 +437,33 @@ class StreamInferencePipeline:
             decoder = jax.eval_shape(programs.decode, self._vae, latents, struct((), jnp.float32), None)[2]
         return StreamCache(number, number, key, text, past, history, encoder, decoder, self.config.digest)
 
-    def compile(self, cache: StreamCache, input: Any = None) -> Iterator[tuple[str, jax.stages.Compiled]]:
-        """Compiles all that rollouts like this one run, and yields (name, program). Calls of `generate` and `finalize` do
-        not compile again.
+    def traced(self, cache: StreamCache, input: Any = None) -> Iterator[tuple[str, jax.stages.Traced]]:
+        """(name, traced program) of all that rollouts like this one run. Once these are lowered and compiled, `generate` and
+        `finalize` do not compile.
 
         Args:
-            cache: of `initialize_cache`. input: as the first chunk is given it.
+            cache: of `initialize_cache`, or abstract. input: what the first chunk is given.
         """
         programs, network, payload, index = self.programs, self.params["transformer"], None, np.int32(0)
         if self.config.encoder is not None:
             encode = programs.encode.trace(self._vae, self._everywhere(input), None)
-            yield "encode first", encode.lower().compile()
+            yield "encode first", encode
             payload = self._placed(encode.out_info[0])
         diffuse = programs.diffuse.trace(network, cache.text, cache.past, cache.key, index, payload)
-        yield "diffuse", diffuse.lower().compile()
+        yield "diffuse", diffuse
         latents, bad = self._placed(diffuse.out_info)
         if self.config.decoder is not None:
             first = programs.decode.trace(self._vae, latents, bad, None)
-            yield "decode first", first.lower().compile()
+            yield "decode first", first
             held = self._placed(first.out_info[2], pictures=True)
-            yield "decode next", programs.decode.trace(self._vae, latents, bad, held).lower().compile()
-        finalize = programs.finalize.trace(
-            network, cache.text, cache.past, cache.history, cache.key, index, latents, payload
-        )
-        yield "finalize", finalize.lower().compile()
+            yield "decode next", programs.decode.trace(self._vae, latents, bad, held)
+        arguments = (cache.text, cache.past, cache.history, cache.key, index, latents, payload)
+        yield "finalize", programs.finalize.trace(network, *arguments)
+
+    def compile(self, cache: StreamCache, input: Any = None) -> Iterator[tuple[str, jax.stages.Compiled]]:
+        """Compiles the programs of `traced`, and yields each with its name."""
+        for name, program in self.traced(cache, input):
+            yield name, program.lower().compile()
 
     # ----- parts
 
