@@ -66,7 +66,8 @@ def work(text: str, layers: int = 1) -> Work:
     """What one device computes, from a compiled program's text in which attention is in its open form.
 
     Products in a loop within the loop over layers, which is `layers` loops deep, are attention's, and what else goes on
-    there a fused kernel would not do. Other kernels read their operands (what they slice, only the slice) and write their result.
+    there a fused kernel would not do. Other kernels read their operands (what they slice, only the slice) and write
+    their result.
     """
     named = computations(text)
     flops = {"products": 0.0, "attention": 0.0, "float32": 0.0}

@@ -1,13 +1,13 @@
 """How long a chunk of an endless video takes, and how much memory: Self-Forcing's Wan 2.1 1.3B, or a checkpoint.
 
-    python benchmarks/streaming.py --checkpoint checkpoints/digits-stream --chunks 40     # on whatever is here
-    python benchmarks/streaming.py --device gpu                                           # 1.3B, 480x832, random weights
-    python benchmarks/streaming.py --target h200                                          # compiled for one, no GPU needed
+    python benchmarks/streaming.py --checkpoint checkpoints/digits-stream     # on whatever is here
+    python benchmarks/streaming.py --device gpu                               # 1.3B, 480x832, random weights
+    python benchmarks/streaming.py --target h200                              # compiled for one, no GPU needed
 
-The 1.3B model makes chunks of 3 latent (12 pixel) frames in 4 steps, with a window of 21 latent frames. Beside it stands
-what FlashDreams publishes for the same (its documentation, 2026): 344 ms for the network's calls of the 6th chunk on an
-H100, 432 ms for Self-Forcing's own program. --target needs Python 3.12 and the CUDA compiler, as `make kernels` has them;
-its attention is compiled in the blocked XLA form, so that its times are predictions for the fused kernel (`roofline`).
+The 1.3B model makes chunks of 3 latent (12 pixel) frames in 4 steps, with a window of 21 latent frames. Beside it
+stands what FlashDreams publishes for the same (its documentation, 2026): 344 ms for the network's calls of the 6th
+chunk on an H100, 432 ms for Self-Forcing's own program. --target needs Python 3.12 and the CUDA compiler, as `make
+kernels` has them; its attention is compiled in the blocked XLA form, so that its times are predictions for the fused kernel (`roofline`).
 
 B rollouts.
 """

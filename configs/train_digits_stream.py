@@ -1,4 +1,4 @@
-"""Trains the digits model's causal sibling, which makes a video chunk by chunk and without end, from the one that ships.
+"""Trains the digits model's causal sibling, which makes a video chunk by chunk without end, from the one that ships.
 
     python -m jvdiff.train --config configs/train_digits_stream.py
     python -m convert.to_hf --source runs/digits_stream/repository --target checkpoints/digits-stream --dtype float16

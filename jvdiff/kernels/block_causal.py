@@ -23,10 +23,10 @@ from jvdiff.kernels.block_sparse import block_sparse_attention
 class BlockCausal:
     """The pattern of `block_causal_attention`, for the forward pass of a whole video.
 
-    chunk: frames that are made at once. window: frames of the moving past that a chunk sees, itself included; None: all.
-    sink: the first so many frames of the video stay visible for ever.
-    teacher_forcing: the frames are two copies of a video, one clean and one noisy: the noisy copy of a chunk sees itself,
-    and of all others the clean copy, which is what it sees when a video is made chunk by chunk.
+    chunk: frames that are made at once. window: frames of the moving past that a chunk sees, itself included; None:
+    all. sink: the first so many frames of the video stay visible for ever.
+    teacher_forcing: the frames are two copies of a video, one clean and one noisy: the noisy copy of a chunk sees
+    itself, and of all others the clean copy, which is what it sees when a video is made chunk by chunk.
     """
 
     chunk: int = 3
@@ -50,12 +50,11 @@ class BlockCausal:
         """
         copies = 1 + self.teacher_forcing
         if count % (self.chunk * copies):
-            what = (
-                f"{copies} copies of a video of {self.chunk}-frame chunks"
-                if copies > 1
-                else f"{self.chunk}-frame chunks"
+            what = f"{copies} copies of a video" if copies > 1 else "a video"
+            raise UsageError(
+                f"{count} latent frames are not {what} in chunks of {self.chunk}; expected a multiple of "
+                f"{self.chunk * copies}."
             )
-            raise UsageError(f"{count} latent frames are not {what}; give a multiple of {self.chunk * copies}.")
         return np.tile(np.arange(count // copies, dtype=np.int32), copies)
 
     def visible(self, count: int) -> np.ndarray:

@@ -1,5 +1,5 @@
-"""The runs that make the digits models: the VAE, then a transformer with its text encoder on the VAE's latents, for clips
-or for videos without end.
+"""The runs that make the digits models: the VAE, then a transformer with its text encoder on the VAE's latents, for
+clips or for videos without end.
 
 B batch · T latent frames · H W latent grid · C latent channels · N clips
 """
@@ -106,13 +106,12 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
 def train_stream(config: ConfigDict, folder: Path) -> Path:
     """Trains a transformer that makes a video chunk by chunk, on digits that move on for ever; writes a repository.
 
-    A clip has `chunks` chunks of `pattern.chunk` latent frames. At each later one the digit takes another direction, and
-    the prompt says so, with probability `change`. `initial` as in `train_text_to_video`; the text that a clip is trained
-    on is dropped for all of it.
+    A clip has `chunks` chunks of `pattern.chunk` latent frames. At each later one the digit takes another direction,
+    and the prompt says so, with probability `change`. `initial` as in `train_text_to_video`; where a text is dropped,
+    it is for the whole clip.
     """
     models, shape = _models(config), fields.mesh(config.loop)
-    for name in ("chunks",):
-        fields.check_count(name, config[name])
+    fields.check_count("chunks", config.chunks)
     if not 0 <= config.change <= 1:
         raise UsageError(f"change is {config.change}; expected 0 to 1.")
     fields.check_names("pattern", config.pattern, ("chunk", "window", "sink"))
@@ -126,7 +125,7 @@ def train_stream(config: ConfigDict, folder: Path) -> Path:
         videos, texts = [], []
         for _ in range(count):
             turns = rng.uniform(size=config.chunks - 1) < config.change
-            video, said = digits.stream(rng, starts[-1], [start for start, turn in zip(starts, turns) if turn])
+            video, said = digits.stream(rng, starts[-1], np.array(starts[:-1])[turns].tolist())
             videos.append(video)
             texts.append([said[n] for n in np.cumsum([0, *turns])])
         return np.stack(videos), texts

@@ -35,8 +35,8 @@ def teacher_forcing_task(
     remat: bool = False,
     placement: Placement | None = None,
 ) -> Task:
-    """Parameters {"transformer", "text_encoder"}, trained together on latents [B,T,H,W,C] of P whole chunks, with token ids
-    [B,P,S] and masks: a prompt for each chunk. `pattern` says how far a chunk sees.
+    """Parameters {"transformer", "text_encoder"}, trained together on latents [B,T,H,W,C] of P whole chunks, with token
+    ids [B,P,S] and masks: a prompt for each chunk. `pattern` says how far a chunk sees.
 
     context_noise: the highest noise level 0..1 of the past; levels are drawn towards 0.
     """

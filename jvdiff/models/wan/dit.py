@@ -35,7 +35,7 @@ from jvdiff.models.wan.layers import MLP, LayerNorm, Linear, RMSNorm, gelu, laye
 from jvdiff.sharding import Placement, Sizes, Split, rules, sequence
 from jvdiff.types import Array, Params
 
-Pattern = Dense | SlidingTile | VideoSparse | BlockCausal
+Pattern = Dense | SlidingTile | VideoSparse  # of a model that makes a clip at once
 Grid = tuple[int, int, int]
 
 
@@ -46,7 +46,7 @@ def velocity(
     timestep: Array,
     text: Array,
     *,
-    pattern: Pattern = Dense(),  # noqa: B008 - a frozen value
+    pattern: Pattern | BlockCausal = Dense(),  # noqa: B008 - a frozen value
     text_length: int | None = None,
     remat: bool = False,
     implementation: str | None = None,
@@ -75,9 +75,10 @@ def velocity(
     Returns:
       float32 [B,T,H,W,out_channels].
     """
-    if not isinstance(pattern, Pattern):
+    if not isinstance(pattern, Pattern | BlockCausal):
         raise UsageError(
-            f"velocity: pattern is {pattern!r:.80}; expected Dense(), SlidingTile(...), VideoSparse(...) or BlockCausal(...)"
+            f"velocity: pattern is {pattern!r:.80}; expected Dense(), SlidingTile(...), VideoSparse(...) or "
+            "BlockCausal(...)"
         )
     _check(cfg, latents, timestep, text, text_length, pattern)
     timestep, text = timestep.reshape(len(timestep), -1), text if text.ndim == 4 else text[:, None]
@@ -96,7 +97,7 @@ class How:
     """What is known of a forward pass when it is compiled."""
 
     grid: Grid
-    pattern: Pattern
+    pattern: Pattern | BlockCausal
     extra_text: int = 0  # how many more times the last text row counts
     implementation: str | None = None
     placement: Placement | None = None
@@ -108,7 +109,7 @@ class How:
 def plan_forward(
     cfg: DiTConfig,
     shape: tuple[int, ...],
-    pattern: Pattern,
+    pattern: Pattern | BlockCausal,
     rows: int,
     text_length: int | None,
     implementation: str | None,
@@ -209,14 +210,13 @@ def attention_choice(
     if isinstance(pattern, Dense):
         own = kernels.choose(q, q, q, return_lse=ring, implementation=implementation)
     else:
-        tile = (1, h, w) if isinstance(pattern, BlockCausal) else pattern.tile
-        block = math.prod(tile)
-        x = shape(math.prod(tiles.counts((t, h, w), tile)) * block)
+        block = math.prod(pattern.tile)
+        x = shape(math.prod(tiles.counts((t, h, w), pattern.tile)) * block)
         own = block_sparse.choose(x, x, x, block=block, implementation=implementation)
     return {"self": own, "cross": kernels.choose(q, k, k, implementation=_dense(implementation))}
 
 
-def mesh_sizes(cfg: DiTConfig, grid: tuple[int, ...], batch: int, pattern: Pattern) -> Sizes:
+def mesh_sizes(cfg: DiTConfig, grid: tuple[int, ...], batch: int, pattern: Pattern | BlockCausal) -> Sizes:
     """What a mesh must divide to run this model on `batch` latents of (T,H,W)."""
     tokens = math.prod(n // p for n, p in zip(grid, cfg.patch_size, strict=True))
     return Sizes(batch, tokens, cfg.num_attention_heads, cfg.ffn_dim, isinstance(pattern, Dense))
@@ -254,15 +254,15 @@ class Transformer(nn.Module):
         cfg, how, D = self.cfg, self.how, self.cfg.width
         B, T, H, W, C = latents.shape
         pt, ph, pw = cfg.patch_size
-        grid, tiled = how.grid, isinstance(how.pattern, SlidingTile | VideoSparse)
+        grid, tile = how.grid, how.pattern.tile if isinstance(how.pattern, SlidingTile | VideoSparse) else None
 
         # Patches enter in the order (c, pt, ph, pw) and leave as (pt, ph, pw, c).
         x = latents.reshape(B, grid[0], pt, grid[1], ph, grid[2], pw, C)
         x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, -1, C * pt * ph * pw)
-        rope = rope_tables(grid, cfg.attention_head_dim, frames)
-        if tiled:
-            x = tile_order(x, grid, how.pattern.tile)
-            rope = tuple(tile_order(table[None], grid, how.pattern.tile)[0] for table in rope)
+        rope: Any = rope_tables(grid, cfg.attention_head_dim, frames)
+        if tile:
+            x = tile_order(x, grid, tile)
+            rope = tuple(tile_order(table[None], grid, tile)[0] for table in rope)
         if split := how.split:
             x = split.along_tokens(jnp.pad(x, ((0, 0), (0, split.padding), (0, 0))))
             if not how.relative:
@@ -293,8 +293,8 @@ class Transformer(nn.Module):
         x = _Head(cfg, how, name="head")(x, t)
         if placement and split:
             x = placement.replicate(x)[:, : split.tokens]
-        if tiled:
-            x = raster_order(x, grid, how.pattern.tile)
+        if tile:
+            x = raster_order(x, grid, tile)
         x = x.reshape(B, *grid, pt, ph, pw, cfg.out_channels).transpose(0, 1, 4, 2, 5, 3, 6, 7)
         return x.reshape(B, T, H, W, cfg.out_channels), kept
 
@@ -353,7 +353,7 @@ class _Attention(nn.Module):
     def __call__(
         self,
         x: Array,
-        context: Array | None,
+        context: Any,
         rope: tuple[Array, Array] | None,
         attend: Callable[[Array, Array, Array, Array | None], tuple[Array, Any]],
         keys: tuple[Array, Array] | None = None,
@@ -379,7 +379,7 @@ class _Attention(nn.Module):
 def _attend_video(
     how: How, shared: _Shared, past: tuple[Array, Array] | None, q: Array, k: Array, v: Array, gate: Array | None
 ) -> tuple[Array, Any]:
-    """Self-attention of video tokens [B,L,N,K], in tile order where the pattern has tiles; and keys and values to keep."""
+    """Self-attention of video tokens [B,L,N,K], in tile order where the pattern has tiles; and what is to be kept."""
     pattern, split, implementation = how.pattern, how.split, how.implementation
     if shared.past is not None:
         attend = partial(_attend_past, how)
@@ -422,8 +422,8 @@ def _attend_past(how: How, q: Array, k: Array, v: Array, past: tuple[Array, Arra
     return kernels.attention(q, k, v, kv_length=length, implementation=_dense(how.implementation))
 
 
-def _attend_text(how: How, parts: int, q: Array, k: Array, v: Array, gate: None) -> tuple[Array, None]:
-    """Attention to text [B,P*S,N,K], of each of P parts of the tokens to its own, whose last row counts 1 + extra times."""
+def _attend_text(how: How, parts: int, q: Array, k: Array, v: Array, gate: Array | None) -> tuple[Array, None]:
+    """Attention to text [B,P*S,N,K], of each of P parts of the tokens to its own; the last row counts often."""
     extra, implementation = how.extra_text, _dense(how.implementation)
 
     def local(q: Array, k: Array, v: Array) -> Array:
@@ -509,7 +509,12 @@ def _init(key: Array, cfg: DiTConfig) -> dict[str, Any]:
 
 
 def _check(
-    cfg: DiTConfig, latents: Array, timestep: Array, text: Array, text_length: int | None, pattern: Pattern
+    cfg: DiTConfig,
+    latents: Array,
+    timestep: Array,
+    text: Array,
+    text_length: int | None,
+    pattern: Pattern | BlockCausal,
 ) -> None:
     if latents.ndim != 5 or latents.shape[-1] != cfg.in_channels:
         raise UsageError(f"velocity: latents are {latents.shape}; expected [B,T,H,W,{cfg.in_channels}]")
@@ -522,10 +527,11 @@ def _check(
             )
     if timestep.shape not in ((B,), (B, grid[0])) or timestep.dtype != jnp.float32:
         raise UsageError(
-            f"velocity: timestep is {timestep.dtype}{list(timestep.shape)}; expected float32[{B}], or [{B},{grid[0]}] with "
-            "one for each frame"
+            f"velocity: timestep is {timestep.dtype}{list(timestep.shape)}; expected float32[{B}], or "
+            f"[{B},{grid[0]}] with one for each frame"
         )
-    if timestep.ndim == 2 and isinstance(pattern, SlidingTile | VideoSparse):
+    tiled = isinstance(pattern, SlidingTile | VideoSparse)
+    if timestep.ndim == 2 and tiled:
         raise UsageError("velocity: a timestep for each frame goes with Dense() and BlockCausal(...) only")
     if text.ndim not in (3, 4) or text.shape[0] != B or text.shape[-1] != cfg.text_dim or text.shape[-2] == 0:
         raise UsageError(
