@@ -7,7 +7,8 @@
 The 1.3B model makes chunks of 3 latent (12 pixel) frames in 4 steps, with a window of 21 latent frames. Beside it
 stands what FlashDreams publishes for the same (its documentation, 2026): 344 ms for the network's calls of the 6th
 chunk on an H100, 432 ms for Self-Forcing's own program. --target needs Python 3.12 and the CUDA compiler, as `make
-kernels` has them; its attention is compiled in the blocked XLA form, so that its times are predictions for the fused kernel (`roofline`).
+kernels` has them; its attention is compiled in the blocked XLA form, so that its times are predictions for the fused
+kernel (`roofline`).
 
 B rollouts.
 """

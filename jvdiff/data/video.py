@@ -242,7 +242,7 @@ class FragmentedMP4:
         options = {"movflags": flags, "fragment_index": str(self._fragments + 1), "avoid_negative_ts": "disabled"}
         memory = io.BytesIO()
         with av.open(memory, "w", format="mp4", options=options) as file:
-            _encode(av, file, video, self.fps, self.metadata, self.frames, tune="zerolatency")
+            _encode(av, file, video, self.fps, self.metadata, self.frames, tune="zerolatency", preset="veryfast")
         data = memory.getvalue()
         start = next(start for kind, start, _ in _boxes(io.BytesIO(data), 0, len(data)) if kind == b"moof")
         return data[:start], data[start:]
