@@ -4,8 +4,8 @@
     python -m jvdiff.stream --config configs/self_forcing_wan2_1_t2v_1_3b.py --config.prompt="..." --config.chunks=7
 
 Reproduces the authors' inference: chunks of 3 latent frames that see 21 (18 of them past), timesteps 1000, 750, 500 and
-250 warped by shift 5, no guidance, context noise 0. Seven chunks, 81 frames, are what it was trained on; in further ones
-its window rolls on, and they drift. Less so, as flashdreams has it, with a sink and with positions within the cache:
+250 warped by shift 5, no guidance, context noise 0. Seven chunks, 81 frames, are what it was trained on; then
+its window rolls on, and the video drifts: less with a sink and positions within the cache, as flashdreams has them:
 
     --config.pipeline.diffusion_model.transformer.sink_size_t=5
     --config.pipeline.diffusion_model.transformer.window_size_t=7

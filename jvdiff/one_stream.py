@@ -37,7 +37,7 @@ _SHEET = "sheet "  # what their names in a state begin with
 class Rollout:
     """What to make, checked. prompts: by the chunk from which they hold. image: uint8 [1,Y,X,3].
 
-    state: where an earlier run stopped; its video, folder/stem.mp4, is continued. image_digest: of what that began with.
+    state: where an earlier run stopped; its video, folder/stem.mp4, is continued. image_digest: of its picture.
     """
 
     config: StreamInferencePipelineConfig

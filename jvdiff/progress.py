@@ -22,7 +22,10 @@ PLAIN_SECONDS = 10.0  # between two lines in a log file
 def bar(
     label: str, total: int | None, *, start: int = 0, stream: TextIO | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Yields show(done), to be called with the number of units done of `total` (None: no end), `start` before this run."""
+    """Yields show(done), to be called with the number of units done of `total`, `start` of them before this run.
+
+    total None: there is no end.
+    """
     out = stream or _terminal()
     live, began, last = out.isatty(), time.monotonic(), float("-inf")
 

@@ -4,9 +4,9 @@
     python -m jvdiff.stream --config configs/stream_digits.py --config.prompt="a red seven moving left" \\
         --config.then.10="a red seven moving up" --config.pipeline.diffusion_model.scheduler.shift=5.0
 
-Every field is listed with its meaning in `default_config`. The output folder gets NAME.mp4, which is playable after every
-chunk, NAME.jsonl with one line of statistics for each, and, when it ends, NAME.png (a contact sheet) and NAME.json (the
-record of the run). Ctrl-C finishes the chunk and leaves NAME.state, to be given to --config.resume; so does save_every.
+Every field is listed with its meaning in `default_config`. The output folder gets NAME.mp4, which can be played after
+every chunk, NAME.jsonl with a line of statistics for each, and, when it ends, NAME.png (a contact sheet) and NAME.json
+(the record of the run). Ctrl-C finishes the chunk and leaves NAME.state, for --config.resume; so does save_every.
 
 Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 interrupted, resumable · 6 NaN or infinity ·
 7 set-up · 1 anything else.
@@ -154,7 +154,7 @@ def run(
         rollout = _resumed(config, run_state.load(config.resume), given, repository)
     if rollout.done and config.chunks and rollout.done >= config.chunks:
         raise UsageError(
-            f"chunks is {config.chunks}, and {config.resume} has {rollout.done}; ask for more in all, or 0: until Ctrl-C."
+            f"chunks is {config.chunks}, and {config.resume} has {rollout.done}; ask for more in all, or 0: no end."
         )
     _check(rollout, repository, mesh)
     command_line.writable(str(rollout.folder), "output")
@@ -262,7 +262,7 @@ def _schedule(then: Any) -> dict[int, str]:
     except (TypeError, ValueError):
         pass
     raise UsageError(
-        f"then is {then!r:.60}; expected prompts by the number of a chunk from 1, --config.then.10=\"...\" or {{10: '...'}}."
+        f"then is {then!r:.60}; expected prompts by the number of a chunk from 1, for instance --config.then.10=TEXT."
     )
 
 
