@@ -26,7 +26,7 @@ from jvdiff.command_line import say
 from jvdiff.data import video as videos
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError
 from jvdiff.one_video import device, versions
-from jvdiff.streaming import StreamCache, StreamInferencePipeline, StreamInferencePipelineConfig, to_json
+from jvdiff.streaming import ImageEncoder, StreamCache, StreamInferencePipeline, StreamInferencePipelineConfig, to_json
 
 FACTS = ("negative_prompt", "seed", "fps", "precision", "reencode")  # of a rollout, which a state holds as they are
 SHEET = 16  # frames that are kept for the contact sheet, at most
@@ -204,9 +204,9 @@ def _begin(pipe: StreamInferencePipeline, rollout: Rollout) -> tuple[StreamCache
 def _first_input(rollout: Rollout) -> Any:
     """What chunk 0 is given, or something like it."""
     encoder, cfg = rollout.config.encoder, rollout.config.diffusion_model.transformer
-    if rollout.image is not None or encoder is None:
+    if rollout.image is not None or not isinstance(encoder, ImageEncoder):
         return rollout.image
-    ratio = rollout.config.decoder.spatial_compression_ratio
+    ratio = encoder.spatial_compression_ratio
     return np.zeros((1, cfg.height * ratio, cfg.width * ratio, 3), np.uint8)
 
 

@@ -46,7 +46,10 @@ def default_config() -> config_dict.ConfigDict:
         {
             "checkpoint": none(str),  # a causal repository: a Hugging Face folder, or what `convert` made of one
             "prompt": none(str),  # of chunk 0 and those that follow
-            "then": none(object),  # {chunk: prompt from there on}; in a command --config.then.10="..."
+            "then": none(
+                object
+            ),  # {chunk: prompt from there on}; in a command --config.then.10="...". A command that has
+            # either of the two puts aside what the file has here
             "negative_prompt": none(str),  # for guidance
             "reencode": False,  # at a change of the prompt, see the past as if it had been made under the new one
             "image": none(str),  # a picture to begin with, for a pipeline with an ImageEncoder
@@ -91,13 +94,16 @@ def parse(argv: Sequence[str]) -> command_line.Request:
     )
     if unknown := sorted(set(config) - set(default_config())):
         raise UsageError(f"the config file has unknown fields: {', '.join(unknown)}.")
+    if "then" not in given and ("prompt" in given or any(match and match[1] == "then" for match in found)):
+        config.then = None
     for match in filter(None, found):
         field, path, text = match.groups()
         value: Any = text if field == "then" else _value(text)
         for name in reversed(path.split(".")):
             value = {name: value}
-        config[field] = _merged(config[field] or {}, value)
-        given[field] = _merged(given.get(field) or {}, value)
+        for fields in (config, given):
+            old: Any = fields.get(field)
+            fields[field] = _merged(old or {}, value)
     return command_line.Request(config, given, file)
 
 
@@ -331,7 +337,7 @@ def _check(rollout: Rollout, repository: Any, mesh: Any) -> None:
             raise UsageError(f"the prompt {text!r:.60} has {tokens} tokens; text_rows is {cfg.text_rows}. Shorten it.")
     if isinstance(mesh, sharding.MeshShape):
         branches = 1 + (cfg.guidance_scale != 1)
-        sizes = wan.mesh_sizes(cfg.network, (cfg.len_t, cfg.height, cfg.width), branches)
+        sizes = wan.mesh_sizes(cfg.network, (cfg.len_t, cfg.height, cfg.width), branches, cfg.span.pattern)
         sharding.check_mesh(mesh, sizes, jax.device_count())
 
 

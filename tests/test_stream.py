@@ -395,3 +395,12 @@ def test_a_repository_may_name_another_scheduler(tiny_causal_repository, tmp_pat
     model = streaming.config_of(root).diffusion_model
     assert model.scheduler == streaming.UniPCSchedulerConfig(num_inference_steps=3)
     assert model.transformer.window_size_t == 3
+
+
+def test_a_command_with_prompts_puts_those_of_the_file_aside(tmp_path):
+    path = tmp_path / "config.py"
+    lines = ["from jvdiff import stream", "def get_config():", "    config = stream.default_config()"]
+    path.write_text("\n".join([*lines, "    config.then = {4: 'x'}", "    return config"]))
+    read = lambda *words: stream.parse(["stream", f"--config={path}", *words]).config.then  # noqa: E731
+    assert read() == {4: "x"} and read("--config.prompt=y") is None
+    assert read("--config.then.5=y", "--config.then.6=7") == {"5": "y", "6": "7"}
