@@ -3,6 +3,7 @@
 load(path) -> Pipeline                 a Hugging Face folder or a converted repository
 generate(pipe, prompts, ...) -> Output  video uint8 [B,F,Y,X,3] and latents float32 [B,T,H,W,C]
 pipeline, settings                     the stages of generate, one by one; what decides a clip
+streaming, run_state                   video without end, chunk by chunk; a run as a folder, to go on from
 models, kernels, diffusion, data       the rooms below: pure functions over arrays
 sharding                               meshes, where weights live, sequence-parallel attention
 checkpoint, precision, errors          reading and saving weights, the dtype table, what can go wrong
@@ -12,7 +13,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jvdiff import checkpoint, data, diffusion, errors, kernels, models, pipeline, precision, settings, sharding
+    from jvdiff import (
+        checkpoint,
+        data,
+        diffusion,
+        errors,
+        kernels,
+        models,
+        pipeline,
+        precision,
+        run_state,
+        settings,
+        sharding,
+        streaming,
+    )
     from jvdiff.pipeline import Output, Pipeline, generate, load
 
 _FROM_PIPELINE = ("Output", "Pipeline", "generate", "load")
@@ -30,8 +44,10 @@ __all__ = [
     "models",
     "pipeline",
     "precision",
+    "run_state",
     "settings",
     "sharding",
+    "streaming",
 ]
 
 

@@ -136,6 +136,17 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def say_device(width: int, mesh: Any) -> None:
+    """Says what a model of this width will be computed on."""
+    import jax
+
+    device, count = jax.devices()[0], f"{mesh.devices} x " if mesh else ""
+    shared = f", mesh {mesh}" if mesh else ""
+    say(f"device: {count}{device.device_kind} ({jax.default_backend()}){shared}, jax {jax.__version__}")
+    if jax.default_backend() == "cpu" and width >= 1024:
+        say("warning: no GPU was found; a model of this size takes hours on a CPU (see docs for the GPU extras)")
+
+
 @contextlib.contextmanager
 def plain_logs() -> Iterator[None]:
     """Shows what jvdiff logs as plain lines on stderr, whatever format other packages have set."""

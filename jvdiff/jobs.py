@@ -102,7 +102,7 @@ def make_jobs(config: Any, resolve: Callable[..., Settings]) -> tuple[list[Job],
         try:
             seed = check_seed(entry["seed"]) if entry.get("seed") is not None else (first + i) % 2**32
             own = {name: entry[name] for name in FIELDS if entry.get(name) is not None}
-            stem = entry.get("id") or f"{_slug(entry['prompt'])}_seed{seed}"
+            stem = entry.get("id") or f"{slug(entry['prompt'])}_seed{seed}"
             given = config.seed is not None or entry.get("seed") is not None
             jobs.append(Job(entry["prompt"], seed, resolve(**common | own), stem, given))
         except UsageError as error:
@@ -110,7 +110,8 @@ def make_jobs(config: Any, resolve: Callable[..., Settings]) -> tuple[list[Job],
     return jobs, problems
 
 
-def _slug(prompt: str) -> str:
+def slug(prompt: str) -> str:
+    """A prompt as a part of a file's name."""
     return re.sub(r"\W+", "-", prompt.lower())[:48].strip("-_") or "video"
 
 

@@ -26,6 +26,7 @@ from jvdiff.errors import CheckpointError, Interrupted, NumericsError, ResourceE
 from jvdiff.jobs import Job, attention, facts
 from jvdiff.pipeline import Pipeline
 from jvdiff.settings import Settings, latent_shape
+from jvdiff.streaming import StreamInferencePipeline
 
 
 def stage(name: str) -> contextlib.AbstractContextManager[None]:
@@ -78,7 +79,7 @@ def make(
 
         def save(state: Any, done: int) -> Path:
             arrays = {name: np.asarray(array) for name, array in zip(state._fields, state, strict=True)}
-            kept = facts(job, pipe.precision.name, pipe.digest) | {"versions": _versions()}
+            kept = facts(job, pipe.precision.name, pipe.digest) | {"versions": versions()}
             if not distributed.writes():
                 return Path(f"{base}.state")
             return run_state.save(Path(f"{base}.state"), run_state.RunState(kept, done, arrays))
@@ -139,8 +140,8 @@ def make(
             "attention_chosen": attention(
                 settings, pipe.configs, pipe.precision.name, rows, pipe.placement and pipe.placement.shape
             ),
-            "device": _device(pipe),
-            "versions": _versions(),
+            "device": device(pipe),
+            "versions": versions(),
             "resumed_at_step": job.state.done if job.state else None,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         }
@@ -235,7 +236,7 @@ def _write(base: Path, video: np.ndarray, latents: np.ndarray, record: dict, arr
         raise ResourceError(f"{error}\nThe frames are in {folder / 'video.npz'}.") from error
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
     names = ("jvdiff", "jax", "jaxlib", "flax", "numpy", "tokenizers", "av")
     found = {"python": platform.python_version()}
@@ -245,7 +246,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _device(pipe: Pipeline) -> dict[str, Any]:
+def device(pipe: Pipeline | StreamInferencePipeline) -> dict[str, Any]:
+    """What a run computes on."""
     mesh = pipe.placement and pipe.placement.shape
     return {
         "backend": jax.default_backend(),

@@ -19,18 +19,23 @@ PLAIN_SECONDS = 10.0  # between two lines in a log file
 
 
 @contextlib.contextmanager
-def bar(label: str, total: int, *, start: int = 0, stream: TextIO | None = None) -> Iterator[Callable[[int], None]]:
-    """Yields show(done), to be called with the number of units done of `total`, `start` of them before this run."""
+def bar(
+    label: str, total: int | None, *, start: int = 0, stream: TextIO | None = None
+) -> Iterator[Callable[[int], None]]:
+    """Yields show(done), to be called with the number of units done of `total`, `start` of them before this run.
+
+    total None: there is no end.
+    """
     out = stream or _terminal()
     live, began, last = out.isatty(), time.monotonic(), float("-inf")
 
     def show(done: int) -> None:
         nonlocal last
         now = time.monotonic()
-        line = f"{label}  {_bar(done, total) if live else f'{done}/{total}'}{_left(now - began, done, total, start)}"
+        line = f"{label}  {_bar(done, total, live)}{_left(now - began, done, total, start)}"
         if live:
             out.write(f"\r\x1b[K{line}")
-        elif done >= total or now - last >= PLAIN_SECONDS:
+        elif done == total or now - last >= PLAIN_SECONDS:
             out.write(line + "\n")
         else:
             return
@@ -85,14 +90,18 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _bar(done: int, total: int) -> str:
+def _bar(done: int, total: int | None, live: bool) -> str:
+    if total is None or not live:
+        return str(done) if total is None else f"{done}/{total}"
     full = WIDTH * done // max(total, 1)
     return f"[{'#' * full}{'-' * (WIDTH - full)}] {done}/{total}"
 
 
-def _left(took: float, done: int, total: int, start: int) -> str:
+def _left(took: float, done: int, total: int | None, start: int) -> str:
     if done <= start:
         return ""
     each = took / (done - start)
     rate = f"{each:.2f} s each" if each >= 0.1 else f"{each * 1000:.0f} ms each"
+    if total is None:
+        return f"  {rate}, {clock(took)} so far"
     return f"  {rate}" + (f", {clock(each * (total - done))} left" if done < total else f", {clock(took)} in all")

@@ -151,7 +151,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
         with interrupts() as asked_to_stop:
             seconds: dict[str, float] = {}
             command_line.compile_cache(config.compile_cache)
-            _say_device(configs, mesh)
+            command_line.say_device(configs.transformer.width, mesh)
             with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_video.stage("load"):
                 pipe = pipeline.load(config.checkpoint, dtypes, mesh)
             compiled: set[Any] = set()
@@ -177,16 +177,6 @@ def _check_numbers(config: Any) -> None:
     for name, low in (("stop_at", 1), ("preview_every", 0)):
         if config[name] is not None and config[name] < low:
             raise UsageError(f"{name} is {config[name]}; expected {low} or more.")
-
-
-def _say_device(configs: Any, mesh: Any) -> None:
-    import jax
-
-    device, count = jax.devices()[0], f"{mesh.devices} x " if mesh else ""
-    shared = f", mesh {mesh}" if mesh else ""
-    say(f"device: {count}{device.device_kind} ({jax.default_backend()}){shared}, jax {jax.__version__}")
-    if jax.default_backend() == "cpu" and configs.transformer.width >= 1024:
-        say("warning: no GPU was found; a model of this size takes hours on a CPU (see docs for the GPU extras)")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jvdiff.diffusion import Schedule, Solver, renoise, schedules, unipc
 from jvdiff.errors import CheckpointError, UsageError
@@ -147,12 +148,13 @@ def derive_config(config: Any, **patch: Any) -> Any:
     Raises:
         KeyError: there is no such field; the message has its path and the nearest name.
         TypeError: a dict for a field that has no fields.
+        UsageError: a value of another type than the field's, or one that it cannot have.
     """
     return _derived(config, patch, "")
 
 
 def _derived(config: Any, patch: Mapping[str, Any], path: str) -> Any:
-    names = [field.name for field in dataclasses.fields(config)]
+    names, kinds = [field.name for field in dataclasses.fields(config)], get_type_hints(type(config))
     changed = {}
     for name, value in patch.items():
         where = f"{path}{name}"
@@ -167,8 +169,27 @@ def _derived(config: Any, patch: Mapping[str, Any], path: str) -> Any:
                     f"{where} is {old!r:.60}, which has no fields; give a value instead of {dict(value)!r:.60}"
                 )
             value = _derived(old, value, f"{where}.")
+        if kinds[name] is float and type(value) is int:
+            value = float(value)
+        if not _is(value, kinds[name]):
+            kind = kinds[name].__name__ if isinstance(kinds[name], type) else str(kinds[name])
+            raise UsageError(f"{where} is {value!r:.60}; expected {kind}.")
         changed[name] = value
     return dataclasses.replace(config, **changed)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type."""
+    inner = get_args(kind)
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return any(_is(value, one) for one in inner)
+    if get_origin(kind) is Literal:
+        return value in inner
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and (inner[1:] != (...,) or all(_is(item, inner[0]) for item in value))
+    if kind in (int, float) and (isinstance(value, bool) or value != value):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def to_json(config: Any) -> Any:

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jvdiff import checkpoint, pipeline
+from jvdiff import checkpoint, pipeline, run_state
 from jvdiff import precision as precisions
 from jvdiff import repository as repositories
 from jvdiff.data import tokenizer as tokenizers
@@ -83,6 +83,7 @@ __all__ = [
     "copy",
     "derive_config",
     "load",
+    "override",
     "to_json",
 ]
 
@@ -194,15 +195,30 @@ def config_of(path: str | Path) -> StreamInferencePipelineConfig:
         decoder=StreamingVideoDecoder(repository.vae),
     )
     try:
-        return derive_config(config, diffusion_model=_tuples(given))
+        return override(config, {"diffusion_model": given})
     except (KeyError, TypeError, UsageError) as error:
         raise CheckpointError(f"{path}: its defaults for streaming cannot be: {error.args[0]}") from None
 
 
-def _tuples(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _tuples(item) for name, item in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+def override(config: StreamInferencePipelineConfig, patch: Mapping[str, Any]) -> StreamInferencePipelineConfig:
+    """`derive_config` of values as JSON and command lines have them: a list is a tuple, and an object that names its
+    class (as those of `to_json` do) takes the place of what was there, fields that it leaves out at their defaults.
+    Encoders get the decoder's VAE.
+
+    Raises:
+        KeyError, TypeError, UsageError: as `derive_config`. CheckpointError: a class or field that there is not.
+    """
+    classes: dict[str, Any] = dict(_CLASSES)
+    if config.decoder is not None:
+        for kind in (StreamingVideoEncoder, ImageEncoder):
+            classes[kind.__name__] = partial(kind, config.decoder.vae)
+
+    def read(value: Any) -> Any:
+        if isinstance(value, Mapping) and "class" not in value:
+            return {name: read(item) for name, item in value.items()}
+        return tuple(map(read, value)) if isinstance(value, list) else from_json(value, classes)
+
+    return derive_config(config, **read(patch))
 
 
 def load(
@@ -436,6 +452,22 @@ class StreamInferencePipeline:
             latents = struct((batch, cfg.len_t, *grid, cfg.network.out_channels), jnp.float32)
             decoder = jax.eval_shape(programs.decode, self._vae, latents, struct((), jnp.float32), None)[2]
         return StreamCache(number, number, key, text, past, history, encoder, decoder, self.config.digest)
+
+    def restore_cache(self, arrays: Mapping[str, Any]) -> StreamCache:
+        """The state of one rollout, after a chunk, from what `run_state.flatten` made of it.
+
+        Raises:
+            CheckpointError: it is of another configuration.
+        """
+        cache = run_state.unflatten(self.abstract_cache(1), arrays)
+        held = jax.tree.map(jnp.array, dataclasses.replace(cache, generated=None, finalized=None))
+        if self.placement is not None:
+            past = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), held.past, self._past(self._branches))
+            pictures = self.placement.spread(*cache.history.shape[2:4]).sharding
+            encoder, decoder = jax.device_put((held.encoder, held.decoder), pictures)
+            rest = self._everywhere(dataclasses.replace(held, past=None, encoder=None, decoder=None))
+            held = dataclasses.replace(rest, past=past, encoder=encoder, decoder=decoder)
+        return dataclasses.replace(held, generated=cache.generated, finalized=cache.finalized)
 
     def traced(self, cache: StreamCache, input: Any = None) -> Iterator[tuple[str, jax.stages.Traced]]:
         """(name, traced program) of all that rollouts like this one run. Once these are lowered and compiled, `generate` and

@@ -78,12 +78,19 @@ def tiny_causal_repository(tiny_repository, tmp_path_factory):
     names = {"_class_name": "WanCausalDMDPipeline", "transformer": ["diffusers", "CausalWanTransformer3DModel"]}
     names["scheduler"] = ["diffusers", "SelfForcingFlowMatchScheduler"]
     scheduler = {"num_inference_steps": 1000, "shift": 5.0, "sigma_min": 0.0, "extra_one_step": True, "training": True}
+    small = {"height": 2, "width": 2, "len_t": 1, "window_size_t": 3, "text_rows": 32}
     for file, content in {
         "model_index.json": json.loads((root / "model_index.json").read_text()) | names,
         "transformer/config.json": json.loads((root / "transformer" / "config.json").read_text())
         | {"_class_name": "CausalWanTransformer3DModel"},
         "scheduler/scheduler_config.json": {"_class_name": "SelfForcingFlowMatchScheduler", **scheduler},
-        "jvdiff_defaults.json": {"num_frames": 5, "height": 16, "width": 16, "stream": {"len_t": 1}},
+        "jvdiff_defaults.json": {
+            "num_frames": 5,
+            "height": 16,
+            "width": 16,
+            "fps": 8,
+            "stream": {"transformer": small},
+        },
     }.items():
         (root / file).write_text(json.dumps(content))
     return root

@@ -15,8 +15,8 @@ LEVELS = [
     {"models"},
     {"diffusion"},
     {"data", "checkpoint", "repository", "run_state", "settings", "pipeline", "training"}
-    | {"streaming", "streaming_video"},
-    {"sample", "jobs", "one_video", "train", "plan", "command_line", "__main__"},
+    | {"streaming", "stream_config", "streaming_video"},
+    {"sample", "jobs", "one_video", "stream", "one_stream", "train", "plan", "command_line", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(p for p in (ROOT / "jvdiff").rglob("*.py") if p != ROOT / "jvdiff" / "__init__.py")

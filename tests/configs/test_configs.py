@@ -6,11 +6,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from jvdiff import pipeline, plan, precision, sample
-from jvdiff.settings import FIELDS, latent_shape, resolve
+from jvdiff import pipeline, plan, precision, sample, stream, streaming
+from jvdiff.settings import FIELDS, Configs, latent_shape, resolve
 
 ROOT = Path(__file__).parents[2]
-SAMPLING = sorted(p for p in (ROOT / "configs").glob("*.py") if not p.stem.startswith("train_"))
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if not p.stem.startswith("train_"))
+STREAMING = [p for p in CONFIGS if "import stream\n" in p.read_text()]
+SAMPLING = [p for p in CONFIGS if p not in STREAMING]
 
 
 def read(path):
@@ -42,5 +44,28 @@ def test_a_sampling_config_fits_its_model(path, monkeypatch):
         assert results["text"][0].shape == (1 + (settings.guidance != 1), 64, configs.text_encoder.d_model)
 
 
-def test_there_are_sampling_configs():
+@pytest.mark.parametrize("path", STREAMING, ids=lambda p: p.stem)
+def test_a_streaming_config_fits_its_model(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    module = read(path)
+    config = module.get_config()
+    assert set(config) == set(stream.default_config())
+    assert f"--config configs/{path.name}" in module.__doc__
+    if Path(config.checkpoint).exists():
+        found = streaming.config_of(config.checkpoint)
+    elif path.stem == "self_forcing_wan2_1_t2v_1_3b":
+        found = streaming.SELF_FORCING_WAN_2_1_T2V_1_3B
+    else:
+        pytest.skip(f"{config.checkpoint} is not there")
+    found = streaming.override(found, config.pipeline or {})
+    model = found.diffusion_model.transformer
+    configs = Configs(model.network, found.decoder.vae, model.text_encoder)
+    abstract = pipeline.abstract_params(configs, precision.choose("bfloat16"))
+    cache = found.setup(abstract).abstract_cache(1)
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.past)) < 6 * 2**30
+    assert cache.history.shape[1] == model.window_size_t + model.sink_size_t
+
+
+def test_there_are_streaming_and_sampling_configs():
+    assert {"stream_digits", "self_forcing_wan2_1_t2v_1_3b"} <= {p.stem for p in STREAMING}
     assert {"digits", "wan2_1_t2v_1_3b", "wan2_1_t2v_14b"} <= {p.stem for p in SAMPLING}
