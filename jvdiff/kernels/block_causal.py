@@ -23,10 +23,10 @@ from jvdiff.kernels.block_sparse import block_sparse_attention
 class BlockCausal:
     """The pattern of `block_causal_attention`, for the forward pass of a whole video.
 
-    chunk: frames that are made at once. window: frames of the moving past that a chunk sees, itself included; None: all.
-    sink: the first so many frames of the video stay visible for ever.
-    teacher_forcing: the frames are two copies of a video, one clean and one noisy: the noisy copy of a chunk sees itself,
-    and of all others the clean copy, which is what it sees when a video is made chunk by chunk.
+    chunk: frames that are made at once. window: frames of the moving past that a chunk sees, itself included; None:
+    all. sink: the first so many frames of the video stay visible for ever.
+    teacher_forcing: the frames are two copies of a video, one clean and one noisy: the noisy copy of a chunk sees
+    itself, and of all others the clean copy, which is what it sees when a video is made chunk by chunk.
     """
 
     chunk: int = 3
@@ -35,8 +35,9 @@ class BlockCausal:
     teacher_forcing: bool = False
 
     def __post_init__(self):
-        whole = all(type(n) is int for n in (self.chunk, self.sink, self.window or self.chunk))
-        if not whole or self.chunk < 1 or self.sink < 0 or (self.window or self.chunk) < self.chunk:
+        window = self.chunk if self.window is None else self.window
+        whole = all(type(n) is int for n in (self.chunk, self.sink, window))
+        if not whole or self.chunk < 1 or self.sink < 0 or window < self.chunk:
             raise UsageError(
                 f"{self}: expected whole numbers, chunk from 1, sink from 0, and a window of at least one chunk, which "
                 "counts as a part of it."
