@@ -43,7 +43,7 @@ from jvdiff.data import tokenizer as tokenizers
 from jvdiff.diffusion import add_noise, denoise_scan, schedules
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import umt5, wan
-from jvdiff.settings import Configs, check_prompt, stream_defaults
+from jvdiff.settings import Configs, check_prompt, check_seed, stream_defaults
 from jvdiff.sharding import Placement, read_mesh
 from jvdiff.stream_config import (
     DiffusionModelConfig,
@@ -337,13 +337,16 @@ class StreamInferencePipeline:
             negative_prompt: what guidance leads away from.
         """
         key = self.config.diffusion_model.seed if key is None else key
-        key = jax.random.key(np.uint32(key)) if isinstance(key, int) else key
+        key = jax.random.key(np.uint32(check_seed(key))) if isinstance(key, int | np.integer) else key
+        data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+        if data.shape != (2,) or data.dtype != jnp.uint32:
+            raise UsageError(f"key is {key.dtype}{list(key.shape)}; expected one key of jax.random.key, or a seed.")
         keys = self._text(prompts, text, negative_prompt)
         branches = len(keys[0][0])
         cfg, past = self.config.diffusion_model.transformer, self._past(branches)
         shape = (branches // self._branches, cfg.span.slots, cfg.height, cfg.width, cfg.network.in_channels)
         zero = np.zeros((), np.int32)
-        data, history = self._everywhere((jax.random.key_data(key), jnp.zeros(shape, jnp.float32)))
+        data, history = self._everywhere((jnp.array(data), jnp.zeros(shape, jnp.float32)))
         return StreamCache(zero, zero, data, keys, past, history, None, None, self.config.digest)
 
     def set_prompts(
@@ -384,9 +387,14 @@ class StreamInferencePipeline:
             (frames, cache, final): uint8 [B,F,Y,X,3], or latents float32 [B,T,H,W,C] without a decoder; the state with
             what the VAE remembers; and what `finalize` needs.
         """
-        i = self._check(cache, autoregressive_index)
-        if i != cache.finalized:
-            raise UsageError(f"chunk {i} was generated already; finalize it first.")
+        self._check(cache)
+        i, finalized = int(cache.generated), int(cache.finalized)
+        if i != finalized:
+            raise UsageError(f"chunk {finalized} was generated and is not finalized; finalize it before the next one.")
+        if i != autoregressive_index:
+            raise UsageError(
+                f"generate was called for chunk {autoregressive_index}; expected {i}: chunks are made one by one."
+            )
         encoder, decoder, programs = self.config.encoder, self.config.decoder, self.programs
         if input is not None and encoder is None:
             raise UsageError("generate was given an input, and this configuration has no encoder; leave it out.")
@@ -420,11 +428,20 @@ class StreamInferencePipeline:
             (cache, statistics): where time is taken encode_ms, diffuse_ms, decode_ms, finalize_ms, total_ms,
             total_ms_wo_finalize and, where the device tells, mem_alloc_gib and mem_peak_gib; else {}.
         """
-        i = self._check(cache, autoregressive_index, done=1)
-        if final.autoregressive_index != i or cache.finalized != i:
+        self._check(cache)
+        i, generated = int(cache.finalized), int(cache.generated)
+        if i == generated:
             raise UsageError(
-                f"finalize({i}) was given what generate({final.autoregressive_index}) made and a cache of which "
-                f"{int(cache.finalized)} chunks are finalized; expected both of generate({i})."
+                f"finalize was called for chunk {autoregressive_index}, and all {i} chunks that were generated are "
+                "finalized."
+            )
+        if i != autoregressive_index:
+            raise UsageError(f"finalize was called for chunk {autoregressive_index}; expected {i}, the last generated.")
+        if final.autoregressive_index != i:
+            raise UsageError(f"finalize({i}) was given what generate({final.autoregressive_index}) made.")
+        if final.latents.shape != (shape := self._chunk_shape(cache)):
+            raise UsageError(
+                f"finalize({i}) was given a chunk of latents {list(final.latents.shape)}; expected {list(shape)}."
             )
         clock = _Clock(self.config.enable_sync_and_profile, final.milliseconds)
         past, history = self.programs.finalize(
@@ -540,8 +557,8 @@ class StreamInferencePipeline:
         text = jnp.pad(text, ((0, 0), (0, cfg.text_rows - text.shape[1]), (0, 0)))
         return self.programs.text_keys(self.params["transformer"], self._everywhere(text))
 
-    def _check(self, cache: StreamCache, index: int | None = None, done: int = 0) -> int:
-        """The number of chunks that `cache` has, if it is alive, of this configuration, and `index` follows."""
+    def _check(self, cache: StreamCache) -> None:
+        """That `cache` is of this configuration, and alive."""
         if cache.config != self.config.digest:
             raise UsageError(
                 f"this cache is of another configuration ({cache.config}); expected one of {self.config.digest}, "
@@ -552,16 +569,15 @@ class StreamInferencePipeline:
                 "this cache was given to finalize, which took its memory; use the one that finalize returned, and "
                 "streaming.copy(cache) beforehand where a rollout is to go on in two ways."
             )
-        generated = int(cache.generated)
-        if index is not None and index != generated - done:
-            what, expected = ("finalize", generated - 1) if done else ("generate", generated)
-            raise UsageError(f"{what} was called for chunk {index}; expected {expected}: chunks are made one by one.")
-        return generated - done
+
+    def _chunk_shape(self, cache: StreamCache) -> tuple[int, ...]:
+        """(B,T,H,W,C) of the latents of a chunk."""
+        cfg = self.config.diffusion_model.transformer
+        return (len(cache.history), cfg.len_t, cfg.height, cfg.width, cfg.network.out_channels)
 
     def _check_payload(self, payload: Any, cache: StreamCache) -> None:
-        cfg, wanted = self.config.diffusion_model.transformer, cache.history.shape
+        shape = self._chunk_shape(cache)
         latent = payload["latent"] if isinstance(payload, Mapping) and "latent" in payload else None
-        shape = (wanted[0], cfg.len_t, *wanted[2:4], cfg.network.out_channels)
         if latent is None or latent.shape != shape:
             found = "no latent" if latent is None else f"latents {list(latent.shape)}"
             raise UsageError(f"the encoder gives {found}; chunks of these rollouts are {list(shape)}.")

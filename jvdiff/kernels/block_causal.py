@@ -35,8 +35,9 @@ class BlockCausal:
     teacher_forcing: bool = False
 
     def __post_init__(self):
-        whole = all(type(n) is int for n in (self.chunk, self.sink, self.window or self.chunk))
-        if not whole or self.chunk < 1 or self.sink < 0 or (self.window or self.chunk) < self.chunk:
+        window = self.chunk if self.window is None else self.window
+        whole = all(type(n) is int for n in (self.chunk, self.sink, window))
+        if not whole or self.chunk < 1 or self.sink < 0 or window < self.chunk:
             raise UsageError(
                 f"{self}: expected whole numbers, chunk from 1, sink from 0, and a window of at least one chunk, which "
                 "counts as a part of it."

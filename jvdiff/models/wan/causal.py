@@ -3,14 +3,14 @@
 B batch · T latent frames · H W latent grid · C latent channels · V tokens of a frame · S text tokens · N heads ·
 M heads, padded to the mesh · K head dim · D model width · F slots, one for each frame that is kept.
 
-A video without end is made `Span.chunk` frames at a time. Of the past each layer keeps keys and values of a fixed number
-of frames: the first `sink` frames of the video for ever, and the last `window` - `chunk` in a ring, where a new frame
-overwrites the oldest and nothing is moved. Which slots are filled is one number, so that one program serves every chunk.
-`chunk_velocity` reads the past, as often as a sampler likes; `extend` alone writes it, once a chunk is clean.
+A video without end is made `Span.chunk` frames at a time. Of the past each layer keeps keys and values of a fixed
+number of frames: the first `sink` frames of the video for ever, and the last `window` - `chunk` in a ring, where a new
+frame overwrites the oldest and nothing is moved. Which slots are filled is one number, so that one program serves every
+chunk. `chunk_velocity` reads the past, as often as a sampler likes; `extend` alone writes it, once a chunk is clean.
 
-Sources: Self-Forcing (arXiv 2506.08009), whose checkpoints have Wan's own parameters; window and sink as FlashDreams counts
-them; rotation relative to the cache as in LongLive and Infinity-RoPE. The result of chunk after chunk is that of one
-`velocity(pattern=BlockCausal(...))` over the whole video.
+Sources: Self-Forcing (arXiv 2506.08009), whose checkpoints have Wan's own parameters; window and sink as FlashDreams
+counts them; rotation relative to the cache as in LongLive and Infinity-RoPE. The result of chunk after chunk is that of
+one `velocity(pattern=BlockCausal(...))` over the whole video.
 """
 
 from dataclasses import dataclass, replace
@@ -71,7 +71,7 @@ class Span:
         return jnp.minimum(frames, self.slots)
 
     def held(self, frames: Any) -> Array:
-        """int32 [F]: the frame in each slot after `frames` frames of the video; slots that are not filled: later ones."""
+        """int32 [F]: the frame in each slot after `frames` frames of the video; slots not filled yet: later ones."""
         slot = jnp.arange(self.slots, dtype=jnp.int32)
         oldest = frames - self.ring
         turned = oldest + (slot - oldest) % max(self.ring, 1)  # frame f is in slot sink + (f - sink) % ring
@@ -111,7 +111,7 @@ def init_kv_cache(
     *,
     placement: Placement | None = None,
 ) -> KVCache:
-    """The cache of a video that has not begun; `grid` is (H,W) of its latents, `dtype` that of the attention matrices."""
+    """The cache of a video that has not begun. grid: (H,W) of its latents. dtype: that of the attention matrices."""
     _, ph, pw = cfg.patch_size
     heads, where, everywhere = cfg.num_attention_heads, None, None
     if placement is not None:
@@ -209,8 +209,8 @@ def reencode(
 ) -> KVCache:
     """The same past under another text: all frames that are kept go through the network once more, together.
 
-    history: float32 [B,F,H,W,C], the frames in each slot, as `extend` saw them. What these frames saw in turn, and is not
-    kept, they do not see again (LongLive, arXiv 2509.22622, recaches likewise).
+    history: float32 [B,F,H,W,C], the frames in each slot, as `extend` saw them. What these frames saw in turn, and is
+    not kept, they do not see again (LongLive, arXiv 2509.22622, recaches likewise).
     """
     frames = span.held(past.frames)
     number = jnp.arange(span.slots, dtype=jnp.int32)
@@ -250,8 +250,7 @@ def _chunk(
     *,
     keep: bool,
 ) -> tuple[Array, Any]:
-    if latents.ndim != 5 or latents.shape[1] != span.chunk or latents.shape[-1] != cfg.in_channels:
-        raise UsageError(f"a chunk is {list(latents.shape)}; expected [B,{span.chunk},H,W,{cfg.in_channels}].")
+    _check(cfg, span, latents, timestep, past)
     how = _plan(cfg, span, latents.shape[:4], text, text_length, implementation, placement, keep=keep)
     _, h, w = how.grid
     filled, rope, frames = span.filled(past.frames), None, past.frames + jnp.arange(span.chunk, dtype=jnp.int32)
@@ -261,6 +260,23 @@ def _chunk(
     layers, state = Layer((past.keys, past.values), text), Past(filled * (h * w), rope)
     timestep = timestep.reshape(len(timestep), -1)
     return apply(params, cfg, how, latents, timestep, None, frames=frames, layers=layers, past=state)
+
+
+def _check(cfg: DiTConfig, span: Span, latents: Array, timestep: Array, past: KVCache) -> None:
+    _, ph, pw = cfg.patch_size
+    if latents.ndim != 5 or latents.shape[1] != span.chunk or latents.shape[-1] != cfg.in_channels:
+        raise UsageError(f"a chunk is {list(latents.shape)}; expected [B,{span.chunk},H,W,{cfg.in_channels}].")
+    B, T, H, W, _ = latents.shape
+    kept = (cfg.num_layers, B, span.slots, H // ph * (W // pw))
+    if H % ph or W % pw or past.keys.shape[:4] != kept:
+        raise UsageError(
+            f"a chunk is {list(latents.shape)} and the past {list(past.keys.shape)}; expected H and W in patches of "
+            f"{ph}x{pw}, and a past of {list(kept)} keys a head: layers, B, slots, tokens of a frame."
+        )
+    if timestep.shape not in ((B,), (B, T)) or timestep.dtype != jnp.float32:
+        raise UsageError(
+            f"timestep of a chunk is {timestep.dtype}{list(timestep.shape)}; expected float32[{B}] or [{B},{T}]."
+        )
 
 
 def _plan(
