@@ -322,7 +322,7 @@ class StreamInferencePipeline:
         """
         key = self.config.diffusion_model.seed if key is None else key
         key = jax.random.key(np.uint32(check_seed(key))) if isinstance(key, int | np.integer) else key
-        data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+        data: Any = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
         if data.shape != (2,) or data.dtype != jnp.uint32:
             raise UsageError(f"key is {key.dtype}{list(key.shape)}; expected one key of jax.random.key, or a seed.")
         keys = self._text(prompts, text, negative_prompt)
@@ -512,6 +512,7 @@ class StreamInferencePipeline:
             text = pipeline.encode_texts(
                 cfg.text_encoder, self.params["text_encoder"], self.tokenizer, texts, self.placement
             )
+        assert text is not None
         if text.ndim != 3 or len(text) % self._branches or text.shape[2] != cfg.network.text_dim:
             raise UsageError(
                 f"text is {list(text.shape)}; expected [{'2B' if self._branches == 2 else 'B'},S,{cfg.network.text_dim}]."
