@@ -338,7 +338,7 @@ class StreamInferencePipeline:
         """
         key = self.config.diffusion_model.seed if key is None else key
         key = jax.random.key(np.uint32(check_seed(key))) if isinstance(key, int | np.integer) else key
-        data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+        data: Any = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
         if data.shape != (2,) or data.dtype != jnp.uint32:
             raise UsageError(f"key is {key.dtype}{list(key.shape)}; expected one key of jax.random.key, or a seed.")
         keys = self._text(prompts, text, negative_prompt)
@@ -398,6 +398,7 @@ class StreamInferencePipeline:
         encoder, decoder, programs = self.config.encoder, self.config.decoder, self.programs
         if input is not None and encoder is None:
             raise UsageError("generate was given an input, and this configuration has no encoder; leave it out.")
+        self._check_input(input, cache)
         clock = _Clock(self.config.enable_sync_and_profile)
         payload, encoded, decoded = None, cache.encoder, cache.decoder
         if encoder is not None:
@@ -546,6 +547,7 @@ class StreamInferencePipeline:
             text = pipeline.encode_texts(
                 cfg.text_encoder, self.params["text_encoder"], self.tokenizer, texts, self.placement
             )
+        assert text is not None
         if text.ndim != 3 or len(text) % self._branches or text.shape[2] != cfg.network.text_dim:
             raise UsageError(
                 f"text is {list(text.shape)}; expected [{'2B' if self._branches == 2 else 'B'},S,{cfg.network.text_dim}]."
@@ -574,6 +576,17 @@ class StreamInferencePipeline:
         """(B,T,H,W,C) of the latents of a chunk."""
         cfg = self.config.diffusion_model.transformer
         return (len(cache.history), cfg.len_t, cfg.height, cfg.width, cfg.network.out_channels)
+
+    def _check_input(self, given: Any, cache: StreamCache) -> None:
+        """That a picture or video is of the size of the frames; what else it must be, its encoder says."""
+        encoder, cfg = self.config.encoder, self.config.diffusion_model.transformer
+        if given is None or encoder is None or isinstance(encoder, NullEncoder):
+            return
+        ratio, found = encoder.spatial_compression_ratio, np.shape(given)
+        size = (cfg.height * ratio, cfg.width * ratio)
+        if len(found) >= 4 and (found[0], *found[-3:-1]) != (len(cache.history), *size):
+            wanted = f"[{len(cache.history)},...,{size[0]},{size[1]},3]"
+            raise UsageError(f"the input is {list(found)}; expected {wanted}, as many pixels as the frames have.")
 
     def _check_payload(self, payload: Any, cache: StreamCache) -> None:
         shape = self._chunk_shape(cache)
