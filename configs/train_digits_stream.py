@@ -23,8 +23,23 @@ def get_config() -> ConfigDict:
     config.chunks = 4
     config.change = 0.4
     config.pattern = ConfigDict({"chunk": 3, "window": 9, "sink": 0})
-    # config.transformer.causal = True
+    config.transformer.causal = True
     config.loss.context_noise = 0.3
-    config.schedule = ConfigDict({"steps": 1600, "learning_rate": 7e-4, "warmup": 100, "average_decay": 0.998})
-    config.defaults = ConfigDict({"fps": 8})
+    config.schedule = ConfigDict({"steps": 8000, "learning_rate": 1e-3, "warmup": 100, "average_decay": 0.998})
+    config.defaults = ConfigDict(
+        {
+            "fps": 8,
+            "stream": {
+                "transformer": {
+                    "height": 8,
+                    "width": 8,
+                    "len_t": 3,
+                    "window_size_t": 9,
+                    "text_rows": 32,
+                    "guidance_scale": 4.0,
+                },
+                "scheduler": {"class": "UniPCSchedulerConfig", "num_inference_steps": 10, "shift": 3.0},
+            },
+        }
+    )
     return config

@@ -16,6 +16,8 @@ from jvdiff.diffusion import Schedule, Solver, renoise, schedules, unipc
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import umt5, wan
 
+CAUSAL_WAN_2_1_T2V_1_3B = dataclasses.replace(wan.WAN_2_1_T2V_1_3B, causal=True)
+
 
 @dataclass(frozen=True)
 class FlowMatchSchedulerConfig:
@@ -94,7 +96,7 @@ class TransformerConfig:
     nothing). attention: an implementation of `jvdiff.kernels.attention`; None: the best.
     """
 
-    network: wan.DiTConfig = dataclasses.replace(wan.WAN_2_1_T2V_1_3B, causal=True)
+    network: wan.DiTConfig = CAUSAL_WAN_2_1_T2V_1_3B
     text_encoder: umt5.Config = umt5.UMT5_XXL
     height: int = 60
     width: int = 104
@@ -128,8 +130,8 @@ class TransformerConfig:
 class DiffusionModelConfig:
     """The network and its sampler.
 
-    seed: of rollouts that are given no key. context_noise: the timestep, 0..1000, at which a finished chunk goes into the
-    cache; above 0 it is noised to that level first.
+    seed: of rollouts that are given no key. context_noise: the timestep, 0..1000, at which a finished chunk goes into
+    the cache; above 0 it is noised to that level first.
     """
 
     transformer: TransformerConfig = TransformerConfig()

@@ -1,10 +1,10 @@
-"""Video without end: chunks of latent frames, each made from those before it, and a cache that is all there is of state.
+"""Video without end: chunks of latent frames, each made from those before it, and a cache that is all the state.
 
     B rollouts · T latent frames of a chunk · H W latent grid · C latent channels · S text tokens · F pixel frames ·
     Y X pixel height, width
 
-    cfg    = StreamInferencePipelineConfig("mine", DiffusionModelConfig(TransformerConfig(...), FlowMatchSchedulerConfig()),
-                                           decoder=StreamingVideoDecoder(...))
+    model  = DiffusionModelConfig(TransformerConfig(...), FlowMatchSchedulerConfig())
+    cfg    = StreamInferencePipelineConfig("mine", model, decoder=StreamingVideoDecoder(...))
     cfg    = derive_config(cfg, diffusion_model=dict(scheduler=dict(shift=5.0)))
     pipe   = cfg.setup(params, tokenizer)                        # or pipe = streaming.load("checkpoints/digits-stream")
     cache  = pipe.initialize_cache(jax.random.key(0), prompts=["a red seven moving left"])
@@ -15,13 +15,12 @@
 Configurations are frozen values; a pipeline binds them to parameters and remembers nothing. `generate` reads the cache
 and never writes it, so that its frames can be shown before `finalize` is waited for; `finalize` alone makes the chunk a
 part of the past, and takes the memory of the cache it is given. A rollout that is saved, copied, or interleaved with
-another goes on as if nothing had happened. Names as in NVIDIA's flashdreams, which this follows but for its hidden state.
+another goes on as if nothing had happened. Names as in NVIDIA's flashdreams, whose hidden state this does not have.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import time
@@ -29,18 +28,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
-from jvdiff import checkpoint, pipeline, run_state
+from jvdiff import checkpoint, pipeline, run_state, stream_programs
 from jvdiff import precision as precisions
 from jvdiff import repository as repositories
 from jvdiff.data import tokenizer as tokenizers
-from jvdiff.diffusion import add_noise, denoise_scan, schedules
+from jvdiff.diffusion import schedules
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import umt5, wan
 from jvdiff.settings import Configs, check_prompt, check_seed, stream_defaults
@@ -54,13 +52,13 @@ from jvdiff.stream_config import (
     from_json,
     to_json,
 )
+from jvdiff.stream_programs import Programs
 from jvdiff.streaming_video import (
+    Encoder,
     ImageEncoder,
     NullEncoder,
     StreamingVideoDecoder,
     StreamingVideoEncoder,
-    concatenated,
-    stamped,
 )
 from jvdiff.types import Array, Params
 
@@ -86,9 +84,6 @@ __all__ = [
     "override",
     "to_json",
 ]
-
-Encoder = StreamingVideoEncoder | ImageEncoder | NullEncoder
-
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -173,8 +168,8 @@ def config_from_json(value: Mapping[str, Any]) -> StreamInferencePipelineConfig:
 
 
 def config_of(path: str | Path) -> StreamInferencePipelineConfig:
-    """The configuration that a causal repository asks for: its networks, the scheduler of scheduler_config.json, and what
-    the object `stream` of its jvdiff_defaults.json says besides; else Self-Forcing's.
+    """The configuration that a causal repository asks for: its networks, the scheduler of scheduler_config.json, and
+    what the object `stream` of its jvdiff_defaults.json says besides; else Self-Forcing's.
 
     Raises:
         CheckpointError: not a repository, or one that says what cannot be. UsageError: one that is not causal.
@@ -260,10 +255,10 @@ def load(
 class StreamCache:
     """All that a rollout remembers.
 
-    generated, finalized: numpy int32, how many chunks were made, and how many are part of the past. key: uint32, the data
-    of the rollout's random key. text: `wan.TextKeys` of the prompts. past: the layers' keys and values. history: float32
-    [B,F,H,W,C], the network's inputs that those were made of. encoder, decoder: what the VAE remembers. With guidance,
-    text and past are those of 2B: the prompts, then the negative one. config: the digest of the configuration.
+    generated, finalized: numpy int32, how many chunks were made, and how many are part of the past. key: uint32, the
+    data of the rollout's random key. text: `wan.TextKeys` of the prompts. past: the layers' keys and values. history:
+    float32 [B,F,H,W,C], the network's inputs that those were made of. encoder, decoder: what the VAE remembers. With
+    guidance, text and past are those of 2B: the prompts, then the negative one. config: the configuration's digest.
     """
 
     generated: Any
@@ -284,7 +279,7 @@ class StreamCache:
 )
 @dataclass(frozen=True)
 class FinalState:
-    """What `finalize` needs of a chunk: clean latents float32 [B,T,H,W,C] (normalised), and what the encoder told of it.
+    """What `finalize` needs of a chunk: clean latents float32 [B,T,H,W,C] (normalised), and what the encoder told.
 
     nonfinite: float32 [], the share of latents and decoded pixels that is NaN or infinite. milliseconds: of each stage,
     where time is taken.
@@ -298,7 +293,7 @@ class FinalState:
 
 
 def copy(cache: StreamCache) -> StreamCache:
-    """The same state in memory of its own, for a rollout that goes on in two ways: `finalize` takes what it is given."""
+    """The same state in memory of its own, for a rollout that goes on in two ways: `finalize` takes what it gets."""
     return jax.tree.map(lambda x: x.copy(), cache)
 
 
@@ -318,7 +313,7 @@ class StreamInferencePipeline:
     def programs(self) -> Programs:
         """The compiled functions, shared by all pipelines of the same configuration and mesh."""
         model = dataclasses.replace(self.config.diffusion_model, seed=0)
-        return _programs(model, self.config.encoder, self.config.decoder, self.placement)
+        return stream_programs.programs(model, self.config.encoder, self.config.decoder, self.placement)
 
     def initialize_cache(
         self,
@@ -360,9 +355,9 @@ class StreamInferencePipeline:
     ) -> StreamCache:
         """The same rollouts under other prompts from the next chunk on; between `finalize` and `generate`.
 
-        reencode: what is kept of the past goes through the network once more, as if it had been made under these prompts
-        (as LongLive does at a change); `cache` is used up then. Otherwise both share their past, and the `finalize` of
-        either takes it from the other: see `copy`.
+        reencode: what is kept of the past goes through the network once more, as if it had been made under these
+        prompts (as LongLive does at a change); `cache` is used up then. Otherwise both share their past, and the
+        `finalize` of either takes it from the other: see `copy`.
         """
         self._check(cache)
         keys = self._text(prompts, text, negative_prompt)
@@ -488,8 +483,8 @@ class StreamInferencePipeline:
         return dataclasses.replace(held, generated=cache.generated, finalized=cache.finalized)
 
     def traced(self, cache: StreamCache, input: Any = None) -> Iterator[tuple[str, jax.stages.Traced]]:
-        """(name, traced program) of all that rollouts like this one run. Once these are lowered and compiled, `generate` and
-        `finalize` do not compile.
+        """(name, traced program) of all that rollouts like this one run. Once these are lowered and compiled,
+        `generate` and `finalize` do not compile.
 
         Args:
             cache: of `initialize_cache`, or abstract. input: what the first chunk is given.
@@ -550,7 +545,8 @@ class StreamInferencePipeline:
         assert text is not None
         if text.ndim != 3 or len(text) % self._branches or text.shape[2] != cfg.network.text_dim:
             raise UsageError(
-                f"text is {list(text.shape)}; expected [{'2B' if self._branches == 2 else 'B'},S,{cfg.network.text_dim}]."
+                f"text is {list(text.shape)}; expected "
+                f"[{'2B' if self._branches == 2 else 'B'},S,{cfg.network.text_dim}]."
             )
         if text.shape[1] > cfg.text_rows:
             if np.asarray(text[:, cfg.text_rows :]).any():
@@ -643,108 +639,3 @@ class _Clock:
             | {"total_ms": total, "total_ms_wo_finalize": total - each["finalize"]}
             | {name: memory[key] / 2**30 for name, key in names.items() if key in memory}
         )
-
-
-# ----------------------------------------------------------------------------------------------------------- programs
-
-
-class Programs(NamedTuple):
-    """The jitted functions of a configuration. One program of each serves all chunks of a rollout; the VAE's first chunk
-    has one more."""
-
-    text_keys: Any  # (network, rows) -> wan.TextKeys
-    encode: Any  # (vae, input, cache) -> (payload, cache)
-    diffuse: Any  # (network, text, past, key, index, payload) -> (latents, non-finite share)
-    decode: Any  # (vae, latents, non-finite share, cache) -> (uint8 frames, non-finite share, cache)
-    finalize: Any  # (network, text, past, history, key, index, latents, payload) -> (past, history), both in place
-    reencode: Any  # (network, text, past, history) -> past, in place
-
-
-@functools.lru_cache(maxsize=8)
-def _programs(
-    model: DiffusionModelConfig,
-    encoder: Encoder | None,
-    decoder: StreamingVideoDecoder | None,
-    placement: Placement | None,
-) -> Programs:
-    cfg, scheduler = model.transformer, model.scheduler
-    span, network, scale = cfg.span, cfg.network, cfg.guidance_scale
-    concatenates = network.in_channels != network.out_channels
-    how: Any = dict(text_length=cfg.text_length, implementation=cfg.attention, placement=placement)
-    solver = scheduler.solver()
-    level = scheduler.noise_level(model.context_noise) if model.context_noise else 0.0
-
-    def replicated(tree: Any) -> Any:
-        return tree if placement is None else placement.replicate(tree)
-
-    def branches(x: Array) -> Array:  # the prompts', then the negative prompt's
-        return x if scale == 1 else jnp.concatenate([x, x])
-
-    def flow(params: Params, text: Any, past: Any, payload: Any, x: Array, t: Array) -> Array:
-        given = branches(concatenated(payload, x) if concatenates else stamped(payload, x))
-        v = wan.chunk_velocity(params, network, span, given, branches(t), text, past, **how)
-        if scale == 1:
-            return v
-        wanted, unwanted = jnp.split(v, 2)
-        return unwanted + scale * (wanted - unwanted)
-
-    def diffuse(
-        params: Params, text: Any, past: wan.KVCache, key: Array, index: Array, payload: Any
-    ) -> tuple[Array, Array]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
-        batch = past.keys.shape[1] // (1 if scale == 1 else 2)
-        shape = (batch, span.chunk, cfg.height, cfg.width, network.out_channels)
-        noise = jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32)
-        state = solver.init(noise, key) if isinstance(scheduler, FlowMatchSchedulerConfig) else solver.init(noise)
-        latents = denoise_scan(Partial(flow, params, text, past, payload), solver, replicated(state)).x
-        if not concatenates:
-            latents = stamped(payload, latents)
-        return replicated((latents, _nonfinite(latents)))
-
-    def finalize(
-        params: Params,
-        text: Any,
-        past: wan.KVCache,
-        history: Array,
-        key: Array,
-        index: Array,
-        latents: Array,
-        payload: Any,
-    ) -> tuple[wan.KVCache, Array]:
-        if level:
-            key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
-            latents = add_noise(latents, level, jax.random.fold_in(key, len(solver) + 1))
-        given = concatenated(payload, latents) if concatenates else latents
-        t = jnp.full(past.keys.shape[1], model.context_noise, jnp.float32)
-        history = wan.remembered(span, history, given, past.frames)
-        return wan.extend(params, network, span, branches(given), t, text, past, **how), replicated(history)
-
-    def reencode(params: Params, text: Any, past: wan.KVCache, history: Array) -> wan.KVCache:
-        t = jnp.full(past.keys.shape[1], model.context_noise, jnp.float32)
-        return wan.reencode(params, network, span, branches(history), t, text, past, **how)
-
-    def decode(params: Params, latents: Array, bad: Array, cache: Any) -> tuple[Array, Array, Any]:
-        assert decoder is not None
-        frames, cache = decoder.decode(params, latents, cache, placement=placement)
-        pixels, bad = replicated((pipeline.to_pixels(frames), jnp.maximum(bad, _nonfinite(frames))))
-        return pixels, bad, cache
-
-    def encode(params: Params, given: Any, cache: Any) -> tuple[Any, Any]:
-        assert encoder is not None
-        payload, cache = encoder.encode(params, given, cache, latent_frames=span.chunk, placement=placement)
-        if isinstance(encoder, StreamingVideoEncoder):
-            payload = {"latent": payload}
-        return replicated(payload), cache
-
-    return Programs(
-        text_keys=jax.jit(lambda params, rows: wan.text_keys(params, network, rows, placement=placement)),
-        encode=jax.jit(encode),
-        diffuse=jax.jit(diffuse),
-        decode=jax.jit(decode),
-        finalize=jax.jit(finalize, donate_argnums=(2, 3)),
-        reencode=jax.jit(reencode, donate_argnums=2),
-    )
-
-
-def _nonfinite(x: Array) -> Array:
-    return jnp.mean(1.0 - jnp.isfinite(x).astype(jnp.float32))

@@ -270,6 +270,9 @@ class ImageEncoder:
         return {"latent": latent, "mask": mask.at[:, 0].set(1.0) if begins else mask}, cache
 
 
+Encoder = StreamingVideoEncoder | ImageEncoder | NullEncoder
+
+
 def stamped(payload: Payload | None, x: Array) -> Array:
     """x [B,T,H,W,C] with the payload's latent where its mask is 1; x itself without a payload."""
     if payload is None:
