@@ -236,12 +236,11 @@ def _what_is_left(film: videos.FragmentedMP4, kept: Path, saved: int | None) -> 
 
 
 def _thinned(sheet: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """Frames by chunk, evenly spaced, and never more than SHEET however long the video."""
+    """Frames by chunk, evenly spaced, and never more than SHEET however long the video; the last chunk is in `sheet`."""
     stride = 1
-    while len(sheet) > SHEET:
+    while max(sheet) // stride >= SHEET:
         stride *= 2
-        sheet = {i: frame for i, frame in sheet.items() if i % stride == 0}
-    return sheet
+    return {i: frame for i, frame in sheet.items() if i % stride == 0}
 
 
 def _rates(times: Mapping[str, Any]) -> dict[str, float]:
