@@ -236,7 +236,7 @@ def _what_is_left(film: videos.FragmentedMP4, kept: Path, saved: int | None) -> 
 
 
 def _thinned(sheet: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """Frames by chunk, evenly spaced, and never more than SHEET however long the video; the last chunk is in `sheet`."""
+    """Frames by chunk, evenly spaced, at most SHEET however long the video; the last chunk is in `sheet`."""
     stride = 1
     while max(sheet) // stride >= SHEET:
         stride *= 2
