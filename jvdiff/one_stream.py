@@ -141,7 +141,8 @@ def make(
                 save()
             record = rollout.facts() | {"chunks": done, "frames": film.frames, "checkpoint": config.checkpoint}
             record |= {"device": device(pipe), "versions": versions(), "resumed_at_chunk": first or None}
-            record |= {"seconds": {name: round(value, 3) for name, value in seconds.items()}, **_rates(totals)}
+            record |= {"seconds": {name: round(value, 3) for name, value in seconds.items()}}
+            record |= {"speed": {name: round(value, 3) for name, value in _rates(totals).items()}}
             shown = np.stack([*sheet.values(), frame] if done - 1 not in sheet else list(sheet.values()))
             videos.write_png(f"{base}.png", videos.contact_sheet(shown), rollout.facts())
             with videos.atomic(f"{base}.json") as part:
