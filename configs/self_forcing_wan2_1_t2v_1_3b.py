@@ -12,7 +12,7 @@ its window rolls on, and the video drifts: less with a sink and positions within
     --config.pipeline.diffusion_model.transformer.apply_rope_before_kvcache=false
 
 Memory in bfloat16, from sizes and not measured: weights 2.7 GiB (DiT), 10.6 GiB (text), 0.5 GiB (VAE); keys and values
-of 21 latent frames 5.6 GiB; a saved state as much.
+of 18 latent frames 4.8 GiB; a saved state as much.
 """
 
 from ml_collections import ConfigDict

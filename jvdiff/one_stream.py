@@ -141,7 +141,8 @@ def make(
                 save()
             record = rollout.facts() | {"chunks": done, "frames": film.frames, "checkpoint": config.checkpoint}
             record |= {"device": device(pipe), "versions": versions(), "resumed_at_chunk": first or None}
-            record |= {"seconds": {name: round(value, 3) for name, value in seconds.items()}, **_rates(totals)}
+            record |= {"seconds": {name: round(value, 3) for name, value in seconds.items()}}
+            record |= {"speed": {name: round(value, 3) for name, value in _rates(totals).items()}}
             shown = np.stack([*sheet.values(), frame] if done - 1 not in sheet else list(sheet.values()))
             videos.write_png(f"{base}.png", videos.contact_sheet(shown), rollout.facts())
             with videos.atomic(f"{base}.json") as part:
@@ -236,12 +237,11 @@ def _what_is_left(film: videos.FragmentedMP4, kept: Path, saved: int | None) -> 
 
 
 def _thinned(sheet: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """Frames by chunk, evenly spaced, and never more than SHEET however long the video."""
+    """Frames by chunk, evenly spaced, at most SHEET however long the video; the last chunk is in `sheet`."""
     stride = 1
-    while len(sheet) > SHEET:
+    while max(sheet) // stride >= SHEET:
         stride *= 2
-        sheet = {i: frame for i, frame in sheet.items() if i % stride == 0}
-    return sheet
+    return {i: frame for i, frame in sheet.items() if i % stride == 0}
 
 
 def _rates(times: Mapping[str, Any]) -> dict[str, float]:

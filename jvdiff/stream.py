@@ -335,7 +335,9 @@ def _check(rollout: Rollout, repository: Any, mesh: Any) -> None:
     for text, tokens in zip(texts, mask.sum(axis=1), strict=True):
         if tokens > cfg.text_rows:
             raise UsageError(f"the prompt {text!r:.60} has {tokens} tokens; text_rows is {cfg.text_rows}. Shorten it.")
-    if isinstance(mesh, sharding.MeshShape):
+    if isinstance(mesh, str):
+        raise UsageError(f"mesh is {mesh!r}; name its axes here, for instance --config.mesh=sequence=4.")
+    if mesh is not None:
         branches = 1 + (cfg.guidance_scale != 1)
         sizes = wan.mesh_sizes(cfg.network, (cfg.len_t, cfg.height, cfg.width), branches, cfg.span.pattern)
         sharding.check_mesh(mesh, sizes, jax.device_count())
