@@ -44,7 +44,7 @@ FPS_WANTED = 45.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", help="a causal repository; without it, the 1.3B model with random weights")
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--device", choices=("gpu", "cpu"), help="refuse to run on another")
@@ -130,12 +130,12 @@ def abstract_params(config: streaming.StreamInferencePipelineConfig, dtypes: pre
     }
 
 
-def random_text(config: streaming.StreamInferencePipelineConfig) -> np.ndarray:
+def random_text(config: streaming.StreamInferencePipelineConfig) -> jax.Array:
     """Text rows of one rollout: 60 of noise, the others zeros."""
     cfg = config.diffusion_model.transformer
     rows = np.zeros((1, cfg.text_rows, cfg.network.text_dim), np.float32)
     rows[:, :60] = np.random.default_rng(0).standard_normal(rows[:, :60].shape)
-    return rows
+    return jnp.asarray(rows)
 
 
 def resident() -> float:

@@ -118,8 +118,8 @@ def init_kv_cache(
         split = _split(cfg, span, batch, grid, placement)
         heads, where, everywhere = sequence.padded_heads(split, heads), _sharding(split), placement.everywhere
     shape = (cfg.num_layers, batch, span.slots, grid[0] // ph * (grid[1] // pw), heads, cfg.attention_head_dim)
-    zeros = jax.jit(lambda: (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), out_shardings=where)
-    return KVCache(*zeros(), jnp.zeros((), jnp.int32, device=everywhere))
+    keys, values = jax.jit(lambda: (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), out_shardings=where)()
+    return KVCache(keys, values, jnp.zeros((), jnp.int32, device=everywhere))
 
 
 def text_keys(params: Params, cfg: DiTConfig, text: Array, *, placement: Placement | None = None) -> TextKeys:
