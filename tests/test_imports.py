@@ -15,7 +15,7 @@ LEVELS = [
     {"models"},
     {"diffusion"},
     {"data", "checkpoint", "repository", "run_state", "settings", "pipeline", "training"}
-    | {"streaming", "stream_config", "streaming_video"},
+    | {"streaming", "stream_config", "stream_programs", "streaming_video"},
     {"sample", "jobs", "one_video", "stream", "one_stream", "train", "plan", "command_line", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
