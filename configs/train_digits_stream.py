@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.pattern = ConfigDict({"chunk": 3, "window": 9, "sink": 0})
     config.transformer.causal = True
     config.loss.context_noise = 0.3
-    config.schedule = ConfigDict({"steps": 8000, "learning_rate": 1e-3, "warmup": 100, "average_decay": 0.998})
+    config.schedule = ConfigDict({"steps": 5000, "learning_rate": 1e-3, "warmup": 100, "average_decay": 0.998})
     config.defaults = ConfigDict(
         {
             "fps": 8,
