@@ -360,6 +360,8 @@ class StreamInferencePipeline:
         `finalize` of either takes it from the other: see `copy`.
         """
         self._check(cache)
+        if cache.generated != cache.finalized:
+            raise UsageError(f"chunk {int(cache.finalized)} is not finalized yet; change prompts after that.")
         keys = self._text(prompts, text, negative_prompt)
         if keys[0].shape != cache.text[0].shape:
             found, wanted = (len(k[0][0]) // self._branches for k in (keys, cache.text))

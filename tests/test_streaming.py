@@ -505,6 +505,8 @@ def test_what_is_out_of_turn_is_told_and_nothing_is_lost(story):
     for index in (1, 2):
         with pytest.raises(UsageError, match="chunk 1 was generated and is not finalized; finalize it before the next"):
             pipe.generate(index, after)
+    with pytest.raises(UsageError, match="chunk 1 is not finalized yet; change prompts after that"):
+        pipe.set_prompts(after, text=text(2))
     with pytest.raises(UsageError, match="finalize was called for chunk 0; expected 1"):
         pipe.finalize(0, after, final)
     _, _, earlier = pipe.generate(0, fresh)
