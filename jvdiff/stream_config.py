@@ -211,7 +211,7 @@ def from_json(value: Any, classes: Mapping[str, type]) -> Any:
     if not isinstance(value, Mapping):
         return value
     fields = {name: from_json(item, classes) for name, item in value.items() if name != "class"}
-    name = value.get("class")
+    name: Any = value.get("class")
     if name not in classes:
         raise CheckpointError(f"a configuration has the class {name!r:.60}; expected one of {', '.join(classes)}.")
     try:
