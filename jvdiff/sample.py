@@ -20,7 +20,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from jvdiff import command_line, distributed, progress, run_state
+from jvdiff import command_line, distributed, progress
 from jvdiff.command_line import say
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, ResourceError, UsageError
 from jvdiff.interrupts import interrupts
@@ -112,7 +112,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
 
         plan.show(config)
         return []
-    from jvdiff import jobs, one_video, pipeline, precision, settings
+    from jvdiff import jobs, one_video, pipeline, precision, run_state, settings
     from jvdiff import repository as repositories
     from jvdiff.data import tokenizer
 

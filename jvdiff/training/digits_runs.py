@@ -84,7 +84,8 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     pattern_at = _patterns(config, models.configs.transformer.num_attention_heads)
     sizes = wan.mesh_sizes(models.configs.transformer, _grid(models.configs.vae, 17), config.batch, pattern_at(0))
     run = _start(config, folder, models, shape, sizes)
-    latents, prompts = encoded_clips(models.configs.vae, run.vae, _clips, config, run.mesh, folder / "latents.npz")
+    cfg, cached = models.configs.vae, folder / "latents.npz"
+    latents, prompts = encoded_clips(cfg, run.vae, digits.batch, "", config.clips, config.seed, run.mesh, cached)
     ids, mask, _ = tokenizer.tokenize(models.tokens, [*prompts, ""], config.tokens)
 
     def batches(step: int) -> flow_matching.Batch:
@@ -130,7 +131,8 @@ def train_stream(config: ConfigDict, folder: Path) -> Path:
             texts.append([said[n] for n in np.cumsum([0, *turns])])
         return np.stack(videos), texts
 
-    latents, prompts = encoded_clips(cfg, run.vae, streams, config, run.mesh, folder / "latents.npz")
+    kind, cached = f"stream {config.chunks} {config.change} {pattern.chunk}", folder / "latents.npz"
+    latents, prompts = encoded_clips(cfg, run.vae, streams, kind, config.clips, config.seed, run.mesh, cached)
     ids, mask, _ = tokenizer.tokenize(models.tokens, [*prompts.ravel().tolist(), ""], config.tokens)
     numbers = np.arange(prompts.size).reshape(prompts.shape)
 
@@ -336,26 +338,22 @@ def _result(target: Path) -> Path:
     return target
 
 
-def _clips(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[str]]:
-    return digits.batch(rng, count)
-
-
 def encoded_clips(
     cfg: wan.VAEConfig,
     params: Any,
     draw: Callable[[np.random.Generator, int], tuple[np.ndarray, Sequence[Any]]],
-    config: ConfigDict,
+    kind: str,
+    clips: int,
+    seed: int,
     mesh: Mesh,
     path: Path,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised latents float16 [N,T,H,W,C] of N = config.clips clips that `draw` makes, uint8 with their prompts, and
-    these prompts [N] or [N,P]; kept in the file `path`.
+    """Normalised latents float16 [N,T,H,W,C] of N training clips, and their prompts [N] or [N,P]; kept in `path`.
 
-    The file is used again only for the same config, other than what the training itself depends on, and encoder.
+    draw: (generator, count) -> clips uint8 and their prompts. kind: what it draws; "" for ordinary clips. The file is
+    used again only for the same clips and the same encoder.
     """
-    clips, seed = config.clips, config.seed
-    kind = {name: config.get(name) for name in ("task", "chunks", "change", "pattern") if config.task == "stream"}
-    total = hashlib.sha256(f"{cfg} {clips} {seed}{kind or ''}".encode())
+    total = hashlib.sha256(f"{cfg} {clips} {seed}{kind}".encode())
     for leaf in jax.tree.leaves({name: part for name, part in params.items() if name not in wan.DECODER}):
         total.update(np.asarray(leaf).tobytes())
     key = total.hexdigest()

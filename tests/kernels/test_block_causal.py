@@ -107,10 +107,10 @@ def test_a_pattern_that_cannot_be_is_refused(bad):
 
 
 def test_what_does_not_fit_is_told():
-    with pytest.raises(UsageError, match="7 latent frames are not 3-frame chunks; give a multiple of 3"):
+    with pytest.raises(UsageError, match="7 latent frames are not a video in chunks of 3; expected a multiple of 3"):
         BlockCausal(3).visible(7)
     with pytest.raises(
-        UsageError, match="9 latent frames are not 2 copies of a video of 3-frame chunks; give a multipl"
+        UsageError, match="9 latent frames are not 2 copies of a video in chunks of 3; expected a multiple of 6"
     ):
         BlockCausal(3, teacher_forcing=True).visible(9)
     q = jnp.zeros((1, 12, 1, 8))

@@ -269,7 +269,7 @@ def test_training_on_clean_and_noisy_copies_sees_what_a_rollout_sees():
     close(found, expected)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, path
-    with pytest.raises(UsageError, match="7 latent frames are not 2 copies of a video of 1-frame chunks; give a"):
+    with pytest.raises(UsageError, match="7 latent frames are not 2 copies of a video in chunks of 1; expected"):
         run(params(), both[0][:, :7], both[1][:, :7], texts[0])
 
 

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from jvdiff.data import digits
 from jvdiff.models import wan
 from jvdiff.sharding import MeshShape, make_mesh
 from jvdiff.training import digits_runs
@@ -15,7 +16,8 @@ def test_cached_latents_are_of_the_same_vae_and_clips_on_any_number_of_devices(t
     one, other = {"w": jnp.ones(4)}, {"w": jnp.full(4, 2.0)}
 
     def run(name, params, clips=20, seed=0, **axes):
-        return digits_runs.encoded_clips(cfg, params, clips, seed, make_mesh(MeshShape(**axes)), tmp_path / name)
+        mesh = make_mesh(MeshShape(**axes))
+        return digits_runs.encoded_clips(cfg, params, digits.batch, "", clips, seed, mesh, tmp_path / name)
 
     latents, prompts = run("a", one)
     np.testing.assert_array_equal(run("a", one)[0], latents)
