@@ -164,7 +164,9 @@ def compiled(target: str) -> list[dict[str, Any]]:
         assert memory is not None
         work = roofline.work(text, layers=1 + (name == "diffuse"))  # a loop over steps around that over layers
         seconds = roofline.seconds(work, collectives.read(text), roofline.H200)
-        part = params["vae" if name.startswith("decode") else "transformer"]
+        part = params["transformer"]
+        if name.startswith("decode"):
+            part = {kind: params["vae"][kind] for kind in wan.DECODER}
         weights = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(part)) / 2**30
         row = {
             "program": name,
