@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jvdiff import command_line, progress, run_state
@@ -26,7 +25,14 @@ from jvdiff.command_line import say
 from jvdiff.data import video as videos
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError
 from jvdiff.one_video import device, versions
-from jvdiff.streaming import ImageEncoder, StreamCache, StreamInferencePipeline, StreamInferencePipelineConfig, to_json
+from jvdiff.streaming import (
+    ImageEncoder,
+    StreamCache,
+    StreamInferencePipeline,
+    StreamInferencePipelineConfig,
+    device_memory,
+    to_json,
+)
 
 FACTS = ("negative_prompt", "seed", "fps", "precision", "reencode")  # of a rollout, which a state holds as they are
 SHEET = 16  # frames that are kept for the contact sheet, at most
@@ -266,8 +272,7 @@ def _summary(chunks: int, frames: int, totals: Mapping[str, Any]) -> str:
 
 def _memory() -> dict[str, float]:
     """GiB of the device in use and at most, where it tells; otherwise of the process, at most."""
-    if told := jax.local_devices()[0].memory_stats():
-        names = {"mem_alloc_gib": "bytes_in_use", "mem_peak_gib": "peak_bytes_in_use"}
-        return {name: told[key] / 2**30 for name, key in names.items() if key in told}
+    if told := device_memory():
+        return told
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return {"rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}

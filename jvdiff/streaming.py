@@ -80,6 +80,7 @@ __all__ = [
     "config_of",
     "copy",
     "derive_config",
+    "device_memory",
     "load",
     "override",
     "to_json",
@@ -616,6 +617,13 @@ class StreamInferencePipeline:
         return jax.ShapeDtypeStruct(shape, jnp.uint8)
 
 
+def device_memory() -> dict[str, float]:
+    """GiB of the first device in use, and at most so far; {} where the device does not tell."""
+    told = jax.local_devices()[0].memory_stats() or {}
+    names = {"mem_alloc_gib": "bytes_in_use", "mem_peak_gib": "peak_bytes_in_use"}
+    return {name: told[key] / 2**30 for name, key in names.items() if key in told}
+
+
 class _Clock:
     """How long stages take, each waited for; nothing at all where no time is taken."""
 
@@ -634,10 +642,8 @@ class _Clock:
             return {}
         each = dict(self.milliseconds)
         total = sum(each.values())
-        memory = jax.local_devices()[0].memory_stats() or {}
-        names = {"mem_alloc_gib": "bytes_in_use", "mem_peak_gib": "peak_bytes_in_use"}
         return (
             {f"{stage}_ms": each.get(stage, 0.0) for stage in ("encode", "diffuse", "decode", "finalize")}
             | {"total_ms": total, "total_ms_wo_finalize": total - each["finalize"]}
-            | {name: memory[key] / 2**30 for name, key in names.items() if key in memory}
+            | device_memory()
         )
