@@ -6,20 +6,25 @@ velocity = classifier_free(Partial(network, params), text, negative, scale=5.0)
 latents  = denoise(velocity, solver, solver.init(noise)).x        # noise, latents float32 [B,T,H,W,C]
 """
 
-from jvdiff.diffusion import guidance, sampling, schedules, solvers
+from jvdiff.diffusion import guidance, sampling, schedules, solvers, variance_preserving
 from jvdiff.diffusion.guidance import classifier_free
 from jvdiff.diffusion.sampling import denoise, denoise_scan
 from jvdiff.diffusion.schedules import Schedule, from_scheduler_config
-from jvdiff.diffusion.solvers import SOLVERS, Solver, add_noise, euler, renoise, unipc
+from jvdiff.diffusion.solvers import SOLVERS, Solver, add_noise, ddpm, euler, renoise, unipc
+from jvdiff.diffusion.variance_preserving import alphas_cumprod, clean_and_noise, diffuse, v_prediction
 
 __all__ = [
     "SOLVERS",
     "Schedule",
     "Solver",
     "add_noise",
+    "alphas_cumprod",
     "classifier_free",
+    "clean_and_noise",
+    "ddpm",
     "denoise",
     "denoise_scan",
+    "diffuse",
     "euler",
     "from_scheduler_config",
     "guidance",
@@ -28,4 +33,6 @@ __all__ = [
     "schedules",
     "solvers",
     "unipc",
+    "v_prediction",
+    "variance_preserving",
 ]

@@ -4,11 +4,13 @@ A solver is a table of coefficients, worked out once in float64 numpy, and two p
 from noise, `advance` takes it one step with one row of the table. The logarithm of the last sigma, which is infinite,
 therefore never meets a traced value. States are NamedTuples of float32 arrays shaped like x [B,...], whatever the
 network's dtype, and of what draws noise, if anything does; a state and the number of steps done are all that resuming
-needs. `renoise` is no solver of the ODE but a sampler for networks distilled into few steps; it has the same shape.
+needs. `renoise`, for networks distilled into few steps, and `ddpm` draw noise and are no solvers of the ODE; they have
+the same shape.
 """
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +26,8 @@ class Solver:
     """One solver on one schedule of N steps.
 
     timesteps: float32 [N], what the network gets. table: float32 [N,K], the coefficients of each step.
-    init(x) -> state: x [B,...] is copied, so that the caller's array survives the donation of the state. Of `renoise`,
-    which draws noise, init(x, key).
+    init(x) -> state: x [B,...] is copied, so that the caller's array survives the donation of the state. Of `renoise`
+    and `ddpm`, which draw noise, init(x, key).
     advance(state, v, row) -> state: v [B,...] float32 is the velocity at (state.x, timesteps[i]), row is table[i].
     """
 
@@ -53,7 +55,7 @@ class UniPCState(NamedTuple):
     clean_2: Array  # and two steps earlier
 
 
-class RenoiseState(NamedTuple):
+class NoisyState(NamedTuple):
     x: Array  # float32 [B,...], the latents at the current sigma; after the last step the clean ones
     key: Array  # the key data (uint32) that the noise of all steps is drawn from
 
@@ -111,7 +113,24 @@ def renoise(schedule: Schedule) -> Solver:
     """
     steps = np.arange(1, len(schedule) + 1)
     table = np.stack([schedule.sigmas[:-1], schedule.sigmas[1:], steps], axis=1)
-    return _solver(schedule, table, _renoise_init, _renoise_advance)
+    return _solver(schedule, table, _noisy_init, _renoise_advance)
+
+
+def ddpm(schedule: Schedule) -> Solver:
+    """DDPM's ancestral step (arXiv:2006.11239, posterior variance beta-tilde) over any number of timesteps.
+
+    Of the noise that the network sees in x one part stays, another is replaced by new noise. In the coordinates of flow
+    matching (`variance_preserving`), so that it takes the same velocity as the others. Keys and draws as in `renoise`.
+    """
+    sigma = schedule.sigmas
+    length = np.hypot(1 - sigma, sigma)
+    signal, spread = (1 - sigma) / length, sigma / length  # sqrt(abar), sqrt(1 - abar)
+    ratio = (signal[:-1] / signal[1:]) ** 2  # alpha of the step
+    kept = np.sqrt(ratio) * spread[1:] ** 2 / spread[:-1]
+    fresh = spread[1:] * np.sqrt(1 - ratio) / spread[:-1]
+    steps = np.arange(1, len(schedule) + 1)
+    table = np.stack([sigma[:-1], 1 - sigma[1:], length[1:] * kept, length[1:] * fresh, steps], axis=1)
+    return _solver(schedule, table, _noisy_init, _ddpm_advance)
 
 
 def add_noise(clean: Array, sigma: Any, key: Array) -> Array:
@@ -149,17 +168,25 @@ def _unipc_advance(state: UniPCState, v: Array, row: Array) -> UniPCState:
     return UniPCState(x, corrected, clean_0, clean_1)
 
 
-def _renoise_init(x: Array, key: Array) -> RenoiseState:
+def _noisy_init(x: Array, key: Array) -> NoisyState:
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     data = jax.random.key_data(key) if typed else key
-    return RenoiseState(_copy(x), jnp.array(data, dtype=jnp.uint32, copy=True))
+    return NoisyState(_copy(x), jnp.array(data, dtype=jnp.uint32, copy=True))
 
 
-def _renoise_advance(state: RenoiseState, v: Array, row: Array) -> RenoiseState:
+def _renoise_advance(state: NoisyState, v: Array, row: Array) -> NoisyState:
     clean = state.x - row[0] * v
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), row[2].astype(jnp.int32))
     x = jax.lax.cond(row[1] > 0, add_noise, lambda clean, *_: clean, clean, row[1], key)
-    return RenoiseState(x, state.key)
+    return NoisyState(x, state.key)
+
+
+def _ddpm_advance(state: NoisyState, v: Array, row: Array) -> NoisyState:
+    clean, noise = state.x - row[0] * v, state.x + (1 - row[0]) * v
+    mean = row[1] * clean + row[2] * noise
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), row[4].astype(jnp.int32))
+    draw = partial(jax.random.normal, key, mean.shape, jnp.float32)
+    return NoisyState(mean + jax.lax.cond(row[3] > 0, lambda: row[3] * draw(), lambda: jnp.zeros_like(mean)), state.key)
 
 
 def _copy(x: Array) -> Array:

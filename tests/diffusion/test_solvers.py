@@ -269,7 +269,7 @@ def test_renoise_is_the_same_on_eight_devices():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
     x, key = solver.init(noise, KEY)
-    state = solvers.RenoiseState(jax.device_put(x, rows), jax.device_put(key, everywhere))
+    state = solvers.NoisyState(jax.device_put(x, rows), jax.device_put(key, everywhere))
     got = denoise(stub, solver, state)
     assert got.x.sharding.is_equivalent_to(rows, 3)
     np.testing.assert_allclose(got.x, denoise(stub, solver, solver.init(noise, KEY)).x, rtol=0, atol=1e-6)

@@ -1,11 +1,12 @@
 """Schedules and solvers against diffusers, live: in float64, and as its float32 pipeline runs them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from jvdiff.diffusion import denoise, schedules, solvers
+from jvdiff.diffusion import denoise, schedules, solvers, variance_preserving
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -107,3 +108,65 @@ def test_solver_float32(solver, shift, steps):
     x = np.random.default_rng(102).normal(size=(2, 5, 6)).astype(np.float32)
     want = run_reference(theirs, field, x, theirs.timesteps.numpy(), torch.float32)
     assert relative(run_ours(solver, schedule, jax_field, x), want) <= 5e-6
+
+
+@pytest.mark.parametrize("kind,name", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+@pytest.mark.parametrize("prediction", variance_preserving.PREDICTIONS)
+@pytest.mark.parametrize("steps", (1, 2, 8, 50))  # divisors of 1000: diffusers' DDIM assumes it
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers, of a torch tensor
+@pytest.mark.parametrize("solver", ("ddim", "unipc"))
+def test_variance_preserving(kind, name, prediction, steps, solver):
+    """DDIM is Euler's step in the coordinates of flow matching, and UniPC is the same in both."""
+    if solver == "unipc" and (kind == "cosine" or prediction == "sample"):
+        pytest.skip("diffusers' UniPC moves the last sigma of a cosine, and lowers its order where sigma is 0")
+    common = dict(beta_schedule=name, prediction_type=prediction, timestep_spacing="trailing")
+    if solver == "ddim":
+        scheduler = diffusers.DDIMScheduler(**common, clip_sample=False)
+    else:
+        linear = dict(beta_start=1e-4, beta_end=0.02)
+        scheduler = diffusers.UniPCMultistepScheduler(**common, **linear, solver_order=2, final_sigmas_type="zero")
+    scheduler.set_timesteps(steps)
+    abar = variance_preserving.alphas_cumprod(kind)
+    np.testing.assert_allclose(scheduler.alphas_cumprod, abar, rtol=5e-4 if kind == "cosine" else 1e-5, atol=1e-9)
+    schedule = variance_preserving.schedule(abar, steps)
+    np.testing.assert_array_equal(scheduler.timesteps, schedule.timesteps)
+    np_field, field = random_field(steps)
+    x = np.random.default_rng(steps).normal(size=(2, 5, 6))
+    reference = torch.tensor(x)
+    scheduler.alphas_cumprod = torch.tensor(abar)
+    for t in scheduler.timesteps:
+        predicted = torch.tensor(np_field(reference.numpy(), int(t)))
+        reference = scheduler.step(predicted, t, reference, return_dict=False)[0]
+    run = solvers.euler(schedule) if solver == "ddim" else solvers.unipc(schedule)
+    flow = variance_preserving.velocity(field, prediction, abar)
+    start = variance_preserving.initial(jnp.asarray(x, jnp.float32), schedule)
+    found, wanted = np.asarray(denoise(flow, run, run.init(start)).x), reference.numpy()
+    # A noise predicted where nearly all is noise: what the network's float32 rounds off counts 1 / sqrt(abar) times.
+    worst = 1 / np.sqrt(abar[-1]) if prediction == "epsilon" else 10
+    assert np.linalg.norm(found - wanted) <= 1e-6 * worst * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("kind,name", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+def test_ancestral(kind, name):
+    """One step from everywhere, with the noise taken out: diffusers draws its own."""
+    scheduler = diffusers.DDPMScheduler(
+        beta_schedule=name, prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False
+    )
+    scheduler.set_timesteps(20)
+    abar = variance_preserving.alphas_cumprod(kind)
+    scheduler.alphas_cumprod, scheduler.one = torch.tensor(abar), torch.tensor(1.0, dtype=torch.float64)
+    schedule = variance_preserving.schedule(abar, 20)
+    run, key = solvers.ddpm(schedule), jax.random.key(0)
+    np_field, field = random_field(3)
+    flow = variance_preserving.velocity(field, "v_prediction", abar)
+    x = np.random.default_rng(0).normal(size=(2, 5, 6))
+    for i, t in enumerate(scheduler.timesteps):
+        z = np.asarray(jax.random.normal(jax.random.fold_in(key, i + 1), x.shape))
+        scale, then = (1 / np.hypot(1 - s, s) for s in schedule.sigmas[i : i + 2])
+        state = solvers.NoisyState(jnp.asarray(x / scale, jnp.float32), jnp.array(jax.random.key_data(key)))
+        found = np.asarray(denoise(flow, run, state, start=i, stop=i + 1).x) * then
+        predicted = torch.tensor(np_field(x, int(t)))
+        wanted = scheduler.step(predicted, t, torch.tensor(x), generator=torch.manual_seed(i), return_dict=False)[0]
+        drawn = torch.randn(x.shape, generator=torch.manual_seed(i), dtype=torch.float64).numpy()
+        noise = 0.0 if i == 19 else float(scheduler._get_variance(t) ** 0.5)
+        np.testing.assert_allclose(found - noise * z, wanted.numpy() - noise * drawn, rtol=0, atol=5e-6)
