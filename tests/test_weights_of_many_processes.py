@@ -59,7 +59,7 @@ def clips(step):
     return np.random.default_rng(step).standard_normal((8, 128), np.float32)
 
 
-TASK = loop.Task(init, loss, clips, RULES)
+TASK = loop.Task(init, loss, loop.each(clips), RULES)
 
 
 def divided(tree, mesh):

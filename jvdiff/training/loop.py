@@ -1,19 +1,21 @@
-"""The training loop: gradient, clipping, AdamW, moving average, metrics, checkpoints.
+"""The training loop: gradient, clipping, AdamW, moving average, metrics, samples, checkpoints.
 
 Everything that happens at a step is a pure function of the state, the seed and the step's number, the batch included.
 So a run that was stopped, or killed, continues from its last checkpoint as if nothing had happened: bit for bit on
 CPU, data order included; and under another mesh too, where only the order of sums differs.
 
+A step whose loss or gradient is not finite changes nothing but its count, and the run goes on, unless too many follow
+one another.
+
 Where there are many processes, all call `fit` with one mesh of all their devices, and see the same `folder`.
 """
 
-import json
+import itertools
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,12 +29,12 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvdiff import distributed
-from jvdiff.data.video import atomic
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
 from jvdiff.interrupts import interrupts
 from jvdiff.sharding import MeshShape, make_mesh, param_shardings
 from jvdiff.sharding.rules import REPLICATED, Rules
 from jvdiff.staging import lock, resource_error
+from jvdiff.training.metrics import Metrics
 from jvdiff.types import Array, Params
 
 _log = logging.getLogger("jvdiff.training")
@@ -45,6 +47,8 @@ class State(NamedTuple):
     params: Params
     average: Params
     optimizer: optax.OptState
+    skipped: Array  # int32 []: steps whose loss or gradient was not finite
+    in_a_row: Array  # int32 []: how many of them came last
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,22 @@ class Task:
 
     init: key -> float32 parameters.
     loss: (parameters, batch, key) -> (scalar, metrics: a dict of scalars); pure.
-    batch: step -> a pytree of numpy arrays, axis 0 the batch; pure too, so that a resumed run sees the same data.
+    batches: step -> a generator of the batches from that step on, pytrees of numpy arrays, axis 0 the batch. The same
+      step gives the same data, so that a resumed run sees what it would have seen. Of a pure function: `each`.
     rules: where the parameters, their average and the optimiser's moments live on a mesh.
+    show: (average, step) -> None, writes samples somewhere; called every `show_every` steps.
     """
 
     init: Callable[[Array], Params]
     loss: Callable[[Params, Any, Array], tuple[Array, Mapping[str, Array]]]
-    batch: Callable[[int], Any]
+    batches: Callable[[int], Generator[Any, None, None]]
     rules: Rules = REPLICATED
+    show: Callable[[Params, int], None] | None = None
+
+
+def each(batch: Callable[[int], Any]) -> Callable[[int], Generator[Any, None, None]]:
+    """`Task.batches` of a pure function from a step to its batch."""
+    return lambda start: (batch(step) for step in itertools.count(start))
 
 
 @dataclass(frozen=True)
@@ -126,26 +138,47 @@ def start(
     def make(key: Array, params: Params | None) -> State:
         given = task.init(key) if params is None else params
         own: Any = jax.tree.map(jnp.copy, given)  # copied, because a step donates what it is given
-        return State(jnp.zeros((), jnp.int32), own, jax.tree.map(jnp.copy, own), optimizer(schedule).init(own))
+        step, *skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return State(step, own, jax.tree.map(jnp.copy, own), optimizer(schedule).init(own), *skipped)
 
     if params is not None and shardings is not None:
         params = jax.device_put(params, shardings.params)
     return jax.jit(make, out_shardings=shardings)(key, params)
 
 
-def make_step(
-    task: Task, schedule: Schedule, key: Array, shardings: State | None = None
-) -> Callable[[State, Any], tuple[State, Mapping[str, Array]]]:
-    """One compiled, donated training step: (state, batch) -> (state, metrics); the state stays where it lives."""
+def make_step(task: Task, schedule: Schedule, key: Array, shardings: State | None = None, accumulate: int = 1) -> Any:
+    """One compiled, donated training step: (state, batch) -> (state, metrics); the state stays where it lives.
+
+    accumulate: into how many parts a batch is cut, whose gradients are computed one after another and averaged.
+    """
     transformation = optimizer(schedule)
     placed = None
     if shardings is not None:  # metrics on every device
         placed = shardings, NamedSharding(shardings.step.mesh, PartitionSpec())  # type: ignore[union-attr]
 
+    one = jax.value_and_grad(task.loss, has_aux=True)
+
+    def gradient(params: Params, batch: Any, key: Array) -> Any:
+        size = len(jax.tree.leaves(batch)[0])
+        if accumulate == 1:
+            return one(params, batch, key)
+        if size % accumulate:
+            raise UsageError(f"accumulate is {accumulate}; expected a divisor of the batch, which is {size}.")
+        # Every n-th row, so that a device's rows stay on it.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        keys = jax.random.split(key, accumulate)
+        first = jax.eval_shape(one, params, jax.tree.map(lambda x: x[0], parts), keys[0])
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, one(params, *part)), None
+
+        total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first), (parts, keys))
+        return jax.tree.map(lambda x: x / accumulate, total)
+
     @partial(jax.jit, donate_argnums=0, out_shardings=placed)
     def step(state: State, batch: Any) -> tuple[State, Mapping[str, Array]]:
         noise_key = jax.random.fold_in(key, state.step)
-        (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state.params, batch, noise_key)
+        (loss, metrics), grads = gradient(state.params, batch, noise_key)
         if shardings is not None:  # the gradient of gathered weights: added up and divided at once
             grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         norm = optax.tree.norm(grads)
@@ -155,7 +188,12 @@ def make_step(
         count = state.step.astype(jnp.float32)
         decay = jnp.minimum(schedule.average_decay, (1.0 + count) / (10.0 + count))
         average: Any = optax.incremental_update(params, state.average, 1.0 - decay)
-        return State(state.step + 1, params, average, opt_state), {"loss": loss, "grad_norm": norm, **metrics}
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        changed = (params, average, opt_state)
+        changed = jax.tree.map(partial(jnp.where, good), changed, (state.params, state.average, state.optimizer))
+        skipped = state.skipped + (~good).astype(jnp.int32)
+        new = State(state.step + 1, *changed, skipped, jnp.where(good, 0, state.in_a_row + 1))
+        return new, {"loss": loss, "grad_norm": norm, **metrics, "skipped": skipped}
 
     return step
 
@@ -190,7 +228,11 @@ def fit(
     params: Params | None = None,
     save_every: int = 500,
     log_every: int = 20,
+    show_every: int | None = None,
     keep: int = 2,
+    accumulate: int = 1,
+    most_skipped: int = 10,
+    log_to: Sequence[str] = (),
     mesh: Mesh | None = None,
 ) -> State:
     """Trains, or goes on training, until `schedule.steps` steps are done.
@@ -198,17 +240,22 @@ def fit(
     Args:
       folder: gets `state/` (Orbax checkpoints, the last `keep`) and `metrics.jsonl`; an earlier run there is resumed.
       params: to start from, where there is no earlier run; None: `task.init`.
-      save_every, log_every: steps between checkpoints and between lines of metrics.
+      save_every, log_every, show_every: steps between checkpoints, lines of metrics and samples (None: no samples).
+      accumulate: into how many parts a batch is cut for the gradient; the result is that of the whole, but for noise.
+      most_skipped: how many steps in a row may be skipped because their loss or gradient is not finite.
+      log_to: "tensorboard" and "wandb", besides `metrics.jsonl`.
       mesh: of `jvdiff.sharding.make_mesh`, whose devices share every batch, and the state by `task.rules`; None: one
         device. A run may go on under another mesh than it began with.
 
     Raises:
       Interrupted: SIGINT or SIGTERM came; the state after the last whole step is saved.
-      NumericsError: the loss or its gradient is NaN or infinite; the last checkpoint before it is kept.
+      NumericsError: too many steps in a row were skipped; the last checkpoint is kept, and so is what it led to.
       CheckpointError: the run in `folder` is of another model, or another process is at it.
       ResourceError: the disk is full.
     """
-    for name, value in (("save_every", save_every), ("log_every", log_every), ("keep", keep)):
+    counts = {"save_every": save_every, "log_every": log_every, "keep": keep, "accumulate": accumulate}
+    counts |= {"most_skipped": most_skipped, "show_every": 1 if show_every is None else show_every}
+    for name, value in counts.items():
         if value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more.")
     mesh = make_mesh(MeshShape()) if mesh is None else mesh
@@ -226,40 +273,38 @@ def fit(
         saved = manager.latest_step()
         state = begin() if saved is None else _restore(manager, saved, begin, shardings)
         done = int(state.step)
-        metrics = _Metrics(folder / "metrics.jsonl", done)
-        step = make_step(task, schedule, step_key, shardings)
-        values: Mapping[str, Array] = {}
+        step = make_step(task, schedule, step_key, shardings, accumulate)
 
-        def finite() -> dict[str, float]:
-            numbers = {name: float(np.asarray(value)) for name, value in values.items()}
-            if not all(math.isfinite(numbers.get(name, 0.0)) for name in ("loss", "grad_norm")):
+        def check() -> None:
+            if (bad := int(state.in_a_row)) >= most_skipped:
                 kept = manager.latest_step()
                 raise NumericsError(
-                    f"{folder}: at step {done} the loss is {numbers['loss']}, its gradient's norm "
-                    f"{numbers['grad_norm']}.\n"
+                    f"{folder}: at step {done} the loss or its gradient is not finite, for the {bad}. time in a row.\n"
                     + (f"The state of step {kept} is kept. " if kept else "Nothing was saved yet. ")
                     + "Try a lower learning_rate, a longer warmup or a lower clip."
                 )
-            return numbers
 
         def save() -> None:
             if manager.latest_step() != done:
-                finite()
+                check()
                 with _disk(folder):  # an earlier save may still be under way, and fail here
                     manager.save(done, args=ocp.args.StandardSave(tuple(state)))
 
-        with ThreadPoolExecutor(1) as reader:
-            upcoming = reader.submit(task.batch, done)
-            while done < schedule.steps and not stopped():
+        batches = task.batches(done)
+        with Metrics(folder, done, log_to) as metrics, closing(batches), ThreadPoolExecutor(1) as reader:
+            upcoming = reader.submit(next, batches) if done < schedule.steps else None
+            while upcoming is not None and not stopped():
                 batch = upcoming.result()
-                if done + 1 < schedule.steps:
-                    upcoming = reader.submit(task.batch, done + 1)
+                upcoming = reader.submit(next, batches) if done + 1 < schedule.steps else None
                 state, values = step(state, shared(batch, mesh))
                 done += 1
                 if done % log_every == 0 or done == schedule.steps:
-                    metrics.write(done, finite())
+                    check()
+                    metrics.write(done, {name: float(np.asarray(value)) for name, value in values.items()})
                 if done % save_every == 0:
                     save()
+                if task.show is not None and show_every is not None and done % show_every == 0:
+                    task.show(state.average, done)
         save()
         with _disk(folder):
             manager.wait_until_finished()
@@ -302,32 +347,3 @@ def _disk(folder: Path) -> Iterator[None]:
         if resource := resource_error(error, folder):
             raise resource from error
         raise
-
-
-class _Metrics:
-    """One JSON object a line; lines of steps that a resumed run does again are dropped."""
-
-    def __init__(self, path: Path, done: int):
-        self.path = path
-        self.clock = (time.perf_counter(), done)
-        if path.exists() and distributed.writes():
-            with atomic(path) as part:
-                part.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if _step(line) <= done))
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        now = time.perf_counter()
-        each = round((now - self.clock[0]) / max(step - self.clock[1], 1), 4)
-        self.clock = (now, step)
-        line = {"step": step, **numbers, "seconds_per_step": each}
-        if distributed.writes():
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        _log.info("%s", " · ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
-
-
-def _step(line: str) -> float:
-    """The step of a line of metrics; beyond every step where a killed run left half a line."""
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return math.inf

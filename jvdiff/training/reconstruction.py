@@ -11,7 +11,7 @@ import numpy as np
 
 from jvdiff.errors import NumericsError
 from jvdiff.models import wan
-from jvdiff.training.loop import Task
+from jvdiff.training.loop import Task, each
 from jvdiff.types import Array, Params
 
 
@@ -52,7 +52,7 @@ def vae_task(
     def init(key: Array) -> Params:
         return {name: trained[name] for name in wan.DECODER} if trained else wan.init_params(key, cfg)
 
-    return Task(init=init, loss=loss, batch=clips)
+    return Task(init=init, loss=loss, batches=each(clips))
 
 
 def latent_statistics(cfg: wan.VAEConfig, params: Params, clips: np.ndarray) -> tuple[tuple[float, ...], ...]:

@@ -19,7 +19,7 @@ from jvdiff.models import umt5, wan
 from jvdiff.sharding import Placement
 from jvdiff.sharding.rules import UMT5, WAN_DIT
 from jvdiff.training.flow_matching import Batch, encode_text, noise_levels
-from jvdiff.training.loop import Task
+from jvdiff.training.loop import Task, each
 from jvdiff.types import Array, Params
 
 
@@ -80,4 +80,4 @@ def teacher_forcing_task(
         noisy = (sigma > 0.75).astype(jnp.float32)
         return jnp.mean(error), {"loss_noisy": jnp.sum(error * noisy) / jnp.maximum(jnp.sum(noisy), 1.0)}
 
-    return Task(init=init, loss=loss, batch=batches, rules=(*WAN_DIT, *UMT5))
+    return Task(init=init, loss=loss, batches=each(batches), rules=(*WAN_DIT, *UMT5))

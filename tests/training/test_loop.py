@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
+from jvdiff.errors import CheckpointError, Interrupted, NumericsError, SetupError, UsageError
 from jvdiff.sharding import MeshShape, make_mesh
 from jvdiff.training import loop
 
@@ -42,7 +43,7 @@ def batch(step):
     return np.random.default_rng(step).standard_normal((4, 5), np.float32)
 
 
-TASK = loop.Task(init, loss, batch)
+TASK = loop.Task(init, loss, loop.each(batch))
 
 
 def at(step, action):
@@ -53,7 +54,7 @@ def at(step, action):
             action()
         return batch(now)
 
-    return dataclasses.replace(TASK, batch=batches)
+    return dataclasses.replace(TASK, batches=loop.each(batches))
 
 
 def stored(folder, step):
@@ -133,7 +134,7 @@ def test_the_state_comes_back_as_it_was(whole):
 
 def test_the_layout_on_the_disk_is_a_contract(whole):
     """Runs that were begun with an earlier version must go on."""
-    assert {name[:3] for name in stored(whole[0], 24)} == {"[0]", "[1]", "[2]", "[3]"}
+    assert {name[:3] for name in stored(whole[0], 24)} == {"[0]", "[1]", "[2]", "[3]", "[4]", "[5]"}
     assert sorted(name for name in stored(whole[0], 24) if "kernel" not in name and name.startswith("[3]")) == sorted(
         [
             "[3][1][0]['count']",
@@ -198,27 +199,40 @@ def test_ctrl_c_saves_at_any_step_and_leaves_the_handlers_as_they_were(tmp_path)
     assert int(max(p.name for p in (tmp_path / "state").iterdir())) <= 1
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_nan_stops_the_run_and_keeps_the_last_good_state(tmp_path, where):
-    """The bad step is neither a multiple of log_every nor the last before a checkpoint."""
+def broken_at(steps, where="loss"):
+    """TASK, with a loss or a gradient that is NaN at these steps."""
 
     def broken(params, batch, key):
+        bad, batch = batch[0, 0] > 1e6, jnp.where(batch > 1e6, 0.0, batch)
         value, metrics = loss(params, batch, key)
-        bad, bias = batch[0, 0] > 1e6, jnp.sum(params["inner"]["bias"])
         if where == "gradient":  # the slope of a root at 0
-            return value + jnp.sqrt(jnp.where(bad, 0.0 * bias, 1.0)), metrics
+            return value + jnp.sqrt(jnp.where(bad, 0.0 * jnp.sum(params["inner"]["bias"]), 1.0)), metrics
         return value * jnp.where(bad, jnp.nan, 1.0), metrics
 
-    def batches(step):
-        return batch(step) + np.float32(1e7 if step == 9 else 0)
+    return loop.Task(init, broken, loop.each(lambda step: batch(step) + np.float32(1e7 if step in steps else 0)))
 
-    task = loop.Task(init, broken, batches)
-    with pytest.raises(NumericsError, match=r"(?s)step 1\d .*nan.*state of step 8 is kept") as raised:
-        loop.fit(task, SCHEDULE, tmp_path, save_every=4, log_every=100)
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, where):
+    short = dataclasses.replace(SCHEDULE, steps=9)
+    state = loop.fit(broken_at({5, 8}, where), short, tmp_path, save_every=1, keep=9, log_every=3)
+    before, after = stored(tmp_path, 5), stored(tmp_path, 6)
+    counts = {"[0]", "[4]", "[5]"}  # the step, and the two counts of skipped ones
+    assert_same_bits(*({k: v for k, v in each.items() if k not in counts} for each in (before, after)))
+    assert (int(state.step), int(state.skipped), int(state.in_a_row)) == (9, 2, 1)
+    assert [line["skipped"] for line in lines(tmp_path)] == [0, 1, 2]
+    assert lines(tmp_path)[2]["loss" if where == "loss" else "grad_norm"] is None
+    assert not np.array_equal(stored(tmp_path, 7)["[1]['inner']['kernel']"], after["[1]['inner']['kernel']"])
+
+
+def test_too_many_such_steps_stop_the_run_and_the_last_good_state_is_kept(tmp_path):
+    task = broken_at(range(6, 99))
+    with pytest.raises(NumericsError, match=r"step 10 .* 4\. time in a row(?s:.*)state of step 8 is kept") as raised:
+        loop.fit(task, SCHEDULE, tmp_path, save_every=2, log_every=100, most_skipped=3)
     assert raised.value.exit_code == 6
     assert all(np.isfinite(array).all() for array in stored(tmp_path, 8).values())
-    assert not (tmp_path / "state" / "12").exists()
-    assert not (tmp_path / "metrics.jsonl").exists()
+    kept, good = stored(tmp_path, 8)["[1]['inner']['kernel']"], stored(tmp_path, 6)["[1]['inner']['kernel']"]
+    np.testing.assert_array_equal(kept, good)
 
 
 def test_an_error_in_the_data_comes_out_and_what_was_saved_stays(tmp_path):
@@ -232,7 +246,7 @@ def test_an_error_in_the_data_comes_out_and_what_was_saved_stays(tmp_path):
 
 def test_no_batch_is_asked_for_that_is_not_used(tmp_path):
     asked = []
-    task = dataclasses.replace(TASK, batch=lambda step: asked.append(step) or batch(step))
+    task = dataclasses.replace(TASK, batches=loop.each(lambda step: asked.append(step) or batch(step)))
     loop.fit(task, dataclasses.replace(SCHEDULE, steps=3), tmp_path)
     assert asked == [0, 1, 2]
 
@@ -264,7 +278,69 @@ def test_devices_that_share_a_batch_give_the_same_run(whole, tmp_path):
         loop.fit(TASK, SCHEDULE, tmp_path / "new", mesh=make_mesh(MeshShape(data=8)))
 
 
+# ------------------------------------------------------------------------------------------------- samples and numbers
+
+
+def test_samples_are_shown_of_the_average_and_change_nothing(whole, tmp_path):
+    shown = {}
+    task = dataclasses.replace(
+        TASK, show=lambda average, step: shown.update({step: np.array(average["inner"]["bias"])})
+    )
+    state = loop.fit(task, SCHEDULE, tmp_path, seed=1, show_every=8, **EVERY)
+    assert sorted(shown) == [8, 16, 24]
+    np.testing.assert_array_equal(shown[24], state.average["inner"]["bias"])
+    assert_same_bits(stored(tmp_path, 24), stored(whole[0], 24))
+
+
+def test_numbers_go_to_other_places_on_request(tmp_path, monkeypatch):
+    told = []
+
+    class Run:
+        def log(self, numbers, step):
+            told.append((step, numbers["loss"]))
+
+        def finish(self):
+            told.append("finished")
+
+    wandb = types.SimpleNamespace(init=lambda **how: told.append(how) or Run())
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    folder = tmp_path / "run"
+    loop.fit(TASK, dataclasses.replace(SCHEDULE, steps=4), folder, log_every=2, log_to=("wandb", "tensorboard"))
+    losses = [(line["step"], line["loss"]) for line in lines(folder)]
+    assert told == [{"id": "run", "dir": str(folder), "resume": "allow"}, *losses, "finished"]
+    assert next(iter((folder / "tensorboard").glob("events.out.tfevents.*"))).stat().st_size > 100
+
+
+def test_a_place_that_cannot_be(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="log_to has 'paper'; expected some of tensorboard, wandb"):
+        loop.fit(TASK, SCHEDULE, tmp_path, log_to=("paper",))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SetupError, match="pip install wandb"):
+        loop.fit(TASK, SCHEDULE, tmp_path, log_to=("wandb",))
+
+
 # ------------------------------------------------------------------------------------------------------- optimisation
+
+
+@pytest.mark.parametrize("mesh", [None, MeshShape(data=2)])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(mesh, tmp_path):
+    def noiseless(params, batch, key):  # noise is drawn for each part
+        x = jnp.tanh(batch @ params["inner"]["kernel"] + params["inner"]["bias"][None])
+        return jnp.mean((x @ params["outer"]["kernel"] * params["outer"]["scale"][None]) ** 2), {"rows": jnp.mean(x)}
+
+    task = loop.Task(init, noiseless, loop.each(batch))
+    mesh = mesh and make_mesh(mesh)
+    runs = [
+        loop.fit(task, dataclasses.replace(SCHEDULE, steps=5), tmp_path / str(n), accumulate=n, mesh=mesh, log_every=1)
+        for n in (1, 2, 4)
+    ]
+    for run in runs[1:]:
+        for one, other in zip(jax.tree.leaves(runs[0].params), jax.tree.leaves(run.params), strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
+    for one, other in zip(lines(tmp_path / "1"), lines(tmp_path / "4"), strict=True):
+        np.testing.assert_allclose([one[k] for k in one], [other[k] for k in one], rtol=1e-4, atol=1e-6)
+    with pytest.raises(UsageError, match="accumulate is 3; expected a divisor of the batch, which is 4"):
+        loop.fit(task, SCHEDULE, tmp_path / "3", accumulate=3)
 
 
 def update(transformation, grads, params):
@@ -319,7 +395,7 @@ def test_the_average_follows_its_recurrence():
         decay = min(0.3, (1 + number) / (10 + number))
         expected = decay * expected + (1 - decay) * np.array(state.params["inner"]["kernel"])
         np.testing.assert_allclose(state.average["inner"]["kernel"], expected, rtol=1e-5)
-    assert step._cache_size() == 1 and set(metrics) == {"loss", "grad_norm", "twice"}
+    assert step._cache_size() == 1 and set(metrics) == {"loss", "grad_norm", "twice", "skipped"}
 
 
 def test_the_gradient_is_clipped_as_a_whole():

@@ -110,7 +110,7 @@ def test_a_run_goes_on_under_another_mesh(tmp_path):
     rules = ((r"up/kernel", P(None, "tensor")), (r"down", P("tensor")))
 
     def fit(shape, rules=rules):
-        small, mesh = loop.Task(init, loss, clips, rules), make_mesh(shape)
+        small, mesh = loop.Task(init, loss, loop.each(clips), rules), make_mesh(shape)
         return loop.fit(small, SCHEDULE, tmp_path, save_every=2, mesh=mesh)
 
     first = fit(MeshShape(fsdp=8))

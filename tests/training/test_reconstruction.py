@@ -51,7 +51,7 @@ def run(params):
     )
     values = []
     for number in range(schedule.steps):
-        state, metrics = step(state, task.batch(number))
+        state, metrics = step(state, next(task.batches(number)))
         values.append(float(metrics["loss"]))
         if number == 0:
             first = jax.tree.map(np.array, state)
