@@ -27,6 +27,7 @@ from jvdiff.errors import CheckpointError, CorruptFile, DataError, SetupError, U
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv")  # what find() takes for a clip in a folder
 MOST_DECODED = 4 * video.MAX_PIXELS  # to get at one clip: seconds of work, where key frames are as far apart as usual
+REORDERED = 16  # frames shown before a key frame, but decoded after it, are lost when decoding begins there
 _log = logging.getLogger("jvdiff.data")
 
 
@@ -139,21 +140,20 @@ def read(
 
 
 def _frames(path: str | os.PathLike, file: Any, stream: Any, numbers: np.ndarray) -> Iterator[Any]:
-    """The frames of these rising numbers, decoded from the key frame before the first; fewer where the file ends."""
+    """The frames of these rising numbers, decoded from a key frame before the first; fewer where the file ends."""
     context = stream.codec_context
     size = context.height, context.width
     context.thread_count = 1  # the cores are for the workers
     period = float(1 / (stream.average_rate * stream.time_base))  # of a frame, in units of time stamps
-    middles = [(stream.start_time or 0) + (number + 0.5) * period for number in numbers.tolist()]
-    file.seek(int(middles[0]), stream=stream)
+    origin = stream.start_time or 0
+    middles = [origin + (number + 0.5) * period for number in numbers.tolist()]
+    file.seek(max(origin, int(middles[0] - REORDERED * period)), stream=stream)
     for decoded, frame in enumerate(file.decode(stream), 1):
         video.check_pixels(path, decoded, *size, MOST_DECODED)
         if (frame.height, frame.width) != size:
             raise CorruptFile(f"{path}: a frame is {frame.width}x{frame.height}, the file says {size[1]}x{size[0]}.")
         if (channels := len(frame.format.components)) != 3:
-            raise DataError(
-                f"{path} has {channels} channels ({frame.format.name}); expected 3 of colour, as in yuv420p."
-            )
+            raise DataError(f"{path} has {channels} channels ({frame.format.name}); expected 3, as in yuv420p.")
         if frame.pts is None or (decoded == 1 and frame.pts > middles[0]):
             raise CorruptFile(f"{path}: frame {numbers[0]} cannot be found; the file's index is damaged.")
         while middles and middles[0] < frame.pts + (frame.duration or period):
@@ -207,7 +207,8 @@ def batches(
         import grain
     except ImportError as error:
         raise SetupError(
-            'reading clips needs the package grain, which is not installed.\nInstall it with: pip install "jvdiff[train]"'
+            "reading clips needs the package grain, which is not installed.\n"
+            'Install it with: pip install "jvdiff[train]"'
         ) from error
     unreadable, lock = {}, threading.Lock()
 
