@@ -26,6 +26,10 @@ class CorruptFile(CheckpointError):
     """A file that is truncated, malformed, or not what its name says."""
 
 
+class DataError(CheckpointError):
+    """Clips, or one of them, that nothing can be trained on."""
+
+
 class MissingTensor(CheckpointError):
     """A tensor that the model needs and the checkpoint lacks, or one too many."""
 

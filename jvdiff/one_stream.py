@@ -23,6 +23,7 @@ import numpy as np
 from jvdiff import command_line, progress, run_state
 from jvdiff.command_line import say
 from jvdiff.data import video as videos
+from jvdiff.data.fragmented_mp4 import FragmentedMP4
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError
 from jvdiff.one_video import device, versions
 from jvdiff.streaming import (
@@ -107,7 +108,7 @@ def make(
             for _ in pipe.compile(cache, _first_input(rollout)):
                 pass
         frames = rollout.state.facts["frames"] if rollout.state else 0
-        film = videos.FragmentedMP4(f"{base}.mp4", rollout.fps, rollout.facts(), frames=frames)
+        film = FragmentedMP4(f"{base}.mp4", rollout.fps, rollout.facts(), frames=frames)
         kept, totals = Path(f"{base}.state"), {}
 
         def save() -> int:
@@ -161,7 +162,7 @@ def make(
 
 
 def _chunk(
-    pipe: StreamInferencePipeline, rollout: Rollout, i: int, cache: StreamCache, film: videos.FragmentedMP4
+    pipe: StreamInferencePipeline, rollout: Rollout, i: int, cache: StreamCache, film: FragmentedMP4
 ) -> tuple[StreamCache, np.ndarray, dict[str, Any], float]:
     """Makes chunk i and writes it: (cache, its last frame, statistics, time.perf_counter() when its frames were there).
 
@@ -233,7 +234,7 @@ def _claimed(rollout: Rollout) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _what_is_left(film: videos.FragmentedMP4, kept: Path, saved: int | None) -> Iterator[None]:
+def _what_is_left(film: FragmentedMP4, kept: Path, saved: int | None) -> Iterator[None]:
     """Says what there is of a rollout in which numbers went wrong."""
     try:
         yield

@@ -17,6 +17,7 @@ import pytest
 
 from jvdiff import progress, run_state, stream, streaming
 from jvdiff.data import video as videos
+from jvdiff.data.fragmented_mp4 import FragmentedMP4
 
 PROMPT, OTHER = "a red seven moving left", "a blue two moving right"
 STEM = "a-red-seven-moving-left_seed3"
@@ -83,8 +84,8 @@ def no_weights(monkeypatch):
 @pytest.fixture
 def written(monkeypatch):
     """Every array of frames that is written to a video, before it is compressed."""
-    chunks, append = [], videos.FragmentedMP4.append
-    monkeypatch.setattr(videos.FragmentedMP4, "append", lambda self, x: (append(self, x), chunks.append(x))[0])
+    chunks, append = [], FragmentedMP4.append
+    monkeypatch.setattr(FragmentedMP4, "append", lambda self, x: (append(self, x), chunks.append(x))[0])
     return chunks
 
 
@@ -169,7 +170,7 @@ def test_a_resumed_rollout_is_the_uninterrupted_one(command, resume, copied, tmp
     base = copied / STEM
     with open(f"{base}.jsonl", "a") as file:  # as if it had been killed in chunk 3
         file.write('{"chunk": 2, "prompt": "lost"}\n{"chu')
-    with videos.FragmentedMP4(f"{base}.mp4", 8, frames=5) as film:
+    with FragmentedMP4(f"{base}.mp4", 8, frames=5) as film:
         film.append(np.zeros((4, 16, 16, 3), np.uint8))
     written.clear()
     future = {"then.1": OTHER, "then.3": PROMPT}

@@ -1,20 +1,19 @@
 """Video files and pictures of videos: MP4 in and out, contact sheets, PNG, rough previews of latents.
 
-Every file appears complete or not at all: it is written beside its target and renamed. Only a `FragmentedMP4` grows
-where it is, and can be played at any time.
+Every file appears complete or not at all: it is written beside its target and renamed. The file that grows instead
+is in `fragmented_mp4`, the clips of a data set are in `clips`.
 
 B batch · T latent frames · H W latent grid · C latent channels · F pixel frames · Y X pixel height, width.
 """
 
 import contextlib
-import io
 import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any
 
 import numpy as np
 
@@ -86,19 +85,21 @@ def claim(folder: str | os.PathLike, stem: str, suffix: str = ".json") -> Iterat
 
 def check_mp4(height: int, width: int) -> None:
     """What write_mp4 will need, to be asked before minutes of sampling: UsageError (odd size), SetupError (av)."""
-    _av()
+    import_av()
     if height % 2 or width % 2 or min(height, width) < 2:
         raise UsageError(
             f"an MP4 of {width}x{height} cannot be written: H.264 with 4:2:0 colour needs an even width and height"
         )
 
 
-def _check_fps(fps: float) -> None:
+def check_fps(fps: float) -> None:
+    """UsageError for frames per second that no file can have."""
     if not 0 < fps <= 1000:
         raise UsageError(f"fps must be above 0 and at most 1000, not {fps}")
 
 
-def _av():
+def import_av() -> Any:
+    """The package av; SetupError where there is none."""
     try:
         import av
     except ImportError as error:
@@ -118,19 +119,19 @@ def write_mp4(
     Untagged video would be taken for BT.601 by some players and BT.709 by others, up to 25/255 apart.
     Errors: UsageError (shape, dtype, odd size, fps), SetupError (no av), ResourceError (disk); no file is left then.
     """
-    video = _frames(video)
+    video = checked_frames(video)
     check_mp4(*video.shape[1:3])
-    _check_fps(fps)
-    av = _av()
+    check_fps(fps)
+    av = import_av()
     with (
         atomic(path) as part,
         av.open(str(part), "w", format="mp4", options={"movflags": "+faststart+use_metadata_tags"}) as file,
     ):
-        _encode(av, file, video, fps, metadata)
+        encode(av, file, video, fps, metadata)
     return Path(path)
 
 
-def _encode(
+def encode(
     av: Any,
     file: Any,
     video: np.ndarray,
@@ -159,171 +160,18 @@ def _encode(
     file.mux(stream.encode())
 
 
-class FragmentedMP4:
-    """An MP4 that grows by one fragment with each `append`, and can be played even if the process is killed.
-
-        with FragmentedMP4("endless.mp4", fps=16) as file:
-            for frames in chunks:
-                file.append(frames)
-
-    Every fragment begins with a key frame and is encoded by itself, so that another process can continue the file:
-    FragmentedMP4(path, fps, frames=100) keeps its first 100 frames (and metadata), and its first `append` cuts off what
-    comes after them. Otherwise the file must not exist; it appears with the first fragment. H.264 and tags are those of
-    `write_mp4`.
-
-    Errors, which leave the file as it was: UsageError (shape, dtype, odd size, fps; a file that is there; one to
-    continue that is not there, or is of another size or rate), CorruptFile (none of its fragments ends with that
-    frame), SetupError (no av), ResourceError (disk).
-    """
-
-    def __init__(
-        self, path: str | os.PathLike, fps: float, metadata: Mapping[str, Any] | None = None, *, frames: int = 0
-    ) -> None:
-        _check_fps(fps)
-        _av()
-        self.path, self.fps, self.metadata, self.frames = Path(path), fps, metadata, frames
-        self._fragments = self._end = 0
-        self._header = b""
-        if frames:
-            self._header, self._fragments, self._end = _fragments_until(self.path, frames)
-        elif os.path.lexists(path):
-            raise UsageError(
-                f"{path}: exists already, and is left as it is; remove it yourself, or choose another name"
-            )
-        with self._refused():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-
-    def append(self, video: np.ndarray) -> None:
-        """Writes uint8 RGB frames [F,Y,X,3], which are in the file when this returns."""
-        video = _frames(video)
-        check_mp4(*video.shape[1:3])
-        header, fragment = self._encoded(video)
-        if self._header and _track(header) != _track(self._header):
-            raise UsageError(
-                f"{self.path}: {video.shape[2]}x{video.shape[1]} at {self.fps:g} frames a second does not continue it; "
-                "it has another size or rate, or comes from another encoder"
-            )
-        new = b"" if self._header else header
-        with self._refused(), open(self.path, "r+b" if self._header else "xb", buffering=0) as file:
-            try:
-                file.truncate(self._end)
-                # The first bytes last: until they are there, a player takes what follows for an empty box.
-                for at, data in ((0, new), (len(new) + 8, fragment[8:]), (len(new), fragment[:8])):
-                    file.seek(self._end + at)
-                    while data:
-                        data = data[file.write(data) :]
-            except OSError:
-                if self._header:
-                    file.truncate(self._end)
-                else:
-                    self.path.unlink()
-                raise
-        self._header = self._header or header
-        self._end += len(new) + len(fragment)
-        self._fragments += 1
-        self.frames += len(video)
-
-    def close(self) -> None:
-        """Waits until the disk has everything."""
-        if self._header:
-            with self._refused(), open(self.path, "rb") as file:
-                os.fsync(file.fileno())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _encoded(self, video: np.ndarray) -> tuple[bytes, bytes]:
-        """The file's header, and the fragment (boxes moof and mdat)."""
-        av = _av()
-        flags = "+empty_moov+default_base_moof+frag_custom+frag_discont+skip_trailer+use_metadata_tags"
-        options = {"movflags": flags, "fragment_index": str(self._fragments + 1), "avoid_negative_ts": "disabled"}
-        memory = io.BytesIO()
-        with av.open(memory, "w", format="mp4", options=options) as file:
-            _encode(av, file, video, self.fps, self.metadata, self.frames, tune="zerolatency", preset="veryfast")
-        data = memory.getvalue()
-        start = next(start for kind, start, _ in _boxes(io.BytesIO(data), 0, len(data)) if kind == b"moof")
-        return data[:start], data[start:]
-
-    @contextlib.contextmanager
-    def _refused(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise ResourceError(
-                f"cannot write {self.path}: {reason}\n"
-                f"its {self.frames} frames so far are kept; free some space, and go on"
-            ) from error
-
-
-def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """(kind, start, end) of the MP4 boxes between two places of a file, up to the first that is not whole."""
-    while start + 8 <= end:
-        file.seek(start)
-        head = file.read(8)
-        size = int.from_bytes(head[:4], "big")
-        if size < 8 or start + size > end:
-            return
-        yield head[4:], start, start + size
-        start += size
-
-
-def _fragments_until(path: Path, frames: int) -> tuple[bytes, int, int]:
-    """(header, how many fragments hold the first so many frames, where they end) of a FragmentedMP4's file."""
-    if not path.is_file():
-        raise UsageError(f"{path}: there is no such file, whose first {frames} frames would be continued")
-    header, fragments, found, announced = b"", 0, 0, 0
-    with open(path, "rb") as file:
-        for kind, start, end in _boxes(file, 0, path.stat().st_size):
-            if kind == b"moof":
-                if not header:
-                    file.seek(0)
-                    header = file.read(start)
-                ((track, track_end),) = _within(file, start, end, b"traf")
-                ((run, _),) = _within(file, track, track_end, b"trun")
-                file.seek(run + 12)  # after size, kind, version and flags
-                announced = int.from_bytes(file.read(4), "big")
-            elif kind == b"mdat":
-                fragments, found, announced = fragments + 1, found + announced, 0
-                if found == frames:
-                    return header, fragments, end
-    raise CorruptFile(
-        f"{path}: it has no fragment that ends with frame {frames} (the last whole one ends with {found}), "
-        "so that it cannot be continued there"
-    )
-
-
-def _within(file: BinaryIO, start: int, end: int, kind: bytes) -> list[tuple[int, int]]:
-    """Where the boxes of a kind inside a box begin and end."""
-    return [(at, until) for name, at, until in _boxes(file, start + 8, end) if name == kind]
-
-
-def _track(header: bytes) -> bytes:
-    """What a header says of its pictures, and not the metadata."""
-    file = io.BytesIO(header)
-    tracks = [
-        header[slice(*track)]
-        for kind, start, end in _boxes(file, 0, len(header))
-        if kind == b"moov"
-        for track in _within(file, start, end, b"trak")
-    ]
-    return b"".join(tracks)
-
-
 def write_apng(path: str | os.PathLike, video: np.ndarray, fps: float) -> Path:
     """Write uint8 RGB frames [F,Y,X,3] as an animated PNG, which needs no package beyond Pillow; browsers play it."""
     from PIL import Image
 
-    first, *rest = [Image.fromarray(frame) for frame in _frames(video)]
+    first, *rest = [Image.fromarray(frame) for frame in checked_frames(video)]
     with atomic(path) as part:
         first.save(part, format="png", save_all=True, append_images=rest, duration=1000 / fps, loop=0)
     return Path(path)
 
 
-def _frames(video: np.ndarray) -> np.ndarray:
+def checked_frames(video: np.ndarray) -> np.ndarray:
+    """A video, contiguous; UsageError if it is not uint8 RGB [F,Y,X,3]."""
     video = np.asarray(video)
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
         raise UsageError(f"a video is uint8 [frames, height, width, 3], not {video.dtype} {list(video.shape)}")
@@ -337,26 +185,21 @@ def read_video(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> np.n
     decoding, since half a megabyte can claim, or hide, gigabytes.
     CorruptFile for what is not a readable video, CheckpointError over the limit, SetupError without av.
     """
-    av = _av()
+    av = import_av()
     path = Path(path)
     frames: list[np.ndarray] = []
-    with _open(path) as file:
-        stream = next(iter(file.streams.video), None)
-        if stream is None:
-            raise CorruptFile(f"{path} holds no video stream")
+    with open_video(path) as (file, stream):
         height, width = stream.codec_context.height, stream.codec_context.width
         length = file.duration / av.time_base if file.duration else 0.0  # seconds
         claimed = max(stream.frames, round(length * float(stream.average_rate or 0)), 1)
-        _limit(path, claimed, height, width, max_pixels)
+        check_pixels(path, claimed, height, width, max_pixels)
         for frame in file.decode(stream):
-            _limit(path, len(frames) + 1, frame.height, frame.width, max_pixels)
+            check_pixels(path, len(frames) + 1, frame.height, frame.width, max_pixels)
             if (frame.height, frame.width) != (height, width):
                 raise CorruptFile(
                     f"{path}: frame {len(frames)} is {frame.width}x{frame.height}, the file says {width}x{height}"
                 )
-            # A stream that does not say its matrix is taken for BT.709, like a player does.
-            told = frame.colorspace in (BT709, 4, 5, 6, 7, 9, 10)
-            frames.append(frame.to_ndarray(format="rgb24", **({} if told else {"src_colorspace": "ITU709"})))
+            frames.append(frame.to_ndarray(format="rgb24", src_colorspace=colour_matrix(frame)))
     if not frames:
         raise CorruptFile(f"{path} holds no frames")
     if len(frames) < stream.frames:
@@ -375,32 +218,53 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def colour_matrix(frame: Any) -> int | None:
+    """What PyAV is told of a frame's matrix: BT.709 where the stream does not say, as players take it; else nothing."""
+    return None if frame.colorspace in (BT709, 4, 5, 6, 7, 9, 10) else BT709
+
+
+@contextlib.contextmanager
+def open_video(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
+    """Yield PyAV's container and first video stream of a local MP4/MOV or WebM/MKV file.
+
+    CorruptFile for what is not such a file, or cannot be decoded inside the block; SetupError without av.
+    """
+    with _open(Path(path)) as file:
+        stream = next(iter(file.streams.video), None)
+        if stream is None:
+            raise CorruptFile(f"{path} holds no video stream")
+        yield file, stream
+
+
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[Any]:
     """Open a regular local file with the one demuxer that its first bytes ask for.
 
     FFmpeg is given bytes and a format, never a name: no protocol, playlist or concat script can reach elsewhere.
     """
-    av = _av()
-    if not path.is_file():
-        raise CorruptFile(f"{path} is not a file; only regular local video files are opened")
-    with path.open("rb") as raw:
-        head = raw.read(12)
-        raw.seek(0)
-        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free"):
-            kind = "mp4"
-        elif head[:4] == b"\x1aE\xdf\xa3":
-            kind = "matroska"
-        else:
-            raise CorruptFile(f"{path} is neither MP4/MOV nor WebM/MKV: its first bytes are {head!r}")
-        try:
+    av = import_av()
+    try:
+        if not path.is_file():
+            raise CorruptFile(f"{path} is not a file; only regular local video files are opened")
+        with path.open("rb") as raw:
+            head = raw.read(12)
+            raw.seek(0)
+            if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free"):
+                kind = "mp4"
+            elif head[:4] == b"\x1aE\xdf\xa3":
+                kind = "matroska"
+            else:
+                raise CorruptFile(f"{path} is neither MP4/MOV nor WebM/MKV: its first bytes are {head!r}")
             with av.open(raw, "r", format=kind, metadata_errors="replace") as file:
                 yield file
-        except av.FFmpegError as error:
-            raise CorruptFile(f"{path} cannot be decoded ({error.strerror}); it may be cut off") from error
+    except av.FFmpegError as error:
+        raise CorruptFile(f"{path} cannot be decoded ({error.strerror}); it may be cut off") from error
+    except OSError as error:
+        raise CorruptFile(f"{path!s:.200} cannot be read ({error.strerror})") from error
 
 
-def _limit(path: Path, frames: int, height: int, width: int, max_pixels: int) -> None:
+def check_pixels(path: str | os.PathLike, frames: int, height: int, width: int, max_pixels: int) -> None:
+    """CheckpointError for a file of too many pixels to be decoded."""
     if frames * height * width > max_pixels:
         raise CheckpointError(
             f"{path} is too large: {frames} frames of {width}x{height} are {frames * height * width:,} pixels, "
@@ -413,7 +277,7 @@ def contact_sheet(video: np.ndarray, count: int = 8, columns: int = 4) -> np.nda
 
     Frames are enlarged or shrunk by a whole factor to be between about 128 and 480 pixels wide.
     """
-    video = _frames(video)
+    video = checked_frames(video)
     count = min(count, len(video))
     columns = min(columns, count)
     tiles = _resize(video[np.linspace(0, len(video) - 1, count).round().astype(int)])
@@ -448,7 +312,7 @@ def read_picture(path: str | os.PathLike, height: int, width: int) -> np.ndarray
         raise UsageError(f"{path}: there is no such file; expected a picture")
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            _limit(Path(path), 1, image.height, image.width, MAX_PIXELS // 8)
+            check_pixels(Path(path), 1, image.height, image.width, MAX_PIXELS // 8)
             upright = ImageOps.exif_transpose(image).convert("RGB")
         return np.asarray(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -459,7 +323,7 @@ def write_png(path: str | os.PathLike, image: np.ndarray, metadata: Mapping[str,
     """Write a picture uint8 [Y,X,3]; `metadata` becomes JSON in a text chunk named jvdiff."""
     from PIL import Image, PngImagePlugin
 
-    image = _frames(np.asarray(image)[None])[0]
+    image = checked_frames(np.asarray(image)[None])[0]
     chunks = PngImagePlugin.PngInfo()
     if metadata is not None:
         chunks.add_itxt("jvdiff", json.dumps(metadata, ensure_ascii=False))

@@ -25,9 +25,10 @@ from jax.sharding import PartitionSpec as P
 from jvdiff.errors import UsageError
 from jvdiff.kernels import BlockCausal
 from jvdiff.kernels.block_causal import visible
+from jvdiff.models.layers import MLP, Linear, RMSNorm, gelu
 from jvdiff.models.wan.config import DiTConfig
 from jvdiff.models.wan.dit import How, Layer, Past, apply, mesh_sizes, plan_forward
-from jvdiff.models.wan.layers import MLP, Linear, RMSNorm, gelu, rope_tables
+from jvdiff.models.wan.layers import rope_tables
 from jvdiff.sharding import Placement, Split, sequence
 from jvdiff.types import Array, Params
 

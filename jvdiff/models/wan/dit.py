@@ -30,8 +30,9 @@ from flax import traverse_util
 from jvdiff import kernels
 from jvdiff.errors import UsageError
 from jvdiff.kernels import BlockCausal, Dense, SlidingTile, VideoSparse, block_sparse, tiles
+from jvdiff.models.layers import MLP, Linear, RMSNorm, gelu, layer_norm, sinusoid
 from jvdiff.models.wan.config import DiTConfig
-from jvdiff.models.wan.layers import MLP, LayerNorm, Linear, RMSNorm, gelu, layer_norm, rope_tables, rotate
+from jvdiff.models.wan.layers import LayerNorm, rope_tables, rotate
 from jvdiff.sharding import Placement, Sizes, Split, rules, sequence
 from jvdiff.types import Array, Params
 
@@ -270,7 +271,7 @@ class Transformer(nn.Module):
                 rope = tuple(split.constrain(table, split.ring + split.heads) for table in padded)
         x = Linear(D, exact=True, name="patch_embed")(x)
 
-        t = MLP(D, D, nn.silu, exact=True, name="time_embed")(_sinusoid(timestep, cfg.freq_dim))
+        t = MLP(D, D, nn.silu, exact=True, name="time_embed")(sinusoid(timestep, cfg.freq_dim))
         modulation = Linear(6 * D, exact=True, name="time_proj")(nn.silu(t)).reshape(*timestep.shape, 6, D)
         if text is not None:
             text = MLP(D, D, gelu, name="text_embed")(text)
@@ -491,13 +492,6 @@ def _permuted(x: Array, index: np.ndarray) -> Array:
 
 def _modulation_init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
-
-
-def _sinusoid(timestep: Array, size: int) -> Array:
-    """float32 [B,T] -> [B,T,size]: the cosines, then the sines, of t * 10000^(-i/(size/2))."""
-    rates = np.exp(-math.log(10000.0) * np.arange(size // 2) / (size // 2)).astype(np.float32)
-    angles = timestep[:, :, None] * rates[None, None]
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def _init(key: Array, cfg: DiTConfig) -> dict[str, Any]:

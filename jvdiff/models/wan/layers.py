@@ -1,46 +1,16 @@
-"""The layers that Wan's transformer is made of: linear maps, norms, and the rotation of queries and keys.
+"""What Wan's transformer has beside the shared layers: a norm with weights, and the rotation of queries and keys.
 
 B batch · L video tokens · N heads · K head dim · D model width.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jvdiff.models.layers import layer_norm
 from jvdiff.types import Array
-
-
-class MLP(nn.Module):
-    hidden: int
-    features: int
-    activation: Callable[[Array], Array]
-    names: tuple[str, str] = ("linear_1", "linear_2")
-    exact: bool = False
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = Linear(self.hidden, exact=self.exact, name=self.names[0])(x)
-        return Linear(self.features, exact=self.exact, name=self.names[1])(self.activation(x))
-
-
-class Linear(nn.Module):
-    """x @ kernel + bias in the dtype of the kernel, whatever that of x. `exact`: a float32 product is never TF32."""
-
-    features: int
-    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
-    exact: bool = False
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        precision = jax.lax.Precision.HIGHEST if self.exact else None
-        y = jnp.matmul(x.astype(kernel.dtype), kernel, precision=precision)
-        return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 class LayerNorm(nn.Module):
@@ -51,28 +21,6 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         return layer_norm(x, self.eps) * scale[None, None] + bias[None, None]
-
-
-class RMSNorm(nn.Module):
-    """[B,L,D] in any dtype -> float32."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale[None, None]
-
-
-def layer_norm(x: Array, eps: float) -> Array:
-    """LayerNorm without weights: float32 [B,L,D] -> the same."""
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-
-
-def gelu(x: Array) -> Array:
-    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
 def rope_tables(grid: tuple[int, int, int], head_dim: int, frames: Any = None) -> tuple[Array, Array]:
