@@ -25,7 +25,7 @@ from jvdiff.data import video as videos
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, ResourceError, SetupError
 from jvdiff.jobs import Job, attention, facts
 from jvdiff.pipeline import Pipeline
-from jvdiff.settings import Settings, latent_shape
+from jvdiff.settings import latent_shape
 from jvdiff.streaming import StreamInferencePipeline
 
 
@@ -59,7 +59,7 @@ def make(
     settings, done = job.settings, job.state.done if job.state else 0
     last = min(settings.steps, config.stop_at or settings.steps)
     say(f"prompt: {job.prompt}   seed: {job.seed}")
-    notice = _video_writer(settings)
+    notice = video_writer(settings)
     claimed = videos.claim if distributed.writes() else lambda folder, stem: contextlib.nullcontext(folder / stem)
     with claimed(output, job.stem) as base:
         against = settings.negative_prompt if settings.guidance != 1 else None
@@ -145,7 +145,7 @@ def make(
             "resumed_at_step": job.state.done if job.state else None,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         }
-        return [_write(base, video, latents[0], record, config.save_arrays, notice)]
+        return [write_files(base, video, latents[0], record, config.save_arrays, notice)]
 
 
 def _begin(pipe: Pipeline, job: Job) -> Any:
@@ -203,7 +203,7 @@ def _resume_command(kept: Path, config: Any, file: str) -> str:
     return shlex.join(words)
 
 
-def _video_writer(settings: Settings) -> str | None:
+def video_writer(settings: Any) -> str | None:
     """None where MP4 files can be written, else a notice why an animated PNG takes their place."""
     try:
         return videos.check_mp4(settings.height, settings.width)
@@ -212,7 +212,9 @@ def _video_writer(settings: Settings) -> str | None:
         return str(error)
 
 
-def _write(base: Path, video: np.ndarray, latents: np.ndarray, record: dict, arrays: bool, no_mp4: str | None) -> Path:
+def write_files(
+    base: Path, video: np.ndarray, latents: np.ndarray, record: dict, arrays: bool, no_mp4: str | None
+) -> Path:
     """Writes the files of one video, the record last, and returns the video's path."""
     if not distributed.writes():
         return Path(f"{base}.mp4")

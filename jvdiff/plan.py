@@ -134,7 +134,7 @@ def lines(configs: Any, settings: Any, dtypes: Any, target: str | None, shape: A
     for part, tree in abstract.items():
         count, size = sum(math.prod(x.shape) for x in jax.tree.leaves(tree)), _weights(part, tree, shape)
         resident += size
-        yield f"  {part:<13}{count:>16,} parameters {_gib(size)}"
+        yield f"  {part:<13}{count:>16,} parameters {gib(size)}"
     tokens = token_count(configs, settings)
     yield f"video tokens L: {tokens:,}   self-attention: {settings.pattern}"
     columns = "".join(f"{title:>12}" for title in ("weights", "data", "temporary", "in all"))
@@ -147,18 +147,18 @@ def lines(configs: Any, settings: Any, dtypes: Any, target: str | None, shape: A
         sent += calls * sum(size for _, size in program.sends.values())
         columns = (program.weights, program.data, program.temporary, program.weights + program.needs)
         yield (
-            f"{program.name:<13}{_flops(program.flops):>10}{''.join(_gib(size) for size in columns)}"
+            f"{program.name:<13}{flops(program.flops):>10}{''.join(gib(size) for size in columns)}"
             f"{program.seconds:>12.1f} s   {program.largest}"
             + (" (L x L!)" if program.largest_elements >= tokens**2 > 2**24 else "")
         )
         if program.collectives:
-            kinds = (f"{_gib(size).strip()} in {runs:,} {kind}" for kind, (runs, size) in program.sends.items())
+            kinds = (f"{gib(size).strip()} in {runs:,} {kind}" for kind, (runs, size) in program.sends.items())
             asynchronous = f"{program.asynchronous} of {program.collectives} collectives are asynchronous"
             yield f"{'':<13}sends {', '.join(kinds)}; {asynchronous}"
-    communication = f" sends {_gib(sent).strip()};" if shape is not None else ""
-    memory = f"device memory, all weights resident: {_gib(resident + most).strip()}"
-    yield f"one clip: {_flops(total)}FLOPs;{communication} {memory}"
-    yield f"host memory for its frames: {_gib(frames * height * width * 3).strip()}"
+    communication = f" sends {gib(sent).strip()};" if shape is not None else ""
+    memory = f"device memory, all weights resident: {gib(resident + most).strip()}"
+    yield f"one clip: {flops(total)}FLOPs;{communication} {memory}"
+    yield f"host memory for its frames: {gib(frames * height * width * 3).strip()}"
     if target and settings.attention is None:
         yield "Attention is planned as the blocked XLA form; cuDNN's, which a GPU takes in bfloat16, needs no more."
 
@@ -287,8 +287,8 @@ def smallest_mesh(
                     decoding[shape.devices] = max(decoding.get(shape.devices, 0), program.needs)
         if need <= limit:
             fewer = min((size for other, size in tried.items() if other.devices < shape.devices), default=None)
-            reason = f"; fewer devices would need {_gib(fewer).strip()} or more" if fewer else ""
-            need, most = _gib(need).strip(), _gib(limit).strip()
+            reason = f"; fewer devices would need {gib(fewer).strip()} or more" if fewer else ""
+            need, most = gib(need).strip(), gib(limit).strip()
             of = f"{shape.devices} of {devices} devices"
             return shape, f"mesh {shape}: {of}, the smallest split that fits, {need} of {most} on each{reason}"
         tried[shape] = need
@@ -296,8 +296,8 @@ def smallest_mesh(
         raise UsageError(f"no mesh of {devices} devices can run this; name one to hear why, or use other devices.")
     best = min(tried, key=lambda shape: tried[shape])
     raise ResourceError(
-        f"no mesh of {devices} devices fits: the best, {best}, needs at least {_gib(tried[best]).strip()} of memory on "
-        f"each device, and each has {_gib(limit).strip()}.\n"
+        f"no mesh of {devices} devices fits: the best, {best}, needs at least {gib(tried[best]).strip()} of memory on "
+        f"each device, and each has {gib(limit).strip()}.\n"
         "Use more devices, fewer frames or a smaller picture, or --config.precision=bfloat16."
     )
 
@@ -383,16 +383,18 @@ def largest_array(hlo: str) -> tuple[str, int]:
         for kind, shape in re.findall(r"([a-z]+\d*)\[([\d,]+)\]", kinds):
             elements = math.prod(int(n) for n in shape.split(","))
             if elements > most:
-                size = _gib(elements * _BYTES.get(kind, 4)).strip()
+                size = gib(elements * _BYTES.get(kind, 4)).strip()
                 best, most = f"{kind}[{shape}] {size}", elements
     return best, most
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """A number of bytes, in a column of 12 characters."""
     return f"{size / 2**30:>8.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:>8.2f} MiB"
 
 
-def _flops(count: float) -> str:
+def flops(count: float) -> str:
+    """A number of operations, without the unit: "1.30 T"."""
     for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G")):
         if count >= unit:
             return f"{count / unit:.2f} {name}"

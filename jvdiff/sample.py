@@ -2,7 +2,8 @@
 
     python -m jvdiff.sample --config configs/digits.py --config.prompt="a red seven moving left" --config.output=out
 
-Every field is listed with its meaning in `default_config`. For each video the output folder gets NAME.mp4, NAME.png (a
+Every field is listed with its meaning in `default_config`; the config of a training of the task latent_video makes
+clips of its classes instead (`jvdiff.sample_classes`). For each video the output folder gets NAME.mp4, NAME.png (a
 contact sheet), NAME.json (the record of the run, written last: where it is, the video is complete) and, with
 save_arrays, NAME.npz. An interrupted run leaves NAME.state, to be given to --config.resume.
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from jvdiff import command_line, distributed, progress
+from jvdiff import command_line, distributed, progress, sample_classes
 from jvdiff.command_line import say
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, ResourceError, UsageError
 from jvdiff.interrupts import interrupts
@@ -78,6 +79,8 @@ def parse(argv: Sequence[str]) -> command_line.Request:
     """
     usage = 'python -m jvdiff.sample --config configs/digits.py --config.prompt="a red seven moving left"'
     request = command_line.parse(_quoted_prompts(argv), f"{usage}\nFields: {', '.join(default_config())}.")
+    if request.config.get("task") == sample_classes.TASK:
+        return request
     if unknown := sorted(set(request.config) - set(default_config())):
         raise UsageError(f"the config file has unknown fields: {', '.join(unknown)}.")
     if request.config.plan and request.config.distributed:
@@ -107,6 +110,8 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
     is an error. file: the config's, for the command that resumes.
     """
     given = dict(given or {})
+    if config.get("task") == sample_classes.TASK:
+        return sample_classes.run(config)
     if config.plan:
         from jvdiff import plan  # before jax: it may have to be kept from looking for GPUs
 

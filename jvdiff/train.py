@@ -2,10 +2,12 @@
 
     python -m jvdiff.train --config configs/train_digits_vae.py
     python -m jvdiff.train --config configs/train_digits_dit.py
+    python -m jvdiff.train --config configs/latent_video_small.py --config.clips=FOLDER
 
 A run lives in `config.folder`: `state/` (Orbax checkpoints), `metrics.jsonl`, and when it is done the result: `vae/` or
 `repository/`, which `jvdiff.load` and `python -m jvdiff.sample` take and `python -m convert.to_hf` exports. The same
-command goes on where a stopped run was. Fields: see COMMON, TASKS and `jvdiff.training`.
+command goes on where a stopped run was. Fields: see COMMON, TASKS and `jvdiff.training`; where there is a field `plan`,
+--config.plan=true prints what the run would take.
 
 Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 interrupted, resumable · 6 NaN or infinity ·
 7 set-up · 1 anything else.
@@ -19,10 +21,11 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jvdiff import command_line, distributed, training
+from jvdiff import class_conditional, command_line, distributed, train_plan, training
 from jvdiff.errors import UsageError
+from jvdiff.sample_classes import FIELDS as SAMPLING_FIELDS
 from jvdiff.settings import check_seed
-from jvdiff.training import digits_runs
+from jvdiff.training import digits_runs, latent_video_runs
 from jvdiff.training.fields import check_count, check_names, nearest, schedule
 from jvdiff.training.loop import Task
 
@@ -56,7 +59,7 @@ def parse(argv: Sequence[str]) -> command_line.Request:
     check_names("loss", config.loss, _keywords(TASKS[name].loss))
     check_names("loop", config.loop, [field for field in _keywords(training.fit) if field not in ("seed", "params")])
     for field, value in config.loop.items():
-        if field != "mesh":
+        if field not in ("mesh", "log_to") and value is not None:
             check_count(f"loop.{field}", value)
     schedule(config)
     return request
@@ -65,6 +68,9 @@ def parse(argv: Sequence[str]) -> command_line.Request:
 def run(request: command_line.Request) -> list[Path]:
     """Trains what the config asks for and returns the folder of the result."""
     config = request.config
+    if config.get("plan"):
+        train_plan.show(latent_video_runs.programs(config), config.loop)
+        return []
     folder = command_line.writable(config.folder, "folder")
     command_line.compile_cache(config.get("compile_cache"))  # type: ignore[arg-type]
     advice = "Try a smaller batch or model; what was saved before is kept."
@@ -83,11 +89,18 @@ class Kind(NamedTuple):
 
 _DIT_FIELDS = ("vae", "clips", "batch", "tokens", "drop_text", "transformer", "text_encoder", "scheduler", "defaults")
 _DIT_OPTIONAL = ("initial", "pattern", "sparsity_warmup")
+_LATENT_VIDEO_FIELDS = (
+    *("clips", "stride", "workers", "most_bad", "cache_latents", "vae", "transformer", "prediction", "noise_schedule"),
+    *("batch", "precision", *class_conditional.FIELDS),
+)
 _STREAM_FIELDS = (*_DIT_FIELDS, "chunks", "change", "pattern")
 TASKS = {
     "vae": Kind(digits_runs.train_vae, training.vae_task, ("vae", "stages"), ("decoder_of",)),
     "text_to_video": Kind(digits_runs.train_text_to_video, training.text_to_video_task, _DIT_FIELDS, _DIT_OPTIONAL),
     "stream": Kind(digits_runs.train_stream, training.teacher_forcing_task, _STREAM_FIELDS, ("initial",)),
+    "latent_video": Kind(
+        latent_video_runs.train, training.latent_video_task, _LATENT_VIDEO_FIELDS, ("plan", *SAMPLING_FIELDS)
+    ),
 }
 
 

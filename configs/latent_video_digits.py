@@ -1,0 +1,38 @@
+"""The small latent video model's little sibling: moving digits by class, on two CPU cores.
+
+    python -m jvdiff.data.digits --output=runs/digits_clips --clips=8000
+    python -m jvdiff.train --config configs/latent_video_digits.py
+    python -m jvdiff.sample --config configs/latent_video_digits.py --config.class_label=seven
+
+Clips are 16 frames of 64x64, latents 4x8x8. Figures, curves and samples: docs/latent_video.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import latent_video_small
+
+
+def get_config() -> ConfigDict:
+    config = latent_video_small.get_config()
+    config.folder = "runs/latent_video_digits"
+    config.clips = "runs/digits_clips"
+    config.height = config.width = 64
+    config.workers = 1
+    config.cache_latents = True
+    config.vae = ConfigDict(
+        {
+            "model": {"width": 16, "groups": 8, "blocks": 1, "latent_channels": 8},
+            "batch": 8,
+            "loss": {"kl": 1e-4, "l1": 1.0, "foreground_weight": 9.0},
+            "schedule": {"steps": 3000, "learning_rate": 1e-3, "warmup": 100, "average_decay": 0.998},
+        }
+    )
+    with config.ignore_type():  # a size's name there, fields here
+        config.transformer = ConfigDict({"hidden_size": 192, "depth": 6, "num_heads": 3})
+    config.batch = 32
+    config.precision = "float32"
+    config.loss = ConfigDict({"drop_label": 0.1})
+    config.schedule = ConfigDict({"steps": 4000, "learning_rate": 1e-3, "warmup": 200, "average_decay": 0.998})
+    config.loop.save_every = 500
+    config.loop.show_every = 500
+    return config
