@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jvdiff.models import umt5, wan
+from jvdiff.models import latent_video, umt5, wan
 from jvdiff.sharding import MeshShape, bytes_per_device, make_mesh, param_shardings, rules, specs
 
 ONE = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
@@ -18,6 +18,7 @@ MODELS = {
     "14B": (wan.WAN_2_1_T2V_14B, rules.WAN_DIT),
     "gated": (wan.DiTConfig(num_attention_heads=12, ffn_dim=8960, num_layers=2, gate_compress=True), rules.WAN_DIT),
     "UMT5-XXL": (umt5.UMT5_XXL, rules.UMT5),
+    "latent video XL": (latent_video.XL, rules.LATENT_VIDEO_DIT),
     "VAE": (wan.WAN_2_1_VAE, rules.REPLICATED),
 }
 
@@ -25,7 +26,8 @@ MODELS = {
 def tree_of(cfg):
     if isinstance(cfg, umt5.Config):
         return umt5.abstract_params(cfg, jnp.bfloat16)
-    return wan.abstract_params(cfg, jnp.bfloat16)
+    model = latent_video if isinstance(cfg, latent_video.DiTConfig) else wan
+    return model.abstract_params(cfg, jnp.bfloat16)
 
 
 def leaves_of(found):
@@ -43,7 +45,7 @@ def test_every_leaf_of_the_published_models_is_divided_evenly(name, axes):
             assert axis is None or size % axes[axis] == 0
 
 
-@pytest.mark.parametrize("name", ["1.3B", "14B", "UMT5-XXL"])
+@pytest.mark.parametrize("name", ["1.3B", "14B", "latent video XL", "UMT5-XXL"])
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"tensor": 4}, {"fsdp": 2, "tensor": 4}])
 def test_a_device_holds_its_share_of_a_large_model(name, axes):
     cfg, table = MODELS[name]
