@@ -12,6 +12,7 @@ B batch · F pixel frames · Y X pixel height, width · N clips.
 
 import contextlib
 import csv
+import itertools
 import logging
 import math
 import os
@@ -28,6 +29,7 @@ from jvdiff.errors import CheckpointError, CorruptFile, DataError, SetupError, U
 SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv")  # what find() takes for a clip in a folder
 MOST_DECODED = 4 * video.MAX_PIXELS  # to get at one clip: seconds of work, where key frames are as far apart as usual
 REORDERED = 16  # frames shown before a key frame, but decoded after it, are lost when decoding begins there
+RESIZE = 0x4 | 0x2000  # FFmpeg's SWS_BICUBIC and SWS_FULL_CHR_H_INT, without which pixels become darker by 2 of 255
 _log = logging.getLogger("jvdiff.data")
 
 
@@ -82,11 +84,12 @@ def _of_csv(file: Path) -> list[tuple[Path, str]]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as text:
             reader = csv.DictReader(text)
+            columns = reader.fieldnames or []
             lines = [(reader.line_num, line) for line in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise CorruptFile(f"{file} cannot be read as a CSV in UTF-8 ({error}).") from error
-    if not {"path", "label"} <= (columns := set(reader.fieldnames or ())):
-        raise DataError(f"{file} has the columns {sorted(columns)} in its first line; expected path and label.")
+    if not {"path", "label"} <= set(columns):
+        raise DataError(f"{file} has the columns {columns} in its first line; expected path and label.")
     for number, line in lines:
         if not (line["path"] and line["label"]):
             raise DataError(f"{file}, line {number}: path is {line['path']!r}, label {line['label']!r}; expected both.")
@@ -132,7 +135,7 @@ def read(
         clip: list[np.ndarray] = []
         for frame in _frames(path, file, stream, first + stride * np.arange(frames)):
             matrix = video.colour_matrix(frame)
-            picture = resizer.reformat(frame, columns, rows, "rgb24", matrix, interpolation="BICUBIC").to_ndarray()
+            picture = resizer.reformat(frame, columns, rows, "rgb24", matrix, interpolation=RESIZE).to_ndarray()
             clip.append(picture[top : top + size, left : left + size])
     if len(clip) < frames:
         raise CorruptFile(f"{path} is cut off: it ends before frame {first + stride * len(clip)} of {there}.")
@@ -148,15 +151,18 @@ def _frames(path: str | os.PathLike, file: Any, stream: Any, numbers: np.ndarray
     origin = stream.start_time or 0
     middles = [origin + (number + 0.5) * period for number in numbers.tolist()]
     file.seek(max(origin, int(middles[0] - REORDERED * period)), stream=stream)
-    for decoded, frame in enumerate(file.decode(stream), 1):
+    stamped = (frame for frame in file.decode(stream) if frame.pts is not None)
+    for decoded, (frame, following) in enumerate(itertools.pairwise(itertools.chain(stamped, [None])), 1):
         video.check_pixels(path, decoded, *size, MOST_DECODED)
         if (frame.height, frame.width) != size:
             raise CorruptFile(f"{path}: a frame is {frame.width}x{frame.height}, the file says {size[1]}x{size[0]}.")
         if (channels := len(frame.format.components)) != 3:
             raise DataError(f"{path} has {channels} channels ({frame.format.name}); expected 3, as in yuv420p.")
-        if frame.pts is None or (decoded == 1 and frame.pts > middles[0]):
+        if decoded == 1 and frame.pts > middles[0]:
             raise CorruptFile(f"{path}: frame {numbers[0]} cannot be found; the file's index is damaged.")
-        while middles and middles[0] < frame.pts + (frame.duration or period):
+        # Of a frame's own duration the files are not sure; the last one may be somewhat early.
+        until = frame.pts + 2 * period if following is None else following.pts
+        while middles and middles[0] < until:
             del middles[0]
             yield frame
         if not middles:

