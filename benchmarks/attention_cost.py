@@ -1,16 +1,20 @@
-"""What attention costs as videos grow: dense, sliding tile and video sparse attention of one layer, forward.
+"""What attention costs as videos grow: dense, sliding tile and video sparse attention of one layer, forward; and of one
+block of the latent video transformer, factorised attention against attention among all tokens.
 
-    python benchmarks/attention_cost.py     # a table, benchmarks/results/attention_cost.json and a plot for the docs
+    python benchmarks/attention_cost.py     # tables, benchmarks/results/attention_cost.json and a plot for the docs
 
-Two counts of the same thing. `kept`: the products of kept query-key pairs, 4 FLOPs for each and each channel, from the
-lists of tiles; of VSA also its coarse branch and scores, between the means of tiles. `program`: all matrix products of
-the program that is run (`jvdiff.plan.count_flops`), which also multiplies the padding of ragged tiles; VSA's coarse
-products are in it. Needs no weights and no device, and matplotlib for the plot (pip install "jvdiff[dev]").
+Of the patterns two counts of the same thing. `kept`: the products of kept query-key pairs, 4 FLOPs for each and each
+channel, from the lists of tiles; of VSA also its coarse branch and scores, between the means of tiles. `program`: all
+matrix products of the program that is run (`jvdiff.plan.count_flops`), which also multiplies the padding of ragged
+tiles; VSA's coarse products are in it. Factorised attention and attention among all tokens are what XLA counts in the
+compiled programs, softmax and all. Needs no weights and no device, and matplotlib for the plot
+(pip install "jvdiff[dev]").
 
 F pixel frames · T latent frames · L tokens · N heads · K head dim · n tiles
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +29,7 @@ from jvdiff import kernels
 from jvdiff.errors import JvdiffError
 from jvdiff.kernels import Dense, SlidingTile, VideoSparse, tiles
 from jvdiff.kernels.sliding_tile import check_windows, window_lists
+from jvdiff.models import latent_video
 from jvdiff.plan import count_flops
 from jvdiff.settings import read_pattern
 
@@ -48,6 +53,7 @@ class Model(NamedTuple):
     head_dim: int = 128
 
 
+LATENTS = (1, 4, 32, 32, 4), (1, 16, 32, 32, 4)  # of 16 frames of 256x256 pixels, and of 64
 MODELS = Model("Wan 1.3B 480p", 30, 52, 12), Model("Wan 14B 720p", 45, 80, 40)
 
 
@@ -81,6 +87,60 @@ def program(grid: tiles.Grid, pattern: Dense | SlidingTile | VideoSparse, heads:
         attend = lambda *x: kernels.video_sparse_attention(*x, sparsity=pattern.sparsity, **common)  # noqa: E731
         traced = jax.make_jaxpr(attend)(x, x, x, x)
     return count_flops(traced.jaxpr)
+
+
+def factorised(cfg: latent_video.DiTConfig, latents: tuple[int, ...]) -> dict[str, Any]:
+    """FLOPs of one block of the model on latents (B,T,H,W,C), forward, and of one with attention among all tokens.
+
+    The latter has one layer of attention less, and so its four linear maps less: its FLOPs are those of the former,
+    less the linear maps and the factorised attention, and the attention among all tokens.
+    """
+    B, T, H, W, _ = latents
+    L, D, N = H * W // cfg.patch_size**2, cfg.hidden_size, cfg.num_heads
+
+    def attention(clips: int, length: int) -> float:
+        x = jax.ShapeDtypeStruct((clips, length, N, D // N), jnp.bfloat16)
+        attend = lambda q, k, v: kernels.attention(q, k, v, implementation="reference")  # noqa: E731 - it has no loops
+        return compiled_flops(attend, x, x, x)
+
+    def model(depth: int) -> float:
+        deep = dataclasses.replace(cfg, depth=depth)
+        params = latent_video.abstract_params(deep, jnp.bfloat16)
+        run = lambda params, *x: latent_video.denoise(params, deep, *x, implementation="reference")  # noqa: E731
+        shapes = (latents, jnp.float32), ((B,), jnp.float32), ((B,), jnp.int32)
+        return count_flops(jax.make_jaxpr(run)(params, *(jax.ShapeDtypeStruct(*s) for s in shapes)).jaxpr)
+
+    apart, full = attention(B * T, L) + attention(B * L, T), attention(B, T * L)
+    block = model(2) - model(1)
+    return {
+        "latents": latents,
+        "tokens": T * L,
+        "full_flops": short(full),
+        "factorised_flops": short(apart),
+        "factorised_block_flops": short(block),
+        "full_block_flops": short(block - apart + full - 4 * 2 * B * T * L * D**2),
+    }
+
+
+def compiled_flops(function: Any, *shapes: Any) -> float:
+    """What XLA counts in a compiled program without loops."""
+    analysis: Any = jax.jit(function).lower(*shapes).compile().cost_analysis()
+    return analysis["flops"]
+
+
+def factorised_table(rows: Sequence[dict[str, Any]]) -> str:
+    """GFLOP as Markdown, and how many times those of all tokens are those of factorised attention."""
+    lines = [
+        "| one block | tokens | attention among all | factorised | times | block with all | factorised | times |",
+        "| --- |" + " ---: |" * 7,
+    ]
+    for row in rows:
+        cells = [f"{row['latents'][1]} latent frames | {row['tokens']}"]
+        for part in ("", "block_"):
+            full, apart = row[f"full_{part}flops"], row[f"factorised_{part}flops"]
+            cells.append(f"{full / 1e9:.3g} | {apart / 1e9:.3g} | {full / apart:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def rows(models: Sequence[Model] = MODELS, frames: Sequence[int] = FRAMES) -> Iterator[dict[str, Any]]:
@@ -154,7 +214,9 @@ def main(words: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     found = list(rows())
     print(table(found))
-    write(args.output, {"jax": jax.__version__, "direction": "forward", "rows": found})
+    apart = [factorised(latent_video.MEDIUM, latents) for latents in LATENTS]
+    print(factorised_table(apart))
+    write(args.output, {"jax": jax.__version__, "direction": "forward", "rows": found, "factorised": apart})
     plot(found, args.plot)
     return 0
 

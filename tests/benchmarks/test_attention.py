@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jvdiff.kernels import Dense, SlidingTile, VideoSparse
+from jvdiff.models import latent_video
 
 
 @pytest.fixture
@@ -101,3 +102,17 @@ def test_the_cost_table_has_a_row_for_each_model_and_pattern(load, tmp_path):
     assert len(rows) == 2 * len(cost.PATTERNS) and cost.table(rows).count("tiny") == len(cost.PATTERNS)
     cost.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_factorised_attention_is_counted_in_compiled_programs(load):
+    """T frames of L tokens: all of them with all, or L with L and T with T; the softmax is the little more."""
+    cost = load("attention_cost")
+    cfg = latent_video.DiTConfig(hidden_size=128, depth=2, num_heads=2, num_classes=3)
+    found = cost.factorised(cfg, (1, 6, 16, 16, 4))
+    T, L, D = 6, 64, 128
+    assert 1 < found["full_flops"] / (4 * (T * L) ** 2 * D) < 1.06
+    assert 1 < found["factorised_flops"] / (4 * T * L * (T + L) * D) < 1.06
+    linear = 2 * T * L * D**2 * (8 + 12) + 2 * 9 * D**2  # two attentions, the feed-forward; the modulation
+    assert found["factorised_block_flops"] == pytest.approx(linear + 4 * T * L * (T + L) * D, rel=0.001)
+    assert found["full_block_flops"] == pytest.approx(linear - 8 * T * L * D**2 + 4 * (T * L) ** 2 * D, rel=0.05)
+    assert "| 6 latent frames | 384 |" in cost.factorised_table([found])

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +14,11 @@ from jax import lax
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import latent_video
 from jvdiff.models.latent_video import DiTConfig, VAEConfig
-from jvdiff.models.latent_video.vae import _Conv
-from jvdiff.sharding import Placement, make_mesh, param_shardings, read_mesh, rules
+from jvdiff.models.latent_video.vae import _Activation, _Conv
+from jvdiff.sharding import Placement, collectives, make_mesh, param_shardings, read_mesh, rules
 
 VAE = VAEConfig(width=4, multipliers=(1, 1, 2, 2), blocks=1, groups=2, latents_mean=(0.5, -1.0, 0.0, 2.0))
-CFG = DiTConfig(hidden_size=32, depth=2, num_heads=4, num_classes=3, freq_dim=16)
+CFG = DiTConfig(hidden_size=96, depth=2, num_heads=4, num_classes=3, freq_dim=16)  # wide enough for fsdp to divide
 ONE_BLOCK = dataclasses.replace(CFG, depth=1)
 denoise = jax.jit(latent_video.denoise, static_argnames=("cfg", "remat", "implementation", "placement"))
 encode = jax.jit(latent_video.encode, static_argnames=("cfg", "remat"))
@@ -238,6 +239,16 @@ def test_a_mesh_gives_the_numbers_of_one_device(mesh):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
+def test_a_layer_gathers_its_weights_once_and_adds_up_three_times():
+    placement, params = placed("data=2,fsdp=2,tensor=2")
+    latents, timestep, labels = inputs(4)
+    program = denoise.lower(params, CFG, latents, timestep, labels, placement=placement).compile()
+    layer = [c for c in collectives.read(program.as_text()) if c.runs == CFG.depth]
+    assert sorted(c.kind for c in layer) == ["all-gather"] * 2 + ["all-reduce"] * 3
+    weights, modulation = (c for c in layer if c.kind == "all-gather")
+    assert "modulation" in modulation.source and "modulation" not in weights.source
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -294,6 +305,13 @@ def test_taps_make_a_convolution_in_three_dimensions(stride):
         x, params["params"]["kernel"], stride, ((1, 1),) * 3, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
     )
     np.testing.assert_allclose(_Conv(7, stride).apply(params, x), expected, atol=1e-5)
+
+
+def test_norms_are_over_a_group_of_channels_in_all_frames():
+    x = 3 + np.random.default_rng(0).standard_normal((2, 4, 3, 5, 6), np.float32)
+    params = {"scale": np.linspace(1, 2, 6, dtype=np.float32), "bias": np.linspace(-1, 1, 6, dtype=np.float32)}
+    expected = nn.silu(nn.GroupNorm(3, use_fast_variance=False).apply({"params": params}, x))
+    np.testing.assert_allclose(_Activation(3).apply({"params": params}, x), expected, atol=1e-4)
 
 
 def test_rematerialisation_leaves_the_vaes_gradient():
