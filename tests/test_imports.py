@@ -16,7 +16,19 @@ LEVELS = [
     {"diffusion"},
     {"data", "checkpoint", "repository", "run_state", "settings", "pipeline", "training"}
     | {"streaming", "stream_config", "stream_programs", "streaming_video", "class_conditional"},
-    {"sample", "sample_classes", "train_plan", "jobs", "one_video", "stream", "one_stream", "train", "plan", "command_line", "__main__"},
+    {
+        "sample",
+        "sample_classes",
+        "train_plan",
+        "jobs",
+        "one_video",
+        "stream",
+        "one_stream",
+        "train",
+        "plan",
+        "command_line",
+        "__main__",
+    },
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(p for p in (ROOT / "jvdiff").rglob("*.py") if p != ROOT / "jvdiff" / "__init__.py")

@@ -1,6 +1,8 @@
 """A folder of labelled clips becomes a model and samples, by the command lines; stopped, damaged and planned too."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,12 +49,26 @@ def clips(tmp_path_factory):
     return folder
 
 
+def command(folder, clips):
+    """A command line whose config is in a folder, and all that it makes."""
+    (folder / "clips").symlink_to(clips)
+    path = folder / "config.py"
+    path.write_text(SMALLEST.format(folder=folder))
+    return ["x", f"--config={path}", "--config.most_bad=0.2"]
+
+
 @pytest.fixture
 def config(tmp_path, clips):
-    (tmp_path / "clips").symlink_to(clips)
-    path = tmp_path / "config.py"
-    path.write_text(SMALLEST.format(folder=tmp_path))
-    return ["x", f"--config={path}", "--config.most_bad=0.2"]
+    return command(tmp_path, clips)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, clips):
+    """A whole run: its command line, and the folder that it is in."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = [*command(folder, clips), "--config.loop.show_every=2"]
+    assert train.main(flags) == 0
+    return flags, folder
 
 
 def lines(folder):
@@ -68,12 +84,9 @@ def parameters(folder, step):
         return jax.tree.leaves(orbax.restore(path, args=ocp.args.PyTreeRestore(restore_args=plain)))
 
 
-def test_from_a_folder_of_clips_to_samples(config, tmp_path, capsys):
-    assert train.main([*config, "--config.loop.show_every=2"]) == 0
-    said = capsys.readouterr()
-    run = tmp_path / "run"
-    assert said.out.strip() == str(run / "repository") and "10 clips of 3 classes" in said.err
-    assert "another clip takes the place" in said.err and "bad.mp4" in said.err
+def test_from_a_folder_of_clips_to_samples(trained, capsys):
+    flags, folder = trained
+    run = folder / "run"
     assert [line["step"] for line in lines(run / "vae_run")] == [1, 2, 3] and "psnr" in lines(run / "vae_run")[0]
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4] and "loss_noisy" in lines(run)[0]
     assert sorted(p.name for p in (run / "samples").iterdir()) == [
@@ -84,44 +97,64 @@ def test_from_a_folder_of_clips_to_samples(config, tmp_path, capsys):
     model = class_conditional.load(run / "repository", "float32")
     assert model.classes == ("bird", "cat", "dog") and model.configs.transformer.num_classes == 3
     assert all(std > 0 and std != 1 for std in model.configs.vae.latents_std)
-    assert sample.main([*config, "--config.class_label=2", "--config.seed=5"]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "class2_seed5.mp4")
-    record = json.loads((tmp_path / "out" / "class2_seed5.json").read_text())
+    for label in ("2", "dog"):
+        assert sample.main([*flags[:-1], f"--config.class_label={label}", "--config.seed=5"]) == 0
+    made = [folder / "out" / name for name in ("class2_seed5.mp4", "class2_seed5-2.mp4")]
+    assert capsys.readouterr().out.split() == list(map(str, made)) and made[0].read_bytes() != made[1].read_bytes()
+    record = json.loads(made[0].with_suffix(".json").read_text())
     assert record["class_name"] == "dog" and record["guidance"] == 7.5 and record["checkpoint_digest"] == model.digest
-    again = class_conditional.generate(model, ["dog"], seed=5, steps=2)
-    shown = videos.read_video(tmp_path / "out" / "class2_seed5.mp4")
-    assert shown.shape == again.video[0].shape == (4, 32, 32, 3)
-    assert np.abs(shown.astype(int) - again.video[0]).mean() < 20  # H.264 of noise
+    shown, again = videos.read_video(made[0]), class_conditional.generate(model, ["dog"], seed=5, steps=2).video[0]
+    assert shown.shape == again.shape == (4, 32, 32, 3)
+    assert np.abs(shown.astype(int) - again).mean() < 20  # H.264 of noise
 
-    assert train.main(config) == 0  # all is done
-    said = capsys.readouterr().err
-    assert "resuming at step 4" in said and not (run / "vae_run" / "state" / "4").exists()
+    assert train.main(flags) == 0  # all is done
+    said = capsys.readouterr()
+    assert "resuming at step 4" in said.err and "10 clips of 3 classes" in said.err and "psnr" not in said.err
+    assert said.out.strip() == str(run / "repository")
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_killed_run_goes_on_bit_for_bit(config, tmp_path, cached):
-    """In the transformer's training, in another process; the data is read from the files, or from cached latents."""
-    more = [f"--config.cache_latents={cached}", "--config.schedule.steps=6"]
-    assert train.main([*config, *more]) == 0
-    other = f"--config.folder={tmp_path / 'other'}"
-
+def test_a_killed_run_goes_on_bit_for_bit(trained, config, tmp_path, cached):
+    """In another process; the data is read from the files, or from cached latents."""
+    flags = [*config, f"--config.cache_latents={cached}", "--config.schedule.steps=6"]
+    content, vae = (tmp_path / "config.py").read_text(), str(trained[1] / "run" / "vae")
+    (tmp_path / "config.py").write_text(
+        content.replace("config.transformer =", f"config.vae = {vae!r}; config.transformer =")
+    )
+    assert train.main(flags) == 0
+    other = tmp_path / "other"
     code = (
-        "import sys, os, signal, pathlib; from jvdiff import train; from jvdiff.training import loop\n"
+        "import sys, os, signal, pathlib, time; from jvdiff import train; from jvdiff.training import loop\n"
         "write = loop.Metrics.write\n"
         "def dying(self, step, numbers):\n"
         "    write(self, step, numbers)\n"
-        f"    if step == 5 and pathlib.Path({str(tmp_path / 'other' / 'state' / '4')!r}).exists():\n"
+        "    if step == 5:\n"
+        f"        while not pathlib.Path({str(other / 'state' / '4')!r}).exists(): time.sleep(0.01)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "loop.Metrics.write = dying\n"
         "sys.exit(train.main(sys.argv))"
     )
-    how = {"cwd": ROOT, "capture_output": True, "text": True}
-    died = subprocess.run([sys.executable, "-c", code, *config[1:], *more, other], **how)
+    flags.append(f"--config.folder={other}")
+    strict = {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": str(ROOT)}
+    how = {"cwd": ROOT, "env": os.environ | strict, "capture_output": True, "text": True}
+    died = subprocess.run([sys.executable, "-c", code, *flags[1:]], **how)
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert train.main([*config, *more, other]) == 0
-    for one, two in zip(parameters(tmp_path / "run", 6), parameters(tmp_path / "other", 6), strict=True):
+    assert train.main(flags) == 0
+    for one, two in zip(parameters(tmp_path / "run", 6), parameters(other, 6), strict=True):
         np.testing.assert_array_equal(one, two)
-    assert lines(tmp_path / "run") == lines(tmp_path / "other")
+    assert lines(tmp_path / "run") == lines(other)
+    assert (tmp_path / "run" / "latents.npz").exists() == cached
+
+
+def test_a_mesh_trains_the_same_model(trained, tmp_path):
+    """Clips over two devices, weights over two, heads over two."""
+    flags, folder = trained
+    (tmp_path / "run").mkdir()
+    shutil.copytree(folder / "run" / "vae", tmp_path / "run" / "vae")
+    more = [f"--config.folder={tmp_path / 'run'}", "--config.loop.mesh=data=2,fsdp=2,tensor=2"]
+    assert train.main([*flags[:-1], *more]) == 0
+    for one, two in zip(lines(folder / "run"), lines(tmp_path / "run"), strict=True):
+        np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=1e-3, atol=1e-4)
 
 
 def test_a_plan_needs_no_clips(config, tmp_path, capsys):
