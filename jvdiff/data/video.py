@@ -105,7 +105,7 @@ def import_av() -> Any:
     except ImportError as error:
         raise SetupError(
             "reading and writing .mp4 needs the package av, which cannot be imported.\n"
-            f'Install it with: pip install "av>=14"\n({error})'
+            f'Install it with: pip install "av>=17"\n({error})'
         ) from error
     return av
 
