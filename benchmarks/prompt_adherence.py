@@ -5,6 +5,7 @@
     python benchmarks/prompt_adherence.py --vae checkpoints/digits         # and the VAE's round trip of held-out clips
     python benchmarks/prompt_adherence.py --clips-from out                 # and the .mp4 files of a folder, or one .npz
     python benchmarks/prompt_adherence.py --stream checkpoints/digits-stream  # and streams of 40 chunks that turn
+    python benchmarks/prompt_adherence.py --classes runs/latent_video_digits/repository  # and clips by class
 
 The prompts are the 32 combinations that training never shows, in turn, each clip with a seed of its own. The judge is
 trained first, without ever seeing the test glyphs, and its own error rate is printed beside every result: a digit
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import class_adherence
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,10 @@ def main() -> int:
     parser.add_argument("--clips-from", help="judge the .mp4 files of this folder, or this .npz")
     parser.add_argument("--stream", help="generate streams from this checkpoint of a causal model")
     parser.add_argument("--rollouts", type=int, default=64, help="how many streams to generate")
+    parser.add_argument("--classes", help="generate clips of each class from this folder of a class-conditional model")
+    parser.add_argument(
+        "--guidances", type=float, nargs="+", default=[1, 3.5, 7.5, 15], help="which --classes compares"
+    )
     parser.add_argument("--clips", type=int, default=200, help="how many to generate or send through the VAE")
     parser.add_argument("--combos", choices=["held_out", "train", "all"], default="held_out")
     parser.add_argument("--seed", type=int, default=1000, help="of the first clip; clip i has seed + i")
@@ -102,6 +108,16 @@ def main() -> int:
         print("goals: " + ", ".join(f"{name} {'met' if met else 'missed'}" for name, met in found["met"].items()))
         if args.save:
             np.savez_compressed(args.save, video=videos)
+    if args.classes:
+        from jvdiff import class_conditional
+
+        model = class_conditional.load(args.classes)
+        found, picture = class_adherence.measure(
+            judge, model, args.guidances, args.clips, args.batch or 10, args.seed, args.steps
+        )
+        report["classes"] = {"checkpoint": Path(args.classes).name} | found | common
+        class_adherence.show(found)
+        print(f"written to {video.write_png(args.output.with_suffix('.png'), picture)}")
     if args.clips_from:
         report["clips"] = judged(judge, read_clips(Path(args.clips_from))) | common
         _print(args.clips_from, report["clips"])

@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last, on a tiny random repository, and are committed without outputs."""
+"""The notebooks run from the first cell to the last, on something tiny, and are committed without outputs."""
 
 from pathlib import Path
 
@@ -14,8 +14,21 @@ def read(name):
     return nbformat.read(NOTEBOOKS / name, as_version=4)
 
 
+def run(name, monkeypatch, **parameters):
+    """The executed notebook and the kinds of its outputs, with other values in its cell of parameters."""
+    notebook = read(name)
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    for field, value in parameters.items():
+        assert f"{field} = " in cell.source
+        cell.source += f"\n{field} = {value!r}"
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return outputs, [kind for output in outputs for kind in output.get("data", ())]
+
+
 def test_there_are_notebooks():
-    assert "text_to_video.ipynb" in NAMES
+    assert NAMES == ["text_to_video.ipynb", "train_a_tiny_model.ipynb"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -26,12 +39,13 @@ def test_no_outputs_are_committed(name):
 
 
 def test_text_to_video(tiny_repository, monkeypatch):
-    notebook = read("text_to_video.ipynb")
-    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
-    assert 'checkpoint = "../checkpoints/digits"' in parameters.source
-    parameters.source += f"\ncheckpoint = {str(tiny_repository)!r}"
-    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}}).execute()
-    shown = [kind for cell in notebook.cells for output in cell.get("outputs", ()) for kind in output.get("data", ())]
+    _, shown = run("text_to_video.ipynb", monkeypatch, checkpoint=str(tiny_repository))
     assert shown.count("image/png") >= 4  # text rows, noise levels, steps, contact sheet
     assert "text/html" in shown  # the clip that plays
+
+
+def test_train_a_tiny_model(monkeypatch):
+    outputs, shown = run("train_a_tiny_model.ipynb", monkeypatch, steps=4, batch=4, sampling_steps=2)
+    assert shown.count("image/png") == 7  # clips, noise, curve, two solvers with two weights
+    assert "text/html" in shown  # the clips that play
+    assert "largest difference" in outputs[-1].text  # of guidance with weight 1
