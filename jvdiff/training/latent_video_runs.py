@@ -24,7 +24,8 @@ from jvdiff.class_conditional import Configs, Settings
 from jvdiff.data import clips as clip_files
 from jvdiff.data import video as videos
 from jvdiff.data.clips import Clips
-from jvdiff.errors import CheckpointError, NumericsError, UsageError
+from jvdiff.diffusion import variance_preserving
+from jvdiff.errors import CheckpointError, DataError, NumericsError, UsageError
 from jvdiff.models import latent_video
 from jvdiff.precision import TABLE
 from jvdiff.sharding import MeshShape, Placement, check_mesh, make_mesh
@@ -52,6 +53,11 @@ def train(config: ConfigDict, folder: Path) -> Path:
     check_target(target, True)
     clips = clip_files.find(config.clips)
     plan = describe(config, len(clips.classes))
+    most = max(config.batch, config.vae.batch if plan.vae_schedule else 0)
+    if len(clips.paths) < most:
+        raise DataError(
+            f"{config.clips}: {len(clips.paths)} clips, fewer than a batch of {most}; add clips, or lower batch."
+        )
     _log.info("%d clips of %d classes in %s", len(clips.paths), len(clips.classes), config.clips)
     read = functools.partial(
         clip_files.batches,
@@ -147,6 +153,7 @@ def describe(config: ConfigDict, classes: int) -> Plan:
     else:
         chosen = config.transformer
     cfg = fields.model("transformer", latent_video.DiTConfig, chosen, **sized)
+    variance_preserving.alphas_cumprod(config.noise_schedule)  # says whether there is such a one
     configs = Configs(cfg, vae_cfg, config.noise_schedule)
     settings = Settings(**{name: config[name] for name in class_conditional.FIELDS})
     class_conditional.check(settings, configs)

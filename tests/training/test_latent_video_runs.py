@@ -100,7 +100,7 @@ def test_from_a_folder_of_clips_to_samples(trained, capsys):
     for label in ("2", "dog"):
         assert sample.main([*flags[:-1], f"--config.class_label={label}", "--config.seed=5"]) == 0
     made = [folder / "out" / name for name in ("class2_seed5.mp4", "class2_seed5-2.mp4")]
-    assert capsys.readouterr().out.split() == list(map(str, made)) and made[0].read_bytes() != made[1].read_bytes()
+    assert capsys.readouterr().out.split() == list(map(str, made)) and made[0].read_bytes() == made[1].read_bytes()
     record = json.loads(made[0].with_suffix(".json").read_text())
     assert record["class_name"] == "dog" and record["guidance"] == 7.5 and record["checkpoint_digest"] == model.digest
     shown, again = videos.read_video(made[0]), class_conditional.generate(model, ["dog"], seed=5, steps=2).video[0]
@@ -175,7 +175,7 @@ def test_a_plan_needs_no_clips(config, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--config.clips=nowhere"], "nowhere: there is no such folder or file"),
-        (["--config.batch=99"], "there are 10 clips, fewer than a batch of 99"),
+        (["--config.batch=99"], "10 clips, fewer than a batch of 99"),
         (["--config.height=40"], "height is 40 and width 32; clips are trained as squares"),
         (["--config.num_frames=6"], "num_frames is 6; this model needs a multiple of 4. The nearest is 8"),
         (["--config.prediction=x0"], "prediction is 'x0'; allowed is one of v_prediction"),
