@@ -135,8 +135,8 @@ def read(
         clip: list[np.ndarray] = []
         for frame in _frames(path, file, stream, first + stride * np.arange(frames)):
             matrix = video.colour_matrix(frame)
-            picture = resizer.reformat(frame, columns, rows, "rgb24", matrix, interpolation=RESIZE).to_ndarray()
-            clip.append(picture[top : top + size, left : left + size])
+            rgb = resizer.reformat(frame, columns, rows, "rgb24", matrix, interpolation=RESIZE, threads=1)
+            clip.append(rgb.to_ndarray()[top : top + size, left : left + size])
     if len(clip) < frames:
         raise CorruptFile(f"{path} is cut off: it ends before frame {first + stride * len(clip)} of {there}.")
     return np.stack(clip)
@@ -146,7 +146,7 @@ def _frames(path: str | os.PathLike, file: Any, stream: Any, numbers: np.ndarray
     """The frames of these rising numbers, decoded from a key frame before the first; fewer where the file ends."""
     context = stream.codec_context
     size = context.height, context.width
-    context.thread_count = 1  # the cores are for the workers
+    context.thread_count = 1  # the cores are the workers', here and in resizing
     period = float(1 / (stream.average_rate * stream.time_base))  # of a frame, in units of time stamps
     origin = stream.start_time or 0
     middles = [origin + (number + 0.5) * period for number in numbers.tolist()]

@@ -282,10 +282,10 @@ def test_f69_unreadable_clips_are_replaced_logged_once_and_limited(folder, tmp_p
 
 
 def test_workers_read_ahead_and_end_with_the_iterator(folder, monkeypatch):
-    reads, read = [], clips.read
-    monkeypatch.setattr(clips, "read", lambda *args: (reads.append(threading.get_ident()), read(*args))[1])
     running = lambda: [thread for thread in threading.enumerate() if thread.name.startswith("grain")]  # noqa: E731
     until(lambda: not running())  # those of other tests
+    reads, read = [], clips.read
+    monkeypatch.setattr(clips, "read", lambda *args: (reads.append(threading.get_ident()), read(*args))[1])
     steps = clips.batches(clips.find(folder), **SETTINGS)
     next(steps)
     until(lambda: len(reads) >= 4 * SETTINGS["batch"])
