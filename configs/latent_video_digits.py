@@ -4,7 +4,7 @@
     python -m jvdiff.train --config configs/latent_video_digits.py
     python -m jvdiff.sample --config configs/latent_video_digits.py --config.class_label=seven
 
-Clips are 16 frames of 64x64, latents 4x8x8. Figures, curves and samples: docs/latent_video.md.
+Clips are 16 frames of 64x64, latents 4x8x8. How long it takes and what it gives is not known yet.
 """
 
 from ml_collections import ConfigDict

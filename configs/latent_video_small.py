@@ -5,8 +5,8 @@
 
 FOLDER holds class_name/clip.mp4, or is a CSV with the columns path and label. The VAE comes first, then the transformer
 on its latents, of the size small (`jvdiff.models.latent_video.SIZES`; --config.transformer=medium, large or xl). Clips
-are 16 frames of 256x256; --config.plan=true says what a step takes, without data. How well the scaled-down sibling
-(configs/latent_video_digits.py) learns, with curves and samples: docs/latent_video.md.
+are 16 frames of 256x256; --config.plan=true says what a step takes, without data. A scaled-down sibling is
+configs/latent_video_digits.py.
 """
 
 from ml_collections import ConfigDict, config_dict
