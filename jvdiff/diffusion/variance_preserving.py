@@ -32,8 +32,8 @@ PREDICTIONS = ("v_prediction", "epsilon", "sample")  # diffusers' names; epsilon
 class Level(NamedTuple):
     """How much of a sample is clean, sqrt(abar), and how much noise, sqrt(1 - abar): arrays that broadcast with it."""
 
-    signal: Array | np.ndarray
-    spread: Array | np.ndarray
+    signal: Array
+    spread: Array
 
 
 def alphas_cumprod(kind: str = "cosine", train_steps: int = 1000) -> np.ndarray:
@@ -133,8 +133,8 @@ def velocity(
     return flow
 
 
-def _parts(abar: np.ndarray) -> Level:
-    return Level(np.sqrt(abar), np.sqrt(1 - abar))
+def _parts(abar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.sqrt(abar), np.sqrt(1 - abar)
 
 
 def _check(prediction: str) -> None:

@@ -82,7 +82,7 @@ def latent_video_task(
 
     def loss(params: Params, batch: LabelledLatents, key: Array) -> tuple[Array, Mapping[str, Array]]:
         keys = jax.random.split(key, 3)
-        clean = batch.latents.astype(jnp.float32)
+        clean = jnp.asarray(batch.latents, jnp.float32)
         timestep = jax.random.randint(keys[0], clean.shape[:1], 0, len(abar))
         noise = jax.random.normal(keys[1], clean.shape)
         dropped = jax.random.uniform(keys[2], clean.shape[:1]) < drop_label

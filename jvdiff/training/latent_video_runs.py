@@ -119,7 +119,7 @@ class Plan(NamedTuple):
     vae_schedule: Schedule | None  # None: the VAE is there
 
 
-def describe(config: ConfigDict, classes: int) -> Plan:
+def describe(config: Any, classes: int) -> Plan:
     """What a config says of models, sizes and schedules.
 
     Raises:
@@ -143,6 +143,7 @@ def describe(config: ConfigDict, classes: int) -> Plan:
         fields.check_count("vae.batch", config.vae.batch)
         vae_cfg = fields.model("vae.model", latent_video.VAEConfig, config.vae.model)
         vae_schedule = fields.schedule(config.vae)
+        fields.check_shared("vae.batch", config.vae.batch, fields.mesh(config.loop))
     sized = {"in_channels": vae_cfg.latent_channels, "num_classes": classes, "prediction": config.prediction}
     if isinstance(config.transformer, str):
         if config.transformer not in latent_video.SIZES:
@@ -155,7 +156,8 @@ def describe(config: ConfigDict, classes: int) -> Plan:
     cfg = fields.model("transformer", latent_video.DiTConfig, chosen, **sized)
     variance_preserving.alphas_cumprod(config.noise_schedule)  # says whether there is such a one
     configs = Configs(cfg, vae_cfg, config.noise_schedule)
-    settings = Settings(**{name: config[name] for name in class_conditional.FIELDS})
+    given: Any = {name: config[name] for name in class_conditional.FIELDS}
+    settings = Settings(**given)
     class_conditional.check(settings, configs)
     shape = fields.mesh(config.loop)
     grid = class_conditional.latent_shape(configs, settings)[:3]
@@ -163,8 +165,6 @@ def describe(config: ConfigDict, classes: int) -> Plan:
         check_mesh(shape, latent_video.mesh_sizes(cfg, (config.batch, *grid)), jax.device_count())
     except UsageError as error:
         raise UsageError(f"loop.{error}") from None
-    if vae_schedule:
-        fields.check_shared("vae.batch", config.vae.batch, shape)
     return Plan(configs, settings, shape, TABLE[config.precision].transformer, fields.schedule(config), vae_schedule)
 
 

@@ -189,11 +189,11 @@ def make_step(task: Task, schedule: Schedule, key: Array, shardings: State | Non
         decay = jnp.minimum(schedule.average_decay, (1.0 + count) / (10.0 + count))
         average: Any = optax.incremental_update(params, state.average, 1.0 - decay)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        changed = (params, average, opt_state)
-        changed = jax.tree.map(partial(jnp.where, good), changed, (state.params, state.average, state.optimizer))
         skipped = state.skipped + (~good).astype(jnp.int32)
-        new = State(state.step + 1, *changed, skipped, jnp.where(good, 0, state.in_a_row + 1))
-        return new, {"loss": loss, "grad_norm": norm, **metrics, "skipped": skipped}
+        changed = state._replace(params=params, average=average, optimizer=opt_state)
+        kept: State = jax.tree.map(partial(jnp.where, good), changed, state)
+        kept = kept._replace(step=state.step + 1, skipped=skipped, in_a_row=jnp.where(good, 0, state.in_a_row + 1))
+        return kept, {"loss": loss, "grad_norm": norm, **metrics, "skipped": skipped}
 
     return step
 
