@@ -451,9 +451,9 @@ def test_without_av_the_video_is_an_animated_png(command, tmp_path, monkeypatch,
     from PIL import Image
 
     def absent():
-        raise SetupError('needs the package av; pip install "av>=14"')
+        raise SetupError('needs the package av; pip install "av>=17"')
 
-    monkeypatch.setattr(videos, "_av", absent)
+    monkeypatch.setattr(videos, "import_av", absent)
     assert sample.main(command(steps=1)) == 0
     said = capsys.readouterr().err
     assert said.count("notice: an animated PNG") == 1 and "pip install" in said

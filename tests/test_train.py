@@ -163,7 +163,11 @@ def test_sigterm_exits_5_and_the_same_command_goes_on(command, capsys, monkeypat
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
-        ({"task": "vea"}, [], "task is 'vea'; expected one of vae, text_to_video, stream; did you mean 'vae'"),
+        (
+            {"task": "vea"},
+            [],
+            "task is 'vea'; expected one of vae, text_to_video, stream, latent_video; did you mean 'vae'",
+        ),
         ({"stages": None}, [], "the config lacks stages"),
         ({"seed": -1}, [], "seed is -1"),
         ({"schedul": {}}, [], "the config has an unknown field 'schedul'; did you mean 'schedule'"),

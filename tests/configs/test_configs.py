@@ -1,18 +1,21 @@
 """Every config of configs/ is checked without weights: its fields, and the shapes of the programs that it asks for."""
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import jax
 import pytest
 
-from jvdiff import pipeline, plan, precision, sample, stream, streaming
+from jvdiff import pipeline, plan, precision, sample, stream, streaming, train
 from jvdiff.settings import FIELDS, Configs, latent_shape, resolve
+from jvdiff.training import latent_video_runs, loop
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if not p.stem.startswith("train_"))
 STREAMING = [p for p in CONFIGS if "import stream\n" in p.read_text()]
-SAMPLING = [p for p in CONFIGS if p not in STREAMING]
+LATENT_VIDEO = [p for p in CONFIGS if p.stem.startswith("latent_video_")]
+SAMPLING = [p for p in CONFIGS if p not in STREAMING + LATENT_VIDEO]
 
 
 def read(path):
@@ -42,6 +45,23 @@ def test_a_sampling_config_fits_its_model(path, monkeypatch):
         assert first.shape == (1, 1, settings.height, settings.width, 3) and first.dtype == "uint8"
         assert 1 + (settings.num_frames - 1) // 4 * following.shape[1] // 1 == settings.num_frames
         assert results["text"][0].shape == (1 + (settings.guidance != 1), 64, configs.text_encoder.d_model)
+
+
+@pytest.mark.parametrize("path", LATENT_VIDEO, ids=lambda p: p.stem)
+def test_a_latent_video_config_fits_its_models(path, monkeypatch):
+    """Its steps trace, and both programs take it."""
+    monkeypatch.chdir(ROOT)
+    module = read(path)
+    config = module.get_config()
+    flags = ["x", f"--config={path}"]
+    for program in (train, sample):
+        assert f"python -m {program.__name__} --config configs/{path.name}" in module.__doc__
+        assert program.parse(flags).config.task == "latent_video"
+    with jax.numpy_dtype_promotion("strict"):
+        for _, task, schedule, batch in latent_video_runs.programs(config):
+            state = jax.eval_shape(partial(loop.start, task, schedule, jax.random.key(0)))
+            _, metrics = jax.eval_shape(loop.make_step(task, schedule, jax.random.key(0)), state, batch)
+            assert metrics["loss"].shape == () and metrics["loss"].dtype == "float32"
 
 
 @pytest.mark.parametrize("path", STREAMING, ids=lambda p: p.stem)
