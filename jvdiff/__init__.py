@@ -3,8 +3,10 @@
 load(path) -> Pipeline                 a Hugging Face folder or a converted repository
 generate(pipe, prompts, ...) -> Output  video uint8 [B,F,Y,X,3] and latents float32 [B,T,H,W,C]
 pipeline, settings                     the stages of generate, one by one; what decides a clip
+class_conditional                      a class label becomes a video, with a model trained on labelled clips
 streaming, run_state                   video without end, chunk by chunk; a run as a folder, to go on from
 models, kernels, diffusion, data       the rooms below: pure functions over arrays
+training                               the loop, and the tasks that it trains
 sharding                               meshes, where weights live, sequence-parallel attention
 checkpoint, precision, errors          reading and saving weights, the dtype table, what can go wrong
 """
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jvdiff import (
         checkpoint,
+        class_conditional,
         data,
         diffusion,
         errors,
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
         settings,
         sharding,
         streaming,
+        training,
     )
     from jvdiff.pipeline import Output, Pipeline, generate, load
 
@@ -35,6 +39,7 @@ __all__ = [
     "Output",
     "Pipeline",
     "checkpoint",
+    "class_conditional",
     "data",
     "diffusion",
     "errors",
@@ -48,6 +53,7 @@ __all__ = [
     "settings",
     "sharding",
     "streaming",
+    "training",
 ]
 
 
