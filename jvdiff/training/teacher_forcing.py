@@ -6,7 +6,8 @@ Source: teacher forcing, as CausVid (arXiv 2412.07772) and Self-Forcing (arXiv 2
 noised to a level of its own and sees the chunks before it clean, all in one forward pass over two copies of the clip
 (`kernels.BlockCausal`). A rollout's past is not clean but the model's own: so the copy that is looked at is noised a
 little too, to a level that is drawn for each chunk and told to the network, and a rollout may do the same
-(`context_noise`).
+(`context_noise`). Or it is the model's own here too, noised far and denoised by it in two steps (`resample`, after
+Resampling Forcing, arXiv 2512.15702), so that it makes its mistakes where the right continuation is known.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ from jvdiff.training.flow_matching import Batch, encode_text, noise_levels
 from jvdiff.training.loop import Task, each
 from jvdiff.types import Array, Params
 
+RESAMPLED = 0.9  # the highest noise level from which the model denoises a past of its own
+
 
 def teacher_forcing_task(
     transformer: wan.DiTConfig,
@@ -31,6 +34,7 @@ def teacher_forcing_task(
     *,
     shift: float = 3.0,
     context_noise: float = 0.0,
+    resample: float = 0.0,
     text_length: int = 512,
     remat: bool = False,
     placement: Placement | None = None,
@@ -39,6 +43,7 @@ def teacher_forcing_task(
     ids [B,P,S] and masks: a prompt for each chunk. `pattern` says how far a chunk sees.
 
     context_noise: the highest noise level 0..1 of the past; levels are drawn towards 0.
+    resample: the share of clips whose past is the model's own; costs two more forward passes.
     """
     doubled = BlockCausal(pattern.chunk, pattern.window, pattern.sink, teacher_forcing=True)
 
@@ -50,33 +55,47 @@ def teacher_forcing_task(
         }
 
     def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Mapping[str, Array]]:
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 6)
         clean = batch.latents.astype(jnp.float32)
         B, T = clean.shape[:2]
         P = T // pattern.chunk
+
+        def predict(params: Params, past: Array, now: Array, past_level: Array, level: Array) -> Array:
+            """The velocity at frames [B,T,...] of chunk levels [B,P], that look at another copy of them."""
+            ids, mask = (jnp.asarray(x).reshape(B * P, -1) for x in (batch.ids, batch.mask))
+            text = encode_text(params["text_encoder"], text_encoder, ids, mask, placement)
+            predicted = wan.velocity(
+                params["transformer"],
+                transformer,
+                jnp.concatenate([past, now], axis=1),
+                1000.0 * jnp.repeat(jnp.concatenate([past_level, level], axis=1), pattern.chunk, axis=1),
+                jnp.tile(text.reshape(B, P, *text.shape[1:]), (1, 2, 1, 1)),
+                pattern=doubled,
+                text_length=text_length,
+                remat=remat,
+                placement=placement,
+            )
+            return predicted[:, T:]
+
+        def mixed(clean: Array, noise: Array, level: Array) -> Array:
+            level = jnp.repeat(level, pattern.chunk, axis=1)[:, :, None, None, None]
+            return (1.0 - level) * clean + level * noise
+
         sigma = noise_levels(keys[0], (B, P), shift)
         context = context_noise * jax.random.uniform(keys[1], (B, P)) ** 2
-        level = jnp.repeat(jnp.concatenate([context, sigma], axis=1), pattern.chunk, axis=1)  # [B,2T]
-        noise = jax.random.normal(keys[2], (B, 2 * T, *clean.shape[2:]))
-        mix = level[:, :, None, None, None]
-        latents = (1.0 - mix) * jnp.concatenate([clean, clean], axis=1) + mix * noise
-
-        ids, mask = (jnp.asarray(x).reshape(B * P, -1) for x in (batch.ids, batch.mask))
-        text = encode_text(params["text_encoder"], text_encoder, ids, mask, placement)
-        text = jnp.tile(text.reshape(B, P, *text.shape[1:]), (1, 2, 1, 1))
-        predicted = wan.velocity(
-            params["transformer"],
-            transformer,
-            latents,
-            1000.0 * level,
-            text,
-            pattern=doubled,
-            text_length=text_length,
-            remat=remat,
-            placement=placement,
-        )
-        wanted = noise[:, T:] - clean
-        error = jnp.mean((predicted[:, T:] - wanted).reshape(B, P, -1) ** 2, axis=2)
+        past_noise, noise = jnp.split(jax.random.normal(keys[2], (B, 2 * T, *clean.shape[2:])), 2, axis=1)
+        past = clean
+        if resample:
+            frozen, far = jax.lax.stop_gradient(params), RESAMPLED * jax.random.uniform(keys[3], (B, P))
+            own, none = mixed(clean, jax.random.normal(keys[4], clean.shape), far), jnp.zeros((B, P))
+            for step in range(2):
+                v = predict(frozen, clean, own, none, far * (1 - step / 2))
+                own = own - jnp.repeat(far / 2, pattern.chunk, axis=1)[:, :, None, None, None] * v
+            taken = jax.random.uniform(keys[5], (B, 1, 1, 1, 1)) < resample
+            past = jnp.where(taken, jax.lax.stop_gradient(own), clean)
+        predicted = predict(params, mixed(past, past_noise, context), mixed(clean, noise, sigma), context, sigma)
+        wanted = noise - clean
+        error = jnp.mean((predicted - wanted).reshape(B, P, -1) ** 2, axis=2)
         noisy = (sigma > 0.75).astype(jnp.float32)
         return jnp.mean(error), {"loss_noisy": jnp.sum(error * noisy) / jnp.maximum(jnp.sum(noisy), 1.0)}
 
