@@ -4,7 +4,8 @@
     python -m convert.to_hf --source runs/digits_stream/repository --target checkpoints/digits-stream --dtype float16
 
 Teacher forcing: chunks of 3 latent frames that see two chunks before them, on clips of four chunks in which the digit
-moves on across the border and takes another direction when the prompt says so. Figures and curves: docs/log.md.
+moves on across the border and takes another direction when the prompt says so. What ships had context_noise 0.3, then
+0.6, and no resample, which came after it. Figures: docs/log.md.
 """
 
 from ml_collections import ConfigDict
@@ -25,6 +26,7 @@ def get_config() -> ConfigDict:
     config.pattern = ConfigDict({"chunk": 3, "window": 9, "sink": 0})
     config.transformer.causal = True
     config.loss.context_noise = 0.6
+    config.loss.resample = 0.5
     config.loss.remat = True  # on a CPU the residuals of six layers cost more to write than to compute
     config.schedule = ConfigDict({"steps": 7000, "learning_rate": 1e-3, "warmup": 100, "average_decay": 0.998})
     config.defaults = ConfigDict(
