@@ -56,7 +56,7 @@ def teacher_forcing_task(
 
     def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Mapping[str, Array]]:
         keys = jax.random.split(key, 6)
-        clean = batch.latents.astype(jnp.float32)
+        clean = jnp.asarray(batch.latents, jnp.float32)
         B, T = clean.shape[:2]
         P = T // pattern.chunk
 
