@@ -25,8 +25,6 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jvdiff import class_conditional
@@ -34,8 +32,6 @@ from jvdiff.class_conditional import Model
 from jvdiff.data import digits, digits_judge
 from jvdiff.data.digits_judge import Seen
 from jvdiff.errors import UsageError
-from jvdiff.models import latent_video
-from jvdiff.pipeline import to_pixels
 from jvdiff.types import Params
 
 SHOWN = 3  # clips of each class and weight in the picture
@@ -94,14 +90,9 @@ def real_clips(wanted: Sequence[int], frames: int, seed: int) -> np.ndarray:
 
 def round_trip(model: Model, videos: np.ndarray) -> np.ndarray:
     """uint8 [N,F,Y,X,3] encoded to the mean of its latents and decoded, a clip at a time."""
-    cfg, params = model.configs.vae, model.params["vae"]
-
-    @jax.jit
-    def program(params: Params, video: jax.Array) -> jax.Array:
-        mean, _ = latent_video.encode(params, cfg, video.astype(jnp.float32) / 127.5 - 1.0)
-        return to_pixels(latent_video.decode(params, cfg, mean))
-
-    return np.concatenate([np.asarray(program(params, video[None])) for video in videos])
+    configs, params = model.configs, model.params["vae"]
+    latents = [class_conditional.encode(configs, params, video[None]) for video in videos]
+    return class_conditional.decode(configs, params, np.concatenate(latents))
 
 
 def score(seen: Sequence[Seen], videos: np.ndarray, wanted: Sequence[int], real: np.ndarray) -> dict[str, Any]:

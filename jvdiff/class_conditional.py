@@ -235,6 +235,17 @@ def _network(cfg: latent_video.DiTConfig, noise_schedule: str) -> Callable[..., 
 
 
 @functools.lru_cache(maxsize=8)
+def _encode_program(cfg: latent_video.VAEConfig) -> Any:
+    """jitted (params, uint8 [B,F,Y,X,3]) -> normalised means of the latents [B,T,H,W,C]."""
+
+    def encode(params: Params, video: Array) -> Array:
+        mean, _ = latent_video.encode(params, cfg, video.astype(jnp.float32) / 127.5 - 1.0)
+        return latent_video.normalize_latents(cfg, mean)
+
+    return jax.jit(encode)
+
+
+@functools.lru_cache(maxsize=8)
 def _decode_program(cfg: latent_video.VAEConfig) -> Any:
     """jitted (params, normalised latents [1,T,H,W,C]) -> (uint8 [1,F,Y,X,3], whether all was finite)."""
 
@@ -283,6 +294,15 @@ def sample(
 
     velocity = classifier_free(network, labels, null, settings.guidance)
     return sampling.denoise(velocity, run, state, callback=checked).x
+
+
+def encode(configs: Configs, params: Params, video: np.ndarray) -> np.ndarray:
+    """Video uint8 [B,F,Y,X,3] -> normalised latents float32 [B,T,H,W,C], the posterior's mean; params: the VAE's tree.
+
+    Raises:
+      UsageError: clips of a size that does not fit; the sentence names the nearest that does.
+    """
+    return np.asarray(_encode_program(configs.vae)(params, video))
 
 
 def decode(configs: Configs, params: Params, latents: Array | np.ndarray) -> np.ndarray:

@@ -66,6 +66,17 @@ def test_a_clip_does_not_depend_on_what_else_is_in_the_batch(model):
     np.testing.assert_allclose(together.latents[1], alone.latents[0], rtol=0, atol=2e-5)
 
 
+def test_encoded_clips_are_the_normalised_means(model):
+    """What `decode` takes: the clips' own latents, with the statistics of the configuration taken off."""
+    video, vae = np.random.default_rng(0).integers(256, size=(2, 8, 16, 32, 3), dtype=np.uint8), model.params["vae"]
+    latents = cc.encode(CONFIGS, vae, video)
+    mean, _ = latent_video.encode(vae, CONFIGS.vae, jnp.asarray(video, jnp.float32) / 127.5 - 1.0)
+    np.testing.assert_allclose(2.0 * latents + np.array([0.1, 0.0, 0.0, -0.2]), mean, rtol=0, atol=1e-5)
+    assert latents.dtype == np.float32 and cc.decode(CONFIGS, vae, latents).shape == video.shape
+    with pytest.raises(UsageError, match="nearest size that fits is 8 frames of 16x24"):
+        cc.encode(CONFIGS, vae, video[:, :, :, :21])
+
+
 def test_ddim_is_the_euler_step_and_the_others_are_not(model):
     found = {solver: cc.generate(model, [1], seed=0, solver=solver).latents for solver in cc.SOLVERS}
     np.testing.assert_array_equal(found["ddim"], found["euler"])

@@ -73,12 +73,11 @@ def train(config: ConfigDict, folder: Path) -> Path:
     options = config.loop.to_dict() | {"mesh": mesh}
     vae_cfg, vae = _vae(config, plan, read, folder, {k: v for k, v in options.items() if k != "show_every"})
     configs = plan.configs._replace(vae=vae_cfg)
-    encode = _encoder(vae_cfg, vae)
 
     def encoded(start: int) -> Generator[LabelledLatents, None, None]:
         with closing(read(batch=config.batch, start=start)) as ahead:
             for video, labels in ahead:
-                yield LabelledLatents(encode(video), labels)
+                yield LabelledLatents(class_conditional.encode(configs, vae, video), labels)
 
     batches = encoded
     if config.cache_latents:
@@ -216,7 +215,7 @@ def _vae(config: ConfigDict, plan: Plan, read: Callable[..., Any], folder: Path,
         params = fit(task, plan.vae_schedule, folder / "vae_run", seed=config.seed, **options).average
         with closing(clips(0)) as first:
             shown = [next(first) for _ in range(-(-STATISTICS // config.vae.batch))]
-        cfg = _with_statistics(cfg, params, shown)
+        cfg = _with_statistics(plan.configs, params, shown)
         checkpoint.save(path, params, config=cfg.to_json(), overwrite=True)
     cfg = _trained_vae(path)
     return cfg, checkpoint.restore(path, latent_video.abstract_params(cfg))
@@ -231,25 +230,14 @@ def _trained_vae(folder: Path) -> latent_video.VAEConfig:
         raise UsageError(f"vae: {folder}: {error}") from None
 
 
-def _encoder(cfg: latent_video.VAEConfig, params: Params) -> Callable[[np.ndarray], np.ndarray]:
-    """uint8 video [B,F,Y,X,3] -> the means of its latents, normalised, float32 [B,T,H,W,C]."""
-
-    @jax.jit
-    def encode(params: Params, video: jax.Array) -> jax.Array:
-        mean, _ = latent_video.encode(params, cfg, video.astype(jnp.float32) / 127.5 - 1.0)
-        return latent_video.normalize_latents(cfg, mean)
-
-    return lambda video: np.asarray(encode(params, video))
-
-
-def _with_statistics(cfg: latent_video.VAEConfig, params: Params, shown: list[np.ndarray]) -> latent_video.VAEConfig:
-    """The configuration with mean and standard deviation of each channel over these clips.
+def _with_statistics(configs: Configs, params: Params, shown: list[np.ndarray]) -> latent_video.VAEConfig:
+    """The VAE's configuration with mean and standard deviation of each channel over these clips.
 
     Raises:
       NumericsError: a channel is the same everywhere, or not finite.
     """
-    encode = _encoder(cfg, params)
-    latents = np.concatenate([encode(video) for video in shown]).reshape(-1, cfg.latent_channels).astype(np.float64)
+    latents = np.concatenate([class_conditional.encode(configs, params, video) for video in shown])
+    latents = latents.reshape(-1, configs.vae.latent_channels).astype(np.float64)
     mean, std = latents.mean(axis=0), latents.std(axis=0)
     if bad := [i for i, v in enumerate(std.tolist()) if not 0 < v < np.inf]:
         raise NumericsError(
@@ -257,7 +245,7 @@ def _with_statistics(cfg: latent_video.VAEConfig, params: Params, shown: list[np
             "The VAE does not use them: train longer, with a smaller kl, or with fewer latent_channels."
         )
     values = [tuple(float(f"{v:.5g}") for v in part) for part in (mean.tolist(), std.tolist())]
-    return dataclasses.replace(cfg, latents_mean=values[0], latents_std=values[1])
+    return dataclasses.replace(configs.vae, latents_mean=values[0], latents_std=values[1])
 
 
 # ------------------------------------------------------------------------------------------------ latents and samples

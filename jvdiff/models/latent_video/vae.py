@@ -152,11 +152,17 @@ class _Activation(nn.Module):
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        mean = partial(jnp.mean, axis=(1, 2, 3, 5), keepdims=True)
-        y = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
-        y = y - mean(y)
-        y = (y * lax.rsqrt(mean(y * y) + 1e-6)).reshape(x.shape)
+        y = x.astype(jnp.float32)
+        y = y - self._mean(y)
+        y = y * lax.rsqrt(self._mean(y * y) + 1e-6)
         return nn.silu(y * row(scale, y) + row(bias, y)).astype(x.dtype)
+
+    def _mean(self, y: Array) -> Array:
+        """[B,T,H,W,C] -> the mean of each channel's group [B,1,1,1,C]. Channels come last, as in memory, until the grid
+        is summed: XLA:CPU takes a quarter of the time that it takes with the groups as an axis."""
+        channels = jnp.mean(jnp.mean(y, axis=(2, 3)), axis=1)
+        groups = jnp.mean(channels.reshape(-1, self.groups, y.shape[-1] // self.groups), axis=2)
+        return jnp.repeat(groups, y.shape[-1] // self.groups, axis=1)[:, None, None, None]
 
 
 class _Conv(nn.Module):
