@@ -95,7 +95,7 @@ _LATENT_VIDEO_FIELDS = (
 )
 _STREAM_FIELDS = (*_DIT_FIELDS, "chunks", "change", "pattern")
 TASKS = {
-    "vae": Kind(digits_runs.train_vae, training.vae_task, ("vae", "stages"), ("decoder_of",)),
+    "vae": Kind(digits_runs.train_vae, training.vae_task, ("vae", "stages"), ("decoder_of", "endless")),
     "text_to_video": Kind(digits_runs.train_text_to_video, training.text_to_video_task, _DIT_FIELDS, _DIT_OPTIONAL),
     "stream": Kind(digits_runs.train_stream, training.teacher_forcing_task, _STREAM_FIELDS, ("initial",)),
     "latent_video": Kind(

@@ -186,6 +186,7 @@ def test_sigterm_exits_5_and_the_same_command_goes_on(command, capsys, monkeypat
         ({"vae": VAE["vae"] | {"basedim": 4}}, [], "did you mean 'base_dim'"),
         ({"vae": VAE["vae"] | {"base_dim": 0}}, [], "vae: VAE configuration: base_dim is 0"),
         ({"vae": VAE["vae"] | {"z_dim": 8}}, [], "latents_mean"),
+        ({"endless": 1}, [], "endless is 1; expected True or False"),
         ({"stages": ()}, [], "expected a tuple of (until step, batch, frames, crop)"),
         ({"stages": ((4, 2, 5),)}, [], "stage 1 is (4, 2, 5)"),
         ({"stages": ((4, 2, 5, 16.0),)}, [], "whole numbers from 1"),
@@ -250,6 +251,28 @@ def test_a_transformer_config_that_cannot_be(command, tmp_path, capsys, monkeypa
     assert train.main(command(TEXT_TO_VIDEO, **changes)) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said and len(said.splitlines()) <= 6
+
+
+def test_an_endless_decoder_sees_digits_that_cross_the_border(command, tmp_path, monkeypatch):
+    """And nothing but the decoder is changed."""
+    known, cut, stream = tmp_path / "known", [], digits.stream
+    cfg = wan.VAEConfig(**VAE["vae"])
+    checkpoint.save(known, wan.init_params(jax.random.key(0), cfg), config=cfg.to_json())
+
+    def watched(*args, **options):
+        video, texts = stream(*args, **options)
+        cut.append(video[:, 0].any() or video[:, :, 0].any())
+        return video, texts
+
+    monkeypatch.setattr(digits, "batch", None)  # digits that stay inside
+    monkeypatch.setattr(digits, "stream", watched)
+    assert train.main(command(VAE, decoder_of=str(known), endless=True, schedule={"steps": 2, "warmup": 1})) == 0
+    assert len(cut) >= 12 and any(cut)
+    old, new = (
+        flatten(checkpoint.restore(path, wan.abstract_params(cfg))) for path in (known, tmp_path / "vae_run/vae")
+    )
+    changed = {name.split("/")[0] for name in old if np.any(old[name] != new[name])}
+    assert changed and changed <= set(wan.DECODER)
 
 
 @pytest.mark.parametrize(

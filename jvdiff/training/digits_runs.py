@@ -39,17 +39,24 @@ _log = logging.getLogger("jvdiff.training")
 
 
 def train_vae(config: ConfigDict, folder: Path) -> Path:
-    """Trains a causal VAE on moving digits and writes it to `folder/vae` with its latent statistics."""
+    """Trains a causal VAE on moving digits and writes it to `folder/vae` with its latent statistics.
+
+    `decoder_of` is the folder of a VAE whose decoder alone is trained on. `endless`: digits move on across the border.
+    """
     cfg = fields.model("vae", wan.VAEConfig, config.vae)
     shape = fields.mesh(config.loop)
     stages = _stages(config.stages, cfg, shape)
     result = _result(folder / "vae")
+    if not isinstance(endless := config.get("endless", False), bool):
+        raise UsageError(f"endless is {endless!r:.40}; expected True or False.")
 
     def clips(step: int) -> np.ndarray:
         _, batch, frames, size = next((stage for stage in stages if step < stage[0]), stages[-1])
         rng = np.random.default_rng((config.seed, step))
         if frames == 1:  # four pictures of every clip
             video = digits.batch(rng, -(-batch // 4))[0][:, 1::4].reshape(-1, 1, digits.SIZE, digits.SIZE, 3)[:batch]
+        elif endless:
+            video = np.stack([digits.stream(rng, frames)[0] for _ in range(batch)])
         else:
             video = digits.batch(rng, batch, frames=frames)[0]
         y, x = rng.integers(digits.SIZE - size + 1, size=2)
