@@ -111,8 +111,7 @@ def measured(sizes: list[str], device: str | None, repeats: int) -> Iterator[dic
     print(f"{'step':<8}{'parameters':>15}{'TFLOP':>9}{'GiB at most':>13}{'seconds':>9}{'TFLOP/s':>9}")
     for size in sizes:
         task, schedule, abstract = step_of(size)
-        rng = np.random.default_rng(0)
-        batch = jax.tree.map(lambda x: jnp.asarray(_random(rng, x)), abstract)
+        batch = jax.tree.map(partial(_random, np.random.default_rng(0)), abstract)
         state, step = start(task, schedule, jax.random.key(0)), make_step(task, schedule, jax.random.key(0))
         row = {"size": size, **counted(step.trace(state, batch), jax.eval_shape(lambda s: s, state))}
         seconds = []
@@ -140,10 +139,11 @@ def counted(traced: Any, state: Any) -> dict[str, Any]:
     return {"parameters": count, "flops": plan.count_flops(traced.jaxpr.jaxpr)}
 
 
-def _random(rng: np.random.Generator, like: Any) -> np.ndarray:
+def _random(rng: np.random.Generator, like: Any) -> jax.Array:
+    """Latents, or else labels of the ten classes of a plan, or dark pixels."""
     if like.dtype == jnp.float32:
-        return rng.standard_normal(like.shape, np.float32)
-    return rng.integers(10, size=like.shape).astype(like.dtype)  # labels, of the ten classes of a plan; or dark pixels
+        return jnp.asarray(rng.standard_normal(like.shape, np.float32))
+    return jnp.asarray(rng.integers(10, size=like.shape), like.dtype)
 
 
 if __name__ == "__main__":
