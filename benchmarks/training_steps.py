@@ -82,9 +82,8 @@ def compiled(sizes: list[str], target: str) -> Iterator[dict[str, Any]]:
         state = jax.eval_shape(partial(start, task, schedule, jax.random.key(0)))
         there = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)  # noqa: E731
         traced = make_step(task, schedule, jax.random.key(0)).trace(there(state), there(batch))
-        began = time.monotonic()
         done = traced.lower(lowering_platforms=("cuda",)).compile()
-        row = {"size": size, "compiled_in": short(time.monotonic() - began), **counted(traced, state)}
+        row = {"size": size, **counted(traced, state)}
         memory: Any = done.memory_analysis()
         row |= {
             "state_gib": short(memory.argument_size_in_bytes / 2**30),
