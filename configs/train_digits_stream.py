@@ -1,11 +1,14 @@
 """Trains the digits model's causal sibling, which makes a video chunk by chunk without end, from the one that ships.
 
     python -m jvdiff.train --config configs/train_digits_stream.py
-    python -m convert.to_hf --source runs/digits_stream/repository --target checkpoints/digits-stream --dtype float16
+    python -m jvdiff.train --config configs/train_digits_stream_vae.py
+    python -m convert.to_hf --source runs/digits_stream/repository --vae runs/digits_stream_vae/vae \\
+        --target checkpoints/digits-stream --dtype float16
 
 Teacher forcing: chunks of 3 latent frames that see two chunks before them, on clips of four chunks in which the digit
-moves on across the border and takes another direction when the prompt says so. What ships had context_noise 0.3, then
-0.6, and no resample, which came after it. Figures: docs/log.md.
+moves on across the border and takes another direction when the prompt says so. What ships had 5,400 steps without
+`resample`, and 5,400 more with it, which is what ended the drift; its decoder is that of train_digits_stream_vae.py.
+Figures: docs/log.md.
 """
 
 from ml_collections import ConfigDict
@@ -38,6 +41,8 @@ def get_config() -> ConfigDict:
                     "width": 8,
                     "len_t": 3,
                     "window_size_t": 9,
+                    "sink_size_t": 3,  # the first chunk is seen for ever: a shape that is lost can be had again
+                    "apply_rope_before_kvcache": False,
                     "text_rows": 32,
                     "guidance_scale": 4.0,
                 },
