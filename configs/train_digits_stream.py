@@ -41,8 +41,6 @@ def get_config() -> ConfigDict:
                     "width": 8,
                     "len_t": 3,
                     "window_size_t": 9,
-                    "sink_size_t": 3,  # the first chunk is seen for ever: a shape that is lost can be had again
-                    "apply_rope_before_kvcache": False,
                     "text_rows": 32,
                     "guidance_scale": 4.0,
                 },
