@@ -100,10 +100,10 @@ def teacher_forcing_task(
         if resample:
             frozen, far = jax.lax.stop_gradient(params), RESAMPLED * jax.random.uniform(keys[3], (B, P))
             astray = jax.random.uniform(keys[6], (B, 1, 1)) < misled
-            said = tuple(jnp.where(astray, jnp.roll(x, 1, axis=0), x) for x in prompts)
+            ids, mask = (jnp.where(astray, jnp.roll(x, 1, axis=0), x) for x in prompts)
             own, none = mixed(clean, jax.random.normal(keys[4], clean.shape), far), jnp.zeros((B, P))
             for step in range(2):
-                v = predict(frozen, said, (clean, none), (own, far * (1 - step / 2)), alone)
+                v = predict(frozen, (ids, mask), (clean, none), (own, far * (1 - step / 2)), alone)
                 own = own - jnp.repeat(far / 2, pattern.chunk, axis=1)[:, :, None, None, None] * v
             taken = jax.random.uniform(keys[5], (B, 1, 1, 1, 1)) < resample
             past = jnp.where(taken, jax.lax.stop_gradient(own), clean)
