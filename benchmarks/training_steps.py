@@ -31,7 +31,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import machine, roofline
-from benchmarks.timing import RESULTS, short, write
+from benchmarks.timing import short, write
 from configs import latent_video_small
 from jvdiff import plan
 from jvdiff.errors import JvdiffError, SetupError
@@ -40,7 +40,7 @@ from jvdiff.sharding import MeshShape
 from jvdiff.training.latent_video_runs import programs
 from jvdiff.training.loop import Schedule, Task, make_step, start
 
-PREDICTIONS = RESULTS / "training_steps_h200.json"
+TARGET = "h200"  # of which `roofline` has the rates
 SIZES = ("vae", *latent_video.SIZES)
 
 
@@ -49,13 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, action="append", help="only this one; may be given again")
     parser.add_argument("--run", action="store_true", help="run the steps here instead of compiling them")
     parser.add_argument("--device", choices=("gpu", "cpu"), help="with --run: refuse to run on another")
-    parser.add_argument("--target", default="h200", choices=("h200",), help="the GPU to compile for")
     parser.add_argument("--repeats", type=int, default=3, help="with --run: timed steps, after one that is not")
     parser.add_argument("--json", type=Path, help="write the report there")
     args = parser.parse_args(argv)
     chosen = [size for size in SIZES if size in (args.size or SIZES)]
-    rows = measured(chosen, args.device, args.repeats) if args.run else compiled(chosen, args.target)
-    report = {"machine": machine.describe(), "target": None if args.run else args.target, "rows": list(rows)}
+    rows = measured(chosen, args.device, args.repeats) if args.run else compiled(chosen)
+    report = {"machine": machine.describe(), "target": None if args.run else TARGET, "rows": list(rows)}
     if args.json:
         write(args.json, report)
     return 0
@@ -72,10 +71,10 @@ def step_of(size: str) -> tuple[Task, Schedule, Any]:
     raise AssertionError(size)
 
 
-def compiled(sizes: list[str], target: str) -> Iterator[dict[str, Any]]:
-    """Compiles each step for one such GPU; prints and yields what it needs and should take."""
-    plan.check_target(target)
-    here = NamedSharding(plan.target_mesh(target, MeshShape()), PartitionSpec())
+def compiled(sizes: list[str]) -> Iterator[dict[str, Any]]:
+    """Compiles each step for one H200; prints and yields what it needs and should take."""
+    plan.check_target(TARGET)
+    here = NamedSharding(plan.target_mesh(TARGET, MeshShape()), PartitionSpec())
     print(f"{'step':<8}{'parameters':>15}{'TFLOP':>9}{'GiB of state':>14}{'temporary':>11}{'predicted s':>13}")
     for size in sizes:
         task, schedule, batch = step_of(size)

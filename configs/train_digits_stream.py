@@ -7,8 +7,7 @@
 
 Teacher forcing: chunks of 3 latent frames that see two chunks before them, on clips of four chunks in which the digit
 moves on across the border and takes another direction when the prompt says so. What ships had 5,400 steps without
-`resample`, and 5,400 more with it, which is what ended the drift; its decoder is that of train_digits_stream_vae.py.
-Figures: docs/log.md.
+`resample`, and 5,400 more with it; its decoder is that of train_digits_stream_vae.py. It drifts. Figures: docs/log.md.
 """
 
 from ml_collections import ConfigDict

@@ -7,8 +7,7 @@ noised to a level of its own and sees the chunks before it clean, all in one for
 (`kernels.BlockCausal`). A rollout's past is not clean but the model's own: so the copy that is looked at is noised a
 little too, to a level that is drawn for each chunk and told to the network, and a rollout may do the same
 (`context_noise`). Or it is the model's own here too, noised far and denoised by it in two steps (`resample`, after
-Resampling Forcing, arXiv 2512.15702), so that it makes its mistakes where the right continuation is known; made by the
-prompts of another clip (`misled`), it teaches what to take from the prompt, whatever the past shows.
+Resampling Forcing, arXiv 2512.15702), so that it makes its mistakes where the right continuation is known.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +35,6 @@ def teacher_forcing_task(
     shift: float = 3.0,
     context_noise: float = 0.0,
     resample: float = 0.0,
-    misled: float = 0.0,
     text_length: int = 512,
     remat: bool = False,
     placement: Placement | None = None,
@@ -45,12 +43,9 @@ def teacher_forcing_task(
     ids [B,P,S] and masks: a prompt for each chunk. `pattern` says how far a chunk sees.
 
     context_noise: the highest noise level 0..1 of the past; levels are drawn towards 0.
-    resample: the share of clips whose past is the model's own, each chunk made by itself; two more forward passes.
-    misled: the share of these whose past is made by another clip's prompts: what it shows is wrong then, and the prompt
-      is right.
+    resample: the share of clips whose past is the model's own; costs two more forward passes.
     """
     doubled = BlockCausal(pattern.chunk, pattern.window, pattern.sink, teacher_forcing=True)
-    alone = BlockCausal(pattern.chunk, pattern.chunk, 0, teacher_forcing=True)
 
     def init(key: Array) -> Params:
         one, two = jax.random.split(key)
@@ -60,29 +55,22 @@ def teacher_forcing_task(
         }
 
     def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Mapping[str, Array]]:
-        keys = jax.random.split(key, 7)
+        keys = jax.random.split(key, 6)
         clean = jnp.asarray(batch.latents, jnp.float32)
         B, T = clean.shape[:2]
         P = T // pattern.chunk
 
-        def predict(
-            params: Params,
-            prompts: tuple[Array, Array],
-            past: tuple[Array, Array],
-            now: tuple[Array, Array],
-            pattern: BlockCausal = doubled,
-        ) -> Array:
-            """The velocity at frames [B,T,...] with chunk levels [B,P], `now`, that look at another copy, `past`."""
-            ids, mask = (x.reshape(B * P, -1) for x in prompts)
+        def predict(params: Params, past: Array, now: Array, past_level: Array, level: Array) -> Array:
+            """The velocity at frames [B,T,...] of chunk levels [B,P], that look at another copy of them."""
+            ids, mask = (jnp.asarray(x).reshape(B * P, -1) for x in (batch.ids, batch.mask))
             text = encode_text(params["text_encoder"], text_encoder, ids, mask, placement)
-            frames, levels = (jnp.concatenate(pair, axis=1) for pair in zip(past, now, strict=True))
             predicted = wan.velocity(
                 params["transformer"],
                 transformer,
-                frames,
-                1000.0 * jnp.repeat(levels, pattern.chunk, axis=1),
+                jnp.concatenate([past, now], axis=1),
+                1000.0 * jnp.repeat(jnp.concatenate([past_level, level], axis=1), pattern.chunk, axis=1),
                 jnp.tile(text.reshape(B, P, *text.shape[1:]), (1, 2, 1, 1)),
-                pattern=pattern,
+                pattern=doubled,
                 text_length=text_length,
                 remat=remat,
                 placement=placement,
@@ -96,19 +84,16 @@ def teacher_forcing_task(
         sigma = noise_levels(keys[0], (B, P), shift)
         context = context_noise * jax.random.uniform(keys[1], (B, P)) ** 2
         past_noise, noise = jnp.split(jax.random.normal(keys[2], (B, 2 * T, *clean.shape[2:])), 2, axis=1)
-        past, prompts = clean, (jnp.asarray(batch.ids), jnp.asarray(batch.mask))
+        past = clean
         if resample:
             frozen, far = jax.lax.stop_gradient(params), RESAMPLED * jax.random.uniform(keys[3], (B, P))
-            astray = jax.random.uniform(keys[6], (B, 1, 1)) < misled
-            ids, mask = (jnp.where(astray, jnp.roll(x, 1, axis=0), x) for x in prompts)
             own, none = mixed(clean, jax.random.normal(keys[4], clean.shape), far), jnp.zeros((B, P))
             for step in range(2):
-                v = predict(frozen, (ids, mask), (clean, none), (own, far * (1 - step / 2)), alone)
+                v = predict(frozen, clean, own, none, far * (1 - step / 2))
                 own = own - jnp.repeat(far / 2, pattern.chunk, axis=1)[:, :, None, None, None] * v
             taken = jax.random.uniform(keys[5], (B, 1, 1, 1, 1)) < resample
             past = jnp.where(taken, jax.lax.stop_gradient(own), clean)
-        seen = mixed(past, past_noise, context), context
-        predicted = predict(params, prompts, seen, (mixed(clean, noise, sigma), sigma))
+        predicted = predict(params, mixed(past, past_noise, context), mixed(clean, noise, sigma), context, sigma)
         wanted = noise - clean
         error = jnp.mean((predicted - wanted).reshape(B, P, -1) ** 2, axis=2)
         noisy = (sigma > 0.75).astype(jnp.float32)

@@ -28,9 +28,8 @@ def test_a_step_is_run_and_counted(monkeypatch, capsys):
     monkeypatch.setattr(training_steps, "step_of", lambda size: (task, Schedule(steps=9, warmup=1), batch))
     (row,) = training_steps.measured(["small"], None, repeats=2)
     assert row["parameters"] == sum(x.size for x in jax.tree.leaves(latent_video.abstract_params(cfg)))
-    linear = (
-        2 * 20 * 16**2 * 2 * 2 * 4
-    )  # of 2 layers: 8 matrices D x D and 3 of D x 4D, for 2 clips, 2 frames, 4 tokens
+    # Two layers of 8 matrices D x D and 3 of D x 4D, for 2 clips of 2 frames of 4 tokens.
+    linear = 2 * 20 * 16**2 * 2 * 2 * 4
     assert 3 * 2 * linear < row["flops"] < 6 * 2 * linear and np.isfinite(row["loss"]) and row["seconds"] > 0
     assert "small" in capsys.readouterr().out
 

@@ -32,7 +32,7 @@ def value(params, chunks, **options):
     return float(loss), float(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient)))
 
 
-@pytest.mark.parametrize("options", [{"context_noise": 0.5}, {"resample": 1.0}, {"resample": 1.0, "misled": 1.0}])
+@pytest.mark.parametrize("options", [{"context_noise": 0.5}, {"resample": 1.0}])
 def test_only_the_past_is_made_worse(params, options):
     """A clip of one chunk has none: neither loss nor gradient see the difference."""
     np.testing.assert_allclose(value(params, 1, **options), value(params, 1), rtol=2e-6)
@@ -42,9 +42,3 @@ def test_only_the_past_is_made_worse(params, options):
 
 def test_a_past_that_no_clip_takes_changes_nothing(params):
     np.testing.assert_allclose(value(params, 3, resample=1e-9), value(params, 3), rtol=1e-5)
-
-
-def test_another_clips_prompts_make_another_past(params):
-    own, other = (value(params, 3, resample=1.0, misled=share) for share in (0.0, 1.0))
-    assert abs(other[0] - own[0]) > 1e-6 * own[0]
-    assert value(params, 3, resample=1e-9, misled=1.0) == pytest.approx(value(params, 3), rel=1e-5)  # no clip takes it
