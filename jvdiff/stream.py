@@ -338,7 +338,7 @@ def _check(rollout: Rollout, repository: Any, mesh: Any) -> None:
     if isinstance(mesh, str):
         raise UsageError(f"mesh is {mesh!r}; name its axes here, for instance --config.mesh=sequence=4.")
     if mesh is not None:
-        branches = 1 + (cfg.guidance_scale != 1)
+        branches = 1 + cfg.guided
         sizes = wan.mesh_sizes(cfg.network, (cfg.len_t, cfg.height, cfg.width), branches, cfg.span.pattern)
         sharding.check_mesh(mesh, sizes, jax.device_count())
 

@@ -91,9 +91,11 @@ class TransformerConfig:
 
     height, width: of the latents. len_t: latent frames of a chunk. window_size_t, sink_size_t: see `wan.Span`.
     apply_rope_before_kvcache: keys are kept rotated, by their place in the video; otherwise by their place among those
-    that are kept. guidance_scale: weight of classifier-free guidance; 1: none, and half the work. text_length: rows of
-    text that the network attends to; text_rows: how many of these a prompt may fill (the others are zeros, which cost
-    nothing). attention: an implementation of `jvdiff.kernels.attention`; None: the best.
+    that are kept. guidance_scale: weight of classifier-free guidance; 1: none, and half the work. first_guidance_scale:
+    that of the first chunk, which has no past to say what things look like, where it differs: what guidance exaggerates
+    is the next chunk's past, so that a strong one makes a long video drift. text_length: rows of text that the network
+    attends to; text_rows: how many of these a prompt may fill (the others are zeros, which cost nothing). attention: an
+    implementation of `jvdiff.kernels.attention`; None: the best.
     """
 
     network: wan.DiTConfig = CAUSAL_WAN_2_1_T2V_1_3B
@@ -105,6 +107,7 @@ class TransformerConfig:
     sink_size_t: int = 0
     apply_rope_before_kvcache: bool = True
     guidance_scale: float = 1.0
+    first_guidance_scale: float | None = None
     text_length: int = 512
     text_rows: int = 512
     attention: str | None = None
@@ -117,8 +120,15 @@ class TransformerConfig:
                 raise UsageError(f"{name} of the latents is {value!r}; expected a multiple of {patch}.")
         if not 1 <= self.text_rows <= self.text_length:
             raise UsageError(f"text_rows is {self.text_rows}; expected 1 to text_length, {self.text_length}.")
-        if not 1 <= self.guidance_scale <= 100:
-            raise UsageError(f"guidance_scale is {self.guidance_scale}; expected 1 (none) to 100.")
+        for name in ("guidance_scale", "first_guidance_scale"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 100:
+                raise UsageError(f"{name} is {value}; expected 1 (none) to 100.")
+
+    @property
+    def guided(self) -> bool:
+        """Whether any chunk is: then all have a branch of the negative prompt, and a past of it."""
+        return self.guidance_scale != 1 or self.first_guidance_scale not in (None, 1)
 
     @property
     def span(self) -> wan.Span:

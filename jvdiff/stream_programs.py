@@ -41,7 +41,8 @@ def programs(
     placement: Placement | None,
 ) -> Programs:
     cfg, scheduler = model.transformer, model.scheduler
-    span, network, scale = cfg.span, cfg.network, cfg.guidance_scale
+    span, network, guided = cfg.span, cfg.network, cfg.guided
+    first = cfg.guidance_scale if cfg.first_guidance_scale is None else cfg.first_guidance_scale
     concatenates = network.in_channels != network.out_channels
     how: Any = dict(text_length=cfg.text_length, implementation=cfg.attention, placement=placement)
     solver = scheduler.solver()
@@ -51,12 +52,12 @@ def programs(
         return tree if placement is None else placement.replicate(tree)
 
     def branches(x: Array) -> Array:  # the prompts', then the negative prompt's
-        return x if scale == 1 else jnp.concatenate([x, x])
+        return jnp.concatenate([x, x]) if guided else x
 
-    def flow(params: Params, text: Any, past: Any, payload: Any, x: Array, t: Array) -> Array:
+    def flow(params: Params, text: Any, past: Any, payload: Any, scale: Array, x: Array, t: Array) -> Array:
         given = branches(concatenated(payload, x) if concatenates else stamped(payload, x))
         v = wan.chunk_velocity(params, network, span, given, branches(t), text, past, **how)
-        if scale == 1:
+        if not guided:
             return v
         wanted, unwanted = jnp.split(v, 2)
         return unwanted + scale * (wanted - unwanted)
@@ -65,11 +66,12 @@ def programs(
         params: Params, text: Any, past: wan.KVCache, key: Array, index: Array, payload: Any
     ) -> tuple[Array, Array]:
         key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
-        batch = past.keys.shape[1] // (1 if scale == 1 else 2)
+        batch = past.keys.shape[1] // (2 if guided else 1)
         shape = (batch, span.chunk, cfg.height, cfg.width, network.out_channels)
         noise = jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32)
         state = solver.init(noise, key) if isinstance(scheduler, FlowMatchSchedulerConfig) else solver.init(noise)
-        latents = denoise_scan(Partial(flow, params, text, past, payload), solver, replicated(state)).x
+        scale = jnp.where(index == 0, jnp.float32(first), jnp.float32(cfg.guidance_scale))
+        latents = denoise_scan(Partial(flow, params, text, past, payload, scale), solver, replicated(state)).x
         if not concatenates:
             latents = stamped(payload, latents)
         return replicated((latents, _nonfinite(latents)))

@@ -518,7 +518,7 @@ class StreamInferencePipeline:
     @property
     def _branches(self) -> int:
         """How many batches guidance makes of one."""
-        return 1 + (self.config.diffusion_model.transformer.guidance_scale != 1)
+        return 1 + self.config.diffusion_model.transformer.guided
 
     @property
     def _vae(self) -> Any:

@@ -93,7 +93,7 @@ _LATENT_VIDEO_FIELDS = (
     *("clips", "stride", "workers", "most_bad", "cache_latents", "vae", "transformer", "prediction", "noise_schedule"),
     *("batch", "precision", *class_conditional.FIELDS),
 )
-_STREAM_FIELDS = (*_DIT_FIELDS, "chunks", "change", "pattern")
+_STREAM_FIELDS = (*_DIT_FIELDS, "chunks", "gap", "change", "pattern")
 TASKS = {
     "vae": Kind(digits_runs.train_vae, training.vae_task, ("vae", "stages"), ("decoder_of", "endless")),
     "text_to_video": Kind(digits_runs.train_text_to_video, training.text_to_video_task, _DIT_FIELDS, _DIT_OPTIONAL),

@@ -114,41 +114,50 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
 def train_stream(config: ConfigDict, folder: Path) -> Path:
     """Trains a transformer that makes a video chunk by chunk, on digits that move on for ever; writes a repository.
 
-    A clip has `chunks` chunks of `pattern.chunk` latent frames. At each later one the digit takes another direction,
-    and the prompt says so, with probability `change`. `initial` as in `train_text_to_video`; where a text is dropped,
-    it is for the whole clip.
+    A clip has `chunks` chunks of `pattern.chunk` latent frames; up to `gap` more were there between the first and the
+    second and are left out, so that the first is long ago, as the sink of a long rollout is. (What comes first behind a
+    gap nobody can know: it has no part in the loss.) At each chunk the digit takes another direction, and the prompt
+    says so, with probability `change`. `initial` as in `train_text_to_video`; where a text is dropped, it is for the
+    whole clip.
     """
     models, shape = _models(config), fields.mesh(config.loop)
     fields.check_count("chunks", config.chunks)
     if not 0 <= config.change <= 1:
         raise UsageError(f"change is {config.change}; expected 0 to 1.")
+    if type(config.gap) is not int or config.gap < 0:
+        raise UsageError(f"gap is {config.gap!r:.40}; expected a number of chunks from 0.")
     fields.check_names("pattern", config.pattern, ("chunk", "window", "sink"))
     pattern, cfg = BlockCausal(**config.pattern.to_dict()), models.configs.vae
-    starts = [1 + cfg.temporal_factor * (pattern.chunk * chunk - 1) for chunk in range(1, config.chunks + 1)]
-    grid = _grid(cfg, starts[-1])
+    whole = config.chunks + config.gap
+    ends = [1 + cfg.temporal_factor * (pattern.chunk * chunk - 1) for chunk in range(1, whole + 1)]
+    grid = _grid(cfg, ends[config.chunks - 1])
     sizes = wan.mesh_sizes(models.configs.transformer, (2 * grid[0], *grid[1:]), config.batch, pattern)
     run = _start(config, folder, models, shape, sizes)
 
     def streams(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[list[str]]]:
         videos, texts = [], []
         for _ in range(count):
-            turns = rng.uniform(size=config.chunks - 1) < config.change
-            video, said = digits.stream(rng, starts[-1], np.array(starts[:-1])[turns].tolist())
+            turns = rng.uniform(size=whole - 1) < config.change
+            video, said = digits.stream(rng, ends[-1], np.array(ends[:-1])[turns].tolist())
             videos.append(video)
             texts.append([said[n] for n in np.cumsum([0, *turns])])
         return np.stack(videos), texts
 
-    kind, cached = f"stream {config.chunks} {config.change} {pattern.chunk}", folder / "latents.npz"
+    kind, cached = f"stream {whole} {config.change} {pattern.chunk}", folder / "latents.npz"
     latents, prompts = encoded_clips(cfg, run.vae, streams, kind, config.clips, config.seed, run.mesh, cached)
     ids, mask, _ = tokenizer.tokenize(models.tokens, [*prompts.ravel().tolist(), ""], config.tokens)
     numbers = np.arange(prompts.size).reshape(prompts.shape)
 
     def batches(step: int) -> flow_matching.Batch:
         rng = np.random.default_rng((config.seed, step))
-        rows = rng.integers(len(latents), size=config.batch)
+        rows = rng.integers(len(latents), size=(config.batch, 1))
         dropped = rng.uniform(size=(config.batch, 1)) < config.drop_text
-        texts = np.where(dropped, prompts.size, numbers[rows])
-        return flow_matching.Batch(latents[rows], ids[texts], mask[texts])
+        gap = rng.integers(config.gap + 1, size=(config.batch, 1))
+        chunk = np.arange(config.chunks) + gap * (np.arange(config.chunks) > 0)
+        frame = (pattern.chunk * chunk[..., None] + np.arange(pattern.chunk)).reshape(config.batch, -1)
+        texts = np.where(dropped, prompts.size, numbers[rows, chunk])
+        known = (gap == 0) | (np.arange(config.chunks) != 1)
+        return flow_matching.Batch(latents[rows, frame], ids[texts], mask[texts], weight=known.astype(np.float32))
 
     task = teacher_forcing_task(
         models.configs.transformer,

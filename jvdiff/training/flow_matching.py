@@ -25,7 +25,7 @@ from jvdiff.types import Array, Params
 @dataclass(frozen=True)
 class Batch:
     """Normalised latents [B,T,H,W,C] of any float dtype, token ids int32 [B,S] and mask bool [B,S]; or [B,P,S], with a
-    prompt for each of P parts of a clip.
+    prompt for each of P parts of a clip, and a weight float32 [B,P] of each in the loss (None: all the same).
 
     `pattern`, of the self-attention, is no array but a part of the program: each that occurs in a training is compiled.
     """
@@ -34,6 +34,7 @@ class Batch:
     ids: np.ndarray
     mask: np.ndarray
     pattern: wan.Pattern = field(default=Dense(), metadata={"static": True})
+    weight: np.ndarray | None = None
 
 
 def text_to_video_task(

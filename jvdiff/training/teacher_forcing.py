@@ -43,9 +43,11 @@ def teacher_forcing_task(
     ids [B,P,S] and masks: a prompt for each chunk. `pattern` says how far a chunk sees.
 
     context_noise: the highest noise level 0..1 of the past; levels are drawn towards 0.
-    resample: the share of clips whose past is the model's own; costs two more forward passes.
+    resample: the share of clips whose past is the model's own, each chunk made by itself; two more forward passes. The
+      sink stays clean: it is the shape to come back to.
     """
     doubled = BlockCausal(pattern.chunk, pattern.window, pattern.sink, teacher_forcing=True)
+    alone = BlockCausal(pattern.chunk, pattern.chunk, 0, teacher_forcing=True)
 
     def init(key: Array) -> Params:
         one, two = jax.random.split(key)
@@ -60,7 +62,9 @@ def teacher_forcing_task(
         B, T = clean.shape[:2]
         P = T // pattern.chunk
 
-        def predict(params: Params, past: Array, now: Array, past_level: Array, level: Array) -> Array:
+        def predict(
+            params: Params, past: Array, now: Array, past_level: Array, level: Array, pattern: BlockCausal = doubled
+        ) -> Array:
             """The velocity at frames [B,T,...] of chunk levels [B,P], that look at another copy of them."""
             ids, mask = (jnp.asarray(x).reshape(B * P, -1) for x in (batch.ids, batch.mask))
             text = encode_text(params["text_encoder"], text_encoder, ids, mask, placement)
@@ -70,7 +74,7 @@ def teacher_forcing_task(
                 jnp.concatenate([past, now], axis=1),
                 1000.0 * jnp.repeat(jnp.concatenate([past_level, level], axis=1), pattern.chunk, axis=1),
                 jnp.tile(text.reshape(B, P, *text.shape[1:]), (1, 2, 1, 1)),
-                pattern=doubled,
+                pattern=pattern,
                 text_length=text_length,
                 remat=remat,
                 placement=placement,
@@ -89,14 +93,20 @@ def teacher_forcing_task(
             frozen, far = jax.lax.stop_gradient(params), RESAMPLED * jax.random.uniform(keys[3], (B, P))
             own, none = mixed(clean, jax.random.normal(keys[4], clean.shape), far), jnp.zeros((B, P))
             for step in range(2):
-                v = predict(frozen, clean, own, none, far * (1 - step / 2))
+                v = predict(frozen, clean, own, none, far * (1 - step / 2), alone)
                 own = own - jnp.repeat(far / 2, pattern.chunk, axis=1)[:, :, None, None, None] * v
             taken = jax.random.uniform(keys[5], (B, 1, 1, 1, 1)) < resample
+            own = jnp.concatenate([clean[:, : pattern.sink], own[:, pattern.sink :]], axis=1)
             past = jnp.where(taken, jax.lax.stop_gradient(own), clean)
         predicted = predict(params, mixed(past, past_noise, context), mixed(clean, noise, sigma), context, sigma)
         wanted = noise - clean
         error = jnp.mean((predicted - wanted).reshape(B, P, -1) ** 2, axis=2)
-        noisy = (sigma > 0.75).astype(jnp.float32)
-        return jnp.mean(error), {"loss_noisy": jnp.sum(error * noisy) / jnp.maximum(jnp.sum(noisy), 1.0)}
+        weight = jnp.ones((B, P)) if batch.weight is None else jnp.asarray(batch.weight)
+        noisy = jnp.where(sigma > 0.75, weight, 0.0)
+        return _mean(error, weight), {"loss_noisy": _mean(error, noisy)}
 
     return Task(init=init, loss=loss, batches=each(batches), rules=(*WAN_DIT, *UMT5))
+
+
+def _mean(error: Array, weight: Array) -> Array:
+    return jnp.sum(error * weight) / jnp.maximum(jnp.sum(weight), 1.0)

@@ -1,8 +1,10 @@
-"""The cache of encoded clips (the runs themselves: tests/test_train.py)."""
+"""What the runs are given: cached latents, and the parts of a stream (the runs themselves: tests/test_train.py)."""
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from configs import train_digits_stream
 from jvdiff.data import digits
 from jvdiff.models import wan
 from jvdiff.sharding import MeshShape, make_mesh
@@ -25,3 +27,41 @@ def test_cached_latents_are_of_the_same_vae_and_clips_on_any_number_of_devices(t
     np.testing.assert_array_equal(run("a", other)[0], 2 * latents)  # not what was cached of another VAE
     assert len(run("a", one, clips=3)[0]) == 3 and list(run("a", one)[1]) == list(prompts)
     assert list(run("a", one, seed=1)[1]) != list(prompts)
+
+
+@pytest.mark.parametrize("gap", [0, 2])
+def test_what_lies_behind_a_gap_follows_the_first_chunk_of_the_same_stream(tmp_path, monkeypatch, gap):
+    """And has its own prompts; only the chunk that nothing foretells is left out of the loss."""
+    given = {}
+
+    def encoded(cfg, params, draw, kind, *rest):
+        video, texts = draw(np.random.default_rng(0), 6)
+        assert video.shape[1] == 9 + 12 * (3 + gap)
+        latents = 100.0 * np.arange(6)[:, None] + np.arange(3 * (4 + gap))  # which clip, which frame
+        return latents[:, :, None, None, None], np.array(texts)
+
+    def task(transformer, text_encoder, batches, pattern, **options):
+        given.update(batches=batches)
+        raise StopIteration
+
+    monkeypatch.setattr(digits_runs, "encoded_clips", encoded)
+    monkeypatch.setattr(digits_runs, "teacher_forcing_task", task)
+    config = train_digits_stream.get_config()
+    config.update({"gap": gap, "clips": 6, "batch": 64, "drop_text": 0.0})
+    with pytest.raises(StopIteration):
+        digits_runs.train_stream(config, tmp_path)
+    batch = given["batches"](0)
+    frames = batch.latents[:, :, 0, 0, 0]
+    clip, frame = np.divmod(frames.astype(int), 100)
+    assert (clip == clip[:, :1]).all() and len(set(clip[:, 0])) == 6
+    chunk = frame.reshape(64, 4, 3) // 3
+    left_out = chunk[:, 1, 0] - 1
+    assert set(left_out) == set(range(gap + 1))
+    assert (chunk == (np.arange(4) + left_out[:, None] * (np.arange(4) > 0))[..., None]).all()
+    assert (frame.reshape(64, 4, 3) % 3 == np.arange(3)).all()
+    said = {}
+    for row, part in np.ndindex(64, 4):  # a prompt is that of the chunk, wherever it comes to stand
+        key = int(clip[row, 0]), int(chunk[row, part, 0])
+        assert said.setdefault(key, tuple(batch.ids[row, part])) == tuple(batch.ids[row, part])
+    assert any(said[one] != said[other] for one in said for other in said if one[0] == other[0])
+    np.testing.assert_array_equal(batch.weight, np.where(left_out[:, None] * (np.arange(4) == 1) > 0, 0.0, 1.0))

@@ -22,12 +22,14 @@ def params(random_params):
     }
 
 
-def value(params, chunks, **options):
-    """(loss, gradient norm) of one clip of so many chunks of two latent frames."""
+def value(params, chunks, sink=0, weight=None, **options):
+    """(loss, gradient norm) of two clips of so many chunks of two latent frames."""
     rng = np.random.default_rng(0)
     ids = rng.integers(2, 32, size=(2, chunks, 5)).astype(np.int32)
-    batch = Batch(rng.standard_normal((2, 2 * chunks, 4, 4, 4), np.float32), ids, np.ones(ids.shape, bool))
-    task = teacher_forcing_task(DIT, TEXT, lambda step: batch, BlockCausal(2, 6, 0), text_length=32, **options)
+    batch = Batch(
+        rng.standard_normal((2, 2 * chunks, 4, 4, 4), np.float32), ids, np.ones(ids.shape, bool), weight=weight
+    )
+    task = teacher_forcing_task(DIT, TEXT, lambda step: batch, BlockCausal(2, 6, sink), text_length=32, **options)
     (loss, _), gradient = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(params, batch, jax.random.key(1))
     return float(loss), float(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient)))
 
@@ -42,3 +44,17 @@ def test_only_the_past_is_made_worse(params, options):
 
 def test_a_past_that_no_clip_takes_changes_nothing(params):
     np.testing.assert_allclose(value(params, 3, resample=1e-9), value(params, 3), rtol=1e-5)
+
+
+def test_a_sink_stays_as_it_is(params):
+    """Of two chunks the second sees only the sink, which is never the model's own."""
+    np.testing.assert_allclose(value(params, 2, sink=2, resample=1.0), value(params, 2, sink=2), rtol=2e-6)
+    assert abs(value(params, 2, resample=1.0)[0] - value(params, 2)[0]) > 1e-5
+
+
+def test_a_chunk_of_no_weight_has_no_part_in_the_loss(params):
+    """The mean over all is that over the parts."""
+    second = np.array([[0, 1, 0]] * 2, np.float32)
+    parts = [value(params, 3, weight=weight)[0] for weight in (second, 1 - second)]
+    np.testing.assert_allclose((parts[0] + 2 * parts[1]) / 3, value(params, 3)[0], rtol=1e-5)
+    assert abs(parts[0] - parts[1]) > 1e-3
