@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
             "model": {"width": 8, "multipliers": (1, 2, 4, 8), "groups": 8, "blocks": 1, "latent_channels": 8},
             "batch": 4,
             "loss": {"kl": 1e-4, "l1": 1.0, "foreground_weight": 9.0},
-            "schedule": {"steps": 3000, "learning_rate": 1e-3, "warmup": 100, "average_decay": 0.998},
+            "schedule": {"steps": 1500, "learning_rate": 1e-3, "warmup": 100, "average_decay": 0.998},
         }
     )
     with config.ignore_type():  # a size's name there, fields here

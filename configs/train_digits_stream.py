@@ -7,8 +7,9 @@
 
 Teacher forcing: chunks of 3 latent frames that see two chunks before them and the first one of the video, which may be
 long ago, in streams where the digit moves on across the border and takes another direction when the prompt says so.
-Guidance is strong for the first chunk only. What ships came here in three trainings, of 13,400 steps together, the last
-2,600 of them as below (learning rate 7e-4); its decoder is that of train_digits_stream_vae.py. Figures: docs/log.md.
+Guidance is strong for the first chunk only. What ships came here in five trainings, of 15,800 steps together: the last
+1,200 as below (learning rate 6e-4), 1,200 before them on first chunks alone, which alone learn their shape from the text.
+Its decoder is that of train_digits_stream_vae.py. Figures and flags: docs/log.md.
 """
 
 from ml_collections import ConfigDict
