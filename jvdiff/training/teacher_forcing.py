@@ -9,7 +9,7 @@ little too, to a level that is drawn for each chunk and told to the network, and
 (`context_noise`). Or it is the model's own here too, noised far and denoised by it in two steps (`resample`, after
 Resampling Forcing, arXiv 2512.15702), so that it makes its mistakes where the right continuation is known.
 
-What ends the drift is a sink, the first chunk, seen by all later ones: there it is long ago, so clips may leave chunks
+What slows the drift is a sink, the first chunk, seen by all later ones: there it is long ago, so clips may leave chunks
 out behind it, and the chunk behind the gap, which nothing foretells, has no weight in the loss (`Batch.weight`).
 """
 
