@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.batch = 10
     config.chunks = 4
     config.gap = 4
+    config.first = ConfigDict({"clips": 12000, "batch": 64})
     config.change = 0.4
     config.pattern = ConfigDict({"chunk": 3, "window": 9, "sink": 3})
     config.transformer.causal = True

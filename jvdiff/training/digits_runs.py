@@ -29,7 +29,8 @@ from jvdiff.settings import Configs, read_pattern, resolve
 from jvdiff.sharding import MeshShape, Placement, Sizes, check_mesh, make_mesh, param_shardings
 from jvdiff.sharding.rules import UMT5, WAN_DIT
 from jvdiff.staging import check_target
-from jvdiff.training import fields, flow_matching, reconstruction
+from jvdiff.training import fields, reconstruction
+from jvdiff.training.flow_matching import Batch, text_to_video_task
 from jvdiff.training.loop import State, Task, fit
 from jvdiff.training.teacher_forcing import teacher_forcing_task
 from jvdiff.types import Params
@@ -95,13 +96,13 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     latents, prompts = encoded_clips(cfg, run.vae, digits.batch, "", config.clips, config.seed, run.mesh, cached)
     ids, mask, _ = tokenizer.tokenize(models.tokens, [*prompts, ""], config.tokens)
 
-    def batches(step: int) -> flow_matching.Batch:
+    def batches(step: int) -> Batch:
         rng = np.random.default_rng((config.seed, step))
         rows = rng.integers(len(latents), size=config.batch)
         texts = np.where(rng.uniform(size=config.batch) < config.drop_text, len(prompts), rows)
-        return flow_matching.Batch(latents[rows], ids[texts], mask[texts], pattern_at(step))
+        return Batch(latents[rows], ids[texts], mask[texts], pattern_at(step))
 
-    task = flow_matching.text_to_video_task(
+    task = text_to_video_task(
         models.configs.transformer,
         models.configs.text_encoder,
         batches,
@@ -117,8 +118,9 @@ def train_stream(config: ConfigDict, folder: Path) -> Path:
     A clip has `chunks` chunks of `pattern.chunk` latent frames; up to `gap` more were there between the first and the
     second and are left out, so that the first is long ago, as the sink of a long rollout is. (What comes first behind a
     gap nobody can know: it has no part in the loss.) At each chunk the digit takes another direction, and the prompt
-    says so, with probability `change`. `initial` as in `train_text_to_video`; where a text is dropped, it is for the
-    whole clip.
+    says so, with probability `change`. With `first`, every other step is of `batch` first chunks alone, of `clips`
+    clips of their own: their shape comes from the text only. `initial` as in `train_text_to_video`; where a text is
+    dropped, it is for the whole clip.
     """
     models, shape = _models(config), fields.mesh(config.loop)
     fields.check_count("chunks", config.chunks)
@@ -126,38 +128,43 @@ def train_stream(config: ConfigDict, folder: Path) -> Path:
         raise UsageError(f"change is {config.change}; expected 0 to 1.")
     if type(config.gap) is not int or config.gap < 0:
         raise UsageError(f"gap is {config.gap!r:.40}; expected a number of chunks from 0.")
+    first: Any = config.get("first")
+    if first:
+        fields.check_names("first", first, ("clips", "batch"))
+        for name in ("clips", "batch"):
+            fields.check_count(f"first.{name}", first.get(name))
+        fields.check_shared("first.batch", first.batch, shape)
     fields.check_names("pattern", config.pattern, ("chunk", "window", "sink"))
     pattern, cfg = BlockCausal(**config.pattern.to_dict()), models.configs.vae
-    whole = config.chunks + config.gap
-    ends = [1 + cfg.temporal_factor * (pattern.chunk * chunk - 1) for chunk in range(1, whole + 1)]
-    grid = _grid(cfg, ends[config.chunks - 1])
+    grid = _grid(cfg, _ends(config.chunks, pattern, cfg)[-1])
     sizes = wan.mesh_sizes(models.configs.transformer, (2 * grid[0], *grid[1:]), config.batch, pattern)
     run = _start(config, folder, models, shape, sizes)
 
-    def streams(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[list[str]]]:
-        videos, texts = [], []
-        for _ in range(count):
-            turns = rng.uniform(size=whole - 1) < config.change
-            video, said = digits.stream(rng, ends[-1], np.array(ends[:-1])[turns].tolist())
-            videos.append(video)
-            texts.append([said[n] for n in np.cumsum([0, *turns])])
-        return np.stack(videos), texts
+    def batches_of(chunks: int, most_gap: int, clips: int, batch: int, cached: str) -> Callable[[int], Batch]:
+        whole = chunks + most_gap
+        draw = functools.partial(_streams, _ends(whole, pattern, cfg), config.change)
+        kind = f"stream {whole} {config.change} {pattern.chunk}"
+        latents, prompts = encoded_clips(cfg, run.vae, draw, kind, clips, config.seed, run.mesh, folder / cached)
+        ids, mask, _ = tokenizer.tokenize(models.tokens, [*prompts.ravel().tolist(), ""], config.tokens)
+        numbers = np.arange(prompts.size).reshape(prompts.shape)
 
-    kind, cached = f"stream {whole} {config.change} {pattern.chunk}", folder / "latents.npz"
-    latents, prompts = encoded_clips(cfg, run.vae, streams, kind, config.clips, config.seed, run.mesh, cached)
-    ids, mask, _ = tokenizer.tokenize(models.tokens, [*prompts.ravel().tolist(), ""], config.tokens)
-    numbers = np.arange(prompts.size).reshape(prompts.shape)
+        def batch_at(step: int) -> Batch:
+            rng = np.random.default_rng((config.seed, step))
+            rows = rng.integers(len(latents), size=(batch, 1))
+            dropped = rng.uniform(size=(batch, 1)) < config.drop_text
+            gap = rng.integers(most_gap + 1, size=(batch, 1))
+            chunk = np.arange(chunks) + gap * (np.arange(chunks) > 0)
+            frame = (pattern.chunk * chunk[..., None] + np.arange(pattern.chunk)).reshape(batch, -1)
+            texts = np.where(dropped, prompts.size, numbers[rows, chunk])
+            known = (gap == 0) | (np.arange(chunks) != 1)
+            return Batch(latents[rows, frame], ids[texts], mask[texts], weight=known.astype(np.float32))
 
-    def batches(step: int) -> flow_matching.Batch:
-        rng = np.random.default_rng((config.seed, step))
-        rows = rng.integers(len(latents), size=(config.batch, 1))
-        dropped = rng.uniform(size=(config.batch, 1)) < config.drop_text
-        gap = rng.integers(config.gap + 1, size=(config.batch, 1))
-        chunk = np.arange(config.chunks) + gap * (np.arange(config.chunks) > 0)
-        frame = (pattern.chunk * chunk[..., None] + np.arange(pattern.chunk)).reshape(config.batch, -1)
-        texts = np.where(dropped, prompts.size, numbers[rows, chunk])
-        known = (gap == 0) | (np.arange(config.chunks) != 1)
-        return flow_matching.Batch(latents[rows, frame], ids[texts], mask[texts], weight=known.astype(np.float32))
+        return batch_at
+
+    batches = batches_of(config.chunks, config.gap, config.clips, config.batch, "latents.npz")
+    if first:
+        both = batches, batches_of(1, 0, first.clips, first.batch, "first.npz")
+        batches = lambda step: both[step % 2](step)  # noqa: E731
 
     task = teacher_forcing_task(
         models.configs.transformer,
@@ -168,6 +175,24 @@ def train_stream(config: ConfigDict, folder: Path) -> Path:
         **config.loss.to_dict(),
     )
     return _trained(config, folder, models, run, task)
+
+
+def _ends(chunks: int, pattern: BlockCausal, cfg: wan.VAEConfig) -> list[int]:
+    """How many pixel frames there are after each of so many chunks."""
+    return [1 + cfg.temporal_factor * (pattern.chunk * chunk - 1) for chunk in range(1, chunks + 1)]
+
+
+def _streams(
+    ends: list[int], change: float, rng: np.random.Generator, count: int
+) -> tuple[np.ndarray, list[list[str]]]:
+    """So many streams of chunks that end there, and each chunk's prompt."""
+    videos, texts = [], []
+    for _ in range(count):
+        turns = rng.uniform(size=len(ends) - 1) < change
+        video, said = digits.stream(rng, ends[-1], np.array(ends[:-1])[turns].tolist())
+        videos.append(video)
+        texts.append([said[n] for n in np.cumsum([0, *turns])])
+    return np.stack(videos), texts
 
 
 class _Models(NamedTuple):

@@ -92,7 +92,7 @@ def teacher_forcing_task(
         context = context_noise * jax.random.uniform(keys[1], (B, P)) ** 2
         past_noise, noise = jnp.split(jax.random.normal(keys[2], (B, 2 * T, *clean.shape[2:])), 2, axis=1)
         past = clean
-        if resample:
+        if resample and P > 1:  # a lone chunk has no past
             frozen, far = jax.lax.stop_gradient(params), RESAMPLED * jax.random.uniform(keys[3], (B, P))
             own, none = mixed(clean, jax.random.normal(keys[4], clean.shape), far), jnp.zeros((B, P))
             for step in range(2):
