@@ -161,15 +161,13 @@ def train_stream(config: ConfigDict, folder: Path) -> Path:
 
         return batch_at
 
-    batches = batches_of(config.chunks, config.gap, config.clips, config.batch, "latents.npz")
+    in_turn = [batches_of(config.chunks, config.gap, config.clips, config.batch, "latents.npz")]
     if first:
-        both = batches, batches_of(1, 0, first.clips, first.batch, "first.npz")
-        batches = lambda step: both[step % 2](step)  # noqa: E731
-
+        in_turn.append(batches_of(1, 0, first.clips, first.batch, "first.npz"))
     task = teacher_forcing_task(
         models.configs.transformer,
         models.configs.text_encoder,
-        batches,
+        lambda step: in_turn[step % len(in_turn)](step),
         pattern,
         placement=run.placement,
         **config.loss.to_dict(),
