@@ -7,9 +7,9 @@
 
 Teacher forcing: chunks of 3 latent frames that see two chunks before them and the first one of the video, which may be
 long ago, in streams where the digit moves on across the border and takes another direction when the prompt says so.
-Every other step is of first chunks alone, whose shape comes from the text alone and is soon forgotten. Guidance is strong
-for the first chunk only. What ships came here in six trainings, of 17,400 steps together: the last 1,600 as below
-(learning rate 6e-4), those before them without `first`, some with other flags.
+Every other step is of first chunks only, whose shape comes from the text alone and is soon forgotten. Guidance is
+strong for the first chunk only. What ships came here in six trainings, of 17,400 steps together: the last 1,600 as
+below (learning rate 6e-4), those before them without `first`, some with other flags.
 Its decoder is that of train_digits_stream_vae.py. Figures and flags: docs/log.md.
 """
 
