@@ -30,10 +30,11 @@ def get_config() -> ConfigDict:
     )
     with config.ignore_type():  # a size's name there, fields here
         config.transformer = ConfigDict({"hidden_size": 192, "depth": 6, "num_heads": 3})
+    config.noise_schedule = "linear"  # has more timesteps where it is decided which digit it will be
     config.batch = 32
     config.precision = "float32"
     config.loss = ConfigDict({"drop_label": 0.1})
-    config.schedule = ConfigDict({"steps": 4000, "learning_rate": 1e-3, "warmup": 200, "average_decay": 0.998})
+    config.schedule = ConfigDict({"steps": 6000, "learning_rate": 1e-3, "warmup": 200, "average_decay": 0.998})
     config.loop.save_every = 500
     config.loop.show_every = 500
     return config

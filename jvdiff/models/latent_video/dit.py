@@ -133,7 +133,8 @@ class _Transformer(nn.Module):
         x = Linear(D, exact=True, name="patch_embed")(how.along_tokens(x)) + places
 
         condition = MLP(D, D, nn.silu, exact=True, name="time_embed")(sinusoid(timestep, cfg.freq_dim))
-        table = nn.Embed(cfg.num_classes + 1, D, embedding_init=nn.initializers.normal(0.02), name="label_embed")
+        # About as large as what comes of the timestep: a small one (DiT has 0.02) is heard late.
+        table = nn.Embed(cfg.num_classes + 1, D, embedding_init=nn.initializers.normal(0.5), name="label_embed")
         condition = nn.silu(condition + jnp.take(table.embedding, labels, axis=0).astype(jnp.float32))
         if how.placement:
             condition = how.placement.replicate(condition)
