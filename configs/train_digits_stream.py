@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     config.loss.context_noise = 0.6
     config.loss.resample = 0.7
     config.loss.remat = True  # on a CPU the residuals of six layers cost more to write than to compute
+    config.loop.log_every = 25  # an odd number: both kinds of step
     config.schedule = ConfigDict({"steps": 7000, "learning_rate": 1e-3, "warmup": 100, "average_decay": 0.998})
     config.defaults = ConfigDict(
         {
