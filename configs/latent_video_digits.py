@@ -23,9 +23,9 @@ def get_config() -> ConfigDict:
         {
             # What a CPU waits for is full size: few channels there, and more below.
             "model": {"width": 8, "multipliers": (1, 2, 4, 8), "groups": 8, "blocks": 1, "latent_channels": 8},
-            "batch": 4,
+            "batch": 2,
             "loss": {"kl": 1e-4, "l1": 1.0, "foreground_weight": 9.0},
-            "schedule": {"steps": 1500, "learning_rate": 1e-3, "warmup": 100, "average_decay": 0.998},
+            "schedule": {"steps": 1200, "learning_rate": 1e-3, "warmup": 100, "average_decay": 0.998},
         }
     )
     with config.ignore_type():  # a size's name there, fields here
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     config.noise_schedule = "linear"  # has more timesteps where it is decided which digit it will be
     config.batch = 32
     config.precision = "float32"
-    config.loss = ConfigDict({"drop_label": 0.1})
+    config.loss = ConfigDict({"drop_label": 0.1, "timesteps": "logit_normal", "remat": "dots"})
     config.schedule = ConfigDict({"steps": 6000, "learning_rate": 1e-3, "warmup": 200, "average_decay": 0.998})
     config.loop.save_every = 500
     config.loop.show_every = 500

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import ndtri
 
 from jvdiff.diffusion import variance_preserving as vp
+from jvdiff.errors import UsageError
 from jvdiff.models import latent_video
 from jvdiff.sharding import Placement
 from jvdiff.sharding.rules import LATENT_VIDEO_DIT
@@ -66,24 +68,31 @@ def latent_video_task(
     *,
     noise_schedule: str = "cosine",
     drop_label: float = 0.1,
+    timesteps: str = "uniform",
     compute_dtype: str = "float32",
     remat: str | None = None,
     placement: Placement | None = None,
 ) -> Task:
     """Diffusion as DDPM defines it (`diffusion.variance_preserving`): the mean squared error of what the network
-    predicts (`cfg.prediction`) at a random timestep.
+    predicts (`cfg.prediction`) at random timesteps, which are spread evenly over the batch (arXiv:2107.00630, I.1).
 
     Args:
       drop_label: the share of clips whose label is replaced by that of no class, for guidance (arXiv:2207.12598).
+      timesteps: "uniform", or "logit_normal" (arXiv:2403.03206): more of those in the middle, where a clip takes shape.
       compute_dtype: of the matrices of attention and feed-forward; the parameters that are trained stay float32.
       remat: see `latent_video.denoise`. placement: the mesh that `fit` is given.
+
+    Raises:
+      UsageError: `timesteps` is neither.
     """
     abar = vp.alphas_cumprod(noise_schedule)
+    if timesteps not in ("uniform", "logit_normal"):
+        raise UsageError(f"loss.timesteps is {timesteps!r:.40}; expected 'uniform' or 'logit_normal'.")
 
     def loss(params: Params, batch: LabelledLatents, key: Array) -> tuple[Array, Mapping[str, Array]]:
         keys = jax.random.split(key, 3)
         clean = jnp.asarray(batch.latents, jnp.float32)
-        timestep = jax.random.randint(keys[0], clean.shape[:1], 0, len(abar))
+        timestep = _spread(keys[0], len(clean), timesteps, len(abar))
         noise = jax.random.normal(keys[1], clean.shape)
         dropped = jax.random.uniform(keys[2], clean.shape[:1]) < drop_label
         labels = jnp.where(dropped, cfg.null_class, batch.labels)
@@ -105,6 +114,15 @@ def latent_video_task(
         return latent_video.init_params(key, cfg)
 
     return Task(init=init, loss=loss, batches=batches, rules=LATENT_VIDEO_DIT, show=show)
+
+
+def _spread(key: Array, count: int, distribution: str, steps: int) -> Array:
+    """int32 [count] in 0..steps-1, one in each of `count` equally probable parts: the loss differs more with the
+    timestep than with the clip."""
+    quantile = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
+    if distribution == "logit_normal":
+        quantile = jax.nn.sigmoid(ndtri(quantile))
+    return jnp.minimum((quantile * steps).astype(jnp.int32), steps - 1)
 
 
 def _in(dtype: str, params: Params) -> Params:
