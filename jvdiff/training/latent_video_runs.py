@@ -38,14 +38,16 @@ from jvdiff.types import Params
 SHOWN = 8  # clips in a grid of samples, and classes that they show
 STATISTICS = 256  # clips, or a few more, that the latents' mean and deviation are taken of
 PLANNED_CLASSES = 10  # of a run that is planned before its clips are there
-_VAE_FIELDS = ("model", "batch", "loss", "schedule")
+_VAE_FIELDS = ("model", "batch", "loss", "schedule")  # and, if wanted, "short_clips"
 _log = logging.getLogger("jvdiff.training")
 
 
 def train(config: ConfigDict, folder: Path) -> Path:
     """Trains what the config describes (`configs/latent_video_small.py`) and writes `folder/repository`.
 
-    The VAE is trained in `folder/vae_run` and kept in `folder/vae`, unless `config.vae` is the folder of one. Then come
+    The VAE is trained in `folder/vae_run` and kept in `folder/vae`, unless `config.vae` is the folder of one. Its first
+    `short_clips.steps` steps, if asked for, see clips of fewer frames, and more of them, so that a batch has as many
+    frames as later: neighbouring frames teach nearly the same. Then come
     the latents of the clips, read anew for every batch, or once if `cache_latents`, and the transformer on them.
     Samples are in `folder/samples`.
     """
@@ -53,7 +55,7 @@ def train(config: ConfigDict, folder: Path) -> Path:
     check_target(target, True)
     clips = clip_files.find(config.clips)
     plan = describe(config, len(clips.classes))
-    most = max(config.batch, config.vae.batch if plan.vae_schedule else 0)
+    most = max(config.batch, *(stage.batch for stage in plan.vae_stages))
     if len(clips.paths) < most:
         raise DataError(
             f"{config.clips}: {len(clips.paths)} clips, fewer than a batch of {most}; add clips, or lower batch."
@@ -62,7 +64,6 @@ def train(config: ConfigDict, folder: Path) -> Path:
     read = functools.partial(
         clip_files.batches,
         clips,
-        frames=plan.settings.num_frames,
         size=plan.settings.height,
         stride=config.stride,
         seed=config.seed,
@@ -75,7 +76,7 @@ def train(config: ConfigDict, folder: Path) -> Path:
     configs = plan.configs._replace(vae=vae_cfg)
 
     def encoded(start: int) -> Generator[LabelledLatents, None, None]:
-        with closing(read(batch=config.batch, start=start)) as ahead:
+        with closing(read(batch=config.batch, frames=plan.settings.num_frames, start=start)) as ahead:
             for video, labels in ahead:
                 yield LabelledLatents(class_conditional.encode(configs, vae, video), labels)
 
@@ -107,6 +108,14 @@ def train(config: ConfigDict, folder: Path) -> Path:
 # -------------------------------------------------------------------------------------------------- what a config says
 
 
+class Stage(NamedTuple):
+    """A part of the VAE's training: until this step, batches of so many clips of so many frames."""
+
+    until: int
+    batch: int
+    frames: int
+
+
 class Plan(NamedTuple):
     """A config, checked: no clip was opened and nothing was computed."""
 
@@ -116,6 +125,7 @@ class Plan(NamedTuple):
     dtype: str
     schedule: Schedule
     vae_schedule: Schedule | None  # None: the VAE is there
+    vae_stages: tuple[Stage, ...]
 
 
 def describe(config: Any, classes: int) -> Plan:
@@ -132,17 +142,18 @@ def describe(config: Any, classes: int) -> Plan:
         raise UsageError(f"precision is {config.precision!r:.40}; expected one of {', '.join(TABLE)}.")
     if config.height != config.width:
         raise UsageError(f"height is {config.height} and width {config.width}; clips are trained as squares.")
-    vae_schedule = None
+    vae_schedule, vae_stages = None, ()
     if isinstance(config.vae, str):
         vae_cfg = _trained_vae(Path(config.vae))
     else:
-        fields.check_names("vae", config.vae, _VAE_FIELDS)
+        fields.check_names("vae", config.vae, (*_VAE_FIELDS, "short_clips"))
         if missing := [name for name in _VAE_FIELDS if name not in config.vae]:
             raise UsageError(f"vae lacks {', '.join(missing)}; expected the folder of a trained one, or these fields.")
         fields.check_count("vae.batch", config.vae.batch)
         vae_cfg = fields.model("vae.model", latent_video.VAEConfig, config.vae.model)
         vae_schedule = fields.schedule(config.vae)
         fields.check_shared("vae.batch", config.vae.batch, fields.mesh(config.loop))
+        vae_stages = _stages(config, vae_schedule, vae_cfg.temporal_factor)
     sized = {"in_channels": vae_cfg.latent_channels, "num_classes": classes, "prediction": config.prediction}
     if isinstance(config.transformer, str):
         if config.transformer not in latent_video.SIZES:
@@ -164,7 +175,28 @@ def describe(config: Any, classes: int) -> Plan:
         check_mesh(shape, latent_video.mesh_sizes(cfg, (config.batch, *grid)), jax.device_count())
     except UsageError as error:
         raise UsageError(f"loop.{error}") from None
-    return Plan(configs, settings, shape, TABLE[config.precision].transformer, fields.schedule(config), vae_schedule)
+    return Plan(
+        configs, settings, shape, TABLE[config.precision].transformer, fields.schedule(config), vae_schedule, vae_stages
+    )
+
+
+def _stages(config: Any, schedule: Schedule, factor: int) -> tuple[Stage, ...]:
+    """Of the VAE's training. `factor`: clips have a multiple of so many frames."""
+    whole = Stage(schedule.steps, config.vae.batch, config.num_frames)
+    if (short := config.vae.get("short_clips")) is None:
+        return (whole,)
+    fields.check_names("vae.short_clips", short, ("steps", "num_frames"))
+    steps, frames = short.get("steps"), short.get("num_frames")
+    fields.check_count("vae.short_clips.steps", steps)
+    fields.check_count("vae.short_clips.num_frames", frames)
+    if frames % factor or whole.frames % frames:
+        raise UsageError(
+            f"vae.short_clips.num_frames is {frames}; expected a multiple of {factor} that divides the "
+            f"{whole.frames} frames of a clip."
+        )
+    if steps >= whole.until:
+        raise UsageError(f"vae.short_clips.steps is {steps}; expected fewer than the {whole.until} of vae.schedule.")
+    return Stage(steps, whole.batch * whole.frames // frames, frames), whole
 
 
 def programs(config: ConfigDict) -> Iterator[tuple[str, Task, Schedule, Any]]:
@@ -206,15 +238,18 @@ def _vae(config: ConfigDict, plan: Plan, read: Callable[..., Any], folder: Path,
         cfg = plan.configs.vae
 
         def clips(start: int) -> Generator[np.ndarray, None, None]:
-            with closing(read(batch=config.vae.batch, start=start)) as ahead:
-                for video, _ in ahead:
-                    yield video
+            for until, batch, frames in plan.vae_stages:
+                if start < until:
+                    with closing(read(batch=batch, frames=frames, start=start)) as ahead:
+                        for video, _ in itertools.islice(ahead, until - start):
+                            yield video
+                    start = until
 
         task = video_vae_task(cfg, clips, compute_dtype=plan.dtype, **config.vae.loss.to_dict())
         options = options | {"accumulate": 1}
         params = fit(task, plan.vae_schedule, folder / "vae_run", seed=config.seed, **options).average
-        with closing(clips(0)) as first:
-            shown = [next(first) for _ in range(-(-STATISTICS // config.vae.batch))]
+        with closing(read(batch=config.vae.batch, frames=plan.settings.num_frames, start=0)) as first:
+            shown = [next(first)[0] for _ in range(-(-STATISTICS // config.vae.batch))]
         cfg = _with_statistics(plan.configs, params, shown)
         checkpoint.save(path, params, config=cfg.to_json(), overwrite=True)
     cfg = _trained_vae(path)

@@ -16,6 +16,7 @@ import pytest
 from jvdiff import class_conditional, sample, train
 from jvdiff.data import video as videos
 from jvdiff.models import latent_video
+from jvdiff.training import latent_video_runs
 
 ROOT = Path(__file__).parents[2]
 SMALLEST = """
@@ -187,6 +188,50 @@ def test_a_plan_needs_no_clips(config, tmp_path, capsys):
 )
 def test_bad_configs_are_a_sentence(config, capsys, flags, message):
     assert train.main([*config, *flags]) in (2, 3)
+    assert message in capsys.readouterr().err
+
+
+def with_short_clips(config, fields):
+    """The same command line; eight frames a clip, and these `vae.short_clips`."""
+    path = Path(config[1].removeprefix("--config="))
+    path.write_text(path.read_text().replace("batch=2, loss", f"batch=2, short_clips={fields}, loss"))
+    return [*config, "--config.num_frames=8"]
+
+
+def test_the_first_batches_of_the_vae_are_of_shorter_clips_if_asked_for(config, tmp_path, monkeypatch):
+    """More of them, and the same ones in a run that goes on."""
+    for number in range(8):
+        clip = np.random.default_rng(number).integers(255, size=(8, 32, 32, 3), dtype=np.uint8)
+        videos.write_mp4(tmp_path / "long" / "any" / f"{number}.mp4", clip, 8)
+    seen = {}
+
+    def fit(task, schedule, folder, **options):
+        for start in (0, 1, 2):
+            batches = task.batches(start)
+            seen[start] = [next(batches) for _ in range(schedule.steps - start)]
+            batches.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(latent_video_runs, "fit", fit)
+    flags = [*with_short_clips(config, "dict(steps=2, num_frames=4)"), f"--config.clips={tmp_path / 'long'}"]
+    assert train.main(flags) == 130
+    assert [video.shape for video in seen[0]] == [(4, 4, 32, 32, 3), (4, 4, 32, 32, 3), (2, 8, 32, 32, 3)]
+    for start in (1, 2):
+        for one, two in zip(seen[0][start:], seen[start], strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("3", "vae.short_clips is 3; expected a dictionary"),
+        ("dict(steps=2)", "vae.short_clips.num_frames is None; expected a whole number from 1"),
+        ("dict(steps=3, num_frames=4)", "vae.short_clips.steps is 3; expected fewer than the 3 of vae.schedule"),
+        ("dict(steps=2, num_frames=6)", "num_frames is 6; expected a multiple of 4 that divides the 8 frames"),
+    ],
+)
+def test_short_clips_that_cannot_be(config, capsys, fields, message):
+    assert train.main(with_short_clips(config, fields)) == 2
     assert message in capsys.readouterr().err
 
 
