@@ -36,12 +36,13 @@ def get_config() -> ConfigDict:
                 "schedule": {"steps": 100_000, "learning_rate": 1e-4, "warmup": 1000},
             },
             "transformer": "small",
+            "initial": config_dict.placeholder(str),  # a repository to train on: its transformer, with its VAE as it is
             "prediction": "v_prediction",  # epsilon, sample
             "noise_schedule": "cosine",  # linear
             # The training of the transformer.
             "batch": 8,
             "precision": "bfloat16",
-            "loss": {"drop_label": 0.1, "remat": "dots"},
+            "loss": {"drop_label": 0.1, "timesteps": "uniform", "remat": "dots"},  # or "logit_normal"
             "schedule": {"steps": 200_000, "learning_rate": 1e-4, "warmup": 1000, "average_decay": 0.9999},
             "loop": {
                 "save_every": 1000,

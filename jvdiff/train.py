@@ -99,7 +99,7 @@ TASKS = {
     "text_to_video": Kind(digits_runs.train_text_to_video, training.text_to_video_task, _DIT_FIELDS, _DIT_OPTIONAL),
     "stream": Kind(digits_runs.train_stream, training.teacher_forcing_task, _STREAM_FIELDS, ("initial", "first")),
     "latent_video": Kind(
-        latent_video_runs.train, training.latent_video_task, _LATENT_VIDEO_FIELDS, ("plan", *SAMPLING_FIELDS)
+        latent_video_runs.train, training.latent_video_task, _LATENT_VIDEO_FIELDS, ("initial", "plan", *SAMPLING_FIELDS)
     ),
 }
 

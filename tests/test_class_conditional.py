@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 
 from jvdiff import class_conditional as cc
+from jvdiff.data import digits
 from jvdiff.diffusion import variance_preserving as vp
 from jvdiff.errors import CheckpointError, NumericsError, UsageError
 from jvdiff.models import latent_video
 
+SHIPPED = Path(__file__).parents[1] / "checkpoints" / "digits-classes"
 CONFIGS = cc.Configs(
     latent_video.DiTConfig(hidden_size=16, depth=1, num_heads=2, num_classes=3, freq_dim=16),
     latent_video.VAEConfig(
@@ -49,6 +52,16 @@ def test_what_was_saved_is_loaded(model, folder):
     assert (model.configs, model.classes, model.defaults) == (CONFIGS, CLASSES, SETTINGS)
     assert cc.load(folder, "bfloat16").params["transformer"]["head"]["kernel"].dtype == jnp.bfloat16
     assert len(model.digest) == 64
+
+
+def test_the_model_that_ships_draws_on_black():
+    model = cc.load(SHIPPED, "float32")
+    assert sorted(model.classes) == sorted(digits.DIGITS)
+    video = cc.generate(model, ["seven"], seed=0, steps=5).video[0]
+    light = video.max(axis=-1).astype(int)  # [F,Y,X]
+    assert video.shape == (16, 64, 64, 3) and np.median(light) < 20
+    drawn = (light > 100).sum(axis=(1, 2))
+    assert (drawn > 20).all() and (drawn < 800).all()  # of 4,096 pixels, in every frame
 
 
 @pytest.mark.parametrize("solver", cc.SOLVERS)

@@ -303,7 +303,7 @@ def _initial(folder: Path, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config, mesh: 
     gated = dit_cfg.gate_compress or found.transformer.gate_compress
     same = dataclasses.replace(found.transformer, gate_compress=gated, causal=dit_cfg.causal)
     for name, wanted, there in (("transformer", dit_cfg, same), ("text_encoder", text_cfg, found.text_encoder)):
-        _check_sizes(f"{name}: not that of initial, {folder}", wanted, there)
+        fields.check_sizes(f"{name}: not that of initial, {folder}", wanted, there)
     params = {}
     for name, abstract, rules in (
         ("transformer", wan.abstract_params(found.transformer), WAN_DIT),
@@ -329,19 +329,8 @@ def _vae_config(folder: Path) -> wan.VAEConfig:
 def _same_sizes(cfg: wan.VAEConfig, folder: Path) -> wan.VAEConfig:
     """The configuration of the VAE in `folder`, latent statistics included, if it is of the sizes of `cfg`."""
     known = _vae_config(folder)
-    _check_sizes(f"vae: not the sizes of decoder_of, {folder}", cfg, known)
+    fields.check_sizes(f"vae: not the sizes of decoder_of, {folder}", cfg, known)
     return known
-
-
-def _check_sizes(what: str, cfg: Any, known: Any) -> None:
-    """Raises UsageError that lists every field, but for latent statistics, in which two configurations differ."""
-    other = [
-        f"{field.name} is {getattr(cfg, field.name)}, there {getattr(known, field.name)}"
-        for field in dataclasses.fields(cfg)
-        if not field.name.startswith("latents_") and getattr(cfg, field.name) != getattr(known, field.name)
-    ]
-    if other:
-        raise UsageError(f"{what}: {'; '.join(other)}.")
 
 
 def _stages(stages: Any, cfg: wan.VAEConfig, shape: MeshShape) -> tuple[tuple[int, int, int, int], ...]:

@@ -71,6 +71,17 @@ def model(where: str, kind: Any, values: Any, **fixed: Any) -> Any:
         raise UsageError(f"{where}: {str(error).splitlines()[0]}") from None
 
 
+def check_sizes(what: str, cfg: Any, known: Any) -> None:
+    """Raises UsageError that lists every field, but for latent statistics, in which two configurations differ."""
+    other = [
+        f"{field.name} is {getattr(cfg, field.name)}, there {getattr(known, field.name)}"
+        for field in dataclasses.fields(cfg)
+        if not field.name.startswith("latents_") and getattr(cfg, field.name) != getattr(known, field.name)
+    ]
+    if other:
+        raise UsageError(f"{what}: {'; '.join(other)}.")
+
+
 def nearest(name: Any, names: Iterable[str]) -> str:
     """The end of a sentence about an unknown `name`: which of `names` may be meant, if any."""
     near = difflib.get_close_matches(str(name), list(names), 1)

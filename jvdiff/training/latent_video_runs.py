@@ -28,7 +28,8 @@ from jvdiff.diffusion import variance_preserving
 from jvdiff.errors import CheckpointError, DataError, NumericsError, UsageError
 from jvdiff.models import latent_video
 from jvdiff.precision import TABLE
-from jvdiff.sharding import MeshShape, Placement, check_mesh, make_mesh
+from jvdiff.sharding import MeshShape, Placement, check_mesh, make_mesh, param_shardings
+from jvdiff.sharding.rules import LATENT_VIDEO_DIT
 from jvdiff.staging import check_target
 from jvdiff.training import fields
 from jvdiff.training.latent_video import LabelledLatents, latent_video_task, video_vae_task
@@ -47,15 +48,17 @@ def train(config: ConfigDict, folder: Path) -> Path:
 
     The VAE is trained in `folder/vae_run` and kept in `folder/vae`, unless `config.vae` is the folder of one. Its first
     `short_clips.steps` steps, if asked for, see clips of fewer frames, and more of them, so that a batch has as many
-    frames as later: neighbouring frames teach nearly the same. Then come
-    the latents of the clips, read anew for every batch, or once if `cache_latents`, and the transformer on them.
+    frames as later: neighbouring frames teach nearly the same. Then come the latents of the clips, read anew for every
+    batch, or once if `cache_latents`, and the transformer on them. Where `config.initial` is the repository of an
+    earlier training, its VAE is taken as it is, and its transformer trained on.
+
     Samples are in `folder/samples`.
     """
     target = folder / "repository"
     check_target(target, True)
     clips = clip_files.find(config.clips)
     plan = describe(config, len(clips.classes))
-    most = max(config.batch, *(stage.batch for stage in plan.vae_stages))
+    most = max([config.batch, *(stage.batch for stage in plan.vae_stages)])
     if len(clips.paths) < most:
         raise DataError(
             f"{config.clips}: {len(clips.paths)} clips, fewer than a batch of {most}; add clips, or lower batch."
@@ -99,7 +102,12 @@ def train(config: ConfigDict, folder: Path) -> Path:
         placement=Placement(mesh) if plan.mesh.devices > 1 else None,
         **config.loss.to_dict(),
     )
-    average = fit(task, plan.schedule, folder, seed=config.seed, **options).average
+    begin = None
+    if config.get("initial"):
+        abstract = latent_video.abstract_params(configs.transformer)
+        places = param_shardings(mesh, abstract, LATENT_VIDEO_DIT)
+        begin = checkpoint.restore(Path(config.initial) / "transformer", abstract, places)
+    average = fit(task, plan.schedule, folder, seed=config.seed, params=begin, **options).average
     params = {"transformer": average, "vae": vae}
     class_conditional.save(target, configs, params, clips.classes, plan.settings)
     return target
@@ -143,8 +151,8 @@ def describe(config: Any, classes: int) -> Plan:
     if config.height != config.width:
         raise UsageError(f"height is {config.height} and width {config.width}; clips are trained as squares.")
     vae_schedule, vae_stages = None, ()
-    if isinstance(config.vae, str):
-        vae_cfg = _trained_vae(Path(config.vae))
+    if given_vae := _given_vae(config):
+        vae_cfg = _trained_vae(given_vae)
     else:
         fields.check_names("vae", config.vae, (*_VAE_FIELDS, "short_clips"))
         if missing := [name for name in _VAE_FIELDS if name not in config.vae]:
@@ -164,6 +172,9 @@ def describe(config: Any, classes: int) -> Plan:
     else:
         chosen = config.transformer
     cfg = fields.model("transformer", latent_video.DiTConfig, chosen, **sized)
+    if config.get("initial"):
+        known = latent_video.DiTConfig.from_json(reader.read_json(Path(config.initial) / "transformer" / "config.json"))
+        fields.check_sizes(f"transformer: not that of initial, {config.initial}", cfg, known)
     variance_preserving.alphas_cumprod(config.noise_schedule)  # says whether there is such a one
     configs = Configs(cfg, vae_cfg, config.noise_schedule)
     given: Any = {name: config[name] for name in class_conditional.FIELDS}
@@ -233,7 +244,7 @@ def programs(config: ConfigDict) -> Iterator[tuple[str, Task, Schedule, Any]]:
 
 def _vae(config: ConfigDict, plan: Plan, read: Callable[..., Any], folder: Path, options: dict[str, Any]) -> Any:
     """(configuration, parameters) of the VAE: trained, or read where it is."""
-    path = Path(config.vae) if plan.vae_schedule is None else folder / "vae"
+    path = _given_vae(config) or folder / "vae"
     if plan.vae_schedule is not None and not (path / "config.json").is_file():
         cfg = plan.configs.vae
 
@@ -254,6 +265,13 @@ def _vae(config: ConfigDict, plan: Plan, read: Callable[..., Any], folder: Path,
         checkpoint.save(path, params, config=cfg.to_json(), overwrite=True)
     cfg = _trained_vae(path)
     return cfg, checkpoint.restore(path, latent_video.abstract_params(cfg))
+
+
+def _given_vae(config: Any) -> Path | None:
+    """The folder of a VAE that is there already; None: it is to be trained."""
+    if config.get("initial"):
+        return Path(config.initial) / "vae"
+    return Path(config.vae) if isinstance(config.vae, str) else None
 
 
 def _trained_vae(folder: Path) -> latent_video.VAEConfig:

@@ -114,6 +114,25 @@ def test_from_a_folder_of_clips_to_samples(trained, capsys):
     assert said.out.strip() == str(run / "repository")
 
 
+def test_a_trained_model_is_trained_on(trained, config, tmp_path, capsys):
+    """With its VAE as it is; at a rate of nothing it stays what it was."""
+    repository = trained[1] / "run" / "repository"
+    flags = [*config, f"--config.initial={repository}", "--config.schedule.learning_rate=1e-12"]
+    assert train.main(flags) == 0
+    was, became = (class_conditional.load(path, "float32") for path in (repository, tmp_path / "run" / "repository"))
+    jax.tree.map(np.testing.assert_array_equal, became.params["vae"], was.params["vae"])
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9)  # noqa: E731
+    jax.tree.map(close, became.params["transformer"], was.params["transformer"])
+    assert became.configs == was.configs and not (tmp_path / "run" / "vae_run").exists()
+
+    capsys.readouterr()
+    assert train.main([*flags, "--config.prediction=epsilon", f"--config.folder={tmp_path / 'other'}"]) == 2
+    assert "transformer: not that of initial, " in (said := capsys.readouterr().err)
+    assert "prediction is epsilon, there v_prediction" in said
+    assert train.main([*flags[:-2], "--config.initial=nowhere"]) == 2
+    assert "nowhere/vae holds no trained VAE" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_killed_run_goes_on_bit_for_bit(trained, config, tmp_path, cached):
     """In another process; the data is read from the files, or from cached latents."""
