@@ -16,7 +16,7 @@ import numpy as np
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-SKIP = ("step", "seconds_per_step", "grad_norm", "spread")
+SKIP = ("step", "seconds_per_step", "grad_norm", "spread", "kl", "skipped")
 
 
 def curves(folder: Path) -> dict[str, np.ndarray]:

@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
     config.precision = "float32"
     config.loss = ConfigDict({"drop_label": 0.1, "timesteps": "logit_normal", "remat": "dots"})
     config.schedule = ConfigDict({"steps": 2200, "learning_rate": 1e-3, "warmup": 200, "average_decay": 0.998})
+    config.guidance = 4.0
     config.loop.save_every = 500
     config.loop.show_every = 500
     return config
