@@ -6,7 +6,8 @@
     python -m jvdiff.sample --config configs/latent_video_digits.py --config.class_label=seven
 
 Clips are 16 frames of 64x64, latents 4x8x8. On two AVX2 cores: 5 minutes for the clips, 27 for the VAE, 5 for the
-latents, 48 for the transformer. checkpoints/digits-classes was made by it; what it can do: docs/latent_video.md.
+latents, 48 for the transformer. Nearly this made checkpoints/digits-classes (docs/log.md); what that can do:
+docs/latent_video.md.
 """
 
 from ml_collections import ConfigDict

@@ -74,7 +74,7 @@ def latent_video_task(
     placement: Placement | None = None,
 ) -> Task:
     """Diffusion as DDPM defines it (`diffusion.variance_preserving`): the mean squared error of what the network
-    predicts (`cfg.prediction`) at random timesteps, which are spread evenly over the batch (arXiv:2107.00630, I.1).
+    predicts (`cfg.prediction`) at random timesteps, which are spread evenly over the batch (arXiv:2107.00630).
 
     Args:
       drop_label: the share of clips whose label is replaced by that of no class, for guidance (arXiv:2207.12598).
