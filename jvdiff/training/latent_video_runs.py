@@ -175,6 +175,11 @@ def describe(config: Any, classes: int) -> Plan:
     if config.get("initial"):
         known = latent_video.DiTConfig.from_json(reader.read_json(Path(config.initial) / "transformer" / "config.json"))
         fields.check_sizes(f"transformer: not that of initial, {config.initial}", cfg, known)
+        learnt = reader.read_json(Path(config.initial) / "model_index.json").get("noise_schedule")
+        if learnt != config.noise_schedule:
+            raise UsageError(
+                f"noise_schedule is {config.noise_schedule!r:.40}; {config.initial} has learnt {learnt!r:.40}."
+            )
     variance_preserving.alphas_cumprod(config.noise_schedule)  # says whether there is such a one
     configs = Configs(cfg, vae_cfg, config.noise_schedule)
     given: Any = {name: config[name] for name in class_conditional.FIELDS}

@@ -129,6 +129,8 @@ def test_a_trained_model_is_trained_on(trained, config, tmp_path, capsys):
     assert train.main([*flags, "--config.prediction=epsilon", f"--config.folder={tmp_path / 'other'}"]) == 2
     assert "transformer: not that of initial, " in (said := capsys.readouterr().err)
     assert "prediction is epsilon, there v_prediction" in said
+    assert train.main([*flags, "--config.noise_schedule=linear", f"--config.folder={tmp_path / 'other'}"]) == 2
+    assert "noise_schedule is 'linear'; " in (said := capsys.readouterr().err) and "has learnt 'cosine'" in said
     assert train.main([*flags[:-2], "--config.initial=nowhere"]) == 2
     assert "nowhere/vae holds no trained VAE" in capsys.readouterr().err
 
