@@ -5,8 +5,8 @@
     python -m jvdiff.train --config configs/latent_video_digits.py --config.loop.mesh=data=2
     python -m jvdiff.sample --config configs/latent_video_digits.py --config.class_label=seven
 
-Clips are 16 frames of 64x64, latents 4x8x8. On two AVX2 cores: 5 minutes for the clips, 27 for the VAE, 5 for the
-latents, 48 for the transformer. Nearly this made checkpoints/digits-classes (docs/log.md); what that can do:
+Clips are 16 frames of 64x64, latents 4x8x8. On two slow AVX2 cores: 5 minutes for the clips, 53 for the VAE, 5 for the
+latents, 145 for the transformer. Nearly this made checkpoints/digits-classes (docs/log.md); what that can do:
 docs/latent_video.md.
 """
 
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
             "batch": 2,
             "short_clips": {"steps": 800, "num_frames": 4},
             "loss": {"kl": 1e-4, "l1": 1.0, "foreground_weight": 9.0},
-            "schedule": {"steps": 1400, "learning_rate": 1e-3, "warmup": 100, "average_decay": 0.998},
+            "schedule": {"steps": 2800, "learning_rate": 1e-3, "warmup": 100, "average_decay": 0.998},
         }
     )
     with config.ignore_type():  # a size's name there, fields here
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     config.batch = 32
     config.precision = "float32"
     config.loss = ConfigDict({"drop_label": 0.1, "timesteps": "logit_normal", "remat": "dots"})
-    config.schedule = ConfigDict({"steps": 2200, "learning_rate": 1e-3, "warmup": 200, "average_decay": 0.998})
+    config.schedule = ConfigDict({"steps": 6500, "learning_rate": 1e-3, "warmup": 200, "average_decay": 0.998})
     config.guidance = 4.0
     config.loop.save_every = 500
     config.loop.show_every = 500
