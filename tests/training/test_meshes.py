@@ -81,19 +81,21 @@ def one_device(params):
 def test_a_step_is_the_same_on_any_mesh(one_device, params, shape):
     """The gradient too: Adam's first moment after one step is a tenth of it.
 
-    Its first step is the gradient's sign, which rounding turns where a gradient is next to nothing: what comes of the
-    step is held to ten times as much. A step not taken would be at least ten times that again.
+    Its first step is the gradient's sign, which rounding turns where a gradient is next to nothing: there, in less than
+    a hundredth of a leaf, the step is not compared.
     """
     state, losses, share = two_steps(shape, params)
     np.testing.assert_allclose(losses[0], one_device[1][0], rtol=1e-5)
     np.testing.assert_allclose(losses[1], one_device[1][1], rtol=1e-4)
-    for new, old, most in (
-        (flatten(state.optimizer[1][0].mu), flatten(one_device[0].optimizer[1][0].mu), 1e-5),
-        (flatten(state.params), flatten(one_device[0].params), 1e-4),
-    ):
-        for name in old:
-            error = np.linalg.norm(new[name] - old[name]) / np.linalg.norm(old[name])
-            assert error < most, (name, error)
+    new, old = flatten(state.params), flatten(one_device[0].params)
+    moments, expected = flatten(state.optimizer[1][0].mu), flatten(one_device[0].optimizer[1][0].mu)
+    for name in old:
+        size = np.abs(expected[name])
+        signed = (size == 0) | (size > 1e-4 * np.sqrt(np.mean(size**2)))
+        assert signed.mean() > 0.99, name
+        for a, b in ((moments[name], expected[name]), (new[name][signed], old[name][signed])):
+            error = np.linalg.norm(a - b) / np.linalg.norm(b)
+            assert error < 1e-5, (name, error)
     assert share < 1.15 / (shape.fsdp * shape.tensor)
 
 
