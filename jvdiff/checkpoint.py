@@ -448,6 +448,9 @@ def write_params(root: Path, component: str, leaves: Mapping[str, Leaf]) -> dict
     arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
     with _orbax(type_handler_registry=_REGISTRY) as orbax:
         orbax.save((root / component / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree, save_args=arguments))
+    mark = root / component / PARAMS / "commit_success.txt"  # Orbax writes the folder's name into it, which is private
+    if mark.exists():
+        mark.write_text("Checkpoint commit was successful\n", encoding="utf-8")
     verify_arrays(root / component, prefix, records)
     return records
 

@@ -235,3 +235,9 @@ def test_a_manifest_of_a_later_version(saved):
     (saved / "jvdiff.json").write_text(json.dumps({**manifest, "version": 2}))
     with pytest.raises(CheckpointError, match="version 1"):
         checkpoint.restore(saved, abstract(TREE))
+
+
+def test_a_saved_directory_does_not_say_where_it_was_made(tmp_path):
+    checkpoint.save(tmp_path / "model", {"a": {"kernel": np.ones((2, 3), np.float32)}})
+    files = [file for file in (tmp_path / "model").rglob("*") if file.is_file()]
+    assert [file.name for file in files if str(tmp_path).encode() in file.read_bytes()] == []
