@@ -45,7 +45,7 @@ from jvdiff.kernels import Dense, SlidingTile, VideoSparse, block_sparse, tiles
 from jvdiff.kernels.block_sparse import Lists
 from jvdiff.kernels.sliding_tile import check_windows, window_lists
 from jvdiff.models import wan
-from jvdiff.settings import read_pattern
+from jvdiff.pipeline.settings import read_pattern
 
 DIRECTIONS = {"forward": 4.0, "backward": 10.0}  # FLOPs of one query-key pair and channel
 WRONG = 0.05  # a relative error that no rounding explains
@@ -150,7 +150,7 @@ def tile_of(pattern: wan.Pattern) -> tiles.Grid:
 
 
 def problem(shape: Shape, name: str, dtype: Any) -> Problem:
-    """Random operands; `name` as in `jvdiff.settings.read_pattern`."""
+    """Random operands; `name` as in `jvdiff.pipeline.settings.read_pattern`."""
     pattern = read_pattern(name, shape.heads)
     tile = tile_of(pattern)
     sizes = tiles.variable_block_sizes(shape.grid, tile)

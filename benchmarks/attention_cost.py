@@ -30,8 +30,8 @@ from jvdiff.errors import JvdiffError
 from jvdiff.kernels import Dense, SlidingTile, VideoSparse, tiles
 from jvdiff.kernels.sliding_tile import check_windows, window_lists
 from jvdiff.models import latent_video
+from jvdiff.pipeline.settings import read_pattern
 from jvdiff.plan import count_flops
-from jvdiff.settings import read_pattern
 
 FRAMES = (21, 41, 81, 161, 321)
 PATTERNS = (

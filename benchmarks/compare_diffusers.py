@@ -35,11 +35,12 @@ import numpy as np
 from machine import describe
 from timing import RESULTS, in_turn, matmul_peak, short, write
 
-from convert.rules import disassemble, flatten, unflatten
-from convert.tables import component
 from jvdiff.errors import JvdiffError, SetupError
-from jvdiff.models import umt5, wan
+from jvdiff.models import wan
+from jvdiff.models.text import umt5
+from jvdiff.pipeline.tables import component
 from jvdiff.plan import count_flops
+from jvdiff.weights.naming import disassemble, flatten, unflatten
 
 PROMPT = "a red seven moving left"
 
@@ -307,7 +308,7 @@ def measure_clip(checkpoint: str, repeats: int, rival: str | None) -> Row:
     """Prompt to frames, with the checkpoint's own settings, from the same noise."""
     import jvdiff
     from jvdiff import pipeline
-    from jvdiff.settings import latent_shape
+    from jvdiff.pipeline.settings import latent_shape
 
     pipe = jvdiff.load(checkpoint)
     settings = pipe.settings()
@@ -355,8 +356,9 @@ def _their_clip(checkpoint: str, settings: Any, noise: np.ndarray | None, device
 def first_frame(checkpoint: str, side: str, cache: str) -> None:
     """In a process of its own: prints the time of day when the first frame is in host memory."""
     import jvdiff
-    from jvdiff import pipeline, repository
-    from jvdiff.settings import Configs, latent_shape, read_defaults, resolve
+    from jvdiff import pipeline
+    from jvdiff.pipeline import repository
+    from jvdiff.pipeline.settings import Configs, latent_shape, read_defaults, resolve
 
     if side == "ours":
         jax.config.update("jax_compilation_cache_dir", cache)

@@ -21,8 +21,8 @@ import machine
 import numpy as np
 from timing import RESULTS, in_turn, short, write
 
-from jvdiff.data import clips, video
 from jvdiff.errors import JvdiffError
+from jvdiff.media import clips, video
 
 
 def write_clips(folder: Path, count: int, frames: int, side: int = 320) -> clips.Clips:

@@ -29,9 +29,11 @@ import numpy as np
 import stream_adherence
 from machine import describe
 
-from jvdiff.data import digits, digits_judge, video
-from jvdiff.data.digits import Combo
+from jvdiff.digits import clips as digits
+from jvdiff.digits import judge as digits_judge
+from jvdiff.digits.clips import Combo
 from jvdiff.errors import JvdiffError, UsageError
+from jvdiff.media import video
 from jvdiff.types import Params
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,7 +111,7 @@ def main() -> int:
         if args.save:
             np.savez_compressed(args.save, video=videos)
     if args.classes:
-        from jvdiff import class_conditional
+        from jvdiff.pipeline import class_conditional
 
         model = class_conditional.load(args.classes)
         found, picture = class_adherence.measure(
@@ -212,8 +214,9 @@ def stream_round_trip(judge: Params, path: str, count: int = 40, chunks: int = 5
 
 def _through_vae(path: str, clips: np.ndarray) -> np.ndarray:
     """uint8 [B,F,Y,X,3], encoded and decoded by the VAE of a repository."""
-    from jvdiff import checkpoint, repository
     from jvdiff.models import wan
+    from jvdiff.pipeline import repository
+    from jvdiff.weights import checkpoint
 
     cfg = repository.inspect(path).vae
     params = checkpoint.restore(Path(path) / "vae", wan.abstract_params(cfg))

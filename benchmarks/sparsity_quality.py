@@ -29,9 +29,10 @@ from timing import RESULTS, in_turn, short, write
 
 import jvdiff
 from jvdiff import pipeline
-from jvdiff.data import digits, digits_judge
+from jvdiff.digits import clips as digits
+from jvdiff.digits import judge as digits_judge
 from jvdiff.errors import JvdiffError
-from jvdiff.settings import latent_shape, read_pattern
+from jvdiff.pipeline.settings import latent_shape, read_pattern
 
 PATTERNS = (
     "dense",

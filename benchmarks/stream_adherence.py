@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jvdiff.data import digits, digits_judge
-from jvdiff.data.digits import Combo
-from jvdiff.data.digits_judge import Seen
+from jvdiff.digits import clips as digits
+from jvdiff.digits import judge as digits_judge
+from jvdiff.digits.clips import Combo
+from jvdiff.digits.judge import Seen
 from jvdiff.errors import UsageError
 from jvdiff.types import Params
 

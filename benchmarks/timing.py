@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jvdiff.data import video
+from jvdiff.media import video
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -36,8 +36,8 @@ from configs import latent_video_small
 from jvdiff import plan
 from jvdiff.errors import JvdiffError, SetupError
 from jvdiff.models import latent_video
+from jvdiff.models.latent_video.runs import programs
 from jvdiff.sharding import MeshShape
-from jvdiff.training.latent_video_runs import programs
 from jvdiff.training.loop import Schedule, Task, make_step, start
 
 TARGET = "h200"  # of which `roofline` has the rates

@@ -8,7 +8,7 @@ its folder holds its own defaults (20 steps, guidance 4). Memory: well under 1 G
 
 from ml_collections import ConfigDict
 
-from jvdiff import sample
+from jvdiff.commands import sample
 
 
 def get_config() -> ConfigDict:

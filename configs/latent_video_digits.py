@@ -1,6 +1,6 @@
 """The small latent video model's little sibling: moving digits by class, on two CPU cores.
 
-    python -m jvdiff.data.digits --output=runs/digits_clips --clips=4000
+    python -m jvdiff.digits --output=runs/digits_clips --clips=4000
     export XLA_FLAGS=--xla_force_host_platform_device_count=2
     python -m jvdiff.train --config configs/latent_video_digits.py --config.loop.mesh=data=2
     python -m jvdiff.sample --config configs/latent_video_digits.py --config.class_label=seven

@@ -17,7 +17,7 @@ of 18 latent frames 4.8 GiB; a saved state as much.
 
 from ml_collections import ConfigDict
 
-from jvdiff import stream
+from jvdiff.commands import stream
 
 
 def get_config() -> ConfigDict:

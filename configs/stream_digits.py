@@ -10,7 +10,7 @@ steps and guidance. Without --config.chunks it goes on until Ctrl-C. Memory: wel
 
 from ml_collections import ConfigDict
 
-from jvdiff import stream
+from jvdiff.commands import stream
 
 
 def get_config() -> ConfigDict:

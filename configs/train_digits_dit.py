@@ -9,7 +9,7 @@ held-out combinations never seen. Figures and curves: docs/log.md.
 
 from ml_collections import ConfigDict
 
-from jvdiff import distributed
+from jvdiff.runtime import distributed
 
 
 def get_config() -> ConfigDict:

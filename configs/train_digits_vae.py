@@ -8,7 +8,7 @@ curves: docs/log.md. The result is runs/digits_vae/vae.
 
 from ml_collections import ConfigDict
 
-from jvdiff import distributed
+from jvdiff.runtime import distributed
 
 
 def get_config() -> ConfigDict:

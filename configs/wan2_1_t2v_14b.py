@@ -13,7 +13,7 @@ On eight: --config.mesh=sequence=8; a step would take an eighth of the time, to 
 
 from ml_collections import ConfigDict
 
-from jvdiff import sample
+from jvdiff.commands import sample
 
 
 def get_config() -> ConfigDict:

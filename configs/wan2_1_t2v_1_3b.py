@@ -13,7 +13,7 @@ in all, 28.6 PFLOP a clip.
 
 from ml_collections import ConfigDict
 
-from jvdiff import sample
+from jvdiff.commands import sample
 
 
 def get_config() -> ConfigDict:

@@ -30,16 +30,16 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from convert import reader
-from convert.rules import by_leaf, check, fill, flatten
-from convert.tables import read_component
-from jvdiff import checkpoint
-from jvdiff.checkpoint import Leaf
-from jvdiff.data import tokenizer
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, UsageError
 from jvdiff.models import wan
-from jvdiff.repository import COMPONENTS, inspect
-from jvdiff.staging import check_target, staged
+from jvdiff.models.text import tokenizer
+from jvdiff.pipeline.repository import COMPONENTS, inspect
+from jvdiff.pipeline.tables import read_component
+from jvdiff.runtime.staging import check_target, staged
+from jvdiff.weights import checkpoint
+from jvdiff.weights import safetensors as reader
+from jvdiff.weights.checkpoint import Leaf
+from jvdiff.weights.naming import by_leaf, check, fill, flatten
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _COPIED = ("model_index.json", "jvdiff_defaults.json", "README.md", "LICENSE*", "NOTICE*")
@@ -120,7 +120,8 @@ def convert(
         tell: called with a line on the progress now and then.
 
     Raises:
-        JvdiffError: see `jvdiff.repository.inspect`, `convert.reader`, `convert.rules.check`, `jvdiff.staging.staged`.
+        JvdiffError: see `jvdiff.pipeline.repository.inspect`, `jvdiff.weights.safetensors`,
+            `jvdiff.weights.naming.check`, `jvdiff.runtime.staging.staged`.
     """
     check_target(target.absolute(), overwrite)
     repository = inspect(source)
@@ -201,7 +202,7 @@ def verify(target: Path) -> None:
 
     Raises:
         IntegrityError: something differs from the manifest, is missing, or should not be there.
-        JvdiffError: see `jvdiff.repository.inspect`.
+        JvdiffError: see `jvdiff.pipeline.repository.inspect`.
     """
     checkpoint.verify_files(target)
     records = checkpoint.read_manifest(target)["tensors"]

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import reader
 from convert.__main__ import DTYPES, copy_small_files, run
-from convert.rules import by_leaf, expected
-from convert.tables import read_component
-from jvdiff import checkpoint
 from jvdiff.errors import CheckpointError, UsageError
-from jvdiff.repository import COMPONENTS, inspect
-from jvdiff.staging import staged
+from jvdiff.pipeline.repository import COMPONENTS, inspect
+from jvdiff.pipeline.tables import read_component
+from jvdiff.runtime.staging import staged
+from jvdiff.weights import checkpoint
+from jvdiff.weights import safetensors as reader
+from jvdiff.weights.naming import by_leaf, expected
 
 _STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _CODES = {dtype: code for code, dtype in reader.DTYPES.items()}

@@ -2,13 +2,16 @@
 
 load(path) -> Pipeline                 a Hugging Face folder or a converted repository
 generate(pipe, prompts, ...) -> Output  video uint8 [B,F,Y,X,3] and latents float32 [B,T,H,W,C]
-pipeline, settings                     the stages of generate, one by one; what decides a clip
-class_conditional                      a class label becomes a video, with a model trained on labelled clips
-streaming, run_state                   video without end, chunk by chunk; a run as a folder, to go on from
-models, kernels, diffusion, data       the rooms below: pure functions over arrays
-training                               the loop, and the tasks that it trains
+pipeline                               the stages of generate, one by one; what decides a clip
+streaming                              video without end, chunk by chunk
+models, kernels, diffusion             the rooms below: pure functions over arrays
+training                               the loop that trains any task; tasks stand beside the models
+weights                                reading and saving parameters, in both layouts
+media                                  video files, pictures, folders of clips
 sharding                               meshes, where weights live, sequence-parallel attention
-checkpoint, precision, errors          reading and saving weights, the dtype table, what can go wrong
+plan                                   what a run would take, found out without weights
+digits                                 the toy: moving digits, their judge, and the runs that make its models
+runtime, precision, errors             saved states and processes, the dtype table, what can go wrong
 """
 
 import importlib
@@ -16,20 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jvdiff import (
-        checkpoint,
-        class_conditional,
-        data,
         diffusion,
+        digits,
         errors,
         kernels,
+        media,
         models,
         pipeline,
+        plan,
         precision,
-        run_state,
-        settings,
+        runtime,
         sharding,
         streaming,
         training,
+        weights,
     )
     from jvdiff.pipeline import Output, Pipeline, generate, load
 
@@ -38,22 +41,22 @@ _FROM_PIPELINE = ("Output", "Pipeline", "generate", "load")
 __all__ = [
     "Output",
     "Pipeline",
-    "checkpoint",
-    "class_conditional",
-    "data",
     "diffusion",
+    "digits",
     "errors",
     "generate",
     "kernels",
     "load",
+    "media",
     "models",
     "pipeline",
+    "plan",
     "precision",
-    "run_state",
-    "settings",
+    "runtime",
     "sharding",
     "streaming",
     "training",
+    "weights",
 ]
 
 

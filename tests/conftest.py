@@ -30,10 +30,11 @@ def tiny_repository(tmp_path_factory):
     """A whole text-to-video repository in Hugging Face layout, random and tiny; by default 16x16 pixels, 5 frames."""
     from safetensors.numpy import save_file
 
-    from convert.rules import disassemble, flatten, unflatten
-    from convert.tables import component
-    from jvdiff.data import digits_tokenizer
-    from jvdiff.models import umt5, wan
+    from jvdiff.digits import tokenizer as digits_tokenizer
+    from jvdiff.models import wan
+    from jvdiff.models.text import umt5
+    from jvdiff.pipeline.tables import component
+    from jvdiff.weights.naming import disassemble, flatten, unflatten
 
     root = tmp_path_factory.mktemp("tiny") / "repository"
     tokenizer = digits_tokenizer.build(["a", "red", "blue", "seven", "two", "moving", "left", "right"])

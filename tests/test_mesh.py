@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import jvdiff
-from jvdiff import pipeline, sample
-from jvdiff.data import video as videos
+from jvdiff import pipeline
+from jvdiff.commands import sample
 from jvdiff.errors import UsageError
+from jvdiff.media import video as videos
 
 PROMPT = "a red seven moving left"
 STEM = "a-red-seven-moving-left_seed3"

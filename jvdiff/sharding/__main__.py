@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jvdiff import command_line, pipeline, plan, sample
+from jvdiff import pipeline, plan
+from jvdiff.commands import command_line, sample
 from jvdiff.errors import UsageError
 from jvdiff.sharding import MeshShape, check_mesh, read_mesh
 

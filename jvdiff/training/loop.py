@@ -28,12 +28,12 @@ import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jvdiff import distributed
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
-from jvdiff.interrupts import interrupts
+from jvdiff.runtime import distributed
+from jvdiff.runtime.interrupts import interrupts
+from jvdiff.runtime.staging import lock, resource_error
 from jvdiff.sharding import MeshShape, make_mesh, param_shardings
 from jvdiff.sharding.rules import REPLICATED, Rules
-from jvdiff.staging import lock, resource_error
 from jvdiff.training.metrics import Metrics
 from jvdiff.types import Array, Params
 

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from jvdiff import distributed
-from jvdiff.data.video import atomic
 from jvdiff.errors import SetupError, UsageError
+from jvdiff.media.video import atomic
+from jvdiff.runtime import distributed
 
 _log = logging.getLogger("jvdiff.training")
 

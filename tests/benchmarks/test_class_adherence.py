@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from jvdiff import class_conditional
-from jvdiff.class_conditional import Configs, Settings
-from jvdiff.data import digits
-from jvdiff.data.digits_judge import Seen
+from jvdiff.digits import clips as digits
+from jvdiff.digits.judge import Seen
 from jvdiff.errors import UsageError
 from jvdiff.models import latent_video
+from jvdiff.pipeline import class_conditional
+from jvdiff.pipeline.class_conditional import Configs, Settings
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.rules import flatten
 from jvdiff.models import wan
+from jvdiff.weights.naming import flatten
 
 
 @pytest.fixture

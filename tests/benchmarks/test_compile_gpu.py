@@ -88,7 +88,7 @@ def test_mistakes_end_with_a_sentence_and_status_2(arguments, message, monkeypat
 
 
 def test_without_the_compiler_it_says_how_to_install_it(monkeypatch, capsys, compile_gpu):
-    monkeypatch.setattr(compile_gpu.plan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(compile_gpu.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["compile_gpu.py"])
     assert compile_gpu.main() == 7
     assert "pip install --no-deps jax-cuda13-plugin==" in capsys.readouterr().err

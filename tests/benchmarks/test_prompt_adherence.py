@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jvdiff.data import digits, video
+from jvdiff.digits import clips as digits
 from jvdiff.errors import UsageError
+from jvdiff.media import video
 
 
 @pytest.fixture

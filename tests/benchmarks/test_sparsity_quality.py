@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jvdiff.data import digits
+from jvdiff.digits import clips as digits
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jvdiff.data import digits
-from jvdiff.data.digits import Combo
-from jvdiff.data.digits_judge import Seen
+from jvdiff.digits import clips as digits
+from jvdiff.digits.clips import Combo
+from jvdiff.digits.judge import Seen
 
 
 @pytest.fixture

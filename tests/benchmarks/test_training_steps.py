@@ -7,8 +7,7 @@ import pytest
 from benchmarks import training_steps
 from jvdiff.errors import SetupError
 from jvdiff.models import latent_video
-from jvdiff.training import latent_video_task
-from jvdiff.training.latent_video import LabelledLatents
+from jvdiff.models.latent_video.objective import LabelledLatents, latent_video_task
 from jvdiff.training.loop import Schedule
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from jvdiff import pipeline, plan, precision, sample, stream, streaming, train
-from jvdiff.settings import FIELDS, Configs, latent_shape, resolve
-from jvdiff.training import latent_video_runs, loop
+from jvdiff import pipeline, plan, precision, streaming
+from jvdiff.commands import sample, stream, train
+from jvdiff.models.latent_video import runs as latent_video_runs
+from jvdiff.pipeline.settings import FIELDS, Configs, latent_shape, resolve
+from jvdiff.training import loop
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if not p.stem.startswith("train_"))

@@ -19,13 +19,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import convert, find, main, verify
-from convert.rules import flatten
-from convert.tables import read_component
 from convert.to_hf import to_hf
-from jvdiff import checkpoint
 from jvdiff.errors import CheckpointError, IntegrityError, MissingTensor, ResourceError, ShapeMismatch, UsageError
-from jvdiff.repository import inspect
-from jvdiff.staging import staged
+from jvdiff.pipeline.repository import inspect
+from jvdiff.pipeline.tables import read_component
+from jvdiff.runtime.staging import staged
+from jvdiff.weights import checkpoint
+from jvdiff.weights.naming import flatten
 
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
@@ -449,8 +449,8 @@ def test_memory_is_bounded_by_the_largest_leaf(tmp_path):  # F45
     program = f"""
 import resource, numpy as np
 from jvdiff import checkpoint
-from jvdiff.repository import inspect
-from jvdiff.staging import staged
+from jvdiff.pipeline.repository import inspect
+from jvdiff.runtime.staging import staged
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 def leaf(size, seed):

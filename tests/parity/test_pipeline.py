@@ -13,10 +13,11 @@ import pytest
 
 import jvdiff
 from convert.to_hf import to_hf
-from jvdiff import repository
-from jvdiff.data import digits_tokenizer
-from jvdiff.models import umt5, wan
-from jvdiff.settings import latent_shape
+from jvdiff.digits import tokenizer as digits_tokenizer
+from jvdiff.models import wan
+from jvdiff.models.text import umt5
+from jvdiff.pipeline import repository
+from jvdiff.pipeline.settings import latent_shape
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -10,11 +10,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from convert.__main__ import convert
-from convert.rules import disassemble
-from convert.tables import component
 from convert.to_hf import to_hf
-from jvdiff import checkpoint, repository
 from jvdiff.models import wan
+from jvdiff.pipeline import repository
+from jvdiff.pipeline.tables import component
+from jvdiff.weights import checkpoint
+from jvdiff.weights.naming import disassemble
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

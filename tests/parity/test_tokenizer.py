@@ -7,7 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from jvdiff.data import digits, digits_tokenizer, tokenizer
+from jvdiff.digits import clips as digits
+from jvdiff.digits import tokenizer as digits_tokenizer
+from jvdiff.models.text import tokenizer
 
 transformers = pytest.importorskip("transformers")
 

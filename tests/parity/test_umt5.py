@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import rules
-from convert.umt5 import RULES
-from jvdiff.models import umt5
+from jvdiff.models.text import umt5
+from jvdiff.models.text.umt5_names import RULES
+from jvdiff.weights import naming as rules
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import rules, wan_dit
 from jvdiff.models import wan
+from jvdiff.models.wan import dit_names as wan_dit
+from jvdiff.weights import naming as rules
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

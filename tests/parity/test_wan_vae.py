@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import rules, wan_vae
 from jvdiff.models import wan
+from jvdiff.models.wan import vae_names as wan_vae
+from jvdiff.weights import naming as rules
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -9,7 +9,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jvdiff.models import latent_video, umt5, wan
+from jvdiff.models import latent_video, wan
+from jvdiff.models.text import umt5
 from jvdiff.sharding import MeshShape, bytes_per_device, make_mesh, param_shardings, rules, specs
 
 ONE = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}

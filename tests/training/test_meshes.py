@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from convert.rules import flatten
-from jvdiff.models import umt5, wan
+from jvdiff.models import wan
+from jvdiff.models.text import umt5
+from jvdiff.models.wan import flow_matching
 from jvdiff.sharding import MeshShape, Placement, make_mesh
-from jvdiff.training import flow_matching, loop
+from jvdiff.training import loop
+from jvdiff.weights.naming import flatten
 
 DIT = wan.DiTConfig(
     num_attention_heads=8,

@@ -35,7 +35,7 @@ class DiTConfig:
     """diffusers' WanTransformer3DModel arguments, with its names and defaults (those of the 14B model).
 
     `gate_compress` is ours: the blocks have the gate of video sparse attention's coarse branch, as FastWan's do, which
-    diffusers would ignore. Published files show it by their tensors alone (`convert.tables`). `causal`: the weights
+    diffusers would ignore. Published files show it by their tensors alone. `causal`: the weights
     were trained to make a video chunk by chunk, as Self-Forcing's, and the class is named CausalWanTransformer3DModel;
     tensors and computation are the same.
     """

@@ -1,0 +1,222 @@
+"""What the command lines share: configs and flags, errors as sentences with an exit status, the compilation cache.
+
+Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 interrupted, resumable · 6 NaN or infinity ·
+7 set-up · 130 stopped at once · 1 anything else, with the traceback in a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import stat
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from jvdiff.errors import JvdiffError, ResourceError, SetupError, UsageError
+from jvdiff.runtime import distributed
+
+
+class Request(NamedTuple):
+    """config: complete. given: the fields that the command line itself set. file: the config's."""
+
+    config: config_dict.ConfigDict
+    given: dict[str, Any]
+    file: str
+
+
+def main(
+    argv: Sequence[str] | None,
+    parse: Callable[[Sequence[str]], Request],
+    work: Callable[[Request], Iterable[Path]],
+    folder: str,
+) -> int:
+    """Runs a command line, prints the paths of what it made, and returns its exit status.
+
+    `folder` names the field of the config with the folder that gets the traceback of a bug. Of several processes all
+    return the same status, and process 0 prints the paths.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    place, shown, code, message = None, None, 0, ""
+    try:
+        request = parse(argv)
+        place = request.config.get(folder)
+        distributed.join(request.config)
+        for path in work(request):
+            if distributed.writes():
+                print(path)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code, message = 130, "stopped at once; nothing more was saved."
+    except BrokenPipeError:  # who reads our output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as raised:
+        shown = distributed.explained(raised)
+        code, message = _sentence(shown, place)
+    if code:
+        if shown is not None and "--traceback" in argv:
+            traceback.print_exception(shown)
+        print(f"error: {message}", file=sys.stderr)
+    return distributed.leave(code, message)
+
+
+def parse(argv: Sequence[str], usage: str) -> Request:
+    """Reads --config FILE and --config.FIELD=VALUE; the file's own fields are for the caller to check.
+
+    Raises:
+        UsageError: an unknown flag or field (with the nearest one), a value of the wrong type, no config, one that is
+            not Python; or --help.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_bool("traceback", False, "show where in the program an error arose", flag_values=values)
+    flags.DEFINE_bool("help", False, "show this", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "a file of configs/", flag_values=values, sys_argv=list(argv))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # ml_collections' own
+            extra = values(list(argv))[1:]
+            config = values.config
+            if config is not None:
+                config.keys()  # a file that could not be loaded tells so only now
+    except (AttributeError, KeyError) as error:
+        raise UsageError(f"unknown config field {' '.join(str(error.args[0]).split())}") from error
+    except (ImportError, NameError, SyntaxError) as error:
+        raise UsageError(f"the config file cannot be read: {type(error).__name__}: {error}.") from error
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        raise UsageError(_first_lines(str(error))) from error
+    if values.help or config is None:
+        raise UsageError(f"{'' if values.help else 'no config. '}Usage: {usage}\nFlags: --traceback.")
+    if extra:
+        raise UsageError(f"cannot use {extra[0]!r}; fields are set as --config.name=value.")
+    flag = values["config"]
+    return Request(config, config_flags.get_override_values(flag), config_flags.get_config_filename(flag))
+
+
+def writable(folder: str, field: str) -> Path:
+    """The folder that a field of the config names, made if need be; asked before minutes of work."""
+    if not distributed.writes():
+        return Path(folder)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Path(folder)
+    except OSError as error:
+        raise ResourceError(f"cannot write to {folder}: {error.strerror}; choose another --config.{field}.") from error
+
+
+@contextlib.contextmanager
+def device_memory(what: str, advice: str) -> Iterator[None]:
+    """Turns the device's out-of-memory error into a sentence: what was being done, and what to try.
+
+    Raises:
+        ResourceError: the device has not enough memory.
+    """
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ResourceError(f"{what}: the device has not enough memory.\n{advice}") from error
+
+
+def say(message: str) -> None:
+    """A line for the person at the terminal; of several processes the first speaks."""
+    if distributed.writes():
+        print(message, file=sys.stderr, flush=True)
+
+
+def say_device(width: int, mesh: Any) -> None:
+    """Says what a model of this width will be computed on."""
+    import jax
+
+    device, count = jax.devices()[0], f"{mesh.devices} x " if mesh else ""
+    shared = f", mesh {mesh}" if mesh else ""
+    say(f"device: {count}{device.device_kind} ({jax.default_backend()}){shared}, jax {jax.__version__}")
+    if jax.default_backend() == "cpu" and width >= 1024:
+        say("warning: no GPU was found; a model of this size takes hours on a CPU (see docs for the GPU extras)")
+
+
+@contextlib.contextmanager
+def plain_logs() -> Iterator[None]:
+    """Shows what jvdiff logs as plain lines on stderr, whatever format other packages have set."""
+    logger, handler = logging.getLogger("jvdiff"), logging.StreamHandler()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if distributed.writes() else logging.ERROR)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+def compile_cache(where: str | None) -> None:
+    """Turns on JAX's compilation cache, in a folder that nobody else can write: what it holds is run as code.
+
+    `where`: a folder, "off", or None for the user's cache folder.
+
+    Raises:
+        SetupError: the folder is another user's, or its group or others may write into it.
+    """
+    import jax
+
+    if where == "off":
+        return
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    chosen = where or jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    folder = Path(chosen or Path(root) / "jvdiff" / "compiled")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+    except OSError as error:
+        say(f"notice: no compilation cache, {folder} cannot be used: {error.strerror}")
+        return
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise SetupError(
+            f"the compilation cache {folder} can be written by others, and what is in it is run as code.\n"
+            f"Expected: yours, mode 0700. Found: owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}.\n"
+            f"Run chmod 700 {shlex.quote(str(folder))}, or choose --config.compile_cache=FOLDER, or off."
+        )
+    if not os.access(folder, os.W_OK):
+        say(f"notice: no compilation cache, {folder} cannot be written")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _first_lines(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if line.strip() and "Traceback" not in line)[:600]
+
+
+def _sentence(error: Exception, folder: Any) -> tuple[int, str]:
+    """(exit status, what to say) of an error; the traceback of a bug goes to a file."""
+    if isinstance(error, JvdiffError):
+        return error.exit_code, str(error)
+    if isinstance(error, MemoryError):
+        return ResourceError.exit_code, "not enough memory on this machine."
+    where = _log_traceback(error, folder)
+    return 1, f"{type(error).__name__}: {str(error)[:500]}\nThis is a bug; please report it with {where}."
+
+
+def _log_traceback(error: BaseException, folder: Any) -> Path:
+    """Writes the traceback where the user finds it: the output folder, else the temporary folder."""
+    text = "".join(traceback.format_exception(error))
+    for place in (folder, tempfile.gettempdir()):
+        with contextlib.suppress(OSError, TypeError):
+            path = Path(place) / f"jvdiff-error-{os.getpid()}.log"  # type: ignore[arg-type]
+            path.write_text(text, encoding="utf-8")
+            return path
+    return Path("--traceback")

@@ -1,0 +1,280 @@
+"""One rollout becomes a video that grows, its statistics, its record, and a state with which it goes on.
+
+B rollouts (here 1) · F pixel frames · Y X pixel height, width
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jvdiff.commands import command_line
+from jvdiff.commands.command_line import say
+from jvdiff.commands.one_video import device, versions
+from jvdiff.errors import CheckpointError, Interrupted, NumericsError
+from jvdiff.media import video as videos
+from jvdiff.media.fragmented_mp4 import FragmentedMP4
+from jvdiff.runtime import progress, run_state
+from jvdiff.streaming import (
+    ImageEncoder,
+    StreamCache,
+    StreamInferencePipeline,
+    StreamInferencePipelineConfig,
+    device_memory,
+    to_json,
+)
+
+FACTS = ("negative_prompt", "seed", "fps", "precision", "reencode")  # of a rollout, which a state holds as they are
+SHEET = 16  # frames that are kept for the contact sheet, at most
+_SHEET = "sheet "  # what their names in a state begin with
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """What to make, checked. prompts: by the chunk from which they hold. image: uint8 [1,Y,X,3].
+
+    state: where an earlier run stopped; its video, folder/stem.mp4, is continued. image_digest: of its picture.
+    """
+
+    config: StreamInferencePipelineConfig
+    prompts: Mapping[int, str]
+    negative_prompt: str
+    reencode: bool
+    image: np.ndarray | None
+    seed: int
+    fps: float
+    precision: str
+    checkpoint_digest: str
+    folder: Path
+    stem: str
+    image_digest: str | None = None
+    state: run_state.RunState | None = None
+
+    @property
+    def done(self) -> int:
+        """How many chunks there are already."""
+        return self.state.done if self.state else 0
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the video, as JSON values."""
+        digest = self.image_digest if self.image is None else hashlib.sha256(self.image.tobytes()).hexdigest()
+        return {
+            "prompts": {str(i): prompt for i, prompt in self.prompts.items()},
+            **{name: getattr(self, name) for name in FACTS},
+            "image": digest,
+            "pipeline": to_json(self.config),
+            "checkpoint_digest": self.checkpoint_digest,
+        }
+
+
+def stage(name: str) -> contextlib.AbstractContextManager[None]:
+    """Names the stage where the device's memory was not enough."""
+    return command_line.device_memory(
+        name,
+        "Try a shorter window (--config.pipeline.diffusion_model.transformer.window_size_t), a smaller picture (its\n"
+        "height and width), or --config.precision=bfloat16. The chunks before it can be played.",
+    )
+
+
+def make(
+    pipe: StreamInferencePipeline,
+    rollout: Rollout,
+    config: Any,
+    command: str,
+    asked_to_stop: Callable[[], bool],
+    seconds: dict[str, float],
+    began: float,
+) -> Path:
+    """Makes chunks up to config.chunks, or until it is asked to stop, and returns the path of the video.
+
+    command: the one that resumes, but for the state's folder. began: time.perf_counter() when the program began.
+    """
+    first = done = rollout.done
+    saved = first if rollout.state else None
+    with _claimed(rollout) as base:
+        with progress.phase("compiling", seconds, "compile"), stage("compiling"):
+            cache, sheet = _begin(pipe, rollout)
+            for _ in pipe.compile(cache, _first_input(rollout)):
+                pass
+        frames = rollout.state.facts["frames"] if rollout.state else 0
+        film = FragmentedMP4(f"{base}.mp4", rollout.fps, rollout.facts(), frames=frames)
+        kept, totals = Path(f"{base}.state"), {}
+
+        def save() -> int:
+            film.close()  # so that the disk has all that the state goes on from
+            facts = rollout.facts() | {"frames": film.frames, "versions": versions()}
+            arrays = run_state.flatten(cache) | {f"{_SHEET}{i}": frame for i, frame in sheet.items()}
+            run_state.save(kept, run_state.RunState(facts, done, arrays), overwrite=True)
+            return done
+
+        with (
+            film,
+            open(f"{base}.jsonl", "a", encoding="utf-8") as lines,
+            progress.bar("chunks", config.chunks or None, start=first) as show,
+        ):
+            while (done < config.chunks or not config.chunks) and not asked_to_stop():
+                with stage(f"chunk {done}"), _what_is_left(film, kept, saved):
+                    cache, frame, line, when = _chunk(pipe, rollout, done, cache, film)
+                if done == first:
+                    line["first_frame_cold_ms"] = (when - began) * 1000
+                    totals = {name: line[name] for name in ("first_frame_ms", "first_frame_cold_ms")}
+                else:
+                    del line["first_frame_ms"]
+                    for name in ("frames", "total_ms", "total_ms_wo_finalize"):
+                        totals[name] = totals.get(name, 0) + line.get(name, 0)
+                rounded = {name: round(x, 3) if isinstance(x, float) else x for name, x in line.items()}
+                lines.write(json.dumps(rounded, ensure_ascii=False) + "\n")
+                lines.flush()
+                sheet, done = _thinned(sheet | {done: frame}), done + 1
+                show(done)
+                if config.save_every and (done % config.save_every == 0 or done == config.chunks):
+                    saved = save()
+        stopped = not config.chunks or done < config.chunks
+        if not done:
+            raise KeyboardInterrupt  # there is nothing to keep
+        if done > first:
+            if stopped and saved != done:
+                save()
+            record = rollout.facts() | {"chunks": done, "frames": film.frames, "checkpoint": config.checkpoint}
+            record |= {"device": device(pipe), "versions": versions(), "resumed_at_chunk": first or None}
+            record |= {"seconds": {name: round(value, 3) for name, value in seconds.items()}}
+            record |= {"speed": {name: round(value, 3) for name, value in _rates(totals).items()}}
+            shown = np.stack([*sheet.values(), frame] if done - 1 not in sheet else list(sheet.values()))
+            videos.write_png(f"{base}.png", videos.contact_sheet(shown), rollout.facts())
+            with videos.atomic(f"{base}.json") as part:
+                part.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
+    say(_summary(done, film.frames, totals))
+    if stopped:
+        words = f"{command} {shlex.quote(f'--config.resume={kept}')}"
+        raise Interrupted(f"interrupted after {done} chunks; the video can be played. Go on with:\n  {words}")
+    return film.path
+
+
+def _chunk(
+    pipe: StreamInferencePipeline, rollout: Rollout, i: int, cache: StreamCache, film: FragmentedMP4
+) -> tuple[StreamCache, np.ndarray, dict[str, Any], float]:
+    """Makes chunk i and writes it: (cache, its last frame, statistics, time.perf_counter() when its frames were there).
+
+    The frames are in the file before anybody waits for `finalize`; where no time is taken, that runs meanwhile.
+    """
+    begun, profile = time.perf_counter(), pipe.config.enable_sync_and_profile
+    line: dict[str, Any] = {"chunk": i, "prompt": rollout.prompts[max(k for k in rollout.prompts if k <= i)]}
+    if i and i in rollout.prompts:
+        against, reencode = rollout.negative_prompt, rollout.reencode
+        cache = pipe.set_prompts(cache, [line["prompt"]], negative_prompt=against, reencode=reencode)
+        line["prompt_ms"] = (time.perf_counter() - begun) * 1000
+    given = rollout.image if i == 0 else None
+    frames, cache, final = pipe.generate(i, cache, given)
+    statistics = {}
+    if not profile:
+        cache, _ = pipe.finalize(i, cache, final)
+    pixels = np.asarray(frames)[0]
+    shown = time.perf_counter()
+    if share := float(final.nonfinite):
+        raise NumericsError(f"chunk {i}: {share:.1%} of its latents or pixels are NaN or infinite.")
+    film.append(pixels)
+    written = time.perf_counter()
+    if profile:
+        cache, statistics = pipe.finalize(i, cache, final)
+    ended = time.perf_counter()
+    line |= {"frames": len(pixels), **statistics}
+    line.setdefault("total_ms", (ended - written + shown - begun) * 1000)
+    line |= {"write_ms": (written - shown) * 1000, "wall_ms": (ended - begun) * 1000}
+    line |= {"first_frame_ms": (shown - begun) * 1000, **_rates(line)} | _memory()
+    return cache, pixels[-1], line, shown
+
+
+def _begin(pipe: StreamInferencePipeline, rollout: Rollout) -> tuple[StreamCache, dict[int, np.ndarray]]:
+    """The state of a rollout, from its seed or as it was saved, and the frames for its contact sheet."""
+    if rollout.state is None:
+        return pipe.initialize_cache(rollout.seed, [rollout.prompts[0]], negative_prompt=rollout.negative_prompt), {}
+    arrays = dict(rollout.state.arrays)
+    sheet = {int(name.removeprefix(_SHEET)): arrays.pop(name) for name in list(arrays) if name.startswith(_SHEET)}
+    cache = pipe.restore_cache(arrays)
+    if not cache.generated == cache.finalized == rollout.done:
+        raise CheckpointError(
+            f"the saved state has {rollout.done} chunks; its cache has {cache.generated}, {cache.finalized} finalized."
+        )
+    return cache, sheet
+
+
+def _first_input(rollout: Rollout) -> Any:
+    """What chunk 0 is given, or something like it."""
+    encoder, cfg = rollout.config.encoder, rollout.config.diffusion_model.transformer
+    if rollout.image is not None or not isinstance(encoder, ImageEncoder):
+        return rollout.image
+    ratio = encoder.spatial_compression_ratio
+    return np.zeros((1, cfg.height * ratio, cfg.width * ratio, 3), np.uint8)
+
+
+@contextlib.contextmanager
+def _claimed(rollout: Rollout) -> Iterator[Path]:
+    """The path of the files without their suffixes: a name that nobody has, or that of the rollout that goes on."""
+    if rollout.state is None:
+        with videos.claim(rollout.folder, rollout.stem, ".jsonl") as base:
+            yield base
+        return
+    base = rollout.folder / rollout.stem
+    path = Path(f"{base}.jsonl")
+    if path.exists():  # lines of chunks after the state was saved, and one that was cut, are not true any more
+        with videos.atomic(path) as part, open(path, "rb") as lines:
+            part.write_bytes(b"".join(itertools.islice(lines, rollout.done)))
+    yield base
+
+
+@contextlib.contextmanager
+def _what_is_left(film: FragmentedMP4, kept: Path, saved: int | None) -> Iterator[None]:
+    """Says what there is of a rollout in which numbers went wrong."""
+    try:
+        yield
+    except NumericsError as error:
+        state = "" if saved is None else f"\nThe state after chunk {saved - 1} is in {kept}."
+        raise NumericsError(f"{error}\nThe {film.frames} frames before it are in {film.path}.{state}") from error
+
+
+def _thinned(sheet: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Frames by chunk, evenly spaced, at most SHEET however long the video; the last chunk is in `sheet`."""
+    stride = 1
+    while max(sheet) // stride >= SHEET:
+        stride *= 2
+    return {i: frame for i, frame in sheet.items() if i % stride == 0}
+
+
+def _rates(times: Mapping[str, Any]) -> dict[str, float]:
+    """Frames a second, with and without finalize, and how long the first took."""
+    rates = {name: times[name] for name in ("first_frame_ms", "first_frame_cold_ms") if name in times}
+    for name, of in (("fps", "total_ms"), ("fps_wo_finalize", "total_ms_wo_finalize")):
+        if times.get(of):
+            rates[name] = times["frames"] * 1000 / times[of]
+    return rates
+
+
+def _summary(chunks: int, frames: int, totals: Mapping[str, Any]) -> str:
+    parts, rates = [f"{chunks} chunks, {frames} frames"], _rates(totals)
+    if "first_frame_ms" in rates:
+        warm, cold = rates["first_frame_ms"] / 1000, rates["first_frame_cold_ms"] / 1000
+        parts.append(f"the first after {warm:.2f} s ({cold:.1f} s with loading and compiling)")
+    if "fps" in rates:
+        apart = f" ({rates['fps_wo_finalize']:.1f} without finalize)" if "fps_wo_finalize" in rates else ""
+        parts.append(f"then {rates['fps']:.1f} a second{apart}")
+    return ", ".join(parts)
+
+
+def _memory() -> dict[str, float]:
+    """GiB of the device in use and at most, where it tells; otherwise of the process, at most."""
+    if told := device_memory():
+        return told
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return {"rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}

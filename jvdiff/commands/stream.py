@@ -1,0 +1,353 @@
+"""The command line: a video without end, made chunk by chunk, which can be watched while it grows.
+
+    python -m jvdiff.stream --config configs/stream_digits.py --config.chunks=40
+    python -m jvdiff.stream --config configs/stream_digits.py --config.prompt="a red seven moving left" \\
+        --config.then.10="a red seven moving up" --config.pipeline.diffusion_model.scheduler.shift=5.0
+
+Every field is listed with its meaning in `default_config`. The output folder gets NAME.mp4, which can be played after
+every chunk, NAME.jsonl with a line of statistics for each, and, when it ends, NAME.png (a contact sheet) and NAME.json
+(the record of the run). Ctrl-C finishes the chunk and leaves NAME.state, for --config.resume; so does save_every.
+
+Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 interrupted, resumable · 6 NaN or infinity ·
+7 set-up · 1 anything else.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import re
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import config_dict
+
+from jvdiff.commands import command_line
+from jvdiff.commands.command_line import say
+from jvdiff.errors import CheckpointError, JvdiffError, UsageError
+from jvdiff.runtime import progress
+from jvdiff.runtime.interrupts import interrupts
+
+if TYPE_CHECKING:
+    from jvdiff.commands.one_stream import Rollout
+    from jvdiff.runtime.run_state import RunState
+
+NESTED = ("pipeline", "then")  # fields whose own fields are not known beforehand
+
+
+def default_config() -> config_dict.ConfigDict:
+    """Every field of a streaming config. None: from the repository, else from the model's family."""
+    none = config_dict.placeholder
+    return config_dict.ConfigDict(
+        {
+            "checkpoint": none(str),  # a causal repository: a Hugging Face folder, or what `convert` made of one
+            "prompt": none(str),  # of chunk 0 and those that follow
+            "then": none(
+                object
+            ),  # {chunk: prompt from there on}; in a command --config.then.10="...". A command that has
+            # either of the two puts aside what the file has here
+            "negative_prompt": none(str),  # for guidance
+            "reencode": False,  # at a change of the prompt, see the past as if it had been made under the new one
+            "image": none(str),  # a picture to begin with, for a pipeline with an ImageEncoder
+            "seed": none(int),  # None draws one and prints it
+            "chunks": 0,  # how many in all; 0: until Ctrl-C
+            "fps": none(int),
+            "precision": none(str),  # float32, bfloat16
+            "mesh": none(object),  # several devices: "sequence=4,tensor=2", or a dict of that; None: one device
+            "pipeline": none(object),  # other values of streaming.StreamInferencePipelineConfig, nested dicts; in a
+            # command --config.pipeline.PATH=VALUE, for instance PATH diffusion_model.transformer.window_size_t
+            "profile": True,  # milliseconds of each stage, for which each is waited for; False: a little faster
+            "output": "out",
+            "name": none(str),  # of the files; None: from prompt and seed
+            "resume": none(str),  # a .state folder; goes on in its video, up to `chunks` in all
+            "save_every": 0,  # save the state after every so many chunks and at the end; 0: only when interrupted
+            "compile_cache": none(str),  # a folder of your own, or "off"; None: the user's cache folder
+        }
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- entry and exit
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit status; errors are sentences on stderr."""
+    began = time.perf_counter()
+    return command_line.main(argv, parse, lambda request: run(*request, began=began), "output")
+
+
+def parse(argv: Sequence[str]) -> command_line.Request:
+    """The config, what the command line itself set in it, the config's file.
+
+    Raises:
+        UsageError: an unknown flag or field (with the nearest one), a value of the wrong type, no config.
+    """
+    flag = re.compile(rf"--config\.({'|'.join(NESTED)})\.([^=]+)=(.*)", re.DOTALL)
+    found = [flag.fullmatch(word) for word in argv]
+    usage = 'python -m jvdiff.stream --config configs/stream_digits.py --config.prompt="a red seven moving left"'
+    config, given, file = command_line.parse(
+        [word for word, match in zip(argv, found, strict=True) if not match],
+        f"{usage}\nFields: {', '.join(default_config())}.",
+    )
+    if unknown := sorted(set(config) - set(default_config())):
+        raise UsageError(f"the config file has unknown fields: {', '.join(unknown)}.")
+    if "then" not in given and ("prompt" in given or any(match and match[1] == "then" for match in found)):
+        config.then = None
+    for match in filter(None, found):
+        field, path, text = match.groups()
+        value: Any = text if field == "then" else _value(text)
+        for name in reversed(path.split(".")):
+            value = {name: value}
+        for fields in (config, given):
+            old: Any = fields.get(field)
+            fields[field] = _merged(old or {}, value)
+    return command_line.Request(config, given, file)
+
+
+def _value(text: str) -> Any:
+    """What a word of a command means: a Python value, true, false, none, or text."""
+    try:
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    except KeyError:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return text
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    both = dict(old)
+    for name, value in new.items():
+        inner = both.get(name)
+        both[name] = _merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return both
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+
+def run(
+    config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG", *, began: float | None = None
+) -> list[Path]:
+    """Makes the video that the config asks for and returns its path.
+
+    given: the fields that were set on purpose; on resuming, the state's own values hold, and one of these that differs
+    is an error. file: the config's, for the command that resumes. began: time.perf_counter() when the program began.
+    """
+    began, given = began or time.perf_counter(), dict(given or {})
+    from jvdiff import sharding, streaming
+    from jvdiff.commands import one_stream
+    from jvdiff.pipeline import repository as repositories
+    from jvdiff.runtime import run_state
+
+    if config.checkpoint is None:
+        raise UsageError("no checkpoint; give --config.checkpoint=FOLDER.")
+    for name, value, low, high in (
+        ("chunks", config.chunks, 0, 2**31 - 1),
+        ("save_every", config.save_every, 0, 2**31 - 1),
+        ("fps", 1 if config.fps is None else config.fps, 1, 240),
+    ):
+        if not low <= value <= high:
+            raise UsageError(f"{name} is {value}; expected {low} to {high}.")
+    if config.name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", config.name):
+        raise UsageError(f"name is {config.name!r:.80}; expected up to 100 letters, digits, '-', '_' or '.'.")
+    mesh = sharding.read_mesh(config.mesh)
+    repository = repositories.inspect(config.checkpoint, causal=True)
+    if config.resume is None:
+        rollout = _new(config, repository)
+    else:
+        rollout = _resumed(config, run_state.load(config.resume), given, repository)
+    if rollout.done and config.chunks and rollout.done >= config.chunks:
+        raise UsageError(
+            f"chunks is {config.chunks}, and {config.resume} has {rollout.done}; ask for more in all, or 0: no end."
+        )
+    _check(rollout, repository, mesh)
+    command_line.writable(str(rollout.folder), "output")
+
+    with interrupts() as asked_to_stop:
+        seconds: dict[str, float] = {}
+        command_line.compile_cache(config.compile_cache)
+        command_line.say_device(repository.transformer.width, mesh)
+        shown = "; ".join(f"{f'from chunk {i} ' if i else ''}{prompt}" for i, prompt in rollout.prompts.items())
+        say(f"prompt: {shown}   seed: {rollout.seed}")
+        with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_stream.stage("load"):
+            pipe = streaming.load(config.checkpoint, rollout.precision, mesh, rollout.config)
+        command = _resume_command(given, config.checkpoint, file)
+        return [one_stream.make(pipe, rollout, config, command, asked_to_stop, seconds, began)]
+
+
+def _new(config: Any, repository: Any) -> Rollout:
+    """The rollout that a config asks for."""
+    from jvdiff import precision, streaming
+    from jvdiff.commands.jobs import slug
+    from jvdiff.commands.one_stream import Rollout
+    from jvdiff.pipeline.settings import check_prompt, check_seed, read_defaults
+
+    prompts = {0: check_prompt(config.prompt)} | _schedule(config.then)
+    patch, defaults = config.pipeline or {}, read_defaults(config.checkpoint)
+    chosen = _override(streaming.config_of(config.checkpoint), patch, config.profile)
+    seed = config.seed
+    if seed is None and "seed" in patch.get("diffusion_model", {}):
+        seed = chosen.diffusion_model.seed
+    seed = check_seed(seed)
+    return Rollout(
+        config=chosen,
+        prompts=prompts,
+        negative_prompt=config.negative_prompt or defaults.get("negative_prompt", ""),
+        reencode=config.reencode,
+        image=_picture(config.image, chosen),
+        seed=seed,
+        fps=config.fps or defaults.get("fps", 16),
+        precision=precision.choose(config.precision).name,
+        checkpoint_digest=repository.digest,
+        folder=Path(config.output),
+        stem=config.name or f"{slug(config.prompt)}_seed{seed}",
+    )
+
+
+def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository: Any) -> Rollout:
+    """The rollout that `state` is the beginning of; refuses what differs from it."""
+    from jvdiff import streaming
+    from jvdiff.commands.one_stream import FACTS, Rollout
+    from jvdiff.runtime import run_state
+
+    folder, facts, done = Path(config.resume).resolve(), state.facts, state.done
+    try:
+        chosen = streaming.config_from_json(facts["pipeline"])
+        prompts = {int(i): prompt for i, prompt in facts["prompts"].items()}
+        now: dict[str, Any] = {name: given[name] for name in FACTS if given.get(name) is not None}
+        now["checkpoint_digest"] = repository.digest
+        saved = {name: facts[name] for name in (*FACTS, "checkpoint_digest", "image")} | _flat(facts["pipeline"])
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: the state does not describe a rollout of a video: {error!r}.") from None
+    if patch := given.get("pipeline"):
+        now |= _flat(streaming.to_json(_override(chosen, patch, chosen.enable_sync_and_profile)))
+    if given.get("image"):
+        now["image"] = _digest(_picture(config.image, chosen))
+    wanted = _schedule(given.get("then")) | ({0: given["prompt"]} if given.get("prompt") is not None else {})
+    past = {i: prompt for i, prompt in prompts.items() if i < done}
+    saved |= {f"the prompt from chunk {i} on": past.get(i, "no change there") for i in wanted if i < done}
+    now |= {f"the prompt from chunk {i} on": prompt for i, prompt in wanted.items() if i < done}
+    run_state.check_same(saved, now, config.resume)
+    to_come = wanted if given.get("then") else prompts
+    if given.get("output") and Path(given["output"]).resolve() != folder.parent:
+        raise UsageError(f"output is {config.output}; a rollout goes on where it is, in {folder.parent}.")
+    return Rollout(
+        config=_override(chosen, {}, config.profile),
+        prompts=past | {i: prompt for i, prompt in sorted(to_come.items()) if i >= done},
+        image=None,
+        image_digest=facts["image"],
+        checkpoint_digest=repository.digest,
+        folder=folder.parent,
+        stem=folder.name.removesuffix(".state"),
+        state=state,
+        **{name: facts[name] for name in FACTS},
+    )
+
+
+def _override(config: Any, patch: Mapping[str, Any], profile: bool) -> Any:
+    """A pipeline's configuration with the values of a config's field `pipeline`."""
+    from jvdiff import streaming
+
+    try:
+        return dataclasses.replace(streaming.override(config, patch), enable_sync_and_profile=profile)
+    except (KeyError, TypeError, ValueError, JvdiffError) as error:
+        raise UsageError(f"pipeline: {error.args[0]}") from None
+
+
+def _schedule(then: Any) -> dict[int, str]:
+    """The field `then` as {chunk: prompt}, in order."""
+    from jvdiff.pipeline.settings import check_prompt
+
+    try:
+        schedule = {int(i): check_prompt(prompt, f"then.{i}") for i, prompt in dict(then or {}).items()}
+        if min(schedule, default=1) >= 1:
+            return dict(sorted(schedule.items()))
+    except UsageError:
+        raise
+    except (TypeError, ValueError):
+        pass
+    raise UsageError(
+        f"then is {then!r:.60}; expected prompts by the number of a chunk from 1, for instance --config.then.10=TEXT."
+    )
+
+
+def _picture(path: str | None, config: Any) -> Any:
+    """The picture uint8 [1,Y,X,3] that a pipeline with an ImageEncoder begins with; None where there is none."""
+    from jvdiff import streaming
+    from jvdiff.media import video as videos
+
+    encoder, cfg = config.encoder, config.diffusion_model.transformer
+    if encoder is None and path is not None:
+        raise UsageError(
+            f"image is {path}, and this pipeline takes none; leave it out, or take a model that continues pictures\n"
+            "with --config.pipeline.encoder.class=ImageEncoder."
+        )
+    if encoder is None:
+        return None
+    if not isinstance(encoder, streaming.ImageEncoder):
+        raise UsageError(f"pipeline.encoder is {type(encoder).__name__}; this program feeds an ImageEncoder only.")
+    if path is None:
+        raise UsageError("this pipeline begins with a picture; give --config.image=FILE.")
+    ratio = encoder.spatial_compression_ratio
+    return videos.read_picture(path, cfg.height * ratio, cfg.width * ratio)[None]
+
+
+def _digest(picture: Any) -> str | None:
+    return None if picture is None else hashlib.sha256(picture.tobytes()).hexdigest()
+
+
+def _flat(value: Any, path: str = "pipeline") -> dict[str, Any]:
+    """The values of a configuration's JSON by path, the default seed apart."""
+    if not isinstance(value, Mapping):
+        return {} if path == "pipeline.diffusion_model.seed" else {path: value}
+    return {key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{path}.{name}").items()}
+
+
+def _check(rollout: Rollout, repository: Any, mesh: Any) -> None:
+    """All that can be known to fail before weights are read."""
+    import jax
+
+    from jvdiff import pipeline, sharding
+    from jvdiff.media import video as videos
+    from jvdiff.models import wan
+    from jvdiff.models.text import tokenizer as tokenizers
+
+    config = rollout.config
+    cfg, scheduler = config.diffusion_model.transformer, config.diffusion_model.scheduler
+    if config.decoder is None:
+        raise UsageError("pipeline.decoder is None; a video needs one. For latents use jvdiff.streaming in Python.")
+    for name, found, weights in (
+        ("diffusion_model.transformer.network", cfg.network, repository.transformer),
+        ("diffusion_model.transformer.text_encoder", cfg.text_encoder, repository.text_encoder),
+        ("decoder.vae", config.decoder.vae, repository.vae),
+    ):
+        if found != weights:
+            raise UsageError(f"pipeline.{name} is not that of the weights; leave it as the repository has it.")
+    ratio = config.decoder.spatial_compression_ratio
+    videos.check_mp4(cfg.height * ratio, cfg.width * ratio)
+    try:
+        scheduler.solver()
+    except ValueError as error:
+        raise UsageError(f"pipeline.diffusion_model.scheduler: {error}") from None
+    texts = [*rollout.prompts.values(), rollout.negative_prompt]
+    mask = pipeline.tokenize(tokenizers.load(repository.tokenizer), texts)[1]
+    for text, tokens in zip(texts, mask.sum(axis=1), strict=True):
+        if tokens > cfg.text_rows:
+            raise UsageError(f"the prompt {text!r:.60} has {tokens} tokens; text_rows is {cfg.text_rows}. Shorten it.")
+    if isinstance(mesh, str):
+        raise UsageError(f"mesh is {mesh!r}; name its axes here, for instance --config.mesh=sequence=4.")
+    if mesh is not None:
+        branches = 1 + cfg.guided
+        sizes = wan.mesh_sizes(cfg.network, (cfg.len_t, cfg.height, cfg.width), branches, cfg.span.pattern)
+        sharding.check_mesh(mesh, sizes, jax.device_count())
+
+
+def _resume_command(given: Mapping[str, Any], checkpoint: str, file: str) -> str:
+    """The command that goes on, but for the state's folder."""
+    words = ["python", "-m", "jvdiff.stream", "--config", file, f"--config.checkpoint={checkpoint}"]
+    same = ("chunks", "save_every", "mesh", "profile", "compile_cache")
+    return shlex.join(words + [f"--config.{name}={given[name]}" for name in same if name in given])

@@ -1,1 +1,0 @@
-"""Video files, datasets and tokenizers: everything that enters or leaves as a file."""

@@ -1,0 +1,358 @@
+"""The run that makes a latent video model from a folder of labelled clips: its VAE first, then the transformer.
+
+B batch · T latent frames · H W latent grid · C latent channels · F pixel frames
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jvdiff.diffusion import variance_preserving
+from jvdiff.errors import CheckpointError, DataError, NumericsError, UsageError
+from jvdiff.media import clips as clip_files
+from jvdiff.media import video as videos
+from jvdiff.media.clips import Clips
+from jvdiff.models import latent_video
+from jvdiff.models.latent_video.objective import LabelledLatents, latent_video_task, video_vae_task
+from jvdiff.pipeline import class_conditional
+from jvdiff.pipeline.class_conditional import Configs, Settings
+from jvdiff.precision import TABLE
+from jvdiff.runtime import distributed
+from jvdiff.runtime.staging import check_target
+from jvdiff.sharding import MeshShape, Placement, check_mesh, make_mesh, param_shardings
+from jvdiff.sharding.rules import LATENT_VIDEO_DIT
+from jvdiff.training import fields
+from jvdiff.training.loop import Schedule, Task, fit
+from jvdiff.types import Params
+from jvdiff.weights import checkpoint
+from jvdiff.weights import safetensors as reader
+
+SHOWN = 8  # clips in a grid of samples, and classes that they show
+STATISTICS = 256  # clips, or a few more, that the latents' mean and deviation are taken of
+PLANNED_CLASSES = 10  # of a run that is planned before its clips are there
+_VAE_FIELDS = ("model", "batch", "loss", "schedule")  # and, if wanted, "short_clips"
+_log = logging.getLogger("jvdiff.training")
+
+
+def train(config: ConfigDict, folder: Path) -> Path:
+    """Trains what the config describes (`configs/latent_video_small.py`) and writes `folder/repository`.
+
+    The VAE is trained in `folder/vae_run` and kept in `folder/vae`, unless `config.vae` is the folder of one. Its first
+    `short_clips.steps` steps, if asked for, see clips of fewer frames, and more of them, so that a batch has as many
+    frames as later: neighbouring frames teach nearly the same. Then come the latents of the clips, read anew for every
+    batch, or once if `cache_latents`, and the transformer on them. Where `config.initial` is the repository of an
+    earlier training, its VAE is taken as it is, and its transformer trained on.
+
+    Samples are in `folder/samples`.
+    """
+    target = folder / "repository"
+    check_target(target, True)
+    clips = clip_files.find(config.clips)
+    plan = describe(config, len(clips.classes))
+    most = max([config.batch, *(stage.batch for stage in plan.vae_stages)])
+    if len(clips.paths) < most:
+        raise DataError(
+            f"{config.clips}: {len(clips.paths)} clips, fewer than a batch of {most}; add clips, or lower batch."
+        )
+    _log.info("%d clips of %d classes in %s", len(clips.paths), len(clips.classes), config.clips)
+    read = functools.partial(
+        clip_files.batches,
+        clips,
+        size=plan.settings.height,
+        stride=config.stride,
+        seed=config.seed,
+        workers=config.workers,
+        most_bad=config.most_bad,
+    )
+    mesh = make_mesh(plan.mesh)
+    options = config.loop.to_dict() | {"mesh": mesh}
+    vae_cfg, vae = _vae(config, plan, read, folder, {k: v for k, v in options.items() if k != "show_every"})
+    configs = plan.configs._replace(vae=vae_cfg)
+
+    def encoded(start: int) -> Generator[LabelledLatents, None, None]:
+        with closing(read(batch=config.batch, frames=plan.settings.num_frames, start=start)) as ahead:
+            for video, labels in ahead:
+                yield LabelledLatents(class_conditional.encode(configs, vae, video), labels)
+
+    batches = encoded
+    if config.cache_latents:
+        latents, labels = _cached(folder / "latents.npz", config, clips, vae, encoded)
+
+        def batches(start: int) -> Generator[LabelledLatents, None, None]:
+            for step in itertools.count(start):
+                rows = np.random.default_rng((config.seed, step)).integers(len(latents), size=config.batch)
+                yield LabelledLatents(latents[rows], labels[rows])
+
+    show = _shower(configs, plan, vae, folder / "samples")
+    task = latent_video_task(
+        configs.transformer,
+        batches,
+        show,
+        noise_schedule=configs.noise_schedule,
+        compute_dtype=plan.dtype,
+        placement=Placement(mesh) if plan.mesh.devices > 1 else None,
+        **config.loss.to_dict(),
+    )
+    begin = None
+    if config.get("initial"):
+        abstract = latent_video.abstract_params(configs.transformer)
+        places = param_shardings(mesh, abstract, LATENT_VIDEO_DIT)
+        begin = checkpoint.restore(Path(config.initial) / "transformer", abstract, places)
+    average = fit(task, plan.schedule, folder, seed=config.seed, params=begin, **options).average
+    params = {"transformer": average, "vae": vae}
+    class_conditional.save(target, configs, params, clips.classes, plan.settings)
+    return target
+
+
+# -------------------------------------------------------------------------------------------------- what a config says
+
+
+class Stage(NamedTuple):
+    """A part of the VAE's training: until this step, batches of so many clips of so many frames."""
+
+    until: int
+    batch: int
+    frames: int
+
+
+class Plan(NamedTuple):
+    """A config, checked: no clip was opened and nothing was computed."""
+
+    configs: Configs
+    settings: Settings
+    mesh: MeshShape
+    dtype: str
+    schedule: Schedule
+    vae_schedule: Schedule | None  # None: the VAE is there
+    vae_stages: tuple[Stage, ...]
+
+
+def describe(config: Any, classes: int) -> Plan:
+    """What a config says of models, sizes and schedules.
+
+    Raises:
+      UsageError: a field that cannot be.
+    """
+    for name in ("batch", "stride", "workers"):
+        fields.check_count(name, config[name])
+    if not isinstance(config.most_bad, float) or not 0 <= config.most_bad < 1:
+        raise UsageError(f"most_bad is {config.most_bad!r:.40}; expected a share of the clips, below 1.")
+    if config.precision not in TABLE:
+        raise UsageError(f"precision is {config.precision!r:.40}; expected one of {', '.join(TABLE)}.")
+    if config.height != config.width:
+        raise UsageError(f"height is {config.height} and width {config.width}; clips are trained as squares.")
+    vae_schedule, vae_stages = None, ()
+    if given_vae := _given_vae(config):
+        vae_cfg = _trained_vae(given_vae)
+    else:
+        fields.check_names("vae", config.vae, (*_VAE_FIELDS, "short_clips"))
+        if missing := [name for name in _VAE_FIELDS if name not in config.vae]:
+            raise UsageError(f"vae lacks {', '.join(missing)}; expected the folder of a trained one, or these fields.")
+        fields.check_count("vae.batch", config.vae.batch)
+        vae_cfg = fields.model("vae.model", latent_video.VAEConfig, config.vae.model)
+        vae_schedule = fields.schedule(config.vae)
+        fields.check_shared("vae.batch", config.vae.batch, fields.mesh(config.loop))
+        vae_stages = _stages(config, vae_schedule, vae_cfg.temporal_factor)
+    sized = {"in_channels": vae_cfg.latent_channels, "num_classes": classes, "prediction": config.prediction}
+    if isinstance(config.transformer, str):
+        if config.transformer not in latent_video.SIZES:
+            sizes = ", ".join(latent_video.SIZES)
+            raise UsageError(f"transformer is {config.transformer!r:.40}; expected one of {sizes}, or fields.")
+        base = dataclasses.asdict(latent_video.SIZES[config.transformer])
+        chosen = ConfigDict({name: value for name, value in base.items() if name not in sized})
+    else:
+        chosen = config.transformer
+    cfg = fields.model("transformer", latent_video.DiTConfig, chosen, **sized)
+    if config.get("initial"):
+        known = latent_video.DiTConfig.from_json(reader.read_json(Path(config.initial) / "transformer" / "config.json"))
+        fields.check_sizes(f"transformer: not that of initial, {config.initial}", cfg, known)
+        learnt = reader.read_json(Path(config.initial) / "model_index.json").get("noise_schedule")
+        if learnt != config.noise_schedule:
+            raise UsageError(
+                f"noise_schedule is {config.noise_schedule!r:.40}; {config.initial} has learnt {learnt!r:.40}."
+            )
+    variance_preserving.alphas_cumprod(config.noise_schedule)  # says whether there is such a one
+    configs = Configs(cfg, vae_cfg, config.noise_schedule)
+    given: Any = {name: config[name] for name in class_conditional.FIELDS}
+    settings = Settings(**given)
+    class_conditional.check(settings, configs)
+    shape = fields.mesh(config.loop)
+    grid = class_conditional.latent_shape(configs, settings)[:3]
+    try:
+        check_mesh(shape, latent_video.mesh_sizes(cfg, (config.batch, *grid)), jax.device_count())
+    except UsageError as error:
+        raise UsageError(f"loop.{error}") from None
+    return Plan(
+        configs, settings, shape, TABLE[config.precision].transformer, fields.schedule(config), vae_schedule, vae_stages
+    )
+
+
+def _stages(config: Any, schedule: Schedule, factor: int) -> tuple[Stage, ...]:
+    """Of the VAE's training. `factor`: clips have a multiple of so many frames."""
+    whole = Stage(schedule.steps, config.vae.batch, config.num_frames)
+    if (short := config.vae.get("short_clips")) is None:
+        return (whole,)
+    fields.check_names("vae.short_clips", short, ("steps", "num_frames"))
+    steps, frames = short.get("steps"), short.get("num_frames")
+    fields.check_count("vae.short_clips.steps", steps)
+    fields.check_count("vae.short_clips.num_frames", frames)
+    if frames % factor or whole.frames % frames:
+        raise UsageError(
+            f"vae.short_clips.num_frames is {frames}; expected a multiple of {factor} that divides the "
+            f"{whole.frames} frames of a clip."
+        )
+    if steps >= whole.until:
+        raise UsageError(f"vae.short_clips.steps is {steps}; expected fewer than the {whole.until} of vae.schedule.")
+    return Stage(steps, whole.batch * whole.frames // frames, frames), whole
+
+
+def programs(config: ConfigDict) -> Iterator[tuple[str, Task, Schedule, Any]]:
+    """(name, task, schedule, abstract batch) of each part of the run, for a plan; the clips need not be there."""
+    there = Path(config.clips).exists()
+    plan = describe(config, len(clip_files.find(config.clips).classes) if there else PLANNED_CLASSES)
+    settings, shape = plan.settings, class_conditional.latent_shape(plan.configs, plan.settings)
+
+    def none(start: int) -> Generator[Any, None, None]:
+        yield from ()
+
+    if plan.vae_schedule:
+        video = (config.vae.batch, settings.num_frames, settings.height, settings.width, 3)
+        yield (
+            "vae",
+            video_vae_task(plan.configs.vae, none, compute_dtype=plan.dtype, **config.vae.loss.to_dict()),
+            plan.vae_schedule,
+            jax.ShapeDtypeStruct(video, jnp.uint8),
+        )
+    task = latent_video_task(
+        plan.configs.transformer,
+        none,
+        noise_schedule=config.noise_schedule,
+        compute_dtype=plan.dtype,
+        placement=Placement(make_mesh(plan.mesh)) if plan.mesh.devices > 1 else None,
+        **config.loss.to_dict(),
+    )
+    latents = jax.ShapeDtypeStruct((config.batch, *shape), jnp.float32)
+    yield "transformer", task, plan.schedule, LabelledLatents(latents, jax.ShapeDtypeStruct((config.batch,), jnp.int32))  # type: ignore[arg-type]
+
+
+# ----------------------------------------------------------------------------------------------------------- the VAE
+
+
+def _vae(config: ConfigDict, plan: Plan, read: Callable[..., Any], folder: Path, options: dict[str, Any]) -> Any:
+    """(configuration, parameters) of the VAE: trained, or read where it is."""
+    path = _given_vae(config) or folder / "vae"
+    if plan.vae_schedule is not None and not (path / "config.json").is_file():
+        cfg = plan.configs.vae
+
+        def clips(start: int) -> Generator[np.ndarray, None, None]:
+            for until, batch, frames in plan.vae_stages:
+                if start < until:
+                    with closing(read(batch=batch, frames=frames, start=start)) as ahead:
+                        for video, _ in itertools.islice(ahead, until - start):
+                            yield video
+                    start = until
+
+        task = video_vae_task(cfg, clips, compute_dtype=plan.dtype, **config.vae.loss.to_dict())
+        options = options | {"accumulate": 1}
+        params = fit(task, plan.vae_schedule, folder / "vae_run", seed=config.seed, **options).average
+        with closing(read(batch=config.vae.batch, frames=plan.settings.num_frames, start=0)) as first:
+            shown = [next(first)[0] for _ in range(-(-STATISTICS // config.vae.batch))]
+        cfg = _with_statistics(plan.configs, params, shown)
+        checkpoint.save(path, params, config=cfg.to_json(), overwrite=True)
+    cfg = _trained_vae(path)
+    return cfg, checkpoint.restore(path, latent_video.abstract_params(cfg))
+
+
+def _given_vae(config: Any) -> Path | None:
+    """The folder of a VAE that is there already; None: it is to be trained."""
+    if config.get("initial"):
+        return Path(config.initial) / "vae"
+    return Path(config.vae) if isinstance(config.vae, str) else None
+
+
+def _trained_vae(folder: Path) -> latent_video.VAEConfig:
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"vae: {folder} holds no trained VAE; expected its folder, or the fields to train one.")
+    try:
+        return latent_video.VAEConfig.from_json(reader.read_json(folder / "config.json"))
+    except CheckpointError as error:
+        raise UsageError(f"vae: {folder}: {error}") from None
+
+
+def _with_statistics(configs: Configs, params: Params, shown: list[np.ndarray]) -> latent_video.VAEConfig:
+    """The VAE's configuration with mean and standard deviation of each channel over these clips.
+
+    Raises:
+      NumericsError: a channel is the same everywhere, or not finite.
+    """
+    latents = np.concatenate([class_conditional.encode(configs, params, video) for video in shown])
+    latents = latents.reshape(-1, configs.vae.latent_channels).astype(np.float64)
+    mean, std = latents.mean(axis=0), latents.std(axis=0)
+    if bad := [i for i, v in enumerate(std.tolist()) if not 0 < v < np.inf]:
+        raise NumericsError(
+            f"Latent channels {bad} have standard deviation {std[bad].tolist()}; expected above 0.\n"
+            "The VAE does not use them: train longer, with a smaller kl, or with fewer latent_channels."
+        )
+    values = [tuple(float(f"{v:.5g}") for v in part) for part in (mean.tolist(), std.tolist())]
+    return dataclasses.replace(configs.vae, latents_mean=values[0], latents_std=values[1])
+
+
+# ------------------------------------------------------------------------------------------------ latents and samples
+
+
+def _cached(
+    path: Path, config: ConfigDict, clips: Clips, vae: Params, encoded: Callable[[int], Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Latents float16 and labels of one epoch, kept in `path` for the same files, settings and encoder."""
+    total = hashlib.sha256(repr([config[name] for name in ("seed", "num_frames", "height", "stride")]).encode())
+    for file in clips.paths:
+        status = file.stat() if file.exists() else None
+        total.update(f"{file}\0{status and (status.st_size, status.st_mtime_ns)}\0".encode())
+    for leaf in jax.tree.leaves(vae["encoder"]):
+        total.update(np.asarray(leaf).tobytes())
+    key = total.hexdigest()
+    if path.is_file():
+        with np.load(path) as stored:
+            if "key" in stored and stored["key"] == key:
+                return stored["latents"], stored["labels"]
+    parts = []
+    with closing(encoded(0)) as batches:
+        for number in range(-(-len(clips.paths) // config.batch)):
+            if number % 50 == 0:
+                _log.info("encoding clips: %d of %d", number * config.batch, len(clips.paths))
+            parts.append(next(batches))
+    latents = np.concatenate([part.latents for part in parts]).astype(np.float16)
+    labels = np.concatenate([part.labels for part in parts])
+    if distributed.writes():
+        with videos.atomic(path) as part, open(part, "wb") as file:
+            np.savez(file, latents=latents, labels=labels, key=key)
+    return latents, labels
+
+
+def _shower(configs: Configs, plan: Plan, vae: Params, folder: Path) -> Callable[[Params, int], None]:
+    """Writes a grid of samples of the first classes, the same noise every time, as PNG and MP4."""
+    settings = dataclasses.replace(plan.settings, steps=min(plan.settings.steps, 25))
+    shape = class_conditional.latent_shape(configs, settings)
+    labels = jnp.arange(SHOWN, dtype=jnp.int32) % configs.transformer.num_classes
+    noise = class_conditional.initial_noise(range(SHOWN), shape)
+
+    def show(average: Params, step: int) -> None:
+        latents = class_conditional.sample(configs, average, labels, settings, noise, jax.random.key(0))
+        video = class_conditional.decode(configs, vae, np.asarray(latents))
+        if distributed.writes():
+            tiled = np.concatenate([np.concatenate(list(row), axis=2) for row in np.split(video, 2)], axis=1)
+            videos.write_png(folder / f"{step:06d}.png", np.concatenate(list(tiled[:: -(-len(tiled) // 4)])))
+            videos.write_mp4(folder / f"{step:06d}.mp4", tiled, settings.fps)
+
+    return show

@@ -1,0 +1,116 @@
+"""Training a transformer that makes a video chunk by chunk, by flow matching behind a clean past.
+
+    B batch · T latent frames · H W latent grid · C latent channels · P chunks · S text tokens · D text width
+
+Source: teacher forcing, as CausVid (arXiv 2412.07772) and Self-Forcing (arXiv 2506.08009) describe it. Every chunk is
+noised to a level of its own and sees the chunks before it clean, all in one forward pass over two copies of the clip
+(`kernels.BlockCausal`). A rollout's past is not clean but the model's own: so the copy that is looked at is noised a
+little too, to a level that is drawn for each chunk and told to the network, and a rollout may do the same
+(`context_noise`). Or it is the model's own here too, noised far and denoised by it in two steps (`resample`, after
+Resampling Forcing, arXiv 2512.15702), so that it makes its mistakes where the right continuation is known.
+
+What slows the drift is a sink, the first chunk, seen by all later ones: there it is long ago, so clips may leave chunks
+out behind it, and the chunk behind the gap, which nothing foretells, has no weight in the loss (`Batch.weight`).
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jvdiff.kernels import BlockCausal
+from jvdiff.models import wan
+from jvdiff.models.text import umt5
+from jvdiff.models.wan.flow_matching import Batch, encode_text, noise_levels
+from jvdiff.sharding import Placement
+from jvdiff.sharding.rules import UMT5, WAN_DIT
+from jvdiff.training.loop import Task, each
+from jvdiff.types import Array, Params
+
+RESAMPLED = 0.9  # the highest noise level from which the model denoises a past of its own
+
+
+def teacher_forcing_task(
+    transformer: wan.DiTConfig,
+    text_encoder: umt5.Config,
+    batches: Callable[[int], Batch],
+    pattern: BlockCausal,
+    *,
+    shift: float = 3.0,
+    context_noise: float = 0.0,
+    resample: float = 0.0,
+    text_length: int = 512,
+    remat: bool = False,
+    placement: Placement | None = None,
+) -> Task:
+    """Parameters {"transformer", "text_encoder"}, trained together on latents [B,T,H,W,C] of P whole chunks, with token
+    ids [B,P,S] and masks: a prompt for each chunk. `pattern` says how far a chunk sees.
+
+    context_noise: the highest noise level 0..1 of the past; levels are drawn towards 0.
+    resample: the share of clips whose past is the model's own, each chunk made by itself; two more forward passes. The
+      sink stays clean: it is the shape to come back to.
+    """
+    doubled = BlockCausal(pattern.chunk, pattern.window, pattern.sink, teacher_forcing=True)
+    alone = BlockCausal(pattern.chunk, pattern.chunk, 0, teacher_forcing=True)
+
+    def init(key: Array) -> Params:
+        one, two = jax.random.split(key)
+        return {
+            "transformer": wan.init_params(one, transformer),
+            "text_encoder": umt5.init_params(two, text_encoder),
+        }
+
+    def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Mapping[str, Array]]:
+        keys = jax.random.split(key, 6)
+        clean = jnp.asarray(batch.latents, jnp.float32)
+        B, T = clean.shape[:2]
+        P = T // pattern.chunk
+
+        def predict(
+            params: Params, past: Array, now: Array, past_level: Array, level: Array, pattern: BlockCausal = doubled
+        ) -> Array:
+            """The velocity at frames [B,T,...] of chunk levels [B,P], that look at another copy of them."""
+            ids, mask = (jnp.asarray(x).reshape(B * P, -1) for x in (batch.ids, batch.mask))
+            text = encode_text(params["text_encoder"], text_encoder, ids, mask, placement)
+            predicted = wan.velocity(
+                params["transformer"],
+                transformer,
+                jnp.concatenate([past, now], axis=1),
+                1000.0 * jnp.repeat(jnp.concatenate([past_level, level], axis=1), pattern.chunk, axis=1),
+                jnp.tile(text.reshape(B, P, *text.shape[1:]), (1, 2, 1, 1)),
+                pattern=pattern,
+                text_length=text_length,
+                remat=remat,
+                placement=placement,
+            )
+            return predicted[:, T:]
+
+        def mixed(clean: Array, noise: Array, level: Array) -> Array:
+            level = jnp.repeat(level, pattern.chunk, axis=1)[:, :, None, None, None]
+            return (1.0 - level) * clean + level * noise
+
+        sigma = noise_levels(keys[0], (B, P), shift)
+        context = context_noise * jax.random.uniform(keys[1], (B, P)) ** 2
+        past_noise, noise = jnp.split(jax.random.normal(keys[2], (B, 2 * T, *clean.shape[2:])), 2, axis=1)
+        past = clean
+        if resample and P > 1:  # a lone chunk has no past
+            frozen, far = jax.lax.stop_gradient(params), RESAMPLED * jax.random.uniform(keys[3], (B, P))
+            own, none = mixed(clean, jax.random.normal(keys[4], clean.shape), far), jnp.zeros((B, P))
+            for step in range(2):
+                v = predict(frozen, clean, own, none, far * (1 - step / 2), alone)
+                own = own - jnp.repeat(far / 2, pattern.chunk, axis=1)[:, :, None, None, None] * v
+            taken = jax.random.uniform(keys[5], (B, 1, 1, 1, 1)) < resample
+            own = jnp.concatenate([clean[:, : pattern.sink], own[:, pattern.sink :]], axis=1)
+            past = jnp.where(taken, jax.lax.stop_gradient(own), clean)
+        predicted = predict(params, mixed(past, past_noise, context), mixed(clean, noise, sigma), context, sigma)
+        wanted = noise - clean
+        error = jnp.mean((predicted - wanted).reshape(B, P, -1) ** 2, axis=2)
+        weight = jnp.ones((B, P)) if batch.weight is None else jnp.asarray(batch.weight)
+        noisy = jnp.where(sigma > 0.75, weight, 0.0)
+        return _mean(error, weight), {"loss_noisy": _mean(error, noisy)}
+
+    return Task(init=init, loss=loss, batches=each(batches), rules=(*WAN_DIT, *UMT5))
+
+
+def _mean(error: Array, weight: Array) -> Array:
+    return jnp.sum(error * weight) / jnp.maximum(jnp.sum(weight), 1.0)

@@ -1,0 +1,142 @@
+"""Writes a folder whole or not at all: into a hidden one beside it, under a lock, and then one rename."""
+
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jvdiff.errors import CheckpointError, JvdiffError, ResourceError, UsageError
+from jvdiff.runtime.distributed import unfinished
+
+MANIFEST = "jvdiff.json"  # its presence says that a folder is a complete one of ours, which may be overwritten
+
+
+def resource_error(error: BaseException, path: Path) -> ResourceError | None:
+    """What a full disk or memory looks like, from the system, from TensorStore and from numpy."""
+    if isinstance(error, MemoryError):
+        return ResourceError(f"{path}: not enough memory ({error}).\nFree memory, or use a machine with more.")
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = ("RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "No space left", "File too large", "quota exceeded")
+    if not full and not any(word in str(error) for word in words):
+        return None
+    free = shutil.disk_usage(path if path.exists() else path.parent).free
+    return ResourceError(
+        f"{path}: the disk (or a limit on file size) is full; {free:,} bytes are free.\n"
+        "Nothing was left behind. Free some space, or choose another target."
+    )
+
+
+@contextmanager
+def staged(path: str | Path, *, needed: int = 0, overwrite: bool = False, manifest: str = MANIFEST) -> Iterator[Path]:
+    """A new hidden folder that becomes `path` by one rename when the block ends well, and is removed otherwise.
+
+    A lock that the kernel drops with the process keeps a second writer out. `needed` bytes must be free on the disk.
+    `overwrite` swaps a complete folder of the same kind for the new one, and replaces nothing else; `manifest` is a
+    file that such a folder has, and that the block writes too.
+
+    Raises:
+        UsageError: `path` exists already, or its folder cannot be written.
+        CheckpointError: another process is writing it.
+        ResourceError: disk or memory are full.
+    """
+    target = Path(os.path.abspath(path))
+    check_target(target, overwrite, manifest)
+    if needed > (free := shutil.disk_usage(target.parent).free):
+        raise ResourceError(
+            f"{target}: needs about {needed:,} bytes, {free:,} are free.\nFree some space, or choose another target."
+        )
+    with lock(target):
+        check_target(target, overwrite, manifest)  # who held the lock before may have written it
+        for stale in target.parent.glob(f".{target.name}.staging-*"):  # of a process that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        staging = target.with_name(f".{target.name}.staging-{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            with unfinished(staging):
+                staging.mkdir()
+                yield staging
+                _sync(staging)
+                if target.exists():
+                    _exchange(staging, target)
+                else:
+                    staging.rename(target)
+                _sync_one(target.parent)
+        except JvdiffError:
+            raise
+        except Exception as error:
+            if resource := resource_error(error, target):
+                raise resource from error
+            raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)  # after an exchange: the old content
+
+
+def check_target(target: Path, overwrite: bool, manifest: str = MANIFEST) -> None:
+    """Raises UsageError if `staged` could not put a folder there."""
+    try:
+        there = os.path.lexists(target)
+        if overwrite and (target / manifest).is_file() and not target.is_symlink():
+            return
+        if there:
+            kind = "an Orbax directory" if manifest == MANIFEST else "a saved state"
+            what = f"is not {kind} of jvdiff" if overwrite else "exists already"
+            raise UsageError(f"{target}: {what}, and is left as it is.\nRemove it yourself, or choose another target.")
+        if not target.parent.is_dir():
+            raise UsageError(f"{target.parent}: there is no such folder.\nMake it first, or choose another target.")
+    except OSError as error:
+        raise UsageError(f"{target!s:.200}: cannot be written ({error.strerror}).\nChoose another target.") from error
+
+
+@contextmanager
+def lock(target: Path) -> Iterator[None]:
+    """Holds `.NAME.lock` beside the target; raises CheckpointError if another process does."""
+    file = target.with_name(f".{target.name}.lock")
+    try:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UsageError(f"{target!s:.200}: cannot be written ({error.strerror}).\nChoose another target.") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(handle), os.stat(file))  # not one that its owner has just removed
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:
+            owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            raise CheckpointError(
+                f"{target}: is being written by process {owner}.\nWait for it, or choose another target."
+            )
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        try:
+            with unfinished(file):
+                yield
+        finally:
+            file.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swaps two folders in one step, so that there is a complete one at every moment (Linux only)."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename is None or rename(here, os.fsencode(new), here, os.fsencode(old), exchange) != 0:
+        raise UsageError(f"{old}: this system cannot swap folders in one step.\nRemove it yourself, then start again.")
+
+
+def _sync(root: Path) -> None:
+    for path in (root, *root.rglob("*")):
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,233 @@
+"""What decides a rollout besides prompts, key and weights: frozen, hashable values, made anew with `derive_config`.
+
+    T latent frames of a chunk · H W latent grid · C latent channels · S text tokens
+
+Names and defaults as in NVIDIA's flashdreams; what its code leaves mutable and unhashable is a frozen dataclass here.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from jvdiff.diffusion import Schedule, Solver, renoise, schedules, unipc
+from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.models import wan
+from jvdiff.models.text import umt5
+
+CAUSAL_WAN_2_1_T2V_1_3B = dataclasses.replace(wan.WAN_2_1_T2V_1_3B, causal=True)
+
+
+@dataclass(frozen=True)
+class FlowMatchSchedulerConfig:
+    """Few steps of a distilled network, noised anew between them (`schedules.self_forcing`, `solvers.renoise`).
+
+    shift: 8 is flashdreams' default; the published Self-Forcing checkpoints were trained with 5.
+    """
+
+    num_inference_steps: int = 4
+    shift: float = 8.0
+    denoising_timesteps: tuple[int, ...] = (1000, 750, 500, 250)
+    warp_denoising_step: bool = True
+    integer_timesteps: bool = False
+    num_train_timesteps: int = 1000
+    sigma_max: float = 1.0
+    sigma_min: float = 0.0
+    extra_one_step: bool = True
+
+    def __post_init__(self):
+        if self.num_inference_steps != len(self.denoising_timesteps):
+            raise UsageError(
+                f"num_inference_steps is {self.num_inference_steps}, and there are {len(self.denoising_timesteps)} "
+                "denoising_timesteps; give as many."
+            )
+
+    def schedule(self) -> Schedule:
+        """Sigmas and timesteps of the steps."""
+        table = self._table()
+        return schedules.self_forcing(
+            self.denoising_timesteps, warp=self.warp_denoising_step, integer=self.integer_timesteps, **table
+        )
+
+    def solver(self) -> Solver:
+        """The sampler on that schedule."""
+        return renoise(self.schedule())
+
+    def noise_level(self, timestep: float) -> float:
+        """The sigma of a timestep, to the network that was trained at `num_train_timesteps` levels."""
+        levels = schedules.training(**self._table())
+        return schedules.nearest_sigma(timestep, levels.timesteps, levels.sigmas)
+
+    def _table(self) -> dict[str, Any]:
+        names = ("shift", "sigma_max", "sigma_min", "extra_one_step")
+        return {name: getattr(self, name) for name in names} | {"train_steps": self.num_train_timesteps}
+
+
+@dataclass(frozen=True)
+class UniPCSchedulerConfig:
+    """UniPC of order 2 on Wan's own grid (`schedules.make(grid="wan")`)."""
+
+    num_inference_steps: int = 50
+    shift: float = 5.0
+
+    def schedule(self) -> Schedule:
+        """Sigmas and timesteps of the steps."""
+        return schedules.make(self.num_inference_steps, shift=self.shift, grid="wan")
+
+    def solver(self) -> Solver:
+        """The solver on that schedule."""
+        return unipc(self.schedule())
+
+    def noise_level(self, timestep: float) -> float:
+        """The sigma of the step whose timestep is nearest."""
+        steps = self.schedule()
+        return schedules.nearest_sigma(timestep, steps.timesteps, steps.sigmas)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A causal Wan, and how much of a video it sees.
+
+    height, width: of the latents. len_t: latent frames of a chunk. window_size_t, sink_size_t: see `wan.Span`.
+    apply_rope_before_kvcache: keys are kept rotated, by their place in the video; otherwise by their place among those
+    that are kept. guidance_scale: weight of classifier-free guidance; 1: none, and half the work. first_guidance_scale:
+    that of the first chunk, which has no past to say what things look like, where it differs: what guidance exaggerates
+    is the next chunk's past, so that a strong one makes a long video drift. text_length: rows of text that the network
+    attends to; text_rows: how many of these a prompt may fill (the others are zeros, which cost nothing). attention: an
+    implementation of `jvdiff.kernels.attention`; None: the best.
+    """
+
+    network: wan.DiTConfig = CAUSAL_WAN_2_1_T2V_1_3B
+    text_encoder: umt5.Config = umt5.UMT5_XXL
+    height: int = 60
+    width: int = 104
+    len_t: int = 3
+    window_size_t: int = 21
+    sink_size_t: int = 0
+    apply_rope_before_kvcache: bool = True
+    guidance_scale: float = 1.0
+    first_guidance_scale: float | None = None
+    text_length: int = 512
+    text_rows: int = 512
+    attention: str | None = None
+
+    def __post_init__(self):
+        _ = self.span  # says what it cannot be
+        for name, patch in zip(("height", "width"), self.network.patch_size[1:], strict=True):
+            value = getattr(self, name)
+            if type(value) is not int or value < patch or value % patch:
+                raise UsageError(f"{name} of the latents is {value!r}; expected a multiple of {patch}.")
+        if not 1 <= self.text_rows <= self.text_length:
+            raise UsageError(f"text_rows is {self.text_rows}; expected 1 to text_length, {self.text_length}.")
+        for name in ("guidance_scale", "first_guidance_scale"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 100:
+                raise UsageError(f"{name} is {value}; expected 1 (none) to 100.")
+
+    @property
+    def guided(self) -> bool:
+        """Whether any chunk is: then all have a branch of the negative prompt, and a past of it."""
+        return self.guidance_scale != 1 or self.first_guidance_scale not in (None, 1)
+
+    @property
+    def span(self) -> wan.Span:
+        """How much of a video a chunk sees."""
+        return wan.Span(self.len_t, self.window_size_t, self.sink_size_t, not self.apply_rope_before_kvcache)
+
+
+@dataclass(frozen=True)
+class DiffusionModelConfig:
+    """The network and its sampler.
+
+    seed: of rollouts that are given no key. context_noise: the timestep, 0..1000, at which a finished chunk goes into
+    the cache; above 0 it is noised to that level first.
+    """
+
+    transformer: TransformerConfig = TransformerConfig()
+    scheduler: FlowMatchSchedulerConfig | UniPCSchedulerConfig = FlowMatchSchedulerConfig()
+    seed: int = 0
+    context_noise: float = 0
+
+    def __post_init__(self):
+        if not 0 <= self.context_noise <= 1000:
+            raise UsageError(f"context_noise is {self.context_noise}; expected a timestep from 0 to 1000.")
+
+
+def derive_config(config: Any, **patch: Any) -> Any:
+    """`config` with other values: a dict goes on into the field's own fields, anything else replaces the field.
+
+    Raises:
+        KeyError: there is no such field; the message has its path and the nearest name.
+        TypeError: a dict for a field that has no fields.
+        UsageError: a value of another type than the field's, or one that it cannot have.
+    """
+    return _derived(config, patch, "")
+
+
+def _derived(config: Any, patch: Mapping[str, Any], path: str) -> Any:
+    names, kinds = [field.name for field in dataclasses.fields(config)], get_type_hints(type(config))
+    changed = {}
+    for name, value in patch.items():
+        where = f"{path}{name}"
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean {path}{near[0]}?" if near else f"; {type(config).__name__} has {', '.join(names)}."
+            raise KeyError(f"no field {where}{hint}")
+        old = getattr(config, name)
+        if isinstance(value, Mapping):
+            if not dataclasses.is_dataclass(old):
+                raise TypeError(
+                    f"{where} is {old!r:.60}, which has no fields; give a value instead of {dict(value)!r:.60}"
+                )
+            value = _derived(old, value, f"{where}.")
+        if kinds[name] is float and type(value) is int:
+            value = float(value)
+        if not _is(value, kinds[name]):
+            kind = kinds[name].__name__ if isinstance(kinds[name], type) else str(kinds[name])
+            raise UsageError(f"{where} is {value!r:.60}; expected {kind}.")
+        changed[name] = value
+    return dataclasses.replace(config, **changed)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type."""
+    inner = get_args(kind)
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return any(_is(value, one) for one in inner)
+    if get_origin(kind) is Literal:
+        return value in inner
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and (inner[1:] != (...,) or all(_is(item, inner[0]) for item in value))
+    if kind in (int, float) and (isinstance(value, bool) or value != value):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def to_json(config: Any) -> Any:
+    """A configuration as JSON values; each object names its class."""
+    if dataclasses.is_dataclass(config):
+        values = {field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        return {"class": type(config).__name__} | values
+    return [to_json(value) for value in config] if isinstance(config, tuple) else config
+
+
+def from_json(value: Any, classes: Mapping[str, type]) -> Any:
+    """The inverse of `to_json`, for objects of these classes.
+
+    Raises:
+        CheckpointError: a class or field that there is not, or a value that cannot be.
+    """
+    if isinstance(value, list):
+        return tuple(from_json(item, classes) for item in value)
+    if not isinstance(value, Mapping):
+        return value
+    fields = {name: from_json(item, classes) for name, item in value.items() if name != "class"}
+    name = str(value.get("class"))
+    if name not in classes:
+        raise CheckpointError(f"a configuration has the class {name!r:.60}; expected one of {', '.join(classes)}.")
+    try:
+        return classes[name](**fields)
+    except (TypeError, ValueError) as error:  # UsageError is one
+        raise CheckpointError(f"a configuration of {name} cannot be read: {error}") from None

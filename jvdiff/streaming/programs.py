@@ -1,0 +1,125 @@
+"""The compiled functions of a streaming pipeline: each a pure function of weights, cache and input.
+
+B rollouts · T latent frames of a chunk · H W latent grid · C latent channels
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from jvdiff.diffusion import add_noise, denoise_scan
+from jvdiff.models import wan
+from jvdiff.pipeline import to_pixels
+from jvdiff.sharding import Placement
+from jvdiff.streaming.codec import Encoder, StreamingVideoDecoder, StreamingVideoEncoder, concatenated, stamped
+from jvdiff.streaming.config import DiffusionModelConfig, FlowMatchSchedulerConfig
+from jvdiff.types import Array, Params
+
+
+class Programs(NamedTuple):
+    """The jitted functions of a configuration. One program of each serves all chunks of a rollout; the VAE's first
+    chunk has one more."""
+
+    text_keys: Any  # (network, rows) -> wan.TextKeys
+    encode: Any  # (vae, input, cache) -> (payload, cache)
+    diffuse: Any  # (network, text, past, key, index, payload) -> (latents, non-finite share)
+    decode: Any  # (vae, latents, non-finite share, cache) -> (uint8 frames, non-finite share, cache)
+    finalize: Any  # (network, text, past, history, key, index, latents, payload) -> (past, history), both in place
+    reencode: Any  # (network, text, past, history) -> past, in place
+
+
+@functools.lru_cache(maxsize=8)
+def programs(
+    model: DiffusionModelConfig,
+    encoder: Encoder | None,
+    decoder: StreamingVideoDecoder | None,
+    placement: Placement | None,
+) -> Programs:
+    cfg, scheduler = model.transformer, model.scheduler
+    span, network, guided = cfg.span, cfg.network, cfg.guided
+    first = cfg.guidance_scale if cfg.first_guidance_scale is None else cfg.first_guidance_scale
+    concatenates = network.in_channels != network.out_channels
+    how: Any = dict(text_length=cfg.text_length, implementation=cfg.attention, placement=placement)
+    solver = scheduler.solver()
+    level = scheduler.noise_level(model.context_noise) if model.context_noise else 0.0
+
+    def replicated(tree: Any) -> Any:
+        return tree if placement is None else placement.replicate(tree)
+
+    def branches(x: Array) -> Array:  # the prompts', then the negative prompt's
+        return jnp.concatenate([x, x]) if guided else x
+
+    def flow(params: Params, text: Any, past: Any, payload: Any, scale: Array, x: Array, t: Array) -> Array:
+        given = branches(concatenated(payload, x) if concatenates else stamped(payload, x))
+        v = wan.chunk_velocity(params, network, span, given, branches(t), text, past, **how)
+        if not guided:
+            return v
+        wanted, unwanted = jnp.split(v, 2)
+        return unwanted + scale * (wanted - unwanted)
+
+    def diffuse(
+        params: Params, text: Any, past: wan.KVCache, key: Array, index: Array, payload: Any
+    ) -> tuple[Array, Array]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
+        batch = past.keys.shape[1] // (2 if guided else 1)
+        shape = (batch, span.chunk, cfg.height, cfg.width, network.out_channels)
+        noise = jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32)
+        state = solver.init(noise, key) if isinstance(scheduler, FlowMatchSchedulerConfig) else solver.init(noise)
+        scale = jnp.where(index == 0, jnp.float32(first), jnp.float32(cfg.guidance_scale))
+        latents = denoise_scan(Partial(flow, params, text, past, payload, scale), solver, replicated(state)).x
+        if not concatenates:
+            latents = stamped(payload, latents)
+        return replicated((latents, _nonfinite(latents)))
+
+    def finalize(
+        params: Params,
+        text: Any,
+        past: wan.KVCache,
+        history: Array,
+        key: Array,
+        index: Array,
+        latents: Array,
+        payload: Any,
+    ) -> tuple[wan.KVCache, Array]:
+        if level:
+            key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
+            latents = add_noise(latents, level, jax.random.fold_in(key, len(solver) + 1))
+        given = concatenated(payload, latents) if concatenates else latents
+        t = jnp.full(past.keys.shape[1], model.context_noise, jnp.float32)
+        history = wan.remembered(span, history, given, past.frames)
+        return wan.extend(params, network, span, branches(given), t, text, past, **how), replicated(history)
+
+    def reencode(params: Params, text: Any, past: wan.KVCache, history: Array) -> wan.KVCache:
+        t = jnp.full(past.keys.shape[1], model.context_noise, jnp.float32)
+        return wan.reencode(params, network, span, branches(history), t, text, past, **how)
+
+    def decode(params: Params, latents: Array, bad: Array, cache: Any) -> tuple[Array, Array, Any]:
+        assert decoder is not None
+        frames, cache = decoder.decode(params, latents, cache, placement=placement)
+        pixels, bad = replicated((to_pixels(frames), jnp.maximum(bad, _nonfinite(frames))))
+        return pixels, bad, cache
+
+    def encode(params: Params, given: Any, cache: Any) -> tuple[Any, Any]:
+        assert encoder is not None
+        payload, cache = encoder.encode(params, given, cache, latent_frames=span.chunk, placement=placement)
+        if isinstance(encoder, StreamingVideoEncoder):
+            payload = {"latent": payload}
+        return replicated(payload), cache
+
+    return Programs(
+        text_keys=jax.jit(lambda params, rows: wan.text_keys(params, network, rows, placement=placement)),
+        encode=jax.jit(encode),
+        diffuse=jax.jit(diffuse),
+        decode=jax.jit(decode),
+        finalize=jax.jit(finalize, donate_argnums=(2, 3)),
+        reencode=jax.jit(reencode, donate_argnums=2),
+    )
+
+
+def _nonfinite(x: Array) -> Array:
+    return jnp.mean(1.0 - jnp.isfinite(x).astype(jnp.float32))

@@ -1,0 +1,522 @@
+"""The command line, end to end on a tiny random repository: files, resuming, faults and exit status."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jvdiff
+from jvdiff import kernels, pipeline
+from jvdiff.commands import command_line, sample
+from jvdiff.errors import ResourceError, SetupError
+from jvdiff.media import video as videos
+from jvdiff.runtime import progress, run_state
+
+PROMPT = "a red seven moving left"
+STEM = "a-red-seven-moving-left_seed3"
+CONFIG = "from jvdiff import sample\nget_config = sample.default_config\n"
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def command(tiny_repository, config_file, tmp_path):
+    """argv of a run into tmp_path/out; keywords are config fields, None leaves one out."""
+
+    def build(**fields):
+        given = {"checkpoint": tiny_repository, "output": tmp_path / "out", "prompt": PROMPT, "seed": 3} | fields
+        given.setdefault("compile_cache", "off")
+        flags = [f"--config.{name}={value}" for name, value in given.items() if value is not None]
+        return ["sample", f"--config={config_file}", *flags]
+
+    return build
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails the test if weights are read."""
+
+    def load(*args):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(pipeline, "load", load)
+
+
+def read(path):
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_prompt_becomes_a_video_with_its_record(command, tmp_path, tiny_repository, capsys):
+    assert sample.main(command(save_arrays="true")) == 0
+    out = tmp_path / "out"
+    assert capsys.readouterr().out.strip() == str(out / f"{STEM}.mp4")
+    assert sorted(p.name for p in out.iterdir()) == [f"{STEM}.{kind}" for kind in ("json", "mp4", "npz", "png")]
+    arrays = read(out / f"{STEM}.npz")
+    same = jvdiff.generate(jvdiff.load(tiny_repository), PROMPT, seed=3)
+    np.testing.assert_array_equal(arrays["latents"], same.latents[0])
+    np.testing.assert_array_equal(arrays["video"], same.video[0])
+    assert videos.read_video(out / f"{STEM}.mp4").shape == (5, 16, 16, 3)
+    record = json.loads((out / f"{STEM}.json").read_text())
+    assert record["prompt"] == PROMPT and record["seed"] == 3 and record["steps"] == 4
+    assert videos.read_metadata(out / f"{STEM}.mp4").items() <= record.items()
+    assert set(record["seconds"]) == {"load", "text", "compile", "denoise", "decode"}
+    assert record["attention_chosen"] == {"self": "xla", "cross": "xla"} and record["device"]["backend"] == "cpu"
+    assert len(record["sigmas"]) == 5 and record["versions"]["jax"] == jax.__version__
+    assert len(record["checkpoint_digest"]) == 64
+
+
+def test_a_sparse_pattern_is_in_the_record_and_decides_the_clip(command, tmp_path, tiny_repository):
+    pattern = "video_sparse:1x1x1:0.5"
+    assert sample.main(command(save_arrays="true", pattern=pattern, attention="reference")) == 0
+    record = json.loads((tmp_path / "out" / f"{STEM}.json").read_text())
+    assert record["pattern"] == pattern and record["attention_chosen"] == {"self": "reference", "cross": "reference"}
+    pipe, latents = jvdiff.load(tiny_repository), read(tmp_path / "out" / f"{STEM}.npz")["latents"]
+    same = jvdiff.generate(pipe, PROMPT, seed=3, pattern=pattern, attention="reference")
+    np.testing.assert_array_equal(latents, same.latents[0])
+    assert np.abs(jvdiff.generate(pipe, PROMPT, seed=3).latents[0] - latents).max() > 1e-3
+
+
+def test_a_taken_name_is_never_overwritten(command, tmp_path):
+    assert sample.main(command(steps=1)) == 0
+    first = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert sample.main(command(steps=1)) == 0
+    assert all(path.read_bytes() == content for path, content in first.items())
+    assert (tmp_path / "out" / f"{STEM}-2.mp4").exists() and (tmp_path / "out" / f"{STEM}-2.json").exists()
+
+
+def test_several_prompts_count_the_seed_up(command, tmp_path):
+    assert sample.main(command(prompt="('a red two', 'a blue two')", steps=1)) == 0
+    assert {p.stem for p in (tmp_path / "out").glob("*.mp4")} == {"a-red-two_seed3", "a-blue-two_seed4"}
+
+
+def test_no_seed_draws_one_and_says_which(command, tmp_path, capsys):
+    assert sample.main(command(seed=None, steps=1)) == 0
+    record = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert f"seed: {record['seed']}" in capsys.readouterr().err
+
+
+def test_a_converted_repository_gives_the_same_clip(command, tmp_path, tiny_repository):
+    target = tmp_path / "orbax"
+    convert = [sys.executable, "-m", "convert", "--source", str(tiny_repository), "--target", str(target)]
+    subprocess.run(convert, check=True, capture_output=True)
+    pipe = jvdiff.load(target)
+    assert pipe.settings().steps == 4  # the defaults came along
+    same = jvdiff.generate(jvdiff.load(tiny_repository), PROMPT, seed=3)
+    np.testing.assert_array_equal(jvdiff.generate(pipe, PROMPT, seed=3).latents, same.latents)
+
+
+# ----------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_stopped_on_purpose_and_finished_is_uninterrupted(command, tmp_path, capsys):
+    assert sample.main(command(output=tmp_path / "whole", save_arrays="true")) == 0
+    assert sample.main(command(stop_at=2, preview_every=1)) == 0
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir()} == {f"{STEM}.state", f"{STEM}.preview.png"}
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == str(out / f"{STEM}.state") and "--config.resume=" in said.err
+    assert sample.main(command(resume=out / f"{STEM}.state", prompt=None, seed=None, save_arrays="true")) == 0
+    whole, finished = read(tmp_path / "whole" / f"{STEM}.npz"), read(out / f"{STEM}.npz")
+    np.testing.assert_array_equal(finished["latents"], whole["latents"])
+    np.testing.assert_array_equal(finished["video"], whole["video"])
+    assert json.loads((out / f"{STEM}.json").read_text())["resumed_at_step"] == 2
+
+
+def test_ctrl_c_saves_a_state_that_another_process_finishes(command, tmp_path):
+    # The same flags in both processes, as conftest sets them in this one.
+    environment = os.environ | {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    argv = [sys.executable, "-m", "jvdiff.sample", *command(steps=1000)[1:]]
+    child = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=environment)
+    assert child.stderr is not None
+    for line in child.stderr:
+        if line.startswith("denoise"):
+            child.send_signal(signal.SIGINT)
+            break
+    _, rest = child.communicate(timeout=120)
+    assert child.returncode == 5, rest
+    assert re.search(r"interrupted after step \d+ of 1000", rest) and "Traceback" not in rest
+    state = tmp_path / "out" / f"{STEM}.state"
+    assert 0 < run_state.load(state).done < 1000
+    assert not list((tmp_path / "out").glob("*.mp4")) and not list((tmp_path / "out").glob("*.json"))
+    assert sample.main(command(resume=state, prompt=None, seed=None, save_arrays="true")) == 0
+    assert sample.main(command(steps=1000, save_arrays="true", output=tmp_path / "whole")) == 0
+    whole, finished = read(tmp_path / "whole" / f"{STEM}.npz"), read(tmp_path / "out" / f"{STEM}.npz")
+    np.testing.assert_array_equal(finished["latents"], whole["latents"])
+    np.testing.assert_array_equal(finished["video"], whole["video"])
+
+
+def test_ctrl_c_while_decoding_loses_no_step(command, tmp_path, monkeypatch):
+    decode = pipeline.decode
+
+    def interrupted(pipe, latents, callback):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        return decode(pipe, latents, callback=callback)
+
+    monkeypatch.setattr(pipeline, "decode", interrupted)
+    assert sample.main(command(steps=2)) == 5
+    monkeypatch.undo()
+    assert run_state.load(tmp_path / "out" / f"{STEM}.state").done == 2
+    assert sample.main(command(resume=tmp_path / "out" / f"{STEM}.state", prompt=None, seed=None)) == 0
+    assert (tmp_path / "out" / f"{STEM}.mp4").exists()
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_repository, config_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("stopped")
+    given = {
+        "checkpoint": tiny_repository,
+        "output": out,
+        "prompt": PROMPT,
+        "seed": 3,
+        "stop_at": 1,
+        "compile_cache": "off",
+    }
+    assert sample.main(["sample", f"--config={config_file}", *(f"--config.{k}={v}" for k, v in given.items())]) == 0
+    return out / f"{STEM}.state"
+
+
+@pytest.fixture
+def state(stopped, tmp_path):
+    return Path(shutil.copytree(stopped, tmp_path / "out" / stopped.name))
+
+
+def test_other_settings_or_weights_are_refused_one_by_one(
+    command, state, tmp_path, tiny_repository, capsys, no_weights
+):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_repository, other)
+    config = other / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text() + "\n")
+    assert sample.main(command(resume=state, seed=4, solver="euler", checkpoint=other)) == 3
+    said = capsys.readouterr().err
+    for difference in ("seed: the state has 3, this run 4", "solver: the state has 'unipc'", "checkpoint_digest"):
+        assert difference in said
+    assert "prompt:" not in said
+
+
+def test_the_same_settings_said_again_are_fine(command, state):
+    assert sample.main(command(resume=state, steps=4, guidance=3)) == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "edit", "missing", "not json", "not a folder"])
+def test_a_damaged_state_is_refused(command, state, damage, capsys, no_weights):
+    arrays, facts = state / "state.bin", state / "state.json"
+    if damage == "cut":
+        arrays.write_bytes(arrays.read_bytes()[:-1])
+    elif damage == "flip":
+        content = bytearray(arrays.read_bytes())
+        content[len(content) // 2] ^= 1
+        arrays.write_bytes(content)
+    elif damage == "edit":
+        facts.write_text(facts.read_text().replace('"seed": 3', '"seed": 4'))
+    elif damage == "missing":
+        arrays.unlink()
+    elif damage == "not json":
+        facts.write_bytes(b"\xff{")
+    else:
+        shutil.rmtree(state)
+        assert sample.main(command(resume=state)) == 2
+        return
+    assert sample.main(command(resume=state, prompt=None, seed=None)) == 3
+    assert re.search("damaged", capsys.readouterr().err)
+
+
+# ------------------------------------------------------------------------------------------------------- prompts files
+
+
+def test_a_text_file_of_prompts_and_what_is_left_of_it(command, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red two\n\na blue two\n")
+    fields = {"prompt": None, "prompts": file, "steps": 1}
+    assert sample.main(command(**fields)) == 0
+    made = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"a-red-two_seed3.mp4", "a-blue-two_seed4.mp4"} <= made
+    file.write_text("a red two\n\na blue two\nleft\n")
+    assert sample.main(command(**fields)) == 0
+    assert "2 of 3 videos are already" in capsys.readouterr().err
+    assert {p.name for p in (tmp_path / "out").iterdir()} - made == {f"left_seed5.{k}" for k in ("mp4", "png", "json")}
+
+
+def test_bad_lines_do_not_stop_the_good_ones(command, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    good = {"id": "one", "prompt": "a red two", "seed": 9, "guidance": 1}
+    bad = [
+        "{broken",
+        "[]",
+        json.dumps(good | {"prompt": "left"}),
+        json.dumps({"prompt": "left", "sed": 1}),
+        json.dumps({"prompt": " "}),
+        json.dumps({"prompt": "left", "id": "../x"}),
+        json.dumps({"prompt": "left", "seed": -1}),
+        json.dumps({"prompt": "left", "num_frames": 4}),
+    ]
+    file.write_text("\n".join([json.dumps(good), *bad]) + "\n")
+    assert sample.main(command(prompt=None, prompts=file, steps=1)) == 3
+    said = capsys.readouterr().err
+    for number, hint in enumerate(
+        ("line 2", "not a JSON object", "'one'", "sed", "empty", "id is", "seed is", "nearest"), 2
+    ):
+        assert any(f"line {number}" in line and hint in line for line in said.splitlines()), hint
+    assert "8 of 9 videos were not made" in said
+    assert [p.name for p in (tmp_path / "out").glob("*.mp4")] == ["one.mp4"]
+    assert json.loads((tmp_path / "out" / "one.json").read_text())["guidance"] == 1.0
+
+
+def test_one_failing_job_does_not_stop_the_others(command, tmp_path, monkeypatch, capsys):
+    encode = pipeline.encode_prompts
+
+    def picky(pipe, prompts, negative):
+        if prompts[0] == "left":
+            raise pipeline.NumericsError("text encoder: broken")
+        return encode(pipe, prompts, negative)
+
+    monkeypatch.setattr(pipeline, "encode_prompts", picky)
+    assert sample.main(command(prompt="('left', 'a red two')", steps=1)) == 3
+    assert "1 of 2 videos were not made" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").glob("*.mp4")] == ["a-red-two_seed4.mp4"]
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"num_frames": 80}, "nearest is 81"),
+        ({"height": 30}, "nearest is 32"),
+        ({"steps": 0}, "nearest is 1"),
+        ({"guidance": "nan"}, "guidance"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": "abc"}, "invalid literal"),
+        ({"prompt": ""}, "empty"),
+        ({"prompt": "  "}, "empty"),
+        ({"prompt": "x\udc80"}, "surrogate"),
+        ({"prompt": "(1, 'x')", "solver": "ddim"}, "unipc"),
+        ({"prompt": None}, "prompt"),
+        ({"prompts": "/no/such/file"}, "either"),
+        ({"prompts": "/no/such/file", "prompt": None}, "cannot read"),
+        ({"precision": "float8"}, "bfloat16"),
+        ({"attention": "cudnn"}, "takes"),
+        ({"attention": "cudnn", "pattern": "video_sparse:1x1x1:0.5"}, "attention is 'cudnn'; expected one of"),
+        ({"pattern": "sparse"}, "'video_sparse:4x4x4:0.9' (tile, sparsity)"),
+        ({"pattern": "video_sparse:4x4x4:1.5"}, "the sparsity of pattern is 1.5; expected 0 to 1"),
+        ({"pattern": "video_sparse:4x4x4:nan"}, "pattern is 'video_sparse:4x4x4:nan'"),
+        ({"pattern": "video_sparse:0x4x4:0.5"}, "pattern is 'video_sparse:0x4x4:0.5'"),
+        ({"pattern": "sliding_tile:99x99x99:3x3x3"}, "expected 1 to 4096"),
+        ({"pattern": "sliding_tile:1x1x1:3x3"}, "pattern is 'sliding_tile:1x1x1:3x3'"),
+        (
+            {"pattern": "sliding_tile:1x1x1:3x3x3,1x1x1,3x3x3"},
+            "3 windows; expected one, or one for each",
+        ),
+        ({"stop_at": 0}, "stop_at"),
+        ({"checkpoint": None}, "checkpoint"),
+        ({"checkpoint": "/no/such/folder"}, "no such folder"),
+        ({"promt": "x"}, 'Did you mean "prompt"'),
+        ({"resume": "/no/such/state"}, "not a folder"),
+    ],
+)
+def test_usage_errors_are_told_before_weights_are_read(command, fields, message, capsys, no_weights):
+    assert sample.main(command(**fields)) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said and len(said.strip().splitlines()) <= 6
+
+
+@pytest.mark.parametrize("plan", (False, True))
+def test_a_causal_model_is_sent_to_the_streaming_program(command, tiny_causal_repository, plan, capsys, no_weights):
+    assert sample.main(command(checkpoint=tiny_causal_repository, plan=plan)) == 2
+    assert "python -m jvdiff.stream" in capsys.readouterr().err
+
+
+def test_an_implementation_for_another_machine_is_refused(command, capsys, monkeypatch, no_weights):
+    monkeypatch.setattr(kernels.block_sparse.reference, "unavailable", lambda: "needs a GPU")
+    assert sample.main(command(pattern="video_sparse:1x1x1:0.5", attention="reference")) == 2
+    assert "'reference': needs a GPU" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_cut_is_told_before_weights_are_read(command, caplog, no_weights):
+    assert sample.main(command(prompt="red " * 2500)) == 1  # no_weights stops it
+    assert "the last 1989 of its 2501 tokens are cut" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "Usage"),
+        (["--help"], "num_frames"),
+        (["--confg=x.py"], "Did you mean"),
+        (["--config=no_such_file.py"], "no_such_file.py"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense(argv, message, capsys):
+    assert sample.main(["sample", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_prompt_is_text_whatever_it_looks_like(command):
+    for prompt in ("7", "None", "a, b", "it's", 'a "b"', "x=y", "", "red " * 2500):
+        assert sample.parse(command(prompt=prompt)).config.prompt == prompt
+    assert sample.parse(command(prompt="('a', 'b')")).config.prompt == ("a", "b")
+
+
+def test_a_config_file_with_fields_of_its_own(tmp_path, capsys):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from jvdiff import sample\ndef get_config():\n  c = sample.default_config()\n  c.stepz = 3\n  return c\n"
+    )
+    assert sample.main(["sample", f"--config={path}"]) == 2
+    assert "stepz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("def get_config(:\n", "SyntaxError: invalid syntax (own.py, line 1)"),
+        ("import no_such_package\n", "No module named 'no_such_package'"),
+        ("def get_config(): return nothing\n", "name 'nothing' is not defined"),
+    ],
+)
+def test_a_config_file_that_is_not_python(tmp_path, capsys, content, message):
+    (tmp_path / "own.py").write_text(content)
+    assert sample.main(["sample", f"--config={tmp_path / 'own.py'}"]) == 2
+    said = capsys.readouterr().err
+    assert "the config file cannot be read" in said and message in said and len(said.splitlines()) == 1
+
+
+def test_non_finite_latents_leave_no_video(command, tmp_path, monkeypatch, capsys):
+    velocity = pipeline.wan.velocity
+    broken = lambda params, cfg, x, t, *a, **k: velocity(params, cfg, x, t, *a, **k) * jax.numpy.nan  # noqa: E731
+    monkeypatch.setattr(pipeline.wan, "velocity", broken)
+    pipeline._network.cache_clear()
+    assert sample.main(command()) == 6
+    pipeline._network.cache_clear()
+    said = capsys.readouterr().err
+    assert "after step 1 of 4" in said and f"{STEM}.failed.npz" in said
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [f"{STEM}.failed.npz"]
+    failed = read(tmp_path / "out" / f"{STEM}.failed.npz")
+    np.testing.assert_array_equal(failed["latents"], pipeline.initial_noise([3], (2, 2, 2, 4)))
+    assert failed["step"] == 0
+
+
+@pytest.mark.parametrize("stage", ["denoise", "decode"])
+def test_out_of_device_memory_names_the_stage(command, tmp_path, monkeypatch, capsys, stage):
+    def full(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes")
+
+    monkeypatch.setattr(pipeline, stage, full)
+    assert sample.main(command(steps=1)) == 4
+    said = capsys.readouterr().err
+    assert f"stage {stage}" in said and "--config.precision=bfloat16" in said and "--config.num_frames" in said
+    assert (tmp_path / "out" / f"{STEM}.state").is_dir() == (stage == "decode")
+
+
+def test_an_output_that_cannot_be_written_is_told_first(command, tmp_path, capsys, no_weights):
+    (tmp_path / "out").write_text("a file")
+    assert sample.main(command()) == 4
+    assert "choose another --config.output" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_while_writing_keeps_the_frames(command, tmp_path, monkeypatch, capsys):
+    def full(path, *args):
+        raise ResourceError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(videos, "write_mp4", full)
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    assert sample.main(command(steps=1)) == 4
+    assert str(tmp_path / "video.npz") in capsys.readouterr().err
+    assert read(tmp_path / "video.npz")["video"].shape == (5, 16, 16, 3)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_without_av_the_video_is_an_animated_png(command, tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    def absent():
+        raise SetupError('needs the package av; pip install "av>=17"')
+
+    monkeypatch.setattr(videos, "import_av", absent)
+    assert sample.main(command(steps=1)) == 0
+    said = capsys.readouterr().err
+    assert said.count("notice: an animated PNG") == 1 and "pip install" in said
+    with Image.open(tmp_path / "out" / f"{STEM}.apng") as image:
+        assert image.n_frames == 5 and image.size == (16, 16)
+
+
+def test_a_compile_cache_that_others_can_write_is_refused(command, tmp_path, capsys):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o770)
+    assert sample.main(command(compile_cache=tmp_path / "cache")) == 7
+    assert "chmod 700" in capsys.readouterr().err
+
+
+def test_a_compile_cache_is_made_for_its_owner_alone(tmp_path):
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    try:
+        command_line.compile_cache(str(tmp_path / "a" / "cache"))
+        assert (tmp_path / "a" / "cache").stat().st_mode & 0o777 == 0o700
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "cache")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+def test_a_bug_is_reported_with_its_traceback_in_a_file(command, tmp_path, monkeypatch, capsys):
+    def bug(*args, **kwargs):
+        raise ZeroDivisionError("no such thing")
+
+    monkeypatch.setattr(pipeline, "decode", bug)
+    assert sample.main(command(steps=1)) == 1
+    said = capsys.readouterr().err
+    assert "please report" in said and "Traceback" not in said
+    log = next((tmp_path / "out").glob("jvdiff-error-*.log"))
+    assert str(log) in said and "Traceback" in log.read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------ progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_one_line_on_a_terminal_and_few_lines_in_a_log():
+    terminal, log = Terminal(), io.StringIO()
+    for stream in (terminal, log):
+        with progress.bar("denoise", 50, start=10, stream=stream) as show:
+            for done in range(11, 51):
+                show(done)
+    assert terminal.getvalue().count("\n") == 1 and "[####" in terminal.getvalue() and " left" in terminal.getvalue()
+    assert len(log.getvalue().splitlines()) == 2 and log.getvalue().splitlines()[-1].startswith("denoise  50/50")
+
+
+def test_time_left_is_said_in_minutes_and_hours():
+    assert [progress.clock(s) for s in (5, 65.4, 3600)] == ["0:05", "1:05", "1:00:00"]
+
+
+def test_the_command_line_loads_no_jax_until_it_must():
+    code = "import sys, jvdiff.sample; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    assert Path(jvdiff.__file__).name == "__init__.py"

@@ -1,0 +1,117 @@
+"""The tables name exactly the published tensors, with their shapes, for every published text-to-video configuration.
+
+The lists in tests/data/tensors are those of the published repositories' files: name, shape, and for a repeated layer
+how many there are.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from safetensors.numpy import save_file
+
+from jvdiff.errors import CheckpointError, UnsafeFormat
+from jvdiff.models import wan
+from jvdiff.models.text import umt5
+from jvdiff.pipeline.tables import component, read_component
+from jvdiff.weights import naming as rules
+
+LISTS = Path(__file__).parents[1] / "data" / "tensors"
+FASTWAN = dataclasses.replace(wan.WAN_2_1_T2V_1_3B, gate_compress=True)
+SELF_FORCING = dataclasses.replace(wan.WAN_2_1_T2V_1_3B, causal=True)
+
+
+def published(name):
+    tensors = {}
+    for line in (LISTS / f"{name}.tsv").read_text().splitlines()[1:]:
+        pattern, shape, layers = line.split("\t")
+        names = [pattern.format(layer=i) for i in range(int(layers))] or [pattern]
+        tensors.update(dict.fromkeys(names, tuple(json.loads(shape))))
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "name, cfg, count, parameters",
+    [
+        ("wan2_1_t2v_1_3b", wan.WAN_2_1_T2V_1_3B, 825, 1_418_996_800),
+        ("wan2_1_t2v_1_3b", SELF_FORCING, 825, 1_418_996_800),  # the published lists are equal
+        ("fastwan2_1_t2v_1_3b", FASTWAN, 885, 1_489_821_760),
+        ("wan2_1_t2v_14b", wan.WAN_2_1_T2V_14B, 1095, 14_288_491_584),
+        ("wan2_1_vae", wan.WAN_2_1_VAE, 194, 126_892_531),
+        ("umt5_xxl", umt5.UMT5_XXL, 242, 5_680_910_336),
+    ],
+)
+def test_published_tensors(name, cfg, count, parameters):
+    part = component(cfg)
+    abstract = part.abstract(jnp.bfloat16)
+    ours = {tensor: entry.shape for tensor, entry in rules.expected(part.rules, abstract).items()}
+    assert ours == published(name)
+    assert len(ours) == count
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == parameters
+
+
+def test_the_causal_class(tmp_path):
+    """The class's name is all in which Self-Forcing's config.json differs from Wan 2.1's."""
+    config = wan.WAN_2_1_T2V_1_3B.to_json() | {"_class_name": "CausalWanTransformer3DModel"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_component(tmp_path).cfg == SELF_FORCING
+    assert SELF_FORCING.to_json() == config
+    assert "causal" not in config
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_gate_shows_by_its_tensors(tmp_path, sharded):
+    """FastWan's config.json is Wan 2.1's to the letter."""
+    cfg = wan.DiTConfig(num_attention_heads=1, attention_head_dim=6, ffn_dim=8, num_layers=1, text_dim=4, freq_dim=2)
+    (tmp_path / "config.json").write_text(json.dumps(cfg.to_json()))
+    assert read_component(tmp_path).cfg == cfg  # without weights beside it
+    gated = dataclasses.replace(cfg, gate_compress=True)
+    part = component(gated)
+    weights = dict(rules.disassemble(part.rules, wan.init_params(jax.random.key(0), gated)))
+    stem = "diffusion_pytorch_model"
+    file = f"{stem}-00001-of-00001.safetensors" if sharded else f"{stem}.safetensors"
+    if sharded:
+        index = {"weight_map": dict.fromkeys(weights, file)}
+        (tmp_path / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    save_file(weights, tmp_path / file)
+    assert read_component(tmp_path).cfg == gated
+    (tmp_path / "config.json").write_text(json.dumps(cfg.to_json() | {"gate_compress": False}))
+    assert read_component(tmp_path).cfg == cfg  # what the configuration says holds
+
+
+def test_other_sizes_have_other_lists():
+    cfg = wan.VAEConfig(dim_mult=(1, 2, 2), num_res_blocks=1, temperal_downsample=(True, False))
+    part = component(cfg)
+    names = rules.expected(part.rules, part.abstract(jnp.float32))
+    assert "encoder.down_blocks.1.time_conv.weight" in names  # stage 0: one residual block, then the downsampler
+    assert "encoder.down_blocks.3.resample.1.weight" in names
+    assert "encoder.down_blocks.3.time_conv.weight" not in names
+    assert "encoder.down_blocks.5.conv1.weight" not in names
+
+
+@pytest.mark.parametrize(
+    "config, error, words",
+    [
+        ({"_class_name": "HunyuanVideoTransformer3DModel"}, CheckpointError, "which jvdiff does not have"),
+        ({}, CheckpointError, "'None'"),
+        ({"model_type": "umt5", "auto_map": {"AutoModel": "evil.Model"}}, UnsafeFormat, "remote code is not supported"),
+        ({"_class_name": "WanTransformer3DModel", "num_layers": 10**9}, CheckpointError, "num_layers"),
+        ({"_class_name": "WanTransformer3DModel", "num_layers": "30"}, CheckpointError, "num_layers"),
+        ({"model_type": "umt5", "d_model": -1}, CheckpointError, "d_model"),
+        ({"_class_name": "AutoencoderKLWan", "base_dim": 1.5}, CheckpointError, "base_dim"),
+    ],
+)
+def test_unusable_configurations(tmp_path, config, error, words):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=words):
+        read_component(tmp_path)
+
+
+def test_a_configuration_with_nan_is_not_json(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "WanTransformer3DModel", "eps": NaN}')
+    with pytest.raises(CheckpointError, match="NaN is not JSON"):
+        read_component(tmp_path)

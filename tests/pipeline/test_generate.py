@@ -1,0 +1,275 @@
+"""The stages and what `generate` makes of them, on a tiny random repository."""
+
+import json
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jvdiff
+from jvdiff import pipeline, precision
+from jvdiff.errors import CheckpointError, NumericsError, UsageError
+from jvdiff.kernels import Dense
+from jvdiff.pipeline.settings import latent_shape
+
+PROMPT = "a red seven moving left"
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_repository):
+    return jvdiff.load(tiny_repository)
+
+
+@pytest.fixture(scope="module")
+def out(pipe):
+    return jvdiff.generate(pipe, PROMPT, seed=3)
+
+
+def test_shapes_dtypes_and_the_repositorys_defaults(pipe, out):
+    assert out.video.shape == (1, 5, 16, 16, 3) and out.video.dtype == np.uint8
+    assert out.latents.shape == (1, 2, 2, 2, 4) and out.latents.dtype == np.float32
+    assert np.isfinite(out.latents).all() and out.video.std() > 1
+    assert out.seeds == (3,)
+    expected = {"num_frames": 5, "steps": 4, "guidance": 3.0, "shift": 3.0, "solver": "unipc", "grid": "diffusers"}
+    assert expected.items() <= vars(out.settings).items()
+    assert pipe.precision == precision.TABLE["float32"]
+
+
+def test_a_clip_does_not_depend_on_its_batch(pipe, out):
+    batch = jvdiff.generate(pipe, ["a blue two", PROMPT, "left"], seed=2)
+    # The noise is bit-equal; matrix products of another height round differently.
+    np.testing.assert_allclose(batch.latents[1], out.latents[0], rtol=1e-4, atol=1e-5)
+    assert np.abs(batch.video[1].astype(int) - out.video[0]).max() <= 1
+    assert batch.seeds == (2, 3, 4)
+    assert not np.array_equal(batch.latents[0], batch.latents[1])
+
+
+def test_given_noise_replaces_the_seed(pipe, out):
+    noise = np.asarray(pipeline.initial_noise([3], (2, 2, 2, 4)))
+    given = jvdiff.generate(pipe, [PROMPT], noise=noise)
+    np.testing.assert_array_equal(given.latents, out.latents)
+    assert given.seeds == ()
+    with pytest.raises(UsageError, match=r"float32\[1, 2, 2, 2, 4\]"):
+        jvdiff.generate(pipe, [PROMPT], noise=noise[:, :1])
+
+
+def test_noise_is_standard_normal_and_every_seed_counts():
+    seeds = [0, 1, 2**31, 2**32 - 1]
+    noise = np.asarray(pipeline.initial_noise(seeds, (4, 16, 16, 4)))
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    assert len({clip.tobytes() for clip in noise}) == len(seeds)
+    np.testing.assert_array_equal(noise[1], jax.random.normal(jax.random.key(1), (4, 16, 16, 4)))
+
+
+def test_the_stages_in_a_row_are_generate(pipe, out):
+    settings = pipe.settings()
+    text, negative = pipeline.encode_prompts(pipe, [PROMPT], "")
+    noise = pipeline.initial_noise([3], latent_shape(pipe.configs, settings))
+    seen = []
+    state = pipeline.solver(settings).init(noise)
+    state = pipeline.denoise(pipe, settings, state, text, negative, callback=lambda done, _: seen.append(done))
+    assert seen == [1, 2, 3, 4]
+    np.testing.assert_array_equal(np.asarray(state.x), out.latents)
+    np.testing.assert_array_equal(pipeline.decode(pipe, state.x), out.video)
+    assert np.isfinite(noise).all()  # the caller's noise was not donated
+
+
+def test_decoding_in_chunks_is_the_whole_decoder(pipe, out):
+    vae, latents = pipe.configs.vae, jnp.asarray(out.latents)
+    decode = jax.jit(lambda params, z: pipeline.wan.decode(params, vae, pipeline.wan.denormalize_latents(vae, z)))
+    whole = decode(pipe.params["vae"], latents)
+    whole = np.round(np.clip(np.asarray(whole) / 2 + 0.5, 0, 1) * 255)
+    assert np.abs(whole - out.video).max() <= 1
+
+
+def test_short_text_rows_stand_for_512(pipe, out, monkeypatch):
+    monkeypatch.setattr(pipeline, "TEXT_BUCKETS", (512,))
+    full = jvdiff.generate(pipe, PROMPT, seed=3)
+    np.testing.assert_allclose(full.latents, out.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_text_rows_are_zero_beyond_the_prompt(pipe):
+    text, negative = pipeline.encode_prompts(pipe, [PROMPT, "left"], "")
+    assert text.shape == (2, 32, 16) and negative.shape == text.shape
+    used = np.asarray(jnp.any(text != 0, axis=-1)).sum(axis=1)
+    assert used.tolist() == [6, 2] and np.asarray(negative)[0, 1:].max() == 0  # words and eos; eos alone
+
+
+def test_a_prompt_of_512_tokens_or_more_uses_every_row(pipe, caplog):
+    ids, mask = pipeline.tokenize(pipe.tokenizer, ["red " * 511])
+    assert ids.shape == (1, 512) and mask.all() and not caplog.records
+    with caplog.at_level(logging.WARNING, "jvdiff"):
+        ids, mask = pipeline.tokenize(pipe.tokenizer, ["red " * 600])
+    assert ids.shape == (1, 512) and mask.all() and ids[0, -1] == 1
+    assert "the last 89 of its 601 tokens are cut" in caplog.text
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Batch sizes at which the network is traced; fresh programs before and after."""
+    seen, velocity = [], pipeline.wan.velocity
+
+    def counted(params, cfg, latents, *args, **kwargs):
+        seen.append(latents.shape[0])
+        return velocity(params, cfg, latents, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline.wan, "velocity", counted)
+    pipeline._network.cache_clear()
+    yield seen
+    pipeline._network.cache_clear()
+
+
+def test_guidance_1_runs_the_network_once_a_step(pipe, calls):
+    one = jvdiff.generate(pipe, PROMPT, seed=3, guidance=1)
+    assert set(calls) == {1}
+    calls.clear()
+    other = jvdiff.generate(pipe, PROMPT, seed=3, guidance=2)
+    assert set(calls) == {2}
+    assert not np.array_equal(one.latents, other.latents)
+
+
+def test_large_clips_are_guided_in_turn_with_the_same_result(pipe, out):
+    settings = pipe.settings()
+    text, negative = pipeline.encode_prompts(pipe, [PROMPT], "")
+    params, x, t = pipe.params["transformer"], jnp.asarray(out.latents), jnp.full((1,), 500.0)
+    run = jax.jit(lambda velocity, x, t: velocity(x, t))
+    batched = run(pipeline.velocity(pipe.configs, settings, params, text, negative), x, t)
+    network = pipeline.Partial(pipeline._network(pipe.configs.transformer, Dense(), None, None), params)
+    in_turn = run(pipeline.classifier_free(network, text, negative, settings.guidance, mode="sequential"), x, t)
+    np.testing.assert_allclose(batched, in_turn, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("num_frames", 80, "nearest is 81"),
+        ("num_frames", 0, "nearest is 1"),
+        ("height", 479, "nearest is 480"),
+        ("height", 30, "nearest is 32"),
+        ("width", 17, "nearest is 16"),
+        ("width", 10**9, "nearest is 16384"),
+        ("width", "64", "expected a whole number"),
+        ("height", 16.5, "expected a whole number"),
+        ("steps", 0, "nearest is 1"),
+        ("guidance", float("nan"), "expected 1.0 to 100.0"),
+        ("guidance", 0.5, "without guidance"),
+        ("shift", float("inf"), "nearest is 100"),
+        ("solver", "ddim", "unipc, euler"),
+        ("grid", "karras", "diffusers, wan"),
+        ("attention", "flash9", "xla"),
+        ("pattern", "dance", "expected 'dense'"),
+        ("negative_prompt", "bad \ud800", "surrogate"),
+        ("seed", -1, "0 to 4294967295"),
+        ("seed", 2**32, "0 to 4294967295"),
+        ("seed", "seven", "whole number"),
+        ("seed", True, "whole number"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_with_the_nearest_ones(pipe, field, value, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        jvdiff.generate(pipe, PROMPT, **{field: value})
+    assert len(str(caught.value).splitlines()) <= 6
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "&nbsp;", "half \udc00", 7, None])
+def test_prompts_that_are_no_text_are_refused(pipe, prompt):
+    with pytest.raises(UsageError, match=r"prompt|surrogate"):
+        jvdiff.generate(pipe, [prompt])
+
+
+def test_no_prompts_at_all_are_refused(pipe):
+    with pytest.raises(UsageError, match="at least one"):
+        jvdiff.generate(pipe, [])
+
+
+def test_no_seed_draws_one_that_makes_the_clip_again(pipe):
+    first = jvdiff.generate(pipe, PROMPT, steps=1)
+    again = jvdiff.generate(pipe, PROMPT, steps=1, seed=first.seeds[0])
+    np.testing.assert_array_equal(first.latents, again.latents)
+
+
+def test_nan_names_the_step_and_keeps_the_latents_before_it(pipe, monkeypatch):
+    velocity = pipeline.wan.velocity
+
+    def breaks(params, cfg, latents, timestep, *args, **kwargs):
+        v = velocity(params, cfg, latents, timestep, *args, **kwargs)
+        return jnp.where(timestep[:, None, None, None, None] < 800.0, jnp.nan, v)  # the third of 999, 900, 750, 500
+
+    good = {}
+    keep = lambda done, state: good.update({done: np.array(state.x)})  # noqa: E731
+    jvdiff.generate(pipe, PROMPT, seed=3, callback=keep)
+    monkeypatch.setattr(pipeline.wan, "velocity", breaks)
+    pipeline._network.cache_clear()
+    with pytest.raises(NumericsError, match=r"after step 3 of 4, 100.0% .* float32") as caught:
+        jvdiff.generate(pipe, PROMPT, seed=3)
+    pipeline._network.cache_clear()
+    assert caught.value.step == 2
+    np.testing.assert_array_equal(caught.value.latents, good[2])
+
+
+def test_nan_in_the_decoder_names_the_frame(pipe, out):
+    latents = out.latents.copy()
+    latents[0, 1] = np.nan
+    with pytest.raises(NumericsError, match="latent frame 2 of 2"):
+        pipeline.decode(pipe, latents)
+
+
+def test_nan_in_the_text_encoder_is_named(pipe):
+    params = dict(pipe.params) | {"text_encoder": jax.tree.map(lambda x: x * jnp.nan, pipe.params["text_encoder"])}
+    with pytest.raises(NumericsError, match="text encoder"):
+        jvdiff.generate(pipeline.dataclasses.replace(pipe, params=params), PROMPT)
+
+
+def test_bfloat16_follows_the_table(tiny_repository, out):
+    half = jvdiff.load(tiny_repository, precision="bfloat16")
+    kinds = {part: {str(x.dtype) for x in jax.tree.leaves(tree)} for part, tree in half.params.items()}
+    assert kinds["text_encoder"] == {"bfloat16"} and kinds["vae"] == {"float32"}
+    assert half.params["transformer"]["blocks"]["ffn"]["up"]["kernel"].dtype == jnp.bfloat16
+    latents = jvdiff.generate(half, PROMPT, seed=3).latents
+    assert latents.dtype == np.float32 and np.abs(latents - out.latents).max() < 0.5 * np.abs(out.latents).max()
+
+
+def test_precision_is_a_name_of_the_table():
+    assert precision.choose(None, "gpu") == precision.TABLE["bfloat16"]
+    assert precision.choose(None, "cpu") == precision.TABLE["float32"]
+    with pytest.raises(UsageError, match="bfloat16, float32"):
+        precision.choose("float8")
+
+
+def test_a_tokenizer_with_more_words_than_the_encoder_is_refused(tiny_repository, tmp_path):
+    from jvdiff.digits import tokenizer as digits_tokenizer
+
+    copy = tmp_path / "repository"
+    shutil.copytree(tiny_repository, copy)
+    digits_tokenizer.save(digits_tokenizer.build([f"word{i}" for i in range(500)]), copy / "tokenizer")
+    with pytest.raises(CheckpointError, match="rows"):
+        jvdiff.load(copy)
+
+
+def test_both_solvers_and_grids_run(pipe):
+    seen = {
+        jvdiff.generate(pipe, PROMPT, seed=3, steps=3, solver=solver, grid=grid, num_frames=1).latents.tobytes()
+        for solver in ("unipc", "euler")
+        for grid in ("diffusers", "wan")
+    }
+    assert len(seen) == 4
+
+
+def test_compiling_ahead_is_compiling(pipe, out, caplog):
+    settings = pipe.settings(num_frames=9)
+    names = []
+    for name, program in pipeline.traced(pipe.configs, settings, pipe.params, 32):
+        program.lower().compile()
+        names.append(name)
+    assert names == ["text", "denoise", "decode first", "decode next"]
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        jvdiff.generate(pipe, PROMPT, seed=3, num_frames=9)
+    finished = [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
+    assert not [m for m in finished if any(n in m for n in ("jit(text)", "jit(_advance)", "jit(decode)"))]
+
+
+def test_model_index_and_defaults_are_plain_json(tiny_repository):
+    assert json.loads((tiny_repository / "model_index.json").read_text())["_class_name"] == "WanPipeline"

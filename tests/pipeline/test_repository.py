@@ -1,0 +1,173 @@
+"""What a repository says of itself, what is refused, and trained components that become one (F28, F31)."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.__main__ import convert
+from jvdiff import pipeline
+from jvdiff.errors import CheckpointError, CorruptFile, UnsafeFormat, UsageError
+from jvdiff.pipeline import repository, settings
+from jvdiff.pipeline.tables import read_component
+from jvdiff.weights import checkpoint
+
+
+@pytest.fixture(scope="module")
+def orbax(tiny_repository, tmp_path_factory):
+    target = tmp_path_factory.mktemp("converted") / "orbax"
+    convert(tiny_repository, target)
+    return target
+
+
+@pytest.fixture
+def copy(tiny_repository, tmp_path):
+    return shutil.copytree(tiny_repository, tmp_path / "repository")
+
+
+def change(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_digests_tell_weights_apart(copy, orbax, tmp_path):
+    first = repository.inspect(copy).digest
+    assert first == repository.inspect(copy).digest
+    assert repository.inspect(orbax).digest != first
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert repository.inspect(copy).digest != first
+
+
+@pytest.mark.parametrize(
+    "value", [["my_module", "MyTransformer"], ["diffusers_modules.local", "X"], ["diffusers"], ["../evil", "X"]]
+)
+def test_f28_remote_code(copy, value):
+    (copy / "my_module.py").write_text("open('ran', 'w')")
+    change(copy / "model_index.json", transformer=value)
+    with pytest.raises(UnsafeFormat, match="remote code is not supported"):
+        repository.inspect(copy)
+    assert not os.path.exists("ran")
+
+
+def test_f28_auto_map(copy):
+    change(copy / "text_encoder" / "config.json", auto_map={"AutoModel": "evil.Model"})
+    with pytest.raises(UnsafeFormat, match="remote code is not supported"):
+        repository.inspect(copy)
+
+
+@pytest.mark.parametrize(
+    "file, values, words",
+    [
+        ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "expected 'WanPipeline'"),
+        ("model_index.json", {"_class_name": "WanCausalDMDPipeline"}, "expected WanPipeline with that"),
+        (
+            "transformer/config.json",
+            {"_class_name": "CausalWanTransformer3DModel"},
+            "expected WanCausalDMDPipeline with that",
+        ),
+        ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "two transformers"),
+        ("transformer/config.json", {"_class_name": "AutoencoderKLWan"}, "VAE configuration"),
+        ("transformer/config.json", {"in_channels": 36}, "do not fit together"),
+        ("text_encoder/config.json", {"d_model": 24}, "do not fit together"),
+    ],
+)
+def test_repositories_that_cannot_be_used(copy, file, values, words):
+    change(copy / file, **values)
+    with pytest.raises(CheckpointError, match=words):
+        repository.inspect(copy)
+
+
+@pytest.mark.parametrize(
+    "file", ["model_index.json", "vae/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"]
+)
+def test_incomplete_and_truncated_repositories(copy, file):
+    whole = (copy / file).read_text()
+    (copy / file).write_text(whole[: len(whole) // 2])
+    with pytest.raises(CorruptFile, match="not usable as JSON"):
+        repository.inspect(copy)
+    (copy / file).unlink()
+    with pytest.raises(CheckpointError, match=file.split("/")[-1]):
+        repository.inspect(copy)
+
+
+def test_f26_a_single_file(tmp_path):
+    (tmp_path / "model.pth").write_bytes(b"\x80\x04cos\nsystem\n(S'touch ran'\ntR.")
+    with pytest.raises(UnsafeFormat, match="not opened"):
+        repository.inspect(tmp_path / "model.pth")
+    with pytest.raises(UsageError, match="no such folder"):
+        repository.inspect(tmp_path / "none")
+
+
+def test_f31_more_words_than_embedding_rows(copy, tmp_path):
+    change(copy / "text_encoder" / "config.json", vocab_size=3)
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        convert(copy, tmp_path / "orbax")
+
+
+def test_a_causal_repository_is_for_the_streaming_program(tiny_causal_repository, tiny_repository):
+    assert repository.inspect(tiny_causal_repository).transformer.causal
+    assert repository.inspect(tiny_causal_repository, causal=True).scheduler["shift"] == 5.0
+    assert not repository.inspect(tiny_repository, causal=False).transformer.causal
+    with pytest.raises(UsageError, match=r"chunk by chunk; run it with `python -m jvdiff\.stream`"):
+        pipeline.load(tiny_causal_repository)
+    with pytest.raises(UsageError, match=r"at once; run it with `python -m jvdiff\.sample`"):
+        repository.inspect(tiny_repository, causal=True)
+
+
+def test_save_causal_repository(tiny_causal_repository, tmp_path):
+    found = repository.inspect(tiny_causal_repository)
+    components = {}
+    for name in repository.COMPONENTS:
+        part = read_component(tiny_causal_repository / name)
+        components[name] = part.cfg, checkpoint.restore(tiny_causal_repository / name, part.abstract(jnp.float32))
+    unipc = {"_class_name": "UniPCMultistepScheduler", "flow_shift": 5.0}
+    stream = {"stream": {"len_t": 3, "sink_size_t": 1}}
+    for number, scheduler in enumerate((found.scheduler, unipc)):
+        saved = tmp_path / str(number)
+        repository.save(saved, components, tokenizer=found.tokenizer, scheduler=scheduler, defaults=stream)
+        index = json.loads((saved / "model_index.json").read_text())
+        assert index["_class_name"] == "WanCausalDMDPipeline"
+        assert index["transformer"] == ["diffusers", "CausalWanTransformer3DModel"]
+        assert index["scheduler"] == ["diffusers", scheduler["_class_name"]]
+        assert repository.inspect(saved).transformer == found.transformer
+        assert settings.read_defaults(saved) == {}
+    euler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    with pytest.raises(UsageError, match="needs one of SelfForcingFlowMatchScheduler"):
+        repository.save(tmp_path / "x", components, tokenizer=found.tokenizer, scheduler=euler)
+    assert not (tmp_path / "x").exists()
+
+
+def test_save_repository(tiny_repository, tmp_path):
+    found = repository.inspect(tiny_repository)
+    components = {}
+    for name in repository.COMPONENTS:
+        part = read_component(tiny_repository / name)
+        components[name] = part.cfg, checkpoint.restore(tiny_repository / name, part.abstract(jnp.float32))
+    repository.save(
+        tmp_path / "trained",
+        components,
+        tokenizer=found.tokenizer,
+        scheduler=found.scheduler,
+        defaults={"steps": 4},
+    )
+    kept = repository.inspect(tmp_path / "trained")
+    assert (kept.transformer, kept.vae, kept.text_encoder) == (found.transformer, found.vae, found.text_encoder)
+    assert kept.scheduler == found.scheduler
+    for name, (cfg, params) in components.items():
+        wanted = read_component(tmp_path / "trained" / name)
+        assert wanted.cfg == cfg
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            checkpoint.restore(tmp_path / "trained" / name, wanted.abstract(jnp.float32)),
+            params,
+        )
+    with pytest.raises(UsageError, match="expected transformer, vae, text_encoder"):
+        repository.save(
+            tmp_path / "x", {"vae": components["vae"]}, tokenizer=found.tokenizer, scheduler=found.scheduler
+        )

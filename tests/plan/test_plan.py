@@ -1,0 +1,233 @@
+"""Planning without weights: operations counted, memory of the compiled programs, no LxL array."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jvdiff import pipeline, plan, precision
+from jvdiff.commands import sample
+from jvdiff.errors import ResourceError
+from jvdiff.pipeline.settings import FIELDS, resolve
+from jvdiff.sharding import MeshShape, make_mesh
+
+
+def planned(config, abstract_of=precision.TABLE["float32"]):
+    configs, scheduler, defaults = plan.describe(config.checkpoint)
+    settings = resolve(configs, scheduler, defaults, **{name: config[name] for name in FIELDS})
+    return configs, settings, pipeline.abstract_params(configs, abstract_of)
+
+
+def test_flops_of_products_convolutions_loops_and_branches():
+    def f(a, b, image, kernel):
+        a = jax.lax.scan(lambda c, _: (c @ b, None), a, length=5)[0]  # 5 x 2*3*4*4
+        a = jax.lax.cond(a[0, 0] > 0, lambda x: x @ b, lambda x: x, a)  # 2*3*4*4
+        image = jax.jit(
+            lambda x: jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        )(image)  # 2 * 8*8*6 outputs * 3*3*5
+        return a, image
+
+    shapes = ((3, 4), (4, 4), (1, 8, 8, 5), (3, 3, 5, 6))
+    jaxpr = jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+    assert plan.count_flops(jaxpr.jaxpr) == 6 * 96 + 2 * 8 * 8 * 6 * 45
+
+
+def test_the_largest_array_of_a_program():
+    hlo = jax.jit(lambda x, y: jnp.tanh(x[:, None] * y[None]).sum()).lower(jnp.ones(300), jnp.ones(500)).compile()
+    text = "  %a = f32[9999,9999] parameter(0)\n  ROOT %b = (bf16[300,500]{1,0}, s32[2]) fusion(f32[9999,9999] %a)\n"
+    assert plan.largest_array(text) == ("bf16[300,500] 0.29 MiB", 150000)
+    assert plan.largest_array(hlo.as_text())[1] <= 150000
+
+
+def test_a_plan_reads_no_weights_and_says_what_a_run_takes(tiny_repository, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "tiny.py"
+    path.write_text("from jvdiff import sample\nget_config = sample.default_config\n")
+    monkeypatch.setattr(pipeline.checkpoint, "restore", None)
+    argv = ["sample", f"--config={path}", f"--config.checkpoint={tiny_repository}", "--config.plan=true"]
+    assert sample.main([*argv, "--config.num_frames=9"]) == 0
+    said = capsys.readouterr().out
+    for name in ("transformer", "text_encoder", "denoise", "decode first", "decode next", "one clip", "L: 3"):
+        assert name in said
+    assert sample.main([*argv, "--config.num_frames=8"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [(480, 832), (720, 1280)])
+@pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-14B-Diffusers"])
+def test_no_array_has_l_x_l_elements(name, size):
+    config = sample.default_config()
+    config.checkpoint, (config.height, config.width) = name, size
+    configs, settings, abstract = planned(config)
+    tokens = plan.token_count(configs, settings)
+    assert tokens == {480: 32760, 720: 75600}[size[0]]
+    program = next(p for p in plan.programs(configs, settings, abstract) if p.name == "denoise")
+    # What there is grows with L times the feed-forward's width, and is far from one head's LxL.
+    widest = tokens * configs.transformer.ffn_dim
+    assert 0 < program.largest_elements <= widest < tokens**2 / 2
+    assert program.temporary < 6 * 4 * widest
+    width, layers = configs.transformer.width, configs.transformer.num_layers
+    attention = 2 * 4 * tokens**2 * width * layers  # both branches of guidance
+    dense = 2 * 2 * tokens * layers * (6 * width**2 + 2 * width * configs.transformer.ffn_dim)
+    assert attention + dense < program.flops < 1.05 * (attention + dense)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept"),
+    [("video_sparse:4x4x4:0.9", 63 * 64), ("sliding_tile:6x8x8:3x3x3", 27 * 384), ("dense", None)],
+)
+def test_operations_are_those_of_the_pattern(pattern, kept):
+    """Of 32,760 tokens in a grid of 21x30x52, padded to whole tiles; the coarse branch and the rest come on top."""
+    config = sample.default_config()
+    config.checkpoint, config.pattern = "Wan2.1-T2V-1.3B-Diffusers", pattern
+    configs, settings, abstract = planned(config)
+    flops = plan.count_flops(dict(pipeline.traced(configs, settings, abstract, 512))["denoise"].jaxpr.jaxpr)
+    width, layers = configs.transformer.width, configs.transformer.num_layers
+    padded = {"v": 624 * 64, "s": 4 * 4 * 7 * 384, "d": 32760}[pattern[0]]
+    attention = 2 * 4 * padded * (kept or 32760) * width * layers
+    dense = 2 * 2 * 32760 * layers * (6 * width**2 + 2 * width * configs.transformer.ffn_dim)
+    assert attention + dense < flops < 1.08 * (attention + dense)
+
+
+def test_operations_are_counted_whatever_computes_them(tiny_repository):
+    config = sample.default_config()
+    config.checkpoint, config.pattern = str(tiny_repository), "video_sparse:1x1x1:0.5"
+    config.num_frames, config.height, config.width = 9, 32, 32
+    flops = []
+    for config.attention in ("xla", "reference"):
+        programs = plan.programs(*planned(config))
+        flops.append(next(p.flops for p in programs if p.name == "denoise"))
+    assert flops[0] == flops[1] > 0
+
+
+def test_decoding_is_the_same_program_for_21_and_81_frames():
+    config = sample.default_config()
+    config.checkpoint = "Wan2.1-T2V-1.3B-Diffusers"
+    programs = {}
+    for frames in (21, 81):
+        config.num_frames = frames
+        configs, settings, abstract = planned(config)
+        traced = dict(pipeline.traced(configs, settings, abstract))
+        programs[frames] = [str(traced[name].jaxpr) for name in ("decode first", "decode next")]
+    assert programs[21] == programs[81]
+
+
+def test_planning_for_a_gpu_needs_its_compiler(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("from jvdiff import sample\nget_config = sample.default_config\n")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    argv = ["sample", f"--config={path}", "--config.checkpoint=Wan2.1-T2V-1.3B-Diffusers", "--config.plan=true"]
+    assert sample.main([*argv, "--config.plan_target=h200"]) == 7
+    assert "pip install --no-deps jax-cuda13-plugin==" in capsys.readouterr().err
+    assert sample.main([*argv, "--config.plan_target=tpu"]) == 2
+    assert "h200" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_nobody_knows_cannot_be_planned(capsys, tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("from jvdiff import sample\nget_config = sample.default_config\n")
+    for name in ("nobody/knows", ""):
+        assert sample.main(["sample", f"--config={path}", "--config.plan=true", f"--config.checkpoint={name}"]) == 2
+        assert "Wan2.1-T2V-1.3B-Diffusers" in capsys.readouterr().err
+
+
+def test_gpu_descriptions_are_data():
+    described = {p.stem: p.read_text() for p in plan.TARGETS.glob("*.textproto")}
+    assert set(described) == {"a100", "h200"}
+    assert all(f"NVIDIA {name.upper()}" in text for name, text in described.items())
+
+
+@pytest.fixture
+def tiny(tiny_repository):
+    config = sample.default_config()
+    config.checkpoint, config.precision = str(tiny_repository), "float32"
+    config.num_frames, config.height, config.width = 9, 64, 64
+    return plan.resolved(config)
+
+
+def test_flops_of_a_shard_map_are_those_of_all_its_devices():
+    mesh = make_mesh(MeshShape(sequence=2, tensor=2))
+    body = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("sequence"), P()), out_specs=P("sequence"), check_vma=False)
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((6, 4), (4, 5))]
+    jaxpr = jax.make_jaxpr(lambda a, b: body(a, b) @ b.T)(*shapes)
+    # Four devices multiply 3 rows each: over `tensor` both halves of `sequence` are computed twice.
+    assert plan.count_flops(jaxpr.jaxpr) == 4 * 2 * 3 * 4 * 5 + 2 * 6 * 5 * 4
+
+
+def test_a_plan_under_a_mesh_is_of_one_device(tiny_repository, tmp_path, capsys):
+    path = tmp_path / "tiny.py"
+    path.write_text("from jvdiff import sample\nget_config = sample.default_config\n")
+    argv = ["sample", f"--config={path}", f"--config.checkpoint={tiny_repository}", "--config.plan=true"]
+    argv += ["--config.num_frames=9", "--config.height=64", "--config.width=64"]
+    assert sample.main([*argv, "--config.mesh=sequence=2,tensor=2"]) == 0
+    said = capsys.readouterr().out
+    assert "mesh: sequence=2,tensor=2, 4 devices" in said
+    # Each of the two heads is on one device, so that keys go round a ring. XLA:CPU has nothing asynchronous.
+    assert "collective-permute" in said and "all-reduce" in said and "; 0 of" in said
+    assert sample.main([*argv, "--config.mesh=tensor=3"]) == 2
+    assert "tensor=3 does not divide the 2 attention heads" in capsys.readouterr().err
+    assert sample.main([*argv, "--config.mesh=sequence=16"]) == 2
+    assert "there are 8" in capsys.readouterr().err
+
+
+def test_a_mesh_divides_operations_and_weights(tiny):
+    configs, settings, dtypes = tiny
+    abstract = pipeline.abstract_params(configs, dtypes)
+    alone, two, four = (
+        next(plan.programs(configs, settings, abstract, shape=shape, without=("text", *plan.DECODE)))
+        for shape in (None, MeshShape(sequence=2), MeshShape(sequence=2, tensor=2))
+    )
+    assert alone.name == two.name == four.name == "denoise" and not alone.sends
+    assert 0.9 < 4 * four.flops / alone.flops < 1.1 and 0.9 < 2 * two.flops / alone.flops < 1.1
+    assert alone.weights == two.weights
+    assert alone.weights / 2 < four.weights < 0.75 * alone.weights  # biases and embeddings are on every device
+    # Two layers, both branches at once: queries, keys and values there, the result back.
+    assert two.sends["all-to-all"][0] == 2 * 4
+
+
+def test_meshes_are_tried_from_the_smallest_and_quietest():
+    found = list(map(str, plan.candidates(6)))
+    assert found[:7] == ["data=1", "sequence=2", "fsdp=2", "tensor=2", "sequence=4", "fsdp=2,sequence=2", "fsdp=4"]
+    assert len(found) == len(set(found)) and "fsdp=2,sequence=3" in found and "sequence=6" in found
+
+
+def test_one_device_is_enough_where_everything_fits(tiny):
+    configs, settings, dtypes = tiny
+    abstract = pipeline.abstract_params(configs, dtypes)
+    resident = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+    needs = max(p.needs for p in plan.programs(configs, settings, abstract, shape=MeshShape()))
+    shape, sentence = plan.smallest_mesh(configs, settings, dtypes, 8, resident + needs)
+    assert shape == MeshShape() and sentence.startswith("mesh data=1: 1 of 8 devices")
+
+
+def test_the_smallest_mesh_that_fits(monkeypatch):
+    """Wan 14B on devices of 80 GiB, with what its programs need said instead of compiled."""
+    config = sample.default_config()
+    config.checkpoint, config.precision = "Wan2.1-T2V-14B-Diffusers", "bfloat16"  # 38 GiB of weights
+    compiled = []
+
+    def programs(configs, settings, abstract, target, shape, without):
+        compiled.append((str(shape), bool(without)))
+        for name, needs in (("denoise", 60 / shape.devices), ("decode first", 30), ("decode next", 50 / shape.devices)):
+            if name not in without:
+                yield plan.Program(name, 0.0, 0, 0, int(needs * 2**30), "", 0, 0.0, {}, 0, 0)
+
+    monkeypatch.setattr(plan, "programs", programs)
+    find = lambda devices, gib: plan.smallest_mesh(*plan.resolved(config), devices, int(gib * 2**30))  # noqa: E731
+    shape, sentence = find(8, 80)
+    assert shape == MeshShape(sequence=2) and "fewer devices would need 98" in sentence and "\n" not in sentence
+    compiled.clear()
+    # Decoding needs 30 GiB on however many devices: weights must shrink too. It is compiled once for so many devices,
+    # and not at all where weights do not fit.
+    assert find(8, 45)[0] == MeshShape(fsdp=4)
+    assert compiled == [("data=1", False), ("sequence=2", False), ("sequence=4", False), ("fsdp=4", True)]
+    with pytest.raises(ResourceError, match=r"no mesh of 8 devices fits: the best, .*=8, needs at least 35\.\d+ GiB"):
+        find(8, 20)
+
+
+def test_memory_of_devices():
+    assert 2**28 < plan.memory_limit() < 2**50  # the host's, on a CPU
+    assert 100 * 2**30 < plan.target_memory("h200") < 141 * 2**30

@@ -1,0 +1,243 @@
+"""Inspecting, restoring and saving: exact, sharded, and nothing damaged is ever used (F28-F31, F39-F42)."""
+
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.__main__ import convert
+from jvdiff.errors import (
+    CheckpointError,
+    CorruptFile,
+    IntegrityError,
+    MissingTensor,
+    ShapeMismatch,
+    UsageError,
+)
+from jvdiff.pipeline.tables import read_component
+from jvdiff.weights import checkpoint
+from jvdiff.weights import safetensors as reader
+from jvdiff.weights.naming import flatten
+
+TREE = {
+    "layers": {"kernel": np.arange(24, dtype=np.float32).reshape(2, 3, 4), "bias": np.ones((2, 4), jnp.bfloat16)},
+    "step": np.int32(7),
+    "nothing": {},
+}
+
+
+def abstract(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), tree)
+
+
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    checkpoint.save(tmp_path / "saved", TREE)
+    return tmp_path / "saved"
+
+
+@pytest.fixture(scope="module")
+def orbax(tiny_repository, tmp_path_factory):
+    target = tmp_path_factory.mktemp("converted") / "orbax"
+    convert(tiny_repository, target)
+    return target
+
+
+def test_save_and_restore(saved):
+    restored = checkpoint.restore(saved, abstract(TREE), cast=False)
+    assert jax.tree.structure(restored) == jax.tree.structure(TREE)
+    for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(TREE), strict=True):
+        assert isinstance(ours, jax.Array)
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    assert [p.name for p in saved.parent.iterdir()] == ["saved"]
+
+
+def test_save_refuses_to_overwrite_unless_told(saved):
+    before = content(saved)
+    with pytest.raises(UsageError, match="exists already"):
+        checkpoint.save(saved, {"a": np.zeros(2, np.float32)})
+    assert content(saved) == before
+    checkpoint.save(saved, {"a": np.zeros(2, np.float32)}, overwrite=True)
+    assert list(checkpoint.stored_leaves(saved)) == ["a"]
+
+
+@pytest.mark.parametrize("key", ["a.b", "..", "", "a/b", "a\0", "ä"])
+def test_f42_keys_that_orbax_would_mix_up(tmp_path, key):
+    with pytest.raises(UsageError, match="cannot be saved"):
+        checkpoint.save(tmp_path / "saved", {"a": {key: np.zeros(2, np.float32)}})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["hf", "orbax"])
+def test_restore_onto_a_mesh(tiny_repository, orbax, layout):
+    folder = {"hf": tiny_repository, "orbax": orbax}[layout] / "transformer"
+    wanted = read_component(folder).abstract(jnp.float32)
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    shardings = jax.tree.map(lambda leaf: replicated, wanted)
+    shardings["blocks"]["ffn"]["up"]["kernel"] = split
+    on_mesh = checkpoint.restore(folder, wanted, shardings)
+    assert on_mesh["blocks"]["ffn"]["up"]["kernel"].sharding == split
+    assert on_mesh["head"]["proj"]["bias"].sharding == replicated
+    plain = checkpoint.restore(folder, wanted)
+    jax.tree.map(np.testing.assert_array_equal, on_mesh, plain)
+    everywhere = checkpoint.restore(folder, wanted, replicated)
+    assert everywhere["head"]["proj"]["bias"].sharding == replicated
+
+
+def sharded(tree, axis, mesh):
+    """Every leaf split along its largest dimension that the mesh axis divides."""
+
+    def place(leaf):
+        sizes = [n if n % mesh.shape[axis] == 0 else 0 for n in leaf.shape]
+        spec = [axis if i == sizes.index(max(sizes)) and max(sizes) else None for i in range(len(sizes))]
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    return jax.tree.map(place, tree)
+
+
+def mesh(**axes):
+    names, sizes = tuple(axes), tuple(axes.values())
+    kinds = (jax.sharding.AxisType.Auto,) * len(names)
+    return jax.make_mesh(sizes, names, axis_types=kinds, devices=jax.devices()[: math.prod(sizes)])
+
+
+def test_what_was_saved_under_one_mesh_is_restored_under_any_other(tiny_repository, tmp_path):
+    part = read_component(tiny_repository / "transformer")
+    wanted = part.abstract(jnp.float32)
+    plain = checkpoint.restore(tiny_repository / "transformer", wanted)
+    eight, other = mesh(fsdp=8), mesh(tensor=2, sequence=4)
+    places = [sharded(wanted, "fsdp", eight), sharded(wanted, "tensor", other), None, sharded(wanted, "fsdp", eight)]
+    last = checkpoint.restore(tiny_repository / "transformer", wanted, places[0])
+    for number, shardings in enumerate(places[1:]):
+        checkpoint.save(tmp_path / str(number), last, config=part.cfg.to_json())
+        last = checkpoint.restore(tmp_path / str(number), wanted, shardings)
+        jax.tree.map(np.testing.assert_array_equal, last, plain)
+        if shardings is not None:
+            assert jax.tree.map(lambda leaf: leaf.sharding, last) == shardings
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}])
+def test_one_shard_is_in_host_memory_at_a_time_and_read_once(tiny_repository, monkeypatch, axes):
+    folder = tiny_repository / "text_encoder"
+    wanted = read_component(folder).abstract(jnp.float32)
+    shardings, counts = sharded(wanted, "fsdp", mesh(**axes)), []
+
+    def counted(shape, dtype, *args, **options):
+        counts.append(fill(shape, dtype, *args, **options))
+        return counts[-1]
+
+    fill, read, numbers = checkpoint.fill, reader.Folder.read, []
+    monkeypatch.setattr(checkpoint, "fill", counted)
+    monkeypatch.setattr(reader.Folder, "read", lambda *args: numbers.append((array := read(*args)).nbytes) or array)
+    found = flatten(checkpoint.restore(folder, wanted, shardings))
+    total = sum(leaf.nbytes for leaf in found.values())
+    assert sum(array.nbytes for array in counts) == sum(numbers) == total  # replicated leaves too are read once
+    shards = {leaf.addressable_shards[0].data.nbytes for leaf in found.values()}
+    assert {array.nbytes for array in counts} == shards and 4 * max(shards) <= max(v.nbytes for v in found.values())
+
+
+@pytest.mark.parametrize("layout", ["hf", "orbax"])
+def test_f41_casts_are_told_or_refused(tiny_repository, orbax, caplog, layout):
+    folder = {"hf": tiny_repository, "orbax": orbax}[layout] / "vae"
+    wanted = read_component(folder).abstract(jnp.bfloat16)
+    with pytest.raises(ShapeMismatch, match="from float32 to bfloat16"):
+        checkpoint.restore(folder, wanted, cast=False)
+    with caplog.at_level("INFO", logger="jvdiff.weights.checkpoint"):
+        got = checkpoint.restore(folder, wanted)
+    assert "from float32 to bfloat16" in caplog.text
+    exact = checkpoint.restore(folder, read_component(folder).abstract(jnp.float32))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b).astype(a.dtype)), got, exact)
+
+
+def test_another_model_is_refused_with_a_list(saved):
+    wanted = abstract(TREE)
+    wanted["layers"]["kernel"] = jax.ShapeDtypeStruct((2, 4, 3), np.float32)
+    with pytest.raises(ShapeMismatch, match=r"layers/kernel is \[2, 3, 4\], expected \[2, 4, 3\]"):
+        checkpoint.restore(saved, wanted)
+    wanted["more"] = jax.ShapeDtypeStruct((1,), np.float32)
+    del wanted["step"]
+    with pytest.raises(MissingTensor) as error:
+        checkpoint.restore(saved, wanted)
+    assert "missing (1): more" in str(error.value) and "not expected (1): step" in str(error.value)
+    assert len(str(error.value).splitlines()) <= 6
+
+
+def test_f39_a_flipped_bit_in_any_file_is_noticed(orbax, tmp_path):
+    folder = shutil.copytree(orbax, tmp_path / "orbax")
+    wanted = read_component(folder / "vae").abstract(jnp.float32)
+    random = np.random.default_rng(0)
+    for file in sorted(p for p in (folder / "vae").rglob("*") if p.is_file()):
+        whole = file.read_bytes()
+        for _ in range(40 if len(whole) > 100_000 else 3):
+            damaged = bytearray(whole)
+            damaged[random.integers(len(whole))] ^= 1 << random.integers(8)
+            file.write_bytes(damaged)
+            with pytest.raises(IntegrityError) as error:
+                checkpoint.verify_files(folder / "vae")
+            assert f"{file.relative_to(folder)} has other content" in str(error.value)
+        file.write_bytes(whole)
+    checkpoint.restore(folder / "vae", wanted)
+
+
+def test_f39_damaged_files_never_reach_orbax(orbax, tmp_path, monkeypatch):
+    folder = shutil.copytree(orbax, tmp_path / "orbax")
+    file = max((folder / "vae" / "params").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    opened = []
+    monkeypatch.setattr(checkpoint, "stored_leaves", lambda path: opened.append(path))
+    monkeypatch.setattr(jax, "device_put", lambda *args: opened.append(args))
+    with pytest.raises(IntegrityError):
+        checkpoint.restore(folder / "vae", read_component(folder / "vae").abstract(jnp.float32))
+    assert opened == []
+
+
+@pytest.mark.parametrize("how", ["removed", "cut"])
+def test_f40_a_file_is_gone_or_cut(saved, how):
+    for name, whole in content(saved).items():
+        if how == "removed":
+            (saved / name).unlink()
+        else:
+            (saved / name).write_bytes(whole[:-2])
+        with pytest.raises(CheckpointError):
+            checkpoint.restore(saved, abstract(TREE))
+        (saved / name).write_bytes(whole)
+    checkpoint.restore(saved, abstract(TREE))
+
+
+def test_f40_more_files_than_were_written(saved):
+    (saved / "params" / "more").write_text("x")
+    with pytest.raises(IntegrityError, match="params/more is not in the manifest"):
+        checkpoint.restore(saved, abstract(TREE))
+    checkpoint.restore(saved, abstract(TREE), verify=False)
+
+
+def test_without_verification_orbax_errors_are_ours(saved):
+    shutil.rmtree(saved / "params" / "d")
+    with pytest.raises(CorruptFile, match="Orbax cannot read it"):
+        checkpoint.restore(saved, abstract(TREE), verify=False)
+
+
+def test_a_manifest_of_a_later_version(saved):
+    manifest = json.loads((saved / "jvdiff.json").read_text())
+    (saved / "jvdiff.json").write_text(json.dumps({**manifest, "version": 2}))
+    with pytest.raises(CheckpointError, match="version 1"):
+        checkpoint.restore(saved, abstract(TREE))
+
+
+def test_a_saved_directory_does_not_say_where_it_was_made(tmp_path):
+    checkpoint.save(tmp_path / "model", {"a": {"kernel": np.ones((2, 3), np.float32)}})
+    files = [file for file in (tmp_path / "model").rglob("*") if file.is_file()]
+    assert [file.name for file in files if str(tmp_path).encode() in file.read_bytes()] == []
