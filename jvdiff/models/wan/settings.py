@@ -33,7 +33,7 @@ class Settings:
     )
     pattern: str = option(
         "dense",
-        "which tokens see each other: dense, sliding_tile:6x8x8:3x3x3 (tile, window), video_sparse:4x4x4:0.9 (sparsity)",
+        "which tokens see each other: dense, sliding_tile:6x8x8:3x3x3 (tile, window) or video_sparse:4x4x4:0.9",
     )
     attention: str | None = option(None, "implementation of self-attention in jvdiff.kernels; none: the best that can")
 
