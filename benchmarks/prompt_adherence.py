@@ -215,11 +215,12 @@ def stream_round_trip(judge: Params, path: str, count: int = 40, chunks: int = 5
 def _through_vae(path: str, clips: np.ndarray) -> np.ndarray:
     """uint8 [B,F,Y,X,3], encoded and decoded by the VAE of a repository."""
     from jvdiff.models import wan
+    from jvdiff.models.wan import names
     from jvdiff.pipeline import repository
     from jvdiff.weights import checkpoint
 
     cfg = repository.inspect(path).vae
-    params = checkpoint.restore(Path(path) / "vae", wan.abstract_params(cfg))
+    params = checkpoint.restore(Path(path) / "vae", wan.abstract_params(cfg), names.vae(cfg))
     program = jax.jit(lambda p, x: wan.decode(p, cfg, wan.encode(p, cfg, x)))
     return np.concatenate(list(_through(program, params, clips)))
 

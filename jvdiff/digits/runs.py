@@ -24,8 +24,8 @@ from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.kernels import BlockCausal, VideoSparse, sparsity_schedule
 from jvdiff.media.video import atomic
 from jvdiff.models import wan
-from jvdiff.models.text import tokenizer, umt5
-from jvdiff.models.wan import reconstruction
+from jvdiff.models.text import tokenizer, umt5, umt5_names
+from jvdiff.models.wan import names, reconstruction
 from jvdiff.models.wan.flow_matching import Batch, text_to_video_task
 from jvdiff.models.wan.teacher_forcing import teacher_forcing_task
 from jvdiff.pipeline import repository
@@ -71,7 +71,7 @@ def train_vae(config: ConfigDict, folder: Path) -> Path:
     trained = None
     if config.get("decoder_of"):
         cfg = _same_sizes(cfg, Path(config.decoder_of))
-        trained = checkpoint.restore(config.decoder_of, wan.abstract_params(cfg))
+        trained = checkpoint.restore(config.decoder_of, wan.abstract_params(cfg), names.vae(cfg))
     task = reconstruction.vae_task(cfg, clips, trained, **config.loss.to_dict())
     params = {**(trained or {}), **_fit(task, config, folder, make_mesh(shape)).average}
     if trained is None:
@@ -241,7 +241,7 @@ def _start(config: ConfigDict, folder: Path, models: _Models, shape: MeshShape, 
     result = _result(folder / "repository")
     dit_cfg, vae_cfg, text_cfg = models.configs
     params = _initial(Path(config.initial), dit_cfg, text_cfg, mesh) if config.get("initial") else None
-    vae = checkpoint.restore(config.vae, wan.abstract_params(vae_cfg), placement.everywhere)
+    vae = checkpoint.restore(config.vae, wan.abstract_params(vae_cfg), names.vae(vae_cfg), placement.everywhere)
     return _Run(result, mesh, placement, vae, params)
 
 
@@ -310,11 +310,11 @@ def _initial(folder: Path, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config, mesh: 
     for name, wanted, there in (("transformer", dit_cfg, same), ("text_encoder", text_cfg, found.text_encoder)):
         fields.check_sizes(f"{name}: not that of initial, {folder}", wanted, there)
     params = {}
-    for name, abstract, rules in (
-        ("transformer", wan.abstract_params(found.transformer), WAN_DIT),
-        ("text_encoder", umt5.abstract_params(text_cfg, jnp.float32), UMT5),
+    for name, abstract, table, rules in (
+        ("transformer", wan.abstract_params(found.transformer), names.transformer(found.transformer), WAN_DIT),
+        ("text_encoder", umt5.abstract_params(text_cfg, jnp.float32), umt5_names.RULES, UMT5),
     ):
-        params[name] = checkpoint.restore(folder / name, abstract, param_shardings(mesh, abstract, rules))
+        params[name] = checkpoint.restore(folder / name, abstract, table, param_shardings(mesh, abstract, rules))
     if dit_cfg.gate_compress and not found.transformer.gate_compress:
         gate = wan.abstract_params(dit_cfg)["blocks"]["self_attn"]["gate"]
         params["transformer"]["blocks"]["self_attn"]["gate"] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), gate)

@@ -40,6 +40,7 @@ from jvdiff.pipeline.settings import (
     read_pattern,
     resolve,
 )
+from jvdiff.pipeline.tables import component
 from jvdiff.sharding import MeshShape, Placement, Sizes, check_mesh, make_mesh, param_shardings, read_mesh, rules
 from jvdiff.types import Array, Params
 from jvdiff.weights import checkpoint
@@ -130,7 +131,8 @@ def _load(path: str | Path, name: str | None, mesh: Any) -> Pipeline:  # where `
     tokenizers.check_vocabulary(tokenizer, configs.text_encoder.vocab_size)
     abstract = abstract_params(configs, dtypes)
     where = shardings(placement, abstract) if placement else dict.fromkeys(abstract)
-    params = {part: checkpoint.restore(Path(path) / part, abstract[part], where[part]) for part in abstract}
+    tables = {part: component(getattr(configs, part)).rules for part in abstract}
+    params = {p: checkpoint.restore(Path(path) / p, abstract[p], tables[p], where[p]) for p in abstract}
     return Pipeline(
         str(path), repository.digest, configs, params, tokenizer, dtypes, repository.scheduler, defaults, placement
     )

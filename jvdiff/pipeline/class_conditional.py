@@ -148,7 +148,7 @@ def _load(path: Path, name: str | None) -> Model:  # where `precision` is the mo
         "transformer": latent_video.abstract_params(configs.transformer, jnp.dtype(dtypes.transformer)),
         "vae": latent_video.abstract_params(configs.vae, jnp.dtype(dtypes.vae)),
     }
-    params = {part: checkpoint.restore(path / part, abstract) for part, abstract in params.items()}
+    params = {part: checkpoint.restore(path / part, abstract, ()) for part, abstract in params.items()}
     digest = checkpoint.file_sha256(path / MANIFEST)
     return Model(str(path), digest, configs, params, classes, defaults, dtypes)
 

@@ -12,8 +12,7 @@ from jvdiff.errors import CheckpointError, UnsafeFormat
 from jvdiff.models import wan
 from jvdiff.models.text import umt5
 from jvdiff.models.text import umt5_names as umt5_table
-from jvdiff.models.wan import dit_names as wan_dit
-from jvdiff.models.wan import vae_names as wan_vae
+from jvdiff.models.wan import names as wan_names
 from jvdiff.types import Params
 from jvdiff.weights.naming import Rule
 from jvdiff.weights.safetensors import read_json, tensor_names
@@ -31,7 +30,7 @@ def component(cfg: Any) -> Component:
     """The table and the parameter tree of a configuration."""
     if isinstance(cfg, umt5.Config):
         return Component(cfg, umt5_table.RULES, lambda dtype: umt5.abstract_params(cfg, dtype))
-    rules = wan_vae.rules(cfg) if isinstance(cfg, wan.VAEConfig) else wan_dit.rules(cfg)
+    rules = wan_names.vae(cfg) if isinstance(cfg, wan.VAEConfig) else wan_names.transformer(cfg)
     return Component(cfg, rules, lambda dtype: wan.abstract_params(cfg, dtype))
 
 
@@ -58,5 +57,5 @@ def read_component(folder: Path) -> Component:
             f"Expected _class_name or model_type to be one of {', '.join(classes)}."
         )
     if classes[name] is wan.DiTConfig and "gate_compress" not in config:
-        config |= {"gate_compress": f"{wan_dit.GATE.format(layer=0)}.weight" in tensor_names(folder)}
+        config |= {"gate_compress": f"{wan_names.GATE.format(layer=0)}.weight" in tensor_names(folder)}
     return component(classes[name].from_json(config))

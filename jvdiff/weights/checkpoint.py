@@ -36,12 +36,11 @@ from jvdiff.errors import (
     ShapeMismatch,
     UsageError,
 )
-from jvdiff.pipeline.tables import read_component
 from jvdiff.runtime import distributed
 from jvdiff.runtime.staging import MANIFEST, staged
 from jvdiff.types import Params
 from jvdiff.weights import safetensors as reader
-from jvdiff.weights.naming import by_leaf, check, fill, flatten, listed, unflatten
+from jvdiff.weights.naming import Rule, by_leaf, check, fill, flatten, listed, unflatten
 
 PARAMS = "params"
 _CHUNK = 64 * 2**20  # bytes of one chunk in an Orbax array; also the pieces in which files are hashed
@@ -53,10 +52,12 @@ _log = logging.getLogger(__name__)
 
 
 def restore(
-    component_dir: str | Path,
+    folder: str | Path,
     abstract: Params,
+    names: Sequence[Rule],
     shardings: Any = None,
     *,
+    ignored: Sequence[str] = (),
     verify: bool = True,
     cast: bool = True,
 ) -> dict[str, Any]:
@@ -66,9 +67,12 @@ def restore(
     time. How the arrays lay when they were saved does not matter.
 
     Args:
-        component_dir: a folder with config.json and safetensors, or one that `save` or the converter wrote.
+        folder: one with safetensors in a published layout, or one that `save` or the converter wrote.
         abstract: the wanted tree of ShapeDtypeStructs (nested dicts).
+        names: the published layout (`jvdiff.weights.naming`); empty for a model that has none. An Orbax directory has
+            the tree's own names.
         shardings: one sharding for all leaves, or a tree of them like `abstract`; None is the default device.
+        ignored: see `naming.check`.
         verify: compare the files with the manifest first (Orbax only; safetensors are checked as they are read).
         cast: convert to the dtypes of `abstract`, and log it; False refuses another dtype.
 
@@ -80,11 +84,17 @@ def restore(
         IntegrityError: a file differs from the manifest, or there is no manifest.
         CheckpointError: damaged or unusable files; see `jvdiff.weights.safetensors`.
     """
-    path = Path(component_dir)
-    is_orbax = (path / PARAMS).is_dir()
-    if is_orbax and verify:
-        verify_files(path)
-    return (_restore_orbax if is_orbax else _restore_hf)(path, abstract, shardings, cast)
+    path = Path(folder)
+    if (path / PARAMS).is_dir():
+        if verify:
+            verify_files(path)
+        return _restore_orbax(path, abstract, shardings, cast)
+    if not names:
+        raise MissingTensor(
+            f"{path}: no {PARAMS}/ in it; expected an Orbax directory, the only layout of this model.\n"
+            "Give the folder that a training wrote, whole."
+        )
+    return _restore_published(path, abstract, names, ignored, shardings, cast)
 
 
 def _places(wanted: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
@@ -93,11 +103,13 @@ def _places(wanted: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
     return flatten(shardings) if shardings is not None else dict.fromkeys(wanted)
 
 
-def _restore_hf(path: Path, abstract: Params, shardings: Any, cast: bool) -> dict[str, Any]:
+def _restore_published(
+    path: Path, abstract: Params, names: Sequence[Rule], ignored: Sequence[str], shardings: Any, cast: bool
+) -> dict[str, Any]:
     wanted = flatten(abstract)
     places = _places(wanted, shardings)
     folder = reader.open_folder(path)
-    entries = check(read_component(path).rules, abstract, folder, where=str(path))
+    entries = check(names, abstract, folder, where=str(path), ignored=ignored)
     _tell_casts(path, [(folder.tensors[name].dtype, wanted[e.path].dtype) for name, e in entries.items()], cast)
     tensors = by_leaf(entries)
     leaves = {}

@@ -108,7 +108,7 @@ def test_a_vae_then_a_transformer_then_a_sample(command, tmp_path, capsys, few_c
     assert [line["step"] for line in metrics(tmp_path / "vae_run")] == [1, 2, 3, 4]
     cfg = wan.VAEConfig.from_json(json.loads((tmp_path / "vae_run" / "vae" / "config.json").read_text()))
     assert all(std > 0 and std != 1.0 for std in cfg.latents_std) and any(cfg.latents_mean)
-    vae = checkpoint.restore(tmp_path / "vae_run" / "vae", wan.abstract_params(cfg))  # with the files' digests
+    vae = checkpoint.restore(tmp_path / "vae_run" / "vae", wan.abstract_params(cfg), ())  # with the files' digests
 
     assert train.main(command(TEXT_TO_VIDEO)) == 0
     said = capsys.readouterr()
@@ -270,7 +270,7 @@ def test_an_endless_decoder_sees_digits_that_cross_the_border(command, tmp_path,
     assert train.main(command(VAE, decoder_of=str(known), endless=True, schedule={"steps": 2, "warmup": 1})) == 0
     assert len(cut) >= 12 and any(cut)
     old, new = (
-        flatten(checkpoint.restore(path, wan.abstract_params(cfg))) for path in (known, tmp_path / "vae_run/vae")
+        flatten(checkpoint.restore(path, wan.abstract_params(cfg), ())) for path in (known, tmp_path / "vae_run/vae")
     )
     changed = {name.split("/")[0] for name in old if np.any(old[name] != new[name])}
     assert changed and changed <= set(wan.DECODER)

@@ -56,12 +56,11 @@ def content(folder):
 
 
 def restored(repository):
+    parts = {name: read_component(repository / name) for name in WEIGHTS}
     return {
         f"{name}/{path}": np.asarray(leaf)
-        for name in WEIGHTS
-        for path, leaf in flatten(
-            checkpoint.restore(repository / name, read_component(repository / name).abstract(np.float32))
-        ).items()
+        for name, part in parts.items()
+        for path, leaf in flatten(checkpoint.restore(repository / name, part.abstract(np.float32), part.rules)).items()
     }
 
 
@@ -169,7 +168,7 @@ def test_the_gate_of_video_sparse_attention_there_and_back(copy, tiny_repository
 
 def test_a_vae_can_be_replaced(tiny_repository, orbax, tmp_path):
     cfg = inspect(orbax).vae
-    old = checkpoint.restore(orbax / "vae", read_component(orbax / "vae").abstract(np.float32))
+    old = checkpoint.restore(orbax / "vae", read_component(orbax / "vae").abstract(np.float32), ())
     new = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, old)
     checkpoint.save(tmp_path / "vae", new, config=cfg.to_json())
     to_hf(orbax, tmp_path / "hf", vae=tmp_path / "vae")

@@ -92,7 +92,7 @@ def work(rank, repository, folder):
     with pytest.MonkeyPatch.context() as patch:
         pread = os.preadv
         patch.setattr(os, "preadv", lambda file, views, at: read.append(len(views[0])) or pread(file, views, at))
-        params = checkpoint.restore(Path(repository) / "transformer", wanted, places)
+        params = checkpoint.restore(Path(repository) / "transformer", wanted, part.rules, places)
     held = {(name, str(s.index)): s.data.nbytes for name, x in flatten(params).items() for s in x.addressable_shards}
     told["hf"], told["held"] = sum(read), sum(held.values())
 
@@ -100,7 +100,7 @@ def work(rank, repository, folder):
     with pytest.MonkeyPatch.context() as patch:
         hashed = []
         patch.setattr(checkpoint, "file_sha256", lambda file: hashed.append(file.name) or sha256(file))
-        same_shards(checkpoint.restore(folder / "saved", wanted, places), params)
+        same_shards(checkpoint.restore(folder / "saved", wanted, (), places), params)
     told["hashed"] = hashed
 
     large = {"w": np.random.default_rng(0).standard_normal((1024, 4096), np.float32)}
@@ -108,7 +108,7 @@ def work(rank, repository, folder):
         patch.setattr(checkpoint, "_CHUNK", 2**18)
         checkpoint.save(folder / "large", large)
     before = io()
-    whole = checkpoint.restore(folder / "large", large, NamedSharding(eight, P(None, "fsdp")), verify=False)["w"]
+    whole = checkpoint.restore(folder / "large", large, (), NamedSharding(eight, P(None, "fsdp")), verify=False)["w"]
     told["orbax"] = (io() - before) / whole.nbytes
 
     loop.fit(TASK, SCHEDULE, folder / "run", save_every=2, mesh=make_mesh(MESH))

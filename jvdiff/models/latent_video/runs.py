@@ -108,7 +108,7 @@ def train(config: ConfigDict, folder: Path) -> Path:
     if config.get("initial"):
         abstract = latent_video.abstract_params(configs.transformer)
         places = param_shardings(mesh, abstract, LATENT_VIDEO_DIT)
-        begin = checkpoint.restore(Path(config.initial) / "transformer", abstract, places)
+        begin = checkpoint.restore(Path(config.initial) / "transformer", abstract, (), places)
     average = fit(task, plan.schedule, folder, seed=config.seed, params=begin, **options).average
     params = {"transformer": average, "vae": vae}
     class_conditional.save(target, configs, params, clips.classes, plan.settings)
@@ -271,7 +271,7 @@ def _vae(config: ConfigDict, plan: Plan, read: Callable[..., Any], folder: Path,
         cfg = _with_statistics(plan.configs, params, shown)
         checkpoint.save(path, params, config=cfg.to_json(), overwrite=True)
     cfg = _trained_vae(path)
-    return cfg, checkpoint.restore(path, latent_video.abstract_params(cfg))
+    return cfg, checkpoint.restore(path, latent_video.abstract_params(cfg), ())
 
 
 def _given_vae(config: Any) -> Path | None:
