@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jvdiff.pipeline.tables import read_component
 
 from jvdiff.errors import UsageError
-from jvdiff.pipeline.tables import read_component
 from jvdiff.runtime import distributed
 from jvdiff.sharding import MeshShape, make_mesh
 from jvdiff.training import loop
