@@ -43,7 +43,7 @@ from jvdiff.pipeline.settings import (
 from jvdiff.pipeline.tables import component
 from jvdiff.sharding import MeshShape, Placement, Sizes, check_mesh, make_mesh, param_shardings, read_mesh, rules
 from jvdiff.types import Array, Params
-from jvdiff.weights import checkpoint
+from jvdiff.weights import restore
 
 log = logging.getLogger("jvdiff")
 
@@ -132,7 +132,7 @@ def _load(path: str | Path, name: str | None, mesh: Any) -> Pipeline:  # where `
     abstract = abstract_params(configs, dtypes)
     where = shardings(placement, abstract) if placement else dict.fromkeys(abstract)
     tables = {part: component(getattr(configs, part)).rules for part in abstract}
-    params = {p: checkpoint.restore(Path(path) / p, abstract[p], tables[p], where[p]) for p in abstract}
+    params = {p: restore(Path(path) / p, abstract[p], tables[p], where[p]) for p in abstract}
     return Pipeline(
         str(path), repository.digest, configs, params, tokenizer, dtypes, repository.scheduler, defaults, placement
     )

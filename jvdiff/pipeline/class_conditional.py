@@ -5,7 +5,7 @@
 
     B batch · T latent frames · H W latent grid · C latent channels · F pixel frames · Y X pixel height, width
 
-A repository is a folder with model_index.json, vae/ and transformer/ (`jvdiff.weights.checkpoint`'s Orbax layout).
+A repository is a folder with model_index.json, vae/ and transformer/ (`jvdiff.weights.orbax`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from jvdiff.pipeline import initial_noise, to_pixels
 from jvdiff.pipeline.settings import check_seed
 from jvdiff.runtime.staging import MANIFEST, staged
 from jvdiff.types import Array, Params
-from jvdiff.weights import checkpoint
+from jvdiff.weights import restore
 from jvdiff.weights import safetensors as reader
+from jvdiff.weights.manifest import file_sha256, write_manifest
+from jvdiff.weights.orbax import by_process_0, leaves_of, write_params
 
 CLASS_NAME = "LatentVideoPipeline"
 # DDIM is Euler's step in the coordinates that all of them work in (`diffusion.variance_preserving`).
@@ -148,15 +150,15 @@ def _load(path: Path, name: str | None) -> Model:  # where `precision` is the mo
         "transformer": latent_video.abstract_params(configs.transformer, jnp.dtype(dtypes.transformer)),
         "vae": latent_video.abstract_params(configs.vae, jnp.dtype(dtypes.vae)),
     }
-    params = {part: checkpoint.restore(path / part, abstract, ()) for part, abstract in params.items()}
-    digest = checkpoint.file_sha256(path / MANIFEST)
+    params = {part: restore(path / part, abstract, ()) for part, abstract in params.items()}
+    digest = file_sha256(path / MANIFEST)
     return Model(str(path), digest, configs, params, classes, defaults, dtypes)
 
 
 def save(path: str | Path, configs: Configs, params: Mapping[str, Params], classes: Sequence[str], defaults: Settings):
     """Writes a trained model as a folder that `load` reads; it appears complete or not at all."""
     spread: list[jax.Array] = []
-    leaves = {part: checkpoint.leaves_of(params[part], spread) for part in ("transformer", "vae")}
+    leaves = {part: leaves_of(params[part], spread) for part in ("transformer", "vae")}
     index = {
         "_class_name": CLASS_NAME,
         "noise_schedule": configs.noise_schedule,
@@ -172,10 +174,10 @@ def save(path: str | Path, configs: Configs, params: Mapping[str, Params], class
                 (staging / part).mkdir()
                 text = json.dumps(cfg.to_json(), indent=2) + "\n"
                 (staging / part / "config.json").write_text(text, encoding="utf-8")
-                records |= checkpoint.write_params(staging, part, leaves[part])
-            checkpoint.write_manifest(staging, records, {})
+                records |= write_params(staging, part, leaves[part])
+            write_manifest(staging, records, {})
 
-    checkpoint.by_process_0(write, spread)
+    by_process_0(write, spread)
 
 
 def check(settings: Settings, configs: Configs) -> None:

@@ -1,7 +1,7 @@
 """A whole text-to-video repository: what it says of itself, and how trained components become one.
 
 In either layout it is a folder with model_index.json, transformer/, vae/, text_encoder/, tokenizer/ and scheduler/;
-what differs is how a component holds its weights (`jvdiff.weights.checkpoint`): safetensors files, or the Orbax
+what differs is how a component holds its weights (`jvdiff.weights`): safetensors files, or the Orbax
 directory `params/`.
 """
 
@@ -21,8 +21,9 @@ from jvdiff.models.text import umt5
 from jvdiff.pipeline.tables import read_component
 from jvdiff.runtime.staging import MANIFEST, staged
 from jvdiff.types import Params
-from jvdiff.weights import checkpoint
 from jvdiff.weights import safetensors as reader
+from jvdiff.weights.manifest import file_sha256, write_manifest
+from jvdiff.weights.orbax import PARAMS, by_process_0, leaves_of, write_params
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
 _PIPELINES = {False: "WanPipeline", True: "WanCausalDMDPipeline"}  # DiTConfig.causal: the class in model_index.json
@@ -92,7 +93,7 @@ def inspect(path: str | Path, causal: bool | None = None) -> Repository:
             if dit.causal
             else f"{path}: no causal model, it makes a video at once; run it with `python -m jvdiff.sample`."
         )
-    orbax = (path / "transformer" / checkpoint.PARAMS).is_dir()
+    orbax = (path / "transformer" / PARAMS).is_dir()
     return Repository(
         path=path,
         kind="orbax" if orbax else "hf",
@@ -101,7 +102,7 @@ def inspect(path: str | Path, causal: bool | None = None) -> Repository:
         text_encoder=text,
         scheduler=reader.read_json(path / "scheduler" / "scheduler_config.json"),
         tokenizer=path / "tokenizer",
-        digest=checkpoint.file_sha256(path / MANIFEST) if orbax and (path / MANIFEST).is_file() else _fingerprint(path),
+        digest=file_sha256(path / MANIFEST) if orbax and (path / MANIFEST).is_file() else _fingerprint(path),
     )
 
 
@@ -159,7 +160,7 @@ def save(
             the class names written here make known, SelfForcingFlowMatchScheduler or UniPCMultistepScheduler.
         defaults: the content of jvdiff_defaults.json: size, steps and so on that suit these weights.
 
-    Raises: as `checkpoint.save`, and UsageError where a component is missing or the scheduler does not fit.
+    Raises: as `jvdiff.weights.save`, and UsageError where a component is missing or the scheduler does not fit.
     """
     if sorted(components) != sorted(COMPONENTS):
         raise UsageError(f"components are {', '.join(components)}; expected {', '.join(COMPONENTS)}.")
@@ -183,7 +184,7 @@ def save(
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     spread: list[jax.Array] = []
-    leaves = {name: checkpoint.leaves_of(tree, spread) for name, (_, tree) in components.items()}
+    leaves = {name: leaves_of(tree, spread) for name, (_, tree) in components.items()}
 
     def write() -> None:
         with staged(path, overwrite=overwrite) as staging:
@@ -195,7 +196,7 @@ def save(
             records: dict[str, Any] = {}
             for name, (cfg, _) in components.items():
                 write_json(staging / name / "config.json", cfg.to_json())
-                records |= checkpoint.write_params(staging, name, leaves[name])
-            checkpoint.write_manifest(staging, records, {})
+                records |= write_params(staging, name, leaves[name])
+            write_manifest(staging, records, {})
 
-    checkpoint.by_process_0(write, spread)
+    by_process_0(write, spread)
