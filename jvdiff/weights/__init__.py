@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jvdiff.weights import manifest, naming, orbax, safetensors
     from jvdiff.weights.orbax import save
-    from jvdiff.weights.restoring import restore
+    from jvdiff.weights.restoring import LeafTransform, restore, transformed
 
-_FUNCTIONS = {"restore": "restoring", "save": "orbax"}  # and the files where they are
+# A name, and the file where it is.
+_NAMES = {"LeafTransform": "restoring", "restore": "restoring", "transformed": "restoring", "save": "orbax"}
 
-__all__ = ["manifest", "naming", "orbax", "restore", "safetensors", "save"]
+__all__ = ["LeafTransform", "manifest", "naming", "orbax", "restore", "safetensors", "save", "transformed"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_FUNCTIONS.get(name, name)}")
-    return getattr(module, name) if name in _FUNCTIONS else module
+    module = importlib.import_module(f"{__name__}.{_NAMES.get(name, name)}")
+    return getattr(module, name) if name in _NAMES else module
