@@ -217,10 +217,10 @@ def _through_vae(path: str, clips: np.ndarray) -> np.ndarray:
     from jvdiff.models import wan
     from jvdiff.models.wan import names
     from jvdiff.pipeline import repository
-    from jvdiff.weights import checkpoint
+    from jvdiff.weights import restore
 
     cfg = repository.inspect(path).vae
-    params = checkpoint.restore(Path(path) / "vae", wan.abstract_params(cfg), names.vae(cfg))
+    params = restore(Path(path) / "vae", wan.abstract_params(cfg), names.vae(cfg))
     program = jax.jit(lambda p, x: wan.decode(p, cfg, wan.encode(p, cfg, x)))
     return np.concatenate(list(_through(program, params, clips)))
 

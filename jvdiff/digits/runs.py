@@ -38,7 +38,7 @@ from jvdiff.sharding.rules import UMT5, WAN_DIT
 from jvdiff.training import fields
 from jvdiff.training.loop import State, Task, fit
 from jvdiff.types import Params
-from jvdiff.weights import checkpoint
+from jvdiff.weights import restore, save
 
 MOST_PROGRAMS = 32  # of one training: a sparsity is a part of the compiled step
 _log = logging.getLogger("jvdiff.training")
@@ -71,14 +71,14 @@ def train_vae(config: ConfigDict, folder: Path) -> Path:
     trained = None
     if config.get("decoder_of"):
         cfg = _same_sizes(cfg, Path(config.decoder_of))
-        trained = checkpoint.restore(config.decoder_of, wan.abstract_params(cfg), names.vae(cfg))
+        trained = restore(config.decoder_of, wan.abstract_params(cfg), names.vae(cfg))
     task = reconstruction.vae_task(cfg, clips, trained, **config.loss.to_dict())
     params = {**(trained or {}), **_fit(task, config, folder, make_mesh(shape)).average}
     if trained is None:
         shown = digits.batch(np.random.default_rng(config.seed), 128, frames=17)[0]
         mean, std = reconstruction.latent_statistics(cfg, params, shown)
         cfg = dataclasses.replace(cfg, latents_mean=mean, latents_std=std)
-    checkpoint.save(result, params, config=cfg.to_json(), overwrite=True)
+    save(result, params, config=cfg.to_json(), overwrite=True)
     return result
 
 
@@ -241,7 +241,7 @@ def _start(config: ConfigDict, folder: Path, models: _Models, shape: MeshShape, 
     result = _result(folder / "repository")
     dit_cfg, vae_cfg, text_cfg = models.configs
     params = _initial(Path(config.initial), dit_cfg, text_cfg, mesh) if config.get("initial") else None
-    vae = checkpoint.restore(config.vae, wan.abstract_params(vae_cfg), names.vae(vae_cfg), placement.everywhere)
+    vae = restore(config.vae, wan.abstract_params(vae_cfg), names.vae(vae_cfg), placement.everywhere)
     return _Run(result, mesh, placement, vae, params)
 
 
@@ -314,7 +314,7 @@ def _initial(folder: Path, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config, mesh: 
         ("transformer", wan.abstract_params(found.transformer), names.transformer(found.transformer), WAN_DIT),
         ("text_encoder", umt5.abstract_params(text_cfg, jnp.float32), umt5_names.RULES, UMT5),
     ):
-        params[name] = checkpoint.restore(folder / name, abstract, table, param_shardings(mesh, abstract, rules))
+        params[name] = restore(folder / name, abstract, table, param_shardings(mesh, abstract, rules))
     if dit_cfg.gate_compress and not found.transformer.gate_compress:
         gate = wan.abstract_params(dit_cfg)["blocks"]["self_attn"]["gate"]
         params["transformer"]["blocks"]["self_attn"]["gate"] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), gate)

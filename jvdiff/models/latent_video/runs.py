@@ -35,7 +35,7 @@ from jvdiff.sharding.rules import LATENT_VIDEO_DIT
 from jvdiff.training import fields
 from jvdiff.training.loop import Schedule, Task, fit
 from jvdiff.types import Params
-from jvdiff.weights import checkpoint
+from jvdiff.weights import restore, save
 from jvdiff.weights import safetensors as reader
 
 SHOWN = 8  # clips in a grid of samples, and classes that they show
@@ -108,7 +108,7 @@ def train(config: ConfigDict, folder: Path) -> Path:
     if config.get("initial"):
         abstract = latent_video.abstract_params(configs.transformer)
         places = param_shardings(mesh, abstract, LATENT_VIDEO_DIT)
-        begin = checkpoint.restore(Path(config.initial) / "transformer", abstract, (), places)
+        begin = restore(Path(config.initial) / "transformer", abstract, (), places)
     average = fit(task, plan.schedule, folder, seed=config.seed, params=begin, **options).average
     params = {"transformer": average, "vae": vae}
     class_conditional.save(target, configs, params, clips.classes, plan.settings)
@@ -269,9 +269,9 @@ def _vae(config: ConfigDict, plan: Plan, read: Callable[..., Any], folder: Path,
         with closing(read(batch=config.vae.batch, frames=plan.settings.num_frames, start=0)) as first:
             shown = [next(first)[0] for _ in range(-(-STATISTICS // config.vae.batch))]
         cfg = _with_statistics(plan.configs, params, shown)
-        checkpoint.save(path, params, config=cfg.to_json(), overwrite=True)
+        save(path, params, config=cfg.to_json(), overwrite=True)
     cfg = _trained_vae(path)
-    return cfg, checkpoint.restore(path, latent_video.abstract_params(cfg), ())
+    return cfg, restore(path, latent_video.abstract_params(cfg), ())
 
 
 def _given_vae(config: Any) -> Path | None:
