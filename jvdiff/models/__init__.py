@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-__all__ = ["latent_video", "layers", "text", "wan"]
+__all__ = ["latent_video", "layers", "quantised", "text", "wan"]
 
 
 def __getattr__(name: str) -> Any:
