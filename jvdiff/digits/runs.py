@@ -25,7 +25,7 @@ from jvdiff.kernels import BlockCausal, VideoSparse, sparsity_schedule
 from jvdiff.media.video import atomic
 from jvdiff.models import wan
 from jvdiff.models.text import tokenizer, umt5
-from jvdiff.models.wan import reconstruction
+from jvdiff.models.wan import places, reconstruction
 from jvdiff.models.wan.flow_matching import Batch, text_to_video_task
 from jvdiff.models.wan.teacher_forcing import teacher_forcing_task
 from jvdiff.pipeline import repository
@@ -34,7 +34,6 @@ from jvdiff.pipeline.tables import read_component
 from jvdiff.runtime import distributed
 from jvdiff.runtime.staging import check_target
 from jvdiff.sharding import MeshShape, Placement, Sizes, check_mesh, make_mesh, param_shardings
-from jvdiff.sharding.rules import UMT5, WAN_DIT
 from jvdiff.training import fields
 from jvdiff.training.loop import State, Task, fit
 from jvdiff.types import Params
@@ -311,8 +310,8 @@ def _initial(folder: Path, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config, mesh: 
         fields.check_sizes(f"{name}: not that of initial, {folder}", wanted, there)
     params = {}
     for name, abstract, rules in (
-        ("transformer", wan.abstract_params(found.transformer), WAN_DIT),
-        ("text_encoder", umt5.abstract_params(text_cfg, jnp.float32), UMT5),
+        ("transformer", wan.abstract_params(found.transformer), places.DIT),
+        ("text_encoder", umt5.abstract_params(text_cfg, jnp.float32), umt5.PLACES),
     ):
         params[name] = checkpoint.restore(folder / name, abstract, param_shardings(mesh, abstract, rules))
     if dit_cfg.gate_compress and not found.transformer.gate_compress:

@@ -29,6 +29,7 @@ from jvdiff.errors import NumericsError, UsageError
 from jvdiff.models import wan
 from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5
+from jvdiff.models.wan import places
 from jvdiff.pipeline import repository as repositories
 from jvdiff.pipeline.settings import (
     Configs,
@@ -95,7 +96,7 @@ def abstract_params(configs: Configs, dtypes: precision.Precision) -> dict[str, 
     }
 
 
-RULES = {"transformer": rules.WAN_DIT, "vae": rules.REPLICATED, "text_encoder": rules.UMT5}
+RULES = {"transformer": places.DIT, "vae": rules.REPLICATED, "text_encoder": umt5.PLACES}
 
 
 def shardings(placement: Placement, abstract: Mapping[str, Params]) -> dict[str, Any]:

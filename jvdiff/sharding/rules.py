@@ -19,57 +19,9 @@ from jvdiff.types import Params
 P = PartitionSpec
 Rules = Sequence[tuple[str, PartitionSpec]]
 SMALL = 2**15  # elements; what is smaller is not worth a gather of its own
-
-# `blocks` and `layers` are stacked: axis 0 is the layer, and is never divided.
-WAN_DIT: Rules = (
-    (r"blocks/(self|cross)_attn/(q|k|v|gate)/kernel", P(None, None, "tensor")),
-    (r"blocks/(self|cross)_attn/(q|k|v|gate)/bias", P(None, "tensor")),
-    (r"blocks/(self|cross)_attn/(q|k)_norm/scale", P(None, "tensor")),
-    (r"blocks/(self|cross)_attn/out/kernel", P(None, "tensor")),
-    (r"blocks/ffn/up/kernel", P(None, None, "tensor")),
-    (r"blocks/ffn/up/bias", P(None, "tensor")),
-    (r"blocks/ffn/down/kernel", P(None, "tensor")),
-    (r"blocks/((self|cross)_attn/out|ffn/down)/bias", P()),
-    (r"blocks/(cross_norm/(scale|bias)|modulation)", P()),
-    (r"(time|text)_embed/linear_1/kernel", P(None, "tensor")),
-    (r"(time|text)_embed/linear_1/bias", P("tensor")),
-    (r"(time|text)_embed/linear_2/kernel", P("tensor")),
-    (r"(time|text)_embed/linear_2/bias", P()),
-    (r"time_proj/kernel", P(None, "tensor")),
-    (r"time_proj/bias", P("tensor")),
-    (r"patch_embed/(kernel|bias)|head/(modulation|proj/(kernel|bias))", P()),
-)
-
-LATENT_VIDEO_DIT: Rules = (
-    (r"blocks/(spatial|temporal)_attn/(q|k|v)/kernel", P(None, None, "tensor")),
-    (r"blocks/(spatial|temporal)_attn/(q|k|v)/bias", P(None, "tensor")),
-    (r"blocks/(spatial|temporal)_attn/out/kernel", P(None, "tensor")),
-    (r"blocks/ffn/(gate|up)/kernel", P(None, None, "tensor")),
-    (r"blocks/ffn/(gate|up)/bias", P(None, "tensor")),
-    (r"blocks/ffn/down/kernel", P(None, "tensor")),
-    (r"blocks/modulation/kernel", P(None, None, "tensor")),
-    (r"blocks/modulation/bias", P(None, "tensor")),
-    (r"blocks/((spatial|temporal)_attn/(out/bias|(q|k)_norm/scale)|ffn/down/bias)", P()),
-    (r"time_embed/linear_1/kernel", P(None, "tensor")),
-    (r"time_embed/linear_1/bias", P("tensor")),
-    (r"time_embed/linear_2/kernel", P("tensor")),
-    (r"time_embed/linear_2/bias", P()),
-    (r"label_embed/embedding|(patch_embed|head_modulation|head)/(kernel|bias)", P()),
-)
-
-UMT5: Rules = (
-    (r"layers/attn/(q|k|v)/kernel", P(None, None, "tensor")),
-    (r"layers/attn/out/kernel", P(None, "tensor")),
-    (r"layers/attn/relative_bias/embedding", P(None, None, "tensor")),
-    (r"layers/ffn/(gate|up)/kernel", P(None, None, "tensor")),
-    (r"layers/ffn/down/kernel", P(None, "tensor")),
-    (r"layers/(attn|ffn)/norm/scale|final_norm/scale", P()),
-    (r"token_embed/embedding", P(None, "tensor")),
-)
+_STACKED = ("blocks", "layers")  # axis 0 of what is in them is the layer, and is never divided
 
 REPLICATED: Rules = ((r".*", P()),)  # the VAE: small, and spread over space instead
-
-_STACKED = ("blocks", "layers")
 
 
 def specs(rules: Rules, tree: Params, axes: Mapping[str, int]) -> Any:

@@ -14,7 +14,8 @@ from jvdiff.models import latent_video, wan
 from jvdiff.models.layers import as_array, product
 from jvdiff.models.quantised import Quantised, quantise
 from jvdiff.models.text import umt5
-from jvdiff.sharding import Placement, make_mesh, param_shardings, read_mesh, rules, specs
+from jvdiff.models.wan import places
+from jvdiff.sharding import Placement, make_mesh, param_shardings, read_mesh, specs
 
 # Wide enough that `fsdp` divides every matrix of a layer.
 DIT = wan.DiTConfig(
@@ -28,7 +29,7 @@ DIT = wan.DiTConfig(
     num_layers=2,
 )
 TEXT = umt5.Config(vocab_size=50, d_model=192, d_kv=96, d_ff=256, num_layers=2, num_heads=2)
-LAYERS = {"transformer": ("blocks", rules.WAN_DIT), "text": ("layers", rules.UMT5)}
+LAYERS = {"transformer": ("blocks", places.DIT), "text": ("layers", umt5.PLACES)}
 
 
 def random_like(path, leaf):
@@ -212,7 +213,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(part):
 
 def test_a_scale_is_divided_as_the_columns_of_its_kernel_are():
     small = in_layers(quantise, wan.abstract_params(wan.WAN_2_1_T2V_1_3B), "blocks")
-    places = specs(rules.WAN_DIT, small, {"data": 1, "fsdp": 2, "sequence": 1, "tensor": 4})["blocks"]
-    up, down = places["ffn"]["up"]["kernel"], places["ffn"]["down"]["kernel"]
+    blocks = specs(places.DIT, small, {"data": 1, "fsdp": 2, "sequence": 1, "tensor": 4})["blocks"]
+    up, down = blocks["ffn"]["up"]["kernel"], blocks["ffn"]["down"]["kernel"]
     assert (up.values, up.scale) == (P(None, "fsdp", "tensor"), P(None, None, "tensor"))
     assert (down.values, down.scale) == (P(None, "tensor", "fsdp"), P(None, None))

@@ -26,9 +26,10 @@ from jax.sharding import PartitionSpec as P
 
 from jvdiff import kernels
 from jvdiff.errors import UsageError
+from jvdiff.models.latent_video import places
 from jvdiff.models.latent_video.config import DiTConfig
 from jvdiff.models.layers import MLP, Linear, RMSNorm, as_array, gelu, layer_norm, sinusoid
-from jvdiff.sharding import Placement, Sizes, Split, rules
+from jvdiff.sharding import Placement, Sizes, Split
 from jvdiff.types import Array, Params
 
 _EPS = 1e-6
@@ -58,7 +59,7 @@ def denoise(
       remat: what of a block is computed again in the backward pass: None nothing, "full" everything, "dots" everything
         but the linear layers.
       implementation: of both attentions, see `jvdiff.kernels`.
-      placement: the devices to work on, `params` on them by `sharding.rules.LATENT_VIDEO_DIT`; the rest, and the
+      placement: the devices to work on, `params` on them by `places.DIT`; the rest, and the
         result, is on all of them. None: one device.
       dtype: of the products of attention and feed-forward. None: that of each matrix.
 
@@ -72,7 +73,7 @@ def denoise(
     how = _How(latents.shape[2] * latents.shape[3] // cfg.patch_size**2, implementation, dtype=dtype)
     if placement:
         how = replace(how, placement=placement, split=placement.split(mesh_sizes(cfg, latents.shape[:4])))
-        whole: Any = placement.whole({k: v for k, v in params.items() if k != "blocks"}, rules.LATENT_VIDEO_DIT)
+        whole: Any = placement.whole({k: v for k, v in params.items() if k != "blocks"}, places.DIT)
         params = {**whole, "blocks": params["blocks"]}
         latents, timestep, labels = placement.replicate((latents, timestep, labels))
     out: Any = _Transformer(cfg, how, remat).apply({"params": params}, latents, timestep, labels)
@@ -131,9 +132,9 @@ class _Transformer(nn.Module):
         h, w, padding = H // p, W // p, how.split.padding if how.split else 0
 
         x = latents.reshape(B, T, h, p, w, p, C).transpose(0, 1, 2, 4, 3, 5, 6).reshape(B, T, h * w, p * p * C)
-        places = _positions(T, h, w, D)[None]
-        x, places = (jnp.pad(a, ((0, 0), (0, 0), (0, padding), (0, 0))) for a in (x, places))
-        x = Linear(D, exact=True, name="patch_embed")(how.along_tokens(x)) + places
+        positions = _positions(T, h, w, D)[None]
+        x, positions = (jnp.pad(a, ((0, 0), (0, 0), (0, padding), (0, 0))) for a in (x, positions))
+        x = Linear(D, exact=True, name="patch_embed")(how.along_tokens(x)) + positions
 
         condition = MLP(D, D, nn.silu, exact=True, name="time_embed")(sinusoid(timestep, cfg.freq_dim))
         # About as large as what comes of the timestep: a small one (DiT has 0.02) is heard late.
@@ -255,7 +256,7 @@ def _waves(count: int, size: int) -> Array:
 
 def _gathered(placement: Placement, layer: Params) -> Params:
     """The weights of one layer, whole but for `tensor`: inside the scan, so that one layer at a time is gathered."""
-    return {"params": placement.whole(layer["params"], rules.LATENT_VIDEO_DIT, stack="blocks")}
+    return {"params": placement.whole(layer["params"], places.DIT, stack="blocks")}
 
 
 def _check(cfg: DiTConfig, latents: Array, timestep: Array, labels: Array, remat: str | None) -> None:

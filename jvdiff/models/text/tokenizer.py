@@ -67,7 +67,7 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
 
 
 def clean(prompt: str) -> str:
-    """The prompt as diffusers' Wan pipeline tokenises it: ftfy, HTML entities decoded twice, white space collapsed.
+    """The prompt as diffusers cleans it for this encoder: ftfy, HTML entities decoded twice, white space collapsed.
 
     Raises UsageError for half a surrogate pair, which is not text (diffusers puts a replacement character there).
     """

@@ -22,12 +22,24 @@ from flax import linen as nn
 
 from jvdiff.errors import CheckpointError
 from jvdiff.models.layers import Linear, as_array, compute_dtype
-from jvdiff.sharding import Placement, rules
+from jvdiff.sharding import Placement
+from jvdiff.sharding.rules import P, Rules
 from jvdiff.types import Array, Params
 
 # What a config.json may say besides sizes, and the only value of it that this encoder computes.
 _FIXED = {"model_type": "umt5", "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new"}
 _HIGHEST = {"num_layers": 1000, "vocab_size": 2**24}
+
+# Where the weights live; `layers` has the layers in axis 0.
+PLACES: Rules = (
+    (r"layers/attn/(q|k|v)/kernel", P(None, None, "tensor")),
+    (r"layers/attn/out/kernel", P(None, "tensor")),
+    (r"layers/attn/relative_bias/embedding", P(None, None, "tensor")),
+    (r"layers/ffn/(gate|up)/kernel", P(None, None, "tensor")),
+    (r"layers/ffn/down/kernel", P(None, "tensor")),
+    (r"layers/(attn|ffn)/norm/scale|final_norm/scale", P()),
+    (r"token_embed/embedding", P(None, "tensor")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +195,7 @@ class _Encoder(nn.Module):
 
 def _gathered(placement: Placement, layer: Params) -> Params:
     """The weights of one layer, whole but for `tensor`."""
-    return {"params": placement.whole(layer["params"], rules.UMT5, stack="layers")}
+    return {"params": placement.whole(layer["params"], PLACES, stack="layers")}
 
 
 def init_params(key: Array, cfg: Config) -> Params:
@@ -213,7 +225,7 @@ def encode(
         params: tree of `abstract_params`; a kernel may be a `Quantised`.
         ids: int32 [B,S], each below `cfg.vocab_size` (a larger one gives NaN: check the tokenizer first).
         mask: bool [B,S], true at real tokens. These do not depend on the other rows, which mean nothing.
-        placement: the devices to work on, `params` on them by `sharding.rules.UMT5`; every device gets the result.
+        placement: the devices to work on, `params` on them by `PLACES`; every device gets the result.
         dtype: a float dtype; None: that of the token embedding.
 
     Raises:

@@ -31,9 +31,10 @@ from jvdiff import kernels
 from jvdiff.errors import UsageError
 from jvdiff.kernels import BlockCausal, Dense, SlidingTile, VideoSparse, block_sparse, tiles
 from jvdiff.models.layers import MLP, Linear, RMSNorm, gelu, layer_norm, sinusoid
+from jvdiff.models.wan import places
 from jvdiff.models.wan.config import DiTConfig
 from jvdiff.models.wan.layers import LayerNorm, rope_tables, rotate
-from jvdiff.sharding import Placement, Sizes, Split, rules, sequence
+from jvdiff.sharding import Placement, Sizes, Split, sequence
 from jvdiff.types import Array, Params
 
 Pattern = Dense | SlidingTile | VideoSparse  # of a model that makes a clip at once
@@ -71,7 +72,7 @@ def velocity(
       remat: recompute each block in the backward pass instead of keeping its activations.
       implementation: of the self-attention, see `jvdiff.kernels`; of the attention to text too where there is a dense
         one of that name, which otherwise takes the best.
-      placement: the devices to work on, `params` on them by `sharding.rules.WAN_DIT`; the rest, and the result, is on
+      placement: the devices to work on, `params` on them by `places.DIT`; the rest, and the result, is on
         all of them. None: one device.
       dtype: of the products of attention, feed-forward and text embedding. None: that of each matrix.
 
@@ -163,7 +164,7 @@ def apply(
     timestep [B,1] or [B,T]; text [B,P,S,D], or None where `layers` have its keys; frames: see `rope_tables`.
     """
     if placement := how.placement:
-        whole: Any = placement.whole({k: v for k, v in params.items() if k != "blocks"}, rules.WAN_DIT)
+        whole: Any = placement.whole({k: v for k, v in params.items() if k != "blocks"}, places.DIT)
         params = {**whole, "blocks": params["blocks"]}
         latents, timestep, text, past = placement.replicate((latents, timestep, text, past))
     model = Transformer(cfg, how, remat)
@@ -469,7 +470,7 @@ class _Head(nn.Module):
 
 def _gathered(placement: Placement, layer: Params) -> Params:
     """The weights of one layer, whole but for `tensor`: inside the scan, so that one layer at a time is gathered."""
-    return {"params": placement.whole(layer["params"], rules.WAN_DIT, stack="blocks")}
+    return {"params": placement.whole(layer["params"], places.DIT, stack="blocks")}
 
 
 def tile_order(x: Array, grid: Grid, tile: Grid) -> Array:
