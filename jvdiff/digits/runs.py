@@ -24,8 +24,8 @@ from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.kernels import BlockCausal, VideoSparse, sparsity_schedule
 from jvdiff.media.video import atomic
 from jvdiff.models import wan
-from jvdiff.models.text import tokenizer, umt5, umt5_names
-from jvdiff.models.wan import names, reconstruction
+from jvdiff.models.text import tokenizer, umt5
+from jvdiff.models.wan import reconstruction
 from jvdiff.models.wan.flow_matching import Batch, text_to_video_task
 from jvdiff.models.wan.teacher_forcing import teacher_forcing_task
 from jvdiff.pipeline import repository
@@ -34,7 +34,6 @@ from jvdiff.pipeline.tables import read_component
 from jvdiff.runtime import distributed
 from jvdiff.runtime.staging import check_target
 from jvdiff.sharding import MeshShape, Placement, Sizes, check_mesh, make_mesh, param_shardings
-from jvdiff.sharding.rules import UMT5, WAN_DIT
 from jvdiff.training import fields
 from jvdiff.training.loop import State, Task, fit
 from jvdiff.types import Params

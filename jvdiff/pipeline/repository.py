@@ -18,13 +18,12 @@ from typing import Any
 import jax
 
 from jvdiff import models as families
-from jvdiff import weights
 from jvdiff.errors import CheckpointError, UnsafeFormat, UsageError
 from jvdiff.models.family import Family, Models, read_config
 from jvdiff.pipeline.settings import DEFAULTS_FILE, read_defaults, resolve
 from jvdiff.runtime.staging import MANIFEST, staged
 from jvdiff.types import Params
-from jvdiff.weights import safetensors
+from jvdiff.weights import manifest, orbax, safetensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,14 +80,14 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         raise UsageError(
             f"{path}: not a causal model: it makes the whole video at once; run it with `python -m jvdiff.sample`."
         )
-    orbax = (path / next(iter(family.parts)) / weights.PARAMS).is_dir()
+    orbax = (path / next(iter(family.parts)) / orbax.PARAMS).is_dir()
     return Repository(
         path=path,
         kind="orbax" if orbax else "hf",
         family=family,
         models=models,
         defaults=read_defaults(path, family),
-        digest=weights.file_sha256(path / MANIFEST)
+        digest=manifest.file_sha256(path / MANIFEST)
         if orbax and (path / MANIFEST).is_file()
         else _fingerprint(path, (*family.parts, *family.files)),
     )
@@ -171,7 +170,7 @@ def save(
         if missing := sorted((set(expected) - set(folders)) | (set(folders) - set(kinds))):
             raise UsageError(f"{what} are {', '.join(folders)}; expected {', '.join(kinds)} (see {missing[0]}).")
     spread: list[jax.Array] = []
-    leaves = {name: weights.leaves_of(tree, spread) for name, (_, tree) in components.items()}
+    leaves = {name: orbax.leaves_of(tree, spread) for name, (_, tree) in components.items()}
 
     def write() -> None:
         with staged(path, overwrite=overwrite) as staging:
@@ -183,10 +182,10 @@ def save(
             records: dict[str, Any] = {}
             for name, (cfg, _) in components.items():
                 _write_json(staging / name / "config.json", cfg.to_json())
-                records |= weights.write_params(staging, name, leaves[name])
-            weights.write_manifest(staging, records, {})
+                records |= orbax.write_params(staging, name, leaves[name])
+            manifest.write_manifest(staging, records, {})
 
-    weights.by_process_0(write, spread)
+    orbax.by_process_0(write, spread)
 
 
 def _index(folder: Path, family: Family, components: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

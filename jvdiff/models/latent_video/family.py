@@ -19,17 +19,18 @@ from jvdiff.diffusion import variance_preserving as vp
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import latent_video
 from jvdiff.models.family import Clip, Family, Forward, Models, Part, Request, Run, Segment, Stage
+from jvdiff.models.latent_video import places
 from jvdiff.models.latent_video.settings import Settings
 from jvdiff.models.pixels import to_pixels
 from jvdiff.sharding import MeshShape, Placement, Sizes
-from jvdiff.sharding.rules import LATENT_VIDEO_DIT, REPLICATED
+from jvdiff.sharding.rules import REPLICATED
 from jvdiff.types import Array, Params
 
 TRANSFORMER = Part(
     config=latent_video.DiTConfig,
     classes=("LatentVideoTransformer",),
     abstract=latent_video.abstract_params,
-    places=LATENT_VIDEO_DIT,
+    places=places.DIT,
     names=None,
     precision="transformer",
     published=("jvdiff", lambda cfg: "LatentVideoTransformer"),

@@ -24,6 +24,7 @@ from jvdiff.media import clips as clip_files
 from jvdiff.media import video as videos
 from jvdiff.media.clips import Clips
 from jvdiff.models import latent_video
+from jvdiff.models.latent_video import places
 from jvdiff.models.latent_video.objective import LabelledLatents, latent_video_task, video_vae_task
 from jvdiff.pipeline import class_conditional
 from jvdiff.pipeline.class_conditional import Configs, Settings
@@ -31,7 +32,6 @@ from jvdiff.precision import TABLE
 from jvdiff.runtime import distributed
 from jvdiff.runtime.staging import check_target
 from jvdiff.sharding import MeshShape, Placement, check_mesh, make_mesh, param_shardings
-from jvdiff.sharding.rules import LATENT_VIDEO_DIT
 from jvdiff.training import fields
 from jvdiff.training.loop import Schedule, Task, fit
 from jvdiff.types import Params
@@ -107,8 +107,8 @@ def train(config: ConfigDict, folder: Path) -> Path:
     begin = None
     if config.get("initial"):
         abstract = latent_video.abstract_params(configs.transformer)
-        places = param_shardings(mesh, abstract, LATENT_VIDEO_DIT)
-        begin = restore(Path(config.initial) / "transformer", abstract, (), places)
+        shardings = param_shardings(mesh, abstract, places.DIT)
+        begin = restore(Path(config.initial) / "transformer", abstract, (), shardings)
     average = fit(task, plan.schedule, folder, seed=config.seed, params=begin, **options).average
     params = {"transformer": average, "vae": vae}
     class_conditional.save(target, configs, params, clips.classes, plan.settings)

@@ -28,10 +28,10 @@ from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Req
 from jvdiff.models.pixels import to_pixels
 from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5, umt5_names
-from jvdiff.models.wan import names
+from jvdiff.models.wan import names, places
 from jvdiff.models.wan.settings import Settings
 from jvdiff.sharding import MeshShape, Placement, Sizes
-from jvdiff.sharding.rules import REPLICATED, UMT5, WAN_DIT
+from jvdiff.sharding.rules import REPLICATED
 from jvdiff.types import Array, Params
 from jvdiff.weights.safetensors import read_json
 
@@ -56,7 +56,7 @@ TRANSFORMER = Part(
     config=wan.DiTConfig,
     classes=("WanTransformer3DModel", "CausalWanTransformer3DModel"),
     abstract=wan.abstract_params,
-    places=WAN_DIT,
+    places=places.DIT,
     names=names.transformer,
     precision="transformer",
     published=("diffusers", lambda cfg: cfg.to_json()["_class_name"]),
@@ -75,7 +75,7 @@ TEXT_ENCODER = Part(
     config=umt5.Config,
     classes=("umt5",),
     abstract=umt5.abstract_params,
-    places=UMT5,
+    places=umt5.PLACES,
     names=lambda cfg: umt5_names.RULES,
     precision="text_encoder",
     published=("transformers", lambda cfg: "UMT5EncoderModel"),
