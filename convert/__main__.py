@@ -29,12 +29,12 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jvdiff.pipeline.tables import read_component
 
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, UsageError
 from jvdiff.models import wan
 from jvdiff.models.text import tokenizer
 from jvdiff.pipeline.repository import COMPONENTS, inspect
-from jvdiff.pipeline.tables import read_component
 from jvdiff.runtime.staging import check_target, staged
 from jvdiff.weights import manifest, orbax
 from jvdiff.weights import safetensors as reader

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jvdiff.pipeline.tables import read_component
 
 from convert.__main__ import DTYPES, copy_small_files, run
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.pipeline.repository import COMPONENTS, inspect
-from jvdiff.pipeline.tables import read_component
 from jvdiff.runtime.staging import staged
 from jvdiff.weights import orbax
 from jvdiff.weights import safetensors as reader

@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from jvdiff.errors import JvdiffError, ResourceError, SetupError, UsageError
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers, verdict
 
 
 class Request(NamedTuple):
@@ -50,9 +50,9 @@ def main(
     try:
         request = parse(argv)
         place = request.config.get(folder)
-        distributed.join(request.config)
+        peers.join(request.config)
         for path in work(request):
-            if distributed.writes():
+            if peers.writes():
                 print(path)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -60,13 +60,13 @@ def main(
     except BrokenPipeError:  # who reads our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as raised:
-        shown = distributed.explained(raised)
+        shown = verdict.explained(raised)
         code, message = _sentence(shown, place)
     if code:
         if shown is not None and "--traceback" in argv:
             traceback.print_exception(shown)
         print(f"error: {message}", file=sys.stderr)
-    return distributed.leave(code, message)
+    return verdict.leave(code, message)
 
 
 def parse(argv: Sequence[str], usage: str) -> Request:
@@ -103,7 +103,7 @@ def parse(argv: Sequence[str], usage: str) -> Request:
 
 def writable(folder: str, field: str) -> Path:
     """The folder that a field of the config names, made if need be; asked before minutes of work."""
-    if not distributed.writes():
+    if not peers.writes():
         return Path(folder)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def device_memory(what: str, advice: str) -> Iterator[None]:
 
 def say(message: str) -> None:
     """A line for the person at the terminal; of several processes the first speaks."""
-    if distributed.writes():
+    if peers.writes():
         print(message, file=sys.stderr, flush=True)
 
 
@@ -153,7 +153,7 @@ def plain_logs() -> Iterator[None]:
     logger, handler = logging.getLogger("jvdiff"), logging.StreamHandler()
     before = logger.level, logger.propagate
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO if distributed.writes() else logging.ERROR)
+    logger.setLevel(logging.INFO if peers.writes() else logging.ERROR)
     logger.propagate = False
     try:
         yield

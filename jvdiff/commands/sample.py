@@ -23,7 +23,7 @@ from ml_collections import config_dict
 from jvdiff.commands import command_line, sample_classes
 from jvdiff.commands.command_line import say
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, ResourceError, UsageError
-from jvdiff.runtime import distributed, progress
+from jvdiff.runtime import peers, progress
 from jvdiff.runtime.interrupts import interrupts
 
 
@@ -58,7 +58,7 @@ def default_config() -> config_dict.ConfigDict:
             "compile_cache": none(str),  # a folder of your own, or "off"; None: the user's cache folder
             "plan": False,  # print what it would take, without weights, and exit
             "plan_target": none(str),  # h200: plan for that, or a mesh of those, instead of the devices at hand
-            **distributed.fields(),  # docs/clusters.md
+            **peers.fields(),  # docs/clusters.md
         }
     )
 
@@ -142,13 +142,13 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
         wanted, problems = jobs.make_jobs(config, resolve)
         if config.prompts is not None:
             asked, left = len(wanted), set(map(id, jobs.without_done(wanted, output, dtypes, repository.digest)))
-            numbers = distributed.gather([i for i, job in enumerate(wanted) if id(job) in left])[0]  # it sees its files
+            numbers = peers.gather([i for i, job in enumerate(wanted) if id(job) in left])[0]  # it sees its files
             wanted = [wanted[i] for i in numbers]
             if len(wanted) < asked:
                 say(f"{asked - len(wanted)} of {asked} videos are already in {output}")
     for problem in problems:
         say(f"error: {problem}")
-    distributed.agree("what to make, of which weights", [jobs.facts(job, dtypes, repository.digest) for job in wanted])
+    peers.agree("what to make, of which weights", [jobs.facts(job, dtypes, repository.digest) for job in wanted])
     mesh = jobs.choose_mesh(wanted, configs, dtypes, config.mesh)
     jobs.check_attention(wanted, configs, dtypes, mesh)
     prompts = [job.prompt for job in wanted] or [""]
@@ -171,7 +171,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
                 except (ResourceError, Interrupted):
                     raise
                 except JvdiffError as error:
-                    if len(wanted) + len(problems) == 1 or distributed.several():  # where others wait for this one
+                    if len(wanted) + len(problems) == 1 or peers.several():  # where others wait for this one
                         raise
                     problems.append(f"{job.stem}: {error}")
                     say(f"error: {problems[-1]}")

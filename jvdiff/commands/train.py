@@ -32,11 +32,11 @@ from jvdiff.models.wan.teacher_forcing import teacher_forcing_task
 from jvdiff.pipeline import class_conditional
 from jvdiff.pipeline.settings import check_seed
 from jvdiff.plan import training as train_plan
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
 from jvdiff.training.fields import check_count, check_names, nearest, schedule
 from jvdiff.training.loop import Task, fit
 
-# Fields of every task; compile_cache and those of `distributed.fields` may be there too.
+# Fields of every task; compile_cache and those of `peers.fields` may be there too.
 COMMON = ("task", "folder", "seed", "loss", "schedule", "loop")
 
 
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str]) -> command_line.Request:
     if name not in TASKS:
         raise UsageError(f"task is {name!r}; expected one of {', '.join(TASKS)}{nearest(name, TASKS)}.")
     fields = (*COMMON, *TASKS[name].fields)
-    check_names("the config", config, (*fields, *TASKS[name].optional, *distributed.fields(), "compile_cache"))
+    check_names("the config", config, (*fields, *TASKS[name].optional, *peers.fields(), "compile_cache"))
     if missing := [field for field in fields if field not in config]:
         raise UsageError(f"the config lacks {', '.join(missing)}; task {name!r} needs {', '.join(fields)}.")
     if config.seed is None:

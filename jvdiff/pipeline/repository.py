@@ -80,16 +80,15 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         raise UsageError(
             f"{path}: not a causal model: it makes the whole video at once; run it with `python -m jvdiff.sample`."
         )
-    orbax = (path / next(iter(family.parts)) / orbax.PARAMS).is_dir()
+    converted = (path / next(iter(family.parts)) / orbax.PARAMS).is_dir()
+    known = converted and (path / MANIFEST).is_file()
     return Repository(
         path=path,
-        kind="orbax" if orbax else "hf",
+        kind="orbax" if converted else "hf",
         family=family,
         models=models,
         defaults=read_defaults(path, family),
-        digest=manifest.file_sha256(path / MANIFEST)
-        if orbax and (path / MANIFEST).is_file()
-        else _fingerprint(path, (*family.parts, *family.files)),
+        digest=manifest.file_sha256(path / MANIFEST) if known else _fingerprint(path, (*family.parts, *family.files)),
     )
 
 

@@ -2,8 +2,8 @@
 
     B batch · T latent frames · H W latent grid · C latent channels · F pixel frames · Y X pixel height, width
 
-`Executor` computes; `Tracer` traces the same calls without data, so that the command line compiles them ahead and a plan
-measures them: what is planned is what runs.
+`Executor` computes. `Tracer` traces the same calls without data, so that the command line compiles them ahead and a
+plan measures them: what is planned is what runs.
 """
 
 from __future__ import annotations
@@ -199,9 +199,9 @@ def encode(context: Context, clip: Clip, inputs: Any, run: Run) -> tuple[Any, An
     """
     conditions = context.family.encode(context.models, clip, context.forward(clip), run, inputs)
     for leaf in jax.tree.leaves(conditions):
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating):
-            if share := nonfinite(np.asarray(leaf, np.float32)):
-                raise NumericsError(f"text encoder: {share:.1%} of its output ({leaf.dtype}) is NaN or infinite.")
+        computed = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if computed and (share := nonfinite(np.asarray(leaf, np.float32))):
+            raise NumericsError(f"text encoder: {share:.1%} of its output ({leaf.dtype}) is NaN or infinite.")
     return conditions
 
 

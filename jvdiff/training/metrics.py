@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.errors import SetupError, UsageError
-from jvdiff.media.video import atomic
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
+from jvdiff.runtime.files import atomic
 
 _log = logging.getLogger("jvdiff.training")
 
@@ -30,8 +30,8 @@ class Metrics(ExitStack):
             raise UsageError(f"log_to has {unknown[0]!r:.80}; expected some of {', '.join(SINKS)}.")
         self.path = folder / "metrics.jsonl"
         self.clock = (time.perf_counter(), done)
-        self.sinks = [SINKS[name](self, folder, done) for name in also] if distributed.writes() else []
-        if self.path.exists() and distributed.writes():
+        self.sinks = [SINKS[name](self, folder, done) for name in also] if peers.writes() else []
+        if self.path.exists() and peers.writes():
             with atomic(self.path) as part:
                 lines = self.path.read_text().splitlines()
                 part.write_text("".join(f"{line}\n" for line in lines if _step(line) <= done))
@@ -42,7 +42,7 @@ class Metrics(ExitStack):
         each = round((now - self.clock[0]) / max(step - self.clock[1], 1), 4)
         self.clock = (now, step)
         line = {"step": step, **numbers, "seconds_per_step": each}
-        if distributed.writes():
+        if peers.writes():
             with self.path.open("a") as file:
                 file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n")
         for sink in self.sinks:

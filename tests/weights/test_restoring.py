@@ -19,7 +19,6 @@ from jvdiff.errors import (
     ShapeMismatch,
     UsageError,
 )
-from jvdiff.pipeline.tables import read_component
 from jvdiff.weights import restore, restoring, save
 from jvdiff.weights import safetensors as reader
 from jvdiff.weights.manifest import verify_files
