@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.__main__ import DTYPES, copy_small_files, run
+from .__main__ import DTYPES, copy_small_files, run
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.pipeline.repository import COMPONENTS, inspect
 from jvdiff.pipeline.tables import read_component

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import numbers
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jvdiff.errors import UsageError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 T = TypeVar("T")
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -123,3 +128,47 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     """The middle of a sentence about an unknown name: which of those that are known may be meant, if any."""
     close = difflib.get_close_matches(str(name), list(known), 1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+# ------------------------------------------------------------------------------------------------------ configurations
+
+
+def find(name: str) -> Path:
+    """The file of a configuration: a path, or the name of one that ships, such as digits or configs/digits.py.
+
+    Raises:
+        UsageError: there is no such file; the message has the nearest name.
+    """
+    if (path := Path(name)).is_file():
+        return path
+    folder = shipped("configs")
+    stem = name.removeprefix("configs/").removesuffix(".py")
+    known = sorted(path.stem for path in folder.glob("*.py"))
+    if stem not in known:
+        raise UsageError(
+            f"no configuration {name!r:.200}{nearest(stem, known)}; expected a file, or one of {', '.join(known)}."
+        )
+    return folder / f"{stem}.py"
+
+
+def load(name: str) -> ConfigDict:
+    """What the configuration's `get_config()` returns; name: as in `find`. Configurations derive from one another so.
+
+    Raises:
+        UsageError: there is no such file, or it has no get_config.
+    """
+    path = find(name)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"the configuration {path} is not a Python file (NAME.py).")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UsageError(f"the configuration {path} has no function get_config that returns a ConfigDict.")
+    return module.get_config()
+
+
+def shipped(folder: str) -> Path:
+    """The folder configs or checkpoints that ships: in the package where it is installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    return next((path for path in (package / folder, package.parent / folder) if path.is_dir()), package / folder)
