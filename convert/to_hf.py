@@ -7,7 +7,6 @@ is stored, so that Hugging Face -> Orbax -> Hugging Face gives the same bits; wi
 repository keeps its class names, which diffusers does not have.
 """
 
-import argparse
 import json
 import struct
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from jvdiff.pipeline.tables import read_component
 
-from convert.__main__ import DTYPES, copy_small_files, run
+from jvdiff.commands.convert import to_hf_values
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.pipeline.repository import COMPONENTS, inspect
 from jvdiff.runtime.staging import staged
@@ -25,6 +24,8 @@ from jvdiff.weights import orbax
 from jvdiff.weights import safetensors as reader
 from jvdiff.weights.manifest import verify_files
 from jvdiff.weights.naming import by_leaf, expected
+
+from .__main__ import DTYPES, copy_small_files, run
 
 _STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _CODES = {dtype: code for code, dtype in reader.DTYPES.items()}
@@ -101,14 +102,10 @@ def _write(source: Path, file: Path, dtype: np.dtype | None) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m convert.to_hf", description="Orbax directory -> Diffusers folder.")
-    parser.add_argument("--source", required=True, type=Path, help="an Orbax directory with all components")
-    parser.add_argument("--target", required=True, type=Path, help="the folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="of all weights; default: as stored")
-    parser.add_argument("--vae", type=Path, help="a trained VAE that takes the place of the source's")
-    arguments = parser.parse_args(words)
-    to_hf(arguments.source, arguments.target, arguments.dtype, arguments.vae)
-    print(f"{arguments.target}: complete")
+    """Does what the words of a command line say, the program apart. Raises: as `to_hf`; Told: --help or --version."""
+    values = to_hf_values(sys.argv[1:] if words is None else words)
+    to_hf(values["source"], values["target"], values["dtype"], values["vae"])
+    print(f"{values['target']}: complete")
 
 
 if __name__ == "__main__":

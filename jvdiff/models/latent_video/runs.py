@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jvdiff.config import names, replace
@@ -184,7 +185,7 @@ def describe(config: Any, classes: Sequence[str]) -> Plan:
         fields.check_count("vae.batch", config.vae.batch)
         vae_cfg = fields.model("vae.model", latent_video.VAEConfig, config.vae.model)
         vae_schedule = fields.schedule(config.vae)
-        fields.check_shared("vae.batch", config.vae.batch, fields.mesh(config.loop))
+        fields.check_shared("vae.batch", config.vae.batch, fields.mesh(config.loop, _planned(config)))
         vae_stages = _stages(config, vae_schedule, vae_cfg.temporal_factor)
     sized = {"in_channels": vae_cfg.latent_channels, "num_classes": len(classes), "prediction": config.prediction}
     if isinstance(config.transformer, str):
@@ -208,14 +209,20 @@ def describe(config: Any, classes: Sequence[str]) -> Plan:
     index = {"noise_schedule": config.noise_schedule, "classes": list(classes)}
     models = Models({"transformer": cfg, "vae": vae_cfg}, {}, index)
     clip = make_clip(models, replace(Settings(), {name: config[name] for name in names(Settings)}))
-    shape = fields.mesh(config.loop)
+    shape = fields.mesh(config.loop, _planned(config))
     try:
-        check_mesh(shape, latent_video.mesh_sizes(cfg, (config.batch, *clip.latents[:3])), jax.device_count())
+        there = shape.devices if _planned(config) else jax.device_count()
+        check_mesh(shape, latent_video.mesh_sizes(cfg, (config.batch, *clip.latents[:3])), there)
     except UsageError as error:
         raise UsageError(f"loop.{error}") from None
     return Plan(
         models, clip, shape, TABLE[config.precision].transformer, fields.schedule(config), vae_schedule, vae_stages
     )
+
+
+def _planned(config: Any) -> bool:
+    """Whether the mesh is one of devices that need not be there."""
+    return bool(config.get("plan") and config.get("plan_target"))
 
 
 def _stages(config: Any, schedule: Schedule, factor: int) -> tuple[Stage, ...]:
@@ -237,12 +244,13 @@ def _stages(config: Any, schedule: Schedule, factor: int) -> tuple[Stage, ...]:
     return Stage(steps, whole.batch * whole.frames // frames, frames), whole
 
 
-def programs(config: ConfigDict) -> Iterator[tuple[str, Task, Schedule, Any]]:
+def programs(
+    config: ConfigDict, mesh_of: Callable[[MeshShape], Mesh] = make_mesh
+) -> Iterator[tuple[str, Task, Schedule, Any]]:
     """(name, task, schedule, abstract batch) of each part of the run, for a plan; the clips need not be there."""
     there = Path(config.clips).exists()
-    plan = describe(
-        config, clip_files.find(config.clips).classes if there else [str(i) for i in range(PLANNED_CLASSES)]
-    )
+    classes = clip_files.find(config.clips).classes if there else [str(i) for i in range(PLANNED_CLASSES)]
+    plan = describe(config, classes)
 
     def none(start: int) -> Generator[Any, None, None]:
         yield from ()
@@ -260,7 +268,7 @@ def programs(config: ConfigDict) -> Iterator[tuple[str, Task, Schedule, Any]]:
         none,
         noise_schedule=config.noise_schedule,
         compute_dtype=plan.dtype,
-        placement=Placement(make_mesh(plan.mesh)) if plan.mesh.devices > 1 else None,
+        placement=Placement(mesh_of(plan.mesh)) if plan.mesh.devices > 1 else None,
         **config.loss.to_dict(),
     )
     latents = jax.ShapeDtypeStruct((config.batch, *plan.clip.latents), jnp.float32)
