@@ -44,8 +44,8 @@ def option(
     """A field of a group of options.
 
     Args:
-        default: of the annotated type, or None where the annotation allows it: somebody else decides then. Where it does
-            not, the option is required; so it is with dataclasses.MISSING, which Python's own call asks for too.
+        default: of the annotated type, or None where the annotation allows it: somebody else decides then. Where it
+            does not, the option is required; so it is with dataclasses.MISSING, which Python's own call asks for too.
         help: the meaning, in one line; a unit where there is one.
         low, high: the range of a number, both ends included.
         choices: the values there are, where they can be listed.
@@ -250,14 +250,17 @@ def find(name: str) -> Path:
     """
     if (path := Path(name)).is_file():
         return path
-    folder = shipped("configs")
     stem = name.removeprefix("configs/").removesuffix(".py")
-    known = sorted(path.stem for path in folder.glob("*.py"))
-    if stem not in known:
+    if stem not in known():
         raise UsageError(
-            f"no configuration {name!r:.200}{nearest(stem, known)}; expected a file, or one of {', '.join(known)}."
+            f"no configuration {name!r:.200}{nearest(stem, known())}; expected a file, or one of {', '.join(known())}."
         )
-    return folder / f"{stem}.py"
+    return shipped("configs") / f"{stem}.py"
+
+
+def known() -> list[str]:
+    """The names of the configurations that ship."""
+    return sorted(path.stem for path in shipped("configs").glob("*.py"))
 
 
 def load(name: str) -> ConfigDict:

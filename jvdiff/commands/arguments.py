@@ -157,7 +157,7 @@ def parse(command: Command, argv: Sequence[str]) -> Request:
     if config is None:
         raise UsageError(
             f"no config. Usage: jvdiff {command.name} {command.examples[0]}\n"
-            f"--config takes a file, or one of {', '.join(sorted(p.stem for p in configs.shipped('configs').glob('*.py')))}."
+            f"--config takes a file, or one of {', '.join(configs.known())}."
         )
     sections = command.sections(config, line.texts)
     flags = _known_flags(command, line, sections, config)

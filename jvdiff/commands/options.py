@@ -128,7 +128,7 @@ class StreamOutput:
 STREAM = (StreamContent, StreamModel, StreamOutput)
 
 
-# -------------------------------------------------------------------------------------------------------- other commands
+# ------------------------------------------------------------------------------------------------------- other commands
 
 
 @dataclass(frozen=True)
