@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jvdiff.pipeline.tables import read_component
 
 from jvdiff.commands.arguments import Told
 from jvdiff.commands.convert import convert_values
@@ -35,11 +36,9 @@ from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, UsageError
 from jvdiff.models import wan
 from jvdiff.models.text import tokenizer
 from jvdiff.pipeline.repository import COMPONENTS, inspect
-from jvdiff.pipeline.tables import read_component
 from jvdiff.runtime.staging import check_target, staged
-from jvdiff.weights import checkpoint
+from jvdiff.weights import manifest, orbax
 from jvdiff.weights import safetensors as reader
-from jvdiff.weights.checkpoint import Leaf
 from jvdiff.weights.naming import by_leaf, check, fill, flatten
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -58,7 +57,7 @@ class _Recorded:
 
     def read(self, name: str, index: Sequence[slice] | None = None) -> np.ndarray:
         array = self.folder.read(name, index)
-        self.digests[name] = checkpoint.array_sha256(array)
+        self.digests[name] = manifest.array_sha256(array)
         return array
 
 
@@ -143,7 +142,7 @@ def convert(
         for name, part in parts.items():
             size = sum(leaf.nbytes for leaf in part.values())
             tell(f"{name}: {len(folders[name].tensors)} tensors, {size / 1e6:,.1f} MB")
-            tensors |= checkpoint.write_params(staging, name, part)
+            tensors |= orbax.write_params(staging, name, part)
         facts = {
             "source": dict(origin or {"folder": source.resolve().name}),
             "dtype": dtype or "as stored",
@@ -151,7 +150,7 @@ def convert(
             "versions": {"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
         }
         tell("digests of all files")
-        checkpoint.write_manifest(staging, tensors, facts)
+        manifest.write_manifest(staging, tensors, facts)
 
 
 def _tell_gate(file: Path, cfg: wan.DiTConfig) -> None:
@@ -161,7 +160,7 @@ def _tell_gate(file: Path, cfg: wan.DiTConfig) -> None:
         file.write_text(json.dumps(config | {"gate_compress": True}, indent=2) + "\n", encoding="utf-8")
 
 
-def _leaves(path: Path, folder: reader.Folder, dtype: str | None) -> dict[str, Leaf]:
+def _leaves(path: Path, folder: reader.Folder, dtype: str | None) -> dict[str, orbax.Leaf]:
     """What to write of one component; names and shapes are checked here, numbers are read when a leaf is written."""
     component = read_component(path)
     abstract = component.abstract(DTYPES[dtype or "float32"])
@@ -172,7 +171,7 @@ def _leaves(path: Path, folder: reader.Folder, dtype: str | None) -> dict[str, L
         wanted = stored.pop() if not dtype and len(stored) == 1 else np.dtype(leaf.dtype)
         source = _Recorded(folder)
         load = partial(fill, leaf.shape, wanted, entries[name], source, where=str(path))
-        leaves[name] = Leaf(leaf.shape, wanted, load, {"source": source.digests})
+        leaves[name] = orbax.Leaf(leaf.shape, wanted, load, {"source": source.digests})
     return leaves
 
 
@@ -205,10 +204,10 @@ def verify(target: Path) -> None:
         IntegrityError: something differs from the manifest, is missing, or should not be there.
         JvdiffError: see `jvdiff.pipeline.repository.inspect`.
     """
-    checkpoint.verify_files(target)
-    records = checkpoint.read_manifest(target)["tensors"]
+    manifest.verify_files(target)
+    records = manifest.read_manifest(target)["tensors"]
     for name in COMPONENTS:
-        checkpoint.verify_arrays(target / name, f"{name}/{checkpoint.PARAMS}/", records)
+        orbax.verify_arrays(target / name, f"{name}/{orbax.PARAMS}/", records)
     inspect(target)
 
 

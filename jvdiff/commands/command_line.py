@@ -20,7 +20,7 @@ from typing import Any
 
 from jvdiff.commands.arguments import Request, Told
 from jvdiff.errors import JvdiffError, ResourceError, SetupError
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers, verdict
 
 
 def main(
@@ -43,9 +43,9 @@ def main(
             print(told, flush=True)
             return 0
         place = request.config.get(folder)
-        distributed.join(request.config)
+        peers.join(request.config)
         for path in work(request):
-            if distributed.writes():
+            if peers.writes():
                 print(path)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -53,18 +53,18 @@ def main(
     except BrokenPipeError:  # who reads our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as raised:
-        shown = distributed.explained(raised)
+        shown = verdict.explained(raised)
         code, message = _sentence(shown, place)
     if code:
         if shown is not None and "--traceback" in argv:
             traceback.print_exception(shown)
         print(f"error: {message}", file=sys.stderr)
-    return distributed.leave(code, message)
+    return verdict.leave(code, message)
 
 
 def writable(folder: str, field: str) -> Path:
     """The folder that a field of the config names, made if need be; asked before minutes of work."""
-    if not distributed.writes():
+    if not peers.writes():
         return Path(folder)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def device_memory(what: str, advice: str) -> Iterator[None]:
 
 def say(message: str) -> None:
     """A line for the person at the terminal; of several processes the first speaks."""
-    if distributed.writes():
+    if peers.writes():
         print(message, file=sys.stderr, flush=True)
 
 
@@ -114,7 +114,7 @@ def plain_logs() -> Iterator[None]:
     logger, handler = logging.getLogger("jvdiff"), logging.StreamHandler()
     before = logger.level, logger.propagate
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO if distributed.writes() else logging.ERROR)
+    logger.setLevel(logging.INFO if peers.writes() else logging.ERROR)
     logger.propagate = False
     try:
         yield

@@ -29,19 +29,15 @@ from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.commands.command_line import say
 from jvdiff.config import Option
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, ResourceError, UsageError
-from jvdiff.runtime import distributed, progress
+from jvdiff.runtime import peers, progress
 from jvdiff.runtime.interrupts import interrupts
 
 
 def default_config() -> config_dict.ConfigDict:
     """Every field of a sampling config, those of all families too. None: from the repository, else from its family."""
-    config = configs.placeholders((*options.BEFORE, *options.AFTER))
-    for settings in models.settings().values():
-        for name, each in configs.placeholders(settings).items():
-            if name not in config:
-                kind = type(each) if each is not None else str
-                config[name] = config_dict.placeholder(kind)
-    return config
+    families = [configs.fields(settings, unset=True) for settings in models.settings().values()]
+    common = configs.fields((*options.BEFORE, *options.AFTER))
+    return config_dict.ConfigDict({name: each for family in families for name, each in family.items()} | common)
 
 
 # ----------------------------------------------------------------------------------------------------- entry and exit
@@ -158,13 +154,13 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
         wanted, problems = jobs.make_jobs(config, resolve)
         if config.prompts is not None:
             asked, left = len(wanted), set(map(id, jobs.without_done(wanted, output, dtypes, repository.digest)))
-            numbers = distributed.gather([i for i, job in enumerate(wanted) if id(job) in left])[0]  # it sees its files
+            numbers = peers.gather([i for i, job in enumerate(wanted) if id(job) in left])[0]  # it sees its files
             wanted = [wanted[i] for i in numbers]
             if len(wanted) < asked:
                 say(f"{asked - len(wanted)} of {asked} videos are already in {output}")
     for problem in problems:
         say(f"error: {problem}")
-    distributed.agree("what to make, of which weights", [jobs.facts(job, dtypes, repository.digest) for job in wanted])
+    peers.agree("what to make, of which weights", [jobs.facts(job, dtypes, repository.digest) for job in wanted])
     mesh = jobs.choose_mesh(wanted, configs, dtypes, config.mesh)
     jobs.check_attention(wanted, configs, dtypes, mesh)
     prompts = [job.prompt for job in wanted] or [""]
@@ -187,7 +183,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
                 except (ResourceError, Interrupted):
                     raise
                 except JvdiffError as error:
-                    if len(wanted) + len(problems) == 1 or distributed.several():  # where others wait for this one
+                    if len(wanted) + len(problems) == 1 or peers.several():  # where others wait for this one
                         raise
                     problems.append(f"{job.stem}: {error}")
                     say(f"error: {problems[-1]}")

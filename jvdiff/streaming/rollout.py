@@ -59,7 +59,7 @@ from jvdiff.streaming.config import (
 )
 from jvdiff.streaming.programs import Programs
 from jvdiff.types import Array, Params
-from jvdiff.weights import checkpoint
+from jvdiff.weights import restore
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -216,7 +216,7 @@ def load(
     )
     where = pipeline.shardings(placement, abstract) if placement else dict.fromkeys(abstract)
     tables = {part: component(getattr(repository, part)).rules for part in abstract}
-    params = {p: checkpoint.restore(Path(path) / p, abstract[p], tables[p], where[p]) for p in abstract}
+    params = {p: restore(Path(path) / p, abstract[p], tables[p], where[p]) for p in abstract}
     return config.setup(params, tokenizer, placement)
 
 

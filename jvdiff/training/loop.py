@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
 from jvdiff.runtime.interrupts import interrupts
 from jvdiff.runtime.staging import lock, resource_error
 from jvdiff.sharding import MeshShape, make_mesh, param_shardings
@@ -240,7 +240,7 @@ def fit(
     shardings = state_shardings(mesh, task, schedule)
     with (
         interrupts() as stopped,
-        lock(states) if distributed.writes() else nullcontext(),
+        lock(states) if peers.writes() else nullcontext(),
         ocp.CheckpointManager(states, item_handlers=ocp.StandardCheckpointHandler(), options=options) as manager,
     ):
         begin = partial(start, task, schedule, init_key, params, shardings)

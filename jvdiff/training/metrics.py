@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.errors import SetupError, UsageError
-from jvdiff.media.video import atomic
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
+from jvdiff.runtime.files import atomic
 from jvdiff.runtime.progress import clock
 
 _log = logging.getLogger("jvdiff.training")
 
 
 class Metrics(ExitStack):
-    """A context that writes, and logs how far of `steps` it is. Lines of steps that a resumed run does again are dropped.
+    """A context that writes, and logs how far the run is. Lines of steps that a resumed run does again are dropped.
 
     Raises:
       UsageError: an unknown name in `also`.
@@ -32,8 +32,8 @@ class Metrics(ExitStack):
         self.path = folder / "metrics.jsonl"
         self.steps = steps
         self.clock = (time.perf_counter(), done)
-        self.sinks = [SINKS[name](self, folder, done) for name in also] if distributed.writes() else []
-        if self.path.exists() and distributed.writes():
+        self.sinks = [SINKS[name](self, folder, done) for name in also] if peers.writes() else []
+        if self.path.exists() and peers.writes():
             with atomic(self.path) as part:
                 lines = self.path.read_text().splitlines()
                 part.write_text("".join(f"{line}\n" for line in lines if _step(line) <= done))
@@ -44,7 +44,7 @@ class Metrics(ExitStack):
         each = round((now - self.clock[0]) / max(step - self.clock[1], 1), 4)
         self.clock = (now, step)
         line = {"step": step, **numbers, "seconds_per_step": each}
-        if distributed.writes():
+        if peers.writes():
             with self.path.open("a") as file:
                 file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n")
         for sink in self.sinks:

@@ -9,8 +9,8 @@ from typing import Any
 
 from jvdiff import config as configs
 from jvdiff.errors import CheckpointError, UsageError
-from jvdiff.media.video import atomic
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
+from jvdiff.runtime.files import atomic
 from jvdiff.training.options import FREE, Going, Kind, Training, flat
 
 FILE = "config.json"
@@ -37,7 +37,7 @@ def begin(folder: Path, fields: Mapping[str, Any], kind: Kind, allow_changes: bo
             raise UsageError(_difference(folder, other))
         change = {"step": step, **{path: {"from": old, "to": new} for path, (old, new) in other.items()}}
         content = {"fields": now, "changes": [*content.get("changes", []), change]}
-    if distributed.writes():
+    if peers.writes():
         with atomic(folder / FILE) as part:
             part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

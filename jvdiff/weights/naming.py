@@ -193,6 +193,11 @@ def listed(problems: Sequence[str], most: int = 10) -> str:
     return "; ".join(problems[:most]) + more
 
 
+def is_ignored(name: str, ignored: Sequence[str]) -> bool:
+    """Whether a regular expression of `ignored` is about the whole name."""
+    return any(re.fullmatch(pattern, name) for pattern in ignored)
+
+
 def check(
     rules: Sequence[Rule],
     abstract: Tree,
@@ -215,7 +220,7 @@ def check(
 
     missing = [name for name in entries if name not in found]
     rest = [name for name in found if name not in entries]
-    unused = [name for name in rest if any(re.fullmatch(pattern, name) for pattern in ignored)]
+    unused = [name for name in rest if is_ignored(name, ignored)]
     unexpected = [name for name in rest if name not in unused]
     places: dict[tuple[str, int | None], list[str]] = {}
     for name, entry in entries.items():

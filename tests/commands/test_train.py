@@ -15,7 +15,7 @@ from jvdiff.digits import clips as digits
 from jvdiff.digits import runs as digits_runs
 from jvdiff.errors import SetupError
 from jvdiff.models import wan
-from jvdiff.weights import checkpoint
+from jvdiff.weights import restore, save
 from jvdiff.weights.naming import flatten
 
 DIGITS = Path(__file__).parents[2] / "checkpoints" / "digits"
@@ -108,7 +108,7 @@ def test_a_vae_then_a_transformer_then_a_sample(command, tmp_path, capsys, few_c
     assert [line["step"] for line in metrics(tmp_path / "vae_run")] == [1, 2, 3, 4]
     cfg = wan.VAEConfig.from_json(json.loads((tmp_path / "vae_run" / "vae" / "config.json").read_text()))
     assert all(std > 0 and std != 1.0 for std in cfg.latents_std) and any(cfg.latents_mean)
-    vae = checkpoint.restore(tmp_path / "vae_run" / "vae", wan.abstract_params(cfg), ())  # with the files' digests
+    vae = restore(tmp_path / "vae_run" / "vae", wan.abstract_params(cfg), ())  # with the files' digests
 
     assert train.main(command(TEXT_TO_VIDEO)) == 0
     said = capsys.readouterr()
@@ -247,7 +247,7 @@ def test_a_transformer_config_that_cannot_be(command, tmp_path, capsys, monkeypa
     vae = tmp_path / "vae_run" / "vae"
     vae.mkdir(parents=True)
     (vae / "config.json").write_text(json.dumps(wan.VAEConfig(**VAE["vae"]).to_json()))
-    monkeypatch.setattr(checkpoint, "restore", lambda *args: {})
+    monkeypatch.setattr(digits_runs, "restore", lambda *args: {})
     monkeypatch.setattr(digits_runs, "encoded_clips", None)  # no clip is made
     assert train.main(command(TEXT_TO_VIDEO, **changes)) == 2
     said = capsys.readouterr().err
@@ -258,7 +258,7 @@ def test_an_endless_decoder_sees_digits_that_cross_the_border(command, tmp_path,
     """And nothing but the decoder is changed."""
     known, cut, stream = tmp_path / "known", [], digits.stream
     cfg = wan.VAEConfig(**VAE["vae"])
-    checkpoint.save(known, wan.init_params(jax.random.key(0), cfg), config=cfg.to_json())
+    save(known, wan.init_params(jax.random.key(0), cfg), config=cfg.to_json())
 
     def watched(*args, **options):
         video, texts = stream(*args, **options)
@@ -269,9 +269,7 @@ def test_an_endless_decoder_sees_digits_that_cross_the_border(command, tmp_path,
     monkeypatch.setattr(digits, "stream", watched)
     assert train.main(command(VAE, decoder_of=str(known), endless=True, schedule={"steps": 2, "warmup": 1})) == 0
     assert len(cut) >= 12 and any(cut)
-    old, new = (
-        flatten(checkpoint.restore(path, wan.abstract_params(cfg), ())) for path in (known, tmp_path / "vae_run/vae")
-    )
+    old, new = (flatten(restore(path, wan.abstract_params(cfg), ())) for path in (known, tmp_path / "vae_run/vae"))
     changed = {name.split("/")[0] for name in old if np.any(old[name] != new[name])}
     assert changed and changed <= set(wan.DECODER)
 

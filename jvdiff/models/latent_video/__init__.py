@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from jvdiff.models.latent_video.params import abstract_params, init_params
     from jvdiff.models.latent_video.vae import decode, denormalize_latents, encode, normalize_latents
 
-# Imported when a name of theirs is first used: settings.py is read without the networks.
-_FILES = ("config", "dit", "params", "vae")
+# Imported when a name of theirs is first used, the first file that has it: settings.py is read without the networks.
+_FILES = ("params", "config", "dit", "vae")
 
 __all__ = [
     "LARGE",

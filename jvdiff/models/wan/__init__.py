@@ -34,8 +34,8 @@ if TYPE_CHECKING:
         normalize_latents,
     )
 
-# Imported when a name of theirs is first used: settings.py is read without the networks.
-_FILES = ("causal", "config", "dit", "params", "vae")
+# Imported when a name of theirs is first used, the first file that has it: settings.py is read without the networks.
+_FILES = ("params", "config", "dit", "causal", "vae")
 
 __all__ = [
     "DECODER",
