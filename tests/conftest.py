@@ -28,12 +28,12 @@ import pytest  # noqa: E402
 @pytest.fixture(scope="session")
 def tiny_repository(tmp_path_factory):
     """A whole text-to-video repository in Hugging Face layout, random and tiny; by default 16x16 pixels, 5 frames."""
+    from jvdiff.pipeline.tables import component
     from safetensors.numpy import save_file
 
     from jvdiff.digits import tokenizer as digits_tokenizer
     from jvdiff.models import wan
     from jvdiff.models.text import umt5
-    from jvdiff.pipeline.tables import component
     from jvdiff.weights.naming import disassemble, flatten, unflatten
 
     root = tmp_path_factory.mktemp("tiny") / "repository"

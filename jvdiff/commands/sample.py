@@ -34,13 +34,9 @@ from jvdiff.runtime.interrupts import interrupts
 
 def default_config() -> config_dict.ConfigDict:
     """Every field of a sampling config, those of all families too. None: from the repository, else from its family."""
-    config = configs.placeholders((*options.BEFORE, *options.AFTER))
-    for settings in models.settings().values():
-        for name, each in configs.placeholders(settings).items():
-            if name not in config:
-                kind = type(each) if each is not None else str
-                config[name] = config_dict.placeholder(kind)
-    return config
+    families = [configs.fields(settings, unset=True) for settings in models.settings().values()]
+    common = configs.fields((*options.BEFORE, *options.AFTER))
+    return config_dict.ConfigDict({name: each for family in families for name, each in family.items()} | common)
 
 
 # ----------------------------------------------------------------------------------------------------- entry and exit

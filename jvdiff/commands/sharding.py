@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _default_config() -> ConfigDict:
     config = sample.default_config()
-    config.update(configs.placeholders(options.Sharding))
+    config.update(configs.fields(options.Sharding))
     return config
 
 

@@ -23,8 +23,8 @@ def smallest_mesh(
     """(mesh, a line that explains it) of the smallest split of one clip whose compiled programs fit.
 
     Meshes are tried by the devices they use (1, 2, 4, ...), and of as many devices by what they communicate: tokens
-    divided, then weights too, then heads. One whose weights alone do not fit is not compiled; and programs of parts that
-    every device has whole, which are spread over all devices whatever the axes, are compiled once for as many devices.
+    divided, then weights too, then heads. One whose weights alone do not fit is not compiled. Programs of parts that
+    every device has whole are spread over all devices whatever the axes, and are compiled once for as many devices.
 
     devices: how many there are, and limit: bytes of memory of one; None: those at hand, with several processes all of
     them, since each has some. target: compile for that GPU.

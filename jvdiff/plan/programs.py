@@ -115,7 +115,7 @@ def _weights_used(traced: Any, tree: Params, places: Rules, shape: MeshShape | N
 
 
 def leaves(tree: Params, places: Rules, shape: MeshShape | None) -> Iterator[tuple[str, Any, Any, int]]:
-    """(path, leaf, PartitionSpec, bytes on one device) of every leaf of a parameter tree on a mesh; None: one device."""
+    """(path, leaf, PartitionSpec, bytes on one device) of every leaf of a parameter tree; shape None: one device."""
     axes = {axis: getattr(shape or MeshShape(), axis) for axis in AXES}
     every = jax.tree.leaves(specs(places, tree, axes), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
     for (path, leaf), spec in zip(jax.tree.leaves_with_path(tree), every, strict=True):

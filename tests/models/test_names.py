@@ -12,12 +12,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jvdiff.pipeline.tables import component, read_component
 from safetensors.numpy import save_file
 
 from jvdiff.errors import CheckpointError, UnsafeFormat
 from jvdiff.models import wan
 from jvdiff.models.text import umt5
-from jvdiff.pipeline.tables import component, read_component
 from jvdiff.weights import naming as rules
 
 LISTS = Path(__file__).parents[1] / "data" / "tensors"
