@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.__main__ import DTYPES, copy_small_files, run
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.pipeline.repository import COMPONENTS, inspect
 from jvdiff.pipeline.tables import read_component
@@ -25,6 +24,8 @@ from jvdiff.weights import orbax
 from jvdiff.weights import safetensors as reader
 from jvdiff.weights.manifest import verify_files
 from jvdiff.weights.naming import by_leaf, expected
+
+from .__main__ import DTYPES, copy_small_files, run
 
 _STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _CODES = {dtype: code for code, dtype in reader.DTYPES.items()}
