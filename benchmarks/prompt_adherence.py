@@ -34,6 +34,7 @@ from jvdiff.digits import judge as digits_judge
 from jvdiff.digits.clips import Combo
 from jvdiff.errors import JvdiffError, UsageError
 from jvdiff.media import video
+from jvdiff.runtime.files import atomic
 from jvdiff.types import Params
 
 RESULTS = Path(__file__).parent / "results"
@@ -126,7 +127,7 @@ def main() -> int:
 
     if report:  # sections of earlier runs stay: each says where and with what it was measured
         old = json.loads(args.output.read_text()) if args.output.exists() else {}
-        with video.atomic(args.output) as part:
+        with atomic(args.output) as part:
             part.write_text(json.dumps(old | report, indent=2) + "\n")
         print(f"written to {args.output}")
     return 0

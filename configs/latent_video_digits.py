@@ -12,11 +12,11 @@ docs/latent_video.md.
 
 from ml_collections import ConfigDict
 
-from configs import latent_video_small
+from jvdiff.config import load
 
 
 def get_config() -> ConfigDict:
-    config = latent_video_small.get_config()
+    config = load("latent_video_small")
     config.folder = "runs/latent_video_digits"
     config.clips = "runs/digits_clips"
     config.height = config.width = 64

@@ -9,11 +9,11 @@ to 25, 50 and 75 % after 100 steps each; every sparsity is a step to compile.
 
 from ml_collections import ConfigDict
 
-from configs import train_digits_dit
+from jvdiff.config import load
 
 
 def get_config() -> ConfigDict:
-    config = train_digits_dit.get_config()
+    config = load("train_digits_dit")
     config.folder = "runs/digits_sparse"
     config.vae = "checkpoints/digits/vae"
     config.initial = "checkpoints/digits"

@@ -15,11 +15,11 @@ Its decoder is that of train_digits_stream_vae.py. Figures and flags: docs/log.m
 
 from ml_collections import ConfigDict
 
-from configs import train_digits_dit
+from jvdiff.config import load
 
 
 def get_config() -> ConfigDict:
-    config = train_digits_dit.get_config()
+    config = load("train_digits_dit")
     config.task = "stream"
     config.folder = "runs/digits_stream"
     config.vae = "checkpoints/digits/vae"

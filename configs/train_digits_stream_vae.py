@@ -9,11 +9,11 @@ minutes on two cores, take 1.1 dB off that (docs/log.md).
 
 from ml_collections import ConfigDict
 
-from configs import train_digits_vae_decoder
+from jvdiff.config import load
 
 
 def get_config() -> ConfigDict:
-    config = train_digits_vae_decoder.get_config()
+    config = load("train_digits_vae_decoder")
     config.folder = "runs/digits_stream_vae"
     config.decoder_of = "checkpoints/digits/vae"
     config.endless = True

@@ -11,11 +11,11 @@ L2 alone, with little noise, is what raises the PSNR: 29.4 to 30.8 dB in 17 minu
 
 from ml_collections import ConfigDict
 
-from configs import train_digits_vae
+from jvdiff.config import load
 
 
 def get_config() -> ConfigDict:
-    config = train_digits_vae.get_config()
+    config = load("train_digits_vae")
     config.folder = "runs/digits_vae_decoder"
     config.decoder_of = "runs/digits_vae/vae"
     config.stages = ((1500, 2, 17, 64),)

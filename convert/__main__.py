@@ -9,7 +9,6 @@ memory at a time. `--verify` without a source re-reads a directory that was conv
 Exit status: 0 done · 2 usage · 3 checkpoint · 4 disk or memory · 5 interrupted; see jvdiff/errors.py.
 """
 
-import argparse
 import importlib.metadata
 import json
 import logging
@@ -29,12 +28,14 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jvdiff.pipeline.tables import read_component
 
+from jvdiff.commands.arguments import Told
+from jvdiff.commands.convert import convert_values
 from jvdiff.errors import Interrupted, JvdiffError, UsageError
 from jvdiff.models import wan
 from jvdiff.models.text import tokenizer
 from jvdiff.pipeline.repository import COMPONENTS, inspect
-from jvdiff.pipeline.tables import read_component
 from jvdiff.runtime.staging import check_target, staged
 from jvdiff.weights import locate, manifest, orbax
 from jvdiff.weights import safetensors as reader
@@ -186,43 +187,23 @@ def verify(target: Path) -> None:
     inspect(target)
 
 
-def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert", description="Hugging Face repository -> Orbax directory, whole or not at all."
-    )
-    parser.add_argument("--source", help="a Diffusers folder, or a repository on the hub (OWNER/NAME[@REVISION])")
-    parser.add_argument("--revision", help="branch, tag or commit of a repository on the hub")
-    parser.add_argument("--target", required=True, type=Path, help="the Orbax directory to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="of transformer and text encoder; default: as stored")
-    parser.add_argument("--overwrite", action="store_true", help="replace a directory that was converted before")
-    parser.add_argument("--verify", action="store_true", help="re-read the target (alone: without converting)")
-    parser.add_argument("--allow_nonfinite", action="store_true", help="keep NaN and infinity in the weights")
-    parser.add_argument("--follow_symlinks", action="store_true", help="allow links to files elsewhere")
-    arguments = parser.parse_args(words)
-    if not arguments.source and not arguments.verify:
-        parser.error("give --source to convert, or --verify to re-read the target")
-    return arguments
-
-
 def main(words: Sequence[str] | None = None) -> None:
-    arguments = _arguments(words)
-    start = time.monotonic()
-    if arguments.source:
-        source, origin = find(arguments.source, arguments.revision)
-        convert(
-            source,
-            arguments.target,
-            dtype=arguments.dtype,
-            overwrite=arguments.overwrite,
-            allow_nonfinite=arguments.allow_nonfinite,
-            follow_symlinks=arguments.follow_symlinks,
-            origin=origin,
-            tell=_tell,
-        )
-    if arguments.verify:
-        verify(arguments.target)
-    done = "verified" if arguments.verify else "written"
-    print(f"{arguments.target}: complete and {done} in {time.monotonic() - start:.1f} s")
+    """Does what the words of a command line say, the program apart.
+
+    Raises:
+        Told: --help or --version.
+        JvdiffError: a word that cannot be used, and as `convert` and `verify`.
+    """
+    values = convert_values(sys.argv[1:] if words is None else words)
+    start, target = time.monotonic(), values["target"]
+    if values["source"]:
+        source, origin = find(values["source"], values["revision"])
+        options = {name: values[name] for name in ("dtype", "overwrite", "allow_nonfinite", "follow_symlinks")}
+        convert(source, target, origin=origin, tell=_tell, **options)
+    if values["verify"]:
+        verify(target)
+    done = "verified" if values["verify"] else "written"
+    print(f"{target}: complete and {done} in {time.monotonic() - start:.1f} s")
 
 
 _asked_to_stop = threading.Event()
@@ -248,6 +229,9 @@ def run(program: Callable[[], None]) -> int:
     jax.config.update("jax_platforms", "cpu")  # files only; leave the GPU and its memory to others
     try:
         program()
+        return 0
+    except Told as told:
+        print(told)
         return 0
     except JvdiffError as error:
         print(f"error: {error}", file=sys.stderr)

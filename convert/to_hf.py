@@ -7,7 +7,6 @@ is stored, so that Hugging Face -> Orbax -> Hugging Face gives the same bits; wi
 repository keeps its class names, which diffusers does not have.
 """
 
-import argparse
 import json
 import struct
 import sys
@@ -15,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jvdiff.pipeline.tables import read_component
 
+from jvdiff.commands.convert import to_hf_values
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.pipeline.repository import COMPONENTS, inspect
-from jvdiff.pipeline.tables import read_component
 from jvdiff.runtime.staging import staged
 from jvdiff.weights import orbax
 from jvdiff.weights import safetensors as reader
@@ -102,14 +102,10 @@ def _write(source: Path, file: Path, dtype: np.dtype | None) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m convert.to_hf", description="Orbax directory -> Diffusers folder.")
-    parser.add_argument("--source", required=True, type=Path, help="an Orbax directory with all components")
-    parser.add_argument("--target", required=True, type=Path, help="the folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="of all weights; default: as stored")
-    parser.add_argument("--vae", type=Path, help="a trained VAE that takes the place of the source's")
-    arguments = parser.parse_args(words)
-    to_hf(arguments.source, arguments.target, arguments.dtype, arguments.vae)
-    print(f"{arguments.target}: complete")
+    """Does what the words of a command line say, the program apart. Raises: as `to_hf`; Told: --help or --version."""
+    values = to_hf_values(sys.argv[1:] if words is None else words)
+    to_hf(values["source"], values["target"], values["dtype"], values["vae"])
+    print(f"{values['target']}: complete")
 
 
 if __name__ == "__main__":

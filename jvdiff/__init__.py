@@ -15,6 +15,7 @@ runtime, precision, errors             saved states and processes, the dtype tab
 """
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
         weights,
     )
     from jvdiff.pipeline import Output, Pipeline, generate, load
+
+__version__ = "0.1.0"
+
+# In a checkout convert/, configs/ and checkpoints/ lie beside the package; where it is installed, in it (setup.py).
+if not Path(__file__).with_name("convert").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 _FROM_PIPELINE = ("Output", "Pipeline", "generate", "load")
 

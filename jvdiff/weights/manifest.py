@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jvdiff.errors import CheckpointError, IntegrityError
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
 from jvdiff.runtime.staging import MANIFEST
 from jvdiff.weights.naming import listed
 from jvdiff.weights.safetensors import read_json
@@ -84,7 +84,7 @@ def verify_files(path: Path) -> None:
     found = {prefix + name: file for name, file in _files(path).items() if prefix + name != MANIFEST}
 
     by_size = sorted(recorded, key=lambda name: (recorded[name]["size"], name))
-    first, processes = (jax.process_index(), jax.process_count()) if distributed.several() else (0, 1)
+    first, processes = (jax.process_index(), jax.process_count()) if peers.several() else (0, 1)
     mine = set(by_size[first::processes])
 
     def problem(name: str) -> str | None:
@@ -101,7 +101,7 @@ def verify_files(path: Path) -> None:
 
     with ThreadPoolExecutor() as pool:
         problems = [text for text in pool.map(problem, sorted(recorded.keys() | found.keys())) if text]
-    problems = sorted({text for texts in distributed.gather(problems) for text in texts})
+    problems = sorted({text for texts in peers.gather(problems) for text in texts})
     if problems or not recorded:
         raise IntegrityError(
             f"{path}: differs from what was written: {listed(problems or ['the manifest lists nothing of it'])}.\n"

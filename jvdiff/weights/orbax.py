@@ -2,7 +2,7 @@
 
 What was written is read back and compared before it takes its place (`jvdiff.runtime.staging`). Where there are many
 processes, all call the same functions; process 0 writes, and an error of one is told to all by
-`jvdiff.runtime.distributed`.
+`jvdiff.runtime.verdict`.
 """
 
 import json
@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jvdiff.errors import CorruptFile, IntegrityError, UsageError
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
 from jvdiff.runtime.staging import staged
 from jvdiff.types import Params
 from jvdiff.weights.manifest import array_sha256, write_manifest
@@ -160,17 +160,17 @@ def save(path: str | Path, tree: Params, *, config: Mapping[str, Any] | None = N
 
 def by_process_0(write: Callable[[], None], spread: Sequence[jax.Array]) -> None:
     """Process 0 runs `write`, which loads leaves; the others help it to gather those of `spread`, until it is done."""
-    if distributed.writes():
+    if peers.writes():
         write()
-        distributed.gather(None)
+        peers.gather(None)
     else:
-        while (number := distributed.gather(None)[0]) is not None:
+        while (number := peers.gather(None)[0]) is not None:
             multihost_utils.process_allgather(spread[number], tiled=True)
 
 
 def _gather(array: jax.Array, number: int) -> np.ndarray:
     """In process 0: the whole array number `number` of those for which the others wait in `by_process_0`."""
-    distributed.gather(number)
+    peers.gather(number)
     return multihost_utils.process_allgather(array, tiled=True)
 
 

@@ -16,13 +16,13 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jvdiff.pipeline.tables import read_component
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import convert, find, main, verify
 from convert.to_hf import to_hf
 from jvdiff.errors import CheckpointError, IntegrityError, MissingTensor, ResourceError, ShapeMismatch, UsageError
 from jvdiff.pipeline.repository import inspect
-from jvdiff.pipeline.tables import read_component
 from jvdiff.runtime.staging import staged
 from jvdiff.weights import restore, save
 from jvdiff.weights.manifest import array_sha256

@@ -7,13 +7,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from jvdiff.pipeline.tables import component
 from safetensors.numpy import save_file
 
 from convert.__main__ import convert
 from convert.to_hf import to_hf
 from jvdiff.models import wan
 from jvdiff.pipeline import repository
-from jvdiff.pipeline.tables import component
 from jvdiff.weights import restore
 from jvdiff.weights.naming import disassemble
 

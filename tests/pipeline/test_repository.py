@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jvdiff.pipeline.tables import read_component
 
 from convert.__main__ import convert
 from jvdiff import pipeline
 from jvdiff.errors import CheckpointError, CorruptFile, UnsafeFormat, UsageError
 from jvdiff.pipeline import repository, settings
-from jvdiff.pipeline.tables import read_component
 from jvdiff.weights import restore
 
 

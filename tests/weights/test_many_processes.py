@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jvdiff.pipeline.tables import read_component
 
 from jvdiff.errors import UsageError
-from jvdiff.pipeline.tables import read_component
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
 from jvdiff.sharding import MeshShape, make_mesh
 from jvdiff.training import loop
 from jvdiff.weights import manifest, orbax, restore, save
@@ -31,10 +31,10 @@ WORKER = """
 import sys, traceback, warnings
 warnings.simplefilter("error")
 from ml_collections import ConfigDict
-from jvdiff.runtime import distributed
-config, (_, address, rank, *folders) = ConfigDict(distributed.fields()), sys.argv
+from jvdiff.runtime import peers, verdict
+config, (_, address, rank, *folders) = ConfigDict(peers.fields()), sys.argv
 config.update(distributed=True, coordinator_address=address, num_processes=2, process_id=int(rank))
-distributed.join(config)
+peers.join(config)
 sys.path.insert(0, "tests/weights")
 code, message = 0, ""
 try:
@@ -42,7 +42,7 @@ try:
 except Exception as error:
     traceback.print_exc()
     code, message = getattr(error, "exit_code", 1), str(error)
-sys.exit(distributed.leave(code, message))
+sys.exit(verdict.leave(code, message))
 """
 
 
@@ -114,7 +114,7 @@ def work(rank, repository, folder):
     loop.fit(TASK, SCHEDULE, folder / "run", save_every=2, mesh=make_mesh(MESH))
     (folder / f"told_{rank}.json").write_text(json.dumps(told))
 
-    distributed.gather("both have told")
+    peers.gather("both have told")
     (folder / "saved" / "jvdiff.json").unlink(missing_ok=True)  # so that process 0 refuses to write there
     save(folder / "saved", params, overwrite=True)
     raise AssertionError("it was written")

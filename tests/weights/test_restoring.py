@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jvdiff.pipeline.tables import read_component
 
 from convert.__main__ import convert
 from jvdiff.errors import (
@@ -18,7 +19,6 @@ from jvdiff.errors import (
     ShapeMismatch,
     UsageError,
 )
-from jvdiff.pipeline.tables import read_component
 from jvdiff.weights import restore, restoring, save
 from jvdiff.weights import safetensors as reader
 from jvdiff.weights.manifest import verify_files

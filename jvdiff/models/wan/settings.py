@@ -1,0 +1,56 @@
+"""What a user may set of a clip of this family, and which repositories are of it. Without JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jvdiff.config import option
+from jvdiff.errors import CheckpointError
+
+PIPELINES = {"WanPipeline": "TEXT_TO_VIDEO", "WanCausalDMDPipeline": "CAUSAL"}  # _class_name: name in family.py
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything besides prompt, seed and weights that decides what a clip looks like."""
+
+    num_frames: int = option(81, "pixel frames, 1 + 4k")
+    height: int = option(480, "pixels, a multiple of 16")
+    width: int = option(832, "pixels, a multiple of 16")
+    fps: int = option(16, "frames a second; only written into the file", low=1, high=240)
+    steps: int = option(50, "denoising steps", low=1, high=1000)
+    guidance: float = option(
+        5.0, "weight of classifier-free guidance; 1: none, and half the work", low=1.0, high=100.0,
+        note="1 means without guidance",
+    )  # fmt: skip
+    negative_prompt: str = option("", "what guidance leads away from")
+    shift: float = option(3.0, "how much the noise levels lean towards noise", low=0.01, high=100.0)
+    solver: str = option("unipc", "unipc, euler, or renoise:1000,750,500,250 (timesteps of a distilled model)")
+    grid: str = option(
+        "diffusers", "whose noise levels: diffusers, or wan (the authors' programs)", choices=("diffusers", "wan")
+    )
+    pattern: str = option(
+        "dense",
+        "which tokens see each other: dense, sliding_tile:6x8x8:3x3x3 (tile, window) or video_sparse:4x4x4:0.9",
+    )
+    attention: str | None = option(None, "implementation of self-attention in jvdiff.kernels; none: the best that can")
+
+
+def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The value in family.py that a repository is made for; None where it is of another family.
+
+    Args:
+        index: the content of model_index.json. configs: of the components' config.json, by folder.
+
+    Raises:
+        CheckpointError: it is of this family, and jvdiff does not run it.
+    """
+    name = str(index.get("_class_name"))
+    if (index.get("transformer_2") or [None])[0] is not None and name.startswith("Wan"):
+        raise CheckpointError(
+            "holds two transformers (Wan 2.2 A14B), which jvdiff does not run yet.\n"
+            "Use a Wan 2.1 text-to-video repository."
+        )
+    return PIPELINES.get(name)
