@@ -37,6 +37,7 @@ from jvdiff.weights.safetensors import read_json
 
 log = logging.getLogger("jvdiff")
 
+GRIDS = {"diffusers": "diffusers", "wan": "training"}  # the setting `grid`: what `diffusion.schedules` calls it
 TEXT_LENGTH = 512  # rows of text that the DiT attends to; those beyond the prompt are zeros (Wan pads, without a mask)
 TEXT_BUCKETS = (32, 64, 128, 256, TEXT_LENGTH)
 _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler")
@@ -154,7 +155,7 @@ def make_clip(models: Models, settings: Settings) -> Clip:
             raise UsageError(f"attention is {settings.attention!r}; expected one of {', '.join(able)}.")
     if settings.negative_prompt:
         tokenizers.check_prompt(settings.negative_prompt, "negative_prompt")
-    sampler = samplers.read(settings.solver, settings.steps, settings.shift, settings.grid)
+    sampler = samplers.read(settings.solver, settings.steps, settings.shift, GRIDS[settings.grid])
     frames = 1 + (settings.num_frames - 1) // vae.temporal_factor
     grid = frames, settings.height // vae.spatial_factor, settings.width // vae.spatial_factor
     return Clip(
