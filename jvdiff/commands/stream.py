@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 def default_config() -> config_dict.ConfigDict:
     """Every field of a streaming config. None: from the repository, else from the model's family."""
-    return configs.placeholders(options.STREAM)
+    return config_dict.ConfigDict(configs.fields(options.STREAM))
 
 
 # ----------------------------------------------------------------------------------------------------- entry and exit

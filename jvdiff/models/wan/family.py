@@ -358,6 +358,12 @@ CAUSAL = dataclasses.replace(
 )
 # What can be planned without a download: the name of the published repository and its models.
 PUBLISHED = {
-    "Wan2.1-T2V-1.3B-Diffusers": (TEXT_TO_VIDEO, wan.WAN_2_1_T2V_1_3B),
-    "Wan2.1-T2V-14B-Diffusers": (TEXT_TO_VIDEO, wan.WAN_2_1_T2V_14B),
+    name: (
+        TEXT_TO_VIDEO,
+        Models({"transformer": dit, "vae": wan.WAN_2_1_VAE, "text_encoder": umt5.UMT5_XXL}, {}, {}),
+    )
+    for name, dit in (
+        ("Wan2.1-T2V-1.3B-Diffusers", wan.WAN_2_1_T2V_1_3B),
+        ("Wan2.1-T2V-14B-Diffusers", wan.WAN_2_1_T2V_14B),
+    )
 }
