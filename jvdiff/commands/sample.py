@@ -14,6 +14,7 @@ Exit status: 0 done, or stopped at stop_at · 2 usage · 3 checkpoint or data, o
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,17 @@ def default_config() -> config_dict.ConfigDict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status; errors are sentences on stderr."""
-    return command_line.main(argv, parse, lambda request: run(*request), "output")
+    argv = list(sys.argv if argv is None else argv)
+
+    def work(request: command_line.Request) -> list[Path]:
+        if request.config.get("plan") and (target := request.config.get("plan_target")):
+            from jvdiff.plan import run_with_compiler
+
+            if (status := run_with_compiler(target, ["-m", "jvdiff.sample", *argv[1:]])) is not None:
+                raise SystemExit(status)
+        return run(*request)
+
+    return command_line.main(argv, parse, work, "output")
 
 
 def parse(argv: Sequence[str]) -> command_line.Request:

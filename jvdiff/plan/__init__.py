@@ -3,10 +3,8 @@
 from jvdiff.plan.report import (
     DECODE,
     ROWS,
-    TARGETS,
     Program,
     candidates,
-    check_target,
     count_flops,
     describe,
     flops,
@@ -19,10 +17,9 @@ from jvdiff.plan.report import (
     resolved,
     show,
     smallest_mesh,
-    target_memory,
-    target_mesh,
     token_count,
 )
+from jvdiff.plan.targets import TARGETS, check_target, run_with_compiler, target_memory, target_mesh
 
 __all__ = [
     "DECODE",
@@ -41,6 +38,7 @@ __all__ = [
     "memory_limit",
     "programs",
     "resolved",
+    "run_with_compiler",
     "show",
     "smallest_mesh",
     "target_memory",

@@ -9,7 +9,6 @@ L video tokens.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import os
 import re
@@ -18,9 +17,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jvdiff.errors import ResourceError, SetupError, UsageError
+from jvdiff.errors import ResourceError, UsageError
+from jvdiff.plan.targets import check_target, target_memory, target_mesh
 
-TARGETS = Path(__file__).parent / "targets"
 ROWS = 512  # plan for the longest prompt
 DECODE = ("decode first", "decode next")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
@@ -325,13 +324,6 @@ def memory_limit() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def target_memory(target: str) -> int:
-    """Bytes that JAX takes of the memory of a described GPU: three quarters, or XLA_PYTHON_CLIENT_MEM_FRACTION."""
-    found = re.search(r"device_memory_size: (\d+)", (TARGETS / f"{target}.textproto").read_text())
-    assert found, target
-    return int(int(found[1]) * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")))
-
-
 def token_count(configs: Any, settings: Any) -> int:
     """L: the video tokens of one clip."""
     from jvdiff.pipeline.settings import latent_shape
@@ -400,45 +392,3 @@ def flops(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.2f} {name}"
     return f"{count / 1e6:.2f} M"
-
-
-def check_target(target: str) -> None:
-    """That the description and the compiler of a GPU are there; before jax is first imported, if possible.
-
-    Raises:
-        UsageError: there is no such description in targets/.
-        SetupError: the compiler is not installed; the message says how.
-    """
-    known = sorted(path.stem for path in TARGETS.glob("*.textproto"))
-    if target not in known:
-        raise UsageError(f"plan_target is {target!r}; expected one of {', '.join(known)}.")
-    os.environ["JAX_PLATFORMS"] = "cpu"  # or the plugin asks for a driver, where jax is first imported below
-    plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12") if importlib.util.find_spec("jax_plugins") else ()
-    if not any(importlib.util.find_spec(name) for name in plugins):
-        import jax
-
-        version = jax.__version__
-        raise SetupError(
-            f"planning for {target} needs the CUDA compiler (no GPU, no driver). Install it with:\n"
-            f"pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} nvidia-cuda-nvcc "
-            "nvidia-nvvm nvidia-cuda-crt nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump"
-        )
-
-
-def target_mesh(target: str, shape: Any = None) -> Any:
-    """A mesh of a `jvdiff.sharding.MeshShape` (None: one device) of the described GPUs in one machine.
-
-    Raises:
-        SetupError: the compiler's packages are there, but cannot be used.
-    """
-    from jax.experimental import topologies
-
-    from jvdiff.sharding import MeshShape, make_mesh
-
-    shape = shape or MeshShape()
-    text = (TARGETS / f"{target}.textproto").read_text()
-    try:
-        topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{shape.devices}", target_config=text)
-    except Exception as error:
-        raise SetupError(f"the CUDA compiler cannot be used: {error}\nIts packages must have jax's version.") from error
-    return make_mesh(shape, topology.devices)
