@@ -48,7 +48,8 @@ from jvdiff.errors import JvdiffError, SetupError, UsageError
 from jvdiff.kernels import Dense, block_sparse_attention, tiles
 from jvdiff.kernels.block_sparse import mosaic_gpu, triton
 from jvdiff.models import wan
-from jvdiff.sharding import MeshShape, Placement, collectives, param_shardings, read_mesh, rules
+from jvdiff.models.wan import places
+from jvdiff.sharding import MeshShape, Placement, collectives, param_shardings, read_mesh
 
 # Grid of tokens after patchify, and heads; 81 frames, HunyuanVideo 117. All have head dim 128, --head-dim asks what if.
 MODELS = {
@@ -295,7 +296,7 @@ def predicted(target: str, model: str, shape: MeshShape) -> dict[str, Any]:
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract,
-        param_shardings(mesh, abstract, rules.WAN_DIT),
+        param_shardings(mesh, abstract, places.DIT),
     )
     batch = branches(shape)
     calls = 2 // batch

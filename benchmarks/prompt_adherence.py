@@ -34,6 +34,7 @@ from jvdiff.digits import judge as digits_judge
 from jvdiff.digits.clips import Combo
 from jvdiff.errors import JvdiffError, UsageError
 from jvdiff.media import video
+from jvdiff.runtime.files import atomic
 from jvdiff.types import Params
 
 RESULTS = Path(__file__).parent / "results"
@@ -126,7 +127,7 @@ def main() -> int:
 
     if report:  # sections of earlier runs stay: each says where and with what it was measured
         old = json.loads(args.output.read_text()) if args.output.exists() else {}
-        with video.atomic(args.output) as part:
+        with atomic(args.output) as part:
             part.write_text(json.dumps(old | report, indent=2) + "\n")
         print(f"written to {args.output}")
     return 0
@@ -215,11 +216,12 @@ def stream_round_trip(judge: Params, path: str, count: int = 40, chunks: int = 5
 def _through_vae(path: str, clips: np.ndarray) -> np.ndarray:
     """uint8 [B,F,Y,X,3], encoded and decoded by the VAE of a repository."""
     from jvdiff.models import wan
+    from jvdiff.models.wan import names
     from jvdiff.pipeline import repository
-    from jvdiff.weights import checkpoint
+    from jvdiff.weights import restore
 
     cfg = repository.inspect(path).vae
-    params = checkpoint.restore(Path(path) / "vae", wan.abstract_params(cfg))
+    params = restore(Path(path) / "vae", wan.abstract_params(cfg), names.vae(cfg))
     program = jax.jit(lambda p, x: wan.decode(p, cfg, wan.encode(p, cfg, x)))
     return np.concatenate(list(_through(program, params, clips)))
 

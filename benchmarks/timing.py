@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jvdiff.media import video
+from jvdiff.runtime.files import atomic
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -51,6 +51,6 @@ def short(number: float) -> float:
 
 def write(path: Path, report: Any) -> None:
     """`report` as JSON, whole or not at all."""
-    with video.atomic(path) as part:
+    with atomic(path) as part:
         part.write_text(json.dumps(report, indent=2) + "\n")
     print(f"written to {path}")

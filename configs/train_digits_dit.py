@@ -9,7 +9,7 @@ held-out combinations never seen. Figures and curves: docs/log.md.
 
 from ml_collections import ConfigDict
 
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
 
 
 def get_config() -> ConfigDict:
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
             "loss": {"shift": 3.0},
             "schedule": {"steps": 5600, "learning_rate": 1e-3, "warmup": 200, "average_decay": 0.999},
             "loop": {"save_every": 500, "log_every": 50, "mesh": "data=1"},
-            **distributed.fields(),
+            **peers.fields(),
             "scheduler": {
                 "_class_name": "UniPCMultistepScheduler",
                 "num_train_timesteps": 1000,

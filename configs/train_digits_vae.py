@@ -8,7 +8,7 @@ curves: docs/log.md. The result is runs/digits_vae/vae.
 
 from ml_collections import ConfigDict
 
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
 
 
 def get_config() -> ConfigDict:
@@ -29,6 +29,6 @@ def get_config() -> ConfigDict:
             "loss": {"foreground_weight": 9.0, "latent_noise": 0.05, "l1": 1.0},
             "schedule": {"steps": 1850, "learning_rate": 1e-3, "warmup": 50, "average_decay": 0.99},
             "loop": {"save_every": 100, "log_every": 10, "mesh": "data=1"},
-            **distributed.fields(),
+            **peers.fields(),
         }
     )

@@ -9,7 +9,6 @@ memory at a time. `--verify` without a source re-reads a directory that was conv
 Exit status: 0 done · 2 usage · 3 checkpoint · 4 disk or memory · 5 interrupted; see jvdiff/errors.py.
 """
 
-import argparse
 import importlib.metadata
 import json
 import logging
@@ -29,16 +28,17 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jvdiff.pipeline.tables import read_component
 
+from jvdiff.commands.arguments import Told
+from jvdiff.commands.convert import convert_values
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, UsageError
 from jvdiff.models import wan
 from jvdiff.models.text import tokenizer
 from jvdiff.pipeline.repository import COMPONENTS, inspect
-from jvdiff.pipeline.tables import read_component
 from jvdiff.runtime.staging import check_target, staged
-from jvdiff.weights import checkpoint
+from jvdiff.weights import manifest, orbax
 from jvdiff.weights import safetensors as reader
-from jvdiff.weights.checkpoint import Leaf
 from jvdiff.weights.naming import by_leaf, check, fill, flatten
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -57,7 +57,7 @@ class _Recorded:
 
     def read(self, name: str, index: Sequence[slice] | None = None) -> np.ndarray:
         array = self.folder.read(name, index)
-        self.digests[name] = checkpoint.array_sha256(array)
+        self.digests[name] = manifest.array_sha256(array)
         return array
 
 
@@ -142,7 +142,7 @@ def convert(
         for name, part in parts.items():
             size = sum(leaf.nbytes for leaf in part.values())
             tell(f"{name}: {len(folders[name].tensors)} tensors, {size / 1e6:,.1f} MB")
-            tensors |= checkpoint.write_params(staging, name, part)
+            tensors |= orbax.write_params(staging, name, part)
         facts = {
             "source": dict(origin or {"folder": source.resolve().name}),
             "dtype": dtype or "as stored",
@@ -150,7 +150,7 @@ def convert(
             "versions": {"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
         }
         tell("digests of all files")
-        checkpoint.write_manifest(staging, tensors, facts)
+        manifest.write_manifest(staging, tensors, facts)
 
 
 def _tell_gate(file: Path, cfg: wan.DiTConfig) -> None:
@@ -160,7 +160,7 @@ def _tell_gate(file: Path, cfg: wan.DiTConfig) -> None:
         file.write_text(json.dumps(config | {"gate_compress": True}, indent=2) + "\n", encoding="utf-8")
 
 
-def _leaves(path: Path, folder: reader.Folder, dtype: str | None) -> dict[str, Leaf]:
+def _leaves(path: Path, folder: reader.Folder, dtype: str | None) -> dict[str, orbax.Leaf]:
     """What to write of one component; names and shapes are checked here, numbers are read when a leaf is written."""
     component = read_component(path)
     abstract = component.abstract(DTYPES[dtype or "float32"])
@@ -171,7 +171,7 @@ def _leaves(path: Path, folder: reader.Folder, dtype: str | None) -> dict[str, L
         wanted = stored.pop() if not dtype and len(stored) == 1 else np.dtype(leaf.dtype)
         source = _Recorded(folder)
         load = partial(fill, leaf.shape, wanted, entries[name], source, where=str(path))
-        leaves[name] = Leaf(leaf.shape, wanted, load, {"source": source.digests})
+        leaves[name] = orbax.Leaf(leaf.shape, wanted, load, {"source": source.digests})
     return leaves
 
 
@@ -204,50 +204,30 @@ def verify(target: Path) -> None:
         IntegrityError: something differs from the manifest, is missing, or should not be there.
         JvdiffError: see `jvdiff.pipeline.repository.inspect`.
     """
-    checkpoint.verify_files(target)
-    records = checkpoint.read_manifest(target)["tensors"]
+    manifest.verify_files(target)
+    records = manifest.read_manifest(target)["tensors"]
     for name in COMPONENTS:
-        checkpoint.verify_arrays(target / name, f"{name}/{checkpoint.PARAMS}/", records)
+        orbax.verify_arrays(target / name, f"{name}/{orbax.PARAMS}/", records)
     inspect(target)
 
 
-def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert", description="Hugging Face repository -> Orbax directory, whole or not at all."
-    )
-    parser.add_argument("--source", help="a Diffusers folder, or a repository on the hub (OWNER/NAME)")
-    parser.add_argument("--revision", help="branch, tag or commit of a repository on the hub")
-    parser.add_argument("--target", required=True, type=Path, help="the Orbax directory to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="of transformer and text encoder; default: as stored")
-    parser.add_argument("--overwrite", action="store_true", help="replace a directory that was converted before")
-    parser.add_argument("--verify", action="store_true", help="re-read the target (alone: without converting)")
-    parser.add_argument("--allow_nonfinite", action="store_true", help="keep NaN and infinity in the weights")
-    parser.add_argument("--follow_symlinks", action="store_true", help="allow links to files elsewhere")
-    arguments = parser.parse_args(words)
-    if not arguments.source and not arguments.verify:
-        parser.error("give --source to convert, or --verify to re-read the target")
-    return arguments
-
-
 def main(words: Sequence[str] | None = None) -> None:
-    arguments = _arguments(words)
-    start = time.monotonic()
-    if arguments.source:
-        source, origin = find(arguments.source, arguments.revision)
-        convert(
-            source,
-            arguments.target,
-            dtype=arguments.dtype,
-            overwrite=arguments.overwrite,
-            allow_nonfinite=arguments.allow_nonfinite,
-            follow_symlinks=arguments.follow_symlinks,
-            origin=origin,
-            tell=_tell,
-        )
-    if arguments.verify:
-        verify(arguments.target)
-    done = "verified" if arguments.verify else "written"
-    print(f"{arguments.target}: complete and {done} in {time.monotonic() - start:.1f} s")
+    """Does what the words of a command line say, the program apart.
+
+    Raises:
+        Told: --help or --version.
+        JvdiffError: a word that cannot be used, and as `convert` and `verify`.
+    """
+    values = convert_values(sys.argv[1:] if words is None else words)
+    start, target = time.monotonic(), values["target"]
+    if values["source"]:
+        source, origin = find(values["source"], values["revision"])
+        options = {name: values[name] for name in ("dtype", "overwrite", "allow_nonfinite", "follow_symlinks")}
+        convert(source, target, origin=origin, tell=_tell, **options)
+    if values["verify"]:
+        verify(target)
+    done = "verified" if values["verify"] else "written"
+    print(f"{target}: complete and {done} in {time.monotonic() - start:.1f} s")
 
 
 _asked_to_stop = threading.Event()
@@ -273,6 +253,9 @@ def run(program: Callable[[], None]) -> int:
     jax.config.update("jax_platforms", "cpu")  # files only; leave the GPU and its memory to others
     try:
         program()
+        return 0
+    except Told as told:
+        print(told)
         return 0
     except JvdiffError as error:
         print(f"error: {error}", file=sys.stderr)

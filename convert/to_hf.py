@@ -7,7 +7,6 @@ is stored, so that Hugging Face -> Orbax -> Hugging Face gives the same bits; wi
 repository keeps its class names, which diffusers does not have.
 """
 
-import argparse
 import json
 import struct
 import sys
@@ -15,15 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jvdiff.pipeline.tables import read_component
 
-from .__main__ import DTYPES, copy_small_files, run
+from jvdiff.commands.convert import to_hf_values
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.pipeline.repository import COMPONENTS, inspect
-from jvdiff.pipeline.tables import read_component
 from jvdiff.runtime.staging import staged
-from jvdiff.weights import checkpoint
+from jvdiff.weights import orbax
 from jvdiff.weights import safetensors as reader
+from jvdiff.weights.manifest import verify_files
 from jvdiff.weights.naming import by_leaf, expected
+
+from .__main__ import DTYPES, copy_small_files, run
 
 _STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _CODES = {dtype: code for code, dtype in reader.DTYPES.items()}
@@ -45,11 +47,11 @@ def to_hf(source: Path, target: Path, dtype: str | None = None, vae: Path | None
     repository = inspect(source)
     if repository.kind != "orbax":
         raise UsageError(f"{source}: is a Hugging Face folder already. Give an Orbax directory.")
-    checkpoint.verify_files(source)
+    verify_files(source)
     folders = {name: source / name for name in COMPONENTS}
     if vae is not None:
         folders["vae"] = vae
-        if not (vae / checkpoint.PARAMS).is_dir():
+        if not (vae / orbax.PARAMS).is_dir():
             raise UsageError(
                 f"{vae}: is no Orbax directory of a VAE. Give the result of training one (its `vae` folder)."
             )
@@ -68,7 +70,7 @@ def _write(source: Path, file: Path, dtype: np.dtype | None) -> None:
     """One component as one safetensors file; the header comes first, so leaves may come in any order."""
     component = read_component(source)
     entries = expected(component.rules, component.abstract(np.float32))
-    stored = checkpoint.stored_leaves(source)
+    stored = orbax.stored_leaves(source)
     kinds = {name: dtype or np.dtype(stored[entry.path].dtype) for name, entry in entries.items()}
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     place = 0
@@ -85,7 +87,7 @@ def _write(source: Path, file: Path, dtype: np.dtype | None) -> None:
     leaves = by_leaf(entries)
     with open(file, "xb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
-        for path, array in checkpoint.read_leaves(source):
+        for path, array in orbax.read_leaves(source):
             for name, entry in leaves[path].items():
                 leaf = array if entry.layer is None else array[entry.layer]
                 with np.errstate(over="ignore"):
@@ -100,14 +102,10 @@ def _write(source: Path, file: Path, dtype: np.dtype | None) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m convert.to_hf", description="Orbax directory -> Diffusers folder.")
-    parser.add_argument("--source", required=True, type=Path, help="an Orbax directory with all components")
-    parser.add_argument("--target", required=True, type=Path, help="the folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="of all weights; default: as stored")
-    parser.add_argument("--vae", type=Path, help="a trained VAE that takes the place of the source's")
-    arguments = parser.parse_args(words)
-    to_hf(arguments.source, arguments.target, arguments.dtype, arguments.vae)
-    print(f"{arguments.target}: complete")
+    """Does what the words of a command line say, the program apart. Raises: as `to_hf`; Told: --help or --version."""
+    values = to_hf_values(sys.argv[1:] if words is None else words)
+    to_hf(values["source"], values["target"], values["dtype"], values["vae"])
+    print(f"{values['target']}: complete")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
-"""Options: how the fields that a user may set are declared, checked and named, without JAX.
+"""Options: how the fields that a user may set are declared, read, checked and named, without JAX.
 
 A group of options is a frozen dataclass whose fields are made by `option`: default, meaning, range. What is given is
-typed and checked by `replace`, and nothing is guessed from strings.
+typed and checked by `replace`, and nothing is guessed from strings; `read` is for the words of a command line.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import difflib
-import importlib.util
+import importlib.machinery
 import math
 import numbers
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from jvdiff.errors import UsageError
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_COMPOUND = {tuple: "a tuple", list: "a list", Path: "a path"}
+_TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}  # as absl has it
 
 
 def option(
@@ -35,24 +39,118 @@ def option(
     choices: tuple[Any, ...] | None = None,
     note: str = "",
     check: Callable[[str, Any], None] | None = None,
+    prose: bool = False,
 ) -> Any:
     """A field of a group of options.
 
     Args:
-        default: of the annotated type, or None where the annotation allows it: somebody else decides then.
+        default: of the annotated type, or None where the annotation allows it: somebody else decides then. Where it does
+            not, the option is required; so it is with dataclasses.MISSING, which Python's own call asks for too.
         help: the meaning, in one line; a unit where there is one.
         low, high: the range of a number, both ends included.
         choices: the values there are, where they can be listed.
         note: what the message about a value out of range adds.
         check: (name, value) raises UsageError for what type, range and choices do not tell.
+        prose: the value is a person's words: on a command line `none` is one of them.
     """
-    told = {"help": help, "low": low, "high": high, "choices": choices, "note": note, "check": check}
+    told = {"help": help, "low": low, "high": high, "choices": choices, "note": note, "check": check, "prose": prose}
     return dataclasses.field(default=default, metadata=told)
 
 
 def names(group: Any) -> tuple[str, ...]:
     """The names of a group's options, in order."""
     return tuple(field.name for field in dataclasses.fields(group))
+
+
+class Option(NamedTuple):
+    """An option as it was declared.
+
+    path: its name; within a group that is a field of another, behind that field's name and a dot.
+    kind: the annotated type.
+    default: None where somebody else decides, or where it is required.
+    told: what `option` was told besides.
+    """
+
+    path: str
+    kind: Any
+    default: Any
+    told: Mapping[str, Any]
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The types that a value may have, None apart."""
+        return _kinds(self.kind)
+
+    @property
+    def required(self) -> bool:
+        """Whether there is no default, and None is not a value."""
+        return self.default is None and types.NoneType not in typing.get_args(self.kind)
+
+
+def options(group: Any, prefix: str = "") -> dict[str, Option]:
+    """The options of a group, or of several, by path; those of a group in a field of the group come behind it."""
+    if isinstance(group, tuple | list):
+        return {path: each for one in group for path, each in options(one, prefix).items()}
+    hints = typing.get_type_hints(group if isinstance(group, type) else type(group))
+    every = {}
+    for field in dataclasses.fields(group):
+        path, kind = f"{prefix}{field.name}", hints[field.name]
+        default = None if field.default is dataclasses.MISSING else field.default
+        every[path] = Option(path, kind, default, field.metadata)
+        for inner in filter(dataclasses.is_dataclass, _kinds(kind)):
+            every |= options(inner, f"{path}.")
+    return every
+
+
+def placeholders(group: Any) -> ConfigDict:
+    """A ConfigDict with a field for each option of a group: its default, or a None that knows its type."""
+    from ml_collections import ConfigDict, config_dict
+
+    fields = {}
+    for path, each in options(group).items():
+        kind = each.kinds[0] if len(each.kinds) == 1 and each.kinds[0] in _NAMES else object
+        fields[path] = config_dict.placeholder(kind) if each.default is None else each.default
+    return ConfigDict(fields)
+
+
+def read(name: str, text: str, kind: Any, prose: bool = False) -> Any:
+    """What a word of a command line means where a value of this type is expected.
+
+    Text stays text whatever it looks like, unless the type has other values and it is one of them: a tuple in brackets,
+    a number. `none` is None where the type has it, but for prose (see `option`).
+
+    Raises:
+        UsageError: it is not of the type.
+    """
+    kinds = _kinds(kind)
+    if kind is object or kind is Any:
+        return literal(text)
+    if text.lower() == "none" and types.NoneType in typing.get_args(kind) and not prose:
+        return None
+    if text.lstrip()[:1] in ("(", "[", "{") and not set(kinds) <= _NAMES.keys():
+        value = literal(text)
+        if isinstance(value, tuple(typing.get_origin(k) or k for k in kinds if k not in _NAMES)):
+            return value
+        if isinstance(value, list | tuple) and any(typing.get_origin(k) is tuple or k is tuple for k in kinds):
+            return tuple(value)
+    if Path in kinds:
+        return Path(text)
+    if bool in kinds and text.lower() in _TRUTH:
+        return _TRUTH[text.lower()]
+    if int in kinds or float in kinds:
+        with contextlib.suppress(ValueError, UsageError):
+            return typed(name, int(text) if int in kinds and text.strip("+-").isdecimal() else float(text), kind)
+    return typed(name, text, kind)
+
+
+def literal(text: str) -> Any:
+    """A Python value, true, false or none where the word is one; else the text."""
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def replace(group: T, values: Mapping[str, Any]) -> T:
@@ -72,7 +170,7 @@ def replace(group: T, values: Mapping[str, Any]) -> T:
 
 def typed(name: str, value: Any, kind: Any) -> Any:
     """`value` as the annotated type; a whole float is a fine int, but nothing is guessed from strings."""
-    kinds = [k for k in typing.get_args(kind) if k is not types.NoneType] or [kind]
+    kinds = _kinds(kind)
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     for kind in kinds:
         if kind in (str, bool) and isinstance(value, kind):
@@ -81,10 +179,21 @@ def typed(name: str, value: Any, kind: Any) -> Any:
             return float(value)
         if kind is int and number and value == value and abs(value) < 2**31 and int(value) == value:
             return int(value)
-        if kind not in _NAMES and isinstance(value, kind):
+        if kind not in _NAMES and isinstance(value, typing.get_origin(kind) or kind):
             return value
-    expected = " or ".join(_NAMES.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
-    raise UsageError(f"{name} is {value!r:.80}; expected {expected}.")
+    raise UsageError(f"{name} is {value!r:.80}; expected {described(kinds)}.")
+
+
+def described(kinds: Iterable[Any]) -> str:
+    """The types of an option in words."""
+    return " or ".join(_NAMES.get(kind) or _COMPOUND.get(typing.get_origin(kind) or kind, "a dict") for kind in kinds)
+
+
+def _kinds(kind: Any) -> tuple[Any, ...]:
+    """The members of a union without None; a type that is none of a union, alone."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return tuple(k for k in typing.get_args(kind) if k is not types.NoneType)
+    return (kind,)
 
 
 def check(name: str, value: Any, told: Mapping[str, Any]) -> None:
@@ -154,18 +263,40 @@ def find(name: str) -> Path:
 def load(name: str) -> ConfigDict:
     """What the configuration's `get_config()` returns; name: as in `find`. Configurations derive from one another so.
 
+    What stands behind a colon (NAME:TEXT) is handed to get_config.
+
     Raises:
-        UsageError: there is no such file, or it has no get_config.
+        UsageError: there is no such file, it is not Python, or its get_config does not return a ConfigDict.
     """
-    path = find(name)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"the configuration {path} is not a Python file (NAME.py).")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UsageError(f"the configuration {path} has no function get_config that returns a ConfigDict.")
-    return module.get_config()
+    from ml_collections import ConfigDict
+
+    stem, *argument = (name,) if Path(name).is_file() else name.split(":", 1)
+    path = find(stem)
+    loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
+    module = types.ModuleType(path.stem)
+    try:
+        loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UsageError(f"{path}: has no function get_config that returns a ConfigDict.")
+        config = module.get_config(*argument)
+    except UsageError:
+        raise
+    except Exception as error:  # a configuration is a program of its author's
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UsageError(f"{path}: the config file cannot be read: {text}.") from error
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"{path}: get_config returns {type(config).__name__}; expected a ConfigDict.")
+    return config
+
+
+def checkpoint(name: str) -> str:
+    """The path of a checkpoint: what ships goes by its name, and by its path where no such folder is."""
+    first, *rest = Path(name).parts or ("",)
+    inside = Path(*rest) if first == "checkpoints" and rest else Path(name)
+    there = shipped("checkpoints") / inside
+    if Path(name).exists() or inside.is_absolute() or ".." in inside.parts or not there.is_dir():
+        return name
+    return str(there)
 
 
 def shipped(folder: str) -> Path:

@@ -16,7 +16,7 @@ LEVELS = [
     {"models"},
     {"models.*.family"},
     {"pipeline", "streaming", "training"},
-    {"models.*.rollout", "models.*.objective", "models.*.runs"}
+    {"models.*.rollout", "models.*.objective", "models.*.runs", "models.*.trainings"}
     | {"models.wan.flow_matching", "models.wan.teacher_forcing", "models.wan.reconstruction"},
     {"plan"},
     {"commands", "digits", "sample", "stream", "train", "__main__"},

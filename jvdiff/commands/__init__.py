@@ -3,7 +3,21 @@
 import importlib
 from typing import Any
 
-__all__ = ["command_line", "jobs", "one_stream", "one_video", "sample", "stream", "train"]
+__all__ = [
+    "arguments",
+    "command_line",
+    "convert",
+    "help",
+    "jobs",
+    "one_stream",
+    "one_video",
+    "options",
+    "planning",
+    "sample",
+    "sharding",
+    "stream",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What the command lines share: configs and flags, errors as sentences with an exit status, the compilation cache.
+"""What the command lines share: errors as sentences with an exit status, what is said, the compilation cache.
 
 Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 interrupted, resumable · 6 NaN or infinity ·
 7 set-up · 130 stopped at once · 1 anything else, with the traceback in a file.
@@ -14,24 +14,13 @@ import stat
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from absl import flags
-from ml_collections import config_dict, config_flags
-
-from jvdiff.errors import JvdiffError, ResourceError, SetupError, UsageError
-from jvdiff.runtime import distributed
-
-
-class Request(NamedTuple):
-    """config: complete. given: the fields that the command line itself set. file: the config's."""
-
-    config: config_dict.ConfigDict
-    given: dict[str, Any]
-    file: str
+from jvdiff.commands.arguments import Request, Told
+from jvdiff.errors import JvdiffError, ResourceError, SetupError
+from jvdiff.runtime import peers, verdict
 
 
 def main(
@@ -48,11 +37,17 @@ def main(
     argv = list(sys.argv if argv is None else argv)
     place, shown, code, message = None, None, 0, ""
     try:
-        request = parse(argv)
+        try:
+            request = parse(argv)
+        except Told as told:  # --help, --version
+            print(told, flush=True)
+            return 0
         place = request.config.get(folder)
-        distributed.join(request.config)
+        if (status := _plan_elsewhere(request, argv)) is not None:
+            return status
+        peers.join(request.config)
         for path in work(request):
-            if distributed.writes():
+            if peers.writes():
                 print(path)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -60,57 +55,39 @@ def main(
     except BrokenPipeError:  # who reads our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as raised:
-        shown = distributed.explained(raised)
+        shown = verdict.explained(raised)
         code, message = _sentence(shown, place)
     if code:
         if shown is not None and "--traceback" in argv:
             traceback.print_exception(shown)
         print(f"error: {message}", file=sys.stderr)
-    return distributed.leave(code, message)
+    return verdict.leave(code, message)
 
 
-def parse(argv: Sequence[str], usage: str) -> Request:
-    """Reads --config FILE and --config.FIELD=VALUE; the file's own fields are for the caller to check.
+def _plan_elsewhere(request: Request, argv: Sequence[str]) -> int | None:
+    """The exit status of a plan for a GPU that is not there, made by a process that has the compiler for it.
 
-    Raises:
-        UsageError: an unknown flag or field (with the nearest one), a value of the wrong type, no config, one that is
-            not Python; or --help.
+    None: no such plan is asked for, or this process can make it.
     """
-    values = flags.FlagValues()
-    flags.DEFINE_bool("traceback", False, "show where in the program an error arose", flag_values=values)
-    flags.DEFINE_bool("help", False, "show this", flag_values=values)
-    config_flags.DEFINE_config_file("config", None, "a file of configs/", flag_values=values, sys_argv=list(argv))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # ml_collections' own
-            extra = values(list(argv))[1:]
-            config = values.config
-            if config is not None:
-                config.keys()  # a file that could not be loaded tells so only now
-    except (AttributeError, KeyError) as error:
-        raise UsageError(f"unknown config field {' '.join(str(error.args[0]).split())}") from error
-    except (ImportError, NameError, SyntaxError) as error:
-        raise UsageError(f"the config file cannot be read: {type(error).__name__}: {error}.") from error
-    except (flags.Error, OSError, TypeError, ValueError) as error:
-        raise UsageError(_first_lines(str(error))) from error
-    if values.help or config is None:
-        raise UsageError(f"{'' if values.help else 'no config. '}Usage: {usage}\nFlags: --traceback.")
-    if extra:
-        raise UsageError(f"cannot use {extra[0]!r}; fields are set as --config.name=value.")
-    flag = values["config"]
-    return Request(config, config_flags.get_override_values(flag), config_flags.get_config_filename(flag))
+    if not request.config.get("plan") or request.config.get("plan_target") is None:
+        return None
+    from jvdiff.plan.targets import run_with_compiler
+
+    first, *rest = request.program
+    program = rest if first == "python" else ["-m", *request.program]
+    return run_with_compiler(request.config.plan_target, [*program, *argv[1:]])
 
 
 def writable(folder: str, field: str) -> Path:
     """The folder that a field of the config names, made if need be; asked before minutes of work."""
-    if not distributed.writes():
+    if not peers.writes():
         return Path(folder)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return Path(folder)
     except OSError as error:
-        raise ResourceError(f"cannot write to {folder}: {error.strerror}; choose another --config.{field}.") from error
+        raise ResourceError(f"cannot write to {folder}: {error.strerror}; choose another --{field}.") from error
 
 
 @contextlib.contextmanager
@@ -132,7 +109,7 @@ def device_memory(what: str, advice: str) -> Iterator[None]:
 
 def say(message: str) -> None:
     """A line for the person at the terminal; of several processes the first speaks."""
-    if distributed.writes():
+    if peers.writes():
         print(message, file=sys.stderr, flush=True)
 
 
@@ -153,7 +130,7 @@ def plain_logs() -> Iterator[None]:
     logger, handler = logging.getLogger("jvdiff"), logging.StreamHandler()
     before = logger.level, logger.propagate
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO if distributed.writes() else logging.ERROR)
+    logger.setLevel(logging.INFO if peers.writes() else logging.ERROR)
     logger.propagate = False
     try:
         yield
@@ -188,17 +165,13 @@ def compile_cache(where: str | None) -> None:
         raise SetupError(
             f"the compilation cache {folder} can be written by others, and what is in it is run as code.\n"
             f"Expected: yours, mode 0700. Found: owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}.\n"
-            f"Run chmod 700 {shlex.quote(str(folder))}, or choose --config.compile_cache=FOLDER, or off."
+            f"Run chmod 700 {shlex.quote(str(folder))}, or choose --compile_cache=FOLDER, or off."
         )
     if not os.access(folder, os.W_OK):
         say(f"notice: no compilation cache, {folder} cannot be written")
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def _first_lines(text: str) -> str:
-    return "\n".join(line for line in text.splitlines() if line.strip() and "Traceback" not in line)[:600]
 
 
 def _sentence(error: Exception, folder: Any) -> tuple[int, str]:

@@ -19,7 +19,7 @@ from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.kernels import Dense, block_sparse
 from jvdiff.models import wan
 from jvdiff.pipeline.settings import FIELDS, Configs, Settings, check_prompt, check_seed, latent_shape, read_pattern
-from jvdiff.runtime import distributed, run_state
+from jvdiff.runtime import peers, run_state
 from jvdiff.sharding import MeshShape
 
 MAX_PROMPTS_BYTES = 64 * 2**20
@@ -97,7 +97,7 @@ def make_jobs(config: Any, resolve: Callable[..., Settings]) -> tuple[list[Job],
         entries = [{"prompt": check_prompt(prompt)} for prompt in prompts]
         if not entries:
             raise UsageError("prompt is an empty tuple; give at least one.")
-    first = distributed.gather(check_seed(config.seed))[0]  # of several processes each would draw its own
+    first = peers.gather(check_seed(config.seed))[0]  # of several processes each would draw its own
     jobs = []
     for i, entry in enumerate(entries):
         try:
@@ -179,7 +179,7 @@ def choose_mesh(jobs: Sequence[Job], configs: Configs, dtypes: str, mesh: Any) -
         ResourceError: "auto", and none fits.
     """
     shape = sharding.read_mesh(mesh)
-    if distributed.several() and getattr(shape, "devices", 0) != jax.device_count():
+    if peers.several() and getattr(shape, "devices", 0) != jax.device_count():
         raise UsageError(
             f"mesh is {shape}; expected one of all {jax.device_count()} devices of {jax.process_count()} processes,\n"
             f"for instance --config.mesh=sequence={jax.device_count()}."

@@ -27,6 +27,7 @@ from jvdiff.errors import CheckpointError, Interrupted, NumericsError
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
 from jvdiff.runtime import progress, run_state
+from jvdiff.runtime.files import atomic, claim
 from jvdiff.streaming import (
     ImageEncoder,
     StreamCache,
@@ -153,7 +154,7 @@ def make(
             record |= {"speed": {name: round(value, 3) for name, value in _rates(totals).items()}}
             shown = np.stack([*sheet.values(), frame] if done - 1 not in sheet else list(sheet.values()))
             videos.write_png(f"{base}.png", videos.contact_sheet(shown), rollout.facts())
-            with videos.atomic(f"{base}.json") as part:
+            with atomic(f"{base}.json") as part:
                 part.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
     say(_summary(done, film.frames, totals))
     if stopped:
@@ -223,13 +224,13 @@ def _first_input(rollout: Rollout) -> Any:
 def _claimed(rollout: Rollout) -> Iterator[Path]:
     """The path of the files without their suffixes: a name that nobody has, or that of the rollout that goes on."""
     if rollout.state is None:
-        with videos.claim(rollout.folder, rollout.stem, ".jsonl") as base:
+        with claim(rollout.folder, rollout.stem, ".jsonl") as base:
             yield base
         return
     base = rollout.folder / rollout.stem
     path = Path(f"{base}.jsonl")
     if path.exists():  # lines of chunks after the state was saved, and one that was cut, are not true any more
-        with videos.atomic(path) as part, open(path, "rb") as lines:
+        with atomic(path) as part, open(path, "rb") as lines:
             part.write_bytes(b"".join(itertools.islice(lines, rollout.done)))
     yield base
 

@@ -27,7 +27,8 @@ from jvdiff.errors import CheckpointError, Interrupted, NumericsError, ResourceE
 from jvdiff.media import video as videos
 from jvdiff.pipeline import Pipeline
 from jvdiff.pipeline.settings import latent_shape
-from jvdiff.runtime import distributed, progress, run_state
+from jvdiff.runtime import peers, progress, run_state
+from jvdiff.runtime.files import atomic, claim
 from jvdiff.streaming import StreamInferencePipeline
 
 
@@ -62,7 +63,7 @@ def make(
     last = min(settings.steps, config.stop_at or settings.steps)
     say(f"prompt: {job.prompt}   seed: {job.seed}")
     notice = video_writer(settings)
-    claimed = videos.claim if distributed.writes() else lambda folder, stem: contextlib.nullcontext(folder / stem)
+    claimed = claim if peers.writes() else lambda folder, stem: contextlib.nullcontext(folder / stem)
     with claimed(output, job.stem) as base:
         against = settings.negative_prompt if settings.guidance != 1 else None
         texts = [job.prompt] + ([] if against is None else [against])
@@ -82,7 +83,7 @@ def make(
         def save(state: Any, done: int) -> Path:
             arrays = {name: np.asarray(array) for name, array in zip(state._fields, state, strict=True)}
             kept = facts(job, pipe.precision.name, pipe.digest) | {"versions": versions()}
-            if not distributed.writes():
+            if not peers.writes():
                 return Path(f"{base}.state")
             return run_state.save(Path(f"{base}.state"), run_state.RunState(kept, done, arrays))
 
@@ -173,7 +174,7 @@ def _preview(pipe: Pipeline) -> Callable[[Any, Path], None]:
 
     def save(state: Any, path: Path) -> None:
         latents = np.asarray(getattr(state, "clean_1", state.x))[0]
-        if distributed.writes():
+        if peers.writes():
             videos.write_png(path, videos.latent_preview(latents, *factors))
 
     return save
@@ -185,9 +186,9 @@ def _rescued_latents(base: Path) -> Iterator[None]:
     try:
         yield
     except NumericsError as error:
-        if hasattr(error, "latents") and distributed.writes():
+        if hasattr(error, "latents") and peers.writes():
             path = Path(f"{base}.failed.npz")
-            with videos.atomic(path) as part, open(part, "wb") as file:
+            with atomic(path) as part, open(part, "wb") as file:
                 np.savez(file, latents=error.latents, step=error.step)  # type: ignore[attr-defined]
             raise NumericsError(f"{error}\nThe last good latents are in {path}; no video was written.") from error
         raise
@@ -218,7 +219,7 @@ def write_files(
     base: Path, video: np.ndarray, latents: np.ndarray, record: dict, arrays: bool, no_mp4: str | None
 ) -> Path:
     """Writes the files of one video, the record last, and returns the video's path."""
-    if not distributed.writes():
+    if not peers.writes():
         return Path(f"{base}.mp4")
     fps = record["fps"]
     told = {name: value for name, value in record.items() if name not in ("sigmas", "seconds", "versions", "device")}
@@ -229,9 +230,9 @@ def write_files(
             path = videos.write_apng(f"{base}.apng", video, fps)
         videos.write_png(f"{base}.png", videos.contact_sheet(video), told)
         if arrays:
-            with videos.atomic(f"{base}.npz") as part, open(part, "wb") as file:
+            with atomic(f"{base}.npz") as part, open(part, "wb") as file:
                 np.savez(file, latents=latents, video=video)
-        with videos.atomic(f"{base}.json") as part:
+        with atomic(f"{base}.json") as part:
             part.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
         return path
     except ResourceError as error:

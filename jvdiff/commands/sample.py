@@ -1,11 +1,11 @@
 """The command line: prompts become video files.
 
-    python -m jvdiff.sample --config configs/digits.py --config.prompt="a red seven moving left" --config.output=out
+    jvdiff sample --config digits --prompt="a red seven moving left" --output=out
 
-Every field is listed with its meaning in `default_config`; the config of a training of the task latent_video makes
-clips of its classes instead (`sample_classes`). For each video the output folder gets NAME.mp4, NAME.png (a
+Every field is declared in `options` and listed by --help; the config of a training makes clips of its classes instead
+(`sample_classes`). For each video the output folder gets NAME.mp4, NAME.png (a
 contact sheet), NAME.json (the record of the run, written last: where it is, the video is complete) and, with
-save_arrays, NAME.npz. An interrupted run leaves NAME.state, to be given to --config.resume.
+save_arrays, NAME.npz. An interrupted run leaves NAME.state, to be given to --resume.
 
 Exit status: 0 done, or stopped at stop_at · 2 usage · 3 checkpoint or data, or some lines of a prompts file failed ·
 4 memory or disk · 5 interrupted, resumable · 6 NaN or infinity · 7 set-up · 1 anything else.
@@ -13,55 +13,35 @@ Exit status: 0 done, or stopped at stop_at · 2 usage · 3 checkpoint or data, o
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import sys
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import config_dict
 
-from jvdiff.commands import command_line, sample_classes
+from jvdiff import config as configs
+from jvdiff import models
+from jvdiff.commands import arguments, command_line, options, sample_classes
+from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.commands.command_line import say
+from jvdiff.config import Option
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, ResourceError, UsageError
-from jvdiff.runtime import distributed, progress
+from jvdiff.runtime import peers, progress
 from jvdiff.runtime.interrupts import interrupts
 
 
 def default_config() -> config_dict.ConfigDict:
-    """Every field of a sampling config. None: from the repository, else from the model's family."""
-    none = config_dict.placeholder
-    return config_dict.ConfigDict(
-        {
-            "checkpoint": none(str),  # a Hugging Face (diffusers) folder, or what `convert` made of one
-            "prompt": none(object),  # one, or a tuple of them
-            "prompts": none(str),  # a file, one video a line: text, or JSONL objects with prompt, id, seed, settings
-            "negative_prompt": none(str),
-            "seed": none(int),  # video i gets seed + i; None draws one and prints it
-            "num_frames": none(int),
-            "height": none(int),  # pixels
-            "width": none(int),
-            "fps": none(int),
-            "steps": none(int),
-            "guidance": none(float),  # 1: none, and half the work
-            "shift": none(float),
-            "solver": none(str),  # unipc, euler
-            "grid": none(str),  # diffusers, wan: whose sigmas
-            "precision": none(str),  # float32, bfloat16
-            "mesh": none(object),  # several devices: "sequence=4,tensor=2", a dict of that, or "auto"; None: one device
-            "pattern": none(str),  # dense, sliding_tile:6x8x8:3x3x3 (tile, window), video_sparse:4x4x4:0.9 (sparsity)
-            "attention": none(str),  # cudnn, xla, ...: see jvdiff/kernels; None: the best that can
-            "output": "out",
-            "save_arrays": False,  # NAME.npz with latents float32 [T,H,W,C] and video uint8 [F,Y,X,3]
-            "resume": none(str),  # a .state folder
-            "stop_at": none(int),  # stop after so many steps and save the state
-            "preview_every": 0,  # write NAME.preview.png, a rough strip of all latent frames, every so many steps
-            "compile_cache": none(str),  # a folder of your own, or "off"; None: the user's cache folder
-            "plan": False,  # print what it would take, without weights, and exit
-            "plan_target": none(str),  # h200: plan for that, or a mesh of those, instead of the devices at hand
-            **distributed.fields(),  # docs/clusters.md
-        }
-    )
+    """Every field of a sampling config, those of all families too. None: from the repository, else from its family."""
+    config = configs.placeholders((*options.BEFORE, *options.AFTER))
+    for settings in models.settings().values():
+        for name, each in configs.placeholders(settings).items():
+            if name not in config:
+                kind = type(each) if each is not None else str
+                config[name] = config_dict.placeholder(kind)
+    return config
 
 
 # ----------------------------------------------------------------------------------------------------- entry and exit
@@ -69,46 +49,71 @@ def default_config() -> config_dict.ConfigDict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status; errors are sentences on stderr."""
-    argv = list(sys.argv if argv is None else argv)
-
-    def work(request: command_line.Request) -> list[Path]:
-        if request.config.get("plan") and (target := request.config.get("plan_target")):
-            from jvdiff.plan import run_with_compiler
-
-            if (status := run_with_compiler(target, ["-m", "jvdiff.sample", *argv[1:]])) is not None:
-                raise SystemExit(status)
-        return run(*request)
-
-    return command_line.main(argv, parse, work, "output")
+    return command_line.main(argv, parse, lambda request: run(*request[:3]), "output")
 
 
-def parse(argv: Sequence[str]) -> command_line.Request:
-    """The config, what the command line itself set in it, the config's file.
+def parse(argv: Sequence[str], command: Command | None = None) -> Request:
+    """What a command line asks for.
 
     Raises:
-        UsageError: an unknown flag or field (with the nearest one), a value of the wrong type, no config.
+        Told: --help or --version.
+        UsageError: an unknown flag or field (with the nearest one), a value of the wrong type.
     """
-    usage = 'python -m jvdiff.sample --config configs/digits.py --config.prompt="a red seven moving left"'
-    request = command_line.parse(_quoted_prompts(argv), f"{usage}\nFields: {', '.join(default_config())}.")
-    if request.config.get("task") == sample_classes.TASK:
+    request = arguments.parse(command or COMMAND, argv)
+    config = request.config
+    if config.get("checkpoint") is not None:
+        config.checkpoint = configs.checkpoint(config.checkpoint)
+    if "task" in config:
         return request
-    if unknown := sorted(set(request.config) - set(default_config())):
-        raise UsageError(f"the config file has unknown fields: {', '.join(unknown)}.")
-    if request.config.plan and request.config.distributed:
-        raise UsageError("a plan is made by one process; leave --config.distributed out.")
+    arguments.check_file(config, request.fresh, request.file)
+    if config.plan and config.distributed:
+        raise UsageError("a plan is made by one process; leave --distributed out.")
     return request
 
 
-def _quoted_prompts(argv: Sequence[str]) -> list[str]:
-    """argv with each prompt as a Python string, unless it is a tuple or list of them.
+def sections(config: Any, flags: Mapping[str, str]) -> list[Section]:
+    """The fields of a sampling run, those of the checkpoint's family where it can be read, else those of all."""
+    path = flags.get("checkpoint") or (config.get("checkpoint") if config else None)
+    folder, families = Path(configs.checkpoint(path or "")), models.settings()
+    if path is not None:
+        with contextlib.suppress(JvdiffError, OSError):
+            families = models.settings(folder)
+    listed = [_section(group) for group in options.BEFORE]
+    for family, settings in families.items():
+        every = configs.options(settings)
+        if len(families) == 1:
+            every = _with_defaults(every, folder)
+        aside = f" ({family})" if len(families) > 1 else ""
+        for title, chosen in (("picture and time", True), ("sampler", False)):
+            listed.append(Section(title + aside, {p: o for p, o in every.items() if (p in PICTURE) == chosen}))
+    return listed + [_section(group) for group in options.AFTER]
 
-    The field may hold either, so its value is read as Python; a prompt such as 7 or None must stay text, and Python's
-    parser gives up on a bare one of ten thousand characters.
-    """
-    flag = "--config.prompt="
-    values = [word.removeprefix(flag) if word.startswith(flag) else None for word in argv]
-    bare = [value is not None and not value.lstrip().startswith(("(", "[")) for value in values]
-    return [f"{flag}{v!r}" if quote else word for word, v, quote in zip(argv, values, bare, strict=True)]
+
+def _section(group: type) -> Section:
+    return Section(str(group.__doc__), configs.options(group))
+
+
+def _with_defaults(every: Mapping[str, Option], folder: Path) -> dict[str, Option]:
+    """A family's options with the defaults of a repository."""
+    own: Any = {}
+    with contextlib.suppress(JvdiffError, OSError, ValueError):
+        own = json.loads((folder / "jvdiff_defaults.json").read_bytes())
+    return {p: o._replace(default=own[p]) if isinstance(own, dict) and p in own else o for p, o in every.items()}
+
+
+PICTURE = ("num_frames", "height", "width", "fps")  # of a family's settings; the others are the sampler's
+COMMAND = Command(
+    name="sample",
+    about="prompts become video files",
+    examples=(
+        '--prompt="a red seven moving left" --seed=3',
+        '--config wan2_1_t2v_1_3b --prompt="..." --output=out',
+        "--checkpoint=FOLDER --prompts=FILE",
+    ),
+    sections=sections,
+    fresh=default_config,
+    implied="digits",
+)
 
 
 # --------------------------------------------------------------------------------------------------------------- run
@@ -153,13 +158,13 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
         wanted, problems = jobs.make_jobs(config, resolve)
         if config.prompts is not None:
             asked, left = len(wanted), set(map(id, jobs.without_done(wanted, output, dtypes, repository.digest)))
-            numbers = distributed.gather([i for i, job in enumerate(wanted) if id(job) in left])[0]  # it sees its files
+            numbers = peers.gather([i for i, job in enumerate(wanted) if id(job) in left])[0]  # it sees its files
             wanted = [wanted[i] for i in numbers]
             if len(wanted) < asked:
                 say(f"{asked - len(wanted)} of {asked} videos are already in {output}")
     for problem in problems:
         say(f"error: {problem}")
-    distributed.agree("what to make, of which weights", [jobs.facts(job, dtypes, repository.digest) for job in wanted])
+    peers.agree("what to make, of which weights", [jobs.facts(job, dtypes, repository.digest) for job in wanted])
     mesh = jobs.choose_mesh(wanted, configs, dtypes, config.mesh)
     jobs.check_attention(wanted, configs, dtypes, mesh)
     prompts = [job.prompt for job in wanted] or [""]
@@ -182,7 +187,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
                 except (ResourceError, Interrupted):
                     raise
                 except JvdiffError as error:
-                    if len(wanted) + len(problems) == 1 or distributed.several():  # where others wait for this one
+                    if len(wanted) + len(problems) == 1 or peers.several():  # where others wait for this one
                         raise
                     problems.append(f"{job.stem}: {error}")
                     say(f"error: {problems[-1]}")

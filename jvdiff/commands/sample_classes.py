@@ -16,6 +16,7 @@ from jvdiff.commands import command_line
 from jvdiff.commands.command_line import say
 from jvdiff.errors import Interrupted, UsageError
 from jvdiff.runtime import progress
+from jvdiff.runtime.files import claim
 from jvdiff.runtime.interrupts import interrupts
 
 TASK = "latent_video"  # of a training config
@@ -32,7 +33,6 @@ def run(config: ConfigDict) -> list[Path]:
     import numpy as np
 
     from jvdiff.commands import one_video
-    from jvdiff.media import video as videos
     from jvdiff.pipeline import class_conditional
     from jvdiff.pipeline.settings import check_seed
 
@@ -55,7 +55,7 @@ def run(config: ConfigDict) -> list[Path]:
             say(f"class: {number} {name}   seed: {seed}")
 
             with (
-                videos.claim(output, f"class{number}_seed{seed}") as base,
+                claim(output, f"class{number}_seed{seed}") as base,
                 command_line.device_memory("sampling", "Try fewer frames or a smaller picture."),
             ):
                 began = time.monotonic()

@@ -1,12 +1,12 @@
 """The command line: a video without end, made chunk by chunk, which can be watched while it grows.
 
-    python -m jvdiff.stream --config configs/stream_digits.py --config.chunks=40
-    python -m jvdiff.stream --config configs/stream_digits.py --config.prompt="a red seven moving left" \\
-        --config.then.10="a red seven moving up" --config.pipeline.diffusion_model.scheduler.shift=5.0
+    jvdiff stream --config stream_digits --chunks=40
+    jvdiff stream --config stream_digits --prompt="a red seven moving left" \\
+        --then.10="a red seven moving up" --pipeline.diffusion_model.scheduler.shift=5.0
 
-Every field is listed with its meaning in `default_config`. The output folder gets NAME.mp4, which can be played after
+Every field is declared in `options` and listed by --help. The output folder gets NAME.mp4, which can be played after
 every chunk, NAME.jsonl with a line of statistics for each, and, when it ends, NAME.png (a contact sheet) and NAME.json
-(the record of the run). Ctrl-C finishes the chunk and leaves NAME.state, for --config.resume; so does save_every.
+(the record of the run). Ctrl-C finishes the chunk and leaves NAME.state, for --resume; so does save_every.
 
 Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 interrupted, resumable · 6 NaN or infinity ·
 7 set-up · 1 anything else.
@@ -14,19 +14,20 @@ Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
 import re
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import config_dict
 
-from jvdiff.commands import command_line
+from jvdiff import config as configs
+from jvdiff.commands import arguments, command_line, options
+from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.commands.command_line import say
 from jvdiff.errors import CheckpointError, JvdiffError, UsageError
 from jvdiff.runtime import progress
@@ -36,38 +37,10 @@ if TYPE_CHECKING:
     from jvdiff.commands.one_stream import Rollout
     from jvdiff.runtime.run_state import RunState
 
-NESTED = ("pipeline", "then")  # fields whose own fields are not known beforehand
-
 
 def default_config() -> config_dict.ConfigDict:
     """Every field of a streaming config. None: from the repository, else from the model's family."""
-    none = config_dict.placeholder
-    return config_dict.ConfigDict(
-        {
-            "checkpoint": none(str),  # a causal repository: a Hugging Face folder, or what `convert` made of one
-            "prompt": none(str),  # of chunk 0 and those that follow
-            "then": none(
-                object
-            ),  # {chunk: prompt from there on}; in a command --config.then.10="...". A command that has
-            # either of the two puts aside what the file has here
-            "negative_prompt": none(str),  # for guidance
-            "reencode": False,  # at a change of the prompt, see the past as if it had been made under the new one
-            "image": none(str),  # a picture to begin with, for a pipeline with an ImageEncoder
-            "seed": none(int),  # None draws one and prints it
-            "chunks": 0,  # how many in all; 0: until Ctrl-C
-            "fps": none(int),
-            "precision": none(str),  # float32, bfloat16
-            "mesh": none(object),  # several devices: "sequence=4,tensor=2", or a dict of that; None: one device
-            "pipeline": none(object),  # other values of streaming.StreamInferencePipelineConfig, nested dicts; in a
-            # command --config.pipeline.PATH=VALUE, for instance PATH diffusion_model.transformer.window_size_t
-            "profile": True,  # milliseconds of each stage, for which each is waited for; False: a little faster
-            "output": "out",
-            "name": none(str),  # of the files; None: from prompt and seed
-            "resume": none(str),  # a .state folder; goes on in its video, up to `chunks` in all
-            "save_every": 0,  # save the state after every so many chunks and at the end; 0: only when interrupted
-            "compile_cache": none(str),  # a folder of your own, or "off"; None: the user's cache folder
-        }
-    )
+    return configs.placeholders(options.STREAM)
 
 
 # ----------------------------------------------------------------------------------------------------- entry and exit
@@ -76,54 +49,43 @@ def default_config() -> config_dict.ConfigDict:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status; errors are sentences on stderr."""
     began = time.perf_counter()
-    return command_line.main(argv, parse, lambda request: run(*request, began=began), "output")
+    return command_line.main(argv, parse, lambda request: run(*request[:3], began=began), "output")
 
 
-def parse(argv: Sequence[str]) -> command_line.Request:
-    """The config, what the command line itself set in it, the config's file.
+def parse(argv: Sequence[str]) -> Request:
+    """What a command line asks for.
 
     Raises:
-        UsageError: an unknown flag or field (with the nearest one), a value of the wrong type, no config.
+        Told: --help or --version.
+        UsageError: an unknown flag or field (with the nearest one), a value of the wrong type.
     """
-    flag = re.compile(rf"--config\.({'|'.join(NESTED)})\.([^=]+)=(.*)", re.DOTALL)
-    found = [flag.fullmatch(word) for word in argv]
-    usage = 'python -m jvdiff.stream --config configs/stream_digits.py --config.prompt="a red seven moving left"'
-    config, given, file = command_line.parse(
-        [word for word, match in zip(argv, found, strict=True) if not match],
-        f"{usage}\nFields: {', '.join(default_config())}.",
-    )
-    if unknown := sorted(set(config) - set(default_config())):
-        raise UsageError(f"the config file has unknown fields: {', '.join(unknown)}.")
-    if "then" not in given and ("prompt" in given or any(match and match[1] == "then" for match in found)):
+    request = arguments.parse(COMMAND, argv)
+    config = request.config
+    arguments.check_file(config, request.fresh, request.file)
+    if config.checkpoint is not None:
+        config.checkpoint = configs.checkpoint(config.checkpoint)
+    return request
+
+
+def _without_prompts(config: config_dict.ConfigDict, paths: Iterable[str]) -> None:
+    """Puts the file's later prompts aside where the command line has prompts of its own."""
+    if {"prompt", "then"} & {path.split(".")[0] for path in paths}:
         config.then = None
-    for match in filter(None, found):
-        field, path, text = match.groups()
-        value: Any = text if field == "then" else _value(text)
-        for name in reversed(path.split(".")):
-            value = {name: value}
-        for fields in (config, given):
-            old: Any = fields.get(field)
-            fields[field] = _merged(old or {}, value)
-    return command_line.Request(config, given, file)
 
 
-def _value(text: str) -> Any:
-    """What a word of a command means: a Python value, true, false, none, or text."""
-    try:
-        return {"true": True, "false": False, "none": None}[text.lower()]
-    except KeyError:
-        try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return text
-
-
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    both = dict(old)
-    for name, value in new.items():
-        inner = both.get(name)
-        both[name] = _merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
-    return both
+COMMAND = Command(
+    name="stream",
+    about="a video without end, made chunk by chunk, which can be watched while it grows",
+    examples=(
+        "--chunks=40",
+        '--prompt="a blue two moving up" --then.10="a blue two moving right"',
+        '--config self_forcing_wan2_1_t2v_1_3b --prompt="..."',
+    ),
+    sections=lambda config, flags: [Section(str(group.__doc__), configs.options(group)) for group in options.STREAM],
+    fresh=default_config,
+    implied="stream_digits",
+    before=_without_prompts,
+)
 
 
 # --------------------------------------------------------------------------------------------------------------- run

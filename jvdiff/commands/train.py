@@ -1,43 +1,36 @@
 """The command line of training.
 
-    python -m jvdiff.train --config configs/train_digits_vae.py
-    python -m jvdiff.train --config configs/train_digits_dit.py
-    python -m jvdiff.train --config configs/latent_video_small.py --config.clips=FOLDER
+    jvdiff train --config train_digits_vae
+    jvdiff train --config train_digits_dit
+    jvdiff train --config latent_video_small --clips=FOLDER
 
-A run lives in `config.folder`: `state/` (Orbax checkpoints), `metrics.jsonl`, and when it is done the result: `vae/` or
-`repository/`, which `jvdiff.load` and `python -m jvdiff.sample` take and `python -m convert.to_hf` exports. The same
-command goes on where a stopped run was. Fields: see COMMON, TASKS and `jvdiff.training`; where there is a field `plan`,
---config.plan=true prints what the run would take.
+A run lives in `folder`: `config.json` (the fields that decide its numbers), `state/` (Orbax checkpoints),
+`metrics.jsonl`, and when it is done the result: `vae/` or `repository/`, which `jvdiff.load` and `jvdiff sample` take
+and `jvdiff to_hf` exports. The same command goes on where a stopped run was; with other fields, only with
+--allow_changes. Every field is declared (`jvdiff.training.options` and each task's own) and listed by --help; where
+there is a field `plan`, --plan prints what the run would take.
 
 Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 interrupted, resumable · 6 NaN or infinity ·
 7 set-up · 1 anything else.
 """
 
-import inspect
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ml_collections import ConfigDict
-
-from jvdiff.commands import command_line
-from jvdiff.commands.sample_classes import FIELDS as SAMPLING_FIELDS
-from jvdiff.digits import runs as digits_runs
+from jvdiff import config as configs
+from jvdiff import models, plan
+from jvdiff.commands import arguments, command_line, options
+from jvdiff.commands.arguments import Command, Request, Section
+from jvdiff.config import nearest
 from jvdiff.errors import UsageError
-from jvdiff.models.latent_video import runs as latent_video_runs
-from jvdiff.models.latent_video.objective import latent_video_task
-from jvdiff.models.wan.flow_matching import text_to_video_task
-from jvdiff.models.wan.reconstruction import vae_task
-from jvdiff.models.wan.teacher_forcing import teacher_forcing_task
-from jvdiff.pipeline import class_conditional
-from jvdiff.pipeline.settings import check_seed
-from jvdiff.plan import training as train_plan
-from jvdiff.runtime import distributed
-from jvdiff.training.fields import check_count, check_names, nearest, schedule
-from jvdiff.training.loop import Task, fit
+from jvdiff.training.options import Going, Kind, Training, function
 
-# Fields of every task; compile_cache and those of `distributed.fields` may be there too.
-COMMON = ("task", "folder", "seed", "loss", "schedule", "loop")
+TRAINED = ("vae", "initial", "decoder_of")  # fields that may name a checkpoint that ships, or a part of one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,71 +38,101 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command_line.main(argv, parse, run, "folder")
 
 
-def parse(argv: Sequence[str]) -> command_line.Request:
-    """The config, with everything checked that needs no model.
+def tasks() -> dict[str, Kind]:
+    """Everything that can be trained, by the name of the task."""
+    places = ["jvdiff.digits", *(f"{models.__name__}.{family}" for family in models.FAMILIES)]
+    found = [f"{place}.trainings" for place in places if importlib.util.find_spec(f"{place}.trainings")]
+    return {name: kind for module in found for name, kind in importlib.import_module(module).TASKS.items()}
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """The request, with everything checked that needs no model.
 
     Raises:
-        UsageError: a flag, field or value that cannot be, with the nearest name.
+        Told: --help or --version.
+        UsageError: a flag, field or value that is invalid, with the nearest name.
     """
-    request = command_line.parse(argv, "python -m jvdiff.train --config configs/train_digits_vae.py")
-    config = request.config
-    name = config.get("task")
-    if name not in TASKS:
-        raise UsageError(f"task is {name!r}; expected one of {', '.join(TASKS)}{nearest(name, TASKS)}.")
-    fields = (*COMMON, *TASKS[name].fields)
-    check_names("the config", config, (*fields, *TASKS[name].optional, *distributed.fields(), "compile_cache"))
-    if missing := [field for field in fields if field not in config]:
-        raise UsageError(f"the config lacks {', '.join(missing)}; task {name!r} needs {', '.join(fields)}.")
-    if config.seed is None:
-        raise UsageError("seed is None; a run that can go on later needs a number.")
-    check_seed(config.seed)
-    check_names("loss", config.loss, _keywords(TASKS[name].loss))
-    check_names("loop", config.loop, [field for field in _keywords(fit) if field not in ("seed", "params")])
-    for field, value in config.loop.items():
-        if field not in ("mesh", "log_to") and value is not None:
-            check_count(f"loop.{field}", value)
-    schedule(config)
+    request = arguments.parse(COMMAND, argv)
+    _check(request.config)
+    for name in TRAINED:
+        if isinstance(request.config.get(name), str):
+            request.config[name] = configs.checkpoint(request.config[name])
     return request
 
 
-def run(request: command_line.Request) -> list[Path]:
+def run(request: Request) -> list[Path]:
     """Trains what the config asks for and returns the folder of the result."""
     config = request.config
+    kind = tasks()[config.task]
     if config.get("plan"):
-        train_plan.show(latent_video_runs.programs(config), config.loop)
+        from jvdiff.plan import training
+
+        if config.get("plan_target"):
+            plan.check_target(config.plan_target)
+        training.show(function(str(kind.programs)), config)
         return []
+    from jvdiff.training import record
+
     folder = command_line.writable(config.folder, "folder")
+    fields, processes = config.to_dict(), configs.names(options.Processes)
+    record.begin(folder, fields, kind, bool(config.get("allow_changes")), processes)
     command_line.compile_cache(config.get("compile_cache"))  # type: ignore[arg-type]
     advice = "Try a smaller batch or model; what was saved before is kept."
     with command_line.device_memory(str(folder), advice), command_line.plain_logs():
-        return [TASKS[config.task].run(config, folder)]
+        return [function(kind.run)(config, folder)]
 
 
-class Kind(NamedTuple):
-    """A task's program, the function that config.loss feeds, and the fields of its config beside COMMON."""
+def _check(config: Any) -> None:
+    """Raises UsageError for a field that is unknown, missing or invalid."""
+    from jvdiff.pipeline.settings import check_seed
+    from jvdiff.training import fields
 
-    run: Callable[[ConfigDict, Path], Path]
-    loss: Callable[..., Task]
-    fields: tuple[str, ...]
-    optional: tuple[str, ...] = ()
+    name = config.get("task")
+    if name not in tasks():
+        raise UsageError(f"task is {name!r}; expected one of {', '.join(tasks())}{nearest(name, tasks())}.")
+    group = tasks()[name].fields
+    declared = configs.options((Training, group))
+    first = {path: each for path, each in declared.items() if "." not in path}
+    more = configs.options((Going, options.Processes))
+    fields.check_names("the config", config, (*first, *more))
+    required = [path for path, each in first.items() if each.required]
+    if missing := [path for path in required if path not in config]:
+        raise UsageError(f"the config lacks {', '.join(missing)}; task {name!r} needs {', '.join(required)}.")
+    if config.seed is None:
+        raise UsageError("seed is None; a run that can go on later needs a number.")
+    check_seed(config.seed)
+    for path, each in first.items():
+        inner = [path.split(".")[1] for path in declared if path.startswith(f"{each.path}.")]
+        if inner and config.get(path) is not None:
+            fields.check_names(path, config[path], inner)
+    for field, value in config.loss.items():
+        if value is not None:
+            configs.typed(f"loss.{field}", value, declared[f"loss.{field}"].kind)
+    for field, value in config.loop.items():
+        if field not in ("mesh", "log_to") and value is not None:
+            fields.check_count(f"loop.{field}", value)
+    fields.schedule(config)
 
 
-_DIT_FIELDS = ("vae", "clips", "batch", "tokens", "drop_text", "transformer", "text_encoder", "scheduler", "defaults")
-_DIT_OPTIONAL = ("initial", "pattern", "sparsity_warmup")
-_LATENT_VIDEO_FIELDS = (
-    *("clips", "stride", "workers", "most_bad", "cache_latents", "vae", "transformer", "prediction", "noise_schedule"),
-    *("batch", "precision", *class_conditional.FIELDS),
+def sections(config: Any, flags: Mapping[str, str]) -> list[Section]:
+    """The fields of every training, and those of the configuration's task, or of all tasks."""
+    every = configs.options(Training)
+    nested = [path for path, each in every.items() if any(map(dataclasses.is_dataclass, each.kinds))]
+    listed = [Section("every training", {p: o for p, o in every.items() if "." not in p and p not in nested})]
+    for name in nested:
+        inside = {p: o for p, o in every.items() if p == name or p.startswith(f"{name}.")}
+        listed.append(Section(f"{name}: {every[name].told['help']}", inside))
+    task = flags.get("task") or (config.get("task") if config else None)
+    chosen = {task: tasks()[task]} if task in tasks() else tasks()
+    for name, kind in chosen.items():
+        listed.append(Section(f"task {name}: {kind.about}", configs.options(kind.fields)))
+    listed.append(Section("this command", configs.options(Going)))
+    return [*listed, Section(str(options.Processes.__doc__), configs.options(options.Processes))]
+
+
+COMMAND = Command(
+    name="train",
+    about="trains a model, or goes on training it",
+    examples=("--config train_digits_vae", "--config latent_video_small --clips=FOLDER"),
+    sections=sections,
 )
-_STREAM_FIELDS = (*_DIT_FIELDS, "chunks", "gap", "change", "pattern")
-TASKS = {
-    "vae": Kind(digits_runs.train_vae, vae_task, ("vae", "stages"), ("decoder_of", "endless")),
-    "text_to_video": Kind(digits_runs.train_text_to_video, text_to_video_task, _DIT_FIELDS, _DIT_OPTIONAL),
-    "stream": Kind(digits_runs.train_stream, teacher_forcing_task, _STREAM_FIELDS, ("initial", "first")),
-    "latent_video": Kind(
-        latent_video_runs.train, latent_video_task, _LATENT_VIDEO_FIELDS, ("initial", "plan", *SAMPLING_FIELDS)
-    ),
-}
-
-
-def _keywords(function: Callable[..., Any]) -> list[str]:
-    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]

@@ -6,7 +6,7 @@ velocity = classifier_free(Partial(network, params), text, negative, scale=5.0)
 latents  = denoise(velocity, solver, solver.init(noise)).x        # noise, latents float32 [B,T,H,W,C]
 """
 
-from jvdiff.diffusion import guidance, sampling, schedules, solvers, variance_preserving
+from jvdiff.diffusion import guidance, samplers, sampling, schedules, solvers, variance_preserving
 from jvdiff.diffusion.guidance import classifier_free
 from jvdiff.diffusion.sampling import denoise, denoise_scan
 from jvdiff.diffusion.schedules import Schedule, from_scheduler_config
@@ -29,6 +29,7 @@ __all__ = [
     "from_scheduler_config",
     "guidance",
     "renoise",
+    "samplers",
     "sampling",
     "schedules",
     "solvers",

@@ -43,10 +43,22 @@ def denoise(
 
     Raises UsageError unless 0 <= start <= stop <= len(solver).
     """
-    stop = _check_range(solver, start, stop)
-    velocity = _as_pytree(velocity)
-    for i in range(start, stop):
-        state = step(solver.advance, velocity, state, solver.timesteps[i], solver.table[i])
+    one = functools.partial(step, solver.advance, _as_pytree(velocity))
+    return loop(one, solver, state, start=start, stop=stop, callback=callback)
+
+
+def loop(
+    step: Callable[[Any, Any, Any], Any],
+    solver: Solver,
+    state: Any,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    callback: Callable[[int, Any], Any] | None = None,
+) -> Any:
+    """The loop of `denoise`, for any step(state, timestep, row of the solver's table) -> state."""
+    for i in range(start, _check_range(solver, start, stop)):
+        state = step(state, solver.timesteps[i], solver.table[i])
         if callback is not None and callback(i + 1, jax.block_until_ready(state)):
             break
     return state
@@ -63,20 +75,21 @@ def denoise_scan(velocity: Velocity, solver: Solver, state: Any, *, start: int =
     return _scan(solver.advance, _as_pytree(velocity), state, *rows)
 
 
-def _advance(advance, velocity, state, timestep, row):
+def advanced(advance, velocity, state, timestep, row):
+    """The state one step later: velocity at (state.x, timestep), then the solver's `advance` with its row."""
     t = jnp.full(state.x.shape[:1], timestep)
     return advance(state, velocity(state.x, t).astype(jnp.float32), row)
 
 
 # One compiled step: step(solver.advance, velocity, state, timestep, row) -> state. Public, so that it can be compiled
 # ahead. Coefficients come as one row, not as table and index: the program is the same for any number of steps.
-step = jax.jit(_advance, static_argnames="advance", donate_argnames="state")
+step = jax.jit(advanced, static_argnames="advance", donate_argnames="state")
 
 
 @functools.partial(jax.jit, static_argnames="advance")
 def _scan(advance, velocity, state, timesteps, table):
     def body(state, row):
-        return _advance(advance, velocity, state, *row), None
+        return advanced(advance, velocity, state, *row), None
 
     return jax.lax.scan(body, state, (timesteps, table))[0]
 

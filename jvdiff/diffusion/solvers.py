@@ -10,7 +10,6 @@ the same shape.
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvdiff.diffusion.schedules import Schedule
+from jvdiff.errors import UsageError
 from jvdiff.types import Array
 
 
@@ -25,12 +25,17 @@ from jvdiff.types import Array
 class Solver:
     """One solver on one schedule of N steps.
 
-    timesteps: float32 [N], what the network gets. table: float32 [N,K], the coefficients of each step.
-    init(x) -> state: x [B,...] is copied, so that the caller's array survives the donation of the state. Of `renoise`
-    and `ddpm`, which draw noise, init(x, key).
-    advance(state, v, row) -> state: v [B,...] float32 is the velocity at (state.x, timesteps[i]), row is table[i].
+    sigmas: float64 [N+1], the noise levels of the schedule
+    timesteps: float32 [N], what the network gets
+    table: float32 [N,K], the coefficients of each step
+    init: (x, noise) -> state; x [B,...] is copied, so that the caller's array survives the donation of the state.
+        noise: a random key for each clip, so that a clip does not depend on its neighbours (a typed key array [B], or
+        its key data uint32 [B,2]), or arrays float32 [N-1,B,...] to be drawn in their place. Solvers of the ODE draw
+        nothing and take None.
+    advance: (state, v, row) -> state; v [B,...] float32 is the velocity at (state.x, timesteps[i]), row is table[i]
     """
 
+    sigmas: np.ndarray
     timesteps: np.ndarray
     table: np.ndarray
     init: Callable[..., Any]
@@ -57,7 +62,7 @@ class UniPCState(NamedTuple):
 
 class NoisyState(NamedTuple):
     x: Array  # float32 [B,...], the latents at the current sigma; after the last step the clean ones
-    key: Array  # the key data (uint32) that the noise of all steps is drawn from
+    noise: Array  # key data uint32 [B,2] that the noise of all steps is drawn from, or the noise itself [N-1,B,...]
 
 
 def euler(schedule: Schedule) -> Solver:
@@ -107,9 +112,8 @@ def renoise(schedule: Schedule) -> Solver:
 
     x0 = x - sigma v; then, but for the last step, x = (1 - sigma_next) x0 + sigma_next * noise. N network evaluations
     and N - 1 draws. The first step takes x to be at its sigma, as pure noise is at sigma 1.
-    init(x, key): a typed key of jax's default generator, or its key data. Step i adds the noise
-    normal(fold_in(key, i + 1)), float32 at the (global) shape of x, whatever was drawn before: a step can be replayed,
-    and the noise is the same on any number of devices.
+    Of a clip with key k, step i adds the noise normal(fold_in(k, i + 1)), float32 at the clip's (global) shape: a step
+    can be replayed, and the noise is the same in any batch and on any number of devices.
     """
     steps = np.arange(1, len(schedule) + 1)
     table = np.stack([schedule.sigmas[:-1], schedule.sigmas[1:], steps], axis=1)
@@ -144,10 +148,10 @@ def add_noise(clean: Array, sigma: Any, key: Array) -> Array:
 
 def _solver(schedule, table, init, advance) -> Solver:
     timesteps, table = schedule.timesteps.astype(np.float32), table.astype(np.float32)
-    return Solver(timesteps, table, init, advance)
+    return Solver(schedule.sigmas, timesteps, table, init, advance)
 
 
-def _euler_init(x: Array) -> EulerState:
+def _euler_init(x: Array, noise: Any = None) -> EulerState:
     return EulerState(_copy(x))
 
 
@@ -155,7 +159,7 @@ def _euler_advance(state: EulerState, v: Array, row: Array) -> EulerState:
     return EulerState(state.x + row[0] * v)
 
 
-def _unipc_init(x: Array) -> UniPCState:
+def _unipc_init(x: Array, noise: Any = None) -> UniPCState:
     # Separate buffers: each of them is donated.
     return UniPCState(_copy(x), *(jnp.zeros(x.shape, jnp.float32) for _ in range(3)))
 
@@ -168,25 +172,47 @@ def _unipc_advance(state: UniPCState, v: Array, row: Array) -> UniPCState:
     return UniPCState(x, corrected, clean_0, clean_1)
 
 
-def _noisy_init(x: Array, key: Array) -> NoisyState:
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    data = jax.random.key_data(key) if typed else key
-    return NoisyState(_copy(x), jnp.array(data, dtype=jnp.uint32, copy=True))
+def _noisy_init(x: Array, noise: Any) -> NoisyState:
+    typed = jnp.issubdtype(noise.dtype, jax.dtypes.prng_key)
+    data = jax.random.key_data(noise) if typed else jnp.asarray(noise)
+    keys = data.dtype == jnp.uint32
+    if data.shape != (len(x), 2) if keys else data.shape[1:] != x.shape:
+        raise UsageError(
+            f"the solver's noise is {data.dtype}{list(data.shape)}; expected a random key for each of {len(x)} clips, "
+            f"or float32 [steps-1,{','.join(map(str, x.shape))}]."
+        )
+    return NoisyState(_copy(x), jnp.array(data, dtype=jnp.uint32 if keys else jnp.float32, copy=True))
+
+
+def _drawn(noise: Array, step: Array, shape: tuple[int, ...]) -> Array:
+    """The noise float32 [B,...] that step number `step` (counted from 1) adds, drawn clip by clip, or given."""
+    step = step.astype(jnp.int32)
+    if noise.dtype != jnp.uint32:
+        return noise[step - 1]  # [N-1,B,...] -> [B,...]
+
+    def draw(key: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.wrap_key_data(key), step), shape[1:], jnp.float32)
+
+    return jax.vmap(draw)(noise)  # [B,2] -> [B,...]
 
 
 def _renoise_advance(state: NoisyState, v: Array, row: Array) -> NoisyState:
     clean = state.x - row[0] * v
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), row[2].astype(jnp.int32))
-    x = jax.lax.cond(row[1] > 0, add_noise, lambda clean, *_: clean, clean, row[1], key)
-    return NoisyState(x, state.key)
+
+    def noised() -> Array:
+        return (1 - row[1]) * clean + row[1] * _drawn(state.noise, row[2], clean.shape)
+
+    return NoisyState(jax.lax.cond(row[1] > 0, noised, lambda: clean), state.noise)
 
 
 def _ddpm_advance(state: NoisyState, v: Array, row: Array) -> NoisyState:
     clean, noise = state.x - row[0] * v, state.x + (1 - row[0]) * v
     mean = row[1] * clean + row[2] * noise
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), row[4].astype(jnp.int32))
-    draw = partial(jax.random.normal, key, mean.shape, jnp.float32)
-    return NoisyState(mean + jax.lax.cond(row[3] > 0, lambda: row[3] * draw(), lambda: jnp.zeros_like(mean)), state.key)
+
+    def fresh() -> Array:
+        return row[3] * _drawn(state.noise, row[4], mean.shape)
+
+    return NoisyState(mean + jax.lax.cond(row[3] > 0, fresh, lambda: jnp.zeros_like(mean)), state.noise)
 
 
 def _copy(x: Array) -> Array:

@@ -1,31 +1,38 @@
 """Moving digits as files:
 
-python -m jvdiff.digits --output=out/digits --clips=2000    # out/digits/seven/0001.mp4 and so on
+jvdiff digits --output=out/digits --clips=2000    # out/digits/seven/0001.mp4 and so on
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from jvdiff.digits.clips import write_clips
+from jvdiff import config as configs
+from jvdiff.commands import arguments, options
+from jvdiff.commands.arguments import Command, Section, Told
 from jvdiff.errors import JvdiffError
 
+COMMAND = Command(
+    name="digits",
+    about="moving digits as MP4 files",
+    examples=("--output=out/digits --clips=2000",),
+    sections=lambda config, flags: [Section(str(options.Digits.__doc__), configs.options(options.Digits))],
+)
 
-def main(words: Sequence[str] | None = None) -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line above; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m jvdiff.digits", description="Moving digits as MP4 files.")
-    parser.add_argument("--output", type=Path, required=True, help="a folder that does not exist yet")
-    parser.add_argument("--clips", type=int, required=True)
-    parser.add_argument("--frames", type=int, default=17, help="of each clip, at most 29")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(words)
     try:
-        write_clips(args.output, args.clips, args.frames, args.seed)
+        values = arguments.values(COMMAND, sys.argv if argv is None else argv)
+        from jvdiff.digits.clips import write_clips
+
+        write_clips(values["output"], values["clips"], values["frames"], values["seed"])
+    except Told as told:
+        print(told)
+        return 0
     except JvdiffError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(args.output)
+    print(values["output"])
     return 0
 
 

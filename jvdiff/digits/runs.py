@@ -22,23 +22,23 @@ from jvdiff.digits import clips as digits
 from jvdiff.digits import tokenizer as digits_tokenizer
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.kernels import BlockCausal, VideoSparse, sparsity_schedule
-from jvdiff.media.video import atomic
+from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.models import wan
+from jvdiff.models.family import Models, read_config, read_weights
 from jvdiff.models.text import tokenizer, umt5
 from jvdiff.models.wan import reconstruction
+from jvdiff.models.wan.family import CAUSAL, TEXT_ENCODER, TEXT_TO_VIDEO, TRANSFORMER, VAE
 from jvdiff.models.wan.flow_matching import Batch, text_to_video_task
 from jvdiff.models.wan.teacher_forcing import teacher_forcing_task
-from jvdiff.pipeline import repository
-from jvdiff.pipeline.settings import Configs, read_pattern, resolve
-from jvdiff.pipeline.tables import read_component
-from jvdiff.runtime import distributed
+from jvdiff.pipeline import repository, resolve
+from jvdiff.runtime import peers
+from jvdiff.runtime.files import atomic
 from jvdiff.runtime.staging import check_target
-from jvdiff.sharding import MeshShape, Placement, Sizes, check_mesh, make_mesh, param_shardings
-from jvdiff.sharding.rules import UMT5, WAN_DIT
+from jvdiff.sharding import MeshShape, Placement, Sizes, check_mesh, make_mesh
 from jvdiff.training import fields
 from jvdiff.training.loop import State, Task, fit
 from jvdiff.types import Params
-from jvdiff.weights import checkpoint
+from jvdiff.weights import save
 
 MOST_PROGRAMS = 32  # of one training: a sparsity is a part of the compiled step
 _log = logging.getLogger("jvdiff.training")
@@ -71,14 +71,14 @@ def train_vae(config: ConfigDict, folder: Path) -> Path:
     trained = None
     if config.get("decoder_of"):
         cfg = _same_sizes(cfg, Path(config.decoder_of))
-        trained = checkpoint.restore(config.decoder_of, wan.abstract_params(cfg))
+        trained = read_weights(Path(config.decoder_of), VAE, cfg, jnp.float32)
     task = reconstruction.vae_task(cfg, clips, trained, **config.loss.to_dict())
     params = {**(trained or {}), **_fit(task, config, folder, make_mesh(shape)).average}
     if trained is None:
         shown = digits.batch(np.random.default_rng(config.seed), 128, frames=17)[0]
         mean, std = reconstruction.latent_statistics(cfg, params, shown)
         cfg = dataclasses.replace(cfg, latents_mean=mean, latents_std=std)
-    checkpoint.save(result, params, config=cfg.to_json(), overwrite=True)
+    save(result, params, config=cfg.to_json(), overwrite=True)
     return result
 
 
@@ -91,7 +91,8 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     """
     models, shape = _models(config), fields.mesh(config.loop)
     try:
-        resolve(models.configs, config.scheduler.to_dict(), config.defaults.to_dict())
+        known = Models(models.configs._asdict(), {"scheduler": config.scheduler.to_dict()}, {})
+        TEXT_TO_VIDEO.clip(known, resolve(TEXT_TO_VIDEO, known, config.defaults.to_dict(), {}))
     except CheckpointError as error:
         raise UsageError(f"scheduler: {error}") from None
     pattern_at = _patterns(config, models.configs.transformer.num_attention_heads)
@@ -198,8 +199,14 @@ def _streams(
     return np.stack(videos), texts
 
 
+class _Configs(NamedTuple):
+    transformer: wan.DiTConfig
+    vae: wan.VAEConfig
+    text_encoder: umt5.Config
+
+
 class _Models(NamedTuple):
-    configs: Configs
+    configs: _Configs
     tokens: Any
 
 
@@ -227,7 +234,7 @@ def _models(config: ConfigDict) -> _Models:
     sizes = {"in_channels": vae_cfg.z_dim, "out_channels": vae_cfg.z_dim}
     text_cfg = fields.model("text_encoder", umt5.Config, config.text_encoder, vocab_size=tokens.get_vocab_size())
     dit_cfg = fields.model("transformer", wan.DiTConfig, config.transformer, text_dim=text_cfg.d_model, **sizes)
-    return _Models(Configs(dit_cfg, vae_cfg, text_cfg), tokens)
+    return _Models(_Configs(dit_cfg, vae_cfg, text_cfg), tokens)
 
 
 def _grid(cfg: wan.VAEConfig, frames: int) -> tuple[int, int, int]:
@@ -240,8 +247,8 @@ def _start(config: ConfigDict, folder: Path, models: _Models, shape: MeshShape, 
     mesh, placement = _mesh(shape, sizes)
     result = _result(folder / "repository")
     dit_cfg, vae_cfg, text_cfg = models.configs
-    params = _initial(Path(config.initial), dit_cfg, text_cfg, mesh) if config.get("initial") else None
-    vae = checkpoint.restore(config.vae, wan.abstract_params(vae_cfg), placement.everywhere)
+    params = _initial(Path(config.initial), dit_cfg, text_cfg, placement) if config.get("initial") else None
+    vae = read_weights(Path(config.vae), VAE, vae_cfg, jnp.float32, placement)
     return _Run(result, mesh, placement, vae, params)
 
 
@@ -253,13 +260,16 @@ def _trained(config: ConfigDict, folder: Path, models: _Models, run: _Run, task:
         "vae": (models.configs.vae, run.vae),
         "text_encoder": (models.configs.text_encoder, params["text_encoder"]),
     }
-    if distributed.writes():
+    if peers.writes():
         digits_tokenizer.save(models.tokens, folder / "tokenizer")
     repository.save(
         run.result,
+        CAUSAL if models.configs.transformer.causal else TEXT_TO_VIDEO,
         components,
-        tokenizer=folder / "tokenizer",
-        scheduler=config.scheduler.to_dict(),
+        files={
+            "tokenizer": folder / "tokenizer",
+            "scheduler": {"scheduler_config.json": config.scheduler.to_dict()},
+        },
         defaults=config.defaults.to_dict(),
         overwrite=True,
     )
@@ -302,20 +312,18 @@ def _patterns(config: Any, heads: int) -> Callable[[int], wan.Pattern]:
     return at
 
 
-def _initial(folder: Path, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config, mesh: Mesh) -> Params:
+def _initial(folder: Path, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config, placement: Placement) -> Params:
     """Float32 parameters of the repository `folder`, for models of these configurations, on a mesh."""
-    found = repository.inspect(folder)
-    gated = dit_cfg.gate_compress or found.transformer.gate_compress
-    same = dataclasses.replace(found.transformer, gate_compress=gated, causal=dit_cfg.causal)
-    for name, wanted, there in (("transformer", dit_cfg, same), ("text_encoder", text_cfg, found.text_encoder)):
-        fields.check_sizes(f"{name}: not that of initial, {folder}", wanted, there)
-    params = {}
-    for name, abstract, rules in (
-        ("transformer", wan.abstract_params(found.transformer), WAN_DIT),
-        ("text_encoder", umt5.abstract_params(text_cfg, jnp.float32), UMT5),
-    ):
-        params[name] = checkpoint.restore(folder / name, abstract, param_shardings(mesh, abstract, rules))
-    if dit_cfg.gate_compress and not found.transformer.gate_compress:
+    stored = repository.inspect(folder).models.configs
+    gated = dit_cfg.gate_compress or stored["transformer"].gate_compress
+    same = dataclasses.replace(stored["transformer"], gate_compress=gated, causal=dit_cfg.causal)
+    for name, cfg, known in (("transformer", dit_cfg, same), ("text_encoder", text_cfg, stored["text_encoder"])):
+        fields.check_sizes(f"{name}: not that of initial, {folder}", cfg, known)
+    params = {
+        name: read_weights(folder / name, part, stored[name], jnp.float32, placement)
+        for name, part in (("transformer", TRANSFORMER), ("text_encoder", TEXT_ENCODER))
+    }
+    if dit_cfg.gate_compress and not stored["transformer"].gate_compress:
         gate = wan.abstract_params(dit_cfg)["blocks"]["self_attn"]["gate"]
         params["transformer"]["blocks"]["self_attn"]["gate"] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), gate)
     return params
@@ -325,10 +333,10 @@ def _vae_config(folder: Path) -> wan.VAEConfig:
     """The configuration of a VAE: the result of a training, or the `vae` folder of a repository."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: no trained VAE there; run configs/train_digits_vae.py first.")
-    cfg = read_component(folder).cfg
-    if not isinstance(cfg, wan.VAEConfig):
-        raise UsageError(f"{folder}: holds {type(cfg).__name__}, expected the folder of a VAE.")
-    return cfg
+    try:
+        return read_config(folder, VAE)
+    except CheckpointError as error:
+        raise UsageError(f"vae: {error}") from None
 
 
 def _same_sizes(cfg: wan.VAEConfig, folder: Path) -> wan.VAEConfig:
@@ -414,7 +422,7 @@ def encoded_clips(
         if len(parts) % 50 == 1:
             _log.info("encoding clips: %d of %d", 16 * start, clips)
     latents, prompts = np.concatenate(parts)[:clips], np.array(texts[:clips])
-    if distributed.writes():
+    if peers.writes():
         with atomic(path) as part, open(part, "wb") as file:
             np.savez(file, latents=latents, prompts=prompts, key=key)
     return latents, prompts

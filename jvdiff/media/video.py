@@ -9,7 +9,6 @@ B batch · T latent frames · H W latent grid · C latent channels · F pixel fr
 import contextlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -17,70 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from jvdiff.errors import CheckpointError, CorruptFile, ResourceError, SetupError, UsageError
-from jvdiff.runtime.distributed import unfinished
+from jvdiff.errors import CheckpointError, CorruptFile, SetupError, UsageError
+from jvdiff.runtime.files import atomic
 
 BT709 = 1  # the code of ITU-R BT.709 in H.264's colour primaries, transfer and matrix fields alike
 MPEG_RANGE = 1  # FFmpeg's AVCOL_RANGE_MPEG: luma 16..235
 MAX_PIXELS = 512 * 2**20  # frames x height x width that read_video accepts: 1.5 GiB of uint8 RGB
-
-
-@contextlib.contextmanager
-def atomic(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; what is written there becomes `path` when the block succeeds.
-
-    When it fails the temporary file is removed and `path` is as it was. Folders are made as needed.
-    ResourceError for whatever the file system refuses (no space, no permission, not a folder).
-    """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished(part):
-            yield part
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ResourceError(
-            f"cannot write {path}: {reason}\nnothing was left there; free some space or choose another folder"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-@contextlib.contextmanager
-def claim(folder: str | os.PathLike, stem: str, suffix: str = ".json") -> Iterator[Path]:
-    """Yield `folder/name`, where name is `stem`, `stem-2`, `stem-3` .. : the first that no other process has.
-
-    The name is taken by creating `name + suffix` empty with O_EXCL, so that samplers that share a folder never
-    overwrite each other. Write that file last (it is the mark that the others beside it are complete); if it is
-    still empty when the block ends, it is removed. Append suffixes with `Path(f"{base}.mp4")`: a stem may hold dots.
-    """
-    folder = Path(folder)
-    number = 1
-    while True:
-        base = folder / (stem if number == 1 else f"{stem}-{number}")
-        taken = Path(f"{base}{suffix}")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            taken.open("xb").close()
-            break
-        except FileExistsError:
-            if not folder.is_dir():
-                raise ResourceError(f"cannot write to {folder}: it is a file; choose another folder") from None
-            number += 1
-        except OSError as error:
-            raise ResourceError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
-    try:
-        with unfinished(taken):
-            yield base
-    finally:
-        with contextlib.suppress(OSError):
-            if taken.stat().st_size == 0:
-                taken.unlink()
 
 
 def check_mp4(height: int, width: int) -> None:

@@ -1,48 +1,128 @@
-"""The layers that the diffusion transformers share: linear maps, norms, and the embedding of timesteps.
+"""The layers that networks share: the product with a kernel, linear maps, norms, and the embedding of timesteps.
 
 B batch · L video tokens · N heads · K head dim · D model width.
+
+A kernel is a float array [..,in,out], or a registered pytree that stands for one: `quantised.Quantised`, and whatever
+else has these members:
+
+    dtype                               of its products where none is named
+    product(x, dtype, precision)        x [..,in] in any dtype -> float32 [..,out], the operands in `dtype`
+    array(dtype)                        the kernel as one array [..,in,out], for convolutions
+
+The first leaf of such a pytree has the shape of the kernel, which is what Linen checks; all leaves have as many axes as
+it has, the layers of a stack in axis 0. In which dtype a kernel is stored never decides in which it is multiplied,
+unless no other is named.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jvdiff.errors import UsageError
 from jvdiff.types import Array
 
 
+def product(x: Array, kernel: Any, dtype: Any = None, *, out: Any = None, precision: Any = None) -> Array:
+    """x [..,in] times a kernel [in,out], see above: every product of the networks with a parameter.
+
+    Args:
+      x: any float dtype.
+      dtype: of the operands. None: the kernel's.
+      out: the dtype of the result [..,out], which float32 accumulators are rounded to once. None: that of the operands.
+
+    Raises:
+      UsageError: an array of integers, or a compute dtype that is not a float.
+    """
+    dtype = compute_dtype(kernel, dtype)
+    if _is_array(kernel):
+        return jnp.matmul(x.astype(dtype), kernel.astype(dtype), precision=precision, preferred_element_type=out)
+    return kernel.product(x, dtype, precision).astype(dtype if out is None else out)
+
+
+def as_array(kernel: Any, dtype: Any = None) -> Array:
+    """A kernel, see above, as one array [..,in,out] in `dtype` (None: its own): for convolutions.
+
+    Raises:
+      UsageError: as `product` does.
+    """
+    dtype = compute_dtype(kernel, dtype)
+    return kernel.astype(dtype) if _is_array(kernel) else kernel.array(dtype)
+
+
+def compute_dtype(kernel: Any, dtype: Any = None) -> jnp.dtype:
+    """`dtype`, or where it is None the one that products with this kernel have.
+
+    Raises:
+      UsageError: an array of integers, or a dtype that is not a float.
+    """
+    if _is_array(kernel) and not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise UsageError(
+            f"A kernel is {kernel.dtype}{list(kernel.shape)}; expected floats: integers alone do not say what they "
+            "stand for.\nGive them with their scale, as jvdiff.models.quantised.Quantised(values, scale)."
+        )
+    dtype = jnp.dtype(kernel.dtype if dtype is None else dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise UsageError(f"The compute dtype is {dtype}; expected a float, for instance bfloat16 or float32.")
+    return dtype
+
+
+def _is_array(kernel: Any) -> bool:
+    return not hasattr(kernel, "product")
+
+
 class MLP(nn.Module):
+    """Two linear maps around an activation: [..,in] -> [..,features].
+
+    hidden: columns of the first.
+    names: of the two submodules.
+    exact, dtype: of `Linear`.
+    """
+
     hidden: int
     features: int
     activation: Callable[[Array], Array]
     names: tuple[str, str] = ("linear_1", "linear_2")
     exact: bool = False
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = Linear(self.hidden, exact=self.exact, name=self.names[0])(x)
-        return Linear(self.features, exact=self.exact, name=self.names[1])(self.activation(x))
+        first, second = (
+            Linear(n, exact=self.exact, dtype=self.dtype, name=name)
+            for n, name in zip((self.hidden, self.features), self.names, strict=True)
+        )
+        return second(self.activation(first(x)))
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias in the dtype of the kernel, whatever that of x. `exact`: in float32, never TF32, always."""
+    """x @ kernel + bias: any float dtype [..,in] -> [..,features].
+
+    dtype: of operands and result. None: that of the kernel.
+    exact: in float32, never TF32, always.
+    bias: whether there is one.
+    """
 
     features: int
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
     exact: bool = False
+    dtype: Any = None
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         if self.exact:
-            kernel, bias = kernel.astype(jnp.float32), bias.astype(jnp.float32)
-        precision = jax.lax.Precision.HIGHEST if self.exact else None
-        y = jnp.matmul(x.astype(kernel.dtype), kernel, precision=precision)
-        return y + row(bias, y)
+            y = product(x, kernel, jnp.float32, precision=jax.lax.Precision.HIGHEST)
+        else:
+            y = product(x, kernel, self.dtype)
+        if not self.bias:
+            return y
+        return y + row(self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32), y)
 
 
 class RMSNorm(nn.Module):

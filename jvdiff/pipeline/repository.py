@@ -1,11 +1,13 @@
-"""A whole text-to-video repository: what it says of itself, and how trained components become one.
+"""A whole repository: what it says of itself, and how trained components become one.
 
-In either layout it is a folder with model_index.json, transformer/, vae/, text_encoder/, tokenizer/ and scheduler/;
-what differs is how a component holds its weights (`jvdiff.weights.checkpoint`): safetensors files, or the Orbax
-directory `params/`.
+In either layout it is a folder with model_index.json and one folder for each part and for each set of small files of
+its family; what differs is how a part holds its weights: safetensors files, or the Orbax directory `params/`.
 """
 
+from __future__ import annotations
+
 import hashlib
+import importlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -15,44 +17,47 @@ from typing import Any
 
 import jax
 
+from jvdiff import models as families
 from jvdiff.errors import CheckpointError, UnsafeFormat, UsageError
-from jvdiff.models import wan
-from jvdiff.models.text import umt5
-from jvdiff.pipeline.tables import read_component
+from jvdiff.models.family import Family, Models, read_config
+from jvdiff.pipeline.settings import DEFAULTS_FILE, read_defaults, resolve
 from jvdiff.runtime.staging import MANIFEST, staged
 from jvdiff.types import Params
-from jvdiff.weights import checkpoint
-from jvdiff.weights import safetensors as reader
-
-COMPONENTS = ("transformer", "vae", "text_encoder")
-_PIPELINES = {False: "WanPipeline", True: "WanCausalDMDPipeline"}  # DiTConfig.causal: the class in model_index.json
-_CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler")
+from jvdiff.weights import manifest, orbax, safetensors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Repository:
-    """What a repository says of itself; no weights were read.
+    """What a repository says of itself, read once; no weights were read.
 
-    `kind` is "hf" or "orbax"; `tokenizer` is a folder; `scheduler` the content of scheduler_config.json. `digest`
-    names the weights: of an Orbax directory the sha256 of its manifest, and so of everything; of a Hugging Face
-    folder that of all JSON, of weight files up to 64 MiB, and of size and 64 samples of larger ones.
+    path: its folder
+    kind: "hf" or "orbax"
+    family: what it is made for
+    models: configurations, and what inputs are made with
+    defaults: content of jvdiff_defaults.json, settings that suit its weights
+    digest: names the weights: of an Orbax directory the sha256 of its manifest, and so of everything; of a Hugging Face
+        folder that of all JSON, of weight files up to 64 MiB, and of size and 64 samples of larger ones
     """
 
     path: Path
     kind: str
-    transformer: wan.DiTConfig
-    vae: wan.VAEConfig
-    text_encoder: umt5.Config
-    scheduler: dict[str, Any]
-    tokenizer: Path
+    family: Family
+    models: Models
+    defaults: Mapping[str, Any]
     digest: str
 
+    def settings(self, **given: Any) -> Any:
+        """`resolve` with what this repository says."""
+        return resolve(self.family, self.models, self.defaults, given)
 
-def inspect(path: str | Path, causal: bool | None = None) -> Repository:
-    """Reads every configuration of a text-to-video repository, in either layout, and checks that they fit together.
 
-    causal: which models the caller can run, True those that make a video chunk by chunk, False those that make it at
-    once; None takes both.
+def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | None = None) -> Repository:
+    """Reads every configuration of a repository, in either layout, and checks that they fit together.
+
+    Args:
+        at_once: which models the caller can run: True those that make a clip at once, False those that make a video
+            chunk by chunk; None takes both.
+        family: of a repository of another's family; None: one of `jvdiff.models.FAMILIES`, as its files say.
 
     Raises:
         UsageError: there is no such folder, or a repository of the other kind.
@@ -60,6 +65,35 @@ def inspect(path: str | Path, causal: bool | None = None) -> Repository:
         CheckpointError: incomplete, damaged, or a model that jvdiff does not have.
     """
     path = Path(path)
+    index = _model_index(path)
+    family = family or _family(path, index)
+    models = _models(path, family, index)
+    if (problem := family.misfits(models)) is not None:
+        raise CheckpointError(
+            f"{path}: its components do not fit together: {problem}\nTake all folders from one repository."
+        )
+    if at_once is True and not family.at_once:
+        raise UsageError(
+            f"{path}: a causal model, which makes a video chunk by chunk; run it with `python -m jvdiff.stream`."
+        )
+    if at_once is False and family.rollout is None:
+        raise UsageError(
+            f"{path}: not a causal model: it makes the whole video at once; run it with `python -m jvdiff.sample`."
+        )
+    converted = (path / next(iter(family.parts)) / orbax.PARAMS).is_dir()
+    known = converted and (path / MANIFEST).is_file()
+    return Repository(
+        path=path,
+        kind="orbax" if converted else "hf",
+        family=family,
+        models=models,
+        defaults=read_defaults(path, family),
+        digest=manifest.file_sha256(path / MANIFEST) if known else _fingerprint(path, (*family.parts, *family.files)),
+    )
+
+
+def _model_index(path: Path) -> dict[str, Any]:
+    """model_index.json of a folder, which names classes of known libraries only; none of them is ever imported."""
     if path.is_file():
         raise UnsafeFormat(
             f"{path}: a single file; files such as .pth or .ckpt can run code and are not opened.\n"
@@ -67,70 +101,39 @@ def inspect(path: str | Path, causal: bool | None = None) -> Repository:
         )
     if not path.is_dir():
         raise UsageError(f"{path}: there is no such folder.\nExpected a Diffusers repository or a converted one.")
-    pipeline = _check_model_index(path)
-    found = {}
-    for name, kind in zip(COMPONENTS, (wan.DiTConfig, wan.VAEConfig, umt5.Config), strict=True):
-        found[name] = read_component(path / name).cfg
-        if not isinstance(found[name], kind):
-            raise CheckpointError(f"{path / name}: holds {type(found[name]).__name__}, expected {kind.__name__}.")
-    dit, vae, text = (found[name] for name in COMPONENTS)
-    if dit.in_channels != vae.z_dim or dit.text_dim != text.d_model:
-        raise CheckpointError(
-            f"{path}: its components do not fit together: the transformer takes {dit.in_channels} latent channels and "
-            f"text of width {dit.text_dim},\nthe VAE gives {vae.z_dim} and the text encoder {text.d_model}.\n"
-            "Take all folders from one repository."
-        )
-    if _PIPELINES[dit.causal] != pipeline:
-        raise CheckpointError(
-            f"{path}: model_index.json describes a {pipeline}, transformer/config.json a "
-            f"{dit.to_json()['_class_name']}; expected {_PIPELINES[dit.causal]} with that.\n"
-            "Take all folders from one repository."
-        )
-    if causal is not None and causal != dit.causal:
-        raise UsageError(
-            f"{path}: a causal model, which makes a video chunk by chunk; run it with `python -m jvdiff.stream`."
-            if dit.causal
-            else f"{path}: no causal model, it makes a video at once; run it with `python -m jvdiff.sample`."
-        )
-    orbax = (path / "transformer" / checkpoint.PARAMS).is_dir()
-    return Repository(
-        path=path,
-        kind="orbax" if orbax else "hf",
-        transformer=dit,
-        vae=vae,
-        text_encoder=text,
-        scheduler=reader.read_json(path / "scheduler" / "scheduler_config.json"),
-        tokenizer=path / "tokenizer",
-        digest=checkpoint.file_sha256(path / MANIFEST) if orbax and (path / MANIFEST).is_file() else _fingerprint(path),
-    )
-
-
-def _check_model_index(path: Path) -> str:
-    """The pipeline's class, one that we have, of classes of diffusers and transformers; none is ever imported."""
-    index = reader.read_json(path / "model_index.json")
+    index = safetensors.read_json(path / "model_index.json")
     for name, value in index.items():
-        if isinstance(value, list) and (len(value) != 2 or value[0] not in ("diffusers", "transformers", None)):
+        pair = isinstance(value, list) and len(value) == 2
+        if pair and value[0] not in ("diffusers", "transformers", "jvdiff", None) and isinstance(value[1], str):
             raise UnsafeFormat(
                 f"{path / 'model_index.json'}: {name} names {str(value)!r:.80}; remote code is not supported.\n"
                 "Expected classes of diffusers and transformers only."
             )
-    if (pipeline := str(index.get("_class_name"))) not in _PIPELINES.values():
-        raise CheckpointError(
-            f"{path / 'model_index.json'}: describes a {pipeline!r:.60}; expected 'WanPipeline' (text-to-video) "
-            "or 'WanCausalDMDPipeline' (streaming)."
-        )
-    if (index.get("transformer_2") or [None])[0] is not None:
-        raise CheckpointError(
-            f"{path}: holds two transformers (Wan 2.2 A14B), which jvdiff does not run yet.\n"
-            "Use a Wan 2.1 text-to-video repository."
-        )
-    return pipeline
+    return index
 
 
-def _fingerprint(path: Path) -> str:
+def _family(path: Path, index: Mapping[str, Any]) -> Family:
+    package, name = families.select(path, index)
+    return getattr(importlib.import_module(f"{package}.family"), name)
+
+
+def _models(path: Path, family: Family, index: Mapping[str, Any]) -> Models:
+    """The configuration of each part, and what is read of each folder without weights."""
+
+    def there(name: str, optional: bool) -> bool:
+        return not optional or ((path / name).is_dir() and (index.get(name) or [None])[0] is not None)
+
+    configs = {
+        name: read_config(path / name, part) for name, part in family.parts.items() if there(name, part.optional)
+    }
+    files = {name: kind.read(path / name) for name, kind in family.files.items() if there(name, kind.optional)}
+    return Models(configs, files, index)
+
+
+def _fingerprint(path: Path, folders: tuple[str, ...]) -> str:
     """A digest of a Hugging Face folder that takes the same short time for 20 MB and for 60 GB."""
     total = hashlib.sha256()
-    for name in (*COMPONENTS, "scheduler", "tokenizer"):
+    for name in folders:
         for file in sorted(p for p in (path / name).glob("*") if p.is_file()):
             size = file.stat().st_size
             total.update(f"{name}/{file.name}\0{size}\0".encode())
@@ -143,59 +146,70 @@ def _fingerprint(path: Path) -> str:
 
 def save(
     path: str | Path,
+    family: Family,
     components: Mapping[str, tuple[Any, Params]],
     *,
-    tokenizer: str | Path,
-    scheduler: Mapping[str, Any],
+    files: Mapping[str, Path | Mapping[str, Any]],
+    index: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes trained components as a repository that `inspect` and `restore` read, and `convert.to_hf` exports.
+    """Writes trained components as a repository that `inspect` and `load` read, and `convert.to_hf` exports.
 
     Args:
-        components: for "transformer", "vae" and "text_encoder" the configuration and the parameter tree.
-        tokenizer: a folder with the tokenizer's files.
-        scheduler: the content of scheduler_config.json, with diffusers' `_class_name`; of a causal transformer, which
-            the class names written here make known, SelfForcingFlowMatchScheduler or UniPCMultistepScheduler.
+        components: for each part the configuration and the parameter tree.
+        files: for each folder without weights a folder to copy, or the JSON content of its files by name.
+        index: what model_index.json says besides the classes of the folders.
         defaults: the content of jvdiff_defaults.json: size, steps and so on that suit these weights.
 
-    Raises: as `checkpoint.save`, and UsageError where a component is missing or the scheduler does not fit.
+    Raises: as `weights.save`, and UsageError where a component is missing or they do not fit together.
     """
-    if sorted(components) != sorted(COMPONENTS):
-        raise UsageError(f"components are {', '.join(components)}; expected {', '.join(COMPONENTS)}.")
-    dit = components["transformer"][0]
-    if dit.causal and scheduler["_class_name"] not in _CAUSAL_SCHEDULERS:
-        raise UsageError(
-            f"scheduler is a {scheduler['_class_name']}; a causal transformer needs one of "
-            f"{', '.join(_CAUSAL_SCHEDULERS)}."
-        )
-    index = {
-        "_class_name": _PIPELINES[dit.causal],
-        "scheduler": ["diffusers", scheduler["_class_name"]],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", dit.to_json()["_class_name"]],
-        "vae": ["diffusers", "AutoencoderKLWan"],
-    }
-
-    def write_json(file: Path, content: Mapping[str, Any]) -> None:
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
+    for what, folders, kinds in (("components", components, family.parts), ("files", files, family.files)):
+        expected = [name for name, kind in kinds.items() if not kind.optional]
+        if missing := sorted((set(expected) - set(folders)) | (set(folders) - set(kinds))):
+            raise UsageError(f"{what} are {', '.join(folders)}; expected {', '.join(kinds)} (see {missing[0]}).")
     spread: list[jax.Array] = []
-    leaves = {name: checkpoint.leaves_of(tree, spread) for name, (_, tree) in components.items()}
+    leaves = {name: orbax.leaves_of(tree, spread) for name, (_, tree) in components.items()}
 
     def write() -> None:
         with staged(path, overwrite=overwrite) as staging:
-            write_json(staging / "model_index.json", index)
-            write_json(staging / "scheduler" / "scheduler_config.json", scheduler)
+            for name, content in files.items():
+                _write_files(staging / name, content)
+            _write_json(staging / "model_index.json", _index(staging, family, components, index or {}))
             if defaults is not None:
-                write_json(staging / "jvdiff_defaults.json", defaults)
-            shutil.copytree(tokenizer, staging / "tokenizer")
+                _write_json(staging / DEFAULTS_FILE, defaults)
             records: dict[str, Any] = {}
             for name, (cfg, _) in components.items():
-                write_json(staging / name / "config.json", cfg.to_json())
-                records |= checkpoint.write_params(staging, name, leaves[name])
-            checkpoint.write_manifest(staging, records, {})
+                _write_json(staging / name / "config.json", cfg.to_json())
+                records |= orbax.write_params(staging, name, leaves[name])
+            manifest.write_manifest(staging, records, {})
 
-    checkpoint.by_process_0(write, spread)
+    orbax.by_process_0(write, spread)
+
+
+def _index(folder: Path, family: Family, components: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of model_index.json, checked as a reader will check it."""
+    read = {name: family.files[name].read(folder / name) for name in family.files if (folder / name).is_dir()}
+    published = {
+        name: (part.published, components[name][0]) for name, part in family.parts.items() if name in components
+    }
+    published |= {name: (family.files[name].published, content) for name, content in read.items()}
+    classes = {name: [library, class_of(value)] for name, ((library, class_of), value) in sorted(published.items())}
+    index = {"_class_name": family.pipeline, **extra, **classes}
+    models = Models({name: cfg for name, (cfg, _) in components.items()}, read, index)
+    if (problem := family.misfits(models)) is not None:
+        raise UsageError(f"the components do not fit together: {problem}")
+    return index
+
+
+def _write_files(folder: Path, content: Path | Mapping[str, Any]) -> None:
+    if isinstance(content, Mapping):
+        for name, value in content.items():
+            _write_json(folder / name, value)
+    else:
+        shutil.copytree(content, folder)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -42,14 +42,16 @@ def has_compiler() -> bool:
 
 
 def check_target(target: str) -> None:
-    """That the description of a GPU is there and this process has the compiler; before jax is first imported.
+    """That the description of a GPU is there and this process has the compiler; keeps JAX from looking for GPUs.
 
     Raises:
         UsageError: there is no such description in targets/.
         SetupError: the compiler is not installed, or not on this process's path; the message says what to run.
     """
     _check_known(target)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # or the plugin asks for a driver, where jax is first imported below
+    os.environ["JAX_PLATFORMS"] = "cpu"  # or the plugin asks for a driver
+    if jax := sys.modules.get("jax"):  # which has read that variable when it was imported
+        jax.config.update("jax_platforms", "cpu")
     if not has_compiler():
         _check_installed()
         raise SetupError(

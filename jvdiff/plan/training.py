@@ -2,26 +2,32 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import jax
 
-from jvdiff.plan import count_flops, flops, gib
+from jvdiff.plan import count_flops, flops, gib, target_mesh
 from jvdiff.sharding import make_mesh
 from jvdiff.training import fields
 from jvdiff.training.loop import Schedule, Task, batch_sharding, make_step, start, state_shardings
 
 
-def show(programs: Iterable[tuple[str, Task, Schedule, Any]], loop: Any) -> None:
-    """Prints the plan of each (name, task, schedule, abstract batch) of a run, on the devices of `loop.mesh`."""
-    shape, accumulate = fields.mesh(loop), loop.get("accumulate", 1)
-    mesh = make_mesh(shape)
-    print(f"device: {jax.devices()[0].device_kind}   mesh: {shape}   jax {jax.__version__}", flush=True)
+def show(programs: Callable[..., Iterable[tuple[str, Task, Schedule, Any]]], config: Any) -> None:
+    """Prints the plan of each part of a run on the devices of `loop.mesh`, or on those of `plan_target`.
+
+    programs: (config, MeshShape -> mesh) -> (name, task, schedule, abstract batch) of each part.
+    """
+    target = config.get("plan_target")
+    shape, accumulate = fields.mesh(config.loop, target is not None), config.loop.get("accumulate", 1)
+    mesh_of = partial(target_mesh, target) if target else make_mesh
+    mesh = mesh_of(shape)
+    device = f"{target} (compiled without the device)" if target else jax.devices()[0].device_kind
+    print(f"device: {device}   mesh: {shape}   jax {jax.__version__}", flush=True)
     if shape.devices > 1:
         print("bytes are those of one device, FLOPs those of all")
-    for name, task, schedule, batch in programs:
+    for name, task, schedule, batch in programs(config, mesh_of):
         places = state_shardings(mesh, task, schedule)
         abstract: Any = jax.eval_shape(partial(start, task, schedule, jax.random.key(0)))
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
@@ -32,7 +38,8 @@ def show(programs: Iterable[tuple[str, Task, Schedule, Any]], loop: Any) -> None
         placed = jax.tree.map(lambda x, struct=struct: struct(x.shape, x.dtype), batch)
         traced = make_step(task, schedule, jax.random.key(0), places, parts).trace(state, placed)
         began = time.monotonic()
-        memory: Any = traced.lower().compile().memory_analysis()
+        lowered = traced.lower(lowering_platforms=("cuda",)) if target else traced.lower()
+        memory: Any = lowered.compile().memory_analysis()
         took = time.monotonic() - began
         total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         sizes = total, memory.temp_size_in_bytes, total + memory.temp_size_in_bytes

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-__all__ = ["distributed", "interrupts", "progress", "run_state", "staging"]
+__all__ = ["files", "interrupts", "peers", "progress", "run_state", "staging", "verdict"]
 
 
 def __getattr__(name: str) -> Any:

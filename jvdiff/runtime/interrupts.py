@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def interrupts() -> Iterator[Callable[[], bool]]:
     except ValueError:  # not the main thread: nobody sends signals here
         before = {}
     try:
-        yield lambda: any(distributed.gather(bool(seen)))
+        yield lambda: any(peers.gather(bool(seen)))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
 
 WIDTH = 24
 PLAIN_SECONDS = 10.0  # between two lines in a log file
@@ -80,7 +80,7 @@ def timed(seconds: dict[str, float], key: str) -> Iterator[None]:
 
 
 def _terminal() -> TextIO:
-    return sys.stderr if distributed.writes() else io.StringIO()
+    return sys.stderr if peers.writes() else io.StringIO()
 
 
 def clock(seconds: float) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jvdiff.errors import CheckpointError, JvdiffError, ResourceError, UsageError
-from jvdiff.runtime.distributed import unfinished
+from jvdiff.runtime.verdict import unfinished
 
 MANIFEST = "jvdiff.json"  # its presence says that a folder is a complete one of ours, which may be overwritten
 

@@ -19,57 +19,9 @@ from jvdiff.types import Params
 P = PartitionSpec
 Rules = Sequence[tuple[str, PartitionSpec]]
 SMALL = 2**15  # elements; what is smaller is not worth a gather of its own
-
-# `blocks` and `layers` are stacked: axis 0 is the layer, and is never divided.
-WAN_DIT: Rules = (
-    (r"blocks/(self|cross)_attn/(q|k|v|gate)/kernel", P(None, None, "tensor")),
-    (r"blocks/(self|cross)_attn/(q|k|v|gate)/bias", P(None, "tensor")),
-    (r"blocks/(self|cross)_attn/(q|k)_norm/scale", P(None, "tensor")),
-    (r"blocks/(self|cross)_attn/out/kernel", P(None, "tensor")),
-    (r"blocks/ffn/up/kernel", P(None, None, "tensor")),
-    (r"blocks/ffn/up/bias", P(None, "tensor")),
-    (r"blocks/ffn/down/kernel", P(None, "tensor")),
-    (r"blocks/((self|cross)_attn/out|ffn/down)/bias", P()),
-    (r"blocks/(cross_norm/(scale|bias)|modulation)", P()),
-    (r"(time|text)_embed/linear_1/kernel", P(None, "tensor")),
-    (r"(time|text)_embed/linear_1/bias", P("tensor")),
-    (r"(time|text)_embed/linear_2/kernel", P("tensor")),
-    (r"(time|text)_embed/linear_2/bias", P()),
-    (r"time_proj/kernel", P(None, "tensor")),
-    (r"time_proj/bias", P("tensor")),
-    (r"patch_embed/(kernel|bias)|head/(modulation|proj/(kernel|bias))", P()),
-)
-
-LATENT_VIDEO_DIT: Rules = (
-    (r"blocks/(spatial|temporal)_attn/(q|k|v)/kernel", P(None, None, "tensor")),
-    (r"blocks/(spatial|temporal)_attn/(q|k|v)/bias", P(None, "tensor")),
-    (r"blocks/(spatial|temporal)_attn/out/kernel", P(None, "tensor")),
-    (r"blocks/ffn/(gate|up)/kernel", P(None, None, "tensor")),
-    (r"blocks/ffn/(gate|up)/bias", P(None, "tensor")),
-    (r"blocks/ffn/down/kernel", P(None, "tensor")),
-    (r"blocks/modulation/kernel", P(None, None, "tensor")),
-    (r"blocks/modulation/bias", P(None, "tensor")),
-    (r"blocks/((spatial|temporal)_attn/(out/bias|(q|k)_norm/scale)|ffn/down/bias)", P()),
-    (r"time_embed/linear_1/kernel", P(None, "tensor")),
-    (r"time_embed/linear_1/bias", P("tensor")),
-    (r"time_embed/linear_2/kernel", P("tensor")),
-    (r"time_embed/linear_2/bias", P()),
-    (r"label_embed/embedding|(patch_embed|head_modulation|head)/(kernel|bias)", P()),
-)
-
-UMT5: Rules = (
-    (r"layers/attn/(q|k|v)/kernel", P(None, None, "tensor")),
-    (r"layers/attn/out/kernel", P(None, "tensor")),
-    (r"layers/attn/relative_bias/embedding", P(None, None, "tensor")),
-    (r"layers/ffn/(gate|up)/kernel", P(None, None, "tensor")),
-    (r"layers/ffn/down/kernel", P(None, "tensor")),
-    (r"layers/(attn|ffn)/norm/scale|final_norm/scale", P()),
-    (r"token_embed/embedding", P(None, "tensor")),
-)
+_STACKED = ("blocks", "layers")  # axis 0 of what is in them is the layer, and is never divided
 
 REPLICATED: Rules = ((r".*", P()),)  # the VAE: small, and spread over space instead
-
-_STACKED = ("blocks", "layers")
 
 
 def specs(rules: Rules, tree: Params, axes: Mapping[str, int]) -> Any:
@@ -81,31 +33,50 @@ def specs(rules: Rules, tree: Params, axes: Mapping[str, int]) -> Any:
     Raises:
         LookupError: no rule is about a leaf.
     """
-
-    def spec(path: Any, leaf: Any) -> PartitionSpec:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if leaf.ndim == 0:
-            return P()
-        found = next((spec for pattern, spec in rules if re.search(rf"(^|/)({pattern})$", name)), None)
-        if found is None:
-            raise LookupError(f"no sharding rule is about the leaf {name!r} {list(leaf.shape)}")
-        if rules is REPLICATED:
-            return found
-        fits = (
-            axis if axis and size % axes[axis] == 0 else None for axis, size in zip(found, leaf.shape, strict=False)
-        )
-        return _with_fsdp(P(*fits), leaf.shape, axes["fsdp"], any(part in _STACKED for part in name.split("/")))
-
-    return jax.tree_util.tree_map_with_path(spec, tree)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    kernels: dict[str, tuple[int, ...]] = {}  # the shape of the first leaf of each name
+    places = []
+    for path, leaf in leaves:
+        name = _name(path)
+        places.append(_spec(rules, name, leaf.shape, kernels.setdefault(name, leaf.shape), axes))
+    return jax.tree.unflatten(structure, places)
 
 
-def _with_fsdp(spec: PartitionSpec, shape: Sequence[int], fsdp: int, stacked: bool) -> PartitionSpec:
-    """`fsdp` on the largest axis that it divides and that `spec` leaves free; small leaves stay as they are."""
-    first = int(stacked)
+def _name(path: Sequence[Any]) -> str:
+    """The name of a leaf; of a dataclass's field within a dict that of the dataclass, which stands for one kernel."""
+    dicts = [i for i, key in enumerate(path) if isinstance(key, jax.tree_util.DictKey)]
+    rest = path[dicts[-1] + 1 :] if dicts else ()
+    end = dicts[-1] + 1 if all(isinstance(key, jax.tree_util.GetAttrKey) for key in rest) and dicts else len(path)
+    return jax.tree_util.keystr(tuple(path[:end]), simple=True, separator="/")
+
+
+def _spec(
+    rules: Rules, name: str, shape: tuple[int, ...], kernel: tuple[int, ...], axes: Mapping[str, int]
+) -> PartitionSpec:
+    """Of a leaf that is a part of a kernel of another shape (the scale of integers): only axes that have the kernel's
+    size are divided, as the kernel's are."""
+    if not shape:
+        return P()
+    rule = next((spec for pattern, spec in rules if re.search(rf"(^|/)({pattern})$", name)), None)
+    if rule is None:
+        raise LookupError(f"no sharding rule is about the leaf {name!r} {list(shape)}")
+    if rules is REPLICATED:
+        return rule
+    same = [size == whole for size, whole in zip(shape, kernel, strict=True)]
+    sides = zip(rule, shape, same, strict=False)
+    spec = P(*(axis if axis and here and size % axes[axis] == 0 else None for axis, size, here in sides))
+    return _with_fsdp(spec, shape, same, axes["fsdp"], int(any(part in _STACKED for part in name.split("/"))))
+
+
+def _with_fsdp(
+    spec: PartitionSpec, shape: tuple[int, ...], same: Sequence[bool], fsdp: int, first: int
+) -> PartitionSpec:
+    """`fsdp` on the largest axis that it divides and `spec` leaves free, from axis `first` on, of those that `same`
+    allows; small leaves stay as they are."""
     if fsdp == 1 or math.prod(shape[first:]) < SMALL:
         return spec
     axes = [*spec, *(None,) * (len(shape) - len(spec))]
-    free = [i for i in range(first, len(shape)) if axes[i] is None and shape[i] % fsdp == 0]
+    free = [i for i in range(first, len(shape)) if axes[i] is None and same[i] and shape[i] % fsdp == 0]
     if not free:
         return spec
     axes[max(free, key=lambda i: shape[i])] = "fsdp"

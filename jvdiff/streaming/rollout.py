@@ -43,6 +43,7 @@ from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5
 from jvdiff.pipeline import repository as repositories
 from jvdiff.pipeline.settings import Configs, check_prompt, check_seed, stream_defaults
+from jvdiff.pipeline.tables import component
 from jvdiff.runtime import run_state
 from jvdiff.sharding import Placement, read_mesh
 from jvdiff.streaming import programs as stream_programs
@@ -58,7 +59,7 @@ from jvdiff.streaming.config import (
 )
 from jvdiff.streaming.programs import Programs
 from jvdiff.types import Array, Params
-from jvdiff.weights import checkpoint
+from jvdiff.weights import restore
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -214,7 +215,8 @@ def load(
         Configs(repository.transformer, repository.vae, repository.text_encoder), dtypes
     )
     where = pipeline.shardings(placement, abstract) if placement else dict.fromkeys(abstract)
-    params = {part: checkpoint.restore(Path(path) / part, abstract[part], where[part]) for part in abstract}
+    tables = {part: component(getattr(repository, part)).rules for part in abstract}
+    params = {p: restore(Path(path) / p, abstract[p], tables[p], where[p]) for p in abstract}
     return config.setup(params, tokenizer, placement)
 
 

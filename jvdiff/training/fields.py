@@ -1,16 +1,16 @@
 """The fields of a training config, checked: each error names the field, what was expected and the nearest name."""
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from jvdiff.config import nearest
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.sharding import MeshShape, read_mesh
-from jvdiff.training.loop import Schedule
+from jvdiff.training.options import Schedule
 
 
 def check_names(where: str, given: Any, known: Sequence[str]) -> None:
@@ -36,8 +36,8 @@ def check_shared(name: str, value: int, shape: MeshShape) -> None:
         raise UsageError(f"{name} is {value}; expected a multiple of the {shape.data} that share it (loop.mesh).")
 
 
-def mesh(loop: ConfigDict) -> MeshShape:
-    """`loop.mesh`; one device where there is none.
+def mesh(loop: ConfigDict, planned: bool = False) -> MeshShape:
+    """`loop.mesh`; one device where there is none. planned: its devices need not be there.
 
     Raises:
         UsageError: it cannot be read, or has more devices than there are, or fewer than many processes have in all.
@@ -48,6 +48,8 @@ def mesh(loop: ConfigDict) -> MeshShape:
         raise UsageError(f"loop.{error}") from None
     if isinstance(shape, str):
         raise UsageError(f"loop.mesh is {shape!r}, which is for sampling; name the axes, for instance fsdp=8.")
+    if planned:
+        return shape
     if shape.devices > jax.device_count() or (jax.process_count() > 1 and shape.devices < jax.device_count()):
         raise UsageError(f"loop.mesh {shape}: it has {shape.devices} devices, and there are {jax.device_count()}.")
     return shape
@@ -80,9 +82,3 @@ def check_sizes(what: str, cfg: Any, known: Any) -> None:
     ]
     if other:
         raise UsageError(f"{what}: {'; '.join(other)}.")
-
-
-def nearest(name: Any, names: Iterable[str]) -> str:
-    """The end of a sentence about an unknown `name`: which of `names` may be meant, if any."""
-    near = difflib.get_close_matches(str(name), list(names), 1)
-    return f"; did you mean {near[0]!r}" if near else ""

@@ -12,7 +12,6 @@ Where there are many processes, all call `fit` with one mesh of all their device
 
 import itertools
 import logging
-import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
@@ -29,12 +28,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
 from jvdiff.runtime.interrupts import interrupts
 from jvdiff.runtime.staging import lock, resource_error
 from jvdiff.sharding import MeshShape, make_mesh, param_shardings
 from jvdiff.sharding.rules import REPLICATED, Rules
 from jvdiff.training.metrics import Metrics
+from jvdiff.training.options import Schedule
 from jvdiff.types import Array, Params
 
 _log = logging.getLogger("jvdiff.training")
@@ -73,32 +73,6 @@ class Task:
 def each(batch: Callable[[int], Any]) -> Callable[[int], Generator[Any, None, None]]:
     """`Task.batches` of a pure function from a step to its batch."""
     return lambda start: (batch(step) for step in itertools.count(start))
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Optimisation: AdamW with linear warm-up and cosine decay to `final_rate` times the peak."""
-
-    steps: int
-    learning_rate: float = 1e-3
-    warmup: int = 100
-    final_rate: float = 0.01
-    weight_decay: float = 0.01
-    clip: float = 1.0  # of the global gradient norm
-    average_decay: float = 0.999  # reached gradually: at most (1 + n) / (10 + n) at step n, counted from 0
-
-    def __post_init__(self):
-        for field, fits, expected in (
-            ("steps", self.steps >= 1, "1 or more"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
-            ("warmup", 0 <= self.warmup < self.steps, f"0 or more, and fewer than the {self.steps} steps"),
-            ("final_rate", 0 <= self.final_rate <= 1, "0 to 1 (times learning_rate)"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
-            ("clip", 0 < self.clip <= math.inf, "a number above 0"),
-            ("average_decay", 0 <= self.average_decay < 1, "0 or more, and below 1"),
-        ):
-            if not fits:
-                raise UsageError(f"{field} is {getattr(self, field)}; expected {expected}.")
 
 
 def learning_rate(schedule: Schedule) -> optax.Schedule:
@@ -266,7 +240,7 @@ def fit(
     shardings = state_shardings(mesh, task, schedule)
     with (
         interrupts() as stopped,
-        lock(states) if distributed.writes() else nullcontext(),
+        lock(states) if peers.writes() else nullcontext(),
         ocp.CheckpointManager(states, item_handlers=ocp.StandardCheckpointHandler(), options=options) as manager,
     ):
         begin = partial(start, task, schedule, init_key, params, shardings)
@@ -291,7 +265,11 @@ def fit(
                     manager.save(done, args=ocp.args.StandardSave(tuple(state)))
 
         batches = task.batches(done)
-        with Metrics(folder, done, log_to) as metrics, closing(batches), ThreadPoolExecutor(1) as reader:
+        with (
+            Metrics(folder, done, schedule.steps, log_to) as metrics,
+            closing(batches),
+            ThreadPoolExecutor(1) as reader,
+        ):
             upcoming = reader.submit(next, batches) if done < schedule.steps else None
             while upcoming is not None and not stopped():
                 batch = upcoming.result()

@@ -10,28 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.errors import SetupError, UsageError
-from jvdiff.media.video import atomic
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
+from jvdiff.runtime.files import atomic
+from jvdiff.runtime.progress import clock
 
 _log = logging.getLogger("jvdiff.training")
 
 
 class Metrics(ExitStack):
-    """A context that writes. Lines of steps that a resumed run does again are dropped.
+    """A context that writes, and logs how far of `steps` it is. Lines of steps that a resumed run does again are dropped.
 
     Raises:
       UsageError: an unknown name in `also`.
       SetupError: the package for it is not installed.
     """
 
-    def __init__(self, folder: Path, done: int, also: Sequence[str] = ()):
+    def __init__(self, folder: Path, done: int, steps: int, also: Sequence[str] = ()):
         super().__init__()
         if unknown := [name for name in also if name not in SINKS]:
             raise UsageError(f"log_to has {unknown[0]!r:.80}; expected some of {', '.join(SINKS)}.")
         self.path = folder / "metrics.jsonl"
+        self.steps = steps
         self.clock = (time.perf_counter(), done)
-        self.sinks = [SINKS[name](self, folder, done) for name in also] if distributed.writes() else []
-        if self.path.exists() and distributed.writes():
+        self.sinks = [SINKS[name](self, folder, done) for name in also] if peers.writes() else []
+        if self.path.exists() and peers.writes():
             with atomic(self.path) as part:
                 lines = self.path.read_text().splitlines()
                 part.write_text("".join(f"{line}\n" for line in lines if _step(line) <= done))
@@ -42,12 +44,15 @@ class Metrics(ExitStack):
         each = round((now - self.clock[0]) / max(step - self.clock[1], 1), 4)
         self.clock = (now, step)
         line = {"step": step, **numbers, "seconds_per_step": each}
-        if distributed.writes():
+        if peers.writes():
             with self.path.open("a") as file:
                 file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n")
         for sink in self.sinks:
             sink(step, {name: value for name, value in line.items() if name != "step"})
-        _log.info("%s", " · ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+        told = [f"step {step} of {self.steps}"]
+        told += [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items() if k != "step"]
+        told += [f"{clock(each * (self.steps - step))} left"] if step < self.steps else []
+        _log.info("%s", " · ".join(told))
 
 
 def _tensorboard(stack: ExitStack, folder: Path, done: int) -> Callable[[int, Mapping[str, float]], None]:

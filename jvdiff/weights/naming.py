@@ -17,6 +17,7 @@ Axes of the transforms: o outputs · i inputs · t h w kernel time, height, widt
 """
 
 import difflib
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from einops import rearrange
 from jvdiff.errors import CheckpointError, MissingTensor, ShapeMismatch
 
 Tree = Mapping[str, Any]  # nested dict; leaves have .shape and .dtype
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -191,10 +193,23 @@ def listed(problems: Sequence[str], most: int = 10) -> str:
     return "; ".join(problems[:most]) + more
 
 
-def check(rules: Sequence[Rule], abstract: Tree, source: Source, *, where: str = "checkpoint") -> dict[str, Entry]:
+def is_ignored(name: str, ignored: Sequence[str]) -> bool:
+    """Whether a regular expression of `ignored` is about the whole name."""
+    return any(re.fullmatch(pattern, name) for pattern in ignored)
+
+
+def check(
+    rules: Sequence[Rule],
+    abstract: Tree,
+    source: Source,
+    *,
+    where: str = "checkpoint",
+    ignored: Sequence[str] = (),
+) -> dict[str, Entry]:
     """Compares names and shapes with the abstract tree, before any data is read; gives the list of `expected`.
 
-    One message tells of every problem, the first ten of each kind by name.
+    One message tells of every problem, the first ten of each kind by name. `ignored` are regular expressions of whole
+    names: published tensors that nobody uses. They are counted in one line of the log, and written back by nothing.
 
     Raises:
         MissingTensor: tensors missing, not expected, or given under two names.
@@ -204,7 +219,9 @@ def check(rules: Sequence[Rule], abstract: Tree, source: Source, *, where: str =
     entries = expected(rules, abstract, found)
 
     missing = [name for name in entries if name not in found]
-    unexpected = [name for name in found if name not in entries]
+    rest = [name for name in found if name not in entries]
+    unused = [name for name in rest if is_ignored(name, ignored)]
+    unexpected = [name for name in rest if name not in unused]
     places: dict[tuple[str, int | None], list[str]] = {}
     for name, entry in entries.items():
         places.setdefault((entry.path, entry.layer), []).append(name)
@@ -215,6 +232,8 @@ def check(rules: Sequence[Rule], abstract: Tree, source: Source, *, where: str =
         if name in found and tuple(found[name].shape) != entry.shape
     ]
     if not (missing or unexpected or twice or shapes):
+        if unused:
+            _log.info("%s: %d tensors are not used: %s", where, len(unused), listed([shown(name) for name in unused]))
         return entries
 
     def hint(name: str) -> str:
@@ -280,10 +299,15 @@ def _any(array: np.ndarray) -> bool:
 
 
 def stream(
-    rules: Sequence[Rule], abstract: Tree, source: Source, *, where: str = "checkpoint"
+    rules: Sequence[Rule],
+    abstract: Tree,
+    source: Source,
+    *,
+    where: str = "checkpoint",
+    ignored: Sequence[str] = (),
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Fills the tree leaf by leaf: (path, array of the abstract leaf's shape and dtype), after `check`."""
-    leaves = by_leaf(check(rules, abstract, source, where=where))
+    leaves = by_leaf(check(rules, abstract, source, where=where, ignored=ignored))
     for path, leaf in flatten(abstract).items():
         yield path, fill(leaf.shape, leaf.dtype, leaves[path], source, where=where)
 

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from jvdiff.errors import CheckpointError, CorruptFile, IntegrityError, JvdiffError, MissingTensor, UnsafeFormat
-from jvdiff.weights.naming import listed, shown
+from jvdiff.weights.naming import is_ignored, listed, shown
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -112,8 +112,10 @@ def _what_it_is(start: bytes) -> str | None:
     return "a gzip archive" if start.startswith(b"\x1f\x8b") else None
 
 
-def read_header(path: Path) -> dict[str, Tensor]:
+def read_header(path: Path, ignored: Sequence[str] = ()) -> dict[str, Tensor]:
     """The tensors that one safetensors file holds; every byte of its data belongs to exactly one of them.
+
+    Those that a pattern of `ignored` names may be of any dtype: they are never read.
 
     Raises:
         CorruptFile: truncated, malformed, or something else under that name.
@@ -145,6 +147,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptFile(f"{path}: __metadata__ must map text to text.\n{_AGAIN}")
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
+    for name, tensor in tensors.items():
+        if not is_ignored(name, ignored):
+            _check_usable(name, tensor)
     _check_layout(path, tensors, 8 + length, size)
     return tensors
 
@@ -174,15 +179,20 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:
         raise damaged(f"ends at byte {end:,}, before it begins at {begin:,}")
     if math.prod(shape) * bits != (end - begin) * 8:
         raise damaged(f"{dtype} of shape {shape!s:.80} does not take {end - begin:,} bytes")
-    if dtype not in DTYPES:
-        kind = "fp8 checkpoints are" if dtype.startswith("F8") else f"{dtype} tensors are"
+    return Tensor(path, dtype, tuple(shape), data + begin, data + end)
+
+
+def _check_usable(name: str, tensor: Tensor) -> None:
+    if tensor.stored not in DTYPES:
+        kind = "fp8 checkpoints are" if tensor.stored.startswith("F8") else f"{tensor.stored} tensors are"
         raise CheckpointError(
-            f"{path}: tensor {shown(name)} is {dtype}; {kind} not supported.\n"
+            f"{tensor.file}: tensor {shown(name)} is {tensor.stored}; {kind} not supported.\n"
             "Use the repository's F32, F16 or BF16 files."
         )
-    if begin == end:
-        raise CheckpointError(f"{path}: empty tensor {shown(name)} of shape {shape!s:.80}.\n{_AGAIN}")
-    return Tensor(path, dtype, tuple(shape), data + begin, data + end)
+    if tensor.begin == tensor.end:
+        raise CheckpointError(
+            f"{tensor.file}: empty tensor {shown(name)} of shape {list(tensor.shape)!s:.80}.\n{_AGAIN}"
+        )
 
 
 def _check_layout(path: Path, tensors: Mapping[str, Tensor], data: int, size: int) -> None:
@@ -277,10 +287,13 @@ class Folder:
         return array
 
 
-def open_folder(path: Path, *, follow_symlinks: bool = False, allow_nonfinite: bool = False) -> Folder:
+def open_folder(
+    path: Path, *, ignored: Sequence[str] = (), follow_symlinks: bool = False, allow_nonfinite: bool = False
+) -> Folder:
     """Opens the weights of one component and reads every header; no tensor yet.
 
     Takes `model.safetensors` or `diffusion_pytorch_model.safetensors`, or those named by their `.index.json`.
+    `ignored`: see `naming.check`; such tensors may be of any dtype.
 
     Raises:
         MissingTensor: no weights, a shard is missing, or the index and the shards disagree.
@@ -311,7 +324,7 @@ def open_folder(path: Path, *, follow_symlinks: bool = False, allow_nonfinite: b
     problems, identities = [], {}
     for file in files:
         identities[file] = _identity(file.stat())
-        for name, tensor in read_header(file).items():
+        for name, tensor in read_header(file, ignored).items():
             if name in tensors:
                 problems.append(f"{shown(name)} is in both {tensors[name].file.name} and {file.name}")
             elif weight_map and weight_map.get(name) != file.name:

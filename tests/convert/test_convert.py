@@ -16,16 +16,18 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jvdiff.pipeline.tables import read_component
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import convert, find, main, verify
 from convert.to_hf import to_hf
 from jvdiff.errors import CheckpointError, IntegrityError, MissingTensor, ResourceError, ShapeMismatch, UsageError
 from jvdiff.pipeline.repository import inspect
-from jvdiff.pipeline.tables import read_component
 from jvdiff.runtime.staging import staged
-from jvdiff.weights import checkpoint
+from jvdiff.weights import restore, save
+from jvdiff.weights.manifest import array_sha256
 from jvdiff.weights.naming import flatten
+from jvdiff.weights.orbax import stored_leaves
 
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
@@ -56,12 +58,11 @@ def content(folder):
 
 
 def restored(repository):
+    parts = {name: read_component(repository / name) for name in WEIGHTS}
     return {
         f"{name}/{path}": np.asarray(leaf)
-        for name in WEIGHTS
-        for path, leaf in flatten(
-            checkpoint.restore(repository / name, read_component(repository / name).abstract(np.float32))
-        ).items()
+        for name, part in parts.items()
+        for path, leaf in flatten(restore(repository / name, part.abstract(np.float32), part.rules)).items()
     }
 
 
@@ -111,7 +112,7 @@ def test_manifest(tiny_repository, orbax):
         source = load_file(tiny_repository / name / file)
         records = {k: v for k, v in manifest["tensors"].items() if k.startswith(f"{name}/params/")}
         digests = {tensor: digest for record in records.values() for tensor, digest in record["source"].items()}
-        assert digests == {tensor: checkpoint.array_sha256(array) for tensor, array in source.items()}
+        assert digests == {tensor: array_sha256(array) for tensor, array in source.items()}
 
 
 def test_there_and_back_is_bit_equal(tiny_repository, orbax, tmp_path):  # F46
@@ -169,14 +170,14 @@ def test_the_gate_of_video_sparse_attention_there_and_back(copy, tiny_repository
 
 def test_a_vae_can_be_replaced(tiny_repository, orbax, tmp_path):
     cfg = inspect(orbax).vae
-    old = checkpoint.restore(orbax / "vae", read_component(orbax / "vae").abstract(np.float32))
+    old = restore(orbax / "vae", read_component(orbax / "vae").abstract(np.float32), ())
     new = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, old)
-    checkpoint.save(tmp_path / "vae", new, config=cfg.to_json())
+    save(tmp_path / "vae", new, config=cfg.to_json())
     to_hf(orbax, tmp_path / "hf", vae=tmp_path / "vae")
     expected = {f"vae/{path}": leaf for path, leaf in flatten(new).items()}
     assert same(restored(tmp_path / "hf"), restored(orbax) | expected)
     other = dataclasses.replace(cfg, latents_std=tuple(2 * s for s in cfg.latents_std))
-    checkpoint.save(tmp_path / "other", new, config=other.to_json())
+    save(tmp_path / "other", new, config=other.to_json())
     with pytest.raises(UsageError, match="latent statistics included, is not that of"):
         to_hf(orbax, tmp_path / "refused", vae=tmp_path / "other")
     with pytest.raises(UsageError, match="no Orbax directory of a VAE"):
@@ -189,7 +190,7 @@ def test_other_dtypes(tiny_repository, orbax, tmp_path, dtype):
     convert(tiny_repository, tmp_path / "orbax", dtype=dtype)
     for name in WEIGHTS:
         policy = flatten(read_component(tiny_repository / name).abstract("float32" if name == "vae" else dtype))
-        stored = checkpoint.stored_leaves(tmp_path / "orbax" / name)
+        stored = stored_leaves(tmp_path / "orbax" / name)
         assert {k: np.dtype(v.dtype) for k, v in stored.items()} == {k: v.dtype for k, v in policy.items()}
     to_hf(orbax, tmp_path / "hf", dtype)
     convert(tmp_path / "hf", tmp_path / "again")  # 16-bit sources, kept as they are
@@ -308,7 +309,7 @@ def test_kill_leaves_no_target(tiny_repository, tmp_path, moment):  # F35
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_on_request(tiny_repository, tmp_path, number):  # F36
     # The last step waits, so that the signal comes before the end on any machine.
-    slow = "import time\nfrom jvdiff import checkpoint\ncheckpoint.write_manifest = lambda *_: time.sleep(300)"
+    slow = "import time\nfrom jvdiff.weights import manifest\nmanifest.write_manifest = lambda *_: time.sleep(300)"
     process = start("--source", tiny_repository, "--target", tmp_path / "orbax", setup=slow)
     wait_for(process, lambda: list(tmp_path.glob(".orbax.staging-*/transformer/params*")))
     process.send_signal(number)
@@ -448,17 +449,17 @@ def test_memory_is_bounded_by_the_largest_leaf(tmp_path):  # F45
     """
     program = f"""
 import resource, numpy as np
-from jvdiff import checkpoint
 from jvdiff.pipeline.repository import inspect
 from jvdiff.runtime.staging import staged
+from jvdiff.weights import manifest, orbax
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 def leaf(size, seed):
     dtype = np.dtype(np.float32)
-    return checkpoint.Leaf((size,), dtype, lambda: np.arange(size, dtype=np.int32).view(dtype) + dtype.type(seed))
+    return orbax.Leaf((size,), dtype, lambda: np.arange(size, dtype=np.int32).view(dtype) + dtype.type(seed))
 def write(name, leaves):
     with staged({str(tmp_path)!r} + name) as staging:
-        checkpoint.write_manifest(staging, checkpoint.write_params(staging, "", leaves), {{}})
+        manifest.write_manifest(staging, orbax.write_params(staging, "", leaves), {{}})
 write("/small", {{"a": leaf(1, 0)}})
 before = peak()
 write("/large", {{f"a{{i}}": leaf(2**24, i) for i in range(8)}})

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -115,19 +114,6 @@ def test_f54_unwritable_target(tmp_path, noise):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.mp4"]
 
 
-def test_a_failure_keeps_the_file_that_was_there(tmp_path):
-    target = tmp_path / "a.txt"
-    target.write_text("before")
-    with pytest.raises(KeyboardInterrupt), video.atomic(target) as part:
-        part.write_text("half")
-        raise KeyboardInterrupt
-    assert target.read_text() == "before"
-    with video.atomic(target) as part:
-        part.write_text("after")
-    assert target.read_text() == "after"
-    assert list(tmp_path.iterdir()) == [target]
-
-
 def test_f55_without_av(tmp_path, noise, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     for ask in (lambda: video.write_mp4(tmp_path / "a.mp4", noise, 16), lambda: video.check_mp4(32, 48)):
@@ -136,34 +122,6 @@ def test_f55_without_av(tmp_path, noise, monkeypatch):
         assert error.value.exit_code == 7
     assert list(tmp_path.iterdir()) == []
     video.write_png(tmp_path / "a.png", video.contact_sheet(noise))  # pictures need no av
-
-
-def test_f58_concurrent_samplers_never_share_a_name(tmp_path):
-    names, barrier = [], threading.Barrier(8)
-
-    def sampler(i):
-        barrier.wait()
-        for _ in range(5):
-            with video.claim(tmp_path, "a.red_seven") as base, video.atomic(f"{base}.json") as part:
-                names.append(base.name)
-                part.write_text(str(i))
-
-    threads = [threading.Thread(target=sampler, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert len(set(names)) == 40 and "a.red_seven" in names and "a.red_seven-40" in names
-    assert {p.name for p in tmp_path.iterdir()} == {f"{name}.json" for name in names}
-
-
-def test_f58_a_claim_that_fails_is_given_back(tmp_path):
-    with pytest.raises(RuntimeError), video.claim(tmp_path / "new", "clip"):
-        raise RuntimeError
-    assert list((tmp_path / "new").iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match="it is a file"), video.claim(tmp_path / "file", "clip"):
-        pass
 
 
 # --- reading ---------------------------------------------------------------------------------------------------

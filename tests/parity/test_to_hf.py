@@ -7,14 +7,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from jvdiff.pipeline.tables import component
 from safetensors.numpy import save_file
 
 from convert.__main__ import convert
 from convert.to_hf import to_hf
 from jvdiff.models import wan
 from jvdiff.pipeline import repository
-from jvdiff.pipeline.tables import component
-from jvdiff.weights import checkpoint
+from jvdiff.weights import restore
 from jvdiff.weights.naming import disassemble
 
 torch = pytest.importorskip("torch")
@@ -42,7 +42,8 @@ def test_a_gate_of_sparse_attention_is_passed_over(tiny_repository, tmp_path):
     """Diffusers has dense attention only: it takes the rest of the transformer."""
     found = repository.inspect(tiny_repository)
     gated = dataclasses.replace(found.transformer, gate_compress=True)
-    params = checkpoint.restore(tiny_repository / "transformer", wan.abstract_params(found.transformer))
+    part = component(found.transformer)
+    params = restore(tiny_repository / "transformer", part.abstract(np.float32), part.rules)
     params["blocks"]["self_attn"]["gate"] = wan.init_params(jax.random.key(0), gated)["blocks"]["self_attn"]["gate"]
     shutil.copytree(tiny_repository, tmp_path / "hf")
     (tmp_path / "hf" / "transformer" / "config.json").write_text(json.dumps(gated.to_json()))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jvdiff.models import wan
-from jvdiff.models.wan import dit_names as wan_dit
+from jvdiff.models.wan import names
 from jvdiff.weights import naming as rules
 
 torch = pytest.importorskip("torch")
@@ -41,7 +41,7 @@ def converted(model, cfg, dtype=jnp.float32):
     """The same weights in our tree."""
     tensors = {k: v.float().numpy() for k, v in model.state_dict().items()}
     source = SimpleNamespace(tensors=tensors, read=tensors.__getitem__)
-    tree = rules.assemble(wan_dit.rules(cfg), wan.abstract_params(cfg, dtype), source)
+    tree = rules.assemble(names.transformer(cfg), wan.abstract_params(cfg, dtype), source)
     return jax.tree.map(jnp.asarray, tree)
 
 
@@ -142,7 +142,7 @@ def test_full_size_1_3b():
 
     source = SimpleNamespace(tensors=tensors, read=tensors.pop)  # frees each as it is read
     params = {}
-    for path, leaf in rules.stream(wan_dit.rules(cfg), wan.abstract_params(cfg), source):
+    for path, leaf in rules.stream(names.transformer(cfg), wan.abstract_params(cfg), source):
         params[path] = jnp.asarray(leaf)
     got = velocity(rules.unflatten(params), cfg, *args)
     assert error(got, want) <= 1e-5

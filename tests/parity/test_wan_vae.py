@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jvdiff.models import wan
-from jvdiff.models.wan import vae_names as wan_vae
+from jvdiff.models.wan import names
 from jvdiff.weights import naming as rules
 
 torch = pytest.importorskip("torch")
@@ -44,7 +44,7 @@ def reference(cfg, seed):
                 tensor.normal_(0, 0.1)
     tensors = {k: v.numpy() for k, v in model.state_dict().items()}
     source = SimpleNamespace(tensors=tensors, read=tensors.__getitem__)
-    return model, jax.tree.map(jnp.asarray, rules.assemble(wan_vae.rules(cfg), wan.abstract_params(cfg), source))
+    return model, jax.tree.map(jnp.asarray, rules.assemble(names.vae(cfg), wan.abstract_params(cfg), source))
 
 
 def to_torch(x, dtype=torch.float32):

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jvdiff.pipeline.tables import read_component
 
 from convert.__main__ import convert
 from jvdiff import pipeline
 from jvdiff.errors import CheckpointError, CorruptFile, UnsafeFormat, UsageError
 from jvdiff.pipeline import repository, settings
-from jvdiff.pipeline.tables import read_component
-from jvdiff.weights import checkpoint
+from jvdiff.weights import restore
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,10 @@ def test_save_causal_repository(tiny_causal_repository, tmp_path):
     components = {}
     for name in repository.COMPONENTS:
         part = read_component(tiny_causal_repository / name)
-        components[name] = part.cfg, checkpoint.restore(tiny_causal_repository / name, part.abstract(jnp.float32))
+        components[name] = (
+            part.cfg,
+            restore(tiny_causal_repository / name, part.abstract(jnp.float32), part.rules),
+        )
     unipc = {"_class_name": "UniPCMultistepScheduler", "flow_shift": 5.0}
     stream = {"stream": {"len_t": 3, "sink_size_t": 1}}
     for number, scheduler in enumerate((found.scheduler, unipc)):
@@ -148,7 +151,7 @@ def test_save_repository(tiny_repository, tmp_path):
     components = {}
     for name in repository.COMPONENTS:
         part = read_component(tiny_repository / name)
-        components[name] = part.cfg, checkpoint.restore(tiny_repository / name, part.abstract(jnp.float32))
+        components[name] = part.cfg, restore(tiny_repository / name, part.abstract(jnp.float32), part.rules)
     repository.save(
         tmp_path / "trained",
         components,
@@ -164,7 +167,7 @@ def test_save_repository(tiny_repository, tmp_path):
         assert wanted.cfg == cfg
         jax.tree.map(
             np.testing.assert_array_equal,
-            checkpoint.restore(tmp_path / "trained" / name, wanted.abstract(jnp.float32)),
+            restore(tmp_path / "trained" / name, wanted.abstract(jnp.float32), wanted.rules),
             params,
         )
     with pytest.raises(UsageError, match="expected transformer, vae, text_encoder"):

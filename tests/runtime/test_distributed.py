@@ -20,7 +20,7 @@ import pytest
 import jvdiff
 from jvdiff.commands import sample, train
 from jvdiff.errors import UsageError
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
 from jvdiff.sharding import read_mesh
 
 ROOT = Path(__file__).parents[2]
@@ -32,8 +32,9 @@ from pathlib import Path
 import jax, numpy as np
 from ml_collections import config_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jvdiff import command_line, distributed
-from jvdiff.media.video import claim
+from jvdiff.commands import command_line
+from jvdiff.runtime import peers
+from jvdiff.runtime.files import claim
 from jvdiff.errors import UsageError
 
 def work(request):
@@ -42,7 +43,7 @@ def work(request):
     put = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
     ones = jax.make_array_from_callback((8,), put("data"), lambda i: np.ones(8, np.float32)[i])
     total = jax.jit(lambda x: x.sum(), out_shardings=put())
-    assert distributed.gather(rank) == [0, 1]
+    assert peers.gather(rank) == [0, 1]
     with claim(request.config.folder, "clip") if rank == 0 else contextlib.nullcontext() as base:
         for step in range(200):
             assert float(total(ones)) == 8
@@ -50,7 +51,7 @@ def work(request):
                 match sys.argv[1]:
                     case "done": break
                     case "bug" if unlucky: raise KeyError("x")
-                    case "disagree": distributed.agree("colour", "red" if unlucky else "blue")
+                    case "disagree": peers.agree("colour", "red" if unlucky else "blue")
                     case "raise" if unlucky: raise UsageError("not so.")
                     case "kill" if unlucky: os.kill(os.getpid(), signal.SIGKILL)
                     case "silent" if unlucky: os.kill(os.getpid(), signal.SIGSTOP)
@@ -58,7 +59,7 @@ def work(request):
             Path(f"{base}.json").write_text("done")
     return [Path("made")]
 
-config = config_dict.ConfigDict({"folder": sys.argv[3], **distributed.fields()})
+config = config_dict.ConfigDict({"folder": sys.argv[3], **peers.fields()})
 for word in sys.argv[4:]:
     name, value = word.removeprefix("--config.").split("=")
     kind = {"distributed": bool, "coordinator_address": str, "distributed_timeout": float}.get(name, int)
@@ -196,14 +197,15 @@ def test_fields_that_cannot_be_are_refused(fields, message):
     config = sample.default_config()
     config.update(fields)
     with pytest.raises(UsageError, match=re.escape(message)):
-        distributed.join(config)
-    assert not distributed.several() and distributed.writes() and distributed.gather(3) == [3]
+        peers.join(config)
+    assert not peers.several() and peers.writes() and peers.gather(3) == [3]
 
 
 def test_without_a_cluster_addresses_are_asked_for():
     """In a process of its own: JAX joins others only before it is used."""
     code = (
-        "from jvdiff import distributed, sample; c = sample.default_config(); c.distributed = True; distributed.join(c)"
+        "from jvdiff.commands import sample; from jvdiff.runtime import peers; "
+        "c = sample.default_config(); c.distributed = True; peers.join(c)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "UsageError" in done.stderr and "give --config.coordinator_address=HOST:PORT" in done.stderr
@@ -216,7 +218,7 @@ def test_without_a_cluster_addresses_are_asked_for():
 def sampling(team, tmp_path):
     """start(repository, fields) -> a Team that samples on all its devices; and the folder of its clips."""
     config = tmp_path / "config.py"
-    config.write_text("from jvdiff import sample\nget_config = sample.default_config\n")
+    config.write_text("from jvdiff.commands import sample\nget_config = sample.default_config\n")
     common = {"prompt": PROMPT, "seed": 3, "height": 64, "width": 64, "mesh": "sequence=8", "compile_cache": "off"}
     common |= {"output": tmp_path / "clips", "save_arrays": "true"}
 

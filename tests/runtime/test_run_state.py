@@ -109,7 +109,7 @@ def test_a_killed_process_leaves_the_earlier_state(saved):
     before = content(saved)
     code = """if True:
         import os, signal, sys, numpy as np
-        from jvdiff import run_state
+        from jvdiff.runtime import run_state
 
         class Deadly:
             nbytes = 4

@@ -12,7 +12,8 @@ import pytest
 
 from jvdiff import plan
 from jvdiff.models import wan
-from jvdiff.sharding import Placement, collectives, param_shardings, read_mesh, rules
+from jvdiff.models.wan.places import DIT
+from jvdiff.sharding import Placement, collectives, param_shardings, read_mesh
 
 pytestmark = pytest.mark.skipif(
     not (find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda13")), reason="the CUDA compiler is not installed"
@@ -26,7 +27,7 @@ def in_a_block(mesh, batch=1):
     shape = read_mesh(mesh)
     placement = Placement(plan.target_mesh("h200", shape), shape.ring)
     abstract = wan.abstract_params(CFG, jnp.bfloat16)
-    places = param_shardings(placement.mesh, abstract, rules.WAN_DIT)
+    places = param_shardings(placement.mesh, abstract, DIT)
     struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=placement.everywhere)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
     how = dict(placement=placement, implementation="xla")

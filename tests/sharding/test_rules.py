@@ -10,16 +10,18 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jvdiff.models import latent_video, wan
+from jvdiff.models.latent_video import places
 from jvdiff.models.text import umt5
+from jvdiff.models.wan import places as wan_places
 from jvdiff.sharding import MeshShape, bytes_per_device, make_mesh, param_shardings, rules, specs
 
 ONE = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
 MODELS = {
-    "1.3B": (wan.WAN_2_1_T2V_1_3B, rules.WAN_DIT),
-    "14B": (wan.WAN_2_1_T2V_14B, rules.WAN_DIT),
-    "gated": (wan.DiTConfig(num_attention_heads=12, ffn_dim=8960, num_layers=2, gate_compress=True), rules.WAN_DIT),
-    "UMT5-XXL": (umt5.UMT5_XXL, rules.UMT5),
-    "latent video XL": (latent_video.XL, rules.LATENT_VIDEO_DIT),
+    "1.3B": (wan.WAN_2_1_T2V_1_3B, wan_places.DIT),
+    "14B": (wan.WAN_2_1_T2V_14B, wan_places.DIT),
+    "gated": (wan.DiTConfig(num_attention_heads=12, ffn_dim=8960, num_layers=2, gate_compress=True), wan_places.DIT),
+    "UMT5-XXL": (umt5.UMT5_XXL, umt5.PLACES),
+    "latent video XL": (latent_video.XL, places.DIT),
     "VAE": (wan.WAN_2_1_VAE, rules.REPLICATED),
 }
 
@@ -58,7 +60,7 @@ def test_a_device_holds_its_share_of_a_large_model(name, axes):
 
 
 def test_a_row_parallel_layer_takes_what_a_column_parallel_one_gives():
-    found = specs(rules.WAN_DIT, tree_of(wan.WAN_2_1_T2V_1_3B), ONE | {"tensor": 2})["blocks"]
+    found = specs(wan_places.DIT, tree_of(wan.WAN_2_1_T2V_1_3B), ONE | {"tensor": 2})["blocks"]
     for attention in ("self_attn", "cross_attn"):
         for name in ("q", "k", "v"):
             assert found[attention][name]["kernel"] == P(None, None, "tensor")
@@ -68,7 +70,7 @@ def test_a_row_parallel_layer_takes_what_a_column_parallel_one_gives():
 
 
 def test_fsdp_takes_the_largest_free_axis_and_leaves_small_leaves_whole():
-    found = specs(rules.WAN_DIT, tree_of(wan.WAN_2_1_T2V_14B), ONE | {"fsdp": 8, "tensor": 2})["blocks"]
+    found = specs(wan_places.DIT, tree_of(wan.WAN_2_1_T2V_14B), ONE | {"fsdp": 8, "tensor": 2})["blocks"]
     assert found["self_attn"]["q"]["kernel"] == P(None, "fsdp", "tensor")
     assert found["ffn"]["down"]["kernel"] == P(None, "tensor", "fsdp")
     assert found["self_attn"]["q"]["bias"] == P(None, "tensor")
@@ -78,7 +80,7 @@ def test_fsdp_takes_the_largest_free_axis_and_leaves_small_leaves_whole():
 def test_a_leaf_that_no_rule_is_about_is_an_error():
     tree = {"blocks": {"ffn": {"sideways": {"kernel": jnp.zeros((2, 4, 4))}}}}
     with pytest.raises(LookupError, match=r"blocks/ffn/sideways/kernel.*\[2, 4, 4\]"):
-        specs(rules.WAN_DIT, tree, ONE)
+        specs(wan_places.DIT, tree, ONE)
 
 
 def test_the_optimisers_state_lives_where_its_weights_live():
@@ -86,7 +88,7 @@ def test_the_optimisers_state_lives_where_its_weights_live():
     params = wan.abstract_params(cfg)
     state = jax.eval_shape(optax.adamw(1e-3).init, {"transformer": params})
     mesh = make_mesh(MeshShape(fsdp=4, tensor=2))
-    found, own = param_shardings(mesh, state, rules.WAN_DIT), param_shardings(mesh, params, rules.WAN_DIT)
+    found, own = param_shardings(mesh, state, wan_places.DIT), param_shardings(mesh, params, wan_places.DIT)
     assert found[0].mu["transformer"] == own == found[0].nu["transformer"]
     assert found[0].count.spec == P()
 
@@ -96,7 +98,7 @@ def test_arrays_can_be_put_where_the_rules_say():
     tree = wan.abstract_params(cfg)
     mesh = make_mesh(MeshShape(fsdp=4, tensor=2))
     put = jax.tree.map(
-        lambda x, s: jax.device_put(np.zeros(x.shape, x.dtype), s), tree, param_shardings(mesh, tree, rules.WAN_DIT)
+        lambda x, s: jax.device_put(np.zeros(x.shape, x.dtype), s), tree, param_shardings(mesh, tree, wan_places.DIT)
     )
     kernel = put["blocks"]["ffn"]["up"]["kernel"]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 64, 256)}

@@ -23,8 +23,9 @@ from jvdiff.diffusion import schedules
 from jvdiff.errors import CheckpointError, IntegrityError, UsageError
 from jvdiff.models import wan
 from jvdiff.models.text import umt5
+from jvdiff.models.wan import places
 from jvdiff.runtime import run_state
-from jvdiff.sharding import Placement, make_mesh, param_shardings, read_mesh, rules
+from jvdiff.sharding import Placement, make_mesh, param_shardings, read_mesh
 from jvdiff.streaming import derive_config
 from jvdiff.streaming.codec import concatenated, stamped
 
@@ -593,7 +594,7 @@ def test_one_device_equals_eight(config, mesh, batch):
     params = dict(weights())
     one = config.setup(params)
     expected = rollout(one, one.initialize_cache(0, text=text(1, batch)), range(3))
-    where = param_shardings(placement.mesh, params["transformer"], rules.WAN_DIT)
+    where = param_shardings(placement.mesh, params["transformer"], places.DIT)
     params["transformer"] = jax.device_put(params["transformer"], where)
     params["vae"] = jax.device_put(params["vae"], placement.everywhere)
     pipe = config.setup(params, placement=placement)

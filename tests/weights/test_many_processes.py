@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jvdiff.pipeline.tables import read_component
 
 from jvdiff.errors import UsageError
-from jvdiff.pipeline.tables import read_component
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
 from jvdiff.sharding import MeshShape, make_mesh
 from jvdiff.training import loop
-from jvdiff.weights import checkpoint
+from jvdiff.weights import manifest, orbax, restore, save
 from jvdiff.weights.naming import flatten
 
 ROOT = Path(__file__).parents[2]
@@ -31,18 +31,18 @@ WORKER = """
 import sys, traceback, warnings
 warnings.simplefilter("error")
 from ml_collections import ConfigDict
-from jvdiff import distributed
-config, (_, address, rank, *folders) = ConfigDict(distributed.fields()), sys.argv
+from jvdiff.runtime import peers, verdict
+config, (_, address, rank, *folders) = ConfigDict(peers.fields()), sys.argv
 config.update(distributed=True, coordinator_address=address, num_processes=2, process_id=int(rank))
-distributed.join(config)
-sys.path.insert(0, "tests")
+peers.join(config)
+sys.path.insert(0, "tests/weights")
 code, message = 0, ""
 try:
-    __import__("test_weights_of_many_processes").work(rank, *folders)
+    __import__("test_many_processes").work(rank, *folders)
 except Exception as error:
     traceback.print_exc()
     code, message = getattr(error, "exit_code", 1), str(error)
-sys.exit(distributed.leave(code, message))
+sys.exit(verdict.leave(code, message))
 """
 
 
@@ -84,7 +84,7 @@ def same_shards(one, other):
 
 def work(rank, repository, folder):
     """What each process does; tells what it read of files, in bytes, as JSON in `folder`."""
-    folder, told, read, sha256 = Path(folder), {}, [], checkpoint.file_sha256
+    folder, told, read, sha256 = Path(folder), {}, [], manifest.file_sha256
     part = read_component(Path(repository) / "transformer")
     wanted, eight = part.abstract(jnp.float32), make_mesh(MeshShape(fsdp=8))
     places = divided(wanted, eight)
@@ -92,31 +92,31 @@ def work(rank, repository, folder):
     with pytest.MonkeyPatch.context() as patch:
         pread = os.preadv
         patch.setattr(os, "preadv", lambda file, views, at: read.append(len(views[0])) or pread(file, views, at))
-        params = checkpoint.restore(Path(repository) / "transformer", wanted, places)
+        params = restore(Path(repository) / "transformer", wanted, part.rules, places)
     held = {(name, str(s.index)): s.data.nbytes for name, x in flatten(params).items() for s in x.addressable_shards}
     told["hf"], told["held"] = sum(read), sum(held.values())
 
-    checkpoint.save(folder / "saved", params, config=part.cfg.to_json())
+    save(folder / "saved", params, config=part.cfg.to_json())
     with pytest.MonkeyPatch.context() as patch:
         hashed = []
-        patch.setattr(checkpoint, "file_sha256", lambda file: hashed.append(file.name) or sha256(file))
-        same_shards(checkpoint.restore(folder / "saved", wanted, places), params)
+        patch.setattr(manifest, "file_sha256", lambda file: hashed.append(file.name) or sha256(file))
+        same_shards(restore(folder / "saved", wanted, (), places), params)
     told["hashed"] = hashed
 
     large = {"w": np.random.default_rng(0).standard_normal((1024, 4096), np.float32)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_CHUNK", 2**18)
-        checkpoint.save(folder / "large", large)
+        patch.setattr(orbax, "_CHUNK", 2**18)
+        save(folder / "large", large)
     before = io()
-    whole = checkpoint.restore(folder / "large", large, NamedSharding(eight, P(None, "fsdp")), verify=False)["w"]
+    whole = restore(folder / "large", large, (), NamedSharding(eight, P(None, "fsdp")), verify=False)["w"]
     told["orbax"] = (io() - before) / whole.nbytes
 
     loop.fit(TASK, SCHEDULE, folder / "run", save_every=2, mesh=make_mesh(MESH))
     (folder / f"told_{rank}.json").write_text(json.dumps(told))
 
-    distributed.gather("both have told")
+    peers.gather("both have told")
     (folder / "saved" / "jvdiff.json").unlink(missing_ok=True)  # so that process 0 refuses to write there
-    checkpoint.save(folder / "saved", params, overwrite=True)
+    save(folder / "saved", params, overwrite=True)
     raise AssertionError("it was written")
 
 

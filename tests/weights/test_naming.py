@@ -130,6 +130,18 @@ def test_long_lists_are_cut_after_ten_with_the_count():
     assert "blocks.10" not in str(error.value)
 
 
+def test_published_tensors_that_nobody_uses_are_told_and_not_written_back(caplog):
+    given = tensors() | {"head.rotary": np.zeros(3, np.float32), "head.mask": np.zeros(3, np.float32)}
+    with pytest.raises(MissingTensor, match=r"not expected \(1\): 'head.mask'"):
+        rules.check(TABLE, ABSTRACT, source(given), ignored=["head.rot.*"])
+    with caplog.at_level("INFO", logger="jvdiff.weights.naming"):
+        entries = rules.check(TABLE, ABSTRACT, source(given), where="a/b", ignored=[r"head\.(rotary|mask)", "embed.*"])
+    assert caplog.messages == ["a/b: 2 tensors are not used: 'head.rotary'; 'head.mask'"]
+    assert entries.keys() == tensors().keys()  # a pattern takes nothing that the model needs
+    tree = rules.unflatten(dict(rules.stream(TABLE, ABSTRACT, source(given), ignored=[r"head\..*"])))
+    assert dict(rules.disassemble(TABLE, tree)).keys() == tensors().keys()
+
+
 def test_nothing_is_read_before_everything_fits():
     given = tensors()
     del given["embed.weight"]

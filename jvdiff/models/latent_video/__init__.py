@@ -3,16 +3,17 @@
 Pure functions over nested dicts of arrays. Clips have class labels; `DiTConfig.null_class` stands for none.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
+if TYPE_CHECKING:
+    from jvdiff.models.latent_video.config import LARGE, MEDIUM, PREDICTIONS, SIZES, SMALL, XL, DiTConfig, VAEConfig
+    from jvdiff.models.latent_video.dit import denoise, mesh_sizes
+    from jvdiff.models.latent_video.params import abstract_params, init_params
+    from jvdiff.models.latent_video.vae import decode, denormalize_latents, encode, normalize_latents
 
-from jvdiff.models.latent_video import dit, vae
-from jvdiff.models.latent_video.config import LARGE, MEDIUM, PREDICTIONS, SIZES, SMALL, XL, DiTConfig, VAEConfig
-from jvdiff.models.latent_video.dit import denoise, mesh_sizes
-from jvdiff.models.latent_video.vae import decode, denormalize_latents, encode, normalize_latents
-from jvdiff.types import Params
+# Imported when a name of theirs is first used, the first file that has it: settings.py is read without the networks.
+_FILES = ("params", "config", "dit", "vae")
 
 __all__ = [
     "LARGE",
@@ -34,11 +35,10 @@ __all__ = [
 ]
 
 
-def abstract_params(cfg: DiTConfig | VAEConfig, dtype: Any = jnp.float32) -> Params:
-    """The parameter tree of a configuration as a nested dict of ShapeDtypeStruct; allocates nothing."""
-    return vae.abstract_params(cfg, dtype) if isinstance(cfg, VAEConfig) else dit.abstract_params(cfg, dtype)
-
-
-def init_params(key: jax.Array, cfg: DiTConfig | VAEConfig) -> Params:
-    """Float32 parameters to start a training from."""
-    return vae.init_params(key, cfg) if isinstance(cfg, VAEConfig) else dit.init_params(key, cfg)
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for file in _FILES:
+            module = importlib.import_module(f"{__name__}.{file}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,12 +8,12 @@ tokens of every frame, then among the T frames at every place, then has a GEGLU 
 scale and gate of each of the three come from timestep and label (adaLN-Zero). Positions are fixed sines and cosines, so
 that no size is the largest. Queries and keys are RMS-normalised in each head.
 
-The matrices of attention and feed-forward work in the dtype that they are given in. All else is float32 whatever the
-parameters' dtype: the residual stream, norms, softmax, the path of timestep and label with the modulation, the patch
-embedding and the output head.
+The matrices of attention and feed-forward work in the dtype that they are given in, or in the one that is asked for.
+All else is float32 whatever the parameters' dtype: the residual stream, norms, softmax, the path of timestep and label
+with the modulation, the patch embedding and the output head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,9 +26,10 @@ from jax.sharding import PartitionSpec as P
 
 from jvdiff import kernels
 from jvdiff.errors import UsageError
+from jvdiff.models.latent_video import places
 from jvdiff.models.latent_video.config import DiTConfig
-from jvdiff.models.layers import MLP, Linear, RMSNorm, gelu, layer_norm, sinusoid
-from jvdiff.sharding import Placement, Sizes, Split, rules
+from jvdiff.models.layers import MLP, Linear, RMSNorm, as_array, gelu, layer_norm, sinusoid
+from jvdiff.sharding import Placement, Sizes, Split
 from jvdiff.types import Array, Params
 
 _EPS = 1e-6
@@ -46,19 +47,21 @@ def denoise(
     remat: str | None = None,
     implementation: str | None = None,
     placement: Placement | None = None,
+    dtype: Any = None,
 ) -> Array:
     """The network's prediction (`cfg.prediction`: v, the noise, or the clean latents) at noisy latents. Pure.
 
     Args:
-      params: the tree of `abstract_params(cfg)`; the compute dtype is that of its attention and feed-forward matrices.
+      params: the tree of `abstract_params(cfg)`; a kernel may be a `models.quantised.Quantised`.
       latents: float32 [B,T,H,W,C]; H and W multiples of the patch size, of any size.
       timestep: float32 [B] in 0..1000.
       labels: int32 [B]; `cfg.null_class` for none. A label beyond that gives NaN.
       remat: what of a block is computed again in the backward pass: None nothing, "full" everything, "dots" everything
         but the linear layers.
       implementation: of both attentions, see `jvdiff.kernels`.
-      placement: the devices to work on, `params` on them by `sharding.rules.LATENT_VIDEO_DIT`; the rest, and the
+      placement: the devices to work on, `params` on them by `places.DIT`; the rest, and the
         result, is on all of them. None: one device.
+      dtype: of the products of attention and feed-forward. None: that of each matrix.
 
     Returns:
       float32 [B,T,H,W,C].
@@ -67,10 +70,10 @@ def denoise(
       UsageError: a shape, dtype, policy or mesh that does not fit.
     """
     _check(cfg, latents, timestep, labels, remat)
-    how = _How(latents.shape[2] * latents.shape[3] // cfg.patch_size**2, implementation)
+    how = _How(latents.shape[2] * latents.shape[3] // cfg.patch_size**2, implementation, dtype=dtype)
     if placement:
-        how = _How(how.tokens, implementation, placement, placement.split(mesh_sizes(cfg, latents.shape[:4])))
-        whole: Any = placement.whole({k: v for k, v in params.items() if k != "blocks"}, rules.LATENT_VIDEO_DIT)
+        how = replace(how, placement=placement, split=placement.split(mesh_sizes(cfg, latents.shape[:4])))
+        whole: Any = placement.whole({k: v for k, v in params.items() if k != "blocks"}, places.DIT)
         params = {**whole, "blocks": params["blocks"]}
         latents, timestep, labels = placement.replicate((latents, timestep, labels))
     out: Any = _Transformer(cfg, how, remat).apply({"params": params}, latents, timestep, labels)
@@ -109,6 +112,7 @@ class _How:
     implementation: str | None = None
     placement: Placement | None = None
     split: Split | None = None
+    dtype: Any = None  # of the products of attention and feed-forward; None: that of each matrix
 
     def along_tokens(self, x: Array) -> Array:
         """Activations [B,T,L,...], clips and tokens divided; L padded."""
@@ -128,14 +132,14 @@ class _Transformer(nn.Module):
         h, w, padding = H // p, W // p, how.split.padding if how.split else 0
 
         x = latents.reshape(B, T, h, p, w, p, C).transpose(0, 1, 2, 4, 3, 5, 6).reshape(B, T, h * w, p * p * C)
-        places = _positions(T, h, w, D)[None]
-        x, places = (jnp.pad(a, ((0, 0), (0, 0), (0, padding), (0, 0))) for a in (x, places))
-        x = Linear(D, exact=True, name="patch_embed")(how.along_tokens(x)) + places
+        positions = _positions(T, h, w, D)[None]
+        x, positions = (jnp.pad(a, ((0, 0), (0, 0), (0, padding), (0, 0))) for a in (x, positions))
+        x = Linear(D, exact=True, name="patch_embed")(how.along_tokens(x)) + positions
 
         condition = MLP(D, D, nn.silu, exact=True, name="time_embed")(sinusoid(timestep, cfg.freq_dim))
         # About as large as what comes of the timestep: a small one (DiT has 0.02) is heard late.
         table = nn.Embed(cfg.num_classes + 1, D, embedding_init=nn.initializers.normal(0.5), name="label_embed")
-        condition = nn.silu(condition + jnp.take(table.embedding, labels, axis=0).astype(jnp.float32))
+        condition = nn.silu(condition + jnp.take(as_array(table.embedding), labels, axis=0).astype(jnp.float32))
         if how.placement:
             condition = how.placement.replicate(condition)
 
@@ -175,7 +179,7 @@ class _Block(nn.Module):
         layers = (
             _Attention(cfg, how, _PLACES, name="spatial_attn"),
             _Attention(cfg, how, _FRAMES, name="temporal_attn"),
-            _FeedForward(cfg, name="ffn"),
+            _FeedForward(cfg, how.dtype, name="ffn"),
         )
         for i, layer in enumerate(layers):
             shift, scale, gate = vectors[3 * i : 3 * i + 3]
@@ -201,13 +205,14 @@ class _Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         D, how = self.cfg.hidden_size, self.how
-        q, k, v = (Linear(D, name=n)(x).reshape(*x.shape[:3], self.cfg.num_heads, -1) for n in ("q", "k", "v"))
+        linear = partial(Linear, D, dtype=how.dtype)
+        q, k, v = (linear(name=n)(x).reshape(*x.shape[:3], self.cfg.num_heads, -1) for n in ("q", "k", "v"))
         q, k = (RMSNorm(_EPS, name=f"{n}_norm")(a).astype(v.dtype) for n, a in (("q", q), ("k", k)))
         attend: Any = partial(_attend, how, self.axis)
         if split := how.split:
             spec = P(split.batch, None, split.ring + split.heads, split.tensor)
             attend = jax.shard_map(attend, mesh=split.mesh, in_specs=spec, out_specs=spec, check_vma=False)
-        return Linear(D, name="out")(attend(q, k, v).reshape(x.shape))
+        return linear(name="out")(attend(q, k, v).reshape(x.shape))
 
 
 def _attend(how: _How, axis: int, q: Array, k: Array, v: Array) -> Array:
@@ -227,11 +232,12 @@ class _FeedForward(nn.Module):
     """GEGLU: D -> twice 4D, one half the other's gate -> D. Two matrices, so that columns can be divided."""
 
     cfg: DiTConfig
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        gate, up = (Linear(self.cfg.ffn_dim, name=n)(x) for n in ("gate", "up"))
-        return Linear(self.cfg.hidden_size, name="down")(gelu(gate) * up)
+        gate, up = (Linear(self.cfg.ffn_dim, dtype=self.dtype, name=n)(x) for n in ("gate", "up"))
+        return Linear(self.cfg.hidden_size, dtype=self.dtype, name="down")(gelu(gate) * up)
 
 
 def _positions(T: int, h: int, w: int, width: int) -> Array:
@@ -250,7 +256,7 @@ def _waves(count: int, size: int) -> Array:
 
 def _gathered(placement: Placement, layer: Params) -> Params:
     """The weights of one layer, whole but for `tensor`: inside the scan, so that one layer at a time is gathered."""
-    return {"params": placement.whole(layer["params"], rules.LATENT_VIDEO_DIT, stack="blocks")}
+    return {"params": placement.whole(layer["params"], places.DIT, stack="blocks")}
 
 
 def _check(cfg: DiTConfig, latents: Array, timestep: Array, labels: Array, remat: str | None) -> None:

@@ -14,8 +14,8 @@ from jax.scipy.special import ndtri
 from jvdiff.diffusion import variance_preserving as vp
 from jvdiff.errors import UsageError
 from jvdiff.models import latent_video
+from jvdiff.models.latent_video import places
 from jvdiff.sharding import Placement
-from jvdiff.sharding.rules import LATENT_VIDEO_DIT
 from jvdiff.training.loop import Task
 from jvdiff.types import Array, Params
 
@@ -113,7 +113,7 @@ def latent_video_task(
     def init(key: Array) -> Params:
         return latent_video.init_params(key, cfg)
 
-    return Task(init=init, loss=loss, batches=batches, rules=LATENT_VIDEO_DIT, show=show)
+    return Task(init=init, loss=loss, batches=batches, rules=places.DIT, show=show)
 
 
 def _spread(key: Array, count: int, distribution: str, steps: int) -> Array:

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,26 +16,41 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from jvdiff.config import names, replace
 from jvdiff.diffusion import variance_preserving
 from jvdiff.errors import CheckpointError, DataError, NumericsError, UsageError
 from jvdiff.media import clips as clip_files
 from jvdiff.media import video as videos
 from jvdiff.media.clips import Clips
 from jvdiff.models import latent_video
+from jvdiff.models.family import Clip, Models
+from jvdiff.models.latent_video import places
+from jvdiff.models.latent_video.family import CLASS_CONDITIONAL, encode_program, make_clip
 from jvdiff.models.latent_video.objective import LabelledLatents, latent_video_task, video_vae_task
-from jvdiff.pipeline import class_conditional
-from jvdiff.pipeline.class_conditional import Configs, Settings
+from jvdiff.models.latent_video.settings import Settings
+from jvdiff.pipeline import (
+    Context,
+    Executor,
+    Weights,
+    begin,
+    decode,
+    denoise,
+    encode,
+    initial_noise,
+    repository,
+)
 from jvdiff.precision import TABLE
-from jvdiff.runtime import distributed
+from jvdiff.runtime import peers
+from jvdiff.runtime.files import atomic
 from jvdiff.runtime.staging import check_target
 from jvdiff.sharding import MeshShape, Placement, check_mesh, make_mesh, param_shardings
-from jvdiff.sharding.rules import LATENT_VIDEO_DIT
 from jvdiff.training import fields
 from jvdiff.training.loop import Schedule, Task, fit
 from jvdiff.types import Params
-from jvdiff.weights import checkpoint
+from jvdiff.weights import restore, save
 from jvdiff.weights import safetensors as reader
 
 SHOWN = 8  # clips in a grid of samples, and classes that they show
@@ -59,7 +74,7 @@ def train(config: ConfigDict, folder: Path) -> Path:
     target = folder / "repository"
     check_target(target, True)
     clips = clip_files.find(config.clips)
-    plan = describe(config, len(clips.classes))
+    plan = describe(config, clips.classes)
     most = max([config.batch, *(stage.batch for stage in plan.vae_stages)])
     if len(clips.paths) < most:
         raise DataError(
@@ -69,7 +84,7 @@ def train(config: ConfigDict, folder: Path) -> Path:
     read = functools.partial(
         clip_files.batches,
         clips,
-        size=plan.settings.height,
+        size=plan.clip.settings.height,
         stride=config.stride,
         seed=config.seed,
         workers=config.workers,
@@ -78,12 +93,13 @@ def train(config: ConfigDict, folder: Path) -> Path:
     mesh = make_mesh(plan.mesh)
     options = config.loop.to_dict() | {"mesh": mesh}
     vae_cfg, vae = _vae(config, plan, read, folder, {k: v for k, v in options.items() if k != "show_every"})
-    configs = plan.configs._replace(vae=vae_cfg)
+    models = dataclasses.replace(plan.models, configs=plan.models.configs | {"vae": vae_cfg})
+    transformer = plan.models.configs["transformer"]
 
     def encoded(start: int) -> Generator[LabelledLatents, None, None]:
-        with closing(read(batch=config.batch, frames=plan.settings.num_frames, start=start)) as ahead:
+        with closing(read(batch=config.batch, frames=plan.clip.settings.num_frames, start=start)) as ahead:
             for video, labels in ahead:
-                yield LabelledLatents(class_conditional.encode(configs, vae, video), labels)
+                yield LabelledLatents(np.asarray(encode_program(vae_cfg)(vae, video)), labels)
 
     batches = encoded
     if config.cache_latents:
@@ -94,24 +110,31 @@ def train(config: ConfigDict, folder: Path) -> Path:
                 rows = np.random.default_rng((config.seed, step)).integers(len(latents), size=config.batch)
                 yield LabelledLatents(latents[rows], labels[rows])
 
-    show = _shower(configs, plan, vae, folder / "samples")
+    show = _shower(models, plan, vae, folder / "samples")
     task = latent_video_task(
-        configs.transformer,
+        transformer,
         batches,
         show,
-        noise_schedule=configs.noise_schedule,
+        noise_schedule=config.noise_schedule,
         compute_dtype=plan.dtype,
         placement=Placement(mesh) if plan.mesh.devices > 1 else None,
         **config.loss.to_dict(),
     )
-    begin = None
+    weights = None
     if config.get("initial"):
-        abstract = latent_video.abstract_params(configs.transformer)
-        places = param_shardings(mesh, abstract, LATENT_VIDEO_DIT)
-        begin = checkpoint.restore(Path(config.initial) / "transformer", abstract, places)
-    average = fit(task, plan.schedule, folder, seed=config.seed, params=begin, **options).average
+        abstract = latent_video.abstract_params(transformer)
+        shardings = param_shardings(mesh, abstract, places.DIT)
+        weights = restore(Path(config.initial) / "transformer", abstract, (), shardings)
+    average = fit(task, plan.schedule, folder, seed=config.seed, params=weights, **options).average
     params = {"transformer": average, "vae": vae}
-    class_conditional.save(target, configs, params, clips.classes, plan.settings)
+    repository.save(
+        target,
+        CLASS_CONDITIONAL,
+        {name: (cfg, params[name]) for name, cfg in models.configs.items()},
+        files={},
+        index={**models.index, "defaults": dataclasses.asdict(plan.clip.settings)},
+        overwrite=True,
+    )
     return target
 
 
@@ -129,8 +152,8 @@ class Stage(NamedTuple):
 class Plan(NamedTuple):
     """A config, checked: no clip was opened and nothing was computed."""
 
-    configs: Configs
-    settings: Settings
+    models: Models
+    clip: Clip
     mesh: MeshShape
     dtype: str
     schedule: Schedule
@@ -138,8 +161,8 @@ class Plan(NamedTuple):
     vae_stages: tuple[Stage, ...]
 
 
-def describe(config: Any, classes: int) -> Plan:
-    """What a config says of models, sizes and schedules.
+def describe(config: Any, classes: Sequence[str]) -> Plan:
+    """What a config says of models, sizes and schedules, for clips of these classes.
 
     Raises:
       UsageError: a field that cannot be.
@@ -162,9 +185,9 @@ def describe(config: Any, classes: int) -> Plan:
         fields.check_count("vae.batch", config.vae.batch)
         vae_cfg = fields.model("vae.model", latent_video.VAEConfig, config.vae.model)
         vae_schedule = fields.schedule(config.vae)
-        fields.check_shared("vae.batch", config.vae.batch, fields.mesh(config.loop))
+        fields.check_shared("vae.batch", config.vae.batch, fields.mesh(config.loop, _planned(config)))
         vae_stages = _stages(config, vae_schedule, vae_cfg.temporal_factor)
-    sized = {"in_channels": vae_cfg.latent_channels, "num_classes": classes, "prediction": config.prediction}
+    sized = {"in_channels": vae_cfg.latent_channels, "num_classes": len(classes), "prediction": config.prediction}
     if isinstance(config.transformer, str):
         if config.transformer not in latent_video.SIZES:
             sizes = ", ".join(latent_video.SIZES)
@@ -183,19 +206,23 @@ def describe(config: Any, classes: int) -> Plan:
                 f"noise_schedule is {config.noise_schedule!r:.40}; {config.initial} has learnt {learnt!r:.40}."
             )
     variance_preserving.alphas_cumprod(config.noise_schedule)  # says whether there is such a one
-    configs = Configs(cfg, vae_cfg, config.noise_schedule)
-    given: Any = {name: config[name] for name in class_conditional.FIELDS}
-    settings = Settings(**given)
-    class_conditional.check(settings, configs)
-    shape = fields.mesh(config.loop)
-    grid = class_conditional.latent_shape(configs, settings)[:3]
+    index = {"noise_schedule": config.noise_schedule, "classes": list(classes)}
+    models = Models({"transformer": cfg, "vae": vae_cfg}, {}, index)
+    clip = make_clip(models, replace(Settings(), {name: config[name] for name in names(Settings)}))
+    shape = fields.mesh(config.loop, _planned(config))
     try:
-        check_mesh(shape, latent_video.mesh_sizes(cfg, (config.batch, *grid)), jax.device_count())
+        there = shape.devices if _planned(config) else jax.device_count()
+        check_mesh(shape, latent_video.mesh_sizes(cfg, (config.batch, *clip.latents[:3])), there)
     except UsageError as error:
         raise UsageError(f"loop.{error}") from None
     return Plan(
-        configs, settings, shape, TABLE[config.precision].transformer, fields.schedule(config), vae_schedule, vae_stages
+        models, clip, shape, TABLE[config.precision].transformer, fields.schedule(config), vae_schedule, vae_stages
     )
+
+
+def _planned(config: Any) -> bool:
+    """Whether the mesh is one of devices that need not be there."""
+    return bool(config.get("plan") and config.get("plan_target"))
 
 
 def _stages(config: Any, schedule: Schedule, factor: int) -> tuple[Stage, ...]:
@@ -217,32 +244,34 @@ def _stages(config: Any, schedule: Schedule, factor: int) -> tuple[Stage, ...]:
     return Stage(steps, whole.batch * whole.frames // frames, frames), whole
 
 
-def programs(config: ConfigDict) -> Iterator[tuple[str, Task, Schedule, Any]]:
+def programs(
+    config: ConfigDict, mesh_of: Callable[[MeshShape], Mesh] = make_mesh
+) -> Iterator[tuple[str, Task, Schedule, Any]]:
     """(name, task, schedule, abstract batch) of each part of the run, for a plan; the clips need not be there."""
     there = Path(config.clips).exists()
-    plan = describe(config, len(clip_files.find(config.clips).classes) if there else PLANNED_CLASSES)
-    settings, shape = plan.settings, class_conditional.latent_shape(plan.configs, plan.settings)
+    classes = clip_files.find(config.clips).classes if there else [str(i) for i in range(PLANNED_CLASSES)]
+    plan = describe(config, classes)
 
     def none(start: int) -> Generator[Any, None, None]:
         yield from ()
 
     if plan.vae_schedule:
-        video = (config.vae.batch, settings.num_frames, settings.height, settings.width, 3)
+        video = (config.vae.batch, *plan.clip.frames, 3)
         yield (
             "vae",
-            video_vae_task(plan.configs.vae, none, compute_dtype=plan.dtype, **config.vae.loss.to_dict()),
+            video_vae_task(plan.models.configs["vae"], none, compute_dtype=plan.dtype, **config.vae.loss.to_dict()),
             plan.vae_schedule,
             jax.ShapeDtypeStruct(video, jnp.uint8),
         )
     task = latent_video_task(
-        plan.configs.transformer,
+        plan.models.configs["transformer"],
         none,
         noise_schedule=config.noise_schedule,
         compute_dtype=plan.dtype,
-        placement=Placement(make_mesh(plan.mesh)) if plan.mesh.devices > 1 else None,
+        placement=Placement(mesh_of(plan.mesh)) if plan.mesh.devices > 1 else None,
         **config.loss.to_dict(),
     )
-    latents = jax.ShapeDtypeStruct((config.batch, *shape), jnp.float32)
+    latents = jax.ShapeDtypeStruct((config.batch, *plan.clip.latents), jnp.float32)
     yield "transformer", task, plan.schedule, LabelledLatents(latents, jax.ShapeDtypeStruct((config.batch,), jnp.int32))  # type: ignore[arg-type]
 
 
@@ -253,7 +282,7 @@ def _vae(config: ConfigDict, plan: Plan, read: Callable[..., Any], folder: Path,
     """(configuration, parameters) of the VAE: trained, or read where it is."""
     path = _given_vae(config) or folder / "vae"
     if plan.vae_schedule is not None and not (path / "config.json").is_file():
-        cfg = plan.configs.vae
+        cfg = plan.models.configs["vae"]
 
         def clips(start: int) -> Generator[np.ndarray, None, None]:
             for until, batch, frames in plan.vae_stages:
@@ -266,12 +295,12 @@ def _vae(config: ConfigDict, plan: Plan, read: Callable[..., Any], folder: Path,
         task = video_vae_task(cfg, clips, compute_dtype=plan.dtype, **config.vae.loss.to_dict())
         options = options | {"accumulate": 1}
         params = fit(task, plan.vae_schedule, folder / "vae_run", seed=config.seed, **options).average
-        with closing(read(batch=config.vae.batch, frames=plan.settings.num_frames, start=0)) as first:
+        with closing(read(batch=config.vae.batch, frames=plan.clip.settings.num_frames, start=0)) as first:
             shown = [next(first)[0] for _ in range(-(-STATISTICS // config.vae.batch))]
-        cfg = _with_statistics(plan.configs, params, shown)
-        checkpoint.save(path, params, config=cfg.to_json(), overwrite=True)
+        cfg = _with_statistics(cfg, params, shown)
+        save(path, params, config=cfg.to_json(), overwrite=True)
     cfg = _trained_vae(path)
-    return cfg, checkpoint.restore(path, latent_video.abstract_params(cfg))
+    return cfg, restore(path, latent_video.abstract_params(cfg), ())
 
 
 def _given_vae(config: Any) -> Path | None:
@@ -290,14 +319,14 @@ def _trained_vae(folder: Path) -> latent_video.VAEConfig:
         raise UsageError(f"vae: {folder}: {error}") from None
 
 
-def _with_statistics(configs: Configs, params: Params, shown: list[np.ndarray]) -> latent_video.VAEConfig:
+def _with_statistics(cfg: latent_video.VAEConfig, params: Params, shown: list[np.ndarray]) -> latent_video.VAEConfig:
     """The VAE's configuration with mean and standard deviation of each channel over these clips.
 
     Raises:
       NumericsError: a channel is the same everywhere, or not finite.
     """
-    latents = np.concatenate([class_conditional.encode(configs, params, video) for video in shown])
-    latents = latents.reshape(-1, configs.vae.latent_channels).astype(np.float64)
+    latents = np.concatenate([np.asarray(encode_program(cfg)(params, video)) for video in shown])
+    latents = latents.reshape(-1, cfg.latent_channels).astype(np.float64)  # [B,T,H,W,C] -> [BTHW,C]
     mean, std = latents.mean(axis=0), latents.std(axis=0)
     if bad := [i for i, v in enumerate(std.tolist()) if not 0 < v < np.inf]:
         raise NumericsError(
@@ -305,7 +334,7 @@ def _with_statistics(configs: Configs, params: Params, shown: list[np.ndarray]) 
             "The VAE does not use them: train longer, with a smaller kl, or with fewer latent_channels."
         )
     values = [tuple(float(f"{v:.5g}") for v in part) for part in (mean.tolist(), std.tolist())]
-    return dataclasses.replace(configs.vae, latents_mean=values[0], latents_std=values[1])
+    return dataclasses.replace(cfg, latents_mean=values[0], latents_std=values[1])
 
 
 # ------------------------------------------------------------------------------------------------ latents and samples
@@ -334,23 +363,26 @@ def _cached(
             parts.append(next(batches))
     latents = np.concatenate([part.latents for part in parts]).astype(np.float16)
     labels = np.concatenate([part.labels for part in parts])
-    if distributed.writes():
-        with videos.atomic(path) as part, open(part, "wb") as file:
+    if peers.writes():
+        with atomic(path) as part, open(part, "wb") as file:
             np.savez(file, latents=latents, labels=labels, key=key)
     return latents, labels
 
 
-def _shower(configs: Configs, plan: Plan, vae: Params, folder: Path) -> Callable[[Params, int], None]:
+def _shower(models: Models, plan: Plan, vae: Params, folder: Path) -> Callable[[Params, int], None]:
     """Writes a grid of samples of the first classes, the same noise every time, as PNG and MP4."""
-    settings = dataclasses.replace(plan.settings, steps=min(plan.settings.steps, 25))
-    shape = class_conditional.latent_shape(configs, settings)
-    labels = jnp.arange(SHOWN, dtype=jnp.int32) % configs.transformer.num_classes
-    noise = class_conditional.initial_noise(range(SHOWN), shape)
+    settings = dataclasses.replace(plan.clip.settings, steps=min(plan.clip.settings.steps, 25))
+    clip, context = make_clip(models, settings), Context(CLASS_CONDITIONAL, models, TABLE["float32"])
+    labels = np.arange(SHOWN, dtype=np.int32) % models.configs["transformer"].num_classes
+    noise, solver = initial_noise(range(SHOWN), clip.latents), clip.sampler.make()
 
     def show(average: Params, step: int) -> None:
-        latents = class_conditional.sample(configs, average, labels, settings, noise, jax.random.key(0))
-        video = class_conditional.decode(configs, vae, np.asarray(latents))
-        if distributed.writes():
+        run = Executor(Weights({"transformer": average, "vae": vae}))
+        conditions = encode(context, clip, labels, run)
+        state = begin(clip, solver, noise, range(SHOWN))
+        latents = denoise(context, clip, conditions, state, solver, run).x
+        video = decode(context, clip, latents, run)
+        if peers.writes():
             tiled = np.concatenate([np.concatenate(list(row), axis=2) for row in np.split(video, 2)], axis=1)
             videos.write_png(folder / f"{step:06d}.png", np.concatenate(list(tiled[:: -(-len(tiled) // 4)])))
             videos.write_mp4(folder / f"{step:06d}.mp4", tiled, settings.fps)

@@ -8,6 +8,7 @@ from typing import Any
 
 from jvdiff.config import option
 
+PIPELINES = {"LatentVideoPipeline": "CLASS_CONDITIONAL"}  # _class_name: name in family.py
 SOLVERS = ("ddim", "ddpm", "unipc", "euler")
 
 
@@ -29,4 +30,4 @@ class Settings:
 
 def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The value in family.py that a repository is made for; None where it is of another family."""
-    return "CLASS_CONDITIONAL" if index.get("_class_name") == "LatentVideoPipeline" else None
+    return PIPELINES.get(str(index.get("_class_name")))

@@ -17,17 +17,20 @@ from jax import lax
 
 from jvdiff.errors import UsageError
 from jvdiff.models.latent_video.config import VAEConfig
-from jvdiff.models.layers import Linear, row
+from jvdiff.models.layers import Linear, as_array, compute_dtype, row
 from jvdiff.types import Array, Params
 
 
-def encode(params: Params, cfg: VAEConfig, video: Array, *, remat: bool = False) -> tuple[Array, Array]:
+def encode(
+    params: Params, cfg: VAEConfig, video: Array, *, remat: bool = False, dtype: Any = None
+) -> tuple[Array, Array]:
     """The posterior of a clip's latents, a normal distribution in every value.
 
     Args:
-      params: the tree of `abstract_params(cfg)`; the compute dtype is theirs.
+      params: the tree of `abstract_params(cfg)`; a kernel may be a `models.quantised.Quantised`.
       video: float [B,F,Y,X,3] in -1..1; F a multiple of 4, Y and X multiples of 8.
       remat: compute each residual block again in the backward pass, instead of keeping its activations.
+      dtype: of the products and the stream between blocks. None: that of the parameters.
 
     Returns:
       Mean and logarithm of the variance, the latter from -30 to 20, float32 [B,F/4,Y/8,X/8,C] each, not normalised.
@@ -44,21 +47,28 @@ def encode(params: Params, cfg: VAEConfig, video: Array, *, remat: bool = False)
             "encode: the clip has {} frames of {}x{} pixels; expected multiples of {} frames and {}x{} pixels.\n"
             "The nearest size that fits is {} frames of {}x{}.".format(*video.shape[1:4], *factors, *near)
         )
-    moments: Any = _Encoder(cfg, remat).apply({"params": params["encoder"]}, video)
+    moments: Any = _Encoder(cfg, remat).apply({"params": params["encoder"]}, _compute(params["encoder"], video, dtype))
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
 
-def decode(params: Params, cfg: VAEConfig, latents: Array, *, remat: bool = False) -> Array:
+def decode(params: Params, cfg: VAEConfig, latents: Array, *, remat: bool = False, dtype: Any = None) -> Array:
     """Latents float32 [B,T,H,W,C], not normalised -> video float32 [B,4T,8H,8W,3] in -1..1.
+
+    params, remat, dtype: as in `encode`.
 
     Raises:
       UsageError: latents of another shape or number of channels.
     """
     if latents.ndim != 5 or latents.shape[-1] != cfg.latent_channels:
         raise UsageError(f"decode: latents are {list(latents.shape)}; expected [B,T,H,W,{cfg.latent_channels}]")
-    video: Any = _Decoder(cfg, remat).apply({"params": params["decoder"]}, latents)
+    video: Any = _Decoder(cfg, remat).apply({"params": params["decoder"]}, _compute(params["decoder"], latents, dtype))
     return jnp.tanh(video.astype(jnp.float32))
+
+
+def _compute(params: Params, x: Array, dtype: Any) -> Array:
+    """What goes into the encoder or the decoder: the stream has its dtype."""
+    return x.astype(compute_dtype(params["conv_in"]["kernel"], dtype))
 
 
 def normalize_latents(cfg: VAEConfig, latents: Array) -> Array:
@@ -137,7 +147,7 @@ class _ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        shortcut = x if x.shape[-1] == self.features else Linear(self.features, name="shortcut")(x)
+        shortcut = x if x.shape[-1] == self.features else Linear(self.features, dtype=x.dtype, name="shortcut")(x)
         for i in (1, 2):
             x = _Conv(self.features, name=f"conv_{i}")(_Activation(self.groups, name=f"norm_{i}")(x))
         return x + shortcut
@@ -166,7 +176,7 @@ class _Activation(nn.Module):
 
 
 class _Conv(nn.Module):
-    """3x3x3 convolution with zeros all around, in the dtype of the kernel.
+    """3x3x3 convolution with zeros all around, in the dtype of x.
 
     Written as a sum over the three temporal taps of 2-D convolutions: XLA:CPU runs these 1.3 to 2.7 times as fast as
     one 3-D convolution, and forwards and backwards together 2 to 7 times (32 to 256 channels, docs/latent_video.md).
@@ -177,10 +187,11 @@ class _Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, 3, x.shape[-1], self.features))
+        shape = (3, 3, 3, x.shape[-1], self.features)
+        kernel = as_array(self.param("kernel", nn.initializers.lecun_normal(), shape), x.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         B, F = x.shape[:2]
-        frames = jnp.pad(x.astype(kernel.dtype), ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+        frames = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
 
         def tap(i: int) -> Array:
             seen = frames[:, i : i + F : self.stride[0]]

@@ -9,7 +9,7 @@ import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ftfy
 import numpy as np
@@ -19,6 +19,7 @@ from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models.text import spiece
 
 PAD, EOS = 0, 1
+PROMPT_CHARACTERS = 100_000
 _LONE_SURROGATE = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
 
 
@@ -67,7 +68,7 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
 
 
 def clean(prompt: str) -> str:
-    """The prompt as diffusers' Wan pipeline tokenises it: ftfy, HTML entities decoded twice, white space collapsed.
+    """The prompt as diffusers' video pipelines tokenise it: ftfy, HTML entities decoded twice, white space collapsed.
 
     Raises UsageError for half a surrogate pair, which is not text (diffusers puts a replacement character there).
     """
@@ -77,6 +78,21 @@ def clean(prompt: str) -> str:
             "Expected: Unicode text. Retype that character, or save the prompt file as UTF-8."
         )
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
+
+
+def check_prompt(prompt: Any, name: str = "prompt") -> str:
+    """`prompt` itself, if it is text that can be tokenised.
+
+    Raises:
+        UsageError: not text, blank, half a surrogate pair, or longer than any prompt.
+    """
+    if not isinstance(prompt, str):
+        raise UsageError(f"{name} is {prompt!r:.80}; expected text.")
+    if len(prompt) > PROMPT_CHARACTERS:
+        raise UsageError(f"{name} has {len(prompt)} characters; the most is {PROMPT_CHARACTERS}.")
+    if not clean(prompt):
+        raise UsageError(f"{name} is empty; say what the video shows.")
+    return prompt
 
 
 def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> Tokens:

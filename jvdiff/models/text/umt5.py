@@ -21,12 +21,25 @@ import numpy as np
 from flax import linen as nn
 
 from jvdiff.errors import CheckpointError
-from jvdiff.sharding import Placement, rules
+from jvdiff.models.layers import Linear, as_array, compute_dtype
+from jvdiff.sharding import Placement
+from jvdiff.sharding.rules import P, Rules
 from jvdiff.types import Array, Params
 
 # What a config.json may say besides sizes, and the only value of it that this encoder computes.
 _FIXED = {"model_type": "umt5", "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new"}
 _HIGHEST = {"num_layers": 1000, "vocab_size": 2**24}
+
+# Where the weights live; `layers` has the layers in axis 0.
+PLACES: Rules = (
+    (r"layers/attn/(q|k|v)/kernel", P(None, None, "tensor")),
+    (r"layers/attn/out/kernel", P(None, "tensor")),
+    (r"layers/attn/relative_bias/embedding", P(None, None, "tensor")),
+    (r"layers/ffn/(gate|up)/kernel", P(None, None, "tensor")),
+    (r"layers/ffn/down/kernel", P(None, "tensor")),
+    (r"layers/(attn|ffn)/norm/scale|final_norm/scale", P()),
+    (r"token_embed/embedding", P(None, "tensor")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +122,8 @@ class _Norm(nn.Module):
         return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon) * scale[None, None]
 
 
-def _dense(features: int, variance: float, dtype: jnp.dtype, name: str) -> nn.Dense:
-    init = nn.initializers.normal(variance**0.5)
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+def _dense(features: int, variance: float, dtype: jnp.dtype, name: str) -> Linear:
+    return Linear(features, nn.initializers.normal(variance**0.5), dtype=dtype, bias=False, name=name)
 
 
 class _Attention(nn.Module):
@@ -127,7 +139,7 @@ class _Attention(nn.Module):
         k = _dense(N * K, 1 / D, self.dtype, "k")(h).reshape(*h.shape[:2], N, K)
         v = _dense(N * K, 1 / D, self.dtype, "v")(h).reshape(*h.shape[:2], N, K)
         rows, init = cfg.relative_attention_num_buckets, nn.initializers.normal(D**-0.5)
-        table = nn.Embed(rows, N, embedding_init=init, name="relative_bias").embedding.astype(jnp.float32)
+        table = as_array(nn.Embed(rows, N, embedding_init=init, name="relative_bias").embedding, jnp.float32)
         scores = jnp.einsum("BqNK,BSNK->BNqS", q, k, preferred_element_type=jnp.float32)
         scores = scores + table.T[:, buckets][None]
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
@@ -183,7 +195,7 @@ class _Encoder(nn.Module):
 
 def _gathered(placement: Placement, layer: Params) -> Params:
     """The weights of one layer, whole but for `tensor`."""
-    return {"params": placement.whole(layer["params"], rules.UMT5, stack="layers")}
+    return {"params": placement.whole(layer["params"], PLACES, stack="layers")}
 
 
 def init_params(key: Array, cfg: Config) -> Params:
@@ -198,15 +210,27 @@ def abstract_params(cfg: Config, dtype: jax.typing.DTypeLike = jnp.float32) -> P
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
 
 
-def encode(params: Params, cfg: Config, ids: Array, mask: Array, *, placement: Placement | None = None) -> Array:
-    """Last hidden state [B,S,D] in the dtype of the parameters, which is also that of the matrix products.
+def encode(
+    params: Params,
+    cfg: Config,
+    ids: Array,
+    mask: Array,
+    *,
+    placement: Placement | None = None,
+    dtype: Any = None,
+) -> Array:
+    """Last hidden state [B,S,D] in `dtype`, which is also that of the matrix products.
 
     Args:
-        params: tree of `abstract_params`.
+        params: tree of `abstract_params`; a kernel may be a `Quantised`.
         ids: int32 [B,S], each below `cfg.vocab_size` (a larger one gives NaN: check the tokenizer first).
         mask: bool [B,S], true at real tokens. These do not depend on the other rows, which mean nothing.
-        placement: the devices to work on, `params` on them by `sharding.rules.UMT5`; every device gets the result.
+        placement: the devices to work on, `params` on them by `PLACES`; every device gets the result.
+        dtype: a float dtype; None: that of the token embedding.
+
+    Raises:
+        UsageError: a kernel of integers without a scale.
     """
-    dtype = params["token_embed"]["embedding"].dtype
+    dtype = compute_dtype(params["token_embed"]["embedding"], dtype)
     states: Any = _Encoder(cfg, dtype, placement).apply({"params": params}, ids, mask)
     return states if placement is None else placement.replicate(states)

@@ -3,38 +3,39 @@
 Sources: the published repositories `Wan-AI/Wan2.1-T2V-*-Diffusers` and diffusers 0.42, whose numbers these match.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
+if TYPE_CHECKING:
+    from jvdiff.models.wan.causal import (
+        KVCache,
+        Span,
+        TextKeys,
+        chunk_velocity,
+        extend,
+        init_kv_cache,
+        reencode,
+        remembered,
+        text_keys,
+    )
+    from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, DiTConfig
+    from jvdiff.models.wan.dit import Pattern, attention_choice, mesh_sizes, velocity
+    from jvdiff.models.wan.params import abstract_params, init_params
+    from jvdiff.models.wan.vae import (
+        DECODER,
+        WAN_2_1_VAE,
+        VAEConfig,
+        decode,
+        decode_chunk,
+        denormalize_latents,
+        encode,
+        encode_chunk,
+        init_cache,
+        normalize_latents,
+    )
 
-from jvdiff.models.wan import dit, vae
-from jvdiff.models.wan.causal import (
-    KVCache,
-    Span,
-    TextKeys,
-    chunk_velocity,
-    extend,
-    init_kv_cache,
-    reencode,
-    remembered,
-    text_keys,
-)
-from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, DiTConfig
-from jvdiff.models.wan.dit import Pattern, attention_choice, mesh_sizes, velocity
-from jvdiff.models.wan.vae import (
-    DECODER,
-    WAN_2_1_VAE,
-    VAEConfig,
-    decode,
-    decode_chunk,
-    denormalize_latents,
-    encode,
-    encode_chunk,
-    init_cache,
-    normalize_latents,
-)
-from jvdiff.types import Params
+# Imported when a name of theirs is first used, the first file that has it: settings.py is read without the networks.
+_FILES = ("params", "config", "dit", "causal", "vae")
 
 __all__ = [
     "DECODER",
@@ -68,11 +69,10 @@ __all__ = [
 ]
 
 
-def abstract_params(cfg: DiTConfig | VAEConfig, dtype: Any = jnp.float32) -> Params:
-    """The parameter tree of a configuration as a nested dict of ShapeDtypeStruct; allocates nothing."""
-    return vae.abstract_params(cfg, dtype) if isinstance(cfg, VAEConfig) else dit.abstract_params(cfg, dtype)
-
-
-def init_params(key: jax.Array, cfg: DiTConfig | VAEConfig) -> Params:
-    """Float32 parameters to start a training from."""
-    return vae.init_params(key, cfg) if isinstance(cfg, VAEConfig) else dit.init_params(key, cfg)
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for file in _FILES:
+            module = importlib.import_module(f"{__name__}.{file}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -123,14 +123,19 @@ def init_kv_cache(
     return KVCache(keys, values, jnp.zeros((), jnp.int32, device=everywhere))
 
 
-def text_keys(params: Params, cfg: DiTConfig, text: Array, *, placement: Placement | None = None) -> TextKeys:
-    """Keys and values [layers,B,S,N,K] of the text [B,S,text_dim] for the cross-attention of every layer."""
-    D = cfg.width
-    text = MLP(D, D, gelu).apply({"params": params["text_embed"]}, text)  # pyright: ignore[reportAssignmentType]
+def text_keys(
+    params: Params, cfg: DiTConfig, text: Array, *, placement: Placement | None = None, dtype: Any = None
+) -> TextKeys:
+    """Keys and values [layers,B,S,N,K] of the text [B,S,text_dim] for the cross-attention of every layer.
+
+    placement, dtype: as in `velocity`.
+    """
+    D, linear = cfg.width, Linear(cfg.width, dtype=dtype)
+    text = MLP(D, D, gelu, dtype=dtype).apply({"params": params["text_embed"]}, text)  # pyright: ignore[reportAssignmentType]
 
     def of_layer(layer: Params) -> tuple[Array, Array]:
-        k: Any = Linear(D).apply({"params": layer["k"]}, text)
-        v: Any = Linear(D).apply({"params": layer["v"]}, text)
+        k: Any = linear.apply({"params": layer["k"]}, text)
+        v: Any = linear.apply({"params": layer["v"]}, text)
         k: Any = RMSNorm(cfg.eps).apply({"params": layer["k_norm"]}, k)
         heads = lambda x: x.reshape(*x.shape[:2], -1, cfg.attention_head_dim)  # noqa: E731
         return heads(k.astype(v.dtype)), heads(v)
@@ -151,6 +156,7 @@ def chunk_velocity(
     text_length: int | None = None,
     implementation: str | None = None,
     placement: Placement | None = None,
+    dtype: Any = None,
 ) -> Array:
     """The velocity at the next chunk of a video, float32 [B,T,H,W,out_channels]; the past is read and stays as it is.
 
@@ -158,9 +164,10 @@ def chunk_velocity(
       latents: float32 [B,T,H,W,C], T = span.chunk.
       timestep: float32 [B], or [B,T] with one for each frame, in 0..1000.
       text: of `text_keys`.
-      text_length, implementation, placement: as in `velocity`.
+      text_length, implementation, placement, dtype: as in `velocity`.
     """
-    v, _ = _chunk(params, cfg, span, latents, timestep, text, past, text_length, implementation, placement, keep=False)
+    common = (text_length, implementation, placement, dtype)
+    v, _ = _chunk(params, cfg, span, latents, timestep, text, past, *common, keep=False)
     return v
 
 
@@ -176,10 +183,11 @@ def extend(
     text_length: int | None = None,
     implementation: str | None = None,
     placement: Placement | None = None,
+    dtype: Any = None,
 ) -> KVCache:
     """The past with one more chunk, as the network sees it at `timestep`: 0 where it is clean. Arguments of
     `chunk_velocity`; give `past` to be overwritten (`donate_argnums`), and no byte of it is copied."""
-    common = (text_length, implementation, placement)
+    common = (text_length, implementation, placement, dtype)
     _, kept = _chunk(params, cfg, span, latents, timestep, text, past, *common, keep=True)
     frames = past.frames + jnp.arange(span.chunk, dtype=jnp.int32)
     slot = span.slot(frames, past.frames + span.chunk)
@@ -207,6 +215,7 @@ def reencode(
     text_length: int | None = None,
     implementation: str | None = None,
     placement: Placement | None = None,
+    dtype: Any = None,
 ) -> KVCache:
     """The same past under another text: all frames that are kept go through the network once more, together.
 
@@ -218,7 +227,7 @@ def reencode(
     filled = number < span.filled(past.frames)
     seen = visible(frames, frames, span.chunk, span.window, span.sink) & filled[None] & filled[:, None]
     shape = (len(history), *history.shape[1:4])
-    how = _plan(cfg, span, shape, text, text_length, implementation, placement, keep=True)
+    how = _plan(cfg, span, shape, text, text_length, implementation, placement, dtype, keep=True)
     places = span.places(past.frames) if span.relative else frames
     state = Past(length=None, visible=seen)
     layers = Layer(None, text)
@@ -248,11 +257,12 @@ def _chunk(
     text_length: int | None,
     implementation: str | None,
     placement: Placement | None,
+    dtype: Any,
     *,
     keep: bool,
 ) -> tuple[Array, Any]:
     _check(cfg, span, latents, timestep, past)
-    how = _plan(cfg, span, latents.shape[:4], text, text_length, implementation, placement, keep=keep)
+    how = _plan(cfg, span, latents.shape[:4], text, text_length, implementation, placement, dtype, keep=keep)
     _, h, w = how.grid
     filled, rope, frames = span.filled(past.frames), None, past.frames + jnp.arange(span.chunk, dtype=jnp.int32)
     if span.relative:
@@ -288,10 +298,11 @@ def _plan(
     text_length: int | None,
     implementation: str | None,
     placement: Placement | None,
+    dtype: Any,
     *,
     keep: bool,
 ) -> How:
-    how = plan_forward(cfg, shape, span.pattern, text[0].shape[2], text_length, implementation, placement)
+    how = plan_forward(cfg, shape, span.pattern, text[0].shape[2], text_length, implementation, placement, dtype)
     return replace(how, keep=keep, relative=span.relative)
 
 

@@ -31,9 +31,10 @@ from jvdiff import kernels
 from jvdiff.errors import UsageError
 from jvdiff.kernels import BlockCausal, Dense, SlidingTile, VideoSparse, block_sparse, tiles
 from jvdiff.models.layers import MLP, Linear, RMSNorm, gelu, layer_norm, sinusoid
+from jvdiff.models.wan import places
 from jvdiff.models.wan.config import DiTConfig
 from jvdiff.models.wan.layers import LayerNorm, rope_tables, rotate
-from jvdiff.sharding import Placement, Sizes, Split, rules, sequence
+from jvdiff.sharding import Placement, Sizes, Split, sequence
 from jvdiff.types import Array, Params
 
 Pattern = Dense | SlidingTile | VideoSparse  # of a model that makes a clip at once
@@ -52,11 +53,12 @@ def velocity(
     remat: bool = False,
     implementation: str | None = None,
     placement: Placement | None = None,
+    dtype: Any = None,
 ) -> Array:
     """d x / d sigma at `latents`: noise minus clean latents, as the network predicts it. Pure and differentiable.
 
     Args:
-      params: the tree of `abstract_params(cfg)`; the compute dtype is that of its attention and feed-forward matrices.
+      params: the tree of `abstract_params(cfg)`; a kernel may be a `models.quantised.Quantised`.
       latents: float32 [B,T,H,W,C]; T, H, W multiples of the patch size.
       timestep: float32 [B] in 0..1000, or [B,T] with one for each frame, which sparse patterns do not take. Never lower
         precision: bfloat16 turns 937.5 into 936.
@@ -70,8 +72,9 @@ def velocity(
       remat: recompute each block in the backward pass instead of keeping its activations.
       implementation: of the self-attention, see `jvdiff.kernels`; of the attention to text too where there is a dense
         one of that name, which otherwise takes the best.
-      placement: the devices to work on, `params` on them by `sharding.rules.WAN_DIT`; the rest, and the result, is on
+      placement: the devices to work on, `params` on them by `places.DIT`; the rest, and the result, is on
         all of them. None: one device.
+      dtype: of the products of attention, feed-forward and text embedding. None: that of each matrix.
 
     Returns:
       float32 [B,T,H,W,out_channels].
@@ -83,7 +86,7 @@ def velocity(
         )
     _check(cfg, latents, timestep, text, text_length, pattern)
     timestep, text = timestep.reshape(len(timestep), -1), text if text.ndim == 4 else text[:, None]
-    how = plan_forward(cfg, latents.shape[:4], pattern, text.shape[-2], text_length, implementation, placement)
+    how = plan_forward(cfg, latents.shape[:4], pattern, text.shape[-2], text_length, implementation, placement, dtype)
     frames = pattern.frames(how.grid[0]) if isinstance(pattern, BlockCausal) else None
     if how.split and text.shape[1] > 1 and how.split.devices(how.split.ring + how.split.heads) > 1:
         raise UsageError(
@@ -103,6 +106,7 @@ class How:
     implementation: str | None = None
     placement: Placement | None = None
     split: Split | None = None
+    dtype: Any = None  # of the products in the blocks and the text embedding; None: that of each matrix
     keep: bool = False  # return every layer's keys and values
     relative: bool = False  # keys are kept before their rotation, which counts from the oldest frame that is kept
 
@@ -115,13 +119,14 @@ def plan_forward(
     text_length: int | None,
     implementation: str | None,
     placement: Placement | None,
+    dtype: Any,
 ) -> How:
-    """How latents of (B,T,H,W), and so many rows of text, go through the network."""
+    """How latents of (B,T,H,W), and that many rows of text, go through the network."""
     B, *sizes = shape
     t, h, w = (n // p for n, p in zip(sizes, cfg.patch_size, strict=True))
     split = None if placement is None else placement.split(mesh_sizes(cfg, tuple(sizes), B, pattern))
     extra = 0 if text_length is None else text_length - rows
-    return How((t, h, w), pattern, extra, implementation, placement, split)
+    return How((t, h, w), pattern, extra, implementation, placement, split, dtype)
 
 
 class Layer(NamedTuple):
@@ -159,7 +164,7 @@ def apply(
     timestep [B,1] or [B,T]; text [B,P,S,D], or None where `layers` have its keys; frames: see `rope_tables`.
     """
     if placement := how.placement:
-        whole: Any = placement.whole({k: v for k, v in params.items() if k != "blocks"}, rules.WAN_DIT)
+        whole: Any = placement.whole({k: v for k, v in params.items() if k != "blocks"}, places.DIT)
         params = {**whole, "blocks": params["blocks"]}
         latents, timestep, text, past = placement.replicate((latents, timestep, text, past))
     model = Transformer(cfg, how, remat)
@@ -274,7 +279,7 @@ class Transformer(nn.Module):
         t = MLP(D, D, nn.silu, exact=True, name="time_embed")(sinusoid(timestep, cfg.freq_dim))
         modulation = Linear(6 * D, exact=True, name="time_proj")(nn.silu(t)).reshape(*timestep.shape, 6, D)
         if text is not None:
-            text = MLP(D, D, gelu, name="text_embed")(text)
+            text = MLP(D, D, gelu, dtype=how.dtype, name="text_embed")(text)
         if placement := how.placement:
             t, modulation, text = placement.replicate((t, modulation, text))
 
@@ -318,18 +323,18 @@ class _Block(nn.Module):
         gated = cfg.gate_compress and isinstance(how.pattern, VideoSparse)
         attend = partial(_attend_video, how, shared, layer.past)
         rope = None if how.relative else shared.rope
-        h, kept = _Attention(cfg, gated, name="self_attn")(h, h, rope, attend)
+        h, kept = _Attention(cfg, gated, how.dtype, name="self_attn")(h, h, rope, attend)
         x = x + gate_1 * h
 
         h = LayerNorm(cfg.eps, name="cross_norm")(x)
         parts = 1 if text is None else text.shape[1]
         text = None if text is None else text.reshape(text.shape[0], -1, text.shape[3])
         attend = partial(_attend_text, how, parts)
-        h, _ = _Attention(cfg, name="cross_attn")(h, text, None, attend, layer.text)
+        h, _ = _Attention(cfg, dtype=how.dtype, name="cross_attn")(h, text, None, attend, layer.text)
         x = x + h
 
         h = layer_norm(x, cfg.eps) * (1 + scale_2) + shift_2
-        h = MLP(cfg.ffn_dim, cfg.width, gelu, names=("up", "down"), name="ffn")(h)
+        h = MLP(cfg.ffn_dim, cfg.width, gelu, names=("up", "down"), dtype=how.dtype, name="ffn")(h)
         x = x + gate_2 * h.astype(jnp.float32)
         return x, kept
 
@@ -349,6 +354,7 @@ class _Attention(nn.Module):
 
     cfg: DiTConfig
     gated: bool = False
+    dtype: Any = None
 
     @nn.compact
     def __call__(
@@ -361,20 +367,21 @@ class _Attention(nn.Module):
     ) -> tuple[Array, Any]:
         """keys: those of the context with their values, [B,S,N,K], worked out before."""
         cfg, D = self.cfg, self.cfg.width
+        linear = partial(Linear, D, dtype=self.dtype)
         heads = lambda a: a.reshape(*a.shape[:2], -1, cfg.attention_head_dim)  # noqa: E731
-        q = Linear(D, name="q")(x)
+        q = linear(name="q")(x)
         dtype = q.dtype
         q = heads(RMSNorm(cfg.eps, name="q_norm")(q))
         if keys is None:
-            k, v = Linear(D, name="k")(context), heads(Linear(D, name="v")(context))
+            k, v = linear(name="k")(context), heads(linear(name="v")(context))
             k = heads(RMSNorm(cfg.eps, name="k_norm")(k))
         else:
             k, v = keys
-        gate = heads(Linear(D, nn.initializers.zeros, name="gate")(x)) if self.gated else None
+        gate = heads(linear(kernel_init=nn.initializers.zeros, name="gate")(x)) if self.gated else None
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         out, kept = attend(q.astype(dtype), k.astype(dtype), v, gate)
-        return Linear(D, name="out")(out.reshape(x.shape)).astype(jnp.float32), kept
+        return linear(name="out")(out.reshape(x.shape)).astype(jnp.float32), kept
 
 
 def _attend_video(
@@ -463,7 +470,7 @@ class _Head(nn.Module):
 
 def _gathered(placement: Placement, layer: Params) -> Params:
     """The weights of one layer, whole but for `tensor`: inside the scan, so that one layer at a time is gathered."""
-    return {"params": placement.whole(layer["params"], rules.WAN_DIT, stack="blocks")}
+    return {"params": placement.whole(layer["params"], places.DIT, stack="blocks")}
 
 
 def tile_order(x: Array, grid: Grid, tile: Grid) -> Array:

@@ -16,8 +16,8 @@ import numpy as np
 from jvdiff.kernels import Dense
 from jvdiff.models import wan
 from jvdiff.models.text import umt5
+from jvdiff.models.wan import places
 from jvdiff.sharding import Placement
-from jvdiff.sharding.rules import UMT5, WAN_DIT
 from jvdiff.training.loop import Task, each
 from jvdiff.types import Array, Params
 
@@ -81,7 +81,7 @@ def text_to_video_task(
         noisy = (sigma > 0.75).astype(jnp.float32)
         return jnp.mean(error), {"loss_noisy": jnp.sum(error * noisy) / jnp.maximum(jnp.sum(noisy), 1.0)}
 
-    return Task(init=init, loss=loss, batches=each(batches), rules=(*WAN_DIT, *UMT5))
+    return Task(init=init, loss=loss, batches=each(batches), rules=(*places.DIT, *umt5.PLACES))
 
 
 def noise_levels(key: Array, shape: tuple[int, ...], shift: float) -> Array:

@@ -27,13 +27,13 @@ class Settings:
     )  # fmt: skip
     negative_prompt: str = option("", "what guidance leads away from")
     shift: float = option(3.0, "how much the noise levels lean towards noise", low=0.01, high=100.0)
-    solver: str = option("unipc", "unipc or euler", choices=("unipc", "euler"))
+    solver: str = option("unipc", "unipc, euler, or renoise:1000,750,500,250 (timesteps of a distilled model)")
     grid: str = option(
         "diffusers", "whose noise levels: diffusers, or wan (the authors' programs)", choices=("diffusers", "wan")
     )
     pattern: str = option(
         "dense",
-        "which tokens see each other: dense, sliding_tile:6x8x8:3x3x3 (tile, window), video_sparse:4x4x4:0.9 (sparsity)",
+        "which tokens see each other: dense, sliding_tile:6x8x8:3x3x3 (tile, window) or video_sparse:4x4x4:0.9",
     )
     attention: str | None = option(None, "implementation of self-attention in jvdiff.kernels; none: the best that can")
 

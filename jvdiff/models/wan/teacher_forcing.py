@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jvdiff.kernels import BlockCausal
 from jvdiff.models import wan
 from jvdiff.models.text import umt5
+from jvdiff.models.wan import places
 from jvdiff.models.wan.flow_matching import Batch, encode_text, noise_levels
 from jvdiff.sharding import Placement
-from jvdiff.sharding.rules import UMT5, WAN_DIT
 from jvdiff.training.loop import Task, each
 from jvdiff.types import Array, Params
 
@@ -109,7 +109,7 @@ def teacher_forcing_task(
         noisy = jnp.where(sigma > 0.75, weight, 0.0)
         return _mean(error, weight), {"loss_noisy": _mean(error, noisy)}
 
-    return Task(init=init, loss=loss, batches=each(batches), rules=(*WAN_DIT, *UMT5))
+    return Task(init=init, loss=loss, batches=each(batches), rules=(*places.DIT, *umt5.PLACES))
 
 
 def _mean(error: Array, weight: Array) -> Array:

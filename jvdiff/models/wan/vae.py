@@ -29,6 +29,7 @@ from jax import lax
 
 from jvdiff import kernels
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.models.layers import as_array, compute_dtype, product, row
 from jvdiff.sharding import Picture, Placement
 from jvdiff.types import Array, Params
 
@@ -133,25 +134,13 @@ def _newest_frame(key, shape, dtype=jnp.float32):
 def _conv2d(x: Array, kernel: Array, *, stride: int = 1, padding=((1, 1), (1, 1))) -> Array:
     """Per-frame convolution. x [B,T,H,W,C], kernel [h,w,C,O]."""
     frames = rearrange(x, "B T H W C -> (B T) H W C")
-    y = lax.conv_general_dilated(
-        frames, kernel.astype(x.dtype), (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    y = lax.conv_general_dilated(frames, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     return rearrange(y, "(B T) H W C -> B T H W C", T=x.shape[1])
 
 
-def _product(x: Array, kernel: Array) -> Array:
-    """x [...,C] times kernel [C,O] in the dtype of x, not yet rounded to it: float32 [...,O]."""
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
 def _pointwise(x: Array, dense: Params) -> Array:
-    y = _product(x, dense["kernel"])
-    return (y + _row(dense["bias"], y)).astype(x.dtype)
-
-
-def _row(vector: Array, x: Array) -> Array:
-    """vector [C] shaped and cast to meet x [..., C]."""
-    return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    y = product(x, dense["kernel"], x.dtype, out=jnp.float32)
+    return (y + row(dense["bias"], y)).astype(x.dtype)
 
 
 def _with_context(x: Array, cache: Array | None, frames: int = 2) -> Array:
@@ -183,7 +172,7 @@ class _CausalConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, cache: Array | None) -> tuple[Array, Array]:
-        kernel = self.param("kernel", _newest_tap, (3, 3, 3, x.shape[-1], self.features))
+        kernel = as_array(self.param("kernel", _newest_tap, (3, 3, 3, x.shape[-1], self.features)), x.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         frames = _with_context(x, cache)
         length = x.shape[1]
@@ -194,7 +183,7 @@ class _CausalConv(nn.Module):
             y = _conv2d(stacked, rearrange(kernel, "tap h w I O -> h w (tap I) O"))
         else:
             y = sum(_conv2d(frames[:, tap : tap + length], kernel[tap]) for tap in range(3))
-        return y + _row(bias, x), frames[:, -2:]
+        return y + row(bias, x), frames[:, -2:]
 
 
 class _Norm(nn.Module):
@@ -206,7 +195,7 @@ class _Norm(nn.Module):
         wide = x.astype(jnp.float32)
         energy = jnp.sum(wide * wide, axis=-1, keepdims=True)
         wide = wide * (x.shape[-1] ** 0.5 * lax.rsqrt(jnp.maximum(energy, 1e-24)))
-        return wide * _row(scale, wide)
+        return wide * row(scale, wide)
 
 
 class _ResBlock(nn.Module):
@@ -266,10 +255,11 @@ class _SpatialConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.features))
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = as_array(self.param("kernel", nn.initializers.lecun_normal(), shape), x.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         y = _upsampled_conv(x, kernel) if self.up else _conv2d(x, kernel, stride=2, padding=((0, 1), (0, 1)))
-        return y + _row(bias, y)
+        return y + row(bias, y)
 
 
 def _upsampled_conv(x: Array, kernel: Array) -> Array:
@@ -282,7 +272,7 @@ def _upsampled_conv(x: Array, kernel: Array) -> Array:
     fold = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)  # [phase, tap of 2, tap of 3]
     small = jnp.einsum("aip,bjq,pqcd->abijcd", fold, fold, kernel)
     phase = [[_conv2d(x, small[a, b], padding=((1 - a, a), (1 - b, b))) for b in (0, 1)] for a in (0, 1)]
-    y = jnp.stack([jnp.stack(row, axis=4) for row in phase], axis=3)
+    y = jnp.stack([jnp.stack(pair, axis=4) for pair in phase], axis=3)
     return rearrange(y, "B T H a W b C -> B T (H a) (W b) C")
 
 
@@ -294,11 +284,12 @@ class _TimeConv(nn.Module):
 
     @nn.compact
     def __call__(self, frames: Array) -> Array:
-        kernel = self.param("kernel", _newest_frame, (3, frames.shape[-1], self.features))
+        kernel = as_array(self.param("kernel", _newest_frame, (3, frames.shape[-1], self.features)), frames.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         last = frames.shape[1] - 2
-        taps: Any = sum(_product(frames[:, tap : tap + last : self.stride], kernel[tap]) for tap in range(3))
-        return (taps + _row(bias, taps)).astype(frames.dtype)
+        windows = (frames[:, tap : tap + last : self.stride] for tap in range(3))
+        taps: Any = sum(product(x, kernel[tap], out=jnp.float32) for tap, x in enumerate(windows))
+        return (taps + row(bias, taps)).astype(frames.dtype)
 
 
 class _Downsample(nn.Module):
@@ -442,7 +433,13 @@ def init_params(key: Array, cfg: VAEConfig, dtype=jnp.float32) -> Params:
 
 
 def encode_chunk(
-    params: Params, cfg: VAEConfig, frames: Array, cache: Cache, *, placement: Placement | None = None
+    params: Params,
+    cfg: VAEConfig,
+    frames: Array,
+    cache: Cache,
+    *,
+    placement: Placement | None = None,
+    dtype: Any = None,
 ) -> tuple[Array, Cache]:
     """Encodes the next frames of a clip.
 
@@ -450,13 +447,14 @@ def encode_chunk(
       frames: [B,1,Y,X,3] in [-1,1] where the clip begins (cache None), then [B,4n,Y,X,3].
       cache: what the call before returned; None at first.
       placement: the devices that share every frame, `params` a copy on each; the results stay divided among them.
+      dtype: of the products, the stream between them and the cache. None: that of the parameters.
 
     Returns:
       The posterior's mean [B,1 or n,H,W,C], not normalised, and the cache for the next call.
     """
     _check_chunk(frames, cache, cfg.temporal_factor, "pixel frames")
     divide, picture = _divided(placement, frames, cfg.spatial_factor)
-    frames, cache = divide((_compute(params, frames), cache))
+    frames, cache = divide((_compute(params, frames, dtype), cache))
     moments, cache = _Encoder(cfg, picture).apply({"params": params["encoder"]}, frames, cache)
     mean = _pointwise(moments, params["quant_conv"])[..., : cfg.z_dim].astype(jnp.float32)
     return divide((mean, cache))
@@ -470,6 +468,7 @@ def decode_chunk(
     *,
     clip: bool = True,
     placement: Placement | None = None,
+    dtype: Any = None,
 ) -> tuple[Array, Cache]:
     """Decodes the next latent frames of a clip.
 
@@ -478,13 +477,14 @@ def decode_chunk(
       cache: what the call before returned; None at first.
       clip: False leaves values beyond [-1,1] as they are, so that they have gradients in training.
       placement: the devices that share every frame, `params` a copy on each; the results stay divided among them.
+      dtype: of the products, the stream between them and the cache. None: that of the parameters.
 
     Returns:
       float32 frames [B,1 or 4n,Y,X,3] in [-1,1], and the cache for the next call.
     """
     _check_chunk(latents, cache, 1, "latent frames")
     divide, picture = _divided(placement, latents, 1)
-    latents, cache = divide((_compute(params, latents), cache))
+    latents, cache = divide((_compute(params, latents, dtype), cache))
     latents = _pointwise(latents, params["post_quant_conv"])
     frames, cache = _Decoder(cfg, picture).apply({"params": params["decoder"]}, latents, cache)
     frames = frames.astype(jnp.float32)
@@ -492,12 +492,18 @@ def decode_chunk(
 
 
 def encode(
-    params: Params, cfg: VAEConfig, video: Array, *, chunk: int = 1, placement: Placement | None = None
+    params: Params,
+    cfg: VAEConfig,
+    video: Array,
+    *,
+    chunk: int = 1,
+    placement: Placement | None = None,
+    dtype: Any = None,
 ) -> Array:
     """video [B,1+4k,Y,X,3] in [-1,1] -> posterior mean [B,1+k,H,W,C] float32, not normalised.
 
     `chunk` latent frames are made at a time (it must divide k): memory grows with it, never with the clip.
-    `placement`: see `encode_chunk`.
+    placement, dtype: see `encode_chunk`.
     """
     if (video.shape[1] - 1) % cfg.temporal_factor:
         below = video.shape[1] - 1 - (video.shape[1] - 1) % cfg.temporal_factor + 1
@@ -508,7 +514,8 @@ def encode(
     for axis, name in ((2, "height"), (3, "width")):
         if video.shape[axis] % cfg.spatial_factor:
             raise UsageError(f"The VAE takes a {name} divisible by {cfg.spatial_factor}, found {video.shape[axis]}.")
-    return _scan_chunks(partial(encode_chunk, params, cfg, placement=placement), video, chunk * cfg.temporal_factor)
+    step = partial(encode_chunk, params, cfg, placement=placement, dtype=dtype)
+    return _scan_chunks(step, video, chunk * cfg.temporal_factor)
 
 
 def decode(
@@ -519,13 +526,15 @@ def decode(
     chunk: int = 1,
     clip: bool = True,
     placement: Placement | None = None,
+    dtype: Any = None,
 ) -> Array:
     """latents [B,T,H,W,C], not normalised -> float32 video [B,1+4(T-1),Y,X,3] in [-1,1].
 
     `chunk` latent frames are decoded at a time (it must divide T - 1): memory grows with it, never with the clip.
-    `placement`: see `decode_chunk`.
+    placement, dtype: see `decode_chunk`.
     """
-    return _scan_chunks(partial(decode_chunk, params, cfg, clip=clip, placement=placement), latents, chunk)
+    step = partial(decode_chunk, params, cfg, clip=clip, placement=placement, dtype=dtype)
+    return _scan_chunks(step, latents, chunk)
 
 
 def init_cache(cfg: VAEConfig, which: str, batch: int, height: int, width: int, dtype=jnp.float32) -> Cache:
@@ -551,8 +560,8 @@ def denormalize_latents(cfg: VAEConfig, latents: Array) -> Array:
     return latents * std + mean
 
 
-def _compute(params: Params, x: Array) -> Array:
-    return x.astype(params["quant_conv"]["kernel"].dtype)
+def _compute(params: Params, x: Array, dtype: Any) -> Array:
+    return x.astype(compute_dtype(params["quant_conv"]["kernel"], dtype))
 
 
 def _divided(placement: Placement | None, x: Array, factor: int) -> tuple[Any, Picture | None]:

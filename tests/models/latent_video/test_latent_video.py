@@ -13,9 +13,9 @@ from jax import lax
 
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import latent_video
-from jvdiff.models.latent_video import DiTConfig, VAEConfig
+from jvdiff.models.latent_video import DiTConfig, VAEConfig, places
 from jvdiff.models.latent_video.vae import _Activation, _Conv
-from jvdiff.sharding import Placement, collectives, make_mesh, param_shardings, read_mesh, rules
+from jvdiff.sharding import Placement, collectives, make_mesh, param_shardings, read_mesh
 
 VAE = VAEConfig(width=4, multipliers=(1, 1, 2, 2), blocks=1, groups=2, latents_mean=(0.5, -1.0, 0.0, 2.0))
 CFG = DiTConfig(hidden_size=96, depth=2, num_heads=4, num_classes=3, freq_dim=16)  # wide enough for fsdp to divide
@@ -219,7 +219,7 @@ def placed(mesh):
     shape = read_mesh(mesh)
     placement = Placement(make_mesh(shape), shape.ring)
     params = params_of(CFG)
-    return placement, jax.device_put(params, param_shardings(placement.mesh, params, rules.LATENT_VIDEO_DIT))
+    return placement, jax.device_put(params, param_shardings(placement.mesh, params, places.DIT))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from jvdiff.errors import CheckpointError, MissingTensor
 from jvdiff.models.text import umt5
 from jvdiff.models.text.umt5_names import RULES
 from jvdiff.sharding import Placement, make_mesh, param_shardings, read_mesh
-from jvdiff.sharding import rules as sharding_rules
 from jvdiff.weights import naming as rules
 
 CFG = umt5.Config(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=3)
@@ -109,7 +108,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(mesh):
     cfg = umt5.Config(vocab_size=4096, d_model=64, d_kv=16, d_ff=768, num_layers=3, num_heads=4)
     weights = umt5.init_params(jax.random.key(1), cfg)
     placement = Placement(make_mesh(read_mesh(mesh)))
-    placed = jax.device_put(weights, param_shardings(placement.mesh, weights, sharding_rules.UMT5))
+    placed = jax.device_put(weights, param_shardings(placement.mesh, weights, umt5.PLACES))
     divided = [x for x in jax.tree.leaves(placed) if not x.sharding.is_fully_replicated]
     assert bool(divided) == (mesh != "data=3")
     ids, mask = prompts(16)

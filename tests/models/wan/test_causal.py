@@ -15,8 +15,9 @@ import pytest
 from jvdiff.errors import UsageError
 from jvdiff.kernels import BlockCausal
 from jvdiff.models import wan
+from jvdiff.models.wan import places
 from jvdiff.models.wan.layers import rope_tables
-from jvdiff.sharding import Placement, collectives, make_mesh, param_shardings, read_mesh, rules
+from jvdiff.sharding import Placement, collectives, make_mesh, param_shardings, read_mesh
 
 CFG = wan.DiTConfig(
     num_attention_heads=4, attention_head_dim=12, num_layers=2, ffn_dim=40, in_channels=4, out_channels=4, text_dim=20
@@ -359,7 +360,7 @@ def test_what_is_remembered_is_what_the_slots_hold():
 def placed(mesh):
     shape = read_mesh(mesh)
     placement = Placement(make_mesh(shape), shape.ring)
-    return placement, jax.device_put(params(), param_shardings(placement.mesh, params(), rules.WAN_DIT))
+    return placement, jax.device_put(params(), param_shardings(placement.mesh, params(), places.DIT))
 
 
 @pytest.mark.parametrize("mesh", ["sequence=8", "data=2,sequence=2,tensor=2", "fsdp=8"])

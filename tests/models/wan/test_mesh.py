@@ -13,7 +13,8 @@ import pytest
 from jvdiff import plan
 from jvdiff.kernels import Dense, SlidingTile, VideoSparse
 from jvdiff.models import wan
-from jvdiff.sharding import Placement, collectives, make_mesh, param_shardings, read_mesh, rules
+from jvdiff.models.wan.places import DIT
+from jvdiff.sharding import Placement, collectives, make_mesh, param_shardings, read_mesh
 
 SIZES = dict(num_attention_heads=8, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16)
 CFG = wan.DiTConfig(ffn_dim=64, num_layers=2, gate_compress=True, **SIZES)
@@ -47,7 +48,7 @@ def inputs(batch):
 def placed(mesh, params):
     shape = read_mesh(mesh)
     placement = Placement(make_mesh(shape), shape.ring)
-    return placement, jax.device_put(params, param_shardings(placement.mesh, params, rules.WAN_DIT))
+    return placement, jax.device_put(params, param_shardings(placement.mesh, params, DIT))
 
 
 @functools.cache
@@ -121,7 +122,7 @@ def compiled(mesh, batch=1, pattern=Dense(), cfg=WIDE):  # noqa: B008 - a frozen
     shape = read_mesh(mesh)
     placement = Placement(make_mesh(shape), shape.ring)
     abstract = wan.abstract_params(cfg)
-    places = param_shardings(placement.mesh, abstract, rules.WAN_DIT)
+    places = param_shardings(placement.mesh, abstract, DIT)
     struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=placement.everywhere)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
     run = jax.jit(lambda *args: wan.velocity(args[0], cfg, *args[1:], pattern=pattern, placement=placement))

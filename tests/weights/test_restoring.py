@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jvdiff.pipeline.tables import read_component
 
 from convert.__main__ import convert
 from jvdiff.errors import (
@@ -18,10 +19,11 @@ from jvdiff.errors import (
     ShapeMismatch,
     UsageError,
 )
-from jvdiff.pipeline.tables import read_component
-from jvdiff.weights import checkpoint
+from jvdiff.weights import restore, restoring, save
 from jvdiff.weights import safetensors as reader
+from jvdiff.weights.manifest import verify_files
 from jvdiff.weights.naming import flatten
+from jvdiff.weights.orbax import stored_leaves
 
 TREE = {
     "layers": {"kernel": np.arange(24, dtype=np.float32).reshape(2, 3, 4), "bias": np.ones((2, 4), jnp.bfloat16)},
@@ -40,7 +42,7 @@ def content(folder):
 
 @pytest.fixture
 def saved(tmp_path):
-    checkpoint.save(tmp_path / "saved", TREE)
+    save(tmp_path / "saved", TREE)
     return tmp_path / "saved"
 
 
@@ -52,7 +54,7 @@ def orbax(tiny_repository, tmp_path_factory):
 
 
 def test_save_and_restore(saved):
-    restored = checkpoint.restore(saved, abstract(TREE), cast=False)
+    restored = restore(saved, abstract(TREE), (), cast=False)
     assert jax.tree.structure(restored) == jax.tree.structure(TREE)
     for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(TREE), strict=True):
         assert isinstance(ours, jax.Array)
@@ -64,34 +66,35 @@ def test_save_and_restore(saved):
 def test_save_refuses_to_overwrite_unless_told(saved):
     before = content(saved)
     with pytest.raises(UsageError, match="exists already"):
-        checkpoint.save(saved, {"a": np.zeros(2, np.float32)})
+        save(saved, {"a": np.zeros(2, np.float32)})
     assert content(saved) == before
-    checkpoint.save(saved, {"a": np.zeros(2, np.float32)}, overwrite=True)
-    assert list(checkpoint.stored_leaves(saved)) == ["a"]
+    save(saved, {"a": np.zeros(2, np.float32)}, overwrite=True)
+    assert list(stored_leaves(saved)) == ["a"]
 
 
 @pytest.mark.parametrize("key", ["a.b", "..", "", "a/b", "a\0", "ä"])
 def test_f42_keys_that_orbax_would_mix_up(tmp_path, key):
     with pytest.raises(UsageError, match="cannot be saved"):
-        checkpoint.save(tmp_path / "saved", {"a": {key: np.zeros(2, np.float32)}})
+        save(tmp_path / "saved", {"a": {key: np.zeros(2, np.float32)}})
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("layout", ["hf", "orbax"])
 def test_restore_onto_a_mesh(tiny_repository, orbax, layout):
     folder = {"hf": tiny_repository, "orbax": orbax}[layout] / "transformer"
-    wanted = read_component(folder).abstract(jnp.float32)
+    part = read_component(folder)
+    wanted = part.abstract(jnp.float32)
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
     shardings = jax.tree.map(lambda leaf: replicated, wanted)
     shardings["blocks"]["ffn"]["up"]["kernel"] = split
-    on_mesh = checkpoint.restore(folder, wanted, shardings)
+    on_mesh = restore(folder, wanted, part.rules, shardings)
     assert on_mesh["blocks"]["ffn"]["up"]["kernel"].sharding == split
     assert on_mesh["head"]["proj"]["bias"].sharding == replicated
-    plain = checkpoint.restore(folder, wanted)
+    plain = restore(folder, wanted, part.rules)
     jax.tree.map(np.testing.assert_array_equal, on_mesh, plain)
-    everywhere = checkpoint.restore(folder, wanted, replicated)
+    everywhere = restore(folder, wanted, part.rules, replicated)
     assert everywhere["head"]["proj"]["bias"].sharding == replicated
 
 
@@ -115,13 +118,13 @@ def mesh(**axes):
 def test_what_was_saved_under_one_mesh_is_restored_under_any_other(tiny_repository, tmp_path):
     part = read_component(tiny_repository / "transformer")
     wanted = part.abstract(jnp.float32)
-    plain = checkpoint.restore(tiny_repository / "transformer", wanted)
+    plain = restore(tiny_repository / "transformer", wanted, part.rules)
     eight, other = mesh(fsdp=8), mesh(tensor=2, sequence=4)
     places = [sharded(wanted, "fsdp", eight), sharded(wanted, "tensor", other), None, sharded(wanted, "fsdp", eight)]
-    last = checkpoint.restore(tiny_repository / "transformer", wanted, places[0])
+    last = restore(tiny_repository / "transformer", wanted, part.rules, places[0])
     for number, shardings in enumerate(places[1:]):
-        checkpoint.save(tmp_path / str(number), last, config=part.cfg.to_json())
-        last = checkpoint.restore(tmp_path / str(number), wanted, shardings)
+        save(tmp_path / str(number), last, config=part.cfg.to_json())
+        last = restore(tmp_path / str(number), wanted, (), shardings)
         jax.tree.map(np.testing.assert_array_equal, last, plain)
         if shardings is not None:
             assert jax.tree.map(lambda leaf: leaf.sharding, last) == shardings
@@ -130,17 +133,18 @@ def test_what_was_saved_under_one_mesh_is_restored_under_any_other(tiny_reposito
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}])
 def test_one_shard_is_in_host_memory_at_a_time_and_read_once(tiny_repository, monkeypatch, axes):
     folder = tiny_repository / "text_encoder"
-    wanted = read_component(folder).abstract(jnp.float32)
+    part = read_component(folder)
+    wanted = part.abstract(jnp.float32)
     shardings, counts = sharded(wanted, "fsdp", mesh(**axes)), []
 
     def counted(shape, dtype, *args, **options):
         counts.append(fill(shape, dtype, *args, **options))
         return counts[-1]
 
-    fill, read, numbers = checkpoint.fill, reader.Folder.read, []
-    monkeypatch.setattr(checkpoint, "fill", counted)
+    fill, read, numbers = restoring.fill, reader.Folder.read, []
+    monkeypatch.setattr(restoring, "fill", counted)
     monkeypatch.setattr(reader.Folder, "read", lambda *args: numbers.append((array := read(*args)).nbytes) or array)
-    found = flatten(checkpoint.restore(folder, wanted, shardings))
+    found = flatten(restore(folder, wanted, part.rules, shardings))
     total = sum(leaf.nbytes for leaf in found.values())
     assert sum(array.nbytes for array in counts) == sum(numbers) == total  # replicated leaves too are read once
     shards = {leaf.addressable_shards[0].data.nbytes for leaf in found.values()}
@@ -150,13 +154,14 @@ def test_one_shard_is_in_host_memory_at_a_time_and_read_once(tiny_repository, mo
 @pytest.mark.parametrize("layout", ["hf", "orbax"])
 def test_f41_casts_are_told_or_refused(tiny_repository, orbax, caplog, layout):
     folder = {"hf": tiny_repository, "orbax": orbax}[layout] / "vae"
-    wanted = read_component(folder).abstract(jnp.bfloat16)
+    part = read_component(folder)
+    wanted = part.abstract(jnp.bfloat16)
     with pytest.raises(ShapeMismatch, match="from float32 to bfloat16"):
-        checkpoint.restore(folder, wanted, cast=False)
-    with caplog.at_level("INFO", logger="jvdiff.weights.checkpoint"):
-        got = checkpoint.restore(folder, wanted)
+        restore(folder, wanted, part.rules, cast=False)
+    with caplog.at_level("INFO", logger="jvdiff.weights.restoring"):
+        got = restore(folder, wanted, part.rules)
     assert "from float32 to bfloat16" in caplog.text
-    exact = checkpoint.restore(folder, read_component(folder).abstract(jnp.float32))
+    exact = restore(folder, part.abstract(jnp.float32), part.rules)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b).astype(a.dtype)), got, exact)
 
 
@@ -164,11 +169,11 @@ def test_another_model_is_refused_with_a_list(saved):
     wanted = abstract(TREE)
     wanted["layers"]["kernel"] = jax.ShapeDtypeStruct((2, 4, 3), np.float32)
     with pytest.raises(ShapeMismatch, match=r"layers/kernel is \[2, 3, 4\], expected \[2, 4, 3\]"):
-        checkpoint.restore(saved, wanted)
+        restore(saved, wanted, ())
     wanted["more"] = jax.ShapeDtypeStruct((1,), np.float32)
     del wanted["step"]
     with pytest.raises(MissingTensor) as error:
-        checkpoint.restore(saved, wanted)
+        restore(saved, wanted, ())
     assert "missing (1): more" in str(error.value) and "not expected (1): step" in str(error.value)
     assert len(str(error.value).splitlines()) <= 6
 
@@ -184,10 +189,10 @@ def test_f39_a_flipped_bit_in_any_file_is_noticed(orbax, tmp_path):
             damaged[random.integers(len(whole))] ^= 1 << random.integers(8)
             file.write_bytes(damaged)
             with pytest.raises(IntegrityError) as error:
-                checkpoint.verify_files(folder / "vae")
+                verify_files(folder / "vae")
             assert f"{file.relative_to(folder)} has other content" in str(error.value)
         file.write_bytes(whole)
-    checkpoint.restore(folder / "vae", wanted)
+    restore(folder / "vae", wanted, ())
 
 
 def test_f39_damaged_files_never_reach_orbax(orbax, tmp_path, monkeypatch):
@@ -197,10 +202,10 @@ def test_f39_damaged_files_never_reach_orbax(orbax, tmp_path, monkeypatch):
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     opened = []
-    monkeypatch.setattr(checkpoint, "stored_leaves", lambda path: opened.append(path))
+    monkeypatch.setattr(restoring, "stored_leaves", lambda path: opened.append(path))
     monkeypatch.setattr(jax, "device_put", lambda *args: opened.append(args))
     with pytest.raises(IntegrityError):
-        checkpoint.restore(folder / "vae", read_component(folder / "vae").abstract(jnp.float32))
+        restore(folder / "vae", read_component(folder / "vae").abstract(jnp.float32), ())
     assert opened == []
 
 
@@ -212,32 +217,32 @@ def test_f40_a_file_is_gone_or_cut(saved, how):
         else:
             (saved / name).write_bytes(whole[:-2])
         with pytest.raises(CheckpointError):
-            checkpoint.restore(saved, abstract(TREE))
+            restore(saved, abstract(TREE), ())
         (saved / name).write_bytes(whole)
-    checkpoint.restore(saved, abstract(TREE))
+    restore(saved, abstract(TREE), ())
 
 
 def test_f40_more_files_than_were_written(saved):
     (saved / "params" / "more").write_text("x")
     with pytest.raises(IntegrityError, match="params/more is not in the manifest"):
-        checkpoint.restore(saved, abstract(TREE))
-    checkpoint.restore(saved, abstract(TREE), verify=False)
+        restore(saved, abstract(TREE), ())
+    restore(saved, abstract(TREE), (), verify=False)
 
 
 def test_without_verification_orbax_errors_are_ours(saved):
     shutil.rmtree(saved / "params" / "d")
     with pytest.raises(CorruptFile, match="Orbax cannot read it"):
-        checkpoint.restore(saved, abstract(TREE), verify=False)
+        restore(saved, abstract(TREE), (), verify=False)
 
 
 def test_a_manifest_of_a_later_version(saved):
     manifest = json.loads((saved / "jvdiff.json").read_text())
     (saved / "jvdiff.json").write_text(json.dumps({**manifest, "version": 2}))
     with pytest.raises(CheckpointError, match="version 1"):
-        checkpoint.restore(saved, abstract(TREE))
+        restore(saved, abstract(TREE), ())
 
 
 def test_a_saved_directory_does_not_say_where_it_was_made(tmp_path):
-    checkpoint.save(tmp_path / "model", {"a": {"kernel": np.ones((2, 3), np.float32)}})
+    save(tmp_path / "model", {"a": {"kernel": np.ones((2, 3), np.float32)}})
     files = [file for file in (tmp_path / "model").rglob("*") if file.is_file()]
     assert [file.name for file in files if str(tmp_path).encode() in file.read_bytes()] == []

@@ -1,0 +1,353 @@
+"""argv becomes a Request: flags in any order, a configuration by name, and every value with where it came from.
+
+Two passes: the first finds --config and the checkpoint, which say what fields there are; the second types and checks
+what was given. `--x=value`, `--x value` and `--config.x=value` are the same, for nested fields too (`--loop.mesh=...`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jvdiff import config as configs
+from jvdiff.config import Option
+from jvdiff.errors import UsageError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+# Words that people bring along, and what they are called here.
+WORDS = {
+    "num_inference_steps": "steps",
+    "sample_steps": "steps",
+    "guidance_scale": "guidance",
+    "cfg_scale": "guidance",
+    "sample_guide_scale": "guidance",
+    "generator": "seed",
+    "base_seed": "seed",
+    "flow_shift": "shift",
+    "sample_shift": "shift",
+    "scheduler": "solver",
+    "sample_solver": "solver",
+    "n_prompt": "negative_prompt",
+    "frame_num": "num_frames",
+    "frames": "num_frames",
+    "torch_dtype": "precision",
+    "dtype": "precision",
+    "model": "checkpoint",
+    "model_id": "checkpoint",
+    "pretrained_model_name_or_path": "checkpoint",
+    "ckpt_dir": "checkpoint",
+    "class_labels": "class_label",
+    "output_dir": "output",
+    "save_file": "output",
+    "lr": "learning_rate",
+    "batch_size": "batch",
+    "train_batch_size": "batch",
+    "max_train_steps": "steps",
+    "lr_warmup_steps": "warmup",
+    "gradient_accumulation_steps": "accumulate",
+    "checkpointing_steps": "save_every",
+    "dataloader_num_workers": "workers",
+    "num_videos_per_prompt": "a tuple of prompts, --prompt=\"('a', 'a')\", whose seeds count up, or --prompts=FILE",
+    "num_images_per_prompt": "a tuple of prompts, --prompt=\"('a', 'a')\", whose seeds count up, or --prompts=FILE",
+}
+
+
+class Told(Exception):
+    """Not an error: what was asked to be printed, a page of help or the version."""
+
+
+class Section(NamedTuple):
+    """Options under a title, by path."""
+
+    title: str
+    options: Mapping[str, Option]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command as data.
+
+    name: behind `jvdiff`.
+    about: what it does, in one line.
+    examples: what stands behind `jvdiff NAME`.
+    sections: (the configuration, {path: text} of the flags) -> its fields; None: all that there may be.
+    fresh: a configuration without a file; None: a file is needed.
+    implied: the configuration where neither a file nor a checkpoint is given.
+    before: (configuration, paths of the flags) -> None, what flags do to the file's values besides taking their place.
+    """
+
+    name: str
+    about: str
+    examples: tuple[str, ...]
+    sections: Callable[[Any, Mapping[str, str]], Sequence[Section]]
+    fresh: Callable[[], ConfigDict] | None = None
+    implied: str | None = None
+    before: Callable[[ConfigDict, Iterable[str]], None] = lambda config, paths: None
+
+
+class Request(NamedTuple):
+    """What a command line asks for.
+
+    config: complete.
+    given: the fields that the command line itself set, nested.
+    file: the configuration's name or path; "" where there is none.
+    program: the words that started the command.
+    flags: (path, text) as they were given.
+    fresh: the configuration without file and flags.
+    """
+
+    config: ConfigDict
+    given: dict[str, Any]
+    file: str
+    program: tuple[str, ...] = ()
+    flags: tuple[tuple[str, str], ...] = ()
+    fresh: Any = None
+
+    def source(self, path: str) -> str:
+        """Where a value came from: "flag", "file", "default", or "repository" where nobody has said it before."""
+        if any(name == path or name.startswith(f"{path}.") for name, _ in self.flags):
+            return "flag"
+        value, default = (_at(values, path) for values in (self.config, self.fresh or {}))
+        if value != default:
+            return "file"
+        return "repository" if value is None else "default"
+
+    def command(self, **changes: Any) -> str:
+        """The command line that asks for the same with other values; None: what flags have said of it is left out."""
+        words = [*self.program, *(["--config", self.file] if self.file else [])]
+        dash = "--config." if self.program[-2:-1] == ("-m",) else "--"
+        kept = {path: text for path, text in self.flags if path.split(".")[0] not in changes}
+        kept |= {name: value for name, value in changes.items() if value is not None}
+        return shlex.join(words + [f"{dash}{name}={value}" for name, value in kept.items()])
+
+
+class Line(NamedTuple):
+    """A command line, cut into words. flags: (path, text, None where there is none)."""
+
+    config: str | None
+    asked: frozenset[str]
+    flags: tuple[tuple[str, str | None], ...]
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """{path: text}, the last of each."""
+        return {path: text for path, text in self.flags if text is not None}
+
+
+def parse(command: Command, argv: Sequence[str]) -> Request:
+    """The request of a command that has a configuration.
+
+    Raises:
+        Told: --help or --version.
+        UsageError: an unknown flag, field or configuration, with the nearest one; a value of the wrong type; no
+            configuration where one is needed.
+    """
+    line = _begin(command, argv)
+    file = line.config or (None if "checkpoint" in line.texts else command.implied)
+    config = configs.load(file) if file else command.fresh() if command.fresh else None
+    if "help" in line.asked:
+        raise Told(_help(command, config if file else None, line.texts))
+    if config is None:
+        raise UsageError(
+            f"no config. Usage: jvdiff {command.name} {command.examples[0]}\n"
+            f"--config takes a file, or one of {', '.join(sorted(p.stem for p in configs.shipped('configs').glob('*.py')))}."
+        )
+    sections = command.sections(config, line.texts)
+    flags = _known_flags(command, line, sections, config)
+    command.before(config, [path for path, _ in flags])
+    given: dict[str, Any] = {}
+    for path, text in flags:
+        value = _value(path, text, sections, config)
+        _put(config, path, value)
+        given = merged(given, _nested(path, value))
+    fresh = command.fresh() if command.fresh else {}
+    return Request(config, given, file or "", _program(command, argv), flags, fresh)
+
+
+def values(command: Command, argv: Sequence[str]) -> dict[str, Any]:
+    """{name: value} of a command without configurations, complete.
+
+    Raises: as `parse`; and a UsageError for an option that is missing.
+    """
+    line = _begin(command, argv)
+    if "help" in line.asked:
+        raise Told(_help(command, None, {}))
+    sections = command.sections(None, {})
+    if line.config is not None:
+        raise UsageError(f"jvdiff {command.name} takes no --config; --help lists its flags.")
+    chosen = {path: each.default for section in sections for path, each in section.options.items()}
+    for path, text in _known_flags(command, line, sections, {}):
+        chosen[path] = _value(path, text, sections, {})
+    for section in sections:
+        for path, each in section.options.items():
+            if each.required and chosen[path] is None:
+                raise UsageError(f"--{path} is missing: {each.told['help']}. --help lists all flags.")
+    return chosen
+
+
+def split(words: Sequence[str], switches: Iterable[str] = ()) -> Line:
+    """Cuts the words of a command line, the program apart; `switches` are flags that need no value.
+
+    Raises:
+        UsageError: a word that is neither a flag nor its value.
+    """
+    config, asked, flags, rest = None, set(), [], list(words)
+    switches = {*switches}
+    while rest:
+        word = rest.pop(0)
+        if not re.match("--?[A-Za-z_]", word):
+            raise UsageError(f"cannot use {word!r:.80}; fields are set as --name=value.")
+        name, equals, given = word.lstrip("-").partition("=")
+        name, text = name.removeprefix("config."), given if equals else None
+        if name in ("h", "help", "version", "traceback"):
+            asked.add("help" if name == "h" else name)
+            continue
+        if not equals and name in switches:
+            text = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
+        elif not equals and rest and not rest[0].startswith("--"):
+            text = rest.pop(0)
+        if name == "config":
+            if not text:
+                raise UsageError("--config has no value; give a file or the name of a configuration.")
+            config = text
+        else:
+            flags.append((name, text))
+    return Line(config, frozenset(asked), tuple(flags))
+
+
+def _begin(command: Command, argv: Sequence[str]) -> Line:
+    switches = [p for section in command.sections(None, {}) for p, o in section.options.items() if o.kind is bool]
+    line = split(argv[1:], switches)
+    if "version" in line.asked:
+        from jvdiff import __version__
+
+        raise Told(f"jvdiff {__version__}")
+    return line
+
+
+def _help(command: Command, config: Any, flags: Mapping[str, str]) -> str:
+    from jvdiff.commands import help as pages
+
+    return pages.page(command, command.sections(config, flags), config)
+
+
+def _program(command: Command, argv: Sequence[str]) -> tuple[str, ...]:
+    """How the command was started: `jvdiff sample` says so itself, `python -m jvdiff.sample` does not."""
+    first = tuple(shlex.split(argv[0])) if "jvdiff " in argv[0] else ()
+    return first or ("python", "-m", f"jvdiff.{command.name}")
+
+
+# ----------------------------------------------------------------------------------------------------- names and values
+
+
+def _known_flags(command: Command, line: Line, sections: Sequence[Section], config: Any) -> tuple[tuple[str, str], ...]:
+    """The flags, each of a field that there is and with a value."""
+    every = {path for section in command.sections(None, {}) for path in section.options}
+    known = {path for section in sections for path in section.options} | (set(config) - every)
+    other = every - known
+    for path, text in line.flags:
+        parents = {path.rsplit(".", count)[0] for count in range(path.count(".") + 1)}
+        if not parents & known:
+            if path in other:
+                titles = ", ".join(section.title for section in sections)
+                raise UsageError(f"--{path} is not a field of what is asked for here, which has: {titles}. See --help.")
+            raise UsageError(f"unknown flag --{path}{meant(path, known)}; --help lists all.")
+        inside = next((o for s in sections for p, o in s.options.items() if p in parents and _closed(o)), None)
+        if inside is not None and path not in known:
+            raise UsageError(f"unknown flag --{path}{meant(path, known)}; --help lists all.")
+        if text is None:
+            raise UsageError(f"--{path} has no value; give --{path}=VALUE.")
+    return typing.cast("tuple[tuple[str, str], ...]", line.flags)
+
+
+def _closed(each: Option) -> bool:
+    """Whether the names inside a field are known beforehand."""
+    return any(dataclasses.is_dataclass(kind) for kind in each.kinds) and dict not in {
+        typing.get_origin(kind) for kind in each.kinds
+    }
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """The middle of a sentence about an unknown flag: which of those that are known may be meant, if any."""
+    known = sorted(known)
+    plain = name.replace("-", "_")
+    word = WORDS.get(plain.rsplit(".", 1)[-1], "")
+    if " " in word:
+        return f" (here it is {word})" if "prompts" in known else ""
+    for wanted in filter(None, (plain, word, plain.rsplit(".", 1)[-1])):
+        for path in known:
+            if wanted in (path, path.rsplit(".", 1)[-1]):
+                return f" (did you mean --{path}?)"
+    return configs.nearest(plain, known).replace("mean ", "mean --")
+
+
+def _value(path: str, text: str, sections: Sequence[Section], config: Any) -> Any:
+    """The value of a flag: as its option is declared, else as the file's value is."""
+    options = {name: each for section in sections for name, each in section.options.items()}
+    if path in options:
+        each = options[path]
+        value = configs.read(path, text, each.kind, each.told["prose"])
+        if value is not None:
+            configs.check(path, value, each.told)
+        return value
+    parents = [options[p] for p in (path.rsplit(".", n)[0] for n in range(1, path.count(".") + 1)) if p in options]
+    inner = [typing.get_args(kind) for each in parents[:1] for kind in each.kinds if typing.get_origin(kind) is dict]
+    if inner and inner[0][1] is str:
+        return text
+    there = _at(config, path)
+    return configs.read(path, text, object if there is None else dict if _is_dict(there) else type(there))
+
+
+def _put(config: ConfigDict, path: str, value: Any) -> None:
+    """Sets a field, a nested one too; its parents are made where they are not there."""
+    from ml_collections import ConfigDict
+
+    root, *inner = path.split(".")
+    with config.unlocked(), config.ignore_type():
+        old = config.get(root)
+        if inner and old is not None and not _is_dict(old):
+            raise UsageError(f"{root} is {old!r:.60}, which has no fields; --{path} cannot be set.")
+        if isinstance(old, ConfigDict) and inner:
+            _put(old, ".".join(inner), value)
+        else:
+            config[root] = merged(old or {}, _nested(".".join(inner), value)) if inner else value
+
+
+def _nested(path: str, value: Any) -> Any:
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return value
+
+
+def _at(values: Any, path: str) -> Any:
+    for name in path.split("."):
+        values = values.get(name) if _is_dict(values) else None
+    return values
+
+
+def _is_dict(value: Any) -> bool:
+    return hasattr(value, "keys")
+
+
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, the new values where both have one; what is nested, merged too."""
+    both = dict(old)
+    for name, value in new.items():
+        inner = both.get(name)
+        both[name] = merged(inner, value) if _is_dict(inner) and _is_dict(value) else value
+    return both
+
+
+def check_file(config: Iterable[str], known: Iterable[str], file: str) -> None:
+    """Raises UsageError for a field of a configuration that a command does not have, with the nearest."""
+    known = sorted(known)
+    if unknown := sorted(set(config) - set(known)):
+        names = ", ".join(f"{name}{configs.nearest(name, known)}" for name in unknown[:5])
+        raise UsageError(f"{Path(file).name}: the config file has unknown fields: {names}.")

@@ -1,0 +1,172 @@
+"""What a user may set, command by command, in groups: a group's docstring is its title. Without JAX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jvdiff.config import option
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True)
+class Content:
+    """what to make"""
+
+    prompt: str | tuple[str, ...] | None = option(None, "a text, or a tuple of them: ('one', 'two')", prose=True)
+    prompts: str | None = option(
+        None, "a file, one video a line: text, or JSONL objects with prompt, id, seed and settings"
+    )
+    class_label: int | str | tuple[Any, ...] | None = option(None, "a class by name or number, or a tuple of them")
+    image: str | None = option(None, "a picture's file, for models that take one")
+    seed: int | None = option(None, "video i gets seed + i; none draws one and prints it")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """weights and devices"""
+
+    checkpoint: str | None = option(
+        None, "a Hugging Face (diffusers) folder, what `convert` made of one, or the name of one that ships"
+    )
+    precision: str | None = option(None, "none: what the device is good at", choices=("float32", "bfloat16"))
+    mesh: str | dict[str, int] | None = option(
+        None, "several devices: sequence=4,tensor=2, or auto (the smallest that fits); none: one"
+    )
+    compile_cache: str | None = option(None, 'a folder of your own, or "off"; none: the user\'s cache folder')
+
+
+@dataclass(frozen=True)
+class Output:
+    """output"""
+
+    output: str = option("out", "the folder of the files")
+    save_arrays: bool = option(False, "NAME.npz too: latents float32 [T,H,W,C] and video uint8 [F,Y,X,3]")
+    resume: str | None = option(None, "a .state folder, to go on with")
+    stop_at: int | None = option(None, "stop after so many steps and save the state")
+    preview_every: int = option(0, "write NAME.preview.png, a rough strip of all latent frames, every so many steps")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """plan"""
+
+    plan: bool = option(False, "print what it would take, without weights, and exit")
+    plan_target: str | None = option(
+        None, "h200, a100: plan for that, or a mesh of those, instead of the devices at hand"
+    )
+
+
+@dataclass(frozen=True)
+class Processes:
+    """many processes (docs/clusters.md)"""
+
+    distributed: bool = option(False, "this process is one of several that make one run")
+    coordinator_address: str | None = option(None, "HOST:PORT of process 0; none: the cluster says")
+    num_processes: int | None = option(None, "none: the cluster says")
+    process_id: int | None = option(None, "0 to num_processes - 1; none: the cluster says")
+    distributed_timeout: float = option(
+        120.0, "seconds to wait for all to come, and for a silent one before it counts as dead"
+    )
+
+
+BEFORE, AFTER = (Content,), (Weights, Output, Plan, Processes)  # the settings of the family stand between them
+
+
+# ------------------------------------------------------------------------------------------------------------ streaming
+
+
+@dataclass(frozen=True)
+class StreamContent:
+    """what to make"""
+
+    prompt: str | None = option(None, "of chunk 0 and those that follow", prose=True)
+    then: dict[int, str] | None = option(
+        None, "prompts by the chunk from which they hold: --then.10=TEXT; with --prompt, the file's are put aside"
+    )
+    negative_prompt: str | None = option(None, "what guidance leads away from", prose=True)
+    reencode: bool = option(False, "at a change of the prompt, see the past as if it had been made under the new one")
+    image: str | None = option(None, "a picture's file to begin with, for a pipeline with an ImageEncoder")
+    seed: int | None = option(None, "none draws one and prints it")
+    chunks: int = option(0, "how many in all; 0: until Ctrl-C")
+    fps: int | None = option(None, "frames a second; only written into the file")
+
+
+@dataclass(frozen=True)
+class StreamModel:
+    """pipeline, weights and devices"""
+
+    checkpoint: str | None = option(
+        None, "a causal repository: a Hugging Face folder, what `convert` made of one, or the name of one that ships"
+    )
+    pipeline: dict[str, Any] | None = option(
+        None,
+        "other values of the repository's StreamInferencePipelineConfig: --pipeline.PATH=VALUE, for instance PATH "
+        "diffusion_model.transformer.window_size_t (docs/streaming.md)",
+    )
+    precision: str | None = option(None, "none: what the device is good at", choices=("float32", "bfloat16"))
+    mesh: str | dict[str, int] | None = option(None, "several devices: sequence=4,tensor=2; none: one")
+    profile: bool = option(True, "milliseconds of each stage, for which each is waited for; false: a little faster")
+    compile_cache: str | None = option(None, 'a folder of your own, or "off"; none: the user\'s cache folder')
+
+
+@dataclass(frozen=True)
+class StreamOutput:
+    """output"""
+
+    output: str = option("out", "the folder of the files")
+    name: str | None = option(None, "of the files; none: from prompt and seed")
+    resume: str | None = option(None, "a .state folder; goes on in its video, up to `chunks` in all")
+    save_every: int = option(0, "save the state after every so many chunks and at the end; 0: when interrupted only")
+
+
+STREAM = (StreamContent, StreamModel, StreamOutput)
+
+
+# -------------------------------------------------------------------------------------------------------- other commands
+
+
+@dataclass(frozen=True)
+class Convert:
+    """what to convert"""
+
+    source: str | None = option(None, "a Diffusers folder, or a repository on the hub (OWNER/NAME)")
+    revision: str | None = option(None, "branch, tag or commit of a repository on the hub")
+    target: Path = option(None, "the Orbax directory to write")
+    dtype: str | None = option(None, "of the large parts; none: as stored", choices=DTYPES)
+    overwrite: bool = option(False, "replace a directory that was converted before")
+    verify: bool = option(False, "read the target again; without a source that alone")
+    allow_nonfinite: bool = option(False, "keep NaN and infinity in the weights")
+    follow_symlinks: bool = option(False, "allow links to files elsewhere")
+
+
+@dataclass(frozen=True)
+class ToHf:
+    """what to export"""
+
+    source: Path = option(None, "an Orbax directory with all components: converted, or trained")
+    target: Path = option(None, "the folder to write")
+    dtype: str | None = option(None, "of all weights; none: as stored", choices=DTYPES)
+    vae: Path | None = option(None, "a trained VAE that takes the place of the source's")
+
+
+@dataclass(frozen=True)
+class Digits:
+    """what to draw"""
+
+    output: Path = option(None, "a folder that does not exist yet")
+    clips: int = option(None, "how many")
+    frames: int = option(17, "of each clip, at most 29")
+    seed: int = option(0, "of what is drawn")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """what to print"""
+
+    leaves: bool = option(False, "a line for each leaf too: path, shape, dtype, PartitionSpec, bytes")

@@ -1,0 +1,288 @@
+"""What a model family is: a value that says which networks there are, and how a request becomes a video with them.
+
+    B batch · T latent frames · H W latent grid · C latent channels · F pixel frames · Y X pixel height, width
+
+The pipeline, plans, sharding, conversion and the command lines know these types and no family. A family tells its
+stages once, through `run(stage, *arguments)`: one executor computes, another traces (`jvdiff.pipeline.stages`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from jvdiff.diffusion.samplers import Sampler
+from jvdiff.errors import CheckpointError, UnsafeFormat
+from jvdiff.kernels import Dense
+from jvdiff.sharding import MeshShape, Placement, Sizes, param_shardings
+from jvdiff.sharding.rules import Rules
+from jvdiff.types import Array, Params
+from jvdiff.weights import restore, safetensors
+from jvdiff.weights.naming import Rule
+
+
+def _as_it_is(config: Mapping[str, Any], tensors: Collection[str]) -> Mapping[str, Any]:
+    return config
+
+
+def _nothing(cfg: Any) -> tuple[str, ...]:
+    return ()
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A network with its weights: one folder of a repository.
+
+    config: type of its configuration, with `from_json` and `to_json`
+    classes: what config.json calls it (`_class_name`, `model_type`), any of these
+    abstract: (configuration, dtype) -> parameter tree of ShapeDtypeStructs
+    places: sharding rules of its leaves
+    names: configuration -> rules between published tensors and leaves; None where none are published
+    precision: field of `jvdiff.precision.Precision` that its weights are stored in
+    published: (library, configuration -> class) in model_index.json
+    stem: name of its safetensors file, without suffix
+    ignored: configuration -> patterns of published tensors that nobody uses
+    complete: (config.json, tensor names) -> config.json with what only the names of tensors say
+    optional: a repository may lack it
+    """
+
+    config: Any
+    classes: tuple[str, ...]
+    abstract: Callable[[Any, Any], Params]
+    places: Rules
+    names: Callable[[Any], Sequence[Rule]] | None
+    precision: str
+    published: tuple[str, Callable[[Any], str]]
+    stem: str = "diffusion_pytorch_model"
+    ignored: Callable[[Any], tuple[str, ...]] = _nothing
+    complete: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Any]] = _as_it_is
+    optional: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """A folder of a repository without weights: a tokenizer, a scheduler.
+
+    patterns: names of the files that belong to it
+    read: folder -> what inputs or schedules are made with
+    published: (library, what was read -> class) in model_index.json
+    optional: a repository may lack it
+    """
+
+    patterns: tuple[str, ...]
+    read: Callable[[Path], Any]
+    published: tuple[str, Callable[[Any], str]]
+    optional: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Models:
+    """What a repository says of itself, read once; no weights.
+
+    configs: configuration of each part that is there
+    files: what was read of each folder without weights
+    index: content of model_index.json
+    """
+
+    configs: Mapping[str, Any]
+    files: Mapping[str, Any]
+    index: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What to make, besides settings: B clips as one batch.
+
+    prompts: text of each clip, where the family takes prompts
+    labels: class of each clip, by name or number, where the family takes labels
+    image: uint8 [Y,X,3], the first frame, where the family takes one
+    """
+
+    prompts: tuple[str, ...] = ()
+    labels: tuple[Any, ...] = ()
+    image: Any = None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What settings mean for these models: derived once, checked, and handed on. Plain values alone, hence hashable.
+
+    settings: complete, of the family's type
+    frames: pixel frames, height and width (F,Y,X)
+    latents: (T,H,W,C) of one clip
+    tokens: video tokens L that the transformer sees
+    sampler: value that makes the solver
+    segments: which steps run under which velocity
+    attention: implementation of self-attention; None is the best that can
+    """
+
+    settings: Any
+    frames: tuple[int, int, int]
+    latents: tuple[int, int, int, int]
+    tokens: int
+    sampler: Sampler
+    segments: tuple[Segment, ...]
+    attention: Any = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step has a branch without the condition."""
+        return any(segment.guidance != 1 for segment in self.segments)
+
+    def batched(self, clips: int, shape: MeshShape | None) -> bool:
+        """Whether guidance's two branches are one batch: they fill devices that share batches, and small clips one
+        device. Large clips fit one device better in turn."""
+        shared = shape is not None and shape.data * shape.fsdp > 1
+        return shared or clips * math.prod(self.latents[:3]) <= 2**14
+
+    def facts(self) -> dict[str, Any]:
+        """What of the settings decides the numbers, as JSON values: for the record and for saved states."""
+        return {name: value for name, value in dataclasses.asdict(self.settings).items() if name != "fps"}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps of the sampler under one velocity.
+
+    start, stop: steps, the first and the one after the last
+    part: whose weights
+    guidance: weight of classifier-free guidance; 1 is none
+    pattern: which tokens see each other
+    """
+
+    start: int
+    stop: int
+    part: str
+    guidance: float = 1.0
+    pattern: Any = Dense()  # noqa: RUF009 - a frozen value
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How a network computes: what a compiled program depends on besides configuration and shapes.
+
+    pattern: which tokens see each other
+    implementation: of self-attention; None is the best that can
+    placement: mesh and where activations live on it; None is one device
+    """
+
+    pattern: Any = Dense()  # noqa: RUF009 - a frozen value
+    implementation: Any = None
+    placement: Placement | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A compiled function of a family and the part whose weights it needs.
+
+    name: what progress and plans call it
+    part: name of the part
+    program: jitted (weights of the part, *arguments) -> results
+    pictures: (H,W) of the latent grid if the last result is carried to the next call, divided as pictures are
+    """
+
+    name: str
+    part: str
+    program: Any
+    pictures: tuple[int, int] | None = None
+
+
+class Run(Protocol):
+    """Computes a stage, or traces it."""
+
+    def __call__(self, stage: Stage, *arguments: Any) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One kind of repository, and how a request becomes a video with it. Functions are pure but for `run`.
+
+    name: for messages
+    pipeline: `_class_name` in model_index.json
+    parts, files: folders of a repository
+    settings: type of what a user may set, a group of `jvdiff.config.option`s
+    subject: the field of `Request` with one entry for each clip: "prompts" or "labels"
+    takes: the other fields of `Request` that it takes, "image" for instance
+    misfits: models -> what does not fit together, or None
+    complete: (models, defaults of the repository, values that are given) -> both, with what its other files ask for
+    check_subject: (models, one subject as given) -> as `Request` has it; UsageError
+    clip: (models, settings) -> Clip; UsageError for what these models cannot do
+    mesh_sizes: (models, clip, clips, mesh) -> what a mesh must divide
+    inputs: (models, clip, request) -> arrays of the request, made once
+    longest: (models, clip, clips) -> the same as ShapeDtypeStructs, at their largest
+    encode: (models, clip, forward, run, inputs) -> condition, and that of guidance's other branch or None
+    network: (models, segment, forward) -> (weights, x, t, condition) -> velocity; the same object for equal arguments
+    finish: (clip, inputs, condition, latents) -> latents, after the last step
+    decode: (models, clip, forward, run, latents [1,T,H,W,C]) -> (uint8 [1,F,Y,X,3], non-finite share, latent frames
+        so far), as frames come
+    preview: (models, forward) -> Stage of (latents [B,1,H,W,C]) -> float32 [B,1,Y,X,3] in -1..1
+    attention: (models, clip, forward, dtype, rows) -> implementation of each attention by kind
+    describe: (models, one subject) -> what the record says of it; `facts` of them decide the numbers
+    facts: names in `describe` that say which clip it is
+    rollout: how it makes a video chunk by chunk; None where it does not
+    at_once: whether it makes a clip at once
+    """
+
+    name: str
+    pipeline: str
+    parts: Mapping[str, Part]
+    files: Mapping[str, Files]
+    settings: Any
+    subject: str
+    misfits: Callable[[Models], str | None]
+    complete: Callable[[Models, Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
+    check_subject: Callable[[Models, Any], Any]
+    clip: Callable[[Models, Any], Clip]
+    mesh_sizes: Callable[[Models, Clip, int, MeshShape], Sizes]
+    inputs: Callable[[Models, Clip, Request], Any]
+    longest: Callable[[Models, Clip, int], Any]
+    encode: Callable[[Models, Clip, Forward, Run, Any], tuple[Any, Any]]
+    network: Callable[[Models, Segment, Forward], Callable[[Params, Array, Array, Any], Array]]
+    decode: Callable[[Models, Clip, Forward, Run, Any], Iterator[tuple[Any, Any, int]]]
+    preview: Callable[[Models, Forward], Stage]
+    attention: Callable[[Models, Clip, Forward, Any, int], Mapping[str, str]]
+    describe: Callable[[Models, Any], dict[str, Any]]
+    finish: Callable[[Clip, Any, Any, Array], Array] = lambda clip, inputs, condition, latents: latents
+    facts: tuple[str, ...] = ("prompt",)
+    takes: tuple[str, ...] = ()
+    rollout: Any = None
+    at_once: bool = True
+
+
+# ---------------------------------------------------------------------------------------------- parts in their folders
+
+
+def read_config(folder: Path, parts: Mapping[str, Part] | Part) -> Any:
+    """The configuration of a component folder, which holds one of these parts.
+
+    Raises:
+        CheckpointError: no config.json, another model, or a field out of range.
+        UnsafeFormat: the configuration asks for code of its own.
+    """
+    candidates = [parts] if isinstance(parts, Part) else list(parts.values())
+    config = safetensors.read_json(folder / "config.json")
+    if "auto_map" in config:
+        raise UnsafeFormat(f"{folder / 'config.json'}: remote code is not supported (auto_map).")
+    name = config.get("_class_name") or config.get("model_type") or config.get("architectures")
+    part = next((part for part in candidates if isinstance(name, str) and name in part.classes), None)
+    if part is None:
+        classes = [name for part in candidates for name in part.classes]
+        raise CheckpointError(
+            f"{folder / 'config.json'}: describes {str(name)!r:.80}, expected _class_name or model_type to be "
+            f"{' or '.join(classes)}.\nTake all folders from one repository."
+        )
+    if part.complete is not _as_it_is:
+        config = part.complete(config, safetensors.tensor_names(folder))
+    return part.config.from_json(config)
+
+
+def read_weights(folder: Path, part: Part, cfg: Any, dtype: Any, placement: Placement | None = None, **how: Any) -> Any:
+    """The weights of a component folder in either layout, where they live on a mesh. Raises as `weights.restore`."""
+    abstract = part.abstract(cfg, dtype)
+    names = part.names(cfg) if part.names else []
+    where = param_shardings(placement.mesh, abstract, part.places) if placement else None
+    return restore(folder, abstract, names, where, ignored=part.ignored(cfg), **how)

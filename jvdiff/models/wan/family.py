@@ -1,0 +1,363 @@
+"""Wan 2.1 as families: text-to-video at once, and chunk by chunk (Self-Forcing).
+
+    B batch · T latent frames · H W latent grid · C latent channels · S text tokens · D text width
+
+Source: the published repositories Wan-AI/Wan2.1-T2V-*-Diffusers as diffusers' WanPipeline runs them, and
+wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jvdiff import kernels
+from jvdiff.config import multiple
+from jvdiff.diffusion import samplers, schedules
+from jvdiff.errors import UsageError
+from jvdiff.kernels import block_sparse
+from jvdiff.kernels.patterns import read as read_pattern
+from jvdiff.models import wan
+from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Request, Run, Segment, Stage
+from jvdiff.models.pixels import to_pixels
+from jvdiff.models.text import tokenizer as tokenizers
+from jvdiff.models.text import umt5, umt5_names
+from jvdiff.models.wan import names, places
+from jvdiff.models.wan.settings import Settings
+from jvdiff.sharding import MeshShape, Placement, Sizes
+from jvdiff.sharding.rules import REPLICATED
+from jvdiff.types import Array, Params
+from jvdiff.weights.safetensors import read_json
+
+log = logging.getLogger("jvdiff")
+
+TEXT_LENGTH = 512  # rows of text that the DiT attends to; those beyond the prompt are zeros (Wan pads, without a mask)
+TEXT_BUCKETS = (32, 64, 128, 256, TEXT_LENGTH)
+_CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler")
+
+
+# ---------------------------------------------------------------------------------------------------------- the folders
+
+
+def _with_gate(config: Mapping[str, Any], tensors: Any) -> Mapping[str, Any]:
+    """Files do not say in config.json whether the blocks have the gate of video sparse attention; their tensors do."""
+    if "gate_compress" in config:
+        return config
+    return {**config, "gate_compress": f"{names.GATE.format(layer=0)}.weight" in tensors}
+
+
+TRANSFORMER = Part(
+    config=wan.DiTConfig,
+    classes=("WanTransformer3DModel", "CausalWanTransformer3DModel"),
+    abstract=wan.abstract_params,
+    places=places.DIT,
+    names=names.transformer,
+    precision="transformer",
+    published=("diffusers", lambda cfg: cfg.to_json()["_class_name"]),
+    complete=_with_gate,
+)
+VAE = Part(
+    config=wan.VAEConfig,
+    classes=("AutoencoderKLWan",),
+    abstract=wan.abstract_params,
+    places=REPLICATED,
+    names=names.vae,
+    precision="vae",
+    published=("diffusers", lambda cfg: "AutoencoderKLWan"),
+)
+TEXT_ENCODER = Part(
+    config=umt5.Config,
+    classes=("umt5",),
+    abstract=umt5.abstract_params,
+    places=umt5.PLACES,
+    names=lambda cfg: umt5_names.RULES,
+    precision="text_encoder",
+    published=("transformers", lambda cfg: "UMT5EncoderModel"),
+    stem="model",
+)
+TOKENIZER = Files(
+    ("*.json", "*.model", "*.txt"), tokenizers.load, ("transformers", lambda tokenizer: "T5TokenizerFast")
+)
+SCHEDULER = Files(
+    ("scheduler_config.json",),
+    lambda folder: read_json(folder / "scheduler_config.json"),
+    ("diffusers", lambda config: config["_class_name"]),
+)
+
+
+def _misfits(models: Models) -> str | None:
+    """What of a repository does not fit together."""
+    dit, vae, text = (models.configs[name] for name in ("transformer", "vae", "text_encoder"))
+    if dit.in_channels != vae.z_dim or dit.text_dim != text.d_model:
+        return (
+            f"the transformer takes {dit.in_channels} latent channels and text of width {dit.text_dim},\n"
+            f"the VAE gives {vae.z_dim} and the text encoder {text.d_model}."
+        )
+    pipeline, expected = models.index.get("_class_name"), _pipeline_of(dit)
+    if pipeline != expected:
+        return (
+            f"model_index.json describes a {pipeline}, transformer/config.json a {dit.to_json()['_class_name']}; "
+            f"expected {expected} with that."
+        )
+    if "tokenizer" in models.files:
+        tokenizers.check_vocabulary(models.files["tokenizer"], text.vocab_size)
+    scheduler = models.files.get("scheduler")
+    if dit.causal and scheduler is not None and scheduler.get("_class_name") not in _CAUSAL_SCHEDULERS:
+        return (
+            f"the scheduler is a {scheduler.get('_class_name')}; a causal transformer needs one of "
+            f"{', '.join(_CAUSAL_SCHEDULERS)}."
+        )
+    return None
+
+
+def _pipeline_of(dit: wan.DiTConfig) -> str:
+    return "WanCausalDMDPipeline" if dit.causal else "WanPipeline"
+
+
+# ------------------------------------------------------------------------------------------------- what settings mean
+
+
+def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Both, with solver, shift and grid of scheduler_config.json, which is not read where all three are known.
+
+    A solver that lists its own timesteps says how many steps there are, unless `steps` is given too.
+    """
+    values, scheduler = {**defaults, **given}, models.files.get("scheduler")
+    if scheduler is not None and not {"solver", "shift", "grid"} <= values.keys():
+        values = schedules.from_scheduler_config(scheduler)._asdict() | values
+    listed = samplers.own_steps(str(values.get("solver")))
+    return values | ({"steps": listed} if listed and "steps" not in given else {})
+
+
+def _check_prompt(models: Models, prompt: Any) -> str:
+    return tokenizers.check_prompt(prompt)
+
+
+def make_clip(models: Models, settings: Settings) -> Clip:
+    """Derives everything that the settings mean.
+
+    Raises:
+        UsageError: a size that the models cannot make (with the nearest), a pattern or an implementation they lack.
+    """
+    dit, vae = models.configs["transformer"], models.configs["vae"]
+    _check_sizes(settings, dit, vae)
+    pattern = read_pattern(settings.pattern, dit.num_attention_heads)
+    if isinstance(settings.attention, str):
+        able = kernels.IMPLEMENTATIONS if isinstance(pattern, kernels.Dense) else block_sparse.IMPLEMENTATIONS
+        if settings.attention not in able:
+            raise UsageError(f"attention is {settings.attention!r}; expected one of {', '.join(able)}.")
+    if settings.negative_prompt:
+        tokenizers.check_prompt(settings.negative_prompt, "negative_prompt")
+    sampler = samplers.read(settings.solver, settings.steps, settings.shift, settings.grid)
+    frames = 1 + (settings.num_frames - 1) // vae.temporal_factor
+    grid = frames, settings.height // vae.spatial_factor, settings.width // vae.spatial_factor
+    return Clip(
+        settings=settings,
+        frames=(settings.num_frames, settings.height, settings.width),
+        latents=(*grid, vae.z_dim),
+        tokens=wan.mesh_sizes(dit, grid, 1, pattern).tokens,
+        sampler=sampler,
+        segments=(Segment(0, sampler.steps, "transformer", settings.guidance, pattern),),
+        attention=settings.attention,
+    )
+
+
+def _check_sizes(settings: Settings, dit: wan.DiTConfig, vae: wan.VAEConfig) -> None:
+    most, time = dit.rope_max_seq_len, vae.temporal_factor
+    multiple("num_frames", settings.num_frames, time, 1, (most - 1) * time + 1, extra=1)
+    for name, patch in zip(("height", "width"), dit.patch_size[1:], strict=True):
+        unit = vae.spatial_factor * patch
+        multiple(name, getattr(settings, name), unit, unit, most * unit)
+
+
+def _mesh_sizes(models: Models, clip: Clip, clips: int, shape: MeshShape) -> Sizes:
+    """What a mesh must divide to denoise that many clips at once."""
+    branches = 2 if clip.guided and clip.batched(clips, shape) else 1
+    return wan.mesh_sizes(models.configs["transformer"], clip.latents[:3], clips * branches, clip.segments[0].pattern)
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+class Tokens(NamedTuple):
+    """Of prompts, the negative prompt last: ids int32 [B,S] and mask bool [B,S], true where there is a token."""
+
+    ids: Any
+    mask: Any
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tokens:
+    """At the smallest bucket S that leaves a padding row, or at 512 rows.
+
+    A longer prompt is cut after 512 tokens, the end token kept, and a warning says so.
+
+    Raises:
+        UsageError: a prompt that cannot be tokenised.
+    """
+    ids, mask, cut = tokenizers.tokenize(tokenizer, [tokenizers.clean(p) for p in prompts], TEXT_LENGTH)
+    for prompt, tokens in zip(prompts, cut, strict=True):
+        if tokens:
+            whole = tokens + TEXT_LENGTH
+            log.warning("prompt %.40r...: the last %d of its %d tokens are cut", prompt, tokens, whole)
+    longest = int(mask.sum(axis=1).max())
+    bucket = next(b for b in TEXT_BUCKETS if longest < b or b == TEXT_LENGTH)
+    return Tokens(ids[:, :bucket], mask[:, :bucket])
+
+
+def _inputs(models: Models, clip: Clip, request: Request) -> Tokens:
+    negative = [clip.settings.negative_prompt] if clip.guided else []
+    return tokenize(models.files["tokenizer"], [*request.prompts, *negative])
+
+
+def _longest(models: Models, clip: Clip, clips: int) -> Tokens:
+    shape = (clips + clip.guided, TEXT_LENGTH)
+    return Tokens(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_))
+
+
+def _encode(models: Models, clip: Clip, forward: Forward, run: Run, inputs: Tokens) -> tuple[Array, Array | None]:
+    """Text rows [B,S,D] of the prompts and of the negative prompt; zeros beyond each prompt's end.
+
+    S is a bucket, not 512: the last row, zero like the 512 - S that would follow, stands for all of them
+    (`velocity(..., text_length=512)`).
+    """
+    program = _text_program(models.configs["text_encoder"], forward.placement, clip.guided)
+    return run(Stage("text", "text_encoder", program), *inputs)
+
+
+@functools.lru_cache(maxsize=8)
+def _text_program(cfg: umt5.Config, placement: Placement | None, guided: bool) -> Any:
+    """jitted (params, ids int32 [B+guided,S], mask) -> rows [B,S,D], and [B,S,D] of the last text or None."""
+
+    def text(params: Params, ids: Array, mask: Array) -> tuple[Array, Array | None]:
+        rows = encode_text(params, cfg, ids, mask, placement)
+        rows = rows if placement is None else placement.replicate(rows)
+        if not guided:
+            return rows, None
+        wanted = rows[:-1]  # [B+1,S,D] -> [B,S,D]
+        return wanted, jnp.broadcast_to(rows[-1:], wanted.shape)  # [1,S,D] -> [B,S,D]
+
+    return jax.jit(text)
+
+
+def encode_text(params: Params, cfg: umt5.Config, ids: Array, mask: Array, placement: Placement | None = None) -> Array:
+    """ids int32 [B,S], mask bool [B,S] -> text rows [B,S,D], zero where the mask is false."""
+    rows = umt5.encode(params, cfg, ids, mask, placement=placement)
+    return jnp.where(mask[:, :, None], rows, jnp.zeros((), rows.dtype))
+
+
+# ------------------------------------------------------------------------------------------------------- transformer
+
+
+def _network(models: Models, segment: Segment, forward: Forward) -> Callable[..., Array]:
+    return _velocity(models.configs[segment.part], forward)
+
+
+@functools.lru_cache(maxsize=8)  # jit compiles once for each function object
+def _velocity(cfg: wan.DiTConfig, forward: Forward) -> Callable[..., Array]:
+    how: Any = {name: getattr(forward, name) for name in ("pattern", "implementation", "placement")}
+
+    def network(params: Params, x: Array, t: Array, text: Array) -> Array:
+        return wan.velocity(params, cfg, x, t, text, text_length=TEXT_LENGTH, **how)
+
+    return network
+
+
+def _attention(models: Models, clip: Clip, forward: Forward, dtype: Any, rows: int) -> Mapping[str, str]:
+    dit, placement = models.configs["transformer"], forward.placement
+    shape = placement and placement.shape
+    return wan.attention_choice(
+        dit,
+        clip.latents[:3],
+        pattern=forward.pattern,
+        text_rows=rows,
+        dtype=dtype,
+        implementation=forward.implementation,
+        ring=shape is not None and _mesh_sizes(models, clip, 1, shape).ring(shape) > 1,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- VAE
+
+
+def _decode(
+    models: Models, clip: Clip, forward: Forward, run: Run, latents: Array
+) -> Iterator[tuple[Array, Array, int]]:
+    """One latent frame at a time: device memory does not depend on T."""
+    program, cache = _decode_program(models.configs["vae"], forward.placement), None
+    for t in range(clip.latents[0]):
+        stage = Stage("decode next" if t else "decode first", "vae", program, pictures=clip.latents[1:3])
+        pixels, bad, cache = run(stage, latents[:, t : t + 1], cache)  # [1,1,H,W,C] -> [1,F,Y,X,3]
+        yield pixels, bad, t + 1
+
+
+@functools.lru_cache(maxsize=8)
+def _decode_program(cfg: wan.VAEConfig, placement: Placement | None) -> Any:
+    """jitted (params, normalised latents [1,1,H,W,C], cache or None) -> (uint8 [1,F,Y,X,3], non-finite share, cache).
+
+    F is 1 without a cache and 4 with one; the cache is donated.
+    """
+
+    def decode(params: Params, latents: Array, cache: Any) -> tuple[Array, Array, Any]:
+        latents = wan.denormalize_latents(cfg, latents)
+        frames, cache = wan.decode_chunk(params, cfg, latents, cache, placement=placement)
+        pixels = to_pixels(frames)
+        bad = jnp.mean(1.0 - jnp.isfinite(frames).astype(jnp.float32))
+        if placement is not None:
+            pixels, bad = placement.replicate((pixels, bad))
+        return pixels, bad, cache
+
+    return jax.jit(decode, donate_argnums=2)
+
+
+def _preview(models: Models, forward: Forward) -> Stage:
+    return Stage("preview", "vae", _first_frames(models.configs["vae"], forward.placement))
+
+
+@functools.lru_cache(maxsize=8)
+def _first_frames(cfg: wan.VAEConfig, placement: Placement | None) -> Any:
+    """jitted (params, normalised latents [B,1,H,W,C]) -> float32 first frames [B,1,Y,X,3] in -1..1, for previews."""
+
+    def first(params: Params, latents: Array) -> Array:
+        frames, _ = wan.decode_chunk(params, cfg, wan.denormalize_latents(cfg, latents), None, placement=placement)
+        return frames if placement is None else placement.replicate(frames)
+
+    return jax.jit(first)
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+TEXT_TO_VIDEO = Family(
+    name="Wan 2.1 text-to-video",
+    pipeline="WanPipeline",
+    parts={"transformer": TRANSFORMER, "vae": VAE, "text_encoder": TEXT_ENCODER},
+    files={"scheduler": SCHEDULER, "tokenizer": TOKENIZER},
+    settings=Settings,
+    subject="prompts",
+    misfits=_misfits,
+    complete=_complete,
+    check_subject=_check_prompt,
+    clip=make_clip,
+    mesh_sizes=_mesh_sizes,
+    inputs=_inputs,
+    longest=_longest,
+    encode=_encode,
+    network=_network,
+    decode=_decode,
+    preview=_preview,
+    attention=_attention,
+    describe=lambda models, prompt: {"prompt": prompt},
+)
+CAUSAL = dataclasses.replace(
+    TEXT_TO_VIDEO, name="causal Wan 2.1 text-to-video", pipeline="WanCausalDMDPipeline", at_once=False
+)
+# What can be planned without a download: the name of the published repository and its models.
+PUBLISHED = {
+    "Wan2.1-T2V-1.3B-Diffusers": (TEXT_TO_VIDEO, wan.WAN_2_1_T2V_1_3B),
+    "Wan2.1-T2V-14B-Diffusers": (TEXT_TO_VIDEO, wan.WAN_2_1_T2V_14B),
+}

@@ -1,0 +1,226 @@
+"""A request becomes a video: `load` a repository, `generate` from it.
+
+    B batch · T latent frames · H W latent grid · C latent channels · F pixel frames · Y X pixel height, width
+
+`generate` is the stages of `jvdiff.pipeline.stages` in a row, and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jvdiff import precision as precisions
+from jvdiff.errors import UsageError
+from jvdiff.models.family import Clip, Family, Models, Request, read_weights
+from jvdiff.pipeline import stages
+from jvdiff.pipeline.lending import Weights
+from jvdiff.pipeline.repository import Repository, inspect
+from jvdiff.pipeline.settings import check_seed
+from jvdiff.pipeline.stages import Context, Executor
+from jvdiff.sharding import MeshShape, Placement, check_mesh, make_mesh, read_mesh
+from jvdiff.types import Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline:
+    """What `load` read.
+
+    repository: what the folder says of itself
+    weights: of each part, lent to the stages
+    precision: row of the dtype table
+    placement: mesh that the weights are on; None is the default device
+    """
+
+    repository: Repository
+    weights: Weights
+    precision: precisions.Precision
+    placement: Placement | None = None
+
+    @property
+    def family(self) -> Family:
+        """What kind of repository it is."""
+        return self.repository.family
+
+    @property
+    def models(self) -> Models:
+        """Configurations, tokenizers and the like."""
+        return self.repository.models
+
+    @property
+    def context(self) -> Context:
+        """What the stages are computed with."""
+        return Context(self.family, self.models, self.precision, self.placement)
+
+    @property
+    def run(self) -> Executor:
+        """What computes a stage."""
+        return Executor(self.weights, self.placement)
+
+    def settings(self, **given: Any) -> Any:
+        """Complete settings: what is given, else the repository's, else the family's. Raises UsageError."""
+        return self.repository.settings(**given)
+
+    def clip(self, **given: Any) -> Clip:
+        """What these settings mean for these models. Raises UsageError."""
+        return self.family.clip(self.models, self.settings(**given))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Output:
+    """What `generate` made.
+
+    video: uint8 [B,F,Y,X,3]
+    latents: float32 [B,T,H,W,C] as the sampler left them (normalised, model scale)
+    subjects: prompt, or name of the class, of each clip
+    seeds: of each clip; empty where the noise was given
+    settings: every resolved setting
+    """
+
+    video: np.ndarray
+    latents: np.ndarray
+    subjects: tuple[str, ...]
+    seeds: tuple[int, ...]
+    settings: Any
+
+
+def abstract_params(family: Family, models: Models, dtypes: precisions.Precision) -> dict[str, Params]:
+    """The parameter tree of each part as ShapeDtypeStructs, in the dtypes of the precision table."""
+    return {
+        name: family.parts[name].abstract(cfg, jnp.dtype(getattr(dtypes, family.parts[name].precision)))
+        for name, cfg in models.configs.items()
+    }
+
+
+def load(
+    path: str | Path | Repository, precision: str | None = None, mesh: Any = None, *, family: Family | None = None
+) -> Pipeline:
+    """Reads a whole repository: a Hugging Face (diffusers) folder, or what `convert` or a training made.
+
+    Args:
+        path: the folder with model_index.json, or what `inspect` said of it.
+        precision: a name in `jvdiff.precision.TABLE`; None is bfloat16 with a float32 VAE on GPUs, float32 elsewhere.
+        mesh: how several devices share the work, for instance "sequence=4,tensor=2" or dict(sequence=4, tensor=2); see
+            `jvdiff.sharding.MeshShape`. None: one device.
+        family: of a repository of another's family (docs/adding_a_family.md).
+
+    Raises:
+        CheckpointError: incomplete, damaged or unknown weights or configurations.
+        UsageError: no such folder, one for `jvdiff.stream`, an unknown precision, or a mesh of more devices than there
+            are.
+    """
+    placement, dtypes = place(read_mesh(mesh)), precisions.choose(precision)
+    repository = path if isinstance(path, Repository) else inspect(path, at_once=True, family=family)
+    return Pipeline(repository, read_parts(repository, dtypes, placement), dtypes, placement)
+
+
+def read_parts(repository: Repository, dtypes: precisions.Precision, placement: Placement | None) -> Weights:
+    """The weights of every part, where they live."""
+    parts = repository.family.parts
+    return Weights(
+        {
+            name: read_weights(
+                repository.path / name, parts[name], cfg, jnp.dtype(getattr(dtypes, parts[name].precision)), placement
+            )
+            for name, cfg in repository.models.configs.items()
+        }
+    )
+
+
+def place(shape: MeshShape | str | None) -> Placement | None:
+    """A mesh of this machine's devices (of all processes'); None for None.
+
+    Raises:
+        UsageError: too few devices, or the mesh is still "auto", which needs a clip's sizes (`jvdiff.plan`).
+    """
+    if isinstance(shape, str):
+        raise UsageError(f"mesh is {shape!r}; only the command line chooses one. Name its axes here.")
+    return None if shape is None else Placement(make_mesh(shape), shape.ring)
+
+
+def generate(
+    pipe: Pipeline,
+    prompts: str | Sequence[str] | None = None,
+    *,
+    labels: Any = None,
+    seed: int | None = None,
+    noise: Any = None,
+    renoise: Any = None,
+    image: Any = None,
+    callback: Callable[[int, Any], Any] | None = None,
+    **settings: Any,
+) -> Output:
+    """Videos of prompts, or of class labels, as one batch.
+
+    Args:
+        prompts: one, or a list of them, where the model takes prompts.
+        labels: a class, or a list of them, by name or number, where the model takes classes.
+        seed: clip i gets seed + i, whatever else is in the batch; None draws one (`Output.seeds` tells).
+        noise: float32 [B,T,H,W,C] to start from instead of the seed's.
+        renoise: float32 [steps-1,B,T,H,W,C] in place of what a renoising sampler draws.
+        image: uint8 [Y,X,3], the first frame, where the model takes one.
+        callback: see `stages.denoise`.
+        settings: any of the family's (`pipe.family.settings`): num_frames, height, width, steps, guidance and so on.
+            What is missing or None comes from the repository, else from the family.
+
+    Raises:
+        UsageError: subjects, sizes or settings that the models cannot use.
+        NumericsError: NaN or infinity, see `stages.denoise` and `stages.decode`.
+    """
+    named = check_subjects(pipe.repository, prompts=prompts, labels=labels)
+    clip = pipe.clip(**settings)
+    check_fits(pipe.context, clip, len(named))
+    shape = (len(named), *clip.latents)
+    first = check_seed(seed)
+    seeds = tuple((first + i) % 2**32 for i in range(len(named)))
+    if noise is not None and (noise.shape != shape or noise.dtype != jnp.float32):
+        raise UsageError(f"noise is {noise.dtype}{list(noise.shape)}; this request needs float32{list(shape)}.")
+    request = make_request(pipe.family, named, image=image)
+    inputs, solver = pipe.family.inputs(pipe.models, clip, request), clip.sampler.make()
+    conditions = stages.encode(pipe.context, clip, inputs, pipe.run)
+    standard = stages.initial_noise(seeds, clip.latents) if noise is None else noise
+    state = stages.begin(clip, solver, standard, seeds, renoise)
+    state = stages.denoise(pipe.context, clip, conditions, state, solver, pipe.run, callback=callback)
+    latents = np.array(pipe.family.finish(clip, inputs, conditions, state.x))
+    video = stages.decode(pipe.context, clip, latents, pipe.run)
+    return Output(video, latents, named, seeds if noise is None else (), clip.settings)
+
+
+def check_subjects(repository: Repository, **given: Any) -> tuple[Any, ...]:
+    """The subjects of the clips as `Request` has them: one of `given`, the field that the family takes.
+
+    Raises:
+        UsageError: none, the wrong field, or a subject that the model cannot use.
+    """
+    family, models = repository.family, repository.models
+    if wrong := [name for name, value in given.items() if value is not None and name != family.subject]:
+        raise UsageError(f"{family.name} takes {family.subject}, not {wrong[0]}.")
+    subjects = given.get(family.subject)
+    listed = subjects if isinstance(subjects, list | tuple) else [] if subjects is None else [subjects]
+    if not listed:
+        raise UsageError(f"no {family.subject}; give at least one.")
+    return tuple(family.check_subject(models, subject) for subject in listed)
+
+
+def make_request(family: Family, subjects: tuple[Any, ...], **others: Any) -> Request:
+    """A request with these subjects, in the family's field, and what else the family takes.
+
+    Raises:
+        UsageError: a field that the family does not take.
+    """
+    for name, value in others.items():
+        if value is not None and name not in family.takes:
+            raise UsageError(f"{family.name} takes no {name}; leave it out.")
+    return Request(**{family.subject: subjects}, **others)
+
+
+def check_fits(context: Context, clip: Clip, clips: int) -> None:
+    """Raises UsageError, with the nearest mesh that works, unless the mesh can denoise that many clips at once."""
+    if context.placement is not None:
+        shape = context.placement.shape
+        check_mesh(shape, context.family.mesh_sizes(context.models, clip, clips, shape), shape.devices)

@@ -1,0 +1,330 @@
+"""The stages of a clip, told once: `encode`, `denoise`, `decode`. What runs them is an argument.
+
+    B batch · T latent frames · H W latent grid · C latent channels · F pixel frames · Y X pixel height, width
+
+`Executor` computes. `Tracer` traces the same calls without data, so that the command line compiles them ahead and a
+plan measures them: what is planned is what runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from jvdiff.diffusion import Solver, classifier_free, sampling
+from jvdiff.errors import NumericsError
+from jvdiff.models.family import Clip, Family, Forward, Models, Run, Segment, Stage
+from jvdiff.pipeline.lending import Weights
+from jvdiff.precision import Precision
+from jvdiff.sharding import Placement, param_shardings
+from jvdiff.types import Array, Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+    """What stages are computed with, whatever the request.
+
+    family, models: whose stages
+    precision: row of the dtype table, for messages and plans
+    placement: mesh that weights and activations are on; None is one device
+    """
+
+    family: Family
+    models: Models
+    precision: Precision
+    placement: Placement | None = None
+
+    def forward(self, clip: Clip, segment: Segment | None = None) -> Forward:
+        """How the networks compute; without a segment, those around the transformer."""
+        if segment is None:
+            return Forward(placement=self.placement)
+        return Forward(segment.pattern, clip.attention, self.placement)
+
+
+# ---------------------------------------------------------------------------------------------------------- what runs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Executor:
+    """Computes stages with weights that are lent for the time of a call."""
+
+    weights: Weights
+    placement: Placement | None = None
+
+    def __call__(self, stage: Stage, *arguments: Any) -> Any:
+        with self.weights.use(stage.part) as params:
+            return stage.program(params, *self._placed(arguments))
+
+    def _placed(self, tree: Any) -> Any:
+        """Arrays of the host on every device; what a stage made is where the next one wants it."""
+        if self.placement is None:
+            return tree
+        everywhere = self.placement.everywhere
+
+        def put(x: Any) -> Any:
+            return x if np.ndim(x) == 0 or (isinstance(x, jax.Array) and x.committed) else jax.device_put(x, everywhere)
+
+        return jax.tree.map(put, tree)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """A program that a clip runs.
+
+    stage: which
+    traced: the program, to be lowered and compiled
+    times: how often the clip runs it
+    """
+
+    stage: Stage
+    traced: jax.stages.Traced
+    times: int
+
+
+class Tracer:
+    """Traces stages without data; `calls` has each program once, in order, and how often it ran."""
+
+    def __init__(self, params: Mapping[str, Params], placement: Placement | None = None):
+        """params: the parts' weights, which may be abstract; on a mesh, placed there."""
+        self.params, self.placement = params, placement
+        self.calls: dict[Any, Call] = {}
+
+    def __call__(self, stage: Stage, *arguments: Any) -> Any:
+        abstract = jax.tree.map(self._struct, arguments)
+        leaves, structure = jax.tree.flatten(abstract)
+        key = stage.name, stage.program, structure, tuple(map(str, leaves))
+        call = self.calls.get(key)
+        if call is None:
+            call = Call(stage, stage.program.trace(self.params[stage.part], *abstract), 0)
+        self.calls[key] = dataclasses.replace(call, times=call.times + 1)
+        return self._results(stage, call.traced.out_info)
+
+    def _struct(self, x: Any) -> jax.ShapeDtypeStruct:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return x if self.placement is None or x.sharding or not x.ndim else self._everywhere(x)
+        aval: Any = jax.core.get_aval(x)
+        struct = jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+        return self._everywhere(struct) if self.placement is not None and struct.ndim else struct
+
+    def _everywhere(self, x: Any) -> jax.ShapeDtypeStruct:
+        where = self.placement and self.placement.everywhere
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=x.weak_type)
+
+    def _results(self, stage: Stage, results: Any) -> Any:
+        """Where the results will be: on every device, and what is carried from call to call divided as pictures are."""
+        if self.placement is None:
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), results)
+        if stage.pictures is None:
+            return jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.placement.everywhere), results
+            )
+        *others, carried = results
+        where = self.placement.spread(*stage.pictures).sharding
+        held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), carried)
+        everywhere = self.placement.everywhere
+        return *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), others), held
+
+
+def trace(
+    context: Context, params: Mapping[str, Params], clip: Clip, inputs: Any, last: int | None = None
+) -> list[Call]:
+    """Every program that a clip runs, traced: in order, each once, with how often it runs.
+
+    Once one of them is lowered and compiled, the stage that runs it with the same shapes does not compile again.
+
+    Args:
+        params: weights of the parts; they may be abstract, and are then placed on the context's mesh, whose devices
+            need not be there.
+        inputs: of the family, may be abstract.
+        last: the step after which the clip is stopped; None: it is decoded.
+    """
+    if context.placement is not None:
+        params = {name: _placed_params(context, name, tree) for name, tree in params.items()}
+    run, solver = Tracer(params, context.placement), clip.sampler.make()
+    conditions = encode(context, clip, inputs, run)
+    state = jax.eval_shape(lambda: begin(clip, solver, jnp.zeros((1, *clip.latents), jnp.float32), (0,)))
+    denoise(context, clip, conditions, state, solver, run, stop=last)
+    if last is None or last >= len(solver):
+        latents = np.broadcast_to(np.float32(0), (1, *clip.latents))
+        for _ in context.family.decode(context.models, clip, context.forward(clip), run, latents):
+            pass
+    return list(run.calls.values())
+
+
+def _placed_params(context: Context, part: str, tree: Params) -> Any:
+    if isinstance(jax.tree.leaves(tree)[0], jax.Array):
+        return tree
+    assert context.placement is not None
+    where = param_shardings(context.placement.mesh, tree, context.family.parts[part].places)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), dict(tree), where)
+
+
+# ---------------------------------------------------------------------------------------------------------- the stages
+
+
+def initial_noise(seeds: Any, shape: Any) -> Array:
+    """Standard normal float32 [B,*shape], each clip from its own seed at the whole clip's shape.
+
+    So a clip depends neither on what else is in the batch nor on how arrays are spread over devices.
+    """
+    return jnp.stack([jax.random.normal(jax.random.key(np.uint32(seed)), tuple(shape), jnp.float32) for seed in seeds])
+
+
+def begin(clip: Clip, solver: Solver, noise: Array, seeds: Any, renoise: Any = None) -> Any:
+    """The solver's state before the first step, from standard normal noise float32 [B,T,H,W,C].
+
+    Args:
+        seeds: of the clips; what solvers draw comes from a key of each.
+        renoise: float32 [steps-1,B,T,H,W,C] in place of what would be drawn; None draws.
+    """
+    if renoise is None:
+        renoise = jnp.stack(
+            [jax.random.key_data(jax.random.fold_in(jax.random.key(np.uint32(seed)), 0)) for seed in seeds]
+        )  # uint32 [B,2]
+    return solver.init(clip.sampler.begin(jnp.asarray(noise)), renoise)
+
+
+def encode(context: Context, clip: Clip, inputs: Any, run: Run) -> tuple[Any, Any]:
+    """The condition of the transformer, and that of guidance's other branch (None without guidance).
+
+    Raises:
+        NumericsError: an encoder made NaN or infinity.
+    """
+    conditions = context.family.encode(context.models, clip, context.forward(clip), run, inputs)
+    for leaf in jax.tree.leaves(conditions):
+        computed = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if computed and (share := nonfinite(np.asarray(leaf, np.float32))):
+            raise NumericsError(f"text encoder: {share:.1%} of its output ({leaf.dtype}) is NaN or infinite.")
+    return conditions
+
+
+def denoise(
+    context: Context,
+    clip: Clip,
+    conditions: tuple[Any, Any],
+    state: Any,
+    solver: Solver,
+    run: Run,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    callback: Callable[[int, Any], Any] | None = None,
+) -> Any:
+    """Takes a state of `begin` from step `start` to step `stop` (default: the end).
+
+    Args:
+        state: consumed (its buffers are donated); its `x` are the latents.
+        callback: called as callback(done, state) when that many steps have been computed; a true value stops there.
+            Copy from the state what must outlive the call.
+
+    Raises:
+        NumericsError: a step made NaN or infinity; the error's `step` (the steps done before it) and `latents`
+            (float32 [B,T,H,W,C], as they were then) tell where it went wrong.
+    """
+    stop, ended = len(solver) if stop is None else stop, False
+    good = None if isinstance(state.x, jax.ShapeDtypeStruct) else np.array(state.x)
+
+    def check(done: int, state: Any) -> Any:
+        nonlocal good, ended
+        if isinstance(state.x, jax.ShapeDtypeStruct):
+            return False
+        latents = np.array(state.x)
+        if share := nonfinite(latents):
+            raise _numerics(
+                f"transformer: after step {done} of {len(solver)}, {share:.1%} of the latents is NaN or infinite "
+                f"(matrix products in {context.precision.transformer}).",
+                step=done - 1,
+                latents=good,
+            )
+        good, ended = latents, bool(callback and callback(done, state))
+        return ended
+
+    for segment in clip.segments:
+        first, last = max(start, segment.start), min(stop, segment.stop)
+        if first < last and not ended:
+            one = _step(context, clip, segment, conditions, solver, run, len(state.x))
+            state = sampling.loop(one, solver, state, start=first, stop=last, callback=check)
+    return state
+
+
+def _step(
+    context: Context, clip: Clip, segment: Segment, conditions: tuple[Any, Any], solver: Solver, run: Run, clips: int
+) -> Callable[[Any, Any, Any], Any]:
+    """step(state, timestep, row) -> state under the velocity of a segment."""
+    placement = context.placement
+    network = context.family.network(context.models, segment, context.forward(clip, segment))
+    condition, other = conditions
+    mode = None
+    if segment.guidance != 1:
+        mode = "batched" if clip.batched(clips, placement and placement.shape) else "sequential"
+    name = "denoise" if len(clip.segments) == 1 else f"denoise {segment.part}"
+    stage = Stage(name, segment.part, _denoise_program(network, solver.advance, mode))
+    return functools.partial(run, stage, condition, other if mode else None, segment.guidance)
+
+
+@functools.lru_cache(maxsize=16)  # jit compiles once for each function object
+def _denoise_program(network: Callable[..., Array], advance: Callable[..., Any], mode: str | None) -> Any:
+    """jitted (params, condition, other, scale, state, timestep, row) -> state; the state is donated."""
+
+    def denoise(params: Params, condition: Any, other: Any, scale: Any, state: Any, t: Any, row: Any) -> Any:
+        bound = Partial(network, params)
+        velocity = (
+            classifier_free(bound, condition, None, 1.0)
+            if mode is None
+            else classifier_free(bound, condition, other, scale, mode=mode)
+        )
+        return sampling.advanced(advance, velocity, state, t, row)
+
+    return jax.jit(denoise, donate_argnames="state")
+
+
+def decode(
+    context: Context, clip: Clip, latents: Any, run: Run, *, callback: Callable[[int], Any] | None = None
+) -> np.ndarray:
+    """Normalised latents [B,T,H,W,C] -> video uint8 [B,F,Y,X,3], one clip after another.
+
+    Args:
+        callback: called as callback(done) with the number of latent frames decoded so far, of B * T.
+
+    Raises:
+        NumericsError: the decoder made NaN or infinity; the error's `step` is the latent frame.
+    """
+    latents = np.asarray(latents, np.float32)
+    total, clips = latents.shape[1], []
+    for b in range(len(latents)):
+        frames = []
+        for pixels, bad, done in _frames(context, clip, latents[b : b + 1], run):
+            if share := float(bad):
+                raise _numerics(
+                    f"VAE decoder: {share:.1%} of the pixels of latent frame {done} of {total} is NaN or infinite "
+                    f"(computed in {context.precision.vae}).",
+                    step=done - 1,
+                    latents=latents,
+                )
+            frames.append(np.asarray(pixels)[0])
+            if callback is not None:
+                callback(b * total + done)
+        clips.append(np.concatenate(frames))
+    return np.stack(clips)  # B x [F,Y,X,3] -> [B,F,Y,X,3]
+
+
+def _frames(context: Context, clip: Clip, latents: np.ndarray, run: Run) -> Iterator[tuple[Any, Any, int]]:
+    return context.family.decode(context.models, clip, context.forward(clip), run, latents)
+
+
+def nonfinite(x: np.ndarray) -> float:
+    """The share of numbers that are NaN or infinite."""
+    return 1.0 - float(np.isfinite(x).mean())
+
+
+def _numerics(message: str, *, step: int, latents: Any) -> NumericsError:
+    error = NumericsError(message)
+    error.step, error.latents = step, latents  # type: ignore[attr-defined]
+    return error

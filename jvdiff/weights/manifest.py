@@ -1,0 +1,109 @@
+"""The manifest of an Orbax directory, `jvdiff.json`: the sha256 of every file and of every array.
+
+Orbax itself does not notice a flipped bit, so files are compared with it before a number of theirs is used. Of many
+processes each compares its share of the files, and all know what any of them found.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jvdiff.errors import CheckpointError, IntegrityError
+from jvdiff.runtime import peers
+from jvdiff.runtime.staging import MANIFEST
+from jvdiff.weights.naming import listed
+from jvdiff.weights.safetensors import read_json
+
+_PIECE = 4 * 2**20  # bytes of a file that are hashed at once
+
+
+def file_sha256(file: Path) -> str:
+    total = hashlib.sha256()
+    with open(file, "rb") as data:
+        while piece := data.read(_PIECE):
+            total.update(piece)
+    return total.hexdigest()
+
+
+def array_sha256(array: np.ndarray) -> str:
+    """sha256 of an array's numbers in C order, as they lie in memory (little endian)."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _files(root: Path) -> dict[str, Path]:
+    """Every file below a folder, by its name relative to it."""
+    return {str(p.relative_to(root)): p for p in sorted(root.rglob("*")) if not p.is_dir()}
+
+
+def write_manifest(root: Path, tensors: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Writes jvdiff.json: `facts`, the arrays, and size and sha256 of every file below `root`."""
+    found = _files(root)
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(file_sha256, found.values()))
+    files = {
+        name: {"size": path.stat().st_size, "sha256": digest}
+        for (name, path), digest in zip(found.items(), digests, strict=True)
+    }
+    manifest = {"format": "jvdiff checkpoint", "version": 1, **facts, "tensors": tensors, "files": files}
+    (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of an Orbax directory.
+
+    Raises:
+        IntegrityError: there is none, so nothing can be checked.
+        CorruptFile, CheckpointError: it is damaged, or of a later version.
+    """
+    if not (root / MANIFEST).is_file():
+        raise IntegrityError(
+            f"{root}: no {MANIFEST}, so its files cannot be checked.\n"
+            "Convert it again, or restore with verify=False if you trust the disk."
+        )
+    manifest = read_json(root / MANIFEST)
+    if manifest.get("version") != 1 or not all(isinstance(manifest.get(k), dict) for k in ("files", "tensors")):
+        raise CheckpointError(f"{root / MANIFEST}: expected a manifest of version 1.\nUpdate jvdiff, or convert again.")
+    return manifest
+
+
+def verify_files(path: Path) -> None:
+    """Compares every file below `path` (a component, or a whole directory) with the manifest beside or above it.
+
+    Of several processes each reads a share, and all know what any of them found. Raises IntegrityError that names the
+    files that differ, are missing, or should not be there.
+    """
+    root = path if (path / MANIFEST).is_file() or not (path.parent / MANIFEST).is_file() else path.parent
+    prefix = "" if root == path else f"{path.name}/"
+    recorded = {name: entry for name, entry in read_manifest(root)["files"].items() if name.startswith(prefix)}
+    found = {prefix + name: file for name, file in _files(path).items() if prefix + name != MANIFEST}
+
+    by_size = sorted(recorded, key=lambda name: (recorded[name]["size"], name))
+    first, processes = (jax.process_index(), jax.process_count()) if peers.several() else (0, 1)
+    mine = set(by_size[first::processes])
+
+    def problem(name: str) -> str | None:
+        if name not in found:
+            return f"{name} is missing"
+        if name not in recorded:
+            return f"{name} is not in the manifest"
+        size, expected = found[name].stat().st_size, recorded[name]["size"]
+        if size != expected:
+            return f"{name} has {size:,} bytes instead of {expected:,}"
+        if name in mine and file_sha256(found[name]) != recorded[name]["sha256"]:
+            return f"{name} has other content"
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        problems = [text for text in pool.map(problem, sorted(recorded.keys() | found.keys())) if text]
+    problems = sorted({text for texts in peers.gather(problems) for text in texts})
+    if problems or not recorded:
+        raise IntegrityError(
+            f"{path}: differs from what was written: {listed(problems or ['the manifest lists nothing of it'])}.\n"
+            "The disk or a copy damaged it. Convert it again, or copy it again from a good place."
+        )

@@ -1,0 +1,242 @@
+"""Orbax directories: their arrays read one by one, and written whole or not at all.
+
+What was written is read back and compared before it takes its place (`jvdiff.runtime.staging`). Where there are many
+processes, all call the same functions; process 0 writes, and an error of one is told to all by
+`jvdiff.runtime.verdict`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from jvdiff.errors import CorruptFile, IntegrityError, UsageError
+from jvdiff.runtime import peers
+from jvdiff.runtime.staging import staged
+from jvdiff.types import Params
+from jvdiff.weights.manifest import array_sha256, write_manifest
+from jvdiff.weights.naming import flatten, listed, unflatten
+
+PARAMS = "params"
+_CHUNK = 64 * 2**20  # bytes of one chunk in an Orbax array
+_GROUP = 64 * 2**20  # bytes of small arrays that are read or written together
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+@contextmanager
+def orbax_errors(path: Path) -> Iterator[None]:
+    """Orbax and TensorStore raise many types; for a reader they all mean that the directory cannot be read."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        text = str(error).strip().split("\n")[0]
+        raise CorruptFile(
+            f"{path}: Orbax cannot read it ({type(error).__name__}: {text:.200}).\nConvert it again."
+        ) from error
+
+
+def _orbax(**options: Any) -> ocp.Checkpointer:
+    """Orbax for this process alone: it waits for no other."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"jvdiff_{me}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, **options)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def stored_leaves(path: Path) -> dict[str, Any]:
+    """The arrays of an Orbax directory, {"a/b/kernel": something with .shape and .dtype}; no data is read."""
+    with orbax_errors(path), _orbax() as orbax:
+        return flatten(orbax.metadata((path / PARAMS).absolute()).item_metadata.tree)
+
+
+def read_leaves(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of an Orbax directory in turn, as stored; memory is bounded by the largest, or 64 MiB."""
+    leaves = list(stored_leaves(path).items())
+    for group in _groups([math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for _, leaf in leaves]):
+        names = [leaves[i][0] for i in group]
+        item = {leaves[i][0]: jax.ShapeDtypeStruct(leaves[i][1].shape, leaves[i][1].dtype) for i in group}
+        arguments = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
+        with orbax_errors(path), _orbax() as orbax:
+            read = orbax.restore(
+                (path / PARAMS).absolute(),
+                args=ocp.args.PyTreeRestore(
+                    item=unflatten(item), restore_args=unflatten(arguments), partial_restore=True
+                ),
+            )
+        found = flatten(read)
+        del read
+        for name in names:
+            yield name, found.pop(name)
+
+
+def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Positions of arrays to handle together: one large array, or small ones of 64 MiB in all."""
+    group: list[int] = []
+    for i, size in enumerate(sizes):
+        if group and sum(sizes[j] for j in group) + size > _GROUP:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """An array that comes into being when it is written, so that only one needs to be in memory.
+
+    `facts` go into the manifest's record of it; `load` may fill them.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _LeafHandler(ocp.type_handlers.NumpyHandler):
+    """Writes leaves a few at a time, complete before the next are made; on disk they are plain arrays."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(self, values: Sequence[Leaf], infos: Any, args: Any = None) -> list[Any]:
+        for group in _groups([value.nbytes for value in values]):
+            arrays = [values[i].load() for i in group]
+            for future in await super().serialize(arrays, [infos[i] for i in group], [args[i] for i in group]):
+                future.result()
+            del arrays
+        return []
+
+
+_REGISTRY = ocp.type_handlers.create_type_handler_registry(
+    (Leaf, _LeafHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+)
+
+
+def save(path: str | Path, tree: Params, *, config: Mapping[str, Any] | None = None, overwrite: bool = False) -> None:
+    """Writes a nested dict of arrays to an Orbax directory that `restore` reads; it appears complete or not at all.
+
+    `config`: the content of a config.json beside them, where the directory is to be a component.
+
+    Raises:
+        UsageError: a key that is not a plain word, or a `path` that cannot be written.
+        ResourceError: the disk is full.
+    """
+    spread: list[jax.Array] = []
+    leaves = leaves_of(tree, spread)
+
+    def write() -> None:
+        with staged(path, overwrite=overwrite) as staging:
+            if config is not None:
+                (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_manifest(staging, write_params(staging, "", leaves), {})
+
+    by_process_0(write, spread)
+
+
+def by_process_0(write: Callable[[], None], spread: Sequence[jax.Array]) -> None:
+    """Process 0 runs `write`, which loads leaves; the others help it to gather those of `spread`, until it is done."""
+    if peers.writes():
+        write()
+        peers.gather(None)
+    else:
+        while (number := peers.gather(None)[0]) is not None:
+            multihost_utils.process_allgather(spread[number], tiled=True)
+
+
+def _gather(array: jax.Array, number: int) -> np.ndarray:
+    """In process 0: the whole array number `number` of those for which the others wait in `by_process_0`."""
+    peers.gather(number)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def _check_keys(tree: Params) -> None:
+    """Orbax would take "a.b" and {"a": {"b": ...}} for one array, and keep only one of them."""
+    for key, value in tree.items():
+        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", key):
+            raise UsageError(f"the key {key!r:.80} cannot be saved: keys are words of letters, digits, - and _.")
+        if isinstance(value, Mapping):
+            _check_keys(value)
+
+
+def leaves_of(tree: Params, spread: list[jax.Array]) -> dict[str, Leaf]:
+    """What `write_params` takes, {"a/b/kernel": leaf}; arrays that lie on many processes are appended to `spread`."""
+    _check_keys(tree)
+    leaves = {}
+    for name, array in flatten(tree).items():
+        dtype = np.dtype(array.dtype) if hasattr(array, "dtype") else np.asarray(array).dtype
+        load = partial(np.asarray, array)
+        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+            load = partial(_gather, array, len(spread))
+            spread.append(array)
+        leaves[name] = Leaf(np.shape(array), dtype, load)
+    return leaves
+
+
+def write_params(root: Path, component: str, leaves: Mapping[str, Leaf]) -> dict[str, dict[str, Any]]:
+    """Writes `root/component/params`, reads it back, and gives the manifest's records of its arrays.
+
+    Raises:
+        IntegrityError: what was read back differs.
+    """
+    prefix = f"{component}/{PARAMS}/" if component else f"{PARAMS}/"
+    records: dict[str, dict[str, Any]] = {}
+
+    def recorded(name: str, leaf: Leaf) -> Leaf:
+        def load() -> np.ndarray:
+            array = leaf.load()
+            records[prefix + name] = {
+                "shape": list(leaf.shape),
+                "dtype": leaf.dtype.name,
+                "sha256": array_sha256(array),
+                **leaf.facts,
+            }
+            return array
+
+        return replace(leaf, load=load)
+
+    tree = unflatten({name: recorded(name, leaf) for name, leaf in leaves.items()})
+    arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
+    with _orbax(type_handler_registry=_REGISTRY) as orbax:
+        orbax.save((root / component / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree, save_args=arguments))
+    mark = root / component / PARAMS / "commit_success.txt"  # Orbax writes the folder's name into it, which is private
+    if mark.exists():
+        mark.write_text("Checkpoint commit was successful\n", encoding="utf-8")
+    verify_arrays(root / component, prefix, records)
+    return records
+
+
+def verify_arrays(path: Path, prefix: str, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Reads every array of an Orbax directory and compares it with its record; raises IntegrityError."""
+    left = {name for name in records if name.startswith(prefix)}
+    for name, array in read_leaves(path):
+        left.discard(prefix + name)
+        if (record := records.get(prefix + name)) is None or array_sha256(array) != record["sha256"]:
+            raise IntegrityError(f"{path}: array {name} differs from what was written.\nConvert it again.")
+        del array  # before the next one is read
+    if left:
+        raise IntegrityError(f"{path}: arrays are missing: {listed(sorted(left))}.\nConvert it again.")

@@ -1,0 +1,251 @@
+"""Reads parameters onto devices, part by part, from a published (safetensors) folder or from an Orbax directory.
+
+Where there are many processes, all call `restore` and see the same folders: each reads what its own devices hold.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial, reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jvdiff.errors import MissingTensor, ShapeMismatch, UsageError
+from jvdiff.types import Params
+from jvdiff.weights import safetensors as reader
+from jvdiff.weights.manifest import verify_files
+from jvdiff.weights.naming import Rule, by_leaf, check, fill, flatten, listed, unflatten
+from jvdiff.weights.orbax import PARAMS, orbax_errors, read_leaves, stored_leaves
+
+_log = logging.getLogger(__name__)
+
+
+class LeafTransform(Protocol):
+    """What becomes of each leaf between the file and the devices, for instance int8 values and their scales.
+
+    A frozen value. It sees whole arrays, on the host, so that what it makes does not depend on the mesh.
+
+    digest    what names it in the record of a run: with the weights' own digest it says what ran
+    abstract  the path of a leaf ("a/b/kernel") and its struct -> a struct, or a pytree of structs
+    apply     the path and the array (numpy, shape and dtype of that struct) -> arrays of what `abstract` gives
+    """
+
+    @property
+    def digest(self) -> str: ...
+
+    def abstract(self, path: str, struct: jax.ShapeDtypeStruct) -> Any: ...
+
+    def apply(self, path: str, array: np.ndarray) -> Any: ...
+
+
+def transformed(abstract: Params, transform: LeafTransform | None) -> dict[str, Any]:
+    """The abstract tree of what `restore` gives: `abstract` with a pytree of structs in the place of each leaf."""
+    leaves = flatten(abstract)
+    return _like(abstract, {name: transform.abstract(name, x) for name, x in leaves.items()} if transform else leaves)
+
+
+def restore(
+    folder: str | Path,
+    abstract: Params,
+    names: Sequence[Rule],
+    shardings: Any = None,
+    *,
+    transform: LeafTransform | None = None,
+    ignored: Sequence[str] = (),
+    verify: bool = True,
+    cast: bool = True,
+) -> dict[str, Any]:
+    """Reads one component onto devices, from a published (safetensors) folder or from an Orbax directory.
+
+    Each process reads what its own devices hold; of a published folder, one part of one array is in host memory at a
+    time. With a `transform` each process reads all, and one whole array is. How the arrays lay when they were saved
+    does not matter.
+
+    Args:
+        folder: one with safetensors in a published layout, or one that `save` or the converter wrote.
+        abstract: the tree of ShapeDtypeStructs (nested dicts) that the files are to hold.
+        names: the published layout (`jvdiff.weights.naming`); empty for a model that has none. An Orbax directory has
+            the tree's own names.
+        shardings: one sharding for all leaves, or a tree of them like the result; None is the default device.
+        transform: applied to every leaf, after the cast to the dtype of `abstract`.
+        ignored: see `naming.check`.
+        verify: compare the files with the manifest first (Orbax only; safetensors are checked as they are read).
+        cast: convert to the dtypes of `abstract`, and log it; False refuses another dtype.
+
+    Returns:
+        A nested dict of jax.Arrays with the shapes and dtypes of `transformed(abstract, transform)`.
+
+    Raises:
+        MissingTensor, ShapeMismatch: names, shapes or (with cast=False) dtypes differ from `abstract`; all are listed.
+        IntegrityError: a file differs from the manifest, or there is no manifest.
+        CheckpointError: damaged or unusable files; see `jvdiff.weights.safetensors`.
+        UsageError: the transform gives something else than its `abstract` says.
+    """
+    path, wanted = Path(folder), flatten(abstract)
+    if (path / PARAMS).is_dir():
+        if verify:
+            verify_files(path)
+        _check_orbax(path, wanted, cast)
+        if transform is None:
+            leaves = _read_orbax(path, wanted, _places(wanted, shardings))
+        else:
+            leaves = dict(_transformed(transform, wanted, _whole_orbax(path, wanted), shardings))
+    else:
+        loads = _open_published(path, abstract, names, ignored, cast)
+        if transform is None:
+            places = _places(wanted, shardings)
+            leaves = {name: _placed(wanted[name], places[name], load) for name, load in loads.items()}
+        else:
+            whole = ((name, load()) for name, load in loads.items())
+            leaves = dict(_transformed(transform, wanted, whole, shardings))
+    return _like(abstract, leaves)
+
+
+def _places(wanted: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
+    if isinstance(shardings, jax.sharding.Sharding):
+        return dict.fromkeys(wanted, shardings)
+    return flatten(shardings) if shardings is not None else dict.fromkeys(wanted)
+
+
+def _open_published(
+    path: Path, abstract: Params, names: Sequence[Rule], ignored: Sequence[str], cast: bool
+) -> dict[str, Callable[..., np.ndarray]]:
+    """For each leaf a function that reads it, or with `index=` a part of it; names, shapes and dtypes are checked."""
+    if not names:
+        raise MissingTensor(
+            f"{path}: no {PARAMS}/ in it; expected an Orbax directory, the only layout of this model.\n"
+            "Give the folder that a training wrote, whole."
+        )
+    wanted = flatten(abstract)
+    folder = reader.open_folder(path, ignored=ignored)
+    entries = check(names, abstract, folder, where=str(path), ignored=ignored)
+    _tell_casts(path, [(folder.tensors[name].dtype, wanted[e.path].dtype) for name, e in entries.items()], cast)
+    tensors = by_leaf(entries)
+    return {
+        name: partial(fill, leaf.shape, leaf.dtype, tensors[name], folder, where=str(path))
+        for name, leaf in wanted.items()
+    }
+
+
+def _placed(leaf: Any, sharding: jax.sharding.Sharding | None, load: Callable[..., np.ndarray]) -> jax.Array:
+    """An array made shard by shard: `load(index=...)` once for each part of it that this process' devices hold."""
+    if sharding is None:
+        return jax.device_put(load())
+    holders: dict[tuple, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        spans = tuple(part.indices(n)[:2] for part, n in zip(index or (), leaf.shape, strict=True))
+        holders.setdefault(spans, []).append(device)
+    shards: list[Any] = []
+    for spans, devices in holders.items():
+        part = load(index=[slice(*span) for span in spans])
+        shards += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+        del part  # before the next one is read
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
+
+
+def _check_orbax(path: Path, wanted: Mapping[str, Any], cast: bool) -> None:
+    stored = stored_leaves(path)
+    _check_leaves(path, wanted, stored)
+    _tell_casts(path, [(stored[name].dtype, leaf.dtype) for name, leaf in wanted.items()], cast)
+
+
+def _read_orbax(path: Path, wanted: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, jax.Array]:
+    item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]) for name, leaf in wanted.items()}
+    with orbax_errors(path):
+        read = ocp.StandardCheckpointer().restore((path / PARAMS).absolute(), unflatten(item))
+    return {name: jax.device_put(leaf, places[name]) for name, leaf in flatten(read).items()}
+
+
+def _whole_orbax(path: Path, wanted: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    for name, array in read_leaves(path):
+        with np.errstate(over="ignore"):
+            array = array.astype(wanted[name].dtype, copy=False)
+        yield name, array
+        del array  # before the next one is read
+
+
+def _transformed(
+    transform: LeafTransform,
+    wanted: Mapping[str, Any],
+    arrays: Iterable[tuple[str, np.ndarray]],
+    shardings: Any,
+) -> Iterator[tuple[str, Any]]:
+    """(path, pytree of jax.Arrays) for each leaf; its parts are cut out of what was made of the whole."""
+    structs = {name: jax.tree.flatten(transform.abstract(name, leaf)) for name, leaf in wanted.items()}
+    places = {}
+    for name, (leaves, structure) in structs.items():
+        one = shardings is None or isinstance(shardings, jax.sharding.Sharding)
+        places[name] = [shardings] * len(leaves) if one else structure.flatten_up_to(_at(shardings, name))
+    for name, array in arrays:
+        leaves, structure = structs[name]
+        made, found = jax.tree.flatten(transform.apply(name, array))
+        made = [np.asarray(x) for x in made]
+        _check_made(transform, name, (leaves, structure), (made, found))
+        loads = [partial(_part, x) for x in made]
+        placed = [_placed(*one) for one in zip(leaves, places[name], loads, strict=True)]
+        del array, made, loads  # before the next one is read
+        yield name, jax.tree.unflatten(structure, placed)
+
+
+def _at(tree: Any, path: str) -> Any:
+    return reduce(getitem, path.split("/"), tree)
+
+
+def _part(array: np.ndarray, index: Sequence[slice] | None = None) -> np.ndarray:
+    return array if index is None else array[tuple(index)]
+
+
+def _check_made(
+    transform: LeafTransform, name: str, expected: tuple[list[Any], Any], made: tuple[list[Any], Any]
+) -> None:
+    def kinds(leaves: Sequence[Any]) -> list[str]:
+        return [f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for leaf in leaves]
+
+    if made[1] == expected[1] and kinds(made[0]) == kinds(expected[0]):
+        return
+    what, said = (f"{structure} of {listed(kinds(leaves))}" for leaves, structure in (made, expected))
+    raise UsageError(
+        f"the transform {transform.digest:.80} gives for {name}: {what};\nexpected, as its abstract says: {said}.\n"
+        "Its `abstract` and its `apply` must agree in structure, shapes and dtypes."
+    )
+
+
+def _like(abstract: Params, leaves: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The nested dict of `abstract`, empty dicts included, with other leaves."""
+    return {
+        key: _like(value, leaves, f"{prefix}{key}/") if isinstance(value, Mapping) else leaves[prefix + key]
+        for key, value in abstract.items()
+    }
+
+
+def _tell_casts(path: Path, kinds: Sequence[tuple[Any, Any]], cast: bool) -> None:
+    """`kinds`: the stored and the wanted dtype of every array."""
+    casts = Counter((np.dtype(a).name, np.dtype(b).name) for a, b in kinds if np.dtype(a) != np.dtype(b))
+    told = ", ".join(f"{count} of {len(kinds)} from {a} to {b}" for (a, b), count in sorted(casts.items()))
+    if casts and not cast:
+        raise ShapeMismatch(f"{path}: arrays have another dtype than asked for: {told}.\nConvert it, or allow casts.")
+    if casts:
+        _log.info("%s: casts %s", path, told)
+
+
+def _check_leaves(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    missing = [name for name in wanted if name not in stored]
+    unexpected = [name for name in stored if name not in wanted]
+    shapes = [
+        f"{name} is {list(stored[name].shape)}, expected {list(leaf.shape)}"
+        for name, leaf in wanted.items()
+        if name in stored and tuple(stored[name].shape) != tuple(leaf.shape)
+    ]
+    if not (missing or unexpected or shapes):
+        return
+    lines = [f"{path}: its arrays do not fit the model."]
+    lines += [f"  missing ({len(missing)}): {listed(missing)}"] if missing else []
+    lines += [f"  not expected ({len(unexpected)}): {listed(unexpected)}"] if unexpected else []
+    lines += [f"  wrong shape ({len(shapes)}): {listed(shapes)}"] if shapes else []
+    lines += ["Use the config.json that belongs to these weights."]
+    raise (MissingTensor if missing or unexpected else ShapeMismatch)("\n".join(lines))
