@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shlex
-import stat
 import sys
 import tempfile
 import traceback
@@ -19,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.commands.arguments import Request, Told
-from jvdiff.errors import JvdiffError, ResourceError, SetupError
-from jvdiff.runtime import peers, verdict
+from jvdiff.errors import JvdiffError, ResourceError
+from jvdiff.runtime import cache, peers, verdict
 
 
 def main(
@@ -152,21 +150,14 @@ def compile_cache(where: str | None) -> None:
 
     if where == "off":
         return
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     chosen = where or jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    folder = Path(chosen or Path(root) / "jvdiff" / "compiled")
+    folder = Path(chosen or cache.folder("compiled"))
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = folder.stat()
+        cache.check_private(folder, "the compilation cache", ", or choose --compile_cache=FOLDER, or off")
     except OSError as error:
         say(f"notice: no compilation cache, {folder} cannot be used: {error.strerror}")
         return
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise SetupError(
-            f"the compilation cache {folder} can be written by others, and what is in it is run as code.\n"
-            f"Expected: yours, mode 0700. Found: owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}.\n"
-            f"Run chmod 700 {shlex.quote(str(folder))}, or choose --compile_cache=FOLDER, or off."
-        )
     if not os.access(folder, os.W_OK):
         say(f"notice: no compilation cache, {folder} cannot be written")
         return

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import pytest
 
-from jvdiff.commands import compiler, sample
+from jvdiff.commands import compiler, planning
 from jvdiff.errors import SetupError, UsageError
 from jvdiff.plan import targets
 
@@ -107,11 +107,8 @@ def test_an_installation_that_fails_leaves_nothing(index, capfd):
     assert not list(targets.compiler_folder().parent.iterdir())
 
 
-def test_a_plan_is_made_by_a_process_of_its_own(folder, tmp_path, capfd):
+@pytest.mark.parametrize("flags", [["--checkpoint=Wan2.1-T2V-1.3B-Diffusers"], ["--config=latent_video_digits"]])
+def test_a_plan_is_made_by_a_process_of_its_own(folder, capfd, flags):
     """This compiler is none, which that process finds out and says."""
-    path = tmp_path / "c.py"
-    path.write_text("from jvdiff import sample\nget_config = sample.default_config\n")
-    flags = ["--config.checkpoint=Wan2.1-T2V-1.3B-Diffusers", "--config.plan=true", "--config.plan_target=h200"]
-    with pytest.raises(SystemExit) as stop:
-        sample.main(["sample", f"--config={path}", *flags])
-    assert stop.value.code == 7 and "the CUDA compiler cannot be used" in capfd.readouterr().err
+    assert planning.main(["jvdiff plan", *flags, "--plan_target=h200"]) == 7
+    assert "the CUDA compiler cannot be used" in capfd.readouterr().err
