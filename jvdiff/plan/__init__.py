@@ -17,7 +17,7 @@ _NAMES = {
     "meshes": ("candidates", "memory_limit", "smallest_mesh"),
     "programs": ("Program", "leaves", "programs", "resident"),
     "report": ("describe", "lines", "resolved", "show"),
-    "targets": ("TARGETS", "check_target", "target_memory", "target_mesh"),
+    "targets": ("TARGETS", "check_target", "run_with_compiler", "target_memory", "target_mesh"),
 }
 
 
