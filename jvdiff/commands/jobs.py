@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jvdiff import pipeline, plan, precision, sharding
 from jvdiff.commands.command_line import say
 from jvdiff.errors import CheckpointError, UsageError
-from jvdiff.kernels import Dense, block_sparse
 from jvdiff.models import wan
 from jvdiff.pipeline.settings import FIELDS, Configs, Settings, check_prompt, check_seed, latent_shape, read_pattern
 from jvdiff.runtime import distributed, run_state
@@ -164,9 +163,8 @@ def check_attention(jobs: Sequence[Job], configs: Configs, dtypes: str, mesh: Me
     for job in jobs:
         try:
             chosen = attention(job.settings, configs, dtypes, 512, mesh)["self"]
-            sparse = not isinstance(read_pattern(job.settings.pattern), Dense)
-            if sparse and (reason := block_sparse.IMPLEMENTATIONS[chosen].unavailable()):
-                raise NotImplementedError(f"block-sparse attention implementation {chosen!r}: {reason}")
+            if reason := read_pattern(job.settings.pattern).unavailable(chosen):
+                raise NotImplementedError(reason)
         except NotImplementedError as error:
             raise UsageError(f"{error}.\nLeave --config.attention out to take the best that can.") from None
 

@@ -492,7 +492,7 @@ def generate(
         num_frames, height, width: pixel frames 1 + 4k, pixels in multiples of 16.
         steps, shift, solver, grid: see `jvdiff.diffusion.schedules.make`; "unipc" or "euler", "diffusers" or "wan".
         guidance: weight of classifier-free guidance; 1 runs the network once a step and ignores the negative prompt.
-        pattern: which tokens see each other, for instance "video_sparse:4x4x4:0.9"; see `read_pattern` in `settings`.
+        pattern: which tokens see each other, for instance "video_sparse:4x4x4:0.9"; see `jvdiff.kernels.patterns`.
         attention: an implementation of the pattern's attention in `jvdiff.kernels`; None takes the best for the device.
         noise: float32 [B,T,H,W,C] to start from instead of the seed's.
         callback: see `denoise`.

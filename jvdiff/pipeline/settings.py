@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,16 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jvdiff import kernels
 from jvdiff.diffusion import schedules
 from jvdiff.errors import CheckpointError, UsageError
-from jvdiff.kernels import block_sparse
+from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.models import wan
 from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5
 
 PROMPT_CHARACTERS = 100_000
-TILE_TOKENS = 4096
 DEFAULTS_FILE = "jvdiff_defaults.json"
 STREAM = "stream"  # the key in it under which a causal repository keeps what streaming needs (`stream_defaults`)
 
@@ -163,46 +160,9 @@ def _check(settings: Settings, configs: Configs) -> None:
     _one_of("grid", settings.grid, schedules.GRIDS)
     pattern = read_pattern(settings.pattern, dit.num_attention_heads)
     if settings.attention is not None:
-        able = kernels if isinstance(pattern, kernels.Dense) else block_sparse
-        _one_of("attention", settings.attention, tuple(able.IMPLEMENTATIONS))
+        _one_of("attention", settings.attention, pattern.implementations)
     if settings.negative_prompt:
         check_prompt(settings.negative_prompt, "negative_prompt")
-
-
-def read_pattern(text: str, heads: int | None = None) -> wan.Pattern:
-    """What `pattern` says, for a model with so many heads:
-
-        dense
-        sliding_tile:6x8x8:3x3x3    tile in tokens, window in tiles, time first; or a window for each head, with commas
-        video_sparse:4x4x4:0.9      tile in tokens, and the share of tiles that a tile does not see
-
-    Raises:
-        UsageError: anything else.
-    """
-    three = "[1-9][0-9]{0,3}x[1-9][0-9]{0,3}x[1-9][0-9]{0,3}"
-    if text == "dense":
-        return kernels.Dense()
-    if found := re.fullmatch(f"sliding_tile:({three}):({three}(?:,{three})*)", text):
-        windows: Any = tuple(map(_sizes, found[2].split(",")))
-        if heads is not None and len(windows) not in (1, heads):
-            raise UsageError(f"pattern has {len(windows)} windows; expected one, or one for each of the {heads} heads.")
-        pattern = kernels.SlidingTile(_sizes(found[1]), windows if len(windows) > 1 else windows[0])
-    elif found := re.fullmatch(rf"video_sparse:({three}):(0|1|[01]?\.[0-9]+)", text):
-        pattern = kernels.VideoSparse(_sizes(found[1]), float(found[2]))
-    else:
-        raise UsageError(
-            f"pattern is {text!r:.80}; expected 'dense', 'sliding_tile:6x8x8:3x3x3' (tile, window) or "
-            f"'video_sparse:4x4x4:0.9' (tile, sparsity)."
-        )
-    if isinstance(pattern, kernels.VideoSparse):
-        _within("the sparsity of pattern", pattern.sparsity, 0, 1)
-    _within("the number of tokens in a tile of pattern", math.prod(pattern.tile), 1, TILE_TOKENS)
-    return pattern
-
-
-def _sizes(text: str) -> tuple[int, int, int]:
-    t, h, w = map(int, text.split("x"))
-    return t, h, w
 
 
 def _within(name: str, value: float, low: float, high: float, note: str = "") -> None:
