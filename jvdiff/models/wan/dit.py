@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 
 from jvdiff import kernels
 from jvdiff.errors import UsageError
-from jvdiff.kernels import BlockCausal, Dense, SlidingTile, VideoSparse, block_sparse, tiles
+from jvdiff.kernels import Dense, Pattern, VideoSparse
+from jvdiff.kernels.tiles import Grid
 from jvdiff.models.layers import MLP, Linear, RMSNorm, gelu, layer_norm, sinusoid
 from jvdiff.models.wan import places
 from jvdiff.models.wan.config import DiTConfig
@@ -37,8 +37,7 @@ from jvdiff.models.wan.layers import LayerNorm, rope_tables, rotate
 from jvdiff.sharding import Placement, Sizes, Split, sequence
 from jvdiff.types import Array, Params
 
-Pattern = Dense | SlidingTile | VideoSparse  # of a model that makes a clip at once
-Grid = tuple[int, int, int]
+Attend = Callable[[Array, Array, Array], Array]  # q, k, v [B,L,N,K] -> [B,L,N,K]
 
 
 def velocity(
@@ -48,10 +47,10 @@ def velocity(
     timestep: Array,
     text: Array,
     *,
-    pattern: Pattern | BlockCausal = Dense(),  # noqa: B008 - a frozen value
+    pattern: Pattern = Dense(),  # noqa: B008 - a frozen value
     text_length: int | None = None,
     remat: bool = False,
-    implementation: str | None = None,
+    implementation: str | Attend | None = None,
     placement: Placement | None = None,
     dtype: Any = None,
 ) -> Array:
@@ -71,7 +70,9 @@ def velocity(
         to the zero padding too): exactly the result of repeating it, without the work. None: S.
       remat: recompute each block in the backward pass instead of keeping its activations.
       implementation: of the self-attention, see `jvdiff.kernels`; of the attention to text too where there is a dense
-        one of that name, which otherwise takes the best.
+        one of that name, which otherwise takes the best. Or a function (q, k, v [B,L,N,K]) -> [B,L,N,K] of your own
+        for the self-attention of the dense pattern, queries and keys rotated and not scaled. On a mesh it is given all
+        tokens of some of the heads, the last ones of which may be padding, and never a ring.
       placement: the devices to work on, `params` on them by `places.DIT`; the rest, and the result, is on
         all of them. None: one device.
       dtype: of the products of attention, feed-forward and text embedding. None: that of each matrix.
@@ -79,15 +80,15 @@ def velocity(
     Returns:
       float32 [B,T,H,W,out_channels].
     """
-    if not isinstance(pattern, Pattern | BlockCausal):
+    if not isinstance(pattern, Pattern):
         raise UsageError(
-            f"velocity: pattern is {pattern!r:.80}; expected Dense(), SlidingTile(...), VideoSparse(...) or "
-            "BlockCausal(...)"
+            f"velocity: pattern is {pattern!r:.80}; expected Dense() or another pattern of jvdiff.kernels.patterns, "
+            "whose `read` makes one of text."
         )
     _check(cfg, latents, timestep, text, text_length, pattern)
     timestep, text = timestep.reshape(len(timestep), -1), text if text.ndim == 4 else text[:, None]
     how = plan_forward(cfg, latents.shape[:4], pattern, text.shape[-2], text_length, implementation, placement, dtype)
-    frames = pattern.frames(how.grid[0]) if isinstance(pattern, BlockCausal) else None
+    frames = pattern.frames(how.grid[0])
     if how.split and text.shape[1] > 1 and how.split.devices(how.split.ring + how.split.heads) > 1:
         raise UsageError(
             f"velocity: {text.shape[1]} texts a clip cannot be shared along its tokens; use mesh data=... only"
@@ -101,9 +102,9 @@ class How:
     """What is known of a forward pass when it is compiled."""
 
     grid: Grid
-    pattern: Pattern | BlockCausal
+    pattern: Pattern
     extra_text: int = 0  # how many more times the last text row counts
-    implementation: str | None = None
+    implementation: str | Attend | None = None
     placement: Placement | None = None
     split: Split | None = None
     dtype: Any = None  # of the products in the blocks and the text embedding; None: that of each matrix
@@ -114,19 +115,28 @@ class How:
 def plan_forward(
     cfg: DiTConfig,
     shape: tuple[int, ...],
-    pattern: Pattern | BlockCausal,
+    pattern: Pattern,
     rows: int,
     text_length: int | None,
-    implementation: str | None,
+    implementation: str | Attend | None,
     placement: Placement | None,
     dtype: Any,
 ) -> How:
     """How latents of (B,T,H,W), and that many rows of text, go through the network."""
     B, *sizes = shape
     t, h, w = (n // p for n, p in zip(sizes, cfg.patch_size, strict=True))
-    split = None if placement is None else placement.split(mesh_sizes(cfg, tuple(sizes), B, pattern))
+    _check_attend(pattern, implementation)
+    split = None if placement is None else placement.split(mesh_sizes(cfg, tuple(sizes), B, pattern, implementation))
     extra = 0 if text_length is None else text_length - rows
     return How((t, h, w), pattern, extra, implementation, placement, split, dtype)
+
+
+def _check_attend(pattern: Pattern, implementation: str | Attend | None) -> None:
+    if callable(implementation) and not isinstance(pattern, Dense):
+        raise UsageError(
+            f"attention is a function of your own, and the pattern {pattern!r:.80}; expected the pattern Dense(): such "
+            "a function is given the tokens in raster order, and decides itself which see each other."
+        )
 
 
 class Layer(NamedTuple):
@@ -201,7 +211,7 @@ def attention_choice(
     batch: int = 1,
     text_rows: int = 512,
     dtype: Any = jnp.float32,
-    implementation: str | None = None,
+    implementation: str | Attend | None = None,
     ring: bool = False,
 ) -> dict[str, str]:
     """Which implementation self- and cross-attention get for latents of (T,H,W): for the record of a run.
@@ -213,24 +223,29 @@ def attention_choice(
         (batch, n, cfg.num_attention_heads, cfg.attention_head_dim), dtype
     )
     q, k = shape(t * h * w), shape(text_rows)
-    if isinstance(pattern, Dense):
-        own = kernels.choose(q, q, q, return_lse=ring, implementation=implementation)
+    if callable(implementation):
+        own = f"{implementation.__module__}.{implementation.__qualname__}"
     else:
-        block = math.prod(pattern.tile)
-        x = shape(math.prod(tiles.counts((t, h, w), pattern.tile)) * block)
-        own = block_sparse.choose(x, x, x, block=block, implementation=implementation)
+        own = pattern.choose(q, (t, h, w), lse=ring, implementation=implementation)
     return {"self": own, "cross": kernels.choose(q, k, k, implementation=_dense(implementation))}
 
 
-def mesh_sizes(cfg: DiTConfig, grid: tuple[int, ...], batch: int, pattern: Pattern | BlockCausal) -> Sizes:
+def mesh_sizes(
+    cfg: DiTConfig,
+    grid: tuple[int, ...],
+    batch: int,
+    pattern: Pattern,
+    implementation: str | Attend | None = None,
+) -> Sizes:
     """What a mesh must divide to run this model on `batch` latents of (T,H,W)."""
     tokens = math.prod(n // p for n, p in zip(grid, cfg.patch_size, strict=True))
-    return Sizes(batch, tokens, cfg.num_attention_heads, cfg.ffn_dim, isinstance(pattern, Dense))
+    ring = pattern.ring and not callable(implementation)
+    return Sizes(batch, tokens, cfg.num_attention_heads, cfg.ffn_dim, ring)
 
 
-def _dense(implementation: str | None) -> str | None:
+def _dense(implementation: str | Attend | None) -> str | None:
     """The implementation of the attention to text, which is dense: the named one where there is such a dense one."""
-    return implementation if implementation in kernels.IMPLEMENTATIONS else None
+    return implementation if isinstance(implementation, str) and implementation in kernels.IMPLEMENTATIONS else None
 
 
 class _Shared(NamedTuple):
@@ -260,15 +275,15 @@ class Transformer(nn.Module):
         cfg, how, D = self.cfg, self.how, self.cfg.width
         B, T, H, W, C = latents.shape
         pt, ph, pw = cfg.patch_size
-        grid, tile = how.grid, how.pattern.tile if isinstance(how.pattern, SlidingTile | VideoSparse) else None
+        grid, pattern = how.grid, how.pattern
 
         # Patches enter in the order (c, pt, ph, pw) and leave as (pt, ph, pw, c).
         x = latents.reshape(B, grid[0], pt, grid[1], ph, grid[2], pw, C)
         x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, -1, C * pt * ph * pw)
         rope: Any = rope_tables(grid, cfg.attention_head_dim, frames)
-        if tile:
-            x = tile_order(x, grid, tile)
-            rope = tuple(tile_order(table[None], grid, tile)[0] for table in rope)
+        if not pattern.raster:
+            x = pattern.ordered(x, grid)
+            rope = tuple(pattern.ordered(table[None], grid)[0] for table in rope)
         if split := how.split:
             x = split.along_tokens(jnp.pad(x, ((0, 0), (0, split.padding), (0, 0))))
             if not how.relative:
@@ -299,8 +314,7 @@ class Transformer(nn.Module):
         x = _Head(cfg, how, name="head")(x, t)
         if placement and split:
             x = placement.replicate(x)[:, : split.tokens]
-        if tile:
-            x = raster_order(x, grid, tile)
+        x = pattern.unordered(x, grid)
         x = x.reshape(B, *grid, pt, ph, pw, cfg.out_channels).transpose(0, 1, 4, 2, 5, 3, 6, 7)
         return x.reshape(B, T, H, W, cfg.out_channels), kept
 
@@ -320,7 +334,7 @@ class _Block(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (_per_token(m, how, x.shape[1]) for m in each)
 
         h = layer_norm(x, cfg.eps) * (1 + scale_1) + shift_1
-        gated = cfg.gate_compress and isinstance(how.pattern, VideoSparse)
+        gated = cfg.gate_compress and how.pattern.gated
         attend = partial(_attend_video, how, shared, layer.past)
         rope = None if how.relative else shared.rope
         h, kept = _Attention(cfg, gated, how.dtype, name="self_attn")(h, h, rope, attend)
@@ -388,7 +402,7 @@ def _attend_video(
     how: How, shared: _Shared, past: tuple[Array, Array] | None, q: Array, k: Array, v: Array, gate: Array | None
 ) -> tuple[Array, Any]:
     """Self-attention of video tokens [B,L,N,K], in tile order where the pattern has tiles; and what is to be kept."""
-    pattern, split, implementation = how.pattern, how.split, how.implementation
+    split, implementation = how.split, how.implementation
     if shared.past is not None:
         attend = partial(_attend_past, how)
         common: Any = shared.past, shared.rope if how.relative else None
@@ -398,36 +412,43 @@ def _attend_video(
         return out, kept if how.keep else None
 
     def local(q: Array, k: Array, v: Array, gate: Array | None, first_head: Any = None) -> Array:
-        if isinstance(pattern, Dense):
-            return kernels.attention(q, k, v, implementation=implementation)
-        if isinstance(pattern, BlockCausal):
-            visible = pattern.visible(how.grid[0])
-            return kernels.block_causal_attention(q, k, v, visible, implementation=implementation)
-        common: Any = dict(grid=how.grid, tile=pattern.tile, tiled=True, implementation=implementation)
-        if isinstance(pattern, SlidingTile):
-            return kernels.sliding_tile_attention(q, k, v, window=pattern.window, first_head=first_head, **common)
-        return kernels.video_sparse_attention(q, k, v, gate, sparsity=pattern.sparsity, **common)
+        if callable(implementation):
+            return _attend_by(implementation, q, k, v)
+        common: Any = dict(grid=how.grid, first_head=first_head, implementation=implementation)
+        return how.pattern.attend(q, k, v, gate, **common)
 
     if split is None:
         return local(q, k, v, gate), None
     return sequence.self_attention(local, split, q, k, v, gate, _dense(implementation)), None
 
 
+def _attend_by(attend: Attend, q: Array, k: Array, v: Array) -> Array:
+    """Attention [B,L,N,K] by a function of the user's own."""
+    out = attend(q, k, v)
+    if jnp.shape(out) != q.shape:
+        name = getattr(attend, "__qualname__", repr(attend))
+        raise UsageError(
+            f"attention: {name} returned {list(jnp.shape(out))}; expected {list(q.shape)}, the shape of q."
+        )
+    return out.astype(q.dtype)
+
+
 def _attend_past(how: How, q: Array, k: Array, v: Array, past: tuple[Array, Array] | None, common: Any) -> Array:
     """Attention of a chunk's tokens [B,L,N,K] to themselves and to the past; or among themselves, as a matrix says."""
-    state, rope = common
+    (state, rope), implementation = common, how.implementation
+    assert not callable(implementation)  # `plan_forward` has looked
     turned = lambda x, rope: rotate(x.astype(jnp.float32), *rope).astype(x.dtype)  # noqa: E731
     if rope is not None:
         q, k = turned(q, rope), turned(k, rope)
     if past is None:
-        return kernels.block_causal_attention(q, k, v, state.visible, implementation=how.implementation)
+        return kernels.block_causal_attention(q, k, v, state.visible, implementation=implementation)
     old_k, old_v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in past)
     if state.rope is not None:
         old_k = turned(old_k, state.rope)
     # The past behind the chunk: of its slots the first are filled, so that one length says which count.
     k, v = jnp.concatenate([k, old_k], axis=1), jnp.concatenate([v, old_v], axis=1)
     length = q.shape[1] + state.length
-    return kernels.attention(q, k, v, kv_length=length, implementation=_dense(how.implementation))
+    return kernels.attention(q, k, v, kv_length=length, implementation=_dense(implementation))
 
 
 def _attend_text(how: How, parts: int, q: Array, k: Array, v: Array, gate: Array | None) -> tuple[Array, None]:
@@ -473,30 +494,6 @@ def _gathered(placement: Placement, layer: Params) -> Params:
     return {"params": placement.whole(layer["params"], places.DIT, stack="blocks")}
 
 
-def tile_order(x: Array, grid: Grid, tile: Grid) -> Array:
-    """[B,L,...] in raster order over `grid` -> the same tokens in the order of `kernels.tiles.partition_indices`."""
-    (t, h, w), (a, b, c) = tiles.counts(grid, tile), tile
-    if (t * a, h * b, w * c) != grid:
-        return _permuted(x, tiles.partition_indices(grid, tile))
-    y = x.reshape(x.shape[0], t, a, h, b, w, c, -1)
-    return y.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(x.shape)
-
-
-def raster_order(x: Array, grid: Grid, tile: Grid) -> Array:
-    """The inverse of `tile_order`."""
-    (t, h, w), (a, b, c) = tiles.counts(grid, tile), tile
-    if (t * a, h * b, w * c) != grid:
-        return _permuted(x, tiles.reverse_partition_indices(grid, tile))
-    y = x.reshape(x.shape[0], t, h, w, a, b, c, -1)
-    return y.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape)
-
-
-def _permuted(x: Array, index: np.ndarray) -> Array:
-    if np.array_equal(index, np.arange(index.size)):
-        return x
-    return jnp.take(x, index.astype(np.int32), axis=1, mode="clip", unique_indices=True)
-
-
 def _modulation_init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
 
@@ -515,7 +512,7 @@ def _check(
     timestep: Array,
     text: Array,
     text_length: int | None,
-    pattern: Pattern | BlockCausal,
+    pattern: Pattern,
 ) -> None:
     if latents.ndim != 5 or latents.shape[-1] != cfg.in_channels:
         raise UsageError(f"velocity: latents are {latents.shape}; expected [B,T,H,W,{cfg.in_channels}]")
@@ -531,17 +528,14 @@ def _check(
             f"velocity: timestep is {timestep.dtype}{list(timestep.shape)}; expected float32[{B}], or "
             f"[{B},{grid[0]}] with one for each frame"
         )
-    tiled = isinstance(pattern, SlidingTile | VideoSparse)
-    if timestep.ndim == 2 and tiled:
+    if timestep.ndim == 2 and not pattern.raster:
         raise UsageError("velocity: a timestep for each frame goes with Dense() and BlockCausal(...) only")
     if text.ndim not in (3, 4) or text.shape[0] != B or text.shape[-1] != cfg.text_dim or text.shape[-2] == 0:
         raise UsageError(
             f"velocity: text is {text.shape}; expected [{B},S,{cfg.text_dim}] with S at least 1, or "
             f"[{B},P,S,{cfg.text_dim}]"
         )
-    if text.ndim == 4 and (
-        text.shape[1] == 0 or grid[0] % text.shape[1] or isinstance(pattern, SlidingTile | VideoSparse)
-    ):
+    if text.ndim == 4 and (text.shape[1] == 0 or grid[0] % text.shape[1] or not pattern.raster):
         raise UsageError(
             f"velocity: there are {text.shape[1]} texts a clip of {grid[0]} frames; expected a number that divides the "
             "frames, and a pattern without tiles"
