@@ -32,12 +32,12 @@ from jvdiff.pipeline.tables import read_component
 
 from jvdiff.commands.arguments import Told
 from jvdiff.commands.convert import convert_values
-from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, UsageError
+from jvdiff.errors import Interrupted, JvdiffError, UsageError
 from jvdiff.models import wan
 from jvdiff.models.text import tokenizer
 from jvdiff.pipeline.repository import COMPONENTS, inspect
 from jvdiff.runtime.staging import check_target, staged
-from jvdiff.weights import manifest, orbax
+from jvdiff.weights import locate, manifest, orbax
 from jvdiff.weights import safetensors as reader
 from jvdiff.weights.naming import by_leaf, check, fill, flatten
 
@@ -62,38 +62,14 @@ class _Recorded:
 
 
 def find(source: str, revision: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """The source's folder, and what the manifest says of where it came from.
-
-    A name that is no folder is taken for a repository of the Hugging Face hub; its branch or tag is resolved to a
-    commit once, and only that commit is downloaded.
-
-    Raises:
-        UsageError: neither a folder nor a repository's name.
-        CheckpointError: not in the local cache, and the hub cannot be reached or has no such repository.
-    """
-    path = Path(source)
-    if path.exists():
-        name = path.resolve().name
-        return path, {"folder": name, "commit": name if re.fullmatch("[0-9a-f]{40}", name) else None}
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source):
-        raise UsageError(f"{source!r:.200}: there is no such folder, nor is it a repository's name (OWNER/NAME).")
-    from huggingface_hub import HfApi, constants, snapshot_download
-
-    patterns = [f"{name}/*.{end}" for name in COMPONENTS for end in ("safetensors", "json")]
-    patterns += [f"tokenizer/{name}" for name in _TOKENIZER] + ["scheduler/*.json", *_COPIED]
-    try:
-        if constants.HF_HUB_OFFLINE:
-            folder = snapshot_download(source, revision=revision, local_files_only=True)
-        else:
-            commit = HfApi().model_info(source, revision=revision).sha
-            folder = snapshot_download(source, revision=commit, allow_patterns=patterns)
-    except Exception as error:  # the hub's, the network's and the system's; their texts may hold a token
-        wanted = f" --revision {revision}" if revision else ""
-        raise CheckpointError(
-            f"{source}: not in the local cache, and not downloaded ({type(error).__name__}).\n"
-            f"Where there is a connection, run: hf download {source}{wanted}"
-        ) from None
-    return Path(folder), {"repository": source, "commit": Path(folder).name}
+    """The source's folder (`jvdiff.weights.locate`), and what the manifest says of where it came from."""
+    there = Path(source).exists()
+    folder = locate(source if there or not revision else f"{source}@{revision}", tell=_tell)
+    name = folder.resolve().name
+    commit = name if re.fullmatch("[0-9a-f]{40}", name) else None
+    if there or commit is None:
+        return folder, {"folder": name, "commit": commit}
+    return folder, {"repository": source.partition("@")[0], "commit": commit}
 
 
 def convert(

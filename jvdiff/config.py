@@ -44,8 +44,8 @@ def option(
     """A field of a group of options.
 
     Args:
-        default: of the annotated type, or None where the annotation allows it: somebody else decides then. Where it does
-            not, the option is required; so it is with dataclasses.MISSING, which Python's own call asks for too.
+        default: of the annotated type, or None where the annotation allows it: somebody else decides then. Where it
+            does not, the option is required; with dataclasses.MISSING, in Python's own call too.
         help: the meaning, in one line; a unit where there is one.
         low, high: the range of a number, both ends included.
         choices: the values there are, where they can be listed.
@@ -102,15 +102,18 @@ def options(group: Any, prefix: str = "") -> dict[str, Option]:
     return every
 
 
-def placeholders(group: Any) -> ConfigDict:
-    """A ConfigDict with a field for each option of a group: its default, or a None that knows its type."""
-    from ml_collections import ConfigDict, config_dict
+def fields(group: Any, unset: bool = False) -> dict[str, Any]:
+    """What a ConfigDict of a group is made of, by path: each default, or a None that knows its type.
 
-    fields = {}
+    unset: None everywhere.
+    """
+    from ml_collections import config_dict
+
+    every = {}
     for path, each in options(group).items():
         kind = each.kinds[0] if len(each.kinds) == 1 and each.kinds[0] in _NAMES else object
-        fields[path] = config_dict.placeholder(kind) if each.default is None else each.default
-    return ConfigDict(fields)
+        every[path] = config_dict.placeholder(kind) if unset or each.default is None else each.default
+    return every
 
 
 def read(name: str, text: str, kind: Any, prose: bool = False) -> Any:

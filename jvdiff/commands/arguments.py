@@ -155,9 +155,9 @@ def parse(command: Command, argv: Sequence[str]) -> Request:
     if "help" in line.asked:
         raise Told(_help(command, config if file else None, line.texts))
     if config is None:
+        names = ", ".join(sorted(path.stem for path in configs.shipped("configs").glob("*.py")))
         raise UsageError(
-            f"no config. Usage: jvdiff {command.name} {command.examples[0]}\n"
-            f"--config takes a file, or one of {', '.join(sorted(p.stem for p in configs.shipped('configs').glob('*.py')))}."
+            f"no config. Usage: jvdiff {command.name} {command.examples[0]}\n--config takes a file, or one of {names}."
         )
     sections = command.sections(config, line.texts)
     flags = _known_flags(command, line, sections, config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from typing import Any
 from jvdiff.commands.arguments import Request, Told
 from jvdiff.errors import JvdiffError, ResourceError
 from jvdiff.runtime import cache, peers, verdict
+
+LARGE = 500_000_000  # parameters; on a CPU such models take hours
 
 
 def main(
@@ -111,14 +114,16 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def say_device(width: int, mesh: Any) -> None:
-    """Says what a model of this width will be computed on."""
+def say_device(params: Any, mesh: Any) -> None:
+    """Says what models with these parameters, which may be abstract, will be computed on."""
     import jax
 
-    device, count = jax.devices()[0], f"{mesh.devices} x " if mesh else ""
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+    device, several = jax.devices()[0], f"{mesh.devices} x " if mesh else ""
     shared = f", mesh {mesh}" if mesh else ""
-    say(f"device: {count}{device.device_kind} ({jax.default_backend()}){shared}, jax {jax.__version__}")
-    if jax.default_backend() == "cpu" and width >= 1024:
+    say(f"device: {several}{device.device_kind} ({jax.default_backend()}){shared}, jax {jax.__version__}")
+    if jax.default_backend() == "cpu" and count >= LARGE:
         say("warning: no GPU was found; a model of this size takes hours on a CPU (see docs for the GPU extras)")
 
 

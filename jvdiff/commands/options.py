@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.config import option
+from jvdiff.runtime.peers import Processes
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -59,19 +60,6 @@ class Plan:
     plan: bool = option(False, "print what it would take, without weights, and exit")
     plan_target: str | None = option(
         None, "h200, a100: plan for that, or a mesh of those, instead of the devices at hand"
-    )
-
-
-@dataclass(frozen=True)
-class Processes:
-    """many processes (docs/clusters.md)"""
-
-    distributed: bool = option(False, "this process is one of several that make one run")
-    coordinator_address: str | None = option(None, "HOST:PORT of process 0; none: the cluster says")
-    num_processes: int | None = option(None, "none: the cluster says")
-    process_id: int | None = option(None, "0 to num_processes - 1; none: the cluster says")
-    distributed_timeout: float = option(
-        120.0, "seconds to wait for all to come, and for a silent one before it counts as dead"
     )
 
 
@@ -128,7 +116,7 @@ class StreamOutput:
 STREAM = (StreamContent, StreamModel, StreamOutput)
 
 
-# -------------------------------------------------------------------------------------------------------- other commands
+# ------------------------------------------------------------------------------------------------------- other commands
 
 
 @dataclass(frozen=True)

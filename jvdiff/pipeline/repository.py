@@ -76,7 +76,7 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         raise UsageError(
             f"{path}: a causal model, which makes a video chunk by chunk; run it with `python -m jvdiff.stream`."
         )
-    if at_once is False and family.rollout is None:
+    if at_once is False and family.at_once:
         raise UsageError(
             f"{path}: not a causal model: it makes the whole video at once; run it with `python -m jvdiff.sample`."
         )

@@ -15,25 +15,33 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from ml_collections import config_dict
-
+from jvdiff import config as configs
+from jvdiff.config import option
 from jvdiff.errors import SetupError, UsageError
 from jvdiff.runtime import verdict
 
 _SAME_COMMAND = "Start every process with the same command, and look at the messages of the others."
 
 
+@dataclass(frozen=True)
+class Processes:
+    """many processes (docs/clusters.md)"""
+
+    distributed: bool = option(False, "this process is one of several that make one run")
+    coordinator_address: str | None = option(None, "HOST:PORT of process 0; none: the cluster says")
+    num_processes: int | None = option(None, "none: the cluster says")
+    process_id: int | None = option(None, "0 to num_processes - 1; none: the cluster says")
+    distributed_timeout: float = option(
+        120.0, "seconds to wait for all to come, and for a silent one before it counts as dead"
+    )
+
+
 def fields() -> dict[str, Any]:
-    """The config fields of a run with many processes; see docs/clusters.md."""
-    return {
-        "distributed": False,
-        "coordinator_address": config_dict.placeholder(str),  # HOST:PORT of process 0; None: the cluster says
-        "num_processes": config_dict.placeholder(int),  # None: the cluster says
-        "process_id": config_dict.placeholder(int),  # 0 to num_processes - 1; None: the cluster says
-        "distributed_timeout": 120.0,  # seconds to wait for all to come, and for a silent one before it counts as dead
-    }
+    """The config fields of a run with many processes."""
+    return configs.fields(Processes)
 
 
 def join(config: Any) -> None:

@@ -18,7 +18,7 @@ _log = logging.getLogger("jvdiff.training")
 
 
 class Metrics(ExitStack):
-    """A context that writes, and logs how far of `steps` it is. Lines of steps that a resumed run does again are dropped.
+    """A context that writes, and logs how far the run is. Lines of steps that a resumed run does again are dropped.
 
     Raises:
       UsageError: an unknown name in `also`.

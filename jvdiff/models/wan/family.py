@@ -37,6 +37,7 @@ from jvdiff.weights.safetensors import read_json
 
 log = logging.getLogger("jvdiff")
 
+GRIDS = {"diffusers": "diffusers", "wan": "training"}  # the setting `grid`: what `diffusion.schedules` calls it
 TEXT_LENGTH = 512  # rows of text that the DiT attends to; those beyond the prompt are zeros (Wan pads, without a mask)
 TEXT_BUCKETS = (32, 64, 128, 256, TEXT_LENGTH)
 _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler")
@@ -154,7 +155,7 @@ def make_clip(models: Models, settings: Settings) -> Clip:
             raise UsageError(f"attention is {settings.attention!r}; expected one of {', '.join(able)}.")
     if settings.negative_prompt:
         tokenizers.check_prompt(settings.negative_prompt, "negative_prompt")
-    sampler = samplers.read(settings.solver, settings.steps, settings.shift, settings.grid)
+    sampler = samplers.read(settings.solver, settings.steps, settings.shift, GRIDS[settings.grid])
     frames = 1 + (settings.num_frames - 1) // vae.temporal_factor
     grid = frames, settings.height // vae.spatial_factor, settings.width // vae.spatial_factor
     return Clip(
@@ -358,6 +359,12 @@ CAUSAL = dataclasses.replace(
 )
 # What can be planned without a download: the name of the published repository and its models.
 PUBLISHED = {
-    "Wan2.1-T2V-1.3B-Diffusers": (TEXT_TO_VIDEO, wan.WAN_2_1_T2V_1_3B),
-    "Wan2.1-T2V-14B-Diffusers": (TEXT_TO_VIDEO, wan.WAN_2_1_T2V_14B),
+    name: (
+        TEXT_TO_VIDEO,
+        Models({"transformer": dit, "vae": wan.WAN_2_1_VAE, "text_encoder": umt5.UMT5_XXL}, {}, {}),
+    )
+    for name, dit in (
+        ("Wan2.1-T2V-1.3B-Diffusers", wan.WAN_2_1_T2V_1_3B),
+        ("Wan2.1-T2V-14B-Diffusers", wan.WAN_2_1_T2V_14B),
+    )
 }
