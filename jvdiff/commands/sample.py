@@ -133,7 +133,7 @@ def run(request: Request) -> list[Path]:
         raise UsageError("no checkpoint; give --config.checkpoint=FOLDER.")
     _check_numbers(config)
     output = command_line.writable(config.output, "output")
-    repository = pipeline.inspect(config.checkpoint, at_once=True)
+    repository = pipeline.inspect(_located(config.checkpoint), at_once=True, family=models.named(config.family))
     problems: list[str] = []
     if config.resume is not None:
         state = run_state.load(config.resume)

@@ -46,9 +46,9 @@ _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler"
 
 def _with_gate(config: Mapping[str, Any], tensors: Any) -> Mapping[str, Any]:
     """Files do not say in config.json whether the blocks have the gate of video sparse attention; their tensors do."""
-    if "gate_compress" in config:
+    if "gate_compress" in config or f"{names.GATE.format(layer=0)}.weight" not in tensors:
         return config
-    return {**config, "gate_compress": f"{names.GATE.format(layer=0)}.weight" in tensors}
+    return {**config, "gate_compress": True}
 
 
 TRANSFORMER = Part(
