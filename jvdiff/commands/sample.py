@@ -76,7 +76,7 @@ def sections(config: Any, flags: Mapping[str, str]) -> list[Section]:
             families = models.settings(folder)
     listed = [_section(group) for group in options.BEFORE]
     for family, settings in families.items():
-        every = configs.options(settings)
+        every = {p: o._replace(kind=o.kind | None) for p, o in configs.options(settings).items()}
         if len(families) == 1:
             every = _with_defaults(every, folder)
         aside = f" ({family})" if len(families) > 1 else ""
@@ -90,11 +90,13 @@ def _section(group: type) -> Section:
 
 
 def _with_defaults(every: Mapping[str, Option], folder: Path) -> dict[str, Option]:
-    """A family's options with the defaults of a repository."""
-    own: Any = {}
-    with contextlib.suppress(JvdiffError, OSError, ValueError):
-        own = json.loads((folder / "jvdiff_defaults.json").read_bytes())
-    return {p: o._replace(default=own[p]) if isinstance(own, dict) and p in own else o for p, o in every.items()}
+    """A family's options with the defaults of a repository, which are in a file of their own or in its index."""
+    own: dict[str, Any] = {}
+    for name in ("model_index.json", "jvdiff_defaults.json"):
+        with contextlib.suppress(JvdiffError, OSError, ValueError, TypeError):
+            content = json.loads((folder / name).read_bytes())
+            own |= content.get("defaults", {}) if name == "model_index.json" else content
+    return {path: each._replace(default=own.get(path, each.default)) for path, each in every.items()}
 
 
 PICTURE = ("num_frames", "height", "width", "fps")  # of a family's settings; the others are the sampler's
@@ -137,7 +139,7 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
     from jvdiff.runtime import run_state
 
     if config.checkpoint is None:
-        raise UsageError("no checkpoint; give --config.checkpoint=FOLDER.")
+        raise UsageError("no checkpoint; give --checkpoint=FOLDER.")
     _check_numbers(config)
     output = command_line.writable(config.output, "output")
     repository = repositories.inspect(config.checkpoint, causal=False)
