@@ -27,10 +27,11 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+
+from jvdiff import models
 from jvdiff.commands.arguments import Told
 from jvdiff.commands.convert import convert_values
 from jvdiff.errors import Interrupted, JvdiffError, UsageError
-from jvdiff import models
 from jvdiff.models.family import Family, Part
 from jvdiff.pipeline.repository import Repository, inspect
 from jvdiff.runtime.staging import check_target, staged

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jvdiff import models
 from jvdiff.commands.convert import to_hf_values
 from jvdiff.errors import CheckpointError, UsageError
-from jvdiff import models
 from jvdiff.models.family import Family, Part, read_config
 from jvdiff.pipeline.repository import inspect
 from jvdiff.runtime.staging import staged

@@ -25,7 +25,7 @@ class Settings:
         5.0, "weight of classifier-free guidance; 1: none, and half the work", low=1.0, high=100.0,
         note="1 means without guidance",
     )  # fmt: skip
-    negative_prompt: str = option("", "what guidance leads away from")
+    negative_prompt: str = option("", "what guidance leads away from", prose=True)
     shift: float = option(3.0, "how much the noise levels lean towards noise", low=0.01, high=100.0)
     solver: str = option("unipc", "unipc, euler, or renoise:1000,750,500,250 (timesteps of a distilled model)")
     grid: str = option(
