@@ -83,8 +83,8 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
     """
     import jax
 
+    from jvdiff.plan.compiled import programs, resident
     from jvdiff.plan.counting import flops, gib
-    from jvdiff.plan.programs import programs, resident
     from jvdiff.sharding import check_mesh
 
     if shape is not None:

@@ -3,8 +3,9 @@
 Sources: the published repositories `Wan-AI/Wan2.1-T2V-*-Diffusers` and diffusers 0.42, whose numbers these match.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jvdiff.lazy import attach
 
 if TYPE_CHECKING:
     from jvdiff.models.wan.causal import (
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
         init_cache,
         normalize_latents,
     )
-
-# Imported when a name of theirs is first used, the first file that has it: settings.py is read without the networks.
-_FILES = ("params", "config", "dit", "causal", "vae")
 
 __all__ = [
     "DECODER",
@@ -68,11 +66,4 @@ __all__ = [
     "velocity",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        for file in _FILES:
-            module = importlib.import_module(f"{__name__}.{file}")
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = attach(__name__, __all__, ("params", "config", "dit", "causal", "vae"))
