@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jvdiff import __version__
+import jvdiff
 from jvdiff.commands import help as pages
 from jvdiff.config import nearest
 from jvdiff.errors import UsageError
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(pages.overview({name: about for name, (_, about) in COMMANDS.items()}))
         return 0 if words else UsageError.exit_code
     if words[0] == "--version":
-        print(f"jvdiff {__version__}")
+        print(f"jvdiff {jvdiff.__version__}")
         return 0
     if words[0] not in COMMANDS:
         known = ", ".join(COMMANDS)

@@ -142,7 +142,7 @@ def read(name: str, text: str, kind: Any, prose: bool = False) -> Any:
         return _TRUTH[text.lower()]
     if int in kinds or float in kinds:
         with contextlib.suppress(ValueError, UsageError):
-            return typed(name, int(text) if int in kinds and text.strip("+-").isdecimal() else float(text), kind)
+            return int(text) if int in kinds and text.strip("+-").isdecimal() else typed(name, float(text), kind)
     return typed(name, text, kind)
 
 
@@ -279,7 +279,7 @@ def load(name: str) -> ConfigDict:
     module = types.ModuleType(path.stem)
     try:
         loader.exec_module(module)
-        if not hasattr(module, "get_config"):
+        if not callable(getattr(module, "get_config", None)):
             raise UsageError(f"{path}: has no function get_config that returns a ConfigDict.")
         config = module.get_config(*argument)
     except UsageError:

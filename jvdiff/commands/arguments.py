@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jvdiff
 from jvdiff import config as configs
 from jvdiff.config import Option
 from jvdiff.errors import UsageError
@@ -226,9 +227,7 @@ def _begin(command: Command, argv: Sequence[str]) -> Line:
     switches = [p for section in command.sections(None, {}) for p, o in section.options.items() if o.kind is bool]
     line = split(argv[1:], switches)
     if "version" in line.asked:
-        from jvdiff import __version__
-
-        raise Told(f"jvdiff {__version__}")
+        raise Told(f"jvdiff {jvdiff.__version__}")
     return line
 
 
@@ -276,7 +275,7 @@ def _closed(each: Option) -> bool:
 
 def meant(name: str, known: Iterable[str]) -> str:
     """The middle of a sentence about an unknown flag: which of those that are known may be meant, if any."""
-    known = sorted(known)
+    known = sorted({*known, "config", "help", "version", "traceback"})
     plain = name.replace("-", "_")
     word = WORDS.get(plain.rsplit(".", 1)[-1], "")
     if " " in word:

@@ -18,7 +18,6 @@ from jvdiff import config as options
 from jvdiff import plan, sharding
 from jvdiff.commands.command_line import say
 from jvdiff.errors import CheckpointError, UsageError
-from jvdiff.kernels import Dense, block_sparse
 from jvdiff.media import video as videos
 from jvdiff.models.family import Clip
 from jvdiff.pipeline import Context, Repository, check_seed, check_subjects, make_request
@@ -221,10 +220,8 @@ def check_attention(context: Context, jobs: Sequence[Job]) -> None:
     for job in jobs:
         try:
             for segment, choices in zip(job.clip.segments, attention(context, job.clip), strict=True):
-                for chosen in () if isinstance(segment.pattern, Dense) else choices.values():
-                    kind = block_sparse.IMPLEMENTATIONS.get(chosen)
-                    if kind is not None and (reason := kind.unavailable()):
-                        raise NotImplementedError(f"block-sparse attention implementation {chosen!r}: {reason}")
+                if "self" in choices and (reason := segment.pattern.unavailable(choices["self"])):
+                    raise NotImplementedError(reason)
         except NotImplementedError as error:
             raise UsageError(f"{error}.\nLeave --config.attention out to take the best that can.") from None
 

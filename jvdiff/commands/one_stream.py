@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import resource
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -84,8 +83,8 @@ def stage(name: str) -> contextlib.AbstractContextManager[None]:
     """Names the stage where the device's memory was not enough."""
     return command_line.device_memory(
         name,
-        "Try a shorter window (--config.pipeline.diffusion_model.transformer.window_size_t), a smaller picture (its\n"
-        "height and width), or --config.precision=bfloat16. The chunks before it can be played.",
+        "Try a shorter window (--pipeline.diffusion_model.transformer.window_size_t), a smaller picture (its\n"
+        "height and width), or --precision=bfloat16. The chunks before it can be played.",
     )
 
 
@@ -93,14 +92,14 @@ def make(
     pipe: StreamInferencePipeline,
     rollout: Rollout,
     config: Any,
-    command: str,
+    again: Callable[..., str],
     asked_to_stop: Callable[[], bool],
     seconds: dict[str, float],
     began: float,
 ) -> Path:
     """Makes chunks up to config.chunks, or until it is asked to stop, and returns the path of the video.
 
-    command: the one that resumes, but for the state's folder. began: time.perf_counter() when the program began.
+    again: (resume=) -> the command that goes on. began: time.perf_counter() when the program began.
     """
     first = done = rollout.done
     saved = first if rollout.state else None
@@ -158,8 +157,8 @@ def make(
                 part.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
     say(_summary(done, film.frames, totals))
     if stopped:
-        words = f"{command} {shlex.quote(f'--config.resume={kept}')}"
-        raise Interrupted(f"interrupted after {done} chunks; the video can be played. Go on with:\n  {words}")
+        command = again(resume=kept)
+        raise Interrupted(f"interrupted after {done} chunks; the video can be played. Go on with:\n  {command}")
     return film.path
 
 

@@ -30,6 +30,7 @@ from jvdiff.config import Option
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, ResourceError, UsageError
 from jvdiff.runtime import peers, progress
 from jvdiff.runtime.interrupts import interrupts
+from jvdiff.weights import locate
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -69,13 +70,18 @@ def parse(argv: Sequence[str], command: Command | None = None) -> Request:
 def sections(config: Any, flags: Mapping[str, str]) -> list[Section]:
     """The fields of a sampling run, those of the checkpoint's family where it can be read, else those of all."""
     path = flags.get("checkpoint") or (config.get("checkpoint") if config else None)
-    folder, families = Path(configs.checkpoint(path or "")), models.settings()
+    folder, families = Path(path or ""), models.settings()
     if path is not None:
+        with contextlib.suppress(JvdiffError, OSError):
+            folder = locate(path, download=False)
+    if name := flags.get("family"):
+        families = {name: models.named(name).settings}
+    elif path is not None:
         with contextlib.suppress(JvdiffError, OSError):
             families = models.settings(folder)
     listed = [_section(group) for group in options.BEFORE]
     for family, settings in families.items():
-        every = configs.options(settings)
+        every = {p: o._replace(kind=o.kind | None) for p, o in configs.options(settings).items()}
         if len(families) == 1:
             every = _with_defaults(every, folder)
         aside = f" ({family})" if len(families) > 1 else ""
@@ -89,11 +95,13 @@ def _section(group: type) -> Section:
 
 
 def _with_defaults(every: Mapping[str, Option], folder: Path) -> dict[str, Option]:
-    """A family's options with the defaults of a repository."""
-    own: Any = {}
-    with contextlib.suppress(JvdiffError, OSError, ValueError):
-        own = json.loads((folder / "jvdiff_defaults.json").read_bytes())
-    return {p: o._replace(default=own[p]) if isinstance(own, dict) and p in own else o for p, o in every.items()}
+    """A family's options with the defaults of a repository, which are in a file of their own or in its index."""
+    own: dict[str, Any] = {}
+    for name in ("model_index.json", "jvdiff_defaults.json"):
+        with contextlib.suppress(JvdiffError, OSError, ValueError, TypeError):
+            content = json.loads((folder / name).read_bytes())
+            own |= content.get("defaults", {}) if name == "model_index.json" else content
+    return {path: each._replace(default=own.get(path, each.default)) for path, each in every.items()}
 
 
 PICTURE = ("num_frames", "height", "width", "fps")  # of a family's settings; the others are the sampler's
@@ -130,10 +138,10 @@ def run(request: Request) -> list[Path]:
     from jvdiff.runtime import run_state
 
     if config.checkpoint is None:
-        raise UsageError("no checkpoint; give --config.checkpoint=FOLDER.")
+        raise UsageError("no checkpoint; give --checkpoint=FOLDER.")
     _check_numbers(config)
     output = command_line.writable(config.output, "output")
-    repository = pipeline.inspect(config.checkpoint, at_once=True)
+    repository = pipeline.inspect(locate(config.checkpoint, tell=say), at_once=True, family=models.named(config.family))
     problems: list[str] = []
     if config.resume is not None:
         state = run_state.load(config.resume)

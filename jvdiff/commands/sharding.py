@@ -63,7 +63,7 @@ def lines(config: Any, each: bool = False) -> Iterator[str]:
     shape = read_mesh(config.mesh)
     if not isinstance(shape, MeshShape):
         found = "missing" if shape is None else repr(shape)
-        raise UsageError(f"mesh is {found}; name its axes, for instance --config.mesh=fsdp=2,sequence=4.")
+        raise UsageError(f"mesh is {found}; name its axes, for instance --mesh=fsdp=2,sequence=4.")
     context, clip = plan.resolved(config)
     family = context.family
     check_mesh(shape, family.mesh_sizes(context.models, clip, 1, shape), shape.devices)

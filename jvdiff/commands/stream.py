@@ -15,9 +15,9 @@ Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
-import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,10 +32,14 @@ from jvdiff.commands.command_line import say
 from jvdiff.errors import CheckpointError, JvdiffError, UsageError
 from jvdiff.runtime import progress
 from jvdiff.runtime.interrupts import interrupts
+from jvdiff.weights import locate
 
 if TYPE_CHECKING:
     from jvdiff.commands.one_stream import Rollout
     from jvdiff.runtime.run_state import RunState
+
+# Fields that a saved state holds, so that the command that goes on need not say them again.
+IN_STATE = ("prompt", "then", "negative_prompt", "reencode", "image", "seed", "fps", "precision", "pipeline", "name")
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -49,7 +53,7 @@ def default_config() -> config_dict.ConfigDict:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status; errors are sentences on stderr."""
     began = time.perf_counter()
-    return command_line.main(argv, parse, lambda request: run(*request[:3], began=began), "output")
+    return command_line.main(argv, parse, lambda request: run(request, began), "output")
 
 
 def parse(argv: Sequence[str]) -> Request:
@@ -91,21 +95,19 @@ COMMAND = Command(
 # --------------------------------------------------------------------------------------------------------------- run
 
 
-def run(
-    config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG", *, began: float | None = None
-) -> list[Path]:
-    """Makes the video that the config asks for and returns its path.
+def run(request: Request, began: float | None = None) -> list[Path]:
+    """Makes the video that a request asks for and returns its path.
 
-    given: the fields that were set on purpose; on resuming, the state's own values hold, and one of these that differs
-    is an error. file: the config's, for the command that resumes. began: time.perf_counter() when the program began.
+    On resuming, the state's own values hold, and a field that was set on purpose and differs is an error. began:
+    time.perf_counter() when the program began.
     """
-    began, given = began or time.perf_counter(), dict(given or {})
+    began, config, given = began or time.perf_counter(), request.config, request.given
     from jvdiff import pipeline, precision, sharding, streaming
     from jvdiff.commands import one_stream
     from jvdiff.runtime import run_state
 
     if config.checkpoint is None:
-        raise UsageError("no checkpoint; give --config.checkpoint=FOLDER.")
+        raise UsageError("no checkpoint; give --checkpoint=FOLDER.")
     for name, value, low, high in (
         ("chunks", config.chunks, 0, 2**31 - 1),
         ("save_every", config.save_every, 0, 2**31 - 1),
@@ -116,7 +118,7 @@ def run(
     if config.name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", config.name):
         raise UsageError(f"name is {config.name!r:.80}; expected up to 100 letters, digits, '-', '_' or '.'.")
     mesh = sharding.read_mesh(config.mesh)
-    repository = pipeline.inspect(config.checkpoint, at_once=False)
+    repository = pipeline.inspect(locate(config.checkpoint, tell=say), at_once=False)
     if config.resume is None:
         rollout = _new(config, repository)
     else:
@@ -137,8 +139,8 @@ def run(
         say(f"prompt: {shown}   seed: {rollout.seed}")
         with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_stream.stage("load"):
             pipe = streaming.load(repository, rollout.precision, mesh, rollout.config)
-        command = _resume_command(given, config.checkpoint, file)
-        return [one_stream.make(pipe, rollout, config, command, asked_to_stop, seconds, began)]
+        again = functools.partial(request.command, **dict.fromkeys(IN_STATE))
+        return [one_stream.make(pipe, rollout, config, again, asked_to_stop, seconds, began)]
 
 
 def _new(config: Any, repository: Any) -> Rollout:
@@ -234,7 +236,7 @@ def _schedule(then: Any) -> dict[int, str]:
     except (TypeError, ValueError):
         pass
     raise UsageError(
-        f"then is {then!r:.60}; expected prompts by the number of a chunk from 1, for instance --config.then.10=TEXT."
+        f"then is {then!r:.60}; expected prompts by the number of a chunk from 1, for instance --then.10=TEXT."
     )
 
 
@@ -247,14 +249,14 @@ def _picture(path: str | None, config: Any) -> Any:
     if encoder is None and path is not None:
         raise UsageError(
             f"image is {path}, and this pipeline takes none; leave it out, or take a model that continues pictures\n"
-            "with --config.pipeline.encoder.class=ImageEncoder."
+            "with --pipeline.encoder.class=ImageEncoder."
         )
     if encoder is None:
         return None
     if not isinstance(encoder, streaming.ImageEncoder):
         raise UsageError(f"pipeline.encoder is {type(encoder).__name__}; this program feeds an ImageEncoder only.")
     if path is None:
-        raise UsageError("this pipeline begins with a picture; give --config.image=FILE.")
+        raise UsageError("this pipeline begins with a picture; give --image=FILE.")
     ratio = encoder.spatial_compression_ratio
     return videos.read_picture(path, cfg.height * ratio, cfg.width * ratio)[None]
 
@@ -300,15 +302,8 @@ def _check(rollout: Rollout, repository: Any, mesh: Any) -> None:
         if tokens > cfg.text_rows:
             raise UsageError(f"the prompt {text!r:.60} has {tokens} tokens; text_rows is {cfg.text_rows}. Shorten it.")
     if isinstance(mesh, str):
-        raise UsageError(f"mesh is {mesh!r}; name its axes here, for instance --config.mesh=sequence=4.")
+        raise UsageError(f"mesh is {mesh!r}; name its axes here, for instance --mesh=sequence=4.")
     if mesh is not None:
         branches = 1 + cfg.guided
         sizes = net.mesh_sizes(cfg.network, (cfg.len_t, cfg.height, cfg.width), branches, cfg.span.pattern)
         sharding.check_mesh(mesh, sizes, jax.device_count())
-
-
-def _resume_command(given: Mapping[str, Any], checkpoint: str, file: str) -> str:
-    """The command that goes on, but for the state's folder."""
-    words = ["python", "-m", "jvdiff.stream", "--config", file, f"--config.checkpoint={checkpoint}"]
-    same = ("chunks", "save_every", "mesh", "profile", "compile_cache")
-    return shlex.join(words + [f"--config.{name}={given[name]}" for name in same if name in given])

@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 
 FAMILIES = ("wan", "latent_video")
 
-__all__ = ["FAMILIES", "family", "latent_video", "layers", "rollout", "rollouts", "select", "settings", "text", "wan"]
+__all__ = [
+    "FAMILIES",
+    "family",
+    "layers",
+    "named",
+    "rollout",
+    "rollouts",
+    "select",
+    "settings",
+    "text",
+    *FAMILIES,
+]
 
 
 def select(folder: Path, index: Mapping[str, Any]) -> tuple[str, str]:
@@ -58,6 +69,29 @@ def settings(folder: Path | None = None) -> dict[str, type]:
         package, _ = select(folder, safetensors.read_json(folder / "model_index.json"))
         packages = (package.rsplit(".", 1)[1],)
     return {package: _settings(package).Settings for package in packages}
+
+
+def named(text: str | None) -> Any:
+    """The family that MODULE:NAME names, one of a user's own; None for None.
+
+    Raises:
+        UsageError: no such module, or no Family of that name in it.
+    """
+    if text is None:
+        return None
+    from jvdiff.models.family import Family
+
+    module, _, name = text.partition(":")
+    try:
+        value = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"family is {text!r:.80}, and there is no such thing ({error}).\n"
+            "Expected MODULE:NAME of a Family that Python can import, for instance with PYTHONPATH=FOLDER."
+        ) from None
+    if not isinstance(value, Family):
+        raise UsageError(f"family is {text!r:.80}, a {type(value).__name__}; expected a Family.")
+    return value
 
 
 @functools.cache

@@ -141,7 +141,13 @@ class Clip:
 
     def facts(self) -> dict[str, Any]:
         """What of the settings decides the numbers, as JSON values: for the record and for saved states."""
-        return {name: value for name, value in dataclasses.asdict(self.settings).items() if name != "fps"}
+        values = {name: value for name, value in dataclasses.asdict(self.settings).items() if name != "fps"}
+        return {name: _told(value) if callable(value) else value for name, value in values.items()}
+
+
+def _told(function: Any) -> str:
+    """A function of the user's own, which no record can bring back."""
+    return f"{function.__module__}.{function.__qualname__} (a function; not reproducible from this record)"
 
 
 @dataclass(frozen=True)

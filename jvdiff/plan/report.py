@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff import models
-from jvdiff.errors import UsageError
+from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.plan.targets import check_target, target_memory
+from jvdiff.weights import locate
 
 
 def show(config: Any) -> None:
@@ -46,19 +47,23 @@ def resolved(config: Any) -> tuple[Any, Any]:
     from jvdiff import pipeline, precision
     from jvdiff.config import names
 
-    family, known, defaults = describe(config.checkpoint)
+    family, known, defaults = describe(config.checkpoint, config.get("family"))
     given = {name: config.get(name) for name in names(family.settings)}
     clip = family.clip(known, pipeline.resolve(family, known, defaults, given))
     dtypes = precision.choose(config.precision, "gpu" if config.plan_target else None)
     return pipeline.Context(family, known, dtypes), clip
 
 
-def describe(checkpoint: str | None) -> tuple[Any, Any, Any]:
+def describe(checkpoint: str | None, family: str | None = None) -> tuple[Any, Any, Any]:
     """(family, models, defaults) of a repository, or of a published one that is not downloaded."""
     from jvdiff import pipeline
 
-    if checkpoint and Path(checkpoint).exists():
-        repository = pipeline.inspect(checkpoint, at_once=True)
+    try:
+        folder = locate(checkpoint or "", download=False)
+    except (UsageError, CheckpointError):
+        folder = None
+    if folder is not None:
+        repository = pipeline.inspect(folder, at_once=True, family=models.named(family))
         return repository.family, repository.models, repository.defaults
     packages = [importlib.import_module(f"{models.__name__}.{name}.family") for name in models.FAMILIES]
     published = {name: value for package in packages for name, value in getattr(package, "PUBLISHED", {}).items()}

@@ -46,7 +46,7 @@ def _deciding(fields: Mapping[str, Any], kind: Kind, free: Iterable[str]) -> dic
     """The values of the fields that decide numbers, as JSON has them, by path; a default counts as given."""
     declared = configs.options((Training, Going, kind.fields))
     parents = {path.rsplit(".", 1)[0] for path in declared if "." in path}
-    values = {p: o.default for p, o in declared.items() if p not in parents and p.split(".")[0] in {*fields}}
+    values = {path: each.default for path, each in declared.items() if path not in parents}
     values |= flat(json.loads(json.dumps(dict(fields))))
     aside = {*FREE, *kind.free, *free}
     return {

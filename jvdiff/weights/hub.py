@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from jvdiff.config import shipped
 from jvdiff.errors import CheckpointError, ResourceError, UsageError
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
@@ -35,35 +36,31 @@ def locate(name: str | Path, *, download: bool = True, tell: Callable[[str], Non
     """
     if name and os.path.exists(name):  # where Path.exists raises, for instance on a name too long, this is False
         return Path(name)
-    shipped = _shipped()
+    ours = _ours()
     *parents, last = Path(name).parts or ("",)
-    if parents in ([], ["checkpoints"]) and last in shipped:
-        return shipped[last]
-    return _snapshot(*_repository(str(name), list(shipped)), download, tell)
+    if parents in ([], ["checkpoints"]) and last in ours:
+        return ours[last]
+    return _snapshot(*_repository(str(name), list(ours)), download, tell)
 
 
-def _shipped() -> dict[str, Path]:
+def _ours() -> dict[str, Path]:
     """The checkpoints that come with jvdiff, by name: those inside the package, or beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    folders = [package / "checkpoints"]
-    if (package.parent / "pyproject.toml").is_file():  # not the site-packages of other people's folders
-        folders.append(package.parent / "checkpoints")
-    return {file.parent.name: file.parent for root in folders for file in sorted(root.glob("*/model_index.json"))}
+    return {file.parent.name: file.parent for file in sorted(shipped("checkpoints").glob("*/model_index.json"))}
 
 
-def _repository(name: str, shipped: list[str]) -> tuple[str, str | None]:
+def _repository(name: str, ours: list[str]) -> tuple[str, str | None]:
     """OWNER/NAME and the revision, None where none is given; raises UsageError where a folder was meant."""
     parts = _NAME.fullmatch(name)
     if parts is None:
         raise UsageError(
             f"{name!r:.200}: there is no such folder, nor is it a repository's name (OWNER/NAME or "
-            f"OWNER/NAME@REVISION){_nearest(name, shipped)}.\n"
-            f"The checkpoints that come with jvdiff are: {', '.join(shipped) or 'none'}."
+            f"OWNER/NAME@REVISION){_nearest(name, ours)}.\n"
+            f"The checkpoints that come with jvdiff are: {', '.join(ours) or 'none'}."
         )
     first = Path(name.split("/")[0])
     if str(first) in _OURS or os.path.isdir(first):
         there = [str(p) for p in first.iterdir() if p.is_dir()] if os.path.isdir(first) else []
-        there += [f"{first}/{one}" for one in shipped if str(first) == "checkpoints"]
+        there += [f"{first}/{one}" for one in ours if str(first) == "checkpoints"]
         raise UsageError(
             f"{name!r:.200}: there is no such folder{_nearest(name, there)}.\n"
             f"A name that begins with {first}/ is not looked up on the hub, so that a typing error fetches nothing."

@@ -309,7 +309,7 @@ def test_one_failing_job_does_not_stop_the_others(command, tmp_path, monkeypatch
         ({"guidance": "nan"}, "guidance"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**64}, "seed"),
-        ({"seed": "abc"}, "invalid literal"),
+        ({"seed": "abc"}, "seed is 'abc'; expected a whole number"),
         ({"prompt": ""}, "empty"),
         ({"prompt": "  "}, "empty"),
         ({"prompt": "x\udc80"}, "surrogate"),
@@ -333,7 +333,7 @@ def test_one_failing_job_does_not_stop_the_others(command, tmp_path, monkeypatch
         ({"stop_at": 0}, "stop_at"),
         ({"checkpoint": None}, "checkpoint"),
         ({"checkpoint": "/no/such/folder"}, "no such folder"),
-        ({"promt": "x"}, 'Did you mean "prompt"'),
+        ({"promt": "x"}, "did you mean --prompt?"),
         ({"resume": "/no/such/state"}, "not a folder"),
     ],
 )
@@ -363,13 +363,13 @@ def test_a_prompt_that_is_cut_is_told_before_weights_are_read(command, caplog, n
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "Usage"),
-        (["--help"], "num_frames"),
-        (["--confg=x.py"], "Did you mean"),
+        ([], "prompt"),
+        (["--confg=x.py"], "did you mean --config?"),
         (["--config=no_such_file.py"], "no_such_file.py"),
     ],
 )
-def test_a_command_line_that_makes_no_sense(argv, message, capsys):
+def test_a_command_line_that_makes_no_sense(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert sample.main(["sample", *argv]) == 2
     assert message in capsys.readouterr().err
 
@@ -434,7 +434,7 @@ def test_out_of_device_memory_names_the_stage(command, tmp_path, monkeypatch, ca
 def test_an_output_that_cannot_be_written_is_told_first(command, tmp_path, capsys, no_weights):
     (tmp_path / "out").write_text("a file")
     assert sample.main(command()) == 4
-    assert "choose another --config.output" in capsys.readouterr().err
+    assert "choose another --output" in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_up_while_writing_keeps_the_frames(command, tmp_path, monkeypatch, capsys):

@@ -104,7 +104,7 @@ def test_a_vae_then_a_transformer_then_a_sample(command, tmp_path, capsys, few_c
     assert train.main(command(VAE)) == 0
     said = capsys.readouterr()
     assert said.out.strip() == str(tmp_path / "vae_run" / "vae")
-    assert "step 4 · " in said.err and "psnr" in said.err and "INFO" not in said.err
+    assert "step 4 of 4 · " in said.err and "psnr" in said.err and "INFO" not in said.err
     assert [line["step"] for line in metrics(tmp_path / "vae_run")] == [1, 2, 3, 4]
     cfg = wan.VAEConfig.from_json(json.loads((tmp_path / "vae_run" / "vae" / "config.json").read_text()))
     assert all(std > 0 and std != 1.0 for std in cfg.latents_std) and any(cfg.latents_mean)
@@ -145,7 +145,7 @@ def test_a_vae_then_a_transformer_then_a_sample(command, tmp_path, capsys, few_c
     assert out.settings.pattern == VSA and np.isfinite(out.latents).all()
 
 
-def test_sigterm_exits_5_and_the_same_command_goes_on(command, capsys, monkeypatch, few_clips):
+def test_sigterm_exits_5_and_the_same_command_goes_on(command, tmp_path, capsys, monkeypatch, few_clips):
     """While training on pictures."""
     batch = digits.batch
 
@@ -160,6 +160,16 @@ def test_sigterm_exits_5_and_the_same_command_goes_on(command, capsys, monkeypat
     assert train.main(command(VAE, stages=((4, 2, 1, 16),))) == 0
     assert "resuming at step" in capsys.readouterr().err
 
+    # With other fields only where they decide no number, or where it is said on purpose.
+    other = {"stages": ((4, 2, 1, 16),), "loss": {"latent_noise": 0.5}, "loop": {"save_every": 3, "mesh": "data=2"}}
+    assert train.main(command(VAE, **other)) == 2
+    said = capsys.readouterr().err
+    assert "loss.latent_noise: it began with 0.02, now 0.5" in said and "loop" not in said and "--allow_changes" in said
+    assert train.main(command(VAE, "--allow_changes", **other)) == 0
+    record = json.loads((tmp_path / "vae_run" / "config.json").read_text())
+    assert record["changes"] == [{"step": 4, "loss.latent_noise": {"from": 0.02, "to": 0.5}}]
+    assert record["fields"]["loss.latent_noise"] == 0.5 and "loop.save_every" not in record["fields"]
+
 
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
@@ -167,11 +177,11 @@ def test_sigterm_exits_5_and_the_same_command_goes_on(command, capsys, monkeypat
         (
             {"task": "vea"},
             [],
-            "task is 'vea'; expected one of vae, text_to_video, stream, latent_video; did you mean vae?",
+            "task is 'vea'; expected one of vae, text_to_video, stream, latent_video (did you mean vae?)",
         ),
         ({"stages": None}, [], "the config lacks stages"),
         ({"seed": -1}, [], "seed is -1"),
-        ({"schedul": {}}, [], "the config has an unknown field 'schedul'; did you mean schedule?"),
+        ({"schedul": {}}, [], "the config has an unknown field 'schedul' (did you mean schedule?)"),
         ({"schedule": 7}, [], "schedule is 7; expected a dictionary"),
         ({"schedule": {"warmup": 1}}, [], "schedule: "),
         ({"schedule": {"steps": "many"}}, [], "schedule: "),
@@ -298,14 +308,14 @@ def test_a_decoder_cannot_be_trained_of_just_any_folder(command, tmp_path, capsy
 
 def test_no_config_shows_how(capsys):
     assert train.main(["train"]) == 2
-    assert "python -m jvdiff.train --config configs/train_digits_vae.py" in capsys.readouterr().err
+    assert "jvdiff train --config train_digits_vae" in capsys.readouterr().err
 
 
 def test_places_that_cannot_be_written_are_told_first(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(digits, "batch", None)
     (tmp_path / "file").write_text("")
     assert train.main(command(VAE, folder=tmp_path / "file")) == 4
-    assert "choose another --config.folder" in capsys.readouterr().err
+    assert "choose another --folder" in capsys.readouterr().err
     (tmp_path / "vae_run" / "vae").mkdir(parents=True)
     (tmp_path / "vae_run" / "vae" / "mine.txt").write_text("precious")
     assert train.main(command(VAE)) == 2

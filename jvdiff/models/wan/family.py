@@ -17,11 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jvdiff import kernels
 from jvdiff.config import multiple
 from jvdiff.diffusion import samplers, schedules
 from jvdiff.errors import UsageError
-from jvdiff.kernels import block_sparse
 from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.models import wan
 from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Request, Run, Segment, Stage
@@ -48,9 +46,9 @@ _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler"
 
 def _with_gate(config: Mapping[str, Any], tensors: Any) -> Mapping[str, Any]:
     """Files do not say in config.json whether the blocks have the gate of video sparse attention; their tensors do."""
-    if "gate_compress" in config:
+    if "gate_compress" in config or f"{names.GATE.format(layer=0)}.weight" not in tensors:
         return config
-    return {**config, "gate_compress": f"{names.GATE.format(layer=0)}.weight" in tensors}
+    return {**config, "gate_compress": True}
 
 
 TRANSFORMER = Part(
@@ -149,10 +147,9 @@ def make_clip(models: Models, settings: Settings) -> Clip:
     dit, vae = models.configs["transformer"], models.configs["vae"]
     _check_sizes(settings, dit, vae)
     pattern = read_pattern(settings.pattern, dit.num_attention_heads)
-    if isinstance(settings.attention, str):
-        able = kernels.IMPLEMENTATIONS if isinstance(pattern, kernels.Dense) else block_sparse.IMPLEMENTATIONS
-        if settings.attention not in able:
-            raise UsageError(f"attention is {settings.attention!r}; expected one of {', '.join(able)}.")
+    if isinstance(settings.attention, str) and settings.attention not in pattern.implementations:
+        expected = ", ".join(pattern.implementations)
+        raise UsageError(f"attention is {settings.attention!r}; expected one of {expected}.")
     if settings.negative_prompt:
         tokenizers.check_prompt(settings.negative_prompt, "negative_prompt")
     sampler = samplers.read(settings.solver, settings.steps, settings.shift, GRIDS[settings.grid])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ class Settings:
         5.0, "weight of classifier-free guidance; 1: none, and half the work", low=1.0, high=100.0,
         note="1 means without guidance",
     )  # fmt: skip
-    negative_prompt: str = option("", "what guidance leads away from")
+    negative_prompt: str = option("", "what guidance leads away from", prose=True)
     shift: float = option(3.0, "how much the noise levels lean towards noise", low=0.01, high=100.0)
     solver: str = option("unipc", "unipc, euler, or renoise:1000,750,500,250 (timesteps of a distilled model)")
     grid: str = option(
@@ -35,7 +35,9 @@ class Settings:
         "dense",
         "which tokens see each other: dense, sliding_tile:6x8x8:3x3x3 (tile, window) or video_sparse:4x4x4:0.9",
     )
-    attention: str | None = option(None, "implementation of self-attention in jvdiff.kernels; none: the best that can")
+    attention: str | Callable[..., Any] | None = option(
+        None, "implementation of self-attention in jvdiff.kernels (in Python also a function); none: the best that can"
+    )
 
 
 def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> str | None:
