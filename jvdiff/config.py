@@ -174,7 +174,7 @@ def replace(group: T, values: Mapping[str, Any]) -> T:
 def typed(name: str, value: Any, kind: Any) -> Any:
     """`value` as the annotated type; a whole float is a fine int, but nothing is guessed from strings."""
     kinds = _kinds(kind)
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number = issubclass(type(value), numbers.Real) and type(value) is not bool
     for kind in kinds:
         if kind in (str, bool) and isinstance(value, kind):
             return value

@@ -104,7 +104,7 @@ class Request(NamedTuple):
     fresh: the configuration without file and flags.
     """
 
-    config: ConfigDict
+    config: Any
     given: dict[str, Any]
     file: str
     program: tuple[str, ...] = ()
@@ -152,7 +152,7 @@ def parse(command: Command, argv: Sequence[str]) -> Request:
     """
     line = _begin(command, argv)
     file = line.config or (None if "checkpoint" in line.texts else command.implied)
-    config = configs.load(file) if file else command.fresh() if command.fresh else None
+    config: Any = configs.load(file) if file else command.fresh() if command.fresh else None
     if "help" in line.asked:
         raise Told(_help(command, config if file else None, line.texts))
     if config is None:
@@ -304,7 +304,7 @@ def _value(path: str, text: str, sections: Sequence[Section], config: Any) -> An
     return configs.read(path, text, object if there is None else dict if _is_dict(there) else type(there))
 
 
-def _put(config: ConfigDict, path: str, value: Any) -> None:
+def _put(config: Any, path: str, value: Any) -> None:
     """Sets a field, a nested one too; its parents are made where they are not there."""
     from ml_collections import ConfigDict
 
@@ -335,7 +335,7 @@ def _is_dict(value: Any) -> bool:
     return hasattr(value, "keys")
 
 
-def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def merged(old: Any, new: Any) -> dict[str, Any]:
     """Both, the new values where both have one; what is nested, merged too."""
     both = dict(old)
     for name, value in new.items():
@@ -344,9 +344,17 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
+# Fields that say which command a configuration is for.
+_MARKS = {"task": "train", "chunks": "stream", "stop_at": "sample"}
+
+
 def check_file(config: Iterable[str], known: Iterable[str], file: str) -> None:
     """Raises UsageError for a field of a configuration that a command does not have, with the nearest."""
     known = sorted(known)
-    if unknown := sorted(set(config) - set(known)):
-        names = ", ".join(f"{name}{configs.nearest(name, known)}" for name in unknown[:5])
-        raise UsageError(f"{Path(file).name}: the config file has unknown fields: {names}.")
+    if not (unknown := sorted(set(config) - set(known))):
+        return
+    for mark, command in _MARKS.items():
+        if mark in unknown:
+            raise UsageError(f"{Path(file).name} is a configuration of jvdiff {command}; see jvdiff {command} --help.")
+    names = ", ".join(f"{name}{configs.nearest(name, known)}" for name in unknown[:5])
+    raise UsageError(f"{Path(file).name}: the config file has unknown fields: {names}.")

@@ -55,16 +55,27 @@ def parse(argv: Sequence[str], command: Command | None = None) -> Request:
         Told: --help or --version.
         UsageError: an unknown flag or field (with the nearest one), a value of the wrong type.
     """
-    request = arguments.parse(command or COMMAND, argv)
+    command = command or COMMAND
+    request = arguments.parse(command, argv)
+    if {"task", "checkpoint"} <= set(request.config) and command.fresh:
+        request = request._replace(config=of_training(request.config, command.fresh()))
     config = request.config
-    if config.get("checkpoint") is not None:
-        config.checkpoint = configs.checkpoint(config.checkpoint)
-    if "task" in config:
-        return request
     arguments.check_file(config, request.fresh, request.file)
+    if config.checkpoint is not None:
+        config.checkpoint = configs.checkpoint(config.checkpoint)
     if config.plan and config.distributed:
         raise UsageError("a plan is made by one process; leave --distributed out.")
     return request
+
+
+def of_training(training: Any, config: Any) -> Any:
+    """`config` with what the configuration of a training says of sampling; the checkpoint is its result."""
+    for name in config:
+        if training.get(name) is not None:
+            config[name] = training[name]
+    if config.checkpoint is None:
+        config.checkpoint = str(Path(training.folder) / "repository")
+    return config
 
 
 def sections(config: Any, flags: Mapping[str, str]) -> list[Section]:

@@ -181,6 +181,9 @@ def test_a_command_that_is_printed_asks_for_the_same(program):
         (["digits", "--output=x"], "--clips is missing"),
         (["sharding", "--leafs"], "(did you mean --leaves?)"),
         (["plan", "--stepz=3"], "(did you mean --steps?)"),
+        (["plan", "--config=stream_digits"], "stream_digits is a configuration of jvdiff stream"),
+        (["sample", "--config=train_digits_dit"], "train_digits_dit is a configuration of jvdiff train"),
+        (["stream", "--config=digits"], "digits is a configuration of jvdiff sample"),
     ],
 )
 def test_what_is_unknown_names_the_nearest(words, message, capsys):
@@ -219,6 +222,15 @@ def test_a_configuration_may_take_an_argument(tmp_path):
     assert wanted(f"--config={path}").config.steps == 3 and wanted(f"--config={path}:9").config.steps == 9
     with pytest.raises(UsageError, match="did you mean digits"):
         configs.load("digit:x")
+
+
+def test_a_training_that_says_how_to_sample_is_sampled(tmp_path):
+    words = ["--config=latent_video_digits", f"--folder={tmp_path}", "--class_label=seven", "--steps=7"]
+    request = wanted(*words)
+    assert set(request.config) == set(sample.default_config()) and request.config.class_label == "seven"
+    assert request.config.checkpoint == str(tmp_path / "repository") and request.config.seed == 0
+    assert (request.config.steps, request.config.guidance) == (7, 4.0) and request.source("guidance") == "file"
+    assert wanted(*words, "--checkpoint=digits-classes").config.checkpoint.endswith("digits-classes")
 
 
 def test_a_plan_is_of_whatever_the_configuration_is(monkeypatch):
