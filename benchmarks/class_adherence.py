@@ -26,13 +26,13 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+from jvdiff.pipeline.class_conditional import Model
 
 from jvdiff.digits import clips as digits
 from jvdiff.digits import judge as digits_judge
 from jvdiff.digits.judge import Seen
 from jvdiff.errors import UsageError
 from jvdiff.pipeline import class_conditional
-from jvdiff.pipeline.class_conditional import Model
 from jvdiff.types import Params
 
 SHOWN = 3  # clips of each class and weight in the picture

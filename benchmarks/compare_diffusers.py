@@ -32,13 +32,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jvdiff.pipeline.tables import component
 from machine import describe
 from timing import RESULTS, in_turn, matmul_peak, short, write
 
 from jvdiff.errors import JvdiffError, SetupError
 from jvdiff.models import wan
 from jvdiff.models.text import umt5
-from jvdiff.pipeline.tables import component
 from jvdiff.plan import count_flops
 from jvdiff.weights.naming import disassemble, flatten, unflatten
 

@@ -7,9 +7,9 @@
     python benchmarks/compile_gpu.py --step --model "Wan 14B 720p" --mesh sequence=8
     python benchmarks/compile_gpu.py --step --check           # where there is an H200: measured against predicted
 
-It needs no GPU and no driver, only the compiler's packages (`make kernels` installs them) and a few seconds a kernel.
-Registers are per thread, shared memory per CTA; `CTAs` is how many of them fit on an SM at once. The exit status is 1
-if a kernel spills registers or asks for more shared memory than there is.
+It needs no GPU and no driver, only the compiler's packages (`python -m jvdiff.commands.compiler --install`) and a few
+seconds a kernel. Registers are per thread, shared memory per CTA; `CTAs` is how many of them fit on an SM at once. The
+exit status is 1 if a kernel spills registers or asks for more shared memory than there is.
 
 B batch · L video tokens · N heads · K head dim.
 """
@@ -105,6 +105,8 @@ def main() -> int:
     try:
         if args.check:
             return check()
+        if (status := plan.run_with_compiler(args.target, [__file__, *sys.argv[1:]])) is not None:
+            return status
         plan.check_target(args.target)
         if (args.implementation, args.target) == ("mosaic_gpu", "a100"):
             raise UsageError("mosaic_gpu is for Hopper: compile it for h200, or --implementation triton for a100.")

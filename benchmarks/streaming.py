@@ -6,9 +6,9 @@
 
 The 1.3B model makes chunks of 3 latent (12 pixel) frames in 4 steps, with a window of 21 latent frames. Beside it
 stands what FlashDreams publishes for the same (its documentation, 2026): 344 ms for the network's calls of the 6th
-chunk on an H100, 432 ms for Self-Forcing's own program. --target needs Python 3.12 and the CUDA compiler, as `make
-kernels` has them; its attention is compiled in the blocked XLA form, so that its times are predictions for the fused
-kernel (`roofline`).
+chunk on an H100, 432 ms for Self-Forcing's own program. --target needs the CUDA compiler (`python -m
+jvdiff.commands.compiler --install`); its attention is compiled in the blocked XLA form, so that its times are
+predictions for the fused kernel (`roofline`).
 
 B rollouts.
 """
@@ -50,8 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("gpu", "cpu"), help="refuse to run on another")
     parser.add_argument("--target", help="compile for this GPU and print memory, for instance h200")
     parser.add_argument("--json", type=Path, help="write the report there")
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
     if args.target:
+        if (status := plan.run_with_compiler(args.target, [__file__, *words])) is not None:
+            return status
         report: dict[str, Any] = {"target": args.target, "programs": compiled(args.target)}
     else:
         report = measured(args.checkpoint, args.chunks, args.device)

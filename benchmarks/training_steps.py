@@ -5,9 +5,9 @@
     python benchmarks/training_steps.py --run --device gpu
 
 The programs are those of configs/latent_video_small.py: bfloat16 with float32 masters, rematerialisation, AdamW and an
-average of the parameters. Compiling needs Python 3.12 and the CUDA compiler, as `make kernels` has them. The seconds
-that it prints are predictions (`roofline`) at rates that others have reached; of the VAE there are none, because
-its convolutions are the GPU library's, whose choice needs the GPU.
+average of the parameters. Compiling needs the CUDA compiler (`python -m jvdiff.commands.compiler --install`). The
+seconds that it prints are predictions (`roofline`) at rates that others have reached; of the VAE there are none,
+because its convolutions are the GPU library's, whose choice needs the GPU.
 """
 
 import argparse
@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import machine, roofline
 from benchmarks.timing import short, write
-from configs import latent_video_small
 from jvdiff import plan
+from jvdiff.config import load
 from jvdiff.errors import JvdiffError, SetupError
 from jvdiff.models import latent_video
 from jvdiff.models.latent_video.runs import programs
@@ -51,7 +51,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("gpu", "cpu"), help="with --run: refuse to run on another")
     parser.add_argument("--repeats", type=int, default=3, help="with --run: timed steps, after one that is not")
     parser.add_argument("--json", type=Path, help="write the report there")
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
+    if not args.run and (status := plan.run_with_compiler(TARGET, [__file__, *words])) is not None:
+        return status
     chosen = [size for size in SIZES if size in (args.size or SIZES)]
     rows = measured(chosen, args.device, args.repeats) if args.run else compiled(chosen)
     report = {"machine": machine.describe(), "target": None if args.run else TARGET, "rows": list(rows)}
@@ -62,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def step_of(size: str) -> tuple[Task, Schedule, Any]:
     """(task, schedule, abstract batch) of the VAE or of a transformer of this size, as the config trains it."""
-    config = latent_video_small.get_config()
+    config = load("latent_video_small")
     if size != "vae":
         config.transformer = size
     for name, task, schedule, batch in programs(config):

@@ -1,1 +1,1 @@
-"""Conversion between published checkpoints and jvdiff's parameter trees, as tables; numpy only, no torch."""
+"""The converters: a Hugging Face repository becomes an Orbax directory (`__main__`), and back (`to_hf`); no torch."""

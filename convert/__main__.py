@@ -2,8 +2,7 @@
 
     python -m convert --source HF_DIR_OR_REPO_ID --target ORBAX_DIR [--dtype bfloat16] [--overwrite] [--verify]
 
-The target holds the whole text-to-video repository (transformer, vae, text_encoder, tokenizer, scheduler) and
-`jvdiff.json`, the manifest. It appears by one rename, complete and read back, or not at all. One stacked leaf is in
+The target holds the whole repository, every part and every small file of its family, and `jvdiff.json`, the manifest. It appears by one rename, complete and read back, or not at all. One stacked leaf is in
 memory at a time. `--verify` without a source re-reads a directory that was converted before.
 
 Exit status: 0 done · 2 usage · 3 checkpoint · 4 disk or memory · 5 interrupted; see jvdiff/errors.py.
@@ -28,22 +27,20 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from jvdiff.pipeline.tables import read_component
 
+from jvdiff import models
 from jvdiff.commands.arguments import Told
 from jvdiff.commands.convert import convert_values
-from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, UsageError
-from jvdiff.models import wan
-from jvdiff.models.text import tokenizer
-from jvdiff.pipeline.repository import COMPONENTS, inspect
+from jvdiff.errors import Interrupted, JvdiffError, UsageError
+from jvdiff.models.family import Family, Part
+from jvdiff.pipeline.repository import Repository, inspect
 from jvdiff.runtime.staging import check_target, staged
-from jvdiff.weights import manifest, orbax
+from jvdiff.weights import locate, manifest, orbax
 from jvdiff.weights import safetensors as reader
 from jvdiff.weights.naming import by_leaf, check, fill, flatten
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _COPIED = ("model_index.json", "jvdiff_defaults.json", "README.md", "LICENSE*", "NOTICE*")
-_TOKENIZER = ("*.json", "*.model", "*.txt")
 _PACKAGES = ("jvdiff", "jax", "orbax-checkpoint", "numpy", "ml_dtypes")
 
 
@@ -62,38 +59,14 @@ class _Recorded:
 
 
 def find(source: str, revision: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """The source's folder, and what the manifest says of where it came from.
-
-    A name that is no folder is taken for a repository of the Hugging Face hub; its branch or tag is resolved to a
-    commit once, and only that commit is downloaded.
-
-    Raises:
-        UsageError: neither a folder nor a repository's name.
-        CheckpointError: not in the local cache, and the hub cannot be reached or has no such repository.
-    """
-    path = Path(source)
-    if path.exists():
-        name = path.resolve().name
-        return path, {"folder": name, "commit": name if re.fullmatch("[0-9a-f]{40}", name) else None}
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source):
-        raise UsageError(f"{source!r:.200}: there is no such folder, nor is it a repository's name (OWNER/NAME).")
-    from huggingface_hub import HfApi, constants, snapshot_download
-
-    patterns = [f"{name}/*.{end}" for name in COMPONENTS for end in ("safetensors", "json")]
-    patterns += [f"tokenizer/{name}" for name in _TOKENIZER] + ["scheduler/*.json", *_COPIED]
-    try:
-        if constants.HF_HUB_OFFLINE:
-            folder = snapshot_download(source, revision=revision, local_files_only=True)
-        else:
-            commit = HfApi().model_info(source, revision=revision).sha
-            folder = snapshot_download(source, revision=commit, allow_patterns=patterns)
-    except Exception as error:  # the hub's, the network's and the system's; their texts may hold a token
-        wanted = f" --revision {revision}" if revision else ""
-        raise CheckpointError(
-            f"{source}: not in the local cache, and not downloaded ({type(error).__name__}).\n"
-            f"Where there is a connection, run: hf download {source}{wanted}"
-        ) from None
-    return Path(folder), {"repository": source, "commit": Path(folder).name}
+    """The source's folder (`jvdiff.weights.locate`), and what the manifest says of where it came from."""
+    there = Path(source).exists()
+    folder = locate(source if there or not revision else f"{source}@{revision}", tell=_tell)
+    name = folder.resolve().name
+    commit = name if re.fullmatch("[0-9a-f]{40}", name) else None
+    if there or commit is None:
+        return folder, {"folder": name, "commit": commit}
+    return folder, {"repository": source.partition("@")[0], "commit": commit}
 
 
 def convert(
@@ -105,18 +78,20 @@ def convert(
     allow_nonfinite: bool = False,
     follow_symlinks: bool = False,
     origin: Mapping[str, Any] | None = None,
+    family: Family | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Converts a whole Hugging Face folder.
 
     Args:
-        dtype: of the transformer's and the text encoder's large matrices, a key of DTYPES; the few arrays that the
-            models keep in float32 whatever their dtype become float32. None keeps what is stored. The VAE is always
-            kept as stored: it is small, and pictures show bfloat16 in flat areas.
+        dtype: of the large matrices of transformers and text encoders, a key of DTYPES; the few arrays that the models
+            keep in float32 whatever their dtype become float32. None keeps what is stored. The VAE is always kept as
+            stored: it is small, and pictures show bfloat16 in flat areas.
         overwrite: swap an existing converted directory for the new one, once that is complete.
         allow_nonfinite: keep NaN and infinity, and count them in the manifest.
         follow_symlinks: allow weight files that are links out of the repository.
         origin: where the source came from, for the manifest.
+        family: of a repository of another's family; None: as its files say.
         tell: called with a line on the progress now and then.
 
     Raises:
@@ -124,20 +99,22 @@ def convert(
             `jvdiff.weights.naming.check`, `jvdiff.runtime.staging.staged`.
     """
     check_target(target.absolute(), overwrite)
-    repository = inspect(source)
+    repository = inspect(source, family=family)
     if repository.kind == "orbax":
         raise UsageError(f"{source}: is converted already. Give the Hugging Face folder.")
-    tokenizer.check_vocabulary(tokenizer.load(repository.tokenizer), repository.text_encoder.vocab_size)
-    folders, parts = {}, {}
-    for name in COMPONENTS:
+    kinds, folders, parts = repository.family.parts, {}, {}
+    for name, cfg in repository.models.configs.items():
+        ignored = kinds[name].ignored(cfg)
         folders[name] = reader.open_folder(
-            source / name, follow_symlinks=follow_symlinks, allow_nonfinite=allow_nonfinite
+            source / name, follow_symlinks=follow_symlinks, allow_nonfinite=allow_nonfinite, ignored=ignored
         )
-        parts[name] = _leaves(source / name, folders[name], None if name == "vae" else dtype)
+        stored = kinds[name].precision == "vae"
+        parts[name] = _leaves(source / name, kinds[name], cfg, folders[name], None if stored else dtype)
     total = sum(leaf.nbytes for part in parts.values() for leaf in part.values())
     with staged(target, needed=total + total // 50 + 2**24, overwrite=overwrite) as staging:
-        copy_small_files(source, staging)
-        _tell_gate(staging / "transformer" / "config.json", repository.transformer)
+        copy_small_files(repository, staging)
+        for name, folder in folders.items():
+            _complete(staging / name / "config.json", kinds[name], folder)
         tensors: dict[str, Any] = {}
         for name, part in parts.items():
             size = sum(leaf.nbytes for leaf in part.values())
@@ -153,18 +130,19 @@ def convert(
         manifest.write_manifest(staging, tensors, facts)
 
 
-def _tell_gate(file: Path, cfg: wan.DiTConfig) -> None:
+def _complete(file: Path, part: Part, folder: reader.Folder) -> None:
     """What only the names of the source's tensors said, the target's config.json says."""
     config = reader.read_json(file)
-    if cfg.gate_compress and "gate_compress" not in config:
-        file.write_text(json.dumps(config | {"gate_compress": True}, indent=2) + "\n", encoding="utf-8")
+    if (complete := part.complete(config, set(folder.tensors))) != config:
+        file.write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
 
 
-def _leaves(path: Path, folder: reader.Folder, dtype: str | None) -> dict[str, orbax.Leaf]:
+def _leaves(path: Path, part: Part, cfg: Any, folder: reader.Folder, dtype: str | None) -> dict[str, orbax.Leaf]:
     """What to write of one component; names and shapes are checked here, numbers are read when a leaf is written."""
-    component = read_component(path)
-    abstract = component.abstract(DTYPES[dtype or "float32"])
-    entries = by_leaf(check(component.rules, abstract, folder, where=str(path)))
+    if part.names is None:
+        raise UsageError(f"{path}: {type(cfg).__name__} has no published layout to convert from.")
+    abstract = part.abstract(cfg, DTYPES[dtype or "float32"])
+    entries = by_leaf(check(part.names(cfg), abstract, folder, where=str(path), ignored=part.ignored(cfg)))
     leaves = {}
     for name, leaf in flatten(abstract).items():
         stored = {folder.tensors[tensor].dtype for tensor in entries[name]}
@@ -175,13 +153,13 @@ def _leaves(path: Path, folder: reader.Folder, dtype: str | None) -> dict[str, o
     return leaves
 
 
-def copy_small_files(source: Path, target: Path) -> None:
-    """Copies what makes the target a whole repository besides weights: configurations, tokenizer, licence."""
+def copy_small_files(repository: Repository, target: Path) -> None:
+    """Copies what makes the target a whole repository besides weights: configurations, tokenizers, licence."""
+    source, family = repository.path, repository.family
     folders = {
         "": _COPIED,
-        "tokenizer": _TOKENIZER,
-        "scheduler": ("scheduler_config.json",),
-        **dict.fromkeys(COMPONENTS, ("config.json",)),
+        **{name: family.files[name].patterns for name in repository.models.files},
+        **dict.fromkeys(repository.models.configs, ("config.json",)),
     }
     for folder, patterns in folders.items():
         (target / folder).mkdir(exist_ok=True)
@@ -197,7 +175,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def verify(target: Path) -> None:
+def verify(target: Path, family: Family | None = None) -> None:
     """Re-reads a converted directory: every file, then every array as Orbax gives it.
 
     Raises:
@@ -206,9 +184,8 @@ def verify(target: Path) -> None:
     """
     manifest.verify_files(target)
     records = manifest.read_manifest(target)["tensors"]
-    for name in COMPONENTS:
+    for name in inspect(target, family=family).models.configs:
         orbax.verify_arrays(target / name, f"{name}/{orbax.PARAMS}/", records)
-    inspect(target)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -219,13 +196,13 @@ def main(words: Sequence[str] | None = None) -> None:
         JvdiffError: a word that cannot be used, and as `convert` and `verify`.
     """
     values = convert_values(sys.argv[1:] if words is None else words)
-    start, target = time.monotonic(), values["target"]
+    start, target, family = time.monotonic(), values["target"], models.named(values["family"])
     if values["source"]:
         source, origin = find(values["source"], values["revision"])
         options = {name: values[name] for name in ("dtype", "overwrite", "allow_nonfinite", "follow_symlinks")}
-        convert(source, target, origin=origin, tell=_tell, **options)
+        convert(source, target, origin=origin, family=family, tell=_tell, **options)
     if values["verify"]:
-        verify(target)
+        verify(target, family)
     done = "verified" if values["verify"] else "written"
     print(f"{target}: complete and {done} in {time.monotonic() - start:.1f} s")
 

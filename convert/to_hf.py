@@ -12,13 +12,15 @@ import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jvdiff.pipeline.tables import read_component
 
+from jvdiff import models
 from jvdiff.commands.convert import to_hf_values
 from jvdiff.errors import CheckpointError, UsageError
-from jvdiff.pipeline.repository import COMPONENTS, inspect
+from jvdiff.models.family import Family, Part, read_config
+from jvdiff.pipeline.repository import inspect
 from jvdiff.runtime.staging import staged
 from jvdiff.weights import orbax
 from jvdiff.weights import safetensors as reader
@@ -27,11 +29,17 @@ from jvdiff.weights.naming import by_leaf, expected
 
 from .__main__ import DTYPES, copy_small_files, run
 
-_STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _CODES = {dtype: code for code, dtype in reader.DTYPES.items()}
 
 
-def to_hf(source: Path, target: Path, dtype: str | None = None, vae: Path | None = None) -> None:
+def to_hf(
+    source: Path,
+    target: Path,
+    dtype: str | None = None,
+    vae: Path | None = None,
+    *,
+    family: Family | None = None,
+) -> None:
     """Writes the folder, complete or not at all.
 
     Args:
@@ -44,32 +52,36 @@ def to_hf(source: Path, target: Path, dtype: str | None = None, vae: Path | None
         IntegrityError, CheckpointError: `source` is damaged, or holds numbers too large for `dtype`.
         ResourceError: the disk is full.
     """
-    repository = inspect(source)
+    repository = inspect(source, family=family)
+    configs, parts = repository.models.configs, repository.family.parts
+    if unpublished := [name for name in configs if parts[name].names is None]:
+        raise UsageError(f"{source}: {repository.family.name} has no published layout ({unpublished[0]}) to write.")
     if repository.kind != "orbax":
         raise UsageError(f"{source}: is a Hugging Face folder already. Give an Orbax directory.")
     verify_files(source)
-    folders = {name: source / name for name in COMPONENTS}
+    folders = {name: source / name for name in configs}
     if vae is not None:
         folders["vae"] = vae
         if not (vae / orbax.PARAMS).is_dir():
             raise UsageError(
-                f"{vae}: is no Orbax directory of a VAE. Give the result of training one (its `vae` folder)."
+                f"{vae}: is not an Orbax directory of a VAE. Give the result of training one (its `vae` folder)."
             )
-        if read_component(vae).cfg != repository.vae:
+        if read_config(vae, parts["vae"]) != configs["vae"]:
             raise UsageError(
                 f"{vae}: its configuration, latent statistics included, is not that of {source / 'vae'}.\n"
                 "The transformer knows the latents of the latter only. Give the result of training its decoder."
             )
     with staged(target) as staging:
-        copy_small_files(source, staging)
-        for name in COMPONENTS:
-            _write(folders[name], staging / name / f"{_STEMS[name]}.safetensors", DTYPES[dtype] if dtype else None)
+        copy_small_files(repository, staging)
+        for name, cfg in configs.items():
+            file = staging / name / f"{parts[name].stem}.safetensors"
+            _write(folders[name], parts[name], cfg, file, DTYPES[dtype] if dtype else None)
 
 
-def _write(source: Path, file: Path, dtype: np.dtype | None) -> None:
+def _write(source: Path, part: Part, cfg: Any, file: Path, dtype: np.dtype | None) -> None:
     """One component as one safetensors file; the header comes first, so leaves may come in any order."""
-    component = read_component(source)
-    entries = expected(component.rules, component.abstract(np.float32))
+    assert part.names is not None
+    entries = expected(part.names(cfg), part.abstract(cfg, np.float32))
     stored = orbax.stored_leaves(source)
     kinds = {name: dtype or np.dtype(stored[entry.path].dtype) for name, entry in entries.items()}
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -104,7 +116,8 @@ def _write(source: Path, file: Path, dtype: np.dtype | None) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     """Does what the words of a command line say, the program apart. Raises: as `to_hf`; Told: --help or --version."""
     values = to_hf_values(sys.argv[1:] if words is None else words)
-    to_hf(values["source"], values["target"], values["dtype"], values["vae"])
+    family = models.named(values["family"])
+    to_hf(values["source"], values["target"], values["dtype"], values["vae"], family=family)
     print(f"{values['target']}: complete")
 
 

@@ -33,7 +33,7 @@ def tiny_repository(tmp_path_factory):
     from jvdiff.digits import tokenizer as digits_tokenizer
     from jvdiff.models import wan
     from jvdiff.models.text import umt5
-    from jvdiff.pipeline.tables import component
+    from jvdiff.models.wan.family import TEXT_TO_VIDEO
     from jvdiff.weights.naming import disassemble, flatten, unflatten
 
     root = tmp_path_factory.mktemp("tiny") / "repository"
@@ -50,15 +50,14 @@ def tiny_repository(tmp_path_factory):
     }
     random = np.random.default_rng(0)
     for name, cfg in configs.items():
-        part = component(cfg)
+        part = TEXT_TO_VIDEO.parts[name]
         leaves = {}
-        for path, leaf in flatten(part.abstract(np.float32)).items():  # no leaf zero, so that no layer is idle
+        for path, leaf in flatten(part.abstract(cfg, np.float32)).items():  # no leaf zero, so that no layer is idle
             values = random.standard_normal(leaf.shape, np.float32) * max(leaf.shape[-2:-1] or (4,)) ** -0.5
             leaves[path] = values + np.float32(path.endswith("scale"))
         (root / name).mkdir(parents=True)
         (root / name / "config.json").write_text(json.dumps(cfg.to_json()))
-        file = "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
-        save_file(dict(disassemble(part.rules, unflatten(leaves))), root / name / file)
+        save_file(dict(disassemble(part.names(cfg), unflatten(leaves))), root / name / f"{part.stem}.safetensors")
     (root / "scheduler").mkdir()
     scheduler = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     (root / "scheduler" / "scheduler_config.json").write_text(

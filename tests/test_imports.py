@@ -44,6 +44,8 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            if node.level and path.is_relative_to(ROOT / "convert"):
+                continue  # installed as jvdiff.convert too
             assert node.level == 0, f"{path}: relative imports hide the room; write the whole name"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
-import shlex
-import stat
 import sys
 import tempfile
 import traceback
@@ -19,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.commands.arguments import Request, Told
-from jvdiff.errors import JvdiffError, ResourceError, SetupError
-from jvdiff.runtime import peers, verdict
+from jvdiff.errors import JvdiffError, ResourceError
+from jvdiff.runtime import cache, peers, verdict
+
+LARGE = 500_000_000  # parameters; on a CPU such models take hours
 
 
 def main(
@@ -43,6 +44,8 @@ def main(
             print(told, flush=True)
             return 0
         place = request.config.get(folder)
+        if (status := _plan_elsewhere(request, argv)) is not None:
+            return status
         peers.join(request.config)
         for path in work(request):
             if peers.writes():
@@ -60,6 +63,20 @@ def main(
             traceback.print_exception(shown)
         print(f"error: {message}", file=sys.stderr)
     return verdict.leave(code, message)
+
+
+def _plan_elsewhere(request: Request, argv: Sequence[str]) -> int | None:
+    """The exit status of a plan for a GPU that is not there, made by a process that has the compiler for it.
+
+    None: no such plan is asked for, or this process can make it.
+    """
+    if not request.config.get("plan") or request.config.get("plan_target") is None:
+        return None
+    from jvdiff.plan.targets import run_with_compiler
+
+    first, *rest = request.program
+    program = rest if first == "python" else ["-m", *request.program]
+    return run_with_compiler(request.config.plan_target, [*program, *argv[1:]])
 
 
 def writable(folder: str, field: str) -> Path:
@@ -97,14 +114,16 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def say_device(width: int, mesh: Any) -> None:
-    """Says what a model of this width will be computed on."""
+def say_device(params: Any, mesh: Any) -> None:
+    """Says what models with these parameters, which may be abstract, will be computed on."""
     import jax
 
-    device, count = jax.devices()[0], f"{mesh.devices} x " if mesh else ""
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+    device, several = jax.devices()[0], f"{mesh.devices} x " if mesh else ""
     shared = f", mesh {mesh}" if mesh else ""
-    say(f"device: {count}{device.device_kind} ({jax.default_backend()}){shared}, jax {jax.__version__}")
-    if jax.default_backend() == "cpu" and width >= 1024:
+    say(f"device: {several}{device.device_kind} ({jax.default_backend()}){shared}, jax {jax.__version__}")
+    if jax.default_backend() == "cpu" and count >= LARGE:
         say("warning: no GPU was found; a model of this size takes hours on a CPU (see docs for the GPU extras)")
 
 
@@ -136,21 +155,14 @@ def compile_cache(where: str | None) -> None:
 
     if where == "off":
         return
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     chosen = where or jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    folder = Path(chosen or Path(root) / "jvdiff" / "compiled")
+    folder = Path(chosen or cache.folder("compiled"))
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = folder.stat()
+        cache.check_private(folder, "the compilation cache", ", or choose --compile_cache=FOLDER, or off")
     except OSError as error:
         say(f"notice: no compilation cache, {folder} cannot be used: {error.strerror}")
         return
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise SetupError(
-            f"the compilation cache {folder} can be written by others, and what is in it is run as code.\n"
-            f"Expected: yours, mode 0700. Found: owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}.\n"
-            f"Run chmod 700 {shlex.quote(str(folder))}, or choose --compile_cache=FOLDER, or off."
-        )
     if not os.access(folder, os.W_OK):
         say(f"notice: no compilation cache, {folder} cannot be written")
         return

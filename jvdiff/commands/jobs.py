@@ -1,78 +1,73 @@
-"""What a sampling run is to make: prompts, seeds, settings and file names, checked before any weight is read."""
+"""What a sampling run is to make: subjects, seeds, settings and file names, checked before any weight is read."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jvdiff import pipeline, plan, precision, sharding
+from jvdiff import config as options
+from jvdiff import plan, sharding
 from jvdiff.commands.command_line import say
 from jvdiff.errors import CheckpointError, UsageError
-from jvdiff.kernels import Dense, block_sparse
-from jvdiff.models import wan
-from jvdiff.pipeline.settings import FIELDS, Configs, Settings, check_prompt, check_seed, latent_shape, read_pattern
+from jvdiff.media import video as videos
+from jvdiff.models.family import Clip
+from jvdiff.pipeline import Context, Repository, check_seed, check_subjects, make_request
+from jvdiff.precision import Precision
 from jvdiff.runtime import peers, run_state
 from jvdiff.sharding import MeshShape
 
 MAX_PROMPTS_BYTES = 64 * 2**20
+FIELDS = {"prompts": "prompt", "labels": "class_label"}  # a family's subject: the field that names one
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """One video to make; `state` where an earlier run stopped."""
+    """One video to make.
 
-    prompt: str
+    subject: prompt, or name of the class
+    seed: of its noise
+    clip: what its settings mean
+    inputs: arrays of its request, made once
+    stem: name of its files
+    image: uint8 [Y,X,3] of the first frame, where there is one
+    seed_given: somebody asked for this seed
+    state: where an earlier run stopped
+    """
+
+    subject: Any
     seed: int
-    settings: Settings
+    clip: Clip
+    inputs: Any
     stem: str
+    image: Any = None
     seed_given: bool = True
     state: run_state.RunState | None = None
 
 
-def read_prompts(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The lines of a prompts file as (objects with at least `prompt`, one sentence for each line that is unusable).
+def read_subjects(path: str | Path, repository: Repository) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of a prompts file as (objects that name a subject, one sentence for each line that is unusable).
 
-    A .jsonl file holds one JSON object a line: prompt, and optionally id (the file name), seed, and any setting.
-    Any other file holds one prompt a line. Blank lines are passed over.
+    A .jsonl file holds one JSON object a line: prompt (or class_label), and optionally id (the file name), seed, and
+    any setting. Any other file holds one prompt, or class, a line. Blank lines are passed over.
 
     Raises:
         UsageError: the file cannot be read or is empty.
     """
-    path = Path(path)
-    try:
-        if path.stat().st_size > MAX_PROMPTS_BYTES:
-            raise UsageError(f"prompts: {path} is larger than {MAX_PROMPTS_BYTES >> 20} MiB; split it.")
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UsageError(f"prompts: cannot read {path}: {error.strerror}.") from None
-    allowed = {"prompt", "id", "seed", *FIELDS}
-    entries, problems, ids = [], [], set()
-    for number, line in enumerate(lines, 1):
+    path, entries, problems, ids = Path(path), [], [], set()
+    for number, line in enumerate(_lines(path), 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if not text:
-                continue
-            entry = json.loads(text) if path.suffix == ".jsonl" else {"prompt": text}
-            if not isinstance(entry, dict):
-                raise UsageError("not a JSON object")
-            if unknown := sorted(entry.keys() - allowed):
-                raise UsageError(f"unknown key {', '.join(unknown)}; expected some of {', '.join(sorted(allowed))}")
-            check_prompt(entry.get("prompt"))
-            if (name := entry.get("id")) is not None:
-                if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,99}", name):
-                    raise UsageError(f"id is {name!r:.80}; expected up to 100 letters, digits, '-', '_' or '.'")
-                if name in ids:
-                    raise UsageError(f"id {name!r} was used on an earlier line")
-                ids.add(name)
-            entries.append(entry | {"line": number})
+            if text:
+                entries.append(_entry(text, path.suffix == ".jsonl", repository, ids) | {"line": number})
         except (UsageError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             problems.append(f"{path} line {number}: {str(error).splitlines()[0]}")
     if not entries and not problems:
@@ -80,102 +75,172 @@ def read_prompts(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
     return entries, problems
 
 
-def make_jobs(config: Any, resolve: Callable[..., Settings]) -> tuple[list[Job], list[str]]:
-    """What to make, checked, before any weight is read; and the problems of single lines of a prompts file.
+def _lines(path: Path) -> list[bytes]:
+    try:
+        if path.stat().st_size > MAX_PROMPTS_BYTES:
+            raise UsageError(f"prompts: {path} is larger than {MAX_PROMPTS_BYTES >> 20} MiB; split it.")
+        return path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UsageError(f"prompts: cannot read {path}: {error.strerror}.") from None
 
-    `resolve(**settings)` gives complete settings.
-    """
-    if (config.prompt is None) == (config.prompts is None):
-        raise UsageError('give either --config.prompt="..." or --config.prompts=FILE.')
-    common = {name: config[name] for name in FIELDS}
-    resolve(**common)
-    problems: list[str] = []
+
+def _entry(text: str, is_json: bool, repository: Repository, ids: set[str]) -> dict[str, Any]:
+    """One line of a prompts file, checked; its id joins `ids`."""
+    field = FIELDS[repository.family.subject]
+    entry = json.loads(text) if is_json else {field: text}
+    if not isinstance(entry, dict):
+        raise UsageError("not a JSON object")
+    options.check_names("key", entry, (field, "id", "seed", *options.names(repository.family.settings)))
+    repository.family.check_subject(repository.models, entry.get(field))
+    if (name := entry.get("id")) is not None:
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,99}", name):
+            raise UsageError(f"id is {name!r:.80}; expected up to 100 letters, digits, '-', '_' or '.'")
+        if name in ids:
+            raise UsageError(f"id {name!r} was used on an earlier line")
+        ids.add(name)
+    return entry
+
+
+def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]]:
+    """What to make, checked, before any weight is read; and the problems of single lines of a prompts file."""
+    family, problems = repository.family, []
+    field, names = FIELDS[family.subject], options.names(family.settings)
+    _check_fields(config, field)
+    common = {name: config.get(name) for name in names}
+    clip = family.clip(repository.models, repository.settings(**common))
+    image = _picture(config, clip)
     if config.prompts is not None:
-        entries, problems = read_prompts(config.prompts)
+        entries, problems = read_subjects(config.prompts, repository)
     else:
-        prompts = config.prompt if isinstance(config.prompt, tuple | list) else (config.prompt,)
-        entries = [{"prompt": check_prompt(prompt)} for prompt in prompts]
-        if not entries:
-            raise UsageError("prompt is an empty tuple; give at least one.")
+        given = config[field]
+        given = list(given) if isinstance(given, tuple | list) else given
+        entries = [{field: one} for one in check_subjects(repository, **{family.subject: given})]
     first = peers.gather(check_seed(config.seed))[0]  # of several processes each would draw its own
     jobs = []
     for i, entry in enumerate(entries):
         try:
             seed = check_seed(entry["seed"]) if entry.get("seed") is not None else (first + i) % 2**32
-            own = {name: entry[name] for name in FIELDS if entry.get(name) is not None}
-            stem = entry.get("id") or f"{slug(entry['prompt'])}_seed{seed}"
-            given = config.seed is not None or entry.get("seed") is not None
-            jobs.append(Job(entry["prompt"], seed, resolve(**common | own), stem, given))
+            own = {name: entry[name] for name in names if entry.get(name) is not None}
+            subject = family.check_subject(repository.models, entry[field])
+            stem = entry.get("id") or f"{slug(subject)}_seed{seed}"
+            asked = config.seed is not None or entry.get("seed") is not None
+            chosen = family.clip(repository.models, repository.settings(**common | own)) if own else clip
+            jobs.append(make_job(repository, subject, seed, chosen, stem, image, seed_given=asked))
         except UsageError as error:
+            if "line" not in entry:
+                raise
             problems.append(f"{config.prompts} line {entry['line']}: {str(error).splitlines()[0]}")
     return jobs, problems
 
 
-def slug(prompt: str) -> str:
-    """A prompt as a part of a file's name."""
-    return re.sub(r"\W+", "-", prompt.lower())[:48].strip("-_") or "video"
+def make_job(repository: Repository, subject: Any, seed: int, clip: Clip, stem: str, image: Any, **more: Any) -> Job:
+    """A job and the arrays of its request."""
+    request = make_request(repository.family, (subject,), image=image)
+    return Job(subject, seed, clip, repository.family.inputs(repository.models, clip, request), stem, image, **more)
 
 
-def facts(job: Job, precision: str, digest: str) -> dict[str, Any]:
+def _check_fields(config: Any, field: str) -> None:
+    """Raises UsageError unless the config names subjects of the model's kind, in one way."""
+    other = next((name for name in FIELDS.values() if name != field and config.get(name) is not None), None)
+    if other is not None:
+        raise UsageError(f"{other} is given, and this model takes {field}.")
+    if (config.get(field) is None) == (config.prompts is None):
+        raise UsageError(f'give either --config.{field}="..." or --config.prompts=FILE.')
+
+
+def _picture(config: Any, clip: Clip) -> Any:
+    """The pixels uint8 [Y,X,3] of the field `image`, None where it is empty."""
+    path = config.get("image")
+    return None if path is None else videos.read_picture(path, *clip.frames[1:])
+
+
+def slug(text: Any) -> str:
+    """A prompt, or the name of a class, as a part of a file's name."""
+    return re.sub(r"\W+", "-", str(text).lower())[:48].strip("-_") or "video"
+
+
+def facts(job: Job, repository: Repository, precision: str) -> dict[str, Any]:
     """What decides a clip, as JSON values: two runs with equal facts make the same one (on CPU, bit for bit)."""
-    settings = {k: v for k, v in dataclasses.asdict(job.settings).items() if k != "fps"}
-    return {"prompt": job.prompt, "seed": job.seed, **settings, "precision": precision, "checkpoint_digest": digest}
+    family = repository.family
+    subject = family.describe(repository.models, job.subject)
+    image = {} if job.image is None else {"image": hashlib.sha256(job.image.tobytes()).hexdigest()}
+    return {
+        **{name: subject[name] for name in family.facts},
+        "seed": job.seed,
+        **image,
+        **job.clip.facts(),
+        "precision": precision,
+        "checkpoint_digest": repository.digest,
+    }
 
 
-def without_done(jobs: Sequence[Job], output: Path, precision: str, digest: str) -> list[Job]:
+def without_done(jobs: Sequence[Job], output: Path, repository: Repository, precision: str) -> list[Job]:
     """The jobs that no record in `output` describes; each record stands for one of them."""
-    done = []
+    records = []
     for path in sorted(output.glob("*.json")):
         with contextlib.suppress(OSError, ValueError):
             record = json.loads(path.read_bytes())
             if isinstance(record, dict):
-                done.append(record)
+                records.append(record)
     left = []
     for job in jobs:
-        wanted = {k: v for k, v in facts(job, precision, digest).items() if k != "seed" or job.seed_given}
-        match = next((f for f in done if all(f.get(k) == v for k, v in wanted.items())), None)
+        asked = {k: v for k, v in facts(job, repository, precision).items() if k != "seed" or job.seed_given}
+        match = next((record for record in records if all(record.get(k) == v for k, v in asked.items())), None)
         if match is None:
             left.append(job)
         else:
-            done.remove(match)
+            records.remove(match)
     return left
 
 
-def resumed(
-    config: Any, state: run_state.RunState, given: Mapping[str, Any], digest: str, resolve: Callable[..., Settings]
-) -> Job:
+def resumed(config: Any, state: run_state.RunState, given: Mapping[str, Any], repository: Repository) -> Job:
     """The job that `state` is half of; refuses what differs from it."""
-    folder, saved = config.resume, state.facts
-    now: dict[str, Any] = {"checkpoint_digest": digest}
+    folder, saved, family = config.resume, state.facts, repository.family
+    now: dict[str, Any] = {"checkpoint_digest": repository.digest}
     for name, value in given.items():
         if name in saved and value is not None:
             now[name] = float(value) if isinstance(saved[name], float) else value
     run_state.check_same(saved, now, folder)
     try:
-        settings = resolve(**{k: saved[k] for k in FIELDS if k in saved}, fps=config.fps)
+        settings = {name: saved[name] for name in options.names(family.settings) if name in saved}
+        clip = family.clip(repository.models, repository.settings(**settings, fps=config.get("fps")))
+        image = _picture(config, clip)
+        if image is not None or "image" in saved:
+            digest = None if image is None else hashlib.sha256(image.tobytes()).hexdigest()
+            run_state.check_same({"image": saved.get("image")}, {"image": digest}, folder)
         stem = Path(folder).resolve().name.removesuffix(".state")
-        return Job(saved["prompt"], saved["seed"], settings, stem, state=state)
+        subject = family.check_subject(repository.models, saved[family.facts[0]])
+        return make_job(repository, subject, saved["seed"], clip, stem, image, state=state)
     except (KeyError, UsageError) as error:
         raise CheckpointError(f"{folder}: the state does not describe a run of this model: {error}") from None
 
 
-def check_attention(jobs: Sequence[Job], configs: Configs, dtypes: str, mesh: MeshShape | None) -> None:
+def check_attention(context: Context, jobs: Sequence[Job]) -> None:
     """Raises UsageError if an implementation that was asked for cannot compute a job, or not on this machine."""
     for job in jobs:
         try:
-            chosen = attention(job.settings, configs, dtypes, 512, mesh)["self"]
-            sparse = not isinstance(read_pattern(job.settings.pattern), Dense)
-            if sparse and (reason := block_sparse.IMPLEMENTATIONS[chosen].unavailable()):
-                raise NotImplementedError(f"block-sparse attention implementation {chosen!r}: {reason}")
+            for segment, choices in zip(job.clip.segments, attention(context, job.clip), strict=True):
+                if "self" in choices and (reason := segment.pattern.unavailable(choices["self"])):
+                    raise NotImplementedError(reason)
         except NotImplementedError as error:
             raise UsageError(f"{error}.\nLeave --config.attention out to take the best that can.") from None
 
 
-def choose_mesh(jobs: Sequence[Job], configs: Configs, dtypes: str, mesh: Any) -> MeshShape | None:
+def attention(context: Context, clip: Clip, inputs: Any = None) -> list[Mapping[str, str]]:
+    """The implementation of each kind of attention that a clip takes, for each segment."""
+    family, rows = context.family, [x.shape[-1] for x in jax.tree.leaves(inputs) if x.ndim == 2]
+    dtype = jnp.dtype(context.precision.transformer)
+    return [
+        family.attention(context.models, clip, context.forward(clip, segment), dtype, max(rows, default=512))
+        for segment in clip.segments
+    ]
+
+
+def choose_mesh(jobs: Sequence[Job], repository: Repository, dtypes: Precision, mesh: Any) -> MeshShape | None:
     """The mesh that a config names or, for "auto", the smallest that the largest job fits; None for one device.
 
     Raises:
-        UsageError: it cannot be, not on this machine, or not for one of the jobs.
+        UsageError: invalid, not on this machine, or not for one of the jobs.
         ResourceError: "auto", and none fits.
     """
     shape = sharding.read_mesh(mesh)
@@ -186,27 +251,12 @@ def choose_mesh(jobs: Sequence[Job], configs: Configs, dtypes: str, mesh: Any) -
         )
     if shape is None or not jobs:
         return None
+    context = Context(repository.family, repository.models, dtypes)
     if isinstance(shape, str):  # "auto"
-        largest = max((job.settings for job in jobs), key=lambda settings: plan.token_count(configs, settings))
-        shape, sentence = plan.smallest_mesh(configs, largest, precision.choose(dtypes))
+        largest = max((job.clip for job in jobs), key=lambda clip: clip.tokens)
+        shape, sentence = plan.smallest_mesh(context, largest)
         say(sentence)
     for job in jobs:
-        sharding.check_mesh(shape, pipeline.mesh_sizes(configs, job.settings, 1, shape), jax.device_count())
+        sizes = repository.family.mesh_sizes(repository.models, job.clip, 1, shape)
+        sharding.check_mesh(shape, sizes, jax.device_count())
     return shape
-
-
-def attention(
-    settings: Settings, configs: Configs, dtypes: str, rows: int, mesh: MeshShape | None = None
-) -> dict[str, str]:
-    """The implementation of self- and cross-attention that a job takes; `rows` of text."""
-    dtype = jnp.dtype(precision.choose(dtypes).transformer)
-    grid = latent_shape(configs, settings)[:3]
-    return wan.attention_choice(
-        configs.transformer,
-        grid,
-        pattern=read_pattern(settings.pattern),
-        text_rows=rows,
-        dtype=dtype,
-        implementation=settings.attention,
-        ring=mesh is not None and pipeline.mesh_sizes(configs, settings, 1, mesh).ring(mesh) > 1,
-    )

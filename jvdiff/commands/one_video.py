@@ -10,7 +10,6 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,12 +20,14 @@ import numpy as np
 
 from jvdiff import pipeline
 from jvdiff.commands import command_line
+from jvdiff.commands.arguments import Request
 from jvdiff.commands.command_line import say
 from jvdiff.commands.jobs import Job, attention, facts
+from jvdiff.diffusion import Solver, samplers
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, ResourceError, SetupError
 from jvdiff.media import video as videos
+from jvdiff.models.family import Clip
 from jvdiff.pipeline import Pipeline
-from jvdiff.pipeline.settings import latent_shape
 from jvdiff.runtime import peers, progress, run_state
 from jvdiff.runtime.files import atomic, claim
 from jvdiff.streaming import StreamInferencePipeline
@@ -45,132 +46,175 @@ class _Stop(Exception):
     """Ctrl-C while decoding; the latents are complete."""
 
 
-def make(
-    pipe: Pipeline,
-    job: Job,
-    config: Any,
-    file: str,
-    output: Path,
-    asked_to_stop: Callable[[], bool],
-    compiled: set,
-    seconds: dict,
-) -> list[Path]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Maker:
+    """What all videos of a run share.
+
+    pipe: models and weights
+    config, request: what was asked for
+    output: folder of the files
+    asked_to_stop: whether Ctrl-C was pressed
+    compiled: keys of the programs that were compiled ahead
+    """
+
+    pipe: Pipeline
+    config: Any
+    request: Request
+    output: Path
+    asked_to_stop: Callable[[], bool]
+    compiled: set[Any] = dataclasses.field(default_factory=set)
+
+    def command(self, kept: Path) -> str:
+        """The command that goes on from a saved state."""
+        return self.request.command(
+            checkpoint=self.config.checkpoint,
+            output=self.config.output,
+            resume=kept,
+            **dict.fromkeys(_OF_ONE_RUN),
+        )
+
+
+# Fields that a state holds itself, or that were about the run that it stopped.
+_OF_ONE_RUN = ("prompt", "prompts", "class_label", "seed", "stop_at")
+
+
+@dataclasses.dataclass(eq=False)
+class _Making:
+    """One job under way.
+
+    base: path of its files without suffix
+    done: steps that are computed
+    seconds: how long each phase took
+    """
+
+    maker: Maker
+    job: Job
+    base: Path
+    solver: Solver
+    done: int
+    seconds: dict[str, float]
+
+    @property
+    def clip(self) -> Clip:
+        return self.job.clip
+
+    @property
+    def steps(self) -> int:
+        return len(self.solver)
+
+    @property
+    def last(self) -> int:
+        """The step after which this run stops."""
+        return max(self.done, min(self.steps, self.maker.config.stop_at or self.steps))
+
+    def save(self, state: Any) -> Path:
+        """Saves the solver's state and returns the folder."""
+        pipe, kept = self.maker.pipe, Path(f"{self.base}.state")
+        arrays = {name: np.asarray(array) for name, array in zip(state._fields, state, strict=True)}
+        if not peers.writes():
+            return kept
+        told = facts(self.job, pipe.repository, pipe.precision.name) | {"versions": versions()}
+        return run_state.save(kept, run_state.RunState(told, self.done, arrays))
+
+    def interrupted(self, state: Any) -> Interrupted:
+        """The error that ends a run that Ctrl-C stopped, its state saved."""
+        command = self.maker.command(self.save(state))
+        return Interrupted(f"interrupted after step {self.done} of {self.steps}; go on with:\n  {command}")
+
+
+def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
     """Makes one video and returns [its path], or [the state's folder] where stop_at ended it.
 
     Of several processes all compute and process 0 writes; what the others return has no number for a taken name.
     """
-    settings, done = job.settings, job.state.done if job.state else 0
-    last = min(settings.steps, config.stop_at or settings.steps)
-    say(f"prompt: {job.prompt}   seed: {job.seed}")
-    notice = video_writer(settings)
+    pipe = maker.pipe
+    say(f"{_told(pipe, job)}   seed: {job.seed}")
+    notice = video_writer(job.clip.settings)
     claimed = claim if peers.writes() else lambda folder, stem: contextlib.nullcontext(folder / stem)
-    with claimed(output, job.stem) as base:
-        against = settings.negative_prompt if settings.guidance != 1 else None
-        texts = [job.prompt] + ([] if against is None else [against])
-        rows = pipeline.tokenize(pipe.tokenizer, texts)[0].shape[1]
-        if (settings, rows) not in compiled:
-            with progress.phase("compiling", seconds, "compile"), stage("compile"):
-                for name, program in pipeline.traced(pipe.configs, settings, pipe.params, rows, pipe.placement):
-                    if name.startswith("decode") and last < settings.steps:
-                        break
-                    program.lower().compile()
-            compiled.add((settings, rows))
+    with claimed(maker.output, job.stem) as base:
+        done = job.state.done if job.state else 0
+        making = _Making(maker, job, base, job.clip.sampler.make(), done, seconds)
+        _compile(making)
         with progress.phase("text", seconds, "text"), stage("text"):
-            text, negative = pipeline.encode_prompts(pipe, [job.prompt], against)
-        state = _begin(pipe, job)
-        preview = _preview(pipe) if config.preview_every or last < settings.steps else None
-
-        def save(state: Any, done: int) -> Path:
-            arrays = {name: np.asarray(array) for name, array in zip(state._fields, state, strict=True)}
-            kept = facts(job, pipe.precision.name, pipe.digest) | {"versions": versions()}
-            if not peers.writes():
-                return Path(f"{base}.state")
-            return run_state.save(Path(f"{base}.state"), run_state.RunState(kept, done, arrays))
-
-        def after_step(now: int, state: Any) -> bool:
-            nonlocal done
-            done = now
-            show(now)
-            wanted = config.preview_every and now % config.preview_every == 0
-            if preview and (wanted or now == last):
-                preview(state, Path(f"{base}.preview.png"))
-            return asked_to_stop()
-
-        with (
-            _rescued_latents(base),
-            progress.timed(seconds, "denoise"),
-            stage("denoise"),
-            progress.bar("denoise", settings.steps, start=done) as show,
-        ):
-            if not asked_to_stop():
-                state = pipeline.denoise(
-                    pipe, settings, state, text, negative, start=done, stop=max(done, last), callback=after_step
-                )
-        if asked_to_stop():
-            raise _interrupted(save(state, done), config, file, done, settings.steps)
-        if done < settings.steps:
-            kept = save(state, done)
-            command = _resume_command(kept, config, file)
-            say(f"stopped after step {done} of {settings.steps}; finish it with:\n  {command}")
+            conditions = pipeline.encode(pipe.context, job.clip, job.inputs, pipe.run)
+        state = _denoise(making, conditions, _begin(making))
+        if maker.asked_to_stop():
+            raise making.interrupted(state)
+        if making.done < making.steps:
+            kept = making.save(state)
+            command = maker.command(kept)
+            say(f"stopped after step {making.done} of {making.steps}; finish it with:\n  {command}")
             return [kept]
-
-        latents = np.array(state.x)
-        frames = latent_shape(pipe.configs, settings)[0]
-
-        def after_frame(now: int) -> None:
-            show(now)
-            if asked_to_stop():
-                raise _Stop
-
-        try:
-            with (
-                _rescued_latents(base),
-                progress.timed(seconds, "decode"),
-                progress.bar("decode", frames) as show,
-                stage("decode"),
-            ):
-                video = pipeline.decode(pipe, latents, callback=after_frame)[0]
-        except _Stop:
-            raise _interrupted(save(state, done), config, file, done, settings.steps) from None
-        except ResourceError as error:
-            kept = save(state, done)
-            raise ResourceError(f"{error}\nAll steps are done; resume with --config.resume={kept}") from error
-        record = facts(job, pipe.precision.name, pipe.digest) | {
-            "fps": settings.fps,
-            "checkpoint": pipe.path,
-            "dtypes": dataclasses.asdict(pipe.precision),
-            "sigmas": [float(s) for s in pipeline.schedule(settings).sigmas],
-            "attention_chosen": attention(
-                settings, pipe.configs, pipe.precision.name, rows, pipe.placement and pipe.placement.shape
-            ),
-            "device": device(pipe),
-            "versions": versions(),
-            "resumed_at_step": job.state.done if job.state else None,
-            "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        }
-        return [write_files(base, video, latents[0], record, config.save_arrays, notice)]
+        latents = np.array(pipe.family.finish(job.clip, job.inputs, conditions, state.x))
+        video = _decode(making, state, latents)
+        return [write_files(base, video, latents[0], _record(making), maker.config.save_arrays, notice)]
 
 
-def _begin(pipe: Pipeline, job: Job) -> Any:
+def _told(pipe: Pipeline, job: Job) -> str:
+    """What a clip shows, as the person at the terminal reads it: a class by its name and number."""
+    subject = pipe.family.describe(pipe.models, job.subject)
+    return "   ".join(f"{name.replace('_', ' ')}: {value}" for name, value in subject.items())
+
+
+def _compile(making: _Making) -> None:
+    """Compiles what the clip runs and no clip before it did."""
+    maker, clip = making.maker, making.clip
+    pipe, whole = maker.pipe, making.last >= making.steps
+    with progress.phase("compiling", making.seconds, "compile"), stage("compile"):
+        calls = pipeline.trace(pipe.context, pipe.weights, clip, making.job.inputs, None if whole else making.last)
+        for call in calls:
+            if call.key not in maker.compiled:
+                call.traced.lower().compile()
+                maker.compiled.add(call.key)
+
+
+def _begin(making: _Making) -> Any:
     """The solver's state: from the seed, or as it was saved."""
-    shape = latent_shape(pipe.configs, job.settings)
-    state = pipeline.solver(job.settings).init(pipeline.initial_noise([job.seed], shape))
+    job, clip = making.job, making.clip
+    state = pipeline.begin(clip, making.solver, pipeline.initial_noise([job.seed], clip.latents), [job.seed])
     if job.state is None:
         return state
     arrays = job.state.arrays
-    fits = set(arrays) == set(state._fields) and all(a.shape == (1, *shape) for a in arrays.values())
-    if not fits or not 0 <= job.state.done <= job.settings.steps:
-        raise CheckpointError(
-            f"the saved state has {', '.join(f'{k} {list(v.shape)}' for k, v in arrays.items())} after step "
-            f"{job.state.done};\nthis run needs {', '.join(state._fields)}, each {[1, *shape]}."
-        )
+    expected = {name: (x.shape, x.dtype) for name, x in state._asdict().items()}
+    if {n: (x.shape, x.dtype) for n, x in arrays.items()} != expected or not 0 <= making.done <= making.steps:
+        found = ", ".join(f"{name} {list(x.shape)}" for name, x in arrays.items())
+        shapes = ", ".join(f"{name} {list(shape)}" for name, (shape, _) in expected.items())
+        raise CheckpointError(f"the saved state has {found} after step {making.done};\nthis run needs {shapes}.")
     return type(state)(**arrays)
 
 
-def _preview(pipe: Pipeline) -> Callable[[Any, Path], None]:
+def _denoise(making: _Making, conditions: Any, state: Any) -> Any:
+    """Takes the state to the run's last step, or to where Ctrl-C was pressed."""
+    maker, clip = making.maker, making.clip
+    pipe, every = maker.pipe, maker.config.preview_every
+    preview = _preview(pipe, clip) if every or making.last < making.steps else None
+
+    def after_step(now: int, state: Any) -> bool:
+        making.done = now
+        show(now)
+        if preview and ((every and now % every == 0) or now == making.last):
+            preview(state, Path(f"{making.base}.preview.png"))
+        return maker.asked_to_stop()
+
+    last = making.last
+    with (
+        _rescued_latents(making.base),
+        progress.timed(making.seconds, "denoise"),
+        stage("denoise"),
+        progress.bar("denoise", making.steps, start=making.done) as show,
+    ):
+        if maker.asked_to_stop():
+            return state
+        return pipeline.denoise(
+            pipe.context, clip, conditions, state, making.solver, pipe.run,
+            start=making.done, stop=last, callback=after_step,
+        )  # fmt: skip
+
+
+def _preview(pipe: Pipeline, clip: Clip) -> Callable[[Any, Path], None]:
     """save(state, path): a strip with one rough picture for each latent frame, as clean as the solver believes it."""
-    decode = pipeline.first_frames(pipe.configs.vae, pipe.placement)
-    factors = videos.fit_preview(lambda latents: decode(pipe.params["vae"], latents), pipe.configs.vae.z_dim)
+    first = pipe.family.preview(pipe.models, pipe.context.forward(clip))
+    factors = videos.fit_preview(lambda latents: pipe.run(first, latents), clip.latents[-1])
 
     def save(state: Any, path: Path) -> None:
         latents = np.asarray(getattr(state, "clean_1", state.x))[0]
@@ -178,6 +222,50 @@ def _preview(pipe: Pipeline) -> Callable[[Any, Path], None]:
             videos.write_png(path, videos.latent_preview(latents, *factors))
 
     return save
+
+
+def _decode(making: _Making, state: Any, latents: np.ndarray) -> np.ndarray:
+    """The video uint8 [F,Y,X,3]; where it is stopped or memory is not enough, the state is saved."""
+    maker, pipe = making.maker, making.maker.pipe
+
+    def after_frame(now: int) -> None:
+        show(now)
+        if maker.asked_to_stop():
+            raise _Stop
+
+    try:
+        with (
+            _rescued_latents(making.base),
+            progress.timed(making.seconds, "decode"),
+            progress.bar("decode", making.clip.latents[0]) as show,
+            stage("decode"),
+        ):
+            return pipeline.decode(pipe.context, making.clip, latents, pipe.run, callback=after_frame)[0]
+    except _Stop:
+        raise making.interrupted(state) from None
+    except ResourceError as error:
+        raise ResourceError(f"{error}\nAll steps are done; resume with --config.resume={making.save(state)}") from error
+
+
+def _record(making: _Making) -> dict[str, Any]:
+    """Everything that decided the clip, and how it was made."""
+    pipe, job = making.maker.pipe, making.job
+    chosen = attention(pipe.context, job.clip, job.inputs)
+    return (
+        facts(job, pipe.repository, pipe.precision.name)
+        | pipe.family.describe(pipe.models, job.subject)
+        | {
+            "fps": job.clip.settings.fps,
+            "checkpoint": str(pipe.repository.path),
+            "dtypes": dataclasses.asdict(pipe.precision),
+            "sigmas": samplers.sigmas(making.solver),
+            "attention_chosen": chosen[0] if len(chosen) == 1 else chosen,
+            "device": device(pipe),
+            "versions": versions(),
+            "resumed_at_step": job.state.done if job.state else None,
+            "seconds": {name: round(value, 3) for name, value in making.seconds.items()},
+        }
+    )
 
 
 @contextlib.contextmanager
@@ -192,18 +280,6 @@ def _rescued_latents(base: Path) -> Iterator[None]:
                 np.savez(file, latents=error.latents, step=error.step)  # type: ignore[attr-defined]
             raise NumericsError(f"{error}\nThe last good latents are in {path}; no video was written.") from error
         raise
-
-
-def _interrupted(kept: Path, config: Any, file: str, done: int, steps: int) -> Interrupted:
-    return Interrupted(
-        f"interrupted after step {done} of {steps}; go on with:\n  {_resume_command(kept, config, file)}"
-    )
-
-
-def _resume_command(kept: Path, config: Any, file: str) -> str:
-    words = ["python", "-m", "jvdiff.sample", "--config", file]
-    words += [f"--config.checkpoint={config.checkpoint}", f"--config.output={config.output}", f"--config.resume={kept}"]
-    return shlex.join(words)
 
 
 def video_writer(settings: Any) -> str | None:

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command_line.main(
         [program, *words, "--plan"],
         lambda argv: sample.parse(argv, COMMAND),
-        lambda request: sample.run(*request[:3]),
+        sample.run,
         "output",
     )
 

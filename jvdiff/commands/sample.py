@@ -2,10 +2,10 @@
 
     jvdiff sample --config digits --prompt="a red seven moving left" --output=out
 
-Every field is declared in `options` and listed by --help; the config of a training makes clips of its classes instead
-(`sample_classes`). For each video the output folder gets NAME.mp4, NAME.png (a
-contact sheet), NAME.json (the record of the run, written last: where it is, the video is complete) and, with
-save_arrays, NAME.npz. An interrupted run leaves NAME.state, to be given to --resume.
+Every field is declared in `options` and listed by --help; the config of a training samples what it makes. For each
+video the output folder gets NAME.mp4, NAME.png (a contact sheet), NAME.json (the record of the run, written last: where
+it is, the video is complete) and, with save_arrays, NAME.npz. An interrupted run leaves NAME.state, to be given to
+--resume.
 
 Exit status: 0 done, or stopped at stop_at · 2 usage · 3 checkpoint or data, or some lines of a prompts file failed ·
 4 memory or disk · 5 interrupted, resumable · 6 NaN or infinity · 7 set-up · 1 anything else.
@@ -14,7 +14,6 @@ Exit status: 0 done, or stopped at stop_at · 2 usage · 3 checkpoint or data, o
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,13 +23,14 @@ from ml_collections import config_dict
 
 from jvdiff import config as configs
 from jvdiff import models
-from jvdiff.commands import arguments, command_line, options, sample_classes
+from jvdiff.commands import arguments, command_line, options
 from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.commands.command_line import say
 from jvdiff.config import Option
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, ResourceError, UsageError
 from jvdiff.runtime import peers, progress
 from jvdiff.runtime.interrupts import interrupts
+from jvdiff.weights import locate
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -45,7 +45,7 @@ def default_config() -> config_dict.ConfigDict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status; errors are sentences on stderr."""
-    return command_line.main(argv, parse, lambda request: run(*request[:3]), "output")
+    return command_line.main(argv, parse, run, "output")
 
 
 def parse(argv: Sequence[str], command: Command | None = None) -> Request:
@@ -81,8 +81,13 @@ def of_training(training: Any, config: Any) -> Any:
 def sections(config: Any, flags: Mapping[str, str]) -> list[Section]:
     """The fields of a sampling run, those of the checkpoint's family where it can be read, else those of all."""
     path = flags.get("checkpoint") or (config.get("checkpoint") if config else None)
-    folder, families = Path(configs.checkpoint(path or "")), models.settings()
+    folder, families = Path(path or ""), models.settings()
     if path is not None:
+        with contextlib.suppress(JvdiffError, OSError):
+            folder = locate(path, download=False)
+    if name := flags.get("family"):
+        families = {name: models.named(name).settings}
+    elif path is not None:
         with contextlib.suppress(JvdiffError, OSError):
             families = models.settings(folder)
     listed = [_section(group) for group in options.BEFORE]
@@ -128,15 +133,12 @@ COMMAND = Command(
 # --------------------------------------------------------------------------------------------------------------- run
 
 
-def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG") -> list[Path]:
+def run(request: Request) -> list[Path]:
     """Makes every video that the config asks for and returns their paths.
 
-    given: the fields that were set on purpose; on resuming, the state's own values hold, and one of these that differs
-    is an error. file: the config's, for the command that resumes.
+    On resuming, the state's own values hold, and a field that was given on purpose and differs is an error.
     """
-    given = dict(given or {})
-    if config.get("task") == sample_classes.TASK:
-        return sample_classes.run(config)
+    config = _sampling(request.config)
     if config.plan:
         from jvdiff import plan  # before jax: it may have to be kept from looking for GPUs
 
@@ -144,62 +146,87 @@ def run(config: Any, given: Mapping[str, Any] | None = None, file: str = "CONFIG
         return []
     from jvdiff import pipeline, precision
     from jvdiff.commands import jobs, one_video
-    from jvdiff.models.text import tokenizer
-    from jvdiff.pipeline import repository as repositories
-    from jvdiff.pipeline import settings
     from jvdiff.runtime import run_state
 
     if config.checkpoint is None:
         raise UsageError("no checkpoint; give --checkpoint=FOLDER.")
     _check_numbers(config)
     output = command_line.writable(config.output, "output")
-    repository = repositories.inspect(config.checkpoint, causal=False)
-    configs = settings.Configs(repository.transformer, repository.vae, repository.text_encoder)
-    defaults = settings.read_defaults(config.checkpoint)
-    resolve = functools.partial(settings.resolve, configs, repository.scheduler, defaults)
-
+    repository = pipeline.inspect(locate(config.checkpoint, tell=say), at_once=True, family=models.named(config.family))
     problems: list[str] = []
     if config.resume is not None:
         state = run_state.load(config.resume)
-        wanted, dtypes = [jobs.resumed(config, state, given, repository.digest, resolve)], state.facts["precision"]
+        wanted = [jobs.resumed(config, state, request.given, repository)]
+        dtypes = precision.choose(state.facts["precision"])
     else:
-        dtypes = precision.choose(config.precision).name
-        wanted, problems = jobs.make_jobs(config, resolve)
+        dtypes = precision.choose(config.precision)
+        wanted, problems = jobs.make_jobs(config, repository)
         if config.prompts is not None:
-            asked, left = len(wanted), set(map(id, jobs.without_done(wanted, output, dtypes, repository.digest)))
-            numbers = peers.gather([i for i, job in enumerate(wanted) if id(job) in left])[0]  # it sees its files
-            wanted = [wanted[i] for i in numbers]
-            if len(wanted) < asked:
-                say(f"{asked - len(wanted)} of {asked} videos are already in {output}")
+            wanted = _left(wanted, output, repository, dtypes.name)
     for problem in problems:
         say(f"error: {problem}")
-    peers.agree("what to make, of which weights", [jobs.facts(job, dtypes, repository.digest) for job in wanted])
-    mesh = jobs.choose_mesh(wanted, configs, dtypes, config.mesh)
-    jobs.check_attention(wanted, configs, dtypes, mesh)
-    prompts = [job.prompt for job in wanted] or [""]
-    pipeline.tokenize(tokenizer.load(repository.tokenizer), prompts)  # warns of long ones
+    peers.agree("what to make, of which weights", [jobs.facts(job, repository, dtypes.name) for job in wanted])
+    mesh = jobs.choose_mesh(wanted, repository, dtypes, config.mesh)
+    context = pipeline.Context(repository.family, repository.models, dtypes, pipeline.place(mesh))
+    jobs.check_attention(context, wanted)
+    if not wanted:
+        return _summed(problems, [])
+
+    with interrupts() as asked_to_stop:
+        seconds: dict[str, float] = {}
+        command_line.compile_cache(config.compile_cache)
+        command_line.say_device(pipeline.abstract_params(repository.family, repository.models, dtypes), mesh)
+        with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_video.stage("load"):
+            pipe = pipeline.load(repository, dtypes.name, mesh)
+        maker = one_video.Maker(pipe, config, request, output, asked_to_stop)
+        return _summed(problems, _made(maker, wanted, problems, seconds))
+
+
+def _made(maker: Any, wanted: Sequence[Any], problems: list[str], seconds: Mapping[str, float]) -> list[Path]:
+    """The videos of the jobs, one after another; of several, one that fails joins the problems."""
+    from jvdiff.commands import one_video
 
     paths: list[Path] = []
-    if wanted:
-        with interrupts() as asked_to_stop:
-            seconds: dict[str, float] = {}
-            command_line.compile_cache(config.compile_cache)
-            command_line.say_device(configs.transformer.width, mesh)
-            with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_video.stage("load"):
-                pipe = pipeline.load(config.checkpoint, dtypes, mesh)
-            compiled: set[Any] = set()
-            for number, job in enumerate(wanted, 1):
-                if len(wanted) > 1:
-                    say(f"video {number} of {len(wanted)}")
-                try:
-                    paths += one_video.make(pipe, job, config, file, output, asked_to_stop, compiled, dict(seconds))
-                except (ResourceError, Interrupted):
-                    raise
-                except JvdiffError as error:
-                    if len(wanted) + len(problems) == 1 or peers.several():  # where others wait for this one
-                        raise
-                    problems.append(f"{job.stem}: {error}")
-                    say(f"error: {problems[-1]}")
+    for number, job in enumerate(wanted, 1):
+        if len(wanted) > 1:
+            say(f"video {number} of {len(wanted)}")
+        try:
+            paths += one_video.make(maker, job, dict(seconds))
+        except (ResourceError, Interrupted):
+            raise
+        except JvdiffError as error:
+            if len(wanted) + len(problems) == 1 or peers.several():  # where others wait for this one
+                raise
+            problems.append(f"{job.stem}: {error}")
+            say(f"error: {problems[-1]}")
+    return paths
+
+
+def _sampling(config: Any) -> Any:
+    """A sampling config; of a training's, the fields that sampling has too, and the repository that it makes."""
+    if "task" not in config:
+        return config
+    sampling = default_config()
+    with sampling.ignore_type():
+        sampling.update({name: config[name] for name in sampling if name in config})
+    if sampling.checkpoint is None:
+        sampling.checkpoint = str(Path(config.folder) / "repository")
+    return sampling
+
+
+def _left(wanted: list[Any], output: Path, repository: Any, precision: str) -> list[Any]:
+    """The jobs without those whose records are in the output folder, as process 0 sees it."""
+    from jvdiff.commands import jobs
+
+    left = set(map(id, jobs.without_done(wanted, output, repository, precision)))
+    numbers = peers.gather([i for i, job in enumerate(wanted) if id(job) in left])[0]
+    if len(numbers) < len(wanted):
+        say(f"{len(wanted) - len(numbers)} of {len(wanted)} videos are already in {output}")
+    return [wanted[i] for i in numbers]
+
+
+def _summed(problems: Sequence[str], paths: list[Path]) -> list[Path]:
+    """The paths, or CheckpointError where some lines of a prompts file were not made."""
     if problems:
         asked = len(problems) + len(paths)
         raise CheckpointError("\n".join([f"{len(problems)} of {asked} videos were not made:", *problems[:4]]))

@@ -64,13 +64,14 @@ def lines(config: Any, each: bool = False) -> Iterator[str]:
     if not isinstance(shape, MeshShape):
         found = "missing" if shape is None else repr(shape)
         raise UsageError(f"mesh is {found}; name its axes, for instance --mesh=fsdp=2,sequence=4.")
-    configs, settings, dtypes = plan.resolved(config)
-    check_mesh(shape, pipeline.mesh_sizes(configs, settings, 1, shape), shape.devices)
-    yield f"mesh: {shape}, {shape.devices} devices   precision: {dtypes.name}"
+    context, clip = plan.resolved(config)
+    family = context.family
+    check_mesh(shape, family.mesh_sizes(context.models, clip, 1, shape), shape.devices)
+    yield f"mesh: {shape}, {shape.devices} devices   precision: {context.precision.name}"
     yield f"{'':<14}{'bytes of all':>18}{'of one device':>18}{'share':>8}"
     total = [0, 0]
-    for part, tree in pipeline.abstract_params(configs, dtypes).items():
-        rows = list(plan.leaves(tree, pipeline.RULES[part], shape))
+    for part, tree in pipeline.abstract_params(family, context.models, context.precision).items():
+        rows = list(plan.leaves(tree, family.parts[part].places, shape))
         sizes = [sum(leaf.size * leaf.dtype.itemsize for _, leaf, _, _ in rows), sum(size for *_, size in rows)]
         yield _line(part, *sizes)
         total = [a + b for a, b in zip(total, sizes, strict=True)]

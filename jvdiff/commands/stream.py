@@ -32,6 +32,7 @@ from jvdiff.commands.command_line import say
 from jvdiff.errors import CheckpointError, JvdiffError, UsageError
 from jvdiff.runtime import progress
 from jvdiff.runtime.interrupts import interrupts
+from jvdiff.weights import locate
 
 if TYPE_CHECKING:
     from jvdiff.commands.one_stream import Rollout
@@ -101,9 +102,8 @@ def run(request: Request, began: float | None = None) -> list[Path]:
     time.perf_counter() when the program began.
     """
     began, config, given = began or time.perf_counter(), request.config, request.given
-    from jvdiff import sharding, streaming
+    from jvdiff import pipeline, precision, sharding, streaming
     from jvdiff.commands import one_stream
-    from jvdiff.pipeline import repository as repositories
     from jvdiff.runtime import run_state
 
     if config.checkpoint is None:
@@ -118,7 +118,7 @@ def run(request: Request, began: float | None = None) -> list[Path]:
     if config.name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", config.name):
         raise UsageError(f"name is {config.name!r:.80}; expected up to 100 letters, digits, '-', '_' or '.'.")
     mesh = sharding.read_mesh(config.mesh)
-    repository = repositories.inspect(config.checkpoint, causal=True)
+    repository = pipeline.inspect(locate(config.checkpoint, tell=say), at_once=False)
     if config.resume is None:
         rollout = _new(config, repository)
     else:
@@ -133,11 +133,12 @@ def run(request: Request, began: float | None = None) -> list[Path]:
     with interrupts() as asked_to_stop:
         seconds: dict[str, float] = {}
         command_line.compile_cache(config.compile_cache)
-        command_line.say_device(repository.transformer.width, mesh)
+        abstract = pipeline.abstract_params(repository.family, repository.models, precision.choose(rollout.precision))
+        command_line.say_device(abstract, mesh)
         shown = "; ".join(f"{f'from chunk {i} ' if i else ''}{prompt}" for i, prompt in rollout.prompts.items())
         say(f"prompt: {shown}   seed: {rollout.seed}")
         with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_stream.stage("load"):
-            pipe = streaming.load(config.checkpoint, rollout.precision, mesh, rollout.config)
+            pipe = streaming.load(repository, rollout.precision, mesh, rollout.config)
         again = functools.partial(request.command, **dict.fromkeys(IN_STATE))
         return [one_stream.make(pipe, rollout, config, again, asked_to_stop, seconds, began)]
 
@@ -147,11 +148,12 @@ def _new(config: Any, repository: Any) -> Rollout:
     from jvdiff import precision, streaming
     from jvdiff.commands.jobs import slug
     from jvdiff.commands.one_stream import Rollout
-    from jvdiff.pipeline.settings import check_prompt, check_seed, read_defaults
+    from jvdiff.models.text.tokenizer import check_prompt
+    from jvdiff.pipeline.settings import check_seed
 
     prompts = {0: check_prompt(config.prompt)} | _schedule(config.then)
-    patch, defaults = config.pipeline or {}, read_defaults(config.checkpoint)
-    chosen = _override(streaming.config_of(config.checkpoint), patch, config.profile)
+    patch, defaults = config.pipeline or {}, repository.defaults
+    chosen = _override(streaming.config_of(repository), patch, config.profile)
     seed = config.seed
     if seed is None and "seed" in patch.get("diffusion_model", {}):
         seed = chosen.diffusion_model.seed
@@ -223,7 +225,7 @@ def _override(config: Any, patch: Mapping[str, Any], profile: bool) -> Any:
 
 def _schedule(then: Any) -> dict[int, str]:
     """The field `then` as {chunk: prompt}, in order."""
-    from jvdiff.pipeline.settings import check_prompt
+    from jvdiff.models.text.tokenizer import check_prompt
 
     try:
         schedule = {int(i): check_prompt(prompt, f"then.{i}") for i, prompt in dict(then or {}).items()}
@@ -274,19 +276,17 @@ def _check(rollout: Rollout, repository: Any, mesh: Any) -> None:
     """All that can be known to fail before weights are read."""
     import jax
 
-    from jvdiff import pipeline, sharding
+    from jvdiff import models, sharding
     from jvdiff.media import video as videos
-    from jvdiff.models import wan
-    from jvdiff.models.text import tokenizer as tokenizers
 
-    config = rollout.config
+    config, configs = rollout.config, repository.models.configs
     cfg, scheduler = config.diffusion_model.transformer, config.diffusion_model.scheduler
     if config.decoder is None:
         raise UsageError("pipeline.decoder is None; a video needs one. For latents use jvdiff.streaming in Python.")
     for name, found, weights in (
-        ("diffusion_model.transformer.network", cfg.network, repository.transformer),
-        ("diffusion_model.transformer.text_encoder", cfg.text_encoder, repository.text_encoder),
-        ("decoder.vae", config.decoder.vae, repository.vae),
+        ("diffusion_model.transformer.network", cfg.network, configs["transformer"]),
+        ("diffusion_model.transformer.text_encoder", cfg.text_encoder, configs["text_encoder"]),
+        ("decoder.vae", config.decoder.vae, configs["vae"]),
     ):
         if found != weights:
             raise UsageError(f"pipeline.{name} is not that of the weights; leave it as the repository has it.")
@@ -297,13 +297,13 @@ def _check(rollout: Rollout, repository: Any, mesh: Any) -> None:
     except ValueError as error:
         raise UsageError(f"pipeline.diffusion_model.scheduler: {error}") from None
     texts = [*rollout.prompts.values(), rollout.negative_prompt]
-    mask = pipeline.tokenize(tokenizers.load(repository.tokenizer), texts)[1]
-    for text, tokens in zip(texts, mask.sum(axis=1), strict=True):
+    net = models.rollout(cfg.network)
+    for text, tokens in zip(texts, net.token_counts(repository.models.files["tokenizer"], texts), strict=True):
         if tokens > cfg.text_rows:
             raise UsageError(f"the prompt {text!r:.60} has {tokens} tokens; text_rows is {cfg.text_rows}. Shorten it.")
     if isinstance(mesh, str):
         raise UsageError(f"mesh is {mesh!r}; name its axes here, for instance --mesh=sequence=4.")
     if mesh is not None:
         branches = 1 + cfg.guided
-        sizes = wan.mesh_sizes(cfg.network, (cfg.len_t, cfg.height, cfg.width), branches, cfg.span.pattern)
+        sizes = net.mesh_sizes(cfg.network, (cfg.len_t, cfg.height, cfg.width), branches, cfg.span.pattern)
         sharding.check_mesh(mesh, sizes, jax.device_count())

@@ -53,8 +53,6 @@ def parse(argv: Sequence[str]) -> Request:
         UsageError: a flag, field or value that is invalid, with the nearest name.
     """
     request = arguments.parse(COMMAND, argv)
-    if request.config.get("plan") and request.config.get("plan_target"):
-        plan.check_target(request.config.plan_target)  # before JAX is imported
     _check(request.config)
     for name in TRAINED:
         if isinstance(request.config.get(name), str):
@@ -69,6 +67,8 @@ def run(request: Request) -> list[Path]:
     if config.get("plan"):
         from jvdiff.plan import training
 
+        if config.get("plan_target"):
+            plan.check_target(config.plan_target)
         training.show(function(str(kind.programs)), config)
         return []
     from jvdiff.training import record

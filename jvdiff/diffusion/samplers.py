@@ -25,7 +25,7 @@ class FlowSampler:
     solver: "unipc" or "euler"
     steps: number of them
     shift: how much the noise levels lean towards noise
-    grid: "diffusers" or "wan"
+    grid: "diffusers" or "training"
     """
 
     solver: str

@@ -15,7 +15,7 @@ import numpy as np
 
 from jvdiff.errors import CheckpointError, UsageError
 
-GRIDS = ("diffusers", "wan")
+GRIDS = ("diffusers", "training")
 SOLVERS = ("unipc", "euler")
 
 
@@ -53,8 +53,9 @@ def make(
     grid "diffusers", solver "euler": diffusers' FlowMatchEulerDiscreteScheduler with its own grid. linspace from 1 to
         the *shifted* 1/train_steps, both ends kept, then shifted; timesteps are not truncated. (That the low end goes
         through the shift twice is diffusers' behaviour, reproduced on purpose; every other point does so once.)
-    grid "wan", either solver: the official Wan programs (FlowUniPCMultistepScheduler, built with shift 1 and shifted
-        in set_timesteps). linspace(1 - 1/train_steps, 0, steps + 1) without its end, shifted; timesteps truncated.
+    grid "training", either solver: the authors' programs of video models (FlowUniPCMultistepScheduler, built with
+        shift 1 and shifted in set_timesteps), which begin at the highest level of training.
+        linspace(1 - 1/train_steps, 0, steps + 1) without its end, shifted; timesteps truncated.
 
     Raises UsageError for steps < 1, a shift that is not a positive finite number, or an unknown name.
     """
@@ -65,7 +66,7 @@ def make(
     if solver not in SOLVERS:
         raise UsageError(f"solver must be one of {', '.join(SOLVERS)}; found {solver!r}")
 
-    if grid == "wan":
+    if grid == "training":
         # The official program keeps this end in float32; a little more than 0.999, it decides some truncations below.
         top = float(np.float32(1 - 1 / train_steps))
         sigmas = _shifted(np.linspace(top, 0, steps + 1)[:-1], shift)
@@ -159,7 +160,7 @@ def nearest_sigma(t: float, timesteps: np.ndarray, sigmas: np.ndarray) -> float:
     level t is, to a sampler that knows these entries only. timesteps [N], sigmas [N] or longer.
 
     Self-Forcing's samplers know the whole `training` table, UniPC's the steps of its own schedule: t = 128 at shift 5
-    is 0.129928 to the first, and 0.0925 to 50 steps of UniPC on the grid "wan".
+    is 0.129928 to the first, and 0.0925 to 50 steps of UniPC on the grid "training".
 
     Raises UsageError for a t that is not a finite number.
     """

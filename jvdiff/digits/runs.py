@@ -86,7 +86,7 @@ def train_text_to_video(config: ConfigDict, folder: Path) -> Path:
     """Trains the transformer and its text encoder on latents of moving digits, and writes a whole repository.
 
     `initial` is a repository, in either layout, whose transformer and text encoder are trained on; a gate that it lacks
-    starts at zero. `pattern` is that of `settings.read_pattern`; `sparsity_warmup` raises its sparsity from 0 in steps
+    starts at zero. `pattern`: see `jvdiff.kernels.patterns`; `sparsity_warmup` raises its sparsity from 0 in steps
     of `rate`, every `interval` training steps.
     """
     models, shape = _models(config), fields.mesh(config.loop)

@@ -7,70 +7,14 @@ FlashDreams counts them: what a chunk sees are `sink` + `window` frames, its own
 `local_attn_size` is the sum of both.)
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jvdiff.errors import UsageError
 from jvdiff.kernels import layout
 from jvdiff.kernels.block_sparse import block_sparse_attention
-
-
-@dataclass(frozen=True)
-class BlockCausal:
-    """The pattern of `block_causal_attention`, for the forward pass of a whole video.
-
-    chunk: frames that are made at once. window: frames of the moving past that a chunk sees, itself included; None:
-    all. sink: the first so many frames of the video stay visible for ever.
-    teacher_forcing: the frames are two copies of a video, one clean and one noisy: the noisy copy of a chunk sees
-    itself, and of all others the clean copy, which is what it sees when a video is made chunk by chunk.
-    """
-
-    chunk: int = 3
-    window: int | None = None
-    sink: int = 0
-    teacher_forcing: bool = False
-
-    def __post_init__(self):
-        window = self.chunk if self.window is None else self.window
-        whole = all(type(n) is int for n in (self.chunk, self.sink, window))
-        if not whole or self.chunk < 1 or self.sink < 0 or window < self.chunk:
-            raise UsageError(
-                f"{self}: expected whole numbers, chunk from 1, sink from 0, and a window of at least one chunk, which "
-                "counts as a part of it."
-            )
-
-    def frames(self, count: int) -> np.ndarray:
-        """int32 [T]: the place in the video of each of `count` frames of the forward pass.
-
-        Raises:
-            UsageError: chunks do not divide them, or there are not two copies.
-        """
-        copies = 1 + self.teacher_forcing
-        if count % (self.chunk * copies):
-            what = f"{copies} copies of a video" if copies > 1 else "a video"
-            raise UsageError(
-                f"{count} latent frames are not {what} in chunks of {self.chunk}; expected a multiple of "
-                f"{self.chunk * copies}."
-            )
-        return np.tile(np.arange(count // copies, dtype=np.int32), copies)
-
-    def visible(self, count: int) -> np.ndarray:
-        """bool [T,T]: whether the frame of a row sees the frame of a column, for `count` frames; see `frames`."""
-        frames = self.frames(count)
-        own = frames // self.chunk
-        seen = visible(frames, frames, self.chunk, self.window, self.sink)
-        if not self.teacher_forcing:
-            return seen
-        half = count // 2
-        same = own[:, None] == own[None]
-        seen[half:, :half] &= ~same[half:, :half]
-        seen[:half, half:] = False
-        seen[half:, half:] = same[half:, half:]
-        return seen
 
 
 def visible(queries: Any, keys: Any, chunk: int, window: int | None, sink: int) -> Any:
@@ -104,14 +48,24 @@ def block_causal_attention(
     if isinstance(visible, np.ndarray):
         visible = _coarser(visible)
     count = len(visible)
-    tokens = q.shape[1] // count
-    block = -(-tokens // 64) * 64 if tokens >= 64 else tokens  # GPU kernels work on 64 tokens
+    tokens, block = q.shape[1] // count, _block(q.shape[1] // count)
     place, sizes = layout.segment_places((tokens,) * count, block)
     layout.choose(q, count * block, block, implementation)
     q, k, v = (layout.to_blocks(x, place, count * block) for x in (q, k, v))
     q2k, counts = _lists(visible)
     out = block_sparse_attention(q, k, v, q2k, counts, sizes, block=block, implementation=implementation)
     return layout.from_blocks(out, place)
+
+
+def block_causal_slots(visible: np.ndarray, length: int) -> tuple[int, int]:
+    """(padded places, tokens of a block) of the kernel's operands for `length` tokens; visible: bool [T,T]."""
+    count = len(_coarser(visible))
+    block = _block(length // count)
+    return count * block, block
+
+
+def _block(tokens: int) -> int:
+    return -(-tokens // 64) * 64 if tokens >= 64 else tokens  # GPU kernels work on 64 tokens
 
 
 def _coarser(visible: np.ndarray) -> np.ndarray:

@@ -59,6 +59,30 @@ def _take_backward(back: Any, cotangent: jax.Array) -> tuple[jax.Array, None, No
 _take.defvjp(lambda x, index, back: (_take(x, index, back), back), _take_backward)
 
 
+def tile_order(x: jax.Array, grid: tiles.Grid, tile: tiles.Grid) -> jax.Array:
+    """[B,L,...] in raster order over `grid` -> the same tokens in the order of `tiles.partition_indices`."""
+    (t, h, w), (a, b, c) = tiles.counts(grid, tile), tile
+    if (t * a, h * b, w * c) != grid:
+        return _permuted(x, tiles.partition_indices(grid, tile))
+    y = x.reshape(x.shape[0], t, a, h, b, w, c, -1)
+    return y.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(x.shape)
+
+
+def raster_order(x: jax.Array, grid: tiles.Grid, tile: tiles.Grid) -> jax.Array:
+    """The inverse of `tile_order`."""
+    (t, h, w), (a, b, c) = tiles.counts(grid, tile), tile
+    if (t * a, h * b, w * c) != grid:
+        return _permuted(x, tiles.reverse_partition_indices(grid, tile))
+    y = x.reshape(x.shape[0], t, h, w, a, b, c, -1)
+    return y.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape)
+
+
+def _permuted(x: jax.Array, index: np.ndarray) -> jax.Array:
+    if np.array_equal(index, np.arange(index.size)):
+        return x
+    return jnp.take(x, index.astype(np.int32), axis=1, mode="clip", unique_indices=True)
+
+
 def everything(rows: int, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(q2k [1,1,rows,M], count [1,1,rows]) of query blocks that see every key block with valid tokens."""
     blocks = np.flatnonzero(sizes).astype(np.int32)

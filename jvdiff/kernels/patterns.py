@@ -1,51 +1,309 @@
-"""Attention patterns as text: what a setting `pattern` says."""
+"""The patterns of a model's self-attention: small frozen values that answer whatever is asked of them.
+
+B batch · T H W the grid of tokens · L video tokens · N heads · K head dim.
+
+`Pattern` is what models, settings, meshes and records ask; a pattern is one class here, whose attention is a function
+of `jvdiff.kernels`. `read` makes one of text, and `str` gives the text back:
+
+    dense
+    sliding_tile:6x8x8:3x3x3    tile in tokens, window in tiles, time first; or a window for each head, with commas
+    video_sparse:4x4x4:0.9      tile in tokens, and the share of tiles that a tile does not see
+"""
 
 import math
 import re
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Self
 
-from jvdiff.config import within
+import jax
+import numpy as np
+
 from jvdiff.errors import UsageError
-from jvdiff.kernels.block_causal import BlockCausal
-from jvdiff.kernels.dense import Dense
-from jvdiff.kernels.sliding_tile import SlidingTile
-from jvdiff.kernels.video_sparse import VideoSparse
+from jvdiff.kernels import block_sparse, dense, layout, tiles
+from jvdiff.kernels.block_causal import block_causal_attention, block_causal_slots, visible
+from jvdiff.kernels.sliding_tile import Windows, sliding_tile_attention
+from jvdiff.kernels.tiles import Grid
+from jvdiff.kernels.video_sparse import video_sparse_attention
 
 TILE_TOKENS = 4096
-Pattern: TypeAlias = Dense | SlidingTile | VideoSparse | BlockCausal
+_THREE = "[1-9][0-9]{0,3}x[1-9][0-9]{0,3}x[1-9][0-9]{0,3}"
 
 
-def read(text: str, heads: int | None = None) -> Dense | SlidingTile | VideoSparse:
-    """What `pattern` says, for a model with that many heads:
+class Pattern:
+    """Which tokens see each other. What is here is what most patterns answer.
 
-        dense
-        sliding_tile:6x8x8:3x3x3    tile in tokens, window in tiles, time first; or a window for each head, with commas
-        video_sparse:4x4x4:0.9      tile in tokens, and the share of tiles that a tile does not see
+    raster: whether the tokens stay in raster order; otherwise `ordered` and its inverse move them, once each.
+    ring: whether keys may go round a ring of devices; if not, devices exchange heads.
+    gated: whether a gate for each token and channel is used, where the model has one.
+    example: the text of one, with what its numbers mean; None: there is no text for it.
+    """
+
+    raster = True
+    ring = False
+    gated = False
+    example: str | None = None
+
+    def attend(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        gate: Any,
+        *,
+        grid: Grid,
+        first_head: Any = None,
+        implementation: str | None = None,
+    ) -> jax.Array:
+        """Attention of the tokens [B,L,N,K] of a grid, in the pattern's order, to one another.
+
+        gate: [B,L,N,K], or None. first_head: int32 [], where the heads of q are those from this one on. implementation:
+        one of `implementations`; None takes the best.
+        """
+        raise NotImplementedError
+
+    def choose(self, q: Any, grid: Grid, *, lse: bool = False, implementation: str | None = None) -> str:
+        """The implementation that `attend` takes for q [B,L,N,K]; lse: where a log-sum-exp is needed (a ring).
+
+        Raises:
+            NotImplementedError: the named one cannot do this; the message says why.
+        """
+        raise NotImplementedError
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """The names that `implementation` may have."""
+        return tuple(block_sparse.IMPLEMENTATIONS)
+
+    def unavailable(self, implementation: str) -> str | None:
+        """Why an implementation cannot run on this machine, or None."""
+        if reason := block_sparse.IMPLEMENTATIONS[implementation].unavailable():
+            return f"block-sparse attention implementation {implementation!r}: {reason}"
+        return None
+
+    def frames(self, count: int) -> np.ndarray | None:
+        """int32 [T]: the place in the video of each of `count` frames; None: 0, 1, ..."""
+        return None
+
+    def ordered(self, x: jax.Array, grid: Grid) -> jax.Array:
+        """[B,L,...] in raster order -> in the pattern's."""
+        return x
+
+    def unordered(self, x: jax.Array, grid: Grid) -> jax.Array:
+        """The inverse of `ordered`."""
+        return x
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """The pattern that a text says, or None; unchecked."""
+        return None
+
+    def check(self, heads: int | None) -> None:
+        """Raises UsageError for numbers that no model with that many heads can use."""
+
+
+@dataclass(frozen=True)
+class Dense(Pattern):
+    """Every token sees every token."""
+
+    ring = True
+    example = "'dense'"
+
+    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None):
+        return dense.attention(q, k, v, implementation=implementation)
+
+    def choose(self, q, grid, *, lse=False, implementation=None):
+        return dense.choose(q, q, q, return_lse=lse, implementation=implementation)
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        return tuple(dense.IMPLEMENTATIONS)
+
+    def unavailable(self, implementation: str) -> str | None:
+        return None  # `choose` has looked at the machine
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        return cls() if text == "dense" else None
+
+    def __str__(self) -> str:
+        return "dense"
+
+
+class _Tiled(Pattern):
+    """Tokens in the order of tiles, so that every tile is a block of the sparse kernel."""
+
+    raster = False
+    tile: Grid
+
+    def choose(self, q, grid, *, lse=False, implementation=None):
+        block = math.prod(self.tile)
+        return layout.choose(q, math.prod(tiles.counts(grid, self.tile)) * block, block, implementation)
+
+    def ordered(self, x, grid):
+        return layout.tile_order(x, grid, self.tile)
+
+    def unordered(self, x, grid):
+        return layout.raster_order(x, grid, self.tile)
+
+    def check(self, heads: int | None) -> None:
+        _at_most("the number of tokens in a tile of pattern", math.prod(self.tile), 1, TILE_TOKENS)
+
+
+@dataclass(frozen=True)
+class SlidingTile(_Tiled):
+    """The pattern of `sliding_tile_attention`.
+
+    tile: in tokens.
+    window: in tiles, one or one for each head.
+    """
+
+    tile: Grid = (6, 8, 8)
+    window: Windows = (3, 3, 3)
+    example = "'sliding_tile:6x8x8:3x3x3' (tile, window)"
+
+    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None):
+        common: Any = dict(grid=grid, tile=self.tile, tiled=True, implementation=implementation)
+        return sliding_tile_attention(q, k, v, window=self.window, first_head=first_head, **common)
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        if match := re.fullmatch(f"sliding_tile:({_THREE}):({_THREE}(?:,{_THREE})*)", text):
+            windows: Any = tuple(map(_sizes, match[2].split(",")))
+            return cls(_sizes(match[1]), windows if len(windows) > 1 else windows[0])
+        return None
+
+    def check(self, heads: int | None) -> None:
+        windows = self._windows
+        if heads is not None and len(windows) not in (1, heads):
+            raise UsageError(f"pattern has {len(windows)} windows; expected one, or one for each of the {heads} heads.")
+        super().check(heads)
+
+    @property
+    def _windows(self) -> tuple[Grid, ...]:
+        window: Any = self.window
+        return (window,) if np.ndim(window) == 1 else window
+
+    def __str__(self) -> str:
+        return f"sliding_tile:{_text(self.tile)}:{','.join(map(_text, self._windows))}"
+
+
+@dataclass(frozen=True)
+class VideoSparse(_Tiled):
+    """The pattern of `video_sparse_attention`.
+
+    tile: in tokens.
+    sparsity: the fraction of tiles that a tile does not see.
+    """
+
+    tile: Grid = (4, 4, 4)
+    sparsity: float = 0.9
+    gated = True
+    example = "'video_sparse:4x4x4:0.9' (tile, sparsity)"
+
+    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None):
+        common: Any = dict(grid=grid, tile=self.tile, tiled=True, implementation=implementation)
+        return video_sparse_attention(q, k, v, gate, sparsity=self.sparsity, **common)
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        match = re.fullmatch(rf"video_sparse:({_THREE}):(0|1|[01]?\.[0-9]+)", text)
+        return match and cls(_sizes(match[1]), float(match[2]))
+
+    def check(self, heads: int | None) -> None:
+        _at_most("the sparsity of pattern", self.sparsity, 0, 1)
+        super().check(heads)
+
+    def __str__(self) -> str:
+        return f"video_sparse:{_text(self.tile)}:{np.format_float_positional(self.sparsity, trim='-')}"
+
+
+@dataclass(frozen=True)
+class BlockCausal(Pattern):
+    """The pattern of `block_causal_attention`, for the forward pass of a whole video.
+
+    chunk: frames that are made at once.
+    window: frames of the moving past that a chunk sees, itself included; None: all.
+    sink: that many first frames of the video stay visible for ever.
+    teacher_forcing: the frames are two copies of a video, one clean and one noisy. The noisy copy of a chunk sees
+        itself, and of all others the clean copy, which is what it sees when a video is made chunk by chunk.
+    """
+
+    chunk: int = 3
+    window: int | None = None
+    sink: int = 0
+    teacher_forcing: bool = False
+
+    def __post_init__(self):
+        window = self.chunk if self.window is None else self.window
+        whole = all(type(n) is int for n in (self.chunk, self.sink, window))
+        if not whole or self.chunk < 1 or self.sink < 0 or window < self.chunk:
+            raise UsageError(
+                f"{self}: expected whole numbers, chunk from 1, sink from 0, and a window of at least one chunk, which "
+                "counts as a part of it."
+            )
+
+    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None):
+        return block_causal_attention(q, k, v, self.visible(grid[0]), implementation=implementation)
+
+    def choose(self, q, grid, *, lse=False, implementation=None):
+        return layout.choose(q, *block_causal_slots(self.visible(grid[0]), q.shape[1]), implementation)
+
+    def frames(self, count: int) -> np.ndarray:
+        """int32 [T]: the place in the video of each of `count` frames of the forward pass.
+
+        Raises:
+            UsageError: chunks do not divide them, or there are not two copies.
+        """
+        copies = 1 + self.teacher_forcing
+        if count % (self.chunk * copies):
+            what = f"{copies} copies of a video" if copies > 1 else "a video"
+            raise UsageError(
+                f"{count} latent frames are not {what} in chunks of {self.chunk}; expected a multiple of "
+                f"{self.chunk * copies}."
+            )
+        return np.tile(np.arange(count // copies, dtype=np.int32), copies)
+
+    def visible(self, count: int) -> np.ndarray:
+        """bool [T,T]: whether the frame of a row sees the frame of a column, for `count` frames; see `frames`."""
+        frames = self.frames(count)
+        chunks = frames // self.chunk
+        seen = visible(frames, frames, self.chunk, self.window, self.sink)
+        if not self.teacher_forcing:
+            return seen
+        half = count // 2  # the clean copy comes first
+        same = chunks[:, None] == chunks[None]
+        seen[half:, :half] &= ~same[half:, :half]
+        seen[:half, half:] = False
+        seen[half:, half:] = same[half:, half:]
+        return seen
+
+
+PATTERNS: tuple[type[Pattern], ...] = (Dense, SlidingTile, VideoSparse, BlockCausal)
+
+
+def read(text: str, heads: int | None = None) -> Pattern:
+    """The pattern that a text (above) says, for a model with that many heads; `str` is its inverse.
 
     Raises:
         UsageError: anything else.
     """
-    three = "[1-9][0-9]{0,3}x[1-9][0-9]{0,3}x[1-9][0-9]{0,3}"
-    if text == "dense":
-        return Dense()
-    if match := re.fullmatch(f"sliding_tile:({three}):({three}(?:,{three})*)", text):
-        windows: Any = tuple(map(_sizes, match[2].split(",")))
-        if heads is not None and len(windows) not in (1, heads):
-            raise UsageError(f"pattern has {len(windows)} windows; expected one, or one for each of the {heads} heads.")
-        pattern = SlidingTile(_sizes(match[1]), windows if len(windows) > 1 else windows[0])
-    elif match := re.fullmatch(rf"video_sparse:({three}):(0|1|[01]?\.[0-9]+)", text):
-        pattern = VideoSparse(_sizes(match[1]), float(match[2]))
-    else:
-        raise UsageError(
-            f"pattern is {text!r:.80}; expected 'dense', 'sliding_tile:6x8x8:3x3x3' (tile, window) or "
-            f"'video_sparse:4x4x4:0.9' (tile, sparsity)."
-        )
-    if isinstance(pattern, VideoSparse):
-        within("the sparsity of pattern", pattern.sparsity, 0, 1)
-    within("the number of tokens in a tile of pattern", math.prod(pattern.tile), 1, TILE_TOKENS)
+    pattern = next((found for kind in PATTERNS if (found := kind.parse(text)) is not None), None)
+    if pattern is None:
+        *first, last = (kind.example for kind in PATTERNS if kind.example)
+        raise UsageError(f"pattern is {text!r:.80}; expected {', '.join(first)} or {last}.")
+    pattern.check(heads)
     return pattern
 
 
-def _sizes(text: str) -> tuple[int, int, int]:
+def _sizes(text: str) -> Grid:
     t, h, w = map(int, text.split("x"))
     return t, h, w
+
+
+def _text(sizes: Grid) -> str:
+    return "x".join(map(str, sizes))
+
+
+def _at_most(name: str, value: float, low: int, high: int) -> None:
+    if value > high:
+        raise UsageError(f"{name} is {value}; expected {low} to {high}. The nearest is {high}.")

@@ -7,7 +7,6 @@ an even window is as wide as the next odd one; one that reaches every tile means
 axis may be smaller, which upstream does not allow.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,14 +18,6 @@ from jvdiff.kernels.block_sparse import block_sparse_attention
 from jvdiff.kernels.tiles import Grid
 
 Windows = Grid | tuple[Grid, ...]
-
-
-@dataclass(frozen=True)
-class SlidingTile:
-    """The pattern of `sliding_tile_attention`: tile in tokens; window in tiles, one or one per head."""
-
-    tile: Grid = (6, 8, 8)
-    window: Windows = (3, 3, 3)
 
 
 def sliding_tile_attention(

@@ -6,7 +6,6 @@ Source: arXiv 2505.13389 and FastVideo's code (which, unlike the paper, gates on
 and coarse softmax are float32 here. The choice of tiles is a constant to the gradient.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,14 +18,6 @@ from jvdiff.kernels.block_sparse import block_sparse_attention
 from jvdiff.kernels.tiles import Grid
 
 _PRECISION = lax.Precision.HIGHEST  # a score that is rounded differently chooses another tile
-
-
-@dataclass(frozen=True)
-class VideoSparse:
-    """The pattern of `video_sparse_attention`: tile in tokens, and the fraction of tiles that a tile does not see."""
-
-    tile: Grid = (4, 4, 4)
-    sparsity: float = 0.9
 
 
 def video_sparse_attention(

@@ -4,18 +4,34 @@ A family is one folder and one word in FAMILIES. Of a family's folder `settings.
 until a repository is found to be of it.
 """
 
+import functools
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jvdiff.errors import CheckpointError
+from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.weights import safetensors
+
+if TYPE_CHECKING:
+    from jvdiff.models.family import Rollout
 
 FAMILIES = ("wan", "latent_video")
 
-__all__ = ["FAMILIES", "family", "latent_video", "layers", "select", "settings", "text", "wan"]
+__all__ = [
+    "FAMILIES",
+    "family",
+    "layers",
+    "named",
+    "rollout",
+    "rollouts",
+    "select",
+    "settings",
+    "text",
+    *FAMILIES,
+]
 
 
 def select(folder: Path, index: Mapping[str, Any]) -> tuple[str, str]:
@@ -53,6 +69,48 @@ def settings(folder: Path | None = None) -> dict[str, type]:
         package, _ = select(folder, safetensors.read_json(folder / "model_index.json"))
         packages = (package.rsplit(".", 1)[1],)
     return {package: _settings(package).Settings for package in packages}
+
+
+def named(text: str | None) -> Any:
+    """The family that MODULE:NAME names, one of a user's own; None for None.
+
+    Raises:
+        UsageError: no such module, or no Family of that name in it.
+    """
+    if text is None:
+        return None
+    from jvdiff.models.family import Family
+
+    module, _, name = text.partition(":")
+    try:
+        value = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"family is {text!r:.80}, and there is no such thing ({error}).\n"
+            "Expected MODULE:NAME of a Family that Python can import, for instance with PYTHONPATH=FOLDER."
+        ) from None
+    if not isinstance(value, Family):
+        raise UsageError(f"family is {text!r:.80}, a {type(value).__name__}; expected a Family.")
+    return value
+
+
+@functools.cache
+def rollouts() -> "tuple[Rollout, ...]":
+    """How the families that make videos chunk by chunk do it; they are imported."""
+    packages = [f"{__name__}.{package}.rollout" for package in FAMILIES]
+    return tuple(importlib.import_module(name).ROLLOUT for name in packages if importlib.util.find_spec(name))
+
+
+def rollout(cfg: Any) -> "Rollout":
+    """The rollout of the family that a configuration of a transformer, a VAE or a text encoder is of.
+
+    Raises:
+        UsageError: that family does not make videos chunk by chunk.
+    """
+    for one in rollouts():
+        if isinstance(cfg, one.configs):
+            return one
+    raise UsageError(f"{type(cfg).__name__} is not a configuration of a model that makes a video chunk by chunk.")
 
 
 def _settings(package: str) -> ModuleType:

@@ -141,7 +141,13 @@ class Clip:
 
     def facts(self) -> dict[str, Any]:
         """What of the settings decides the numbers, as JSON values: for the record and for saved states."""
-        return {name: value for name, value in dataclasses.asdict(self.settings).items() if name != "fps"}
+        values = {name: value for name, value in dataclasses.asdict(self.settings).items() if name != "fps"}
+        return {name: _told(value) if callable(value) else value for name, value in values.items()}
+
+
+def _told(function: Any) -> str:
+    """A function of the user's own, which no record can bring back."""
+    return f"{function.__module__}.{function.__qualname__} (a function; not reproducible from this record)"
 
 
 @dataclass(frozen=True)
@@ -223,8 +229,7 @@ class Family:
     attention: (models, clip, forward, dtype, rows) -> implementation of each attention by kind
     describe: (models, one subject) -> what the record says of it; `facts` of them decide the numbers
     facts: names in `describe` that say which clip it is
-    rollout: how it makes a video chunk by chunk; None where it does not
-    at_once: whether it makes a clip at once
+    at_once: whether it makes a clip at once, rather than chunk by chunk (`jvdiff.models.rollout`)
     """
 
     name: str
@@ -249,8 +254,40 @@ class Family:
     finish: Callable[[Clip, Any, Any, Array], Array] = lambda clip, inputs, condition, latents: latents
     facts: tuple[str, ...] = ("prompt",)
     takes: tuple[str, ...] = ()
-    rollout: Any = None
     at_once: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """What streaming needs of a family that makes a video chunk by chunk.
+
+    configs: types of the configurations: transformer, VAE, text encoder; by their names in saved configurations
+    dtype_of: weights of the transformer -> dtype of its keys and values
+    span: (latent frames of a chunk, of the window, of the sink, whether positions are relative) -> how much of a video
+        a chunk sees
+    encode_texts: (configuration, weights, tokenizer, texts, placement) -> rows [B,S,D], zeros beyond each text's end
+    token_counts: (tokenizer, texts) -> tokens of each text
+    text_keys, init_kv_cache, chunk_velocity, remembered, extend, reencode: of the transformer and its cache
+    mesh_sizes: (configuration, (T,H,W), batch, pattern) -> what a mesh must divide
+    encode_chunk, decode_chunk, normalize_latents, denormalize_latents: of the causal VAE
+    """
+
+    configs: tuple[type, ...]
+    dtype_of: Callable[[Params], Any]
+    span: Callable[..., Any]
+    encode_texts: Callable[..., Array]
+    token_counts: Callable[..., list[int]]
+    text_keys: Callable[..., Any]
+    init_kv_cache: Callable[..., Any]
+    chunk_velocity: Callable[..., Array]
+    remembered: Callable[..., Array]
+    extend: Callable[..., Any]
+    reencode: Callable[..., Any]
+    mesh_sizes: Callable[..., Sizes]
+    encode_chunk: Callable[..., Any]
+    decode_chunk: Callable[..., Any]
+    normalize_latents: Callable[..., Array]
+    denormalize_latents: Callable[..., Array]
 
 
 # ---------------------------------------------------------------------------------------------- parts in their folders

@@ -23,7 +23,7 @@ from jvdiff.models.family import Family, Models, read_config
 from jvdiff.pipeline.settings import DEFAULTS_FILE, read_defaults, resolve
 from jvdiff.runtime.staging import MANIFEST, staged
 from jvdiff.types import Params
-from jvdiff.weights import manifest, orbax, safetensors
+from jvdiff.weights import locate, manifest, orbax, safetensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         UnsafeFormat: a file of pickles instead of a folder, or a repository that wants its own code run.
         CheckpointError: incomplete, damaged, or a model that jvdiff does not have.
     """
-    path = Path(path)
+    path = locate(path)
     index = _model_index(path)
     family = family or _family(path, index)
     models = _models(path, family, index)
@@ -76,7 +76,7 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         raise UsageError(
             f"{path}: a causal model, which makes a video chunk by chunk; run it with `python -m jvdiff.stream`."
         )
-    if at_once is False and family.rollout is None:
+    if at_once is False and family.at_once:
         raise UsageError(
             f"{path}: not a causal model: it makes the whole video at once; run it with `python -m jvdiff.sample`."
         )

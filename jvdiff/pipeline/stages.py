@@ -78,11 +78,13 @@ class Executor:
 class Call:
     """A program that a clip runs.
 
+    key: equal for equal programs
     stage: which
     traced: the program, to be lowered and compiled
     times: how often the clip runs it
     """
 
+    key: Any
     stage: Stage
     traced: jax.stages.Traced
     times: int
@@ -102,14 +104,14 @@ class Tracer:
         key = stage.name, stage.program, structure, tuple(map(str, leaves))
         call = self.calls.get(key)
         if call is None:
-            call = Call(stage, stage.program.trace(self.params[stage.part], *abstract), 0)
+            call = Call(key, stage, stage.program.trace(self.params[stage.part], *abstract), 0)
         self.calls[key] = dataclasses.replace(call, times=call.times + 1)
         return self._results(stage, call.traced.out_info)
 
     def _struct(self, x: Any) -> jax.ShapeDtypeStruct:
         if isinstance(x, jax.ShapeDtypeStruct):
             return x if self.placement is None or x.sharding or not x.ndim else self._everywhere(x)
-        aval: Any = jax.core.get_aval(x)
+        aval: Any = jax.typeof(x)
         struct = jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
         return self._everywhere(struct) if self.placement is not None and struct.ndim else struct
 

@@ -1,49 +1,28 @@
-"""What a run would take, found out without weights; see `jvdiff.plan.report`."""
+"""What a run would take, found out without weights.
 
-from jvdiff.plan.report import (
-    DECODE,
-    ROWS,
-    TARGETS,
-    Program,
-    candidates,
-    check_target,
-    count_flops,
-    describe,
-    flops,
-    gib,
-    largest_array,
-    leaves,
-    lines,
-    memory_limit,
-    programs,
-    resolved,
-    show,
-    smallest_mesh,
-    target_memory,
-    target_mesh,
-    token_count,
-)
+report     the plan of a sampling run, line by line
+programs   its compiled programs, measured
+meshes     the smallest split that fits
+training   the plan of a training
+flops      operations of a traced program
+targets    GPUs that are not there
+"""
 
-__all__ = [
-    "DECODE",
-    "ROWS",
-    "TARGETS",
-    "Program",
-    "candidates",
-    "check_target",
-    "count_flops",
-    "describe",
-    "flops",
-    "gib",
-    "largest_array",
-    "leaves",
-    "lines",
-    "memory_limit",
-    "programs",
-    "resolved",
-    "show",
-    "smallest_mesh",
-    "target_memory",
-    "target_mesh",
-    "token_count",
-]
+import importlib
+from typing import Any
+
+# A file and its names, imported when one is first used: what a GPU that is not there needs comes before JAX.
+_NAMES = {
+    "flops": ("count_flops", "flops", "gib", "largest_array"),
+    "meshes": ("candidates", "memory_limit", "smallest_mesh"),
+    "programs": ("Program", "leaves", "programs", "resident"),
+    "report": ("describe", "lines", "resolved", "show"),
+    "targets": ("TARGETS", "check_target", "run_with_compiler", "target_memory", "target_mesh"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for file, names in _NAMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{file}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -53,7 +53,7 @@ class Sizes:
     """What a mesh must divide.
 
     batch: clips times guidance's branches. tokens: of one clip. ffn_dim: the feed-forward width.
-    dense: whether every token sees every token; a ring serves no other pattern.
+    dense: whether every token sees every token, by an implementation of `jvdiff.kernels`; a ring serves nothing else.
     """
 
     batch: int
@@ -80,7 +80,7 @@ class Sizes:
         if shape.ring is not None and devices % shape.ring:
             return f"ring={shape.ring} does not divide the {devices} devices that share the tokens"
         if not self.dense and (shape.ring or 1) > 1:
-            return f"ring={shape.ring} is for dense attention; sparse patterns exchange heads"
+            return f"ring={shape.ring} is for dense attention; sparse patterns and attention of your own exchange heads"
         return None
 
     def ring(self, shape: MeshShape) -> int:

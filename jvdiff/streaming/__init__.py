@@ -4,27 +4,17 @@ from jvdiff.streaming.codec import ImageEncoder, NullEncoder, StreamingVideoDeco
 from jvdiff.streaming.config import (
     DiffusionModelConfig,
     FlowMatchSchedulerConfig,
+    StreamInferencePipelineConfig,
     TransformerConfig,
     UniPCSchedulerConfig,
     derive_config,
     to_json,
 )
-from jvdiff.streaming.rollout import (
-    SELF_FORCING_WAN_2_1_T2V_1_3B,
-    FinalState,
-    StreamCache,
-    StreamInferencePipeline,
-    StreamInferencePipelineConfig,
-    config_from_json,
-    config_of,
-    copy,
-    device_memory,
-    load,
-    override,
-)
+from jvdiff.streaming.loading import config_from_json, config_of, load, override
+from jvdiff.streaming.rollout import StreamInferencePipeline
+from jvdiff.streaming.state import FinalState, StreamCache, copy, device_memory
 
 __all__ = [
-    "SELF_FORCING_WAN_2_1_T2V_1_3B",
     "DiffusionModelConfig",
     "FinalState",
     "FlowMatchSchedulerConfig",

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from jvdiff import models
 from jvdiff.errors import UsageError
-from jvdiff.models import wan
 from jvdiff.sharding import Placement
 from jvdiff.types import Array, Params
 
@@ -33,7 +33,7 @@ Payload = dict[str, Array]
 class StreamingVideoDecoder:
     """Latents of a chunk -> its pixel frames."""
 
-    vae: wan.VAEConfig = wan.WAN_2_1_VAE
+    vae: Any
 
     @property
     def spatial_compression_ratio(self) -> int:
@@ -74,15 +74,16 @@ class StreamingVideoDecoder:
             raise UsageError(
                 f"latents of a chunk are [B,T,H,W,{self.vae.z_dim}], each at least 1, found {list(latents.shape)}."
             )
-        latents = wan.denormalize_latents(self.vae, latents.astype(jnp.float32))
-        return _in_turn(wan.decode_chunk, params, self.vae, latents, cache, placement)
+        network = models.rollout(self.vae)
+        latents = network.denormalize_latents(self.vae, latents.astype(jnp.float32))
+        return _in_turn(network.decode_chunk, params, self.vae, latents, cache, placement)
 
 
 @dataclass(frozen=True)
 class StreamingVideoEncoder:
     """Pixel frames of a chunk -> its latents."""
 
-    vae: wan.VAEConfig = wan.WAN_2_1_VAE
+    vae: Any
 
     @property
     def spatial_compression_ratio(self) -> int:
@@ -135,7 +136,7 @@ class StreamingVideoEncoder:
                 f"found {frames.shape[1]}."
             )
         self.get_output_temporal_size(frames.shape[1], index)
-        latents, cache = _in_turn(wan.encode_chunk, params, self.vae, frames, cache, placement)
+        latents, cache = _in_turn(models.rollout(self.vae).encode_chunk, params, self.vae, frames, cache, placement)
         return _normalized(self.vae, latents, placement), cache
 
 
@@ -192,11 +193,11 @@ class ImageEncoder:
       stamp: `stamped`, mask [B,T,1,1,1]: that latent frame is put into the sample before every call of the network and
         into its result (Causal-Forcing). Other latent frames are masked, so only the picture is encoded, once; they
         repeat it.
-      concat: `concatenated`, mask [B,T,H,W,4]: mask and latents are further channels of the network's input (Wan
-        image-to-video, 36 channels), one channel of the mask for each pixel frame of a latent frame.
+      concat: `concatenated`, mask [B,T,H,W,4]: mask and latents are further channels of the network's input (36 in
+        published image-to-video models), one channel of the mask for each pixel frame of a latent frame.
     """
 
-    vae: wan.VAEConfig = wan.WAN_2_1_VAE
+    vae: Any
     mode: Literal["stamp", "concat"] = "stamp"
 
     def __post_init__(self):
@@ -254,7 +255,7 @@ class ImageEncoder:
 
         if self.mode == "stamp":
             if frame is not None:
-                latent, _ = wan.encode_chunk(params, self.vae, frame, None, placement=placement)
+                latent, _ = models.rollout(self.vae).encode_chunk(params, self.vae, frame, None, placement=placement)
                 cache = _normalized(self.vae, latent, placement)
             latent = jnp.repeat(cache, latent_frames, axis=1)
             shape = (latent.shape[0], latent_frames, 1, 1, 1)
@@ -263,7 +264,7 @@ class ImageEncoder:
             batch, _, height, width, _ = (cache["conv_in"] if frame is None else frame).shape
             grey = jnp.zeros((batch, wanted - int(begins), height, width, 3), jnp.float32)
             frames = grey if frame is None else jnp.concatenate([frame, grey], axis=1)
-            latent, cache = _in_turn(wan.encode_chunk, params, self.vae, frames, cache, placement)
+            latent, cache = _in_turn(models.rollout(self.vae).encode_chunk, params, self.vae, frames, cache, placement)
             latent = _normalized(self.vae, latent, placement)
             shape = (*latent.shape[:-1], self.vae.temporal_factor)
         mask = jnp.zeros(shape, jnp.float32)
@@ -288,9 +289,9 @@ def concatenated(payload: Payload | None, x: Array) -> Array:
 
 
 def _in_turn(
-    step: Any, params: Params, vae: wan.VAEConfig, x: Array, cache: Any, placement: Placement | None
+    step: Any, params: Params, vae: Any, x: Array, cache: Any, placement: Placement | None
 ) -> tuple[Array, Any]:
-    """A chunk through `wan.encode_chunk` or `wan.decode_chunk`; a clip's first frame goes apart."""
+    """A chunk through `encode_chunk` or `decode_chunk`; a clip's first frame goes apart."""
     if cache is not None:
         return step(params, vae, x, cache, placement=placement)
     first, cache = step(params, vae, x[:, :1], None, placement=placement)
@@ -300,13 +301,13 @@ def _in_turn(
     return jnp.concatenate([first, rest], axis=1), cache
 
 
-def _normalized(vae: wan.VAEConfig, latents: Array, placement: Placement | None) -> Array:
+def _normalized(vae: Any, latents: Array, placement: Placement | None) -> Array:
     """Latents as the diffusion model sees them, on every device."""
-    latents = wan.normalize_latents(vae, latents)
+    latents = models.rollout(vae).normalize_latents(vae, latents)
     return latents if placement is None else placement.replicate(latents)
 
 
-def _pixels(vae: wan.VAEConfig, x: Array | None, what: str, axes: str) -> Array:
+def _pixels(vae: Any, x: Array | None, what: str, axes: str) -> Array:
     """float32 pixels in [-1,1], of a size that the VAE takes."""
     if x is None:
         raise UsageError(f"this chunk takes a {what} {axes}, found None.")
@@ -326,12 +327,12 @@ def _pixels(vae: wan.VAEConfig, x: Array | None, what: str, axes: str) -> Array:
     return x.astype(jnp.float32) / 127.5 - 1.0 if x.dtype == jnp.uint8 else x
 
 
-def _pixel_frames(vae: wan.VAEConfig, latent_frames: int, index: int) -> int:
+def _pixel_frames(vae: Any, latent_frames: int, index: int) -> int:
     _check_size(latent_frames, index)
     return latent_frames * vae.temporal_factor - (vae.temporal_factor - 1 if index == 0 else 0)
 
 
-def _latent_frames(vae: wan.VAEConfig, pixel_frames: int, index: int) -> int:
+def _latent_frames(vae: Any, pixel_frames: int, index: int) -> int:
     if index < 0:
         _check_size(1, index)
     ratio, missing = vae.temporal_factor, vae.temporal_factor - 1 if index == 0 else 0

@@ -7,17 +7,22 @@ Names and defaults as in NVIDIA's flashdreams; what its code leaves mutable and 
 
 import dataclasses
 import difflib
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from jvdiff import models
 from jvdiff.diffusion import Schedule, Solver, renoise, schedules, unipc
 from jvdiff.errors import CheckpointError, UsageError
-from jvdiff.models import wan
-from jvdiff.models.text import umt5
+from jvdiff.sharding import Placement
+from jvdiff.streaming.codec import Encoder, ImageEncoder, NullEncoder, StreamingVideoDecoder, StreamingVideoEncoder
+from jvdiff.types import Params
 
-CAUSAL_WAN_2_1_T2V_1_3B = dataclasses.replace(wan.WAN_2_1_T2V_1_3B, causal=True)
+if TYPE_CHECKING:
+    from jvdiff.streaming.rollout import StreamInferencePipeline
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,14 @@ class FlowMatchSchedulerConfig:
 
 @dataclass(frozen=True)
 class UniPCSchedulerConfig:
-    """UniPC of order 2 on Wan's own grid (`schedules.make(grid="wan")`)."""
+    """UniPC of order 2 on the grid that begins at the highest level of training (`schedules.make(grid="training")`)."""
 
     num_inference_steps: int = 50
     shift: float = 5.0
 
     def schedule(self) -> Schedule:
         """Sigmas and timesteps of the steps."""
-        return schedules.make(self.num_inference_steps, shift=self.shift, grid="wan")
+        return schedules.make(self.num_inference_steps, shift=self.shift, grid="training")
 
     def solver(self) -> Solver:
         """The solver on that schedule."""
@@ -88,19 +93,24 @@ class UniPCSchedulerConfig:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A causal Wan, and how much of a video it sees.
+    """A causal transformer, and how much of a video it sees.
 
-    height, width: of the latents. len_t: latent frames of a chunk. window_size_t, sink_size_t: see `wan.Span`.
+    network, text_encoder: configurations
+    height, width: of the latents
+    len_t: latent frames of a chunk
+    window_size_t, sink_size_t: latent frames that a chunk sees, its own among them, and how many are the video's first
     apply_rope_before_kvcache: keys are kept rotated, by their place in the video; otherwise by their place among those
-    that are kept. guidance_scale: weight of classifier-free guidance; 1: none, and half the work. first_guidance_scale:
-    that of the first chunk, which has no past to say what things look like, where it differs: what guidance exaggerates
-    is the next chunk's past, so that a strong one makes a long video drift. text_length: rows of text that the network
-    attends to; text_rows: how many of these a prompt may fill (the others are zeros, which cost nothing). attention: an
-    implementation of `jvdiff.kernels.attention`; None: the best.
+        that are kept
+    guidance_scale: weight of classifier-free guidance; 1: none, and half the work
+    first_guidance_scale: that of the first chunk, where it differs: it has no past to say what things look like, and
+        what guidance exaggerates is the next chunk's past, so that a strong one makes a long video drift
+    text_length: rows of text that the network attends to
+    text_rows: how many of these a prompt may fill; the others are zeros, which cost nothing
+    attention: an implementation of `jvdiff.kernels.attention`; None: the best
     """
 
-    network: wan.DiTConfig = CAUSAL_WAN_2_1_T2V_1_3B
-    text_encoder: umt5.Config = umt5.UMT5_XXL
+    network: Any
+    text_encoder: Any
     height: int = 60
     width: int = 104
     len_t: int = 3
@@ -132,9 +142,10 @@ class TransformerConfig:
         return self.guidance_scale != 1 or self.first_guidance_scale not in (None, 1)
 
     @property
-    def span(self) -> wan.Span:
+    def span(self) -> Any:
         """How much of a video a chunk sees."""
-        return wan.Span(self.len_t, self.window_size_t, self.sink_size_t, not self.apply_rope_before_kvcache)
+        span = models.rollout(self.network).span
+        return span(self.len_t, self.window_size_t, self.sink_size_t, not self.apply_rope_before_kvcache)
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,7 @@ class DiffusionModelConfig:
     the cache; above 0 it is noised to that level first.
     """
 
-    transformer: TransformerConfig = TransformerConfig()
+    transformer: TransformerConfig
     scheduler: FlowMatchSchedulerConfig | UniPCSchedulerConfig = FlowMatchSchedulerConfig()
     seed: int = 0
     context_noise: float = 0
@@ -153,6 +164,58 @@ class DiffusionModelConfig:
     def __post_init__(self):
         if not 0 <= self.context_noise <= 1000:
             raise UsageError(f"context_noise is {self.context_noise}; expected a timestep from 0 to 1000.")
+
+
+@dataclass(frozen=True)
+class StreamInferencePipelineConfig:
+    """Everything that decides a rollout besides prompts, key and weights.
+
+    encoder: of what `generate` is given for every chunk; None: it is given nothing. decoder: of the frames that it
+    returns; None: it returns latents. enable_sync_and_profile: `finalize` returns how long each stage took, for which
+    each is waited for.
+    """
+
+    name: str
+    diffusion_model: DiffusionModelConfig
+    encoder: Encoder | None = None
+    decoder: StreamingVideoDecoder | None = None
+    enable_sync_and_profile: bool = False
+
+    def __post_init__(self):
+        network, encoder = self.diffusion_model.transformer.network, self.encoder
+        more = 0
+        if isinstance(encoder, StreamingVideoEncoder):
+            more = encoder.vae.z_dim
+        elif isinstance(encoder, ImageEncoder) and encoder.mode == "concat":
+            more = encoder.vae.z_dim + encoder.vae.temporal_factor
+        if not isinstance(encoder, NullEncoder) and network.in_channels != network.out_channels + more:
+            kind = "no encoder" if encoder is None else f"the encoder {type(encoder).__name__}"
+            raise UsageError(
+                f"the network takes {network.in_channels} channels; with {kind} it is given "
+                f"{network.out_channels + more}: {network.out_channels} of noise, {more} of what is encoded."
+            )
+
+    def setup(
+        self, params: Mapping[str, Params], tokenizer: Any = None, placement: Placement | None = None
+    ) -> "StreamInferencePipeline":
+        """Binds the configuration to weights.
+
+        Args:
+            params: the trees transformer, text_encoder (unless rollouts are given text rows) and vae (unless there is
+                neither encoder nor decoder), where `placement` wants them.
+            tokenizer: of `jvdiff.models.text.tokenizer.load`, for rollouts that are given prompts.
+            placement: the mesh that the parameters are on; None: the default device.
+        """
+        from jvdiff.streaming.rollout import StreamInferencePipeline
+
+        return StreamInferencePipeline(self, params, tokenizer, placement)
+
+    @property
+    def digest(self) -> str:
+        """Names what a cache must agree with: all but the name, the default seed and whether time is taken."""
+        model = dataclasses.replace(self.diffusion_model, seed=0)
+        same = dataclasses.replace(self, name="", diffusion_model=model, enable_sync_and_profile=False)
+        return hashlib.sha256(json.dumps(to_json(same), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def derive_config(config: Any, **patch: Any) -> Any:

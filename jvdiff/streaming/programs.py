@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from jvdiff import models
 from jvdiff.diffusion import add_noise, denoise_scan
-from jvdiff.models import wan
-from jvdiff.pipeline import to_pixels
+from jvdiff.models.pixels import to_pixels
 from jvdiff.sharding import Placement
 from jvdiff.streaming.codec import Encoder, StreamingVideoDecoder, StreamingVideoEncoder, concatenated, stamped
-from jvdiff.streaming.config import DiffusionModelConfig, FlowMatchSchedulerConfig
+from jvdiff.streaming.config import DiffusionModelConfig
 from jvdiff.types import Array, Params
 
 
@@ -25,7 +25,7 @@ class Programs(NamedTuple):
     """The jitted functions of a configuration. One program of each serves all chunks of a rollout; the VAE's first
     chunk has one more."""
 
-    text_keys: Any  # (network, rows) -> wan.TextKeys
+    text_keys: Any  # (network, rows) -> its keys and values
     encode: Any  # (vae, input, cache) -> (payload, cache)
     diffuse: Any  # (network, text, past, key, index, payload) -> (latents, non-finite share)
     decode: Any  # (vae, latents, non-finite share, cache) -> (uint8 frames, non-finite share, cache)
@@ -42,6 +42,7 @@ def programs(
 ) -> Programs:
     cfg, scheduler = model.transformer, model.scheduler
     span, network, guided = cfg.span, cfg.network, cfg.guided
+    net = models.rollout(network)
     first = cfg.guidance_scale if cfg.first_guidance_scale is None else cfg.first_guidance_scale
     concatenates = network.in_channels != network.out_channels
     how: Any = dict(text_length=cfg.text_length, implementation=cfg.attention, placement=placement)
@@ -56,20 +57,21 @@ def programs(
 
     def flow(params: Params, text: Any, past: Any, payload: Any, scale: Array, x: Array, t: Array) -> Array:
         given = branches(concatenated(payload, x) if concatenates else stamped(payload, x))
-        v = wan.chunk_velocity(params, network, span, given, branches(t), text, past, **how)
+        v = net.chunk_velocity(params, network, span, given, branches(t), text, past, **how)
         if not guided:
             return v
         wanted, unwanted = jnp.split(v, 2)
         return unwanted + scale * (wanted - unwanted)
 
-    def diffuse(
-        params: Params, text: Any, past: wan.KVCache, key: Array, index: Array, payload: Any
-    ) -> tuple[Array, Array]:
+    def diffuse(params: Params, text: Any, past: Any, key: Array, index: Array, payload: Any) -> tuple[Array, Array]:
         key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
         batch = past.keys.shape[1] // (2 if guided else 1)
         shape = (batch, span.chunk, cfg.height, cfg.width, network.out_channels)
-        noise = jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32)
-        state = solver.init(noise, key) if isinstance(scheduler, FlowMatchSchedulerConfig) else solver.init(noise)
+        keys = _rollout_keys(key, batch)  # [B,2]
+        noise = jax.vmap(lambda one: jax.random.normal(jax.random.fold_in(one, 0), shape[1:], jnp.float32))(
+            jax.random.wrap_key_data(keys)
+        )  # [B] -> [B,T,H,W,C]
+        state = solver.init(noise, keys)
         scale = jnp.where(index == 0, jnp.float32(first), jnp.float32(cfg.guidance_scale))
         latents = denoise_scan(Partial(flow, params, text, past, payload, scale), solver, replicated(state)).x
         if not concatenates:
@@ -79,24 +81,24 @@ def programs(
     def finalize(
         params: Params,
         text: Any,
-        past: wan.KVCache,
+        past: Any,
         history: Array,
         key: Array,
         index: Array,
         latents: Array,
         payload: Any,
-    ) -> tuple[wan.KVCache, Array]:
+    ) -> tuple[Any, Array]:
         if level:
             key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
             latents = add_noise(latents, level, jax.random.fold_in(key, len(solver) + 1))
         given = concatenated(payload, latents) if concatenates else latents
         t = jnp.full(past.keys.shape[1], model.context_noise, jnp.float32)
-        history = wan.remembered(span, history, given, past.frames)
-        return wan.extend(params, network, span, branches(given), t, text, past, **how), replicated(history)
+        history = net.remembered(span, history, given, past.frames)
+        return net.extend(params, network, span, branches(given), t, text, past, **how), replicated(history)
 
-    def reencode(params: Params, text: Any, past: wan.KVCache, history: Array) -> wan.KVCache:
+    def reencode(params: Params, text: Any, past: Any, history: Array) -> Any:
         t = jnp.full(past.keys.shape[1], model.context_noise, jnp.float32)
-        return wan.reencode(params, network, span, branches(history), t, text, past, **how)
+        return net.reencode(params, network, span, branches(history), t, text, past, **how)
 
     def decode(params: Params, latents: Array, bad: Array, cache: Any) -> tuple[Array, Array, Any]:
         assert decoder is not None
@@ -112,7 +114,7 @@ def programs(
         return replicated(payload), cache
 
     return Programs(
-        text_keys=jax.jit(lambda params, rows: wan.text_keys(params, network, rows, placement=placement)),
+        text_keys=jax.jit(lambda params, rows: net.text_keys(params, network, rows, placement=placement)),
         encode=jax.jit(encode),
         diffuse=jax.jit(diffuse),
         decode=jax.jit(decode),
@@ -123,3 +125,9 @@ def programs(
 
 def _nonfinite(x: Array) -> Array:
     return jnp.mean(1.0 - jnp.isfinite(x).astype(jnp.float32))
+
+
+def _rollout_keys(key: Array, batch: int) -> Array:
+    """The key data uint32 [B,2] of that many rollouts: the first has the key itself, as if it were alone."""
+    others = [jax.random.fold_in(key, number) for number in range(1, batch)]
+    return jnp.stack([jax.random.key_data(one) for one in (key, *others)])

@@ -21,258 +21,27 @@ another goes on as if nothing had happened. Names as in NVIDIA's flashdreams, wh
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jvdiff import pipeline
-from jvdiff import precision as precisions
-from jvdiff.diffusion import schedules
-from jvdiff.errors import CheckpointError, UsageError
-from jvdiff.models import wan
-from jvdiff.models.text import tokenizer as tokenizers
-from jvdiff.models.text import umt5
-from jvdiff.pipeline import repository as repositories
-from jvdiff.pipeline.settings import Configs, check_prompt, check_seed, stream_defaults
-from jvdiff.pipeline.tables import component
+from jvdiff import models
+from jvdiff.errors import NumericsError, UsageError
+from jvdiff.models.text.tokenizer import check_prompt
+from jvdiff.pipeline.settings import check_seed
+from jvdiff.pipeline.stages import nonfinite
 from jvdiff.runtime import run_state
-from jvdiff.sharding import Placement, read_mesh
+from jvdiff.sharding import Placement
 from jvdiff.streaming import programs as stream_programs
-from jvdiff.streaming.codec import Encoder, ImageEncoder, NullEncoder, StreamingVideoDecoder, StreamingVideoEncoder
-from jvdiff.streaming.config import (
-    DiffusionModelConfig,
-    FlowMatchSchedulerConfig,
-    TransformerConfig,
-    UniPCSchedulerConfig,
-    derive_config,
-    from_json,
-    to_json,
-)
+from jvdiff.streaming.codec import NullEncoder, StreamingVideoEncoder
+from jvdiff.streaming.config import StreamInferencePipelineConfig
 from jvdiff.streaming.programs import Programs
+from jvdiff.streaming.state import Clock, FinalState, StreamCache
 from jvdiff.types import Array, Params
-from jvdiff.weights import restore
-
-# ------------------------------------------------------------------------------------------------------ configuration
-
-
-@dataclass(frozen=True)
-class StreamInferencePipelineConfig:
-    """Everything that decides a rollout besides prompts, key and weights.
-
-    encoder: of what `generate` is given for every chunk; None: it is given nothing. decoder: of the frames that it
-    returns; None: it returns latents. enable_sync_and_profile: `finalize` returns how long each stage took, for which
-    each is waited for.
-    """
-
-    name: str
-    diffusion_model: DiffusionModelConfig
-    encoder: Encoder | None = None
-    decoder: StreamingVideoDecoder | None = None
-    enable_sync_and_profile: bool = False
-
-    def __post_init__(self):
-        network, encoder = self.diffusion_model.transformer.network, self.encoder
-        more = 0
-        if isinstance(encoder, StreamingVideoEncoder):
-            more = encoder.vae.z_dim
-        elif isinstance(encoder, ImageEncoder) and encoder.mode == "concat":
-            more = encoder.vae.z_dim + encoder.vae.temporal_factor
-        if not isinstance(encoder, NullEncoder) and network.in_channels != network.out_channels + more:
-            kind = "no encoder" if encoder is None else f"the encoder {type(encoder).__name__}"
-            raise UsageError(
-                f"the network takes {network.in_channels} channels; with {kind} it is given "
-                f"{network.out_channels + more}: {network.out_channels} of noise, {more} of what is encoded."
-            )
-
-    def setup(
-        self, params: Mapping[str, Params], tokenizer: Any = None, placement: Placement | None = None
-    ) -> StreamInferencePipeline:
-        """Binds the configuration to weights.
-
-        Args:
-            params: the trees transformer, text_encoder (unless rollouts are given text rows) and vae (unless there is
-                neither encoder nor decoder), where `placement` wants them.
-            tokenizer: of `jvdiff.models.text.tokenizer.load`, for rollouts that are given prompts.
-            placement: the mesh that the parameters are on; None: the default device.
-        """
-        return StreamInferencePipeline(self, params, tokenizer, placement)
-
-    @property
-    def digest(self) -> str:
-        """Names what a cache must agree with: all but the name, the default seed and whether time is taken."""
-        model = dataclasses.replace(self.diffusion_model, seed=0)
-        same = dataclasses.replace(self, name="", diffusion_model=model, enable_sync_and_profile=False)
-        return hashlib.sha256(json.dumps(to_json(same), sort_keys=True).encode()).hexdigest()[:16]
-
-
-# Self-Forcing's published model (arXiv 2506.08009), at 480x832.
-SELF_FORCING_WAN_2_1_T2V_1_3B = StreamInferencePipelineConfig(
-    "self-forcing-wan2.1-t2v-1.3b",
-    DiffusionModelConfig(scheduler=FlowMatchSchedulerConfig(shift=5.0)),
-    decoder=StreamingVideoDecoder(),
-)
-
-_CLASSES = {
-    kind.__name__: kind
-    for kind in (
-        StreamInferencePipelineConfig, DiffusionModelConfig, TransformerConfig, FlowMatchSchedulerConfig,
-        UniPCSchedulerConfig, StreamingVideoDecoder, StreamingVideoEncoder, ImageEncoder, NullEncoder,
-        wan.DiTConfig, wan.VAEConfig,
-    )
-} | {"Config": umt5.Config}  # fmt: skip
-
-
-def config_from_json(value: Mapping[str, Any]) -> StreamInferencePipelineConfig:
-    """The inverse of `to_json` for a whole configuration.
-
-    Raises:
-        CheckpointError: a class, field or value that cannot be.
-    """
-    config = from_json(value, _CLASSES)
-    if not isinstance(config, StreamInferencePipelineConfig):
-        raise CheckpointError(f"this is a configuration of {type(config).__name__}, expected a whole pipeline's.")
-    return config
-
-
-def config_of(path: str | Path) -> StreamInferencePipelineConfig:
-    """The configuration that a causal repository asks for: its networks, the scheduler of scheduler_config.json, and
-    what the object `stream` of its jvdiff_defaults.json says besides; else Self-Forcing's.
-
-    Raises:
-        CheckpointError: not a repository, or one that says what cannot be. UsageError: one that is not causal.
-    """
-    repository = repositories.inspect(path, causal=True)
-    config, given = SELF_FORCING_WAN_2_1_T2V_1_3B, stream_defaults(path)
-    scheduler: Any = config.diffusion_model.scheduler
-    if repository.scheduler.get("_class_name") == "SelfForcingFlowMatchScheduler":
-        scheduler = dataclasses.replace(scheduler, **schedules.from_self_forcing_config(repository.scheduler))
-    else:
-        scheduler = UniPCSchedulerConfig(shift=schedules.from_scheduler_config(repository.scheduler).shift)
-    config = derive_config(
-        config,
-        name=Path(path).name,
-        diffusion_model=dict(
-            transformer=dict(network=repository.transformer, text_encoder=repository.text_encoder), scheduler=scheduler
-        ),
-        decoder=StreamingVideoDecoder(repository.vae),
-    )
-    try:
-        return override(config, {"diffusion_model": given})
-    except (KeyError, TypeError, UsageError) as error:
-        raise CheckpointError(f"{path}: its defaults for streaming cannot be: {error.args[0]}") from None
-
-
-def override(config: StreamInferencePipelineConfig, patch: Mapping[str, Any]) -> StreamInferencePipelineConfig:
-    """`derive_config` of values as JSON and command lines have them: a list is a tuple, and an object that names its
-    class (as those of `to_json` do) takes the place of what was there, fields that it leaves out at their defaults.
-    Encoders get the decoder's VAE.
-
-    Raises:
-        KeyError, TypeError, UsageError: as `derive_config`. CheckpointError: a class or field that there is not.
-    """
-    classes: dict[str, Any] = dict(_CLASSES)
-    if config.decoder is not None:
-        for kind in (StreamingVideoEncoder, ImageEncoder):
-            classes[kind.__name__] = partial(kind, config.decoder.vae)
-
-    def read(value: Any) -> Any:
-        if isinstance(value, Mapping) and "class" not in value:
-            return {name: read(item) for name, item in value.items()}
-        return tuple(map(read, value)) if isinstance(value, list) else from_json(value, classes)
-
-    return derive_config(config, **read(patch))
-
-
-def load(
-    path: str | Path,
-    precision: str | None = None,
-    mesh: Any = None,
-    config: StreamInferencePipelineConfig | None = None,
-) -> StreamInferencePipeline:
-    """A pipeline with the weights of a causal repository.
-
-    Args:
-        path: the folder with model_index.json, a Hugging Face one or what `convert` made of it.
-        precision, mesh: see `jvdiff.load`.
-        config: one derived from `config_of(path)`, with the same networks; None: that one.
-    """
-    config = config or config_of(path)
-    placement = pipeline.place(read_mesh(mesh))
-    dtypes = precisions.choose(precision)
-    repository = repositories.inspect(path, causal=True)
-    tokenizer = tokenizers.load(repository.tokenizer)
-    tokenizers.check_vocabulary(tokenizer, repository.text_encoder.vocab_size)
-    abstract = pipeline.abstract_params(
-        Configs(repository.transformer, repository.vae, repository.text_encoder), dtypes
-    )
-    where = pipeline.shardings(placement, abstract) if placement else dict.fromkeys(abstract)
-    tables = {part: component(getattr(repository, part)).rules for part in abstract}
-    params = {p: restore(Path(path) / p, abstract[p], tables[p], where[p]) for p in abstract}
-    return config.setup(params, tokenizer, placement)
-
-
-# -------------------------------------------------------------------------------------------------------------- state
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("generated", "finalized", "key", "text", "past", "history", "encoder", "decoder"),
-    meta_fields=("config",),
-)
-@dataclass(frozen=True)
-class StreamCache:
-    """All that a rollout remembers.
-
-    generated, finalized: numpy int32, how many chunks were made, and how many are part of the past. key: uint32, the
-    data of the rollout's random key. text: `wan.TextKeys` of the prompts. past: the layers' keys and values. history:
-    float32 [B,F,H,W,C], the network's inputs that those were made of. encoder, decoder: what the VAE remembers. With
-    guidance, text and past are those of 2B: the prompts, then the negative one. config: the configuration's digest.
-    """
-
-    generated: Any
-    finalized: Any
-    key: Any
-    text: Any
-    past: Any
-    history: Any
-    encoder: Any
-    decoder: Any
-    config: str
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("latents", "payload", "nonfinite"),
-    meta_fields=("autoregressive_index", "milliseconds"),
-)
-@dataclass(frozen=True)
-class FinalState:
-    """What `finalize` needs of a chunk: clean latents float32 [B,T,H,W,C] (normalised), and what the encoder told.
-
-    nonfinite: float32 [], the share of latents and decoded pixels that is NaN or infinite. milliseconds: of each stage,
-    where time is taken.
-    """
-
-    latents: Array
-    payload: Any
-    nonfinite: Array
-    autoregressive_index: int
-    milliseconds: tuple[tuple[str, float], ...] = ()
-
-
-def copy(cache: StreamCache) -> StreamCache:
-    """The same state in memory of its own, for a rollout that goes on in two ways: `finalize` takes what it gets."""
-    return jax.tree.map(lambda x: x.copy(), cache)
-
 
 # ----------------------------------------------------------------------------------------------------------- pipeline
 
@@ -373,7 +142,7 @@ class StreamInferencePipeline:
         if input is not None and encoder is None:
             raise UsageError("generate was given an input, and this configuration has no encoder; leave it out.")
         self._check_input(input, cache)
-        clock = _Clock(self.config.enable_sync_and_profile)
+        clock = Clock(self.config.enable_sync_and_profile)
         payload, encoded, decoded = None, cache.encoder, cache.decoder
         if encoder is not None:
             payload, encoded = programs.encode(self._vae, self._everywhere(input), cache.encoder)
@@ -418,7 +187,7 @@ class StreamInferencePipeline:
             raise UsageError(
                 f"finalize({i}) was given a chunk of latents {list(final.latents.shape)}; expected {list(shape)}."
             )
-        clock = _Clock(self.config.enable_sync_and_profile, final.milliseconds)
+        clock = Clock(self.config.enable_sync_and_profile, final.milliseconds)
         past, history = self.programs.finalize(
             self.params["transformer"], cache.text, cache.past, cache.history, cache.key, np.int32(i), final.latents,
             final.payload,
@@ -497,16 +266,21 @@ class StreamInferencePipeline:
         return 1 + self.config.diffusion_model.transformer.guided
 
     @property
+    def _net(self) -> Any:
+        """How the family of the network does it."""
+        return models.rollout(self.config.diffusion_model.transformer.network)
+
+    @property
     def _vae(self) -> Any:
         return self.params.get("vae")
 
-    def _past(self, branches: int) -> wan.KVCache:
+    def _past(self, branches: int) -> Any:
         cfg = self.config.diffusion_model.transformer
-        dtype = self.params["transformer"]["blocks"]["self_attn"]["k"]["kernel"].dtype
+        dtype = self._net.dtype_of(self.params["transformer"])
         grid = cfg.height, cfg.width
-        return wan.init_kv_cache(cfg.network, cfg.span, branches, grid, dtype, placement=self.placement)
+        return self._net.init_kv_cache(cfg.network, cfg.span, branches, grid, dtype, placement=self.placement)
 
-    def _text(self, prompts: Sequence[str] | None, text: Array | None, negative_prompt: str) -> wan.TextKeys:
+    def _text(self, prompts: Sequence[str] | None, text: Array | None, negative_prompt: str) -> Any:
         cfg = self.config.diffusion_model.transformer
         if (prompts is None) == (text is None):
             raise UsageError("give either prompts or text rows.")
@@ -518,9 +292,10 @@ class StreamInferencePipeline:
             texts = [check_prompt(prompt) for prompt in prompts]
             if self._branches == 2:
                 texts += [negative_prompt] * len(texts)
-            text = pipeline.encode_texts(
-                cfg.text_encoder, self.params["text_encoder"], self.tokenizer, texts, self.placement
-            )
+            weights = self.params["text_encoder"]
+            text = self._net.encode_texts(cfg.text_encoder, weights, self.tokenizer, texts, self.placement)
+            if share := nonfinite(np.asarray(text, np.float32)):
+                raise NumericsError(f"text encoder: {share:.1%} of its output ({text.dtype}) is NaN or infinite.")
         assert text is not None
         if text.ndim != 3 or len(text) % self._branches or text.shape[2] != cfg.network.text_dim:
             raise UsageError(
@@ -591,35 +366,3 @@ class StreamInferencePipeline:
         if isinstance(encoder, StreamingVideoEncoder):
             shape = (batch, frames, *shape[1:])
         return jax.ShapeDtypeStruct(shape, jnp.uint8)
-
-
-def device_memory() -> dict[str, float]:
-    """GiB of the first device in use, and at most so far; {} where the device does not tell."""
-    told = jax.local_devices()[0].memory_stats() or {}
-    names = {"mem_alloc_gib": "bytes_in_use", "mem_peak_gib": "peak_bytes_in_use"}
-    return {name: told[key] / 2**30 for name, key in names.items() if key in told}
-
-
-class _Clock:
-    """How long stages take, each waited for; nothing at all where no time is taken."""
-
-    def __init__(self, on: bool, before: tuple[tuple[str, float], ...] = ()):
-        self.on, self.milliseconds, self.start = on, list(before), time.perf_counter()
-
-    def done(self, stage: str, result: Any) -> None:
-        if self.on:
-            jax.block_until_ready(result)
-            now = time.perf_counter()
-            self.milliseconds.append((stage, (now - self.start) * 1000))
-            self.start = now
-
-    def statistics(self) -> dict[str, float]:
-        if not self.on:
-            return {}
-        each = dict(self.milliseconds)
-        total = sum(each.values())
-        return (
-            {f"{stage}_ms": each.get(stage, 0.0) for stage in ("encode", "diffuse", "decode", "finalize")}
-            | {"total_ms": total, "total_ms_wo_finalize": total - each["finalize"]}
-            | device_memory()
-        )

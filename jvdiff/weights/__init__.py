@@ -2,22 +2,42 @@
 
 restore(folder, abstract, names, ...)   parameters onto devices, from safetensors or an Orbax directory
 save(path, tree, ...)                   an Orbax directory, whole or not at all
+locate(name) -> Path                    a folder, a checkpoint that comes with jvdiff, or one of the hub's
+LeafTransform, transformed              what becomes of each leaf on its way, and the abstract tree that this gives
 naming                                  published tensors <-> leaves, as tables
-safetensors, orbax, manifest            the files of the two layouts, and the digests of the second
+safetensors, orbax, manifest, hub       the files of the two layouts, the digests of the second, where folders are found
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jvdiff.weights import manifest, naming, orbax, safetensors
+    from jvdiff.weights import hub, manifest, naming, orbax, safetensors
+    from jvdiff.weights.hub import locate
     from jvdiff.weights.orbax import save
     from jvdiff.weights.restoring import LeafTransform, restore, transformed
 
 # A name, and the file where it is.
-_NAMES = {"LeafTransform": "restoring", "restore": "restoring", "transformed": "restoring", "save": "orbax"}
+_NAMES = {
+    "LeafTransform": "restoring",
+    "locate": "hub",
+    "restore": "restoring",
+    "save": "orbax",
+    "transformed": "restoring",
+}
 
-__all__ = ["LeafTransform", "manifest", "naming", "orbax", "restore", "safetensors", "save", "transformed"]
+__all__ = [
+    "LeafTransform",
+    "hub",
+    "locate",
+    "manifest",
+    "naming",
+    "orbax",
+    "restore",
+    "safetensors",
+    "save",
+    "transformed",
+]
 
 
 def __getattr__(name: str) -> Any:

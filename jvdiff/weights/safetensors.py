@@ -38,7 +38,7 @@ _OTHER_BITS = {
 _HEADER_LIMIT = 100_000_000  # bytes, the library's own limit
 _JSON_LIMIT = 64 * 2**20  # bytes; the largest published tokenizer.json has 17 MB
 _EXPONENT = {"F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}  # all ones: NaN or infinity
-_STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers write them
+STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers write them
 _UNSAFE = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".msgpack", ".h5"}
 _AGAIN = "Download it again, from a repository that publishes safetensors files."
 
@@ -300,8 +300,8 @@ def open_folder(
         UnsafeFormat: only pickles or archives, or a name that points outside the folder.
         CorruptFile, CheckpointError: see `read_header`.
     """
-    single = [path / f"{stem}.safetensors" for stem in _STEMS]
-    indices = [path / f"{stem}.safetensors.index.json" for stem in _STEMS]
+    single = [path / f"{stem}.safetensors" for stem in STEMS]
+    indices = [path / f"{stem}.safetensors.index.json" for stem in STEMS]
     index = next((p for p in indices if os.path.lexists(p)), None)
     weight_map = {}
     if found := [p for p in single if os.path.lexists(p)]:
@@ -371,7 +371,7 @@ def _no_weights(path: Path) -> CheckpointError:
             "Use the safetensors version of the repository, for instance Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
     return MissingTensor(
-        f"{path}: no weights: expected {' or '.join(f'{stem}.safetensors' for stem in _STEMS)}, or their .index.json.\n"
+        f"{path}: no weights: expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}, or their .index.json.\n"
         f"Found: {', '.join(map(shown, names[:8])) or 'an empty folder'}."
     )
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jvdiff.pipeline.class_conditional import Configs, Settings
 
 from jvdiff.digits import clips as digits
 from jvdiff.digits.judge import Seen
 from jvdiff.errors import UsageError
 from jvdiff.models import latent_video
 from jvdiff.pipeline import class_conditional
-from jvdiff.pipeline.class_conditional import Configs, Settings
 
 
 @pytest.fixture

@@ -47,13 +47,13 @@ def test_runs_alternate_and_the_ratio_is_of_medians(benchmark):
 
 def test_the_sizes_are_those_that_ship(benchmark):
     """The digits rows have the sizes of the training configurations."""
-    from configs import train_digits_dit, train_digits_vae
+    from jvdiff.config import load
 
     def same(cfg, mapping):
         return all(getattr(cfg, name) == value for name, value in mapping.items())
 
-    trained = train_digits_dit.get_config()
-    assert same(benchmark.DIGITS_VAE, train_digits_vae.get_config().vae)
+    trained = load("train_digits_dit")
+    assert same(benchmark.DIGITS_VAE, load("train_digits_vae").vae)
     assert same(benchmark.DIGITS_DIT, trained.transformer) and same(benchmark.DIGITS_TEXT, trained.text_encoder)
     assert benchmark.DIGITS_DIT.in_channels == benchmark.DIGITS_VAE.z_dim
 

@@ -1,6 +1,7 @@
 """What is read from the compilers' output, and what the command line says to mistakes."""
 
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def test_how_many_fit_on_an_sm(compile_gpu, registers, shared_memory, threads, e
 )
 def test_mistakes_end_with_a_sentence_and_status_2(arguments, message, monkeypatch, capsys, compile_gpu):
     monkeypatch.setattr(compile_gpu.plan, "check_target", lambda target: None)
+    monkeypatch.setattr(compile_gpu.plan, "run_with_compiler", lambda target, command: None)
     monkeypatch.setattr(sys, "argv", ["compile_gpu.py", *arguments])
     try:
         status = compile_gpu.main()
@@ -87,11 +89,12 @@ def test_mistakes_end_with_a_sentence_and_status_2(arguments, message, monkeypat
     assert status == 2 and message in capsys.readouterr().err
 
 
-def test_without_the_compiler_it_says_how_to_install_it(monkeypatch, capsys, compile_gpu):
-    monkeypatch.setattr(compile_gpu.importlib.util, "find_spec", lambda name: None)
+def test_without_the_compiler_it_says_how_to_install_it(monkeypatch, capsys, compile_gpu, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["compile_gpu.py"])
     assert compile_gpu.main() == 7
-    assert "pip install --no-deps jax-cuda13-plugin==" in capsys.readouterr().err
+    assert "-m jvdiff.commands.compiler --install" in capsys.readouterr().err
 
 
 def test_a_check_needs_the_gpu_that_was_predicted(monkeypatch, capsys, compile_gpu):

@@ -270,7 +270,10 @@ def test_source_replaced_during_conversion(copy, tmp_path):  # F25
 
 
 def test_disk_full(tiny_repository, tmp_path):  # F33
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
+    # Without bytecode: Python would cut that at the limit too, without a word, and fail to read it ever after.
+    limit = (
+        "import resource; sys.dont_write_bytecode = True\nresource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
+    )
     done = run("--source", tiny_repository, "--target", tmp_path / "orbax", setup=limit)
     assert done.code == 4, done.err
     message = done.err[done.err.index("error: ") :]  # TensorStore's threads may have spoken before

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import train_digits_stream
+from jvdiff.config import load
 from jvdiff.digits import clips as digits
 from jvdiff.digits import runs as digits_runs
 from jvdiff.errors import UsageError
@@ -51,7 +51,7 @@ def test_what_lies_behind_a_gap_follows_the_first_chunk_of_the_same_stream(tmp_p
 
     monkeypatch.setattr(digits_runs, "encoded_clips", encoded)
     monkeypatch.setattr(digits_runs, "teacher_forcing_task", task)
-    config = train_digits_stream.get_config()
+    config = load("train_digits_stream")
     config.update({"gap": gap, "clips": 6, "batch": 64, "drop_text": 0.0, "first": {"clips": 9, "batch": 8}})
     with pytest.raises(StopIteration):
         digits_runs.train_stream(config, tmp_path)
@@ -86,7 +86,7 @@ def test_what_lies_behind_a_gap_follows_the_first_chunk_of_the_same_stream(tmp_p
     ],
 )
 def test_first_chunks_that_cannot_be(tmp_path, first, message):
-    config = train_digits_stream.get_config()
+    config = load("train_digits_stream")
     config.first = ConfigDict(first)
     config.loop.mesh = "data=2"
     with pytest.raises(UsageError, match=re.escape(message)):

@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 
 from jvdiff.errors import CheckpointError, UnsafeFormat
 from jvdiff.models import wan
+from jvdiff.models.family import read_config
 from jvdiff.models.text import umt5
-from jvdiff.pipeline.tables import component, read_component
+from jvdiff.models.wan.family import TEXT_ENCODER, TEXT_TO_VIDEO, TRANSFORMER, VAE
 from jvdiff.weights import naming as rules
 
 LISTS = Path(__file__).parents[1] / "data" / "tensors"
@@ -35,20 +36,19 @@ def published(name):
 
 
 @pytest.mark.parametrize(
-    "name, cfg, count, parameters",
+    "name, part, cfg, count, parameters",
     [
-        ("wan2_1_t2v_1_3b", wan.WAN_2_1_T2V_1_3B, 825, 1_418_996_800),
-        ("wan2_1_t2v_1_3b", SELF_FORCING, 825, 1_418_996_800),  # the published lists are equal
-        ("fastwan2_1_t2v_1_3b", FASTWAN, 885, 1_489_821_760),
-        ("wan2_1_t2v_14b", wan.WAN_2_1_T2V_14B, 1095, 14_288_491_584),
-        ("wan2_1_vae", wan.WAN_2_1_VAE, 194, 126_892_531),
-        ("umt5_xxl", umt5.UMT5_XXL, 242, 5_680_910_336),
+        ("wan2_1_t2v_1_3b", TRANSFORMER, wan.WAN_2_1_T2V_1_3B, 825, 1_418_996_800),
+        ("wan2_1_t2v_1_3b", TRANSFORMER, SELF_FORCING, 825, 1_418_996_800),  # the published lists are equal
+        ("fastwan2_1_t2v_1_3b", TRANSFORMER, FASTWAN, 885, 1_489_821_760),
+        ("wan2_1_t2v_14b", TRANSFORMER, wan.WAN_2_1_T2V_14B, 1095, 14_288_491_584),
+        ("wan2_1_vae", VAE, wan.WAN_2_1_VAE, 194, 126_892_531),
+        ("umt5_xxl", TEXT_ENCODER, umt5.UMT5_XXL, 242, 5_680_910_336),
     ],
 )
-def test_published_tensors(name, cfg, count, parameters):
-    part = component(cfg)
-    abstract = part.abstract(jnp.bfloat16)
-    ours = {tensor: entry.shape for tensor, entry in rules.expected(part.rules, abstract).items()}
+def test_published_tensors(name, part, cfg, count, parameters):
+    abstract = part.abstract(cfg, jnp.bfloat16)
+    ours = {tensor: entry.shape for tensor, entry in rules.expected(part.names(cfg), abstract).items()}
     assert ours == published(name)
     assert len(ours) == count
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == parameters
@@ -58,7 +58,7 @@ def test_the_causal_class(tmp_path):
     """The class's name is all in which Self-Forcing's config.json differs from Wan 2.1's."""
     config = wan.WAN_2_1_T2V_1_3B.to_json() | {"_class_name": "CausalWanTransformer3DModel"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_component(tmp_path).cfg == SELF_FORCING
+    assert read_config(tmp_path, TRANSFORMER) == SELF_FORCING
     assert SELF_FORCING.to_json() == config
     assert "causal" not in config
 
@@ -68,25 +68,23 @@ def test_the_gate_shows_by_its_tensors(tmp_path, sharded):
     """FastWan's config.json is Wan 2.1's to the letter."""
     cfg = wan.DiTConfig(num_attention_heads=1, attention_head_dim=6, ffn_dim=8, num_layers=1, text_dim=4, freq_dim=2)
     (tmp_path / "config.json").write_text(json.dumps(cfg.to_json()))
-    assert read_component(tmp_path).cfg == cfg  # without weights beside it
+    assert read_config(tmp_path, TRANSFORMER) == cfg  # without weights beside it
     gated = dataclasses.replace(cfg, gate_compress=True)
-    part = component(gated)
-    weights = dict(rules.disassemble(part.rules, wan.init_params(jax.random.key(0), gated)))
+    weights = dict(rules.disassemble(TRANSFORMER.names(gated), wan.init_params(jax.random.key(0), gated)))
     stem = "diffusion_pytorch_model"
     file = f"{stem}-00001-of-00001.safetensors" if sharded else f"{stem}.safetensors"
     if sharded:
         index = {"weight_map": dict.fromkeys(weights, file)}
         (tmp_path / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
     save_file(weights, tmp_path / file)
-    assert read_component(tmp_path).cfg == gated
+    assert read_config(tmp_path, TRANSFORMER) == gated
     (tmp_path / "config.json").write_text(json.dumps(cfg.to_json() | {"gate_compress": False}))
-    assert read_component(tmp_path).cfg == cfg  # what the configuration says holds
+    assert read_config(tmp_path, TRANSFORMER) == cfg  # what the configuration says holds
 
 
 def test_other_sizes_have_other_lists():
     cfg = wan.VAEConfig(dim_mult=(1, 2, 2), num_res_blocks=1, temperal_downsample=(True, False))
-    part = component(cfg)
-    names = rules.expected(part.rules, part.abstract(jnp.float32))
+    names = rules.expected(VAE.names(cfg), VAE.abstract(cfg, jnp.float32))
     assert "encoder.down_blocks.1.time_conv.weight" in names  # stage 0: one residual block, then the downsampler
     assert "encoder.down_blocks.3.resample.1.weight" in names
     assert "encoder.down_blocks.3.time_conv.weight" not in names
@@ -96,7 +94,11 @@ def test_other_sizes_have_other_lists():
 @pytest.mark.parametrize(
     "config, error, words",
     [
-        ({"_class_name": "HunyuanVideoTransformer3DModel"}, CheckpointError, "which jvdiff does not have"),
+        (
+            {"_class_name": "HunyuanVideoTransformer3DModel"},
+            CheckpointError,
+            "describes 'HunyuanVideo",
+        ),
         ({}, CheckpointError, "'None'"),
         ({"model_type": "umt5", "auto_map": {"AutoModel": "evil.Model"}}, UnsafeFormat, "remote code is not supported"),
         ({"_class_name": "WanTransformer3DModel", "num_layers": 10**9}, CheckpointError, "num_layers"),
@@ -108,10 +110,10 @@ def test_other_sizes_have_other_lists():
 def test_unusable_configurations(tmp_path, config, error, words):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(error, match=words):
-        read_component(tmp_path)
+        read_config(tmp_path, TEXT_TO_VIDEO.parts)
 
 
 def test_a_configuration_with_nan_is_not_json(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "WanTransformer3DModel", "eps": NaN}')
     with pytest.raises(CheckpointError, match="NaN is not JSON"):
-        read_component(tmp_path)
+        read_config(tmp_path, TEXT_TO_VIDEO.parts)

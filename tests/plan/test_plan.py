@@ -119,9 +119,10 @@ def test_planning_for_a_gpu_needs_its_compiler(monkeypatch, capsys, tmp_path):
     path = tmp_path / "c.py"
     path.write_text("from jvdiff import sample\nget_config = sample.default_config\n")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     argv = ["sample", f"--config={path}", "--config.checkpoint=Wan2.1-T2V-1.3B-Diffusers", "--config.plan=true"]
     assert sample.main([*argv, "--config.plan_target=h200"]) == 7
-    assert "pip install --no-deps jax-cuda13-plugin==" in capsys.readouterr().err
+    assert "-m jvdiff.commands.compiler --install" in capsys.readouterr().err
     assert sample.main([*argv, "--config.plan_target=tpu"]) == 2
     assert "h200" in capsys.readouterr().err
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jvdiff.pipeline.tables import read_component
 
 from jvdiff.errors import UsageError
+from jvdiff.models.family import read_config
+from jvdiff.models.wan.family import TRANSFORMER
 from jvdiff.runtime import peers
 from jvdiff.sharding import MeshShape, make_mesh
 from jvdiff.training import loop
@@ -85,18 +86,19 @@ def same_shards(one, other):
 def work(rank, repository, folder):
     """What each process does; tells what it read of files, in bytes, as JSON in `folder`."""
     folder, told, read, sha256 = Path(folder), {}, [], manifest.file_sha256
-    part = read_component(Path(repository) / "transformer")
-    wanted, eight = part.abstract(jnp.float32), make_mesh(MeshShape(fsdp=8))
+    source = Path(repository) / "transformer"
+    cfg = read_config(source, TRANSFORMER)
+    wanted, eight = TRANSFORMER.abstract(cfg, jnp.float32), make_mesh(MeshShape(fsdp=8))
     places = divided(wanted, eight)
 
     with pytest.MonkeyPatch.context() as patch:
         pread = os.preadv
         patch.setattr(os, "preadv", lambda file, views, at: read.append(len(views[0])) or pread(file, views, at))
-        params = restore(Path(repository) / "transformer", wanted, part.rules, places)
+        params = restore(source, wanted, TRANSFORMER.names(cfg), places)
     held = {(name, str(s.index)): s.data.nbytes for name, x in flatten(params).items() for s in x.addressable_shards}
     told["hf"], told["held"] = sum(read), sum(held.values())
 
-    save(folder / "saved", params, config=part.cfg.to_json())
+    save(folder / "saved", params, config=cfg.to_json())
     with pytest.MonkeyPatch.context() as patch:
         hashed = []
         patch.setattr(manifest, "file_sha256", lambda file: hashed.append(file.name) or sha256(file))

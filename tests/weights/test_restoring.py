@@ -1,5 +1,6 @@
 """Inspecting, restoring and saving: exact, sharded, and nothing damaged is ever used (F28-F31, F39-F42)."""
 
+import functools
 import json
 import math
 import shutil
@@ -8,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jvdiff.pipeline.tables import read_component
 
-from convert.__main__ import convert
 from jvdiff.errors import (
     CheckpointError,
     CorruptFile,
@@ -19,7 +18,10 @@ from jvdiff.errors import (
     ShapeMismatch,
     UsageError,
 )
-from jvdiff.weights import restore, restoring, save
+from jvdiff.models.family import read_config
+from jvdiff.models.wan.family import TEXT_TO_VIDEO
+from jvdiff.weights import manifest, restore, restoring, save
+from jvdiff.weights import orbax as directories
 from jvdiff.weights import safetensors as reader
 from jvdiff.weights.manifest import verify_files
 from jvdiff.weights.naming import flatten
@@ -40,6 +42,15 @@ def content(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+class Part:
+    """A component folder: its configuration, names and abstract tree."""
+
+    def __init__(self, folder):
+        part = TEXT_TO_VIDEO.parts[folder.name]
+        self.folder, self.cfg = folder, read_config(folder, part)
+        self.names, self.abstract = part.names(self.cfg), functools.partial(part.abstract, self.cfg)
+
+
 @pytest.fixture
 def saved(tmp_path):
     save(tmp_path / "saved", TREE)
@@ -48,9 +59,16 @@ def saved(tmp_path):
 
 @pytest.fixture(scope="module")
 def orbax(tiny_repository, tmp_path_factory):
-    target = tmp_path_factory.mktemp("converted") / "orbax"
-    convert(tiny_repository, target)
-    return target
+    """Transformer and VAE of `tiny_repository` as directories below one manifest."""
+    root, records = tmp_path_factory.mktemp("orbax"), {}
+    for name in ("transformer", "vae"):
+        part = Part(tiny_repository / name)
+        leaves = directories.leaves_of(restore(part.folder, part.abstract(jnp.float32), part.names), [])
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(part.cfg.to_json()))
+        records |= directories.write_params(root, name, leaves)
+    manifest.write_manifest(root, records, {})
+    return root
 
 
 def test_save_and_restore(saved):
@@ -82,19 +100,19 @@ def test_f42_keys_that_orbax_would_mix_up(tmp_path, key):
 @pytest.mark.parametrize("layout", ["hf", "orbax"])
 def test_restore_onto_a_mesh(tiny_repository, orbax, layout):
     folder = {"hf": tiny_repository, "orbax": orbax}[layout] / "transformer"
-    part = read_component(folder)
+    part = Part(folder)
     wanted = part.abstract(jnp.float32)
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
     shardings = jax.tree.map(lambda leaf: replicated, wanted)
     shardings["blocks"]["ffn"]["up"]["kernel"] = split
-    on_mesh = restore(folder, wanted, part.rules, shardings)
+    on_mesh = restore(folder, wanted, part.names, shardings)
     assert on_mesh["blocks"]["ffn"]["up"]["kernel"].sharding == split
     assert on_mesh["head"]["proj"]["bias"].sharding == replicated
-    plain = restore(folder, wanted, part.rules)
+    plain = restore(folder, wanted, part.names)
     jax.tree.map(np.testing.assert_array_equal, on_mesh, plain)
-    everywhere = restore(folder, wanted, part.rules, replicated)
+    everywhere = restore(folder, wanted, part.names, replicated)
     assert everywhere["head"]["proj"]["bias"].sharding == replicated
 
 
@@ -116,12 +134,12 @@ def mesh(**axes):
 
 
 def test_what_was_saved_under_one_mesh_is_restored_under_any_other(tiny_repository, tmp_path):
-    part = read_component(tiny_repository / "transformer")
+    part = Part(tiny_repository / "transformer")
     wanted = part.abstract(jnp.float32)
-    plain = restore(tiny_repository / "transformer", wanted, part.rules)
+    plain = restore(tiny_repository / "transformer", wanted, part.names)
     eight, other = mesh(fsdp=8), mesh(tensor=2, sequence=4)
     places = [sharded(wanted, "fsdp", eight), sharded(wanted, "tensor", other), None, sharded(wanted, "fsdp", eight)]
-    last = restore(tiny_repository / "transformer", wanted, part.rules, places[0])
+    last = restore(tiny_repository / "transformer", wanted, part.names, places[0])
     for number, shardings in enumerate(places[1:]):
         save(tmp_path / str(number), last, config=part.cfg.to_json())
         last = restore(tmp_path / str(number), wanted, (), shardings)
@@ -133,7 +151,7 @@ def test_what_was_saved_under_one_mesh_is_restored_under_any_other(tiny_reposito
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}])
 def test_one_shard_is_in_host_memory_at_a_time_and_read_once(tiny_repository, monkeypatch, axes):
     folder = tiny_repository / "text_encoder"
-    part = read_component(folder)
+    part = Part(folder)
     wanted = part.abstract(jnp.float32)
     shardings, counts = sharded(wanted, "fsdp", mesh(**axes)), []
 
@@ -144,7 +162,7 @@ def test_one_shard_is_in_host_memory_at_a_time_and_read_once(tiny_repository, mo
     fill, read, numbers = restoring.fill, reader.Folder.read, []
     monkeypatch.setattr(restoring, "fill", counted)
     monkeypatch.setattr(reader.Folder, "read", lambda *args: numbers.append((array := read(*args)).nbytes) or array)
-    found = flatten(restore(folder, wanted, part.rules, shardings))
+    found = flatten(restore(folder, wanted, part.names, shardings))
     total = sum(leaf.nbytes for leaf in found.values())
     assert sum(array.nbytes for array in counts) == sum(numbers) == total  # replicated leaves too are read once
     shards = {leaf.addressable_shards[0].data.nbytes for leaf in found.values()}
@@ -154,14 +172,14 @@ def test_one_shard_is_in_host_memory_at_a_time_and_read_once(tiny_repository, mo
 @pytest.mark.parametrize("layout", ["hf", "orbax"])
 def test_f41_casts_are_told_or_refused(tiny_repository, orbax, caplog, layout):
     folder = {"hf": tiny_repository, "orbax": orbax}[layout] / "vae"
-    part = read_component(folder)
+    part = Part(folder)
     wanted = part.abstract(jnp.bfloat16)
     with pytest.raises(ShapeMismatch, match="from float32 to bfloat16"):
-        restore(folder, wanted, part.rules, cast=False)
+        restore(folder, wanted, part.names, cast=False)
     with caplog.at_level("INFO", logger="jvdiff.weights.restoring"):
-        got = restore(folder, wanted, part.rules)
+        got = restore(folder, wanted, part.names)
     assert "from float32 to bfloat16" in caplog.text
-    exact = restore(folder, part.abstract(jnp.float32), part.rules)
+    exact = restore(folder, part.abstract(jnp.float32), part.names)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b).astype(a.dtype)), got, exact)
 
 
@@ -180,7 +198,7 @@ def test_another_model_is_refused_with_a_list(saved):
 
 def test_f39_a_flipped_bit_in_any_file_is_noticed(orbax, tmp_path):
     folder = shutil.copytree(orbax, tmp_path / "orbax")
-    wanted = read_component(folder / "vae").abstract(jnp.float32)
+    wanted = Part(folder / "vae").abstract(jnp.float32)
     random = np.random.default_rng(0)
     for file in sorted(p for p in (folder / "vae").rglob("*") if p.is_file()):
         whole = file.read_bytes()
@@ -205,7 +223,7 @@ def test_f39_damaged_files_never_reach_orbax(orbax, tmp_path, monkeypatch):
     monkeypatch.setattr(restoring, "stored_leaves", lambda path: opened.append(path))
     monkeypatch.setattr(jax, "device_put", lambda *args: opened.append(args))
     with pytest.raises(IntegrityError):
-        restore(folder / "vae", read_component(folder / "vae").abstract(jnp.float32), ())
+        restore(folder / "vae", Part(folder / "vae").abstract(jnp.float32), ())
     assert opened == []
 
 

@@ -4,12 +4,10 @@ B batch · L query tokens · S key tokens · N heads · K head dim.
 
 Every implementation is a plain function `(q, k, v, return_lse, kv_length) -> (out, lse or None)` in a file of its own,
 with an `unsupported(q, k, v, return_lse) -> reason or None` beside it that looks at shapes and dtypes only. It may rely
-on kv_length lying in 1..S. `Dense` is the pattern of a model's self-attention that asks for this, beside `SlidingTile`
-and `VideoSparse`.
+on kv_length lying in 1..S.
 """
 
 import logging
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -23,11 +21,6 @@ _log = logging.getLogger("jvdiff.kernels")
 
 # In order of preference: the first that supports the operands on the backend at hand is taken. `xla` supports all.
 IMPLEMENTATIONS = {"cudnn": cudnn, "blocks": blocks, "xla": xla, "reference": reference}
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Every query attends to every key."""
 
 
 def attention(

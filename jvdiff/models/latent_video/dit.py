@@ -70,13 +70,13 @@ def denoise(
       UsageError: a shape, dtype, policy or mesh that does not fit.
     """
     _check(cfg, latents, timestep, labels, remat)
-    how = _How(latents.shape[2] * latents.shape[3] // cfg.patch_size**2, implementation, dtype=dtype)
+    plan = _Plan(latents.shape[2] * latents.shape[3] // cfg.patch_size**2, implementation, dtype=dtype)
     if placement:
-        how = replace(how, placement=placement, split=placement.split(mesh_sizes(cfg, latents.shape[:4])))
+        plan = replace(plan, placement=placement, split=placement.split(mesh_sizes(cfg, latents.shape[:4])))
         whole: Any = placement.whole({k: v for k, v in params.items() if k != "blocks"}, places.DIT)
         params = {**whole, "blocks": params["blocks"]}
         latents, timestep, labels = placement.replicate((latents, timestep, labels))
-    out: Any = _Transformer(cfg, how, remat).apply({"params": params}, latents, timestep, labels)
+    out: Any = _Transformer(cfg, plan, remat).apply({"params": params}, latents, timestep, labels)
     return out
 
 
@@ -99,13 +99,13 @@ def init_params(key: Array, cfg: DiTConfig) -> dict[str, Any]:
 
 def _init(key: Array, cfg: DiTConfig) -> dict[str, Any]:
     latents = jnp.zeros((1, 1, cfg.patch_size, cfg.patch_size, cfg.in_channels))
-    model = _Transformer(cfg, _How(1, implementation="xla"))
+    model = _Transformer(cfg, _Plan(1, implementation="xla"))
     variables: Any = model.init(key, latents, jnp.zeros(1), jnp.zeros(1, jnp.int32))
     return variables["params"]
 
 
 @dataclass(frozen=True)
-class _How:
+class _Plan:
     """What is known of a forward pass when it is compiled."""
 
     tokens: int  # L, without padding
@@ -122,30 +122,30 @@ class _How:
 
 class _Transformer(nn.Module):
     cfg: DiTConfig
-    how: _How
+    plan: _Plan
     remat: str | None = None
 
     @nn.compact
     def __call__(self, latents: Array, timestep: Array, labels: Array) -> Array:
-        cfg, how, D, p = self.cfg, self.how, self.cfg.hidden_size, self.cfg.patch_size
+        cfg, plan, D, p = self.cfg, self.plan, self.cfg.hidden_size, self.cfg.patch_size
         B, T, H, W, C = latents.shape
-        h, w, padding = H // p, W // p, how.split.padding if how.split else 0
+        h, w, padding = H // p, W // p, plan.split.padding if plan.split else 0
 
         x = latents.reshape(B, T, h, p, w, p, C).transpose(0, 1, 2, 4, 3, 5, 6).reshape(B, T, h * w, p * p * C)
         positions = _positions(T, h, w, D)[None]
         x, positions = (jnp.pad(a, ((0, 0), (0, 0), (0, padding), (0, 0))) for a in (x, positions))
-        x = Linear(D, exact=True, name="patch_embed")(how.along_tokens(x)) + positions
+        x = Linear(D, exact=True, name="patch_embed")(plan.along_tokens(x)) + positions
 
         condition = MLP(D, D, nn.silu, exact=True, name="time_embed")(sinusoid(timestep, cfg.freq_dim))
         # About as large as what comes of the timestep: a small one (DiT has 0.02) is heard late.
         table = nn.Embed(cfg.num_classes + 1, D, embedding_init=nn.initializers.normal(0.5), name="label_embed")
         condition = nn.silu(condition + jnp.take(as_array(table.embedding), labels, axis=0).astype(jnp.float32))
-        if how.placement:
-            condition = how.placement.replicate(condition)
+        if plan.placement:
+            condition = plan.placement.replicate(condition)
 
         block = _Block
-        if how.placement and how.placement.mesh.shape["fsdp"] > 1:
-            block = nn.map_variables(block, "params", partial(_gathered, how.placement), init=self.is_initializing())
+        if plan.placement and plan.placement.mesh.shape["fsdp"] > 1:
+            block = nn.map_variables(block, "params", partial(_gathered, plan.placement), init=self.is_initializing())
         if self.remat:
             block = nn.remat(block, prevent_cse=False, policy=_POLICIES[self.remat])
         blocks = nn.scan(
@@ -154,14 +154,14 @@ class _Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] - documented, and wrongly annotated
             length=cfg.depth,
-        )(cfg, how, name="blocks")
+        )(cfg, plan, name="blocks")
         x, _ = blocks(x, condition)
 
         shift, scale = _modulation(2, D, condition, "head_modulation")
         x = layer_norm(x, _EPS) * (1 + scale) + shift
         x = Linear(p * p * C, nn.initializers.zeros, exact=True, name="head")(x)
-        if how.placement:
-            x = how.placement.replicate(x)[:, :, : how.tokens]
+        if plan.placement:
+            x = plan.placement.replicate(x)[:, :, : plan.tokens]
         return x.reshape(B, T, h, w, p, p, C).transpose(0, 1, 2, 4, 3, 5, 6).reshape(latents.shape)
 
 
@@ -169,17 +169,17 @@ class _Block(nn.Module):
     """x float32 [B,T,L,D] and the condition float32 [B,D] -> x."""
 
     cfg: DiTConfig
-    how: _How
+    plan: _Plan
 
     @nn.compact
     def __call__(self, x: Array, condition: Array) -> tuple[Array, None]:
-        cfg, how, D = self.cfg, self.how, self.cfg.hidden_size
-        x = how.along_tokens(x)
-        vectors = _modulation(9, D, condition, "modulation", how.placement)
+        cfg, plan, D = self.cfg, self.plan, self.cfg.hidden_size
+        x = plan.along_tokens(x)
+        vectors = _modulation(9, D, condition, "modulation", plan.placement)
         layers = (
-            _Attention(cfg, how, _PLACES, name="spatial_attn"),
-            _Attention(cfg, how, _FRAMES, name="temporal_attn"),
-            _FeedForward(cfg, how.dtype, name="ffn"),
+            _Attention(cfg, plan, _PLACES, name="spatial_attn"),
+            _Attention(cfg, plan, _FRAMES, name="temporal_attn"),
+            _FeedForward(cfg, plan.dtype, name="ffn"),
         )
         for i, layer in enumerate(layers):
             shift, scale, gate = vectors[3 * i : 3 * i + 3]
@@ -199,32 +199,32 @@ class _Attention(nn.Module):
     """[B,T,L,D] -> the same, along `axis`."""
 
     cfg: DiTConfig
-    how: _How
+    plan: _Plan
     axis: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        D, how = self.cfg.hidden_size, self.how
-        linear = partial(Linear, D, dtype=how.dtype)
+        D, plan = self.cfg.hidden_size, self.plan
+        linear = partial(Linear, D, dtype=plan.dtype)
         q, k, v = (linear(name=n)(x).reshape(*x.shape[:3], self.cfg.num_heads, -1) for n in ("q", "k", "v"))
         q, k = (RMSNorm(_EPS, name=f"{n}_norm")(a).astype(v.dtype) for n, a in (("q", q), ("k", k)))
-        attend: Any = partial(_attend, how, self.axis)
-        if split := how.split:
+        attend: Any = partial(_attend, plan, self.axis)
+        if split := plan.split:
             spec = P(split.batch, None, split.ring + split.heads, split.tensor)
             attend = jax.shard_map(attend, mesh=split.mesh, in_specs=spec, out_specs=spec, check_vma=False)
         return linear(name="out")(attend(q, k, v).reshape(x.shape))
 
 
-def _attend(how: _How, axis: int, q: Array, k: Array, v: Array) -> Array:
+def _attend(plan: _Plan, axis: int, q: Array, k: Array, v: Array) -> Array:
     """Attention along one axis of [B,T,L,N,K], of this device's tokens to those of all."""
-    if axis == _PLACES and how.split and (devices := how.split.ring + how.split.heads):
-        k, v = (lax.all_gather(a, devices, axis=axis, tiled=True)[:, :, : how.tokens] for a in (k, v))
+    if axis == _PLACES and plan.split and (devices := plan.split.ring + plan.split.heads):
+        k, v = (lax.all_gather(a, devices, axis=axis, tiled=True)[:, :, : plan.tokens] for a in (k, v))
 
     def sequences(a: Array) -> Array:
         a = jnp.moveaxis(a, axis, 2)
         return a.reshape(-1, *a.shape[2:])
 
-    out = kernels.attention(sequences(q), sequences(k), sequences(v), implementation=how.implementation)
+    out = kernels.attention(sequences(q), sequences(k), sequences(v), implementation=plan.implementation)
     return jnp.moveaxis(out.reshape(jnp.moveaxis(q, axis, 2).shape), 2, axis)
 
 

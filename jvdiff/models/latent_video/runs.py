@@ -249,9 +249,8 @@ def programs(
 ) -> Iterator[tuple[str, Task, Schedule, Any]]:
     """(name, task, schedule, abstract batch) of each part of the run, for a plan; the clips need not be there."""
     there = Path(config.clips).exists()
-    plan = describe(
-        config, clip_files.find(config.clips).classes if there else [str(i) for i in range(PLANNED_CLASSES)]
-    )
+    classes = clip_files.find(config.clips).classes if there else [str(i) for i in range(PLANNED_CLASSES)]
+    plan = describe(config, classes)
 
     def none(start: int) -> Generator[Any, None, None]:
         yield from ()

@@ -27,7 +27,7 @@ from jvdiff.kernels import BlockCausal
 from jvdiff.kernels.block_causal import visible
 from jvdiff.models.layers import MLP, Linear, RMSNorm, gelu
 from jvdiff.models.wan.config import DiTConfig
-from jvdiff.models.wan.dit import How, Layer, Past, apply, mesh_sizes, plan_forward
+from jvdiff.models.wan.dit import Layer, Past, Plan, apply, make_plan, mesh_sizes
 from jvdiff.models.wan.layers import rope_tables
 from jvdiff.sharding import Placement, Split, sequence
 from jvdiff.types import Array, Params
@@ -227,12 +227,12 @@ def reencode(
     filled = number < span.filled(past.frames)
     seen = visible(frames, frames, span.chunk, span.window, span.sink) & filled[None] & filled[:, None]
     shape = (len(history), *history.shape[1:4])
-    how = _plan(cfg, span, shape, text, text_length, implementation, placement, dtype, keep=True)
+    plan = _plan(cfg, span, shape, text, text_length, implementation, placement, dtype, keep=True)
     places = span.places(past.frames) if span.relative else frames
     state = Past(length=None, visible=seen)
     layers = Layer(None, text)
     _, kept = apply(
-        params, cfg, how, history, timestep.reshape(len(timestep), -1), None, frames=places, layers=layers, past=state
+        params, cfg, plan, history, timestep.reshape(len(timestep), -1), None, frames=places, layers=layers, past=state
     )
     keys, values = (
         new.reshape(old.shape).astype(old.dtype) for new, old in zip(kept, (past.keys, past.values), strict=True)
@@ -262,15 +262,15 @@ def _chunk(
     keep: bool,
 ) -> tuple[Array, Any]:
     _check(cfg, span, latents, timestep, past)
-    how = _plan(cfg, span, latents.shape[:4], text, text_length, implementation, placement, dtype, keep=keep)
-    _, h, w = how.grid
+    plan = _plan(cfg, span, latents.shape[:4], text, text_length, implementation, placement, dtype, keep=keep)
+    _, h, w = plan.grid
     filled, rope, frames = span.filled(past.frames), None, past.frames + jnp.arange(span.chunk, dtype=jnp.int32)
     if span.relative:
         rope = rope_tables((span.slots, h, w), cfg.attention_head_dim, span.places(past.frames))
         frames = filled + jnp.arange(span.chunk, dtype=jnp.int32)
     layers, state = Layer((past.keys, past.values), text), Past(filled * (h * w), rope)
     timestep = timestep.reshape(len(timestep), -1)
-    return apply(params, cfg, how, latents, timestep, None, frames=frames, layers=layers, past=state)
+    return apply(params, cfg, plan, latents, timestep, None, frames=frames, layers=layers, past=state)
 
 
 def _check(cfg: DiTConfig, span: Span, latents: Array, timestep: Array, past: KVCache) -> None:
@@ -301,9 +301,9 @@ def _plan(
     dtype: Any,
     *,
     keep: bool,
-) -> How:
-    how = plan_forward(cfg, shape, span.pattern, text[0].shape[2], text_length, implementation, placement, dtype)
-    return replace(how, keep=keep, relative=span.relative)
+) -> Plan:
+    plan = make_plan(cfg, shape, span.pattern, text[0].shape[2], text_length, implementation, placement, dtype)
+    return replace(plan, keep=keep, relative=span.relative)
 
 
 def _split(cfg: DiTConfig, span: Span, batch: int, grid: Any, placement: Placement) -> Split:

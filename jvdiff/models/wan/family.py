@@ -17,11 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jvdiff import kernels
 from jvdiff.config import multiple
 from jvdiff.diffusion import samplers, schedules
 from jvdiff.errors import UsageError
-from jvdiff.kernels import block_sparse
 from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.models import wan
 from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Request, Run, Segment, Stage
@@ -37,6 +35,7 @@ from jvdiff.weights.safetensors import read_json
 
 log = logging.getLogger("jvdiff")
 
+GRIDS = {"diffusers": "diffusers", "wan": "training"}  # the setting `grid`: what `diffusion.schedules` calls it
 TEXT_LENGTH = 512  # rows of text that the DiT attends to; those beyond the prompt are zeros (Wan pads, without a mask)
 TEXT_BUCKETS = (32, 64, 128, 256, TEXT_LENGTH)
 _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler")
@@ -47,9 +46,9 @@ _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler"
 
 def _with_gate(config: Mapping[str, Any], tensors: Any) -> Mapping[str, Any]:
     """Files do not say in config.json whether the blocks have the gate of video sparse attention; their tensors do."""
-    if "gate_compress" in config:
+    if "gate_compress" in config or f"{names.GATE.format(layer=0)}.weight" not in tensors:
         return config
-    return {**config, "gate_compress": f"{names.GATE.format(layer=0)}.weight" in tensors}
+    return {**config, "gate_compress": True}
 
 
 TRANSFORMER = Part(
@@ -148,13 +147,12 @@ def make_clip(models: Models, settings: Settings) -> Clip:
     dit, vae = models.configs["transformer"], models.configs["vae"]
     _check_sizes(settings, dit, vae)
     pattern = read_pattern(settings.pattern, dit.num_attention_heads)
-    if isinstance(settings.attention, str):
-        able = kernels.IMPLEMENTATIONS if isinstance(pattern, kernels.Dense) else block_sparse.IMPLEMENTATIONS
-        if settings.attention not in able:
-            raise UsageError(f"attention is {settings.attention!r}; expected one of {', '.join(able)}.")
+    if isinstance(settings.attention, str) and settings.attention not in pattern.implementations:
+        expected = ", ".join(pattern.implementations)
+        raise UsageError(f"attention is {settings.attention!r}; expected one of {expected}.")
     if settings.negative_prompt:
         tokenizers.check_prompt(settings.negative_prompt, "negative_prompt")
-    sampler = samplers.read(settings.solver, settings.steps, settings.shift, settings.grid)
+    sampler = samplers.read(settings.solver, settings.steps, settings.shift, GRIDS[settings.grid])
     frames = 1 + (settings.num_frames - 1) // vae.temporal_factor
     grid = frames, settings.height // vae.spatial_factor, settings.width // vae.spatial_factor
     return Clip(
@@ -358,6 +356,12 @@ CAUSAL = dataclasses.replace(
 )
 # What can be planned without a download: the name of the published repository and its models.
 PUBLISHED = {
-    "Wan2.1-T2V-1.3B-Diffusers": (TEXT_TO_VIDEO, wan.WAN_2_1_T2V_1_3B),
-    "Wan2.1-T2V-14B-Diffusers": (TEXT_TO_VIDEO, wan.WAN_2_1_T2V_14B),
+    name: (
+        TEXT_TO_VIDEO,
+        Models({"transformer": dit, "vae": wan.WAN_2_1_VAE, "text_encoder": umt5.UMT5_XXL}, {}, {}),
+    )
+    for name, dit in (
+        ("Wan2.1-T2V-1.3B-Diffusers", wan.WAN_2_1_T2V_1_3B),
+        ("Wan2.1-T2V-14B-Diffusers", wan.WAN_2_1_T2V_14B),
+    )
 }

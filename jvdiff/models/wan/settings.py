@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,9 @@ class Settings:
         "dense",
         "which tokens see each other: dense, sliding_tile:6x8x8:3x3x3 (tile, window) or video_sparse:4x4x4:0.9",
     )
-    attention: str | None = option(None, "implementation of self-attention in jvdiff.kernels; none: the best that can")
+    attention: str | Callable[..., Any] | None = option(
+        None, "implementation of self-attention in jvdiff.kernels (in Python also a function); none: the best that can"
+    )
 
 
 def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> str | None:

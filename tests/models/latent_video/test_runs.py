@@ -21,10 +21,10 @@ from jvdiff.pipeline import class_conditional
 
 ROOT = Path(__file__).parents[3]
 SMALLEST = """
-from configs import latent_video_small
+from jvdiff.config import load
 from ml_collections import ConfigDict
 def get_config():
-    config = latent_video_small.get_config()
+    config = load("latent_video_small")
     config.folder, config.clips, config.output = "{folder}/run", "{folder}/clips", "{folder}/out"
     config.num_frames, config.height, config.width, config.batch, config.workers = 4, 32, 32, 4, 2
     config.vae = ConfigDict(dict(

@@ -1,0 +1,36 @@
+"""The CUDA compiler for GPUs that are not there: installed in a folder of its own, and lent to one process.
+
+    python -m jvdiff.commands.compiler --install            0.7 GB from the package index, once for each JAX
+    python -m jvdiff.commands.compiler -m pytest tests      python -m pytest tests, with the compiler on its path
+    python -m jvdiff.commands.compiler PROGRAM.py ...       likewise
+
+Plans and benchmarks find it by themselves; see `jvdiff.plan.targets`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jvdiff.errors import JvdiffError
+from jvdiff.plan import targets
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs the command line (without the program's name) and returns its exit status."""
+    words = sys.argv[1:] if words is None else list(words)
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    try:
+        if words != ["--install"]:
+            return targets.python(words)
+        print(targets.install())
+        return 0
+    except JvdiffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

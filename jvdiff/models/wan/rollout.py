@@ -1,0 +1,79 @@
+"""Wan chunk by chunk: what `jvdiff.streaming` needs of a causal model, and Self-Forcing's published one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jvdiff.models import wan
+from jvdiff.models.family import Rollout
+from jvdiff.models.text import umt5
+from jvdiff.models.wan import family
+from jvdiff.sharding import Placement
+from jvdiff.streaming.codec import StreamingVideoDecoder
+from jvdiff.streaming.config import (
+    DiffusionModelConfig,
+    FlowMatchSchedulerConfig,
+    StreamInferencePipelineConfig,
+    TransformerConfig,
+)
+from jvdiff.types import Array, Params
+
+
+@functools.lru_cache(maxsize=8)
+def _text_program(cfg: umt5.Config, placement: Placement | None) -> Any:
+    """jitted (params, ids int32 [B,S], mask bool [B,S]) -> rows [B,S,D], zero where the mask is false."""
+    return jax.jit(functools.partial(_encode_text, cfg, placement))
+
+
+def _encode_text(cfg: umt5.Config, placement: Placement | None, params: Params, ids: Array, mask: Array) -> Array:
+    return family.encode_text(params, cfg, ids, mask, placement)
+
+
+def _encode_texts(
+    cfg: umt5.Config, params: Params, tokenizer: Any, texts: Sequence[str], placement: Placement | None = None
+) -> Array:
+    ids, mask = family.tokenize(tokenizer, texts)
+    if placement is not None:
+        ids, mask = jax.device_put((ids, mask), placement.everywhere)
+    return _text_program(cfg, placement)(params, ids, mask)
+
+
+def _token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    return np.asarray(family.tokenize(tokenizer, texts).mask).sum(axis=1).tolist()
+
+
+ROLLOUT = Rollout(
+    configs=(wan.DiTConfig, wan.VAEConfig, umt5.Config),
+    dtype_of=lambda params: params["blocks"]["self_attn"]["k"]["kernel"].dtype,
+    span=wan.Span,
+    encode_texts=_encode_texts,
+    token_counts=_token_counts,
+    text_keys=wan.text_keys,
+    init_kv_cache=wan.init_kv_cache,
+    chunk_velocity=wan.chunk_velocity,
+    remembered=wan.remembered,
+    extend=wan.extend,
+    reencode=wan.reencode,
+    mesh_sizes=wan.mesh_sizes,
+    encode_chunk=wan.encode_chunk,
+    decode_chunk=wan.decode_chunk,
+    normalize_latents=wan.normalize_latents,
+    denormalize_latents=wan.denormalize_latents,
+)
+
+CAUSAL_WAN_2_1_T2V_1_3B = dataclasses.replace(wan.WAN_2_1_T2V_1_3B, causal=True)
+
+# Self-Forcing's published model (arXiv 2506.08009), at 480x832.
+SELF_FORCING_WAN_2_1_T2V_1_3B = StreamInferencePipelineConfig(
+    "self-forcing-wan2.1-t2v-1.3b",
+    DiffusionModelConfig(
+        TransformerConfig(CAUSAL_WAN_2_1_T2V_1_3B, umt5.UMT5_XXL), FlowMatchSchedulerConfig(shift=5.0)
+    ),
+    decoder=StreamingVideoDecoder(wan.WAN_2_1_VAE),
+)

@@ -1,0 +1,118 @@
+"""A causal repository as a streaming pipeline; configurations from JSON, from repositories, from command lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jvdiff import models, pipeline
+from jvdiff import precision as precisions
+from jvdiff.diffusion import schedules
+from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.pipeline import Repository
+from jvdiff.pipeline.settings import stream_defaults
+from jvdiff.sharding import read_mesh
+from jvdiff.streaming.codec import ImageEncoder, NullEncoder, StreamingVideoDecoder, StreamingVideoEncoder
+from jvdiff.streaming.config import (
+    DiffusionModelConfig,
+    FlowMatchSchedulerConfig,
+    StreamInferencePipelineConfig,
+    TransformerConfig,
+    UniPCSchedulerConfig,
+    derive_config,
+    from_json,
+)
+from jvdiff.streaming.rollout import StreamInferencePipeline
+
+_CLASSES = {
+    kind.__name__: kind
+    for kind in (
+        StreamInferencePipelineConfig, DiffusionModelConfig, TransformerConfig, FlowMatchSchedulerConfig,
+        UniPCSchedulerConfig, StreamingVideoDecoder, StreamingVideoEncoder, ImageEncoder, NullEncoder,
+    )
+}  # fmt: skip
+
+
+def _classes() -> dict[str, type]:
+    """The classes of configurations by their names in JSON, those of the families' networks too."""
+    return _CLASSES | {kind.__name__: kind for one in models.rollouts() for kind in one.configs}
+
+
+def config_from_json(value: Mapping[str, Any]) -> StreamInferencePipelineConfig:
+    """The inverse of `to_json` for a whole configuration.
+
+    Raises:
+        CheckpointError: a class, field or value that cannot be.
+    """
+    config = from_json(value, _classes())
+    if not isinstance(config, StreamInferencePipelineConfig):
+        raise CheckpointError(f"this is a configuration of {type(config).__name__}, expected a whole pipeline's.")
+    return config
+
+
+def config_of(path: str | Path | Repository) -> StreamInferencePipelineConfig:
+    """The configuration that a causal repository asks for: its networks, the scheduler of scheduler_config.json, and
+    what the object `stream` of its jvdiff_defaults.json says besides; else Self-Forcing's.
+
+    Raises:
+        CheckpointError: not a repository, or one that says what cannot be. UsageError: one that is not causal.
+    """
+    repository = path if isinstance(path, Repository) else pipeline.inspect(path, at_once=False)
+    configs, published = repository.models.configs, repository.models.files["scheduler"]
+    scheduler: Any
+    if published.get("_class_name") == "SelfForcingFlowMatchScheduler":
+        scheduler = FlowMatchSchedulerConfig(**schedules.from_self_forcing_config(published))
+    else:
+        scheduler = UniPCSchedulerConfig(shift=schedules.from_scheduler_config(published).shift)
+    config = StreamInferencePipelineConfig(
+        repository.path.name,
+        DiffusionModelConfig(TransformerConfig(configs["transformer"], configs["text_encoder"]), scheduler),
+        decoder=StreamingVideoDecoder(configs["vae"]),
+    )
+    try:
+        return override(config, {"diffusion_model": stream_defaults(repository.path)})
+    except (KeyError, TypeError, UsageError) as error:
+        raise CheckpointError(f"{path}: its defaults for streaming are invalid: {error.args[0]}") from None
+
+
+def override(config: StreamInferencePipelineConfig, patch: Mapping[str, Any]) -> StreamInferencePipelineConfig:
+    """`derive_config` of values as JSON and command lines have them: a list is a tuple, and an object that names its
+    class (as those of `to_json` do) takes the place of what was there, fields that it leaves out at their defaults.
+    Encoders get the decoder's VAE.
+
+    Raises:
+        KeyError, TypeError, UsageError: as `derive_config`. CheckpointError: a class or field that there is not.
+    """
+    classes: dict[str, Any] = _classes()
+    if config.decoder is not None:
+        for kind in (StreamingVideoEncoder, ImageEncoder):
+            classes[kind.__name__] = partial(kind, config.decoder.vae)
+
+    def read(value: Any) -> Any:
+        if isinstance(value, Mapping) and "class" not in value:
+            return {name: read(item) for name, item in value.items()}
+        return tuple(map(read, value)) if isinstance(value, list) else from_json(value, classes)
+
+    return derive_config(config, **read(patch))
+
+
+def load(
+    path: str | Path | Repository,
+    precision: str | None = None,
+    mesh: Any = None,
+    config: StreamInferencePipelineConfig | None = None,
+) -> StreamInferencePipeline:
+    """A pipeline with the weights of a causal repository.
+
+    Args:
+        path: the folder with model_index.json, a Hugging Face one or what `convert` made of it; or what `inspect` said.
+        precision, mesh: see `jvdiff.load`.
+        config: one derived from `config_of(path)`, with the same networks; None: that one.
+    """
+    repository = path if isinstance(path, Repository) else pipeline.inspect(path, at_once=False)
+    placement, dtypes = pipeline.place(read_mesh(mesh)), precisions.choose(precision)
+    config = config or config_of(repository)
+    params = pipeline.read_parts(repository, dtypes, placement)
+    return config.setup(params, repository.models.files["tokenizer"], placement)

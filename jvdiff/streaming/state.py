@@ -1,0 +1,98 @@
+"""What a rollout remembers, as values; and how long its stages take.
+
+B rollouts · F frames that are remembered · T latent frames of a chunk · H W latent grid · C latent channels
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+
+from jvdiff.types import Array
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("generated", "finalized", "key", "text", "past", "history", "encoder", "decoder"),
+    meta_fields=("config",),
+)
+@dataclass(frozen=True)
+class StreamCache:
+    """All that a rollout remembers.
+
+    generated, finalized: numpy int32, how many chunks were made, and how many are part of the past. key: uint32, the
+    data of the rollout's random key. text: keys and values of the prompts. past: the layers' keys and values. history:
+    float32 [B,F,H,W,C], the network's inputs that those were made of. encoder, decoder: what the VAE remembers. With
+    guidance, text and past are those of 2B: the prompts, then the negative one. config: the configuration's digest.
+    """
+
+    generated: Any
+    finalized: Any
+    key: Any
+    text: Any
+    past: Any
+    history: Any
+    encoder: Any
+    decoder: Any
+    config: str
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("latents", "payload", "nonfinite"),
+    meta_fields=("autoregressive_index", "milliseconds"),
+)
+@dataclass(frozen=True)
+class FinalState:
+    """What `finalize` needs of a chunk: clean latents float32 [B,T,H,W,C] (normalised), and what the encoder told.
+
+    nonfinite: float32 [], the share of latents and decoded pixels that is NaN or infinite. milliseconds: of each stage,
+    where time is taken.
+    """
+
+    latents: Array
+    payload: Any
+    nonfinite: Array
+    autoregressive_index: int
+    milliseconds: tuple[tuple[str, float], ...] = ()
+
+
+def copy(cache: StreamCache) -> StreamCache:
+    """The same state in memory of its own, for a rollout that goes on in two ways: `finalize` takes what it gets."""
+    return jax.tree.map(lambda x: x.copy(), cache)
+
+
+def device_memory() -> dict[str, float]:
+    """GiB of the first device in use, and at most so far; {} where the device does not tell."""
+    told = jax.local_devices()[0].memory_stats() or {}
+    names = {"mem_alloc_gib": "bytes_in_use", "mem_peak_gib": "peak_bytes_in_use"}
+    return {name: told[key] / 2**30 for name, key in names.items() if key in told}
+
+
+class Clock:
+    """How long stages take, each waited for; nothing at all where no time is taken."""
+
+    def __init__(self, on: bool, before: tuple[tuple[str, float], ...] = ()):
+        self.on, self.milliseconds, self.start = on, list(before), time.perf_counter()
+
+    def done(self, stage: str, result: Any) -> None:
+        if self.on:
+            jax.block_until_ready(result)
+            now = time.perf_counter()
+            self.milliseconds.append((stage, (now - self.start) * 1000))
+            self.start = now
+
+    def statistics(self) -> dict[str, float]:
+        if not self.on:
+            return {}
+        each = dict(self.milliseconds)
+        total = sum(each.values())
+        return (
+            {f"{stage}_ms": each.get(stage, 0.0) for stage in ("encode", "diffuse", "decode", "finalize")}
+            | {"total_ms": total, "total_ms_wo_finalize": total - each["finalize"]}
+            | device_memory()
+        )

@@ -1,0 +1,99 @@
+"""What a user gives as a checkpoint becomes a folder: one here, one that comes with jvdiff, or one of the hub's."""
+
+import difflib
+import errno
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from jvdiff.config import shipped
+from jvdiff.errors import CheckpointError, ResourceError, UsageError
+
+_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
+_OURS = ("checkpoints", "runs")  # folders of a checkout or of a user; a name that begins so was meant for a folder
+# Of the weights only what `jvdiff.weights.safetensors` opens, and none of the 16-bit copies beside it.
+_FILES = ("*.json", "*/*.model", "*/*.txt", "README.md", "LICENSE*", "NOTICE*")
+
+
+def locate(name: str | Path, *, download: bool = True, tell: Callable[[str], None] = lambda line: None) -> Path:
+    """The folder of a checkpoint.
+
+    A branch or tag of the hub is resolved to a commit once, and the folder is that of the commit in the hub's cache.
+    What is there already is not downloaded again; where the hub cannot be reached, the cached commit is taken.
+
+    Args:
+        name: in this order a folder; a checkpoint that comes with jvdiff ("digits", or "checkpoints/digits" where no
+            such folder is); a repository of the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION.
+        download: False takes from the hub's cache alone.
+        tell: called with a line before the hub is asked; a progress bar comes with huggingface_hub.
+
+    Raises:
+        UsageError: none of the three. A name that begins with a folder here, with `checkpoints` or with `runs` is
+            never a repository's: a typing error must not fetch a stranger's weights.
+        CheckpointError: not in the hub's cache, and the hub cannot be reached or has no such repository.
+        ResourceError: the disk is full.
+    """
+    if name and os.path.exists(name):  # where Path.exists raises, for instance on a name too long, this is False
+        return Path(name)
+    ours = _ours()
+    *parents, last = Path(name).parts or ("",)
+    if parents in ([], ["checkpoints"]) and last in ours:
+        return ours[last]
+    return _snapshot(*_repository(str(name), list(ours)), download, tell)
+
+
+def _ours() -> dict[str, Path]:
+    """The checkpoints that come with jvdiff, by name: those inside the package, or beside it in a checkout."""
+    return {file.parent.name: file.parent for file in sorted(shipped("checkpoints").glob("*/model_index.json"))}
+
+
+def _repository(name: str, ours: list[str]) -> tuple[str, str | None]:
+    """OWNER/NAME and the revision, None where none is given; raises UsageError where a folder was meant."""
+    parts = _NAME.fullmatch(name)
+    if parts is None:
+        raise UsageError(
+            f"{name!r:.200}: there is no such folder, nor is it a repository's name (OWNER/NAME or "
+            f"OWNER/NAME@REVISION){_nearest(name, ours)}.\n"
+            f"The checkpoints that come with jvdiff are: {', '.join(ours) or 'none'}."
+        )
+    first = Path(name.split("/")[0])
+    if str(first) in _OURS or os.path.isdir(first):
+        there = [str(p) for p in first.iterdir() if p.is_dir()] if os.path.isdir(first) else []
+        there += [f"{first}/{one}" for one in ours if str(first) == "checkpoints"]
+        raise UsageError(
+            f"{name!r:.200}: there is no such folder{_nearest(name, there)}.\n"
+            f"A name that begins with {first}/ is not looked up on the hub, so that a typing error fetches nothing."
+        )
+    return parts[1], parts[2]
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name[:200], names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _snapshot(repository: str, revision: str | None, download: bool, tell: Callable[[str], None]) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    from jvdiff.weights.safetensors import STEMS
+
+    files = [*_FILES, *(f"*/{stem}{end}" for stem in STEMS for end in (".safetensors", "-*.safetensors"))]
+    if download:
+        tell(f"{repository}: no folder here, taken from the Hugging Face hub or its cache")
+    reason = ""
+    for local in (False, True) if download else (True,):
+        try:
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=files, local_files_only=local))
+        except Exception as error:  # the hub's, the network's and the system's; their texts may hold a token
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ResourceError(
+                    f"{constants.HF_HUB_CACHE}: the disk is full; {repository} is not complete there.\n"
+                    "Free some space, or let HF_HUB_CACHE name a folder with more, then start again."
+                ) from None
+            reason = reason or (f", and not downloaded ({type(error).__name__})" if download else "")
+    wanted = f" --revision {revision}" if revision else ""
+    raise CheckpointError(
+        f"{repository}: not in the local cache{reason}.\n"
+        f"Where there is a connection, run: hf download {repository}{wanted}"
+    )
