@@ -61,8 +61,6 @@ def parse(argv: Sequence[str], command: Command | None = None) -> Request:
         request = request._replace(config=of_training(request.config, command.fresh()))
     config = request.config
     arguments.check_file(config, request.fresh, request.file)
-    if config.checkpoint is not None:
-        config.checkpoint = configs.checkpoint(config.checkpoint)
     if config.plan and config.distributed:
         raise UsageError("a plan is made by one process; leave --distributed out.")
     return request
@@ -70,9 +68,8 @@ def parse(argv: Sequence[str], command: Command | None = None) -> Request:
 
 def of_training(training: Any, config: Any) -> Any:
     """`config` with what the configuration of a training says of sampling; the checkpoint is its result."""
-    for name in config:
-        if training.get(name) is not None:
-            config[name] = training[name]
+    with config.ignore_type():
+        config.update({name: training[name] for name in config if training.get(name) is not None})
     if config.checkpoint is None:
         config.checkpoint = str(Path(training.folder) / "repository")
     return config
@@ -138,7 +135,7 @@ def run(request: Request) -> list[Path]:
 
     On resuming, the state's own values hold, and a field that was given on purpose and differs is an error.
     """
-    config = _sampling(request.config)
+    config = request.config
     if config.plan:
         from jvdiff import plan  # before jax: it may have to be kept from looking for GPUs
 
@@ -200,18 +197,6 @@ def _made(maker: Any, wanted: Sequence[Any], problems: list[str], seconds: Mappi
             problems.append(f"{job.stem}: {error}")
             say(f"error: {problems[-1]}")
     return paths
-
-
-def _sampling(config: Any) -> Any:
-    """A sampling config; of a training's, the fields that sampling has too, and the repository that it makes."""
-    if "task" not in config:
-        return config
-    sampling = default_config()
-    with sampling.ignore_type():
-        sampling.update({name: config[name] for name in sampling if name in config})
-    if sampling.checkpoint is None:
-        sampling.checkpoint = str(Path(config.folder) / "repository")
-    return sampling
 
 
 def _left(wanted: list[Any], output: Path, repository: Any, precision: str) -> list[Any]:
