@@ -2,8 +2,9 @@
 
     python -m convert --source HF_DIR_OR_REPO_ID --target ORBAX_DIR [--dtype bfloat16] [--overwrite] [--verify]
 
-The target holds the whole repository, every part and every small file of its family, and `jvdiff.json`, the manifest. It appears by one rename, complete and read back, or not at all. One stacked leaf is in
-memory at a time. `--verify` without a source re-reads a directory that was converted before.
+The target holds the whole repository, every part and every small file of its family, and `jvdiff.json`, the manifest.
+It appears by one rename, complete and read back, or not at all. One stacked leaf is in memory at a time. `--verify`
+without a source re-reads a directory that was converted before.
 
 Exit status: 0 done · 2 usage · 3 checkpoint · 4 disk or memory · 5 interrupted; see jvdiff/errors.py.
 """

@@ -109,7 +109,7 @@ def test_a_size_by_name_gives_way_to_fields(capsys):
     assert "transformer is 'small', which has no fields" in said
 
 
-# -------------------------------------------------------------------------------------------------------- where it is from
+# ----------------------------------------------------------------------------------------------------- where it is from
 
 
 def test_every_value_knows_where_it_came_from():
