@@ -160,6 +160,10 @@ def parse(command: Command, argv: Sequence[str]) -> Request:
         raise UsageError(
             f"no config. Usage: jvdiff {command.name} {command.examples[0]}\n--config takes a file, or one of {names}."
         )
+    fresh: Any = command.fresh() if command.fresh else {}
+    if "task" not in config:
+        with config.unlocked():
+            config.update({name: value for name, value in fresh.items() if name not in config})
     sections = command.sections(config, line.texts)
     flags = _known_flags(command, line, sections, config)
     command.before(config, [path for path, _ in flags])
@@ -168,7 +172,6 @@ def parse(command: Command, argv: Sequence[str]) -> Request:
         value = _value(path, text, sections, config)
         _put(config, path, value)
         given = merged(given, _nested(path, value))
-    fresh = command.fresh() if command.fresh else {}
     return Request(config, given, file or "", _program(command, argv), flags, fresh)
 
 
@@ -239,8 +242,9 @@ def _help(command: Command, config: Any, flags: Mapping[str, str]) -> str:
 
 def _program(command: Command, argv: Sequence[str]) -> tuple[str, ...]:
     """How the command was started: `jvdiff sample` says so itself, `python -m jvdiff.sample` does not."""
-    first = tuple(shlex.split(argv[0])) if "jvdiff " in argv[0] else ()
-    return first or ("python", "-m", f"jvdiff.{command.name}")
+    if re.fullmatch(r"(python -m )?jvdiff \w+", argv[0]):
+        return tuple(argv[0].split())
+    return "python", "-m", f"jvdiff.{command.name}"
 
 
 # ----------------------------------------------------------------------------------------------------- names and values

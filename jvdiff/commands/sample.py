@@ -60,7 +60,8 @@ def parse(argv: Sequence[str], command: Command | None = None) -> Request:
     if {"task", "checkpoint"} <= set(request.config) and command.fresh:
         request = request._replace(config=of_training(request.config, command.fresh()))
     config = request.config
-    arguments.check_file(config, request.fresh, request.file)
+    known = {path for section in command.sections(config, dict(request.flags)) for path in section.options}
+    arguments.check_file(config, known | {*request.fresh}, request.file)
     if config.plan and config.distributed:
         raise UsageError("a plan is made by one process; leave --distributed out.")
     return request
@@ -82,7 +83,7 @@ def sections(config: Any, flags: Mapping[str, str]) -> list[Section]:
     if path is not None:
         with contextlib.suppress(JvdiffError, OSError):
             folder = locate(path, download=False)
-    if name := flags.get("family"):
+    if name := flags.get("family") or (config.get("family") if config else None):
         families = {name: models.named(name).settings}
     elif path is not None:
         with contextlib.suppress(JvdiffError, OSError):
