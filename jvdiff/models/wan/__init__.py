@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jvdiff.kernels import Pattern
 from jvdiff.models.wan import dit, vae
+from jvdiff.models.wan.attention import attention_choice
 from jvdiff.models.wan.causal import (
     KVCache,
     Span,
@@ -21,7 +23,8 @@ from jvdiff.models.wan.causal import (
     text_keys,
 )
 from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, DiTConfig
-from jvdiff.models.wan.dit import Pattern, attention_choice, mesh_sizes, velocity
+from jvdiff.models.wan.dit import velocity
+from jvdiff.models.wan.plan import mesh_sizes
 from jvdiff.models.wan.vae import (
     DECODER,
     WAN_2_1_VAE,

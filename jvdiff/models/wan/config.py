@@ -34,10 +34,10 @@ _CLASSES = {"WanTransformer3DModel": False, "CausalWanTransformer3DModel": True}
 class DiTConfig:
     """diffusers' WanTransformer3DModel arguments, with its names and defaults (those of the 14B model).
 
-    `gate_compress` is ours: the blocks have the gate of video sparse attention's coarse branch, as FastWan's do, which
-    diffusers would ignore. Published files show it by their tensors alone. `causal`: the weights
-    were trained to make a video chunk by chunk, as Self-Forcing's, and the class is named CausalWanTransformer3DModel;
-    tensors and computation are the same.
+    gate_compress: the blocks have the gate of video sparse attention's coarse branch, as FastWan's do. A field of ours,
+        which diffusers would ignore; published files show it by their tensors alone.
+    causal: the weights were trained to make a video chunk by chunk, as Self-Forcing's, and the class is named
+        CausalWanTransformer3DModel; tensors and computation are the same.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -65,34 +65,34 @@ class DiTConfig:
 
         Raises CheckpointError with the field, the value found and the allowed range.
         """
-        given = {k: v for k, v in mapping.items() if not k.startswith("_")}
+        fields = {k: v for k, v in mapping.items() if not k.startswith("_")}
         if (name := mapping.get("_class_name", "WanTransformer3DModel")) not in _CLASSES:
             raise _error("_class_name", name, " or ".join(map(repr, _CLASSES)))
         for field, only in _FIXED.items():
-            if (value := given.pop(field, only)) != only:
+            if (value := fields.pop(field, only)) != only:
                 raise _error(field, value, f"{only!r} (Wan 2.1 text-to-video)")
         names = [f.name for f in dataclasses.fields(cls) if f.name != "causal"]
-        for field in given:
+        for field in fields:
             if field not in names:
-                raise _error(field, given[field], f"one of the known fields: {', '.join([*names, *_FIXED])}")
-        if given.get("out_channels", 0) is None:
-            given["out_channels"] = given.get("in_channels", cls.in_channels)
+                raise _error(field, fields[field], f"one of the known fields: {', '.join([*names, *_FIXED])}")
+        if fields.get("out_channels", 0) is None:
+            fields["out_channels"] = fields.get("in_channels", cls.in_channels)
         for field, (low, high) in _INT_RANGES.items():
-            value = given.get(field, getattr(cls, field))
+            value = fields.get(field, getattr(cls, field))
             if type(value) is not int or not low <= value <= high:
                 raise _error(field, value, f"an integer from {low} to {high}")
         for field in ("attention_head_dim", "freq_dim"):
-            if given.get(field, 2) % 2:
-                raise _error(field, given[field], "an even number")
-        patch = given.get("patch_size", cls.patch_size)
+            if fields.get(field, 2) % 2:
+                raise _error(field, fields[field], "an even number")
+        patch = fields.get("patch_size", cls.patch_size)
         if not isinstance(patch, list | tuple) or tuple(patch) != cls.patch_size:
             raise _error("patch_size", patch, f"{list(cls.patch_size)}, as in every published Wan model")
-        if type(gate := given.get("gate_compress", False)) is not bool:
+        if type(gate := fields.get("gate_compress", False)) is not bool:
             raise _error("gate_compress", gate, "true or false")
-        eps = given.get("eps", cls.eps)
+        eps = fields.get("eps", cls.eps)
         if type(eps) is not float or not 0 < eps < 1:  # NaN compares false
             raise _error("eps", eps, "a number above 0 and below 1")
-        return cls(**{**given, "patch_size": tuple(patch), "eps": eps, "causal": _CLASSES[name]})
+        return cls(**{**fields, "patch_size": tuple(patch), "eps": eps, "causal": _CLASSES[name]})
 
     def to_json(self) -> dict[str, Any]:
         """What `diffusers.WanTransformer3DModel.from_config` reads; it passes over a `gate_compress` with a warning."""
