@@ -22,13 +22,11 @@ from jvdiff.models.wan.causal import (
     remembered,
     text_keys,
 )
-from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, DiTConfig
+from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, WAN_2_1_VAE, DiTConfig, VAEConfig
 from jvdiff.models.wan.dit import velocity
 from jvdiff.models.wan.plan import mesh_sizes
 from jvdiff.models.wan.vae import (
     DECODER,
-    WAN_2_1_VAE,
-    VAEConfig,
     decode,
     decode_chunk,
     denormalize_latents,
