@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from jvdiff.lazy import attach
 
 if TYPE_CHECKING:
+    from jvdiff.kernels import Pattern
+    from jvdiff.models.wan.attention import attention_choice
     from jvdiff.models.wan.causal import (
         KVCache,
         Span,
@@ -19,13 +21,12 @@ if TYPE_CHECKING:
         remembered,
         text_keys,
     )
-    from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, DiTConfig
-    from jvdiff.models.wan.dit import Pattern, attention_choice, mesh_sizes, velocity
+    from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, WAN_2_1_VAE, DiTConfig, VAEConfig
+    from jvdiff.models.wan.dit import velocity
     from jvdiff.models.wan.params import abstract_params, init_params
+    from jvdiff.models.wan.plan import mesh_sizes
     from jvdiff.models.wan.vae import (
         DECODER,
-        WAN_2_1_VAE,
-        VAEConfig,
         decode,
         decode_chunk,
         denormalize_latents,
@@ -66,4 +67,4 @@ __all__ = [
     "velocity",
 ]
 
-__getattr__ = attach(__name__, __all__, ("params", "config", "dit", "causal", "vae"))
+__getattr__ = attach(__name__, __all__, ("config", "params", "plan", "attention", "dit", "causal", "vae"))
