@@ -72,7 +72,7 @@ def of_training(training: Any, config: Any) -> Any:
     with config.ignore_type():
         config.update({name: training[name] for name in config if training.get(name) is not None})
     if config.checkpoint is None:
-        config.checkpoint = str(Path(training.folder) / "repository")
+        config.checkpoint = str(Path(training.folder) / RESULT)
     return config
 
 
@@ -113,6 +113,7 @@ def _with_defaults(every: Mapping[str, Option], folder: Path) -> dict[str, Optio
     return {path: each._replace(default=own.get(path, each.default)) for path, each in every.items()}
 
 
+RESULT = "repository"  # in the folder of a training: the model that it made
 PICTURE = ("num_frames", "height", "width", "fps")  # of a family's settings; the others are the sampler's
 COMMAND = Command(
     name="sample",
@@ -150,7 +151,7 @@ def run(request: Request) -> list[Path]:
         raise UsageError("no checkpoint; give --checkpoint=FOLDER.")
     _check_numbers(config)
     output = command_line.writable(config.output, "output")
-    repository = pipeline.inspect(locate(config.checkpoint, tell=say), at_once=True, family=models.named(config.family))
+    repository = pipeline.inspect(_folder(config.checkpoint), at_once=True, family=models.named(config.family))
     problems: list[str] = []
     if config.resume is not None:
         state = run_state.load(config.resume)
@@ -198,6 +199,13 @@ def _made(maker: Any, wanted: Sequence[Any], problems: list[str], seconds: Mappi
             problems.append(f"{job.stem}: {error}")
             say(f"error: {problems[-1]}")
     return paths
+
+
+def _folder(checkpoint: str) -> Path:
+    """Where the weights are; raises as `locate`, and says what to do where a training has not made them yet."""
+    if Path(checkpoint).name == RESULT and not Path(checkpoint).exists():
+        raise UsageError(f"{checkpoint}: there is no such folder; train a model first, or give --checkpoint=FOLDER.")
+    return locate(checkpoint, tell=say)
 
 
 def _left(wanted: list[Any], output: Path, repository: Any, precision: str) -> list[Any]:

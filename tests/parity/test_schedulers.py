@@ -156,14 +156,14 @@ def test_ancestral(kind, name):
     abar = variance_preserving.alphas_cumprod(kind)
     scheduler.alphas_cumprod, scheduler.one = torch.tensor(abar), torch.tensor(1.0, dtype=torch.float64)
     schedule = variance_preserving.schedule(abar, 20)
-    run, key = solvers.ddpm(schedule), jax.random.key(0)
+    run, keys = solvers.ddpm(schedule), jax.random.split(jax.random.key(0), 2)
     np_field, field = random_field(3)
     flow = variance_preserving.velocity(field, "v_prediction", abar)
     x = np.random.default_rng(0).normal(size=(2, 5, 6))
     for i, t in enumerate(scheduler.timesteps):
-        z = np.asarray(jax.random.normal(jax.random.fold_in(key, i + 1), x.shape))
+        z = np.stack([jax.random.normal(jax.random.fold_in(key, i + 1), x.shape[1:]) for key in keys])
         scale, then = (1 / np.hypot(1 - s, s) for s in schedule.sigmas[i : i + 2])
-        state = solvers.NoisyState(jnp.asarray(x / scale, jnp.float32), jnp.array(jax.random.key_data(key)))
+        state = solvers.NoisyState(jnp.asarray(x / scale, jnp.float32), jnp.array(jax.random.key_data(keys)))
         found = np.asarray(denoise(flow, run, state, start=i, stop=i + 1).x) * then
         predicted = torch.tensor(np_field(x, int(t)))
         wanted = scheduler.step(predicted, t, torch.tensor(x), generator=torch.manual_seed(i), return_dict=False)[0]
