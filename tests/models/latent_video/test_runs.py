@@ -207,7 +207,7 @@ def test_a_plan_needs_no_clips(config, tmp_path, capsys):
         (["--config.height=40"], "height is 40 and width 32; clips are trained as squares"),
         (
             ["--config.num_frames=6"],
-            "num_frames is 6; this model needs a multiple of 4 from 4 to 4194304. The nearest is 8",
+            "num_frames is 6; this model needs a multiple of 4 from 4 to",
         ),
         (["--config.prediction=x0"], "prediction is 'x0'; allowed is one of v_prediction"),
         (["--config.noise_schedule=square"], "noise schedule is 'square'; expected one of cosine, linear"),
