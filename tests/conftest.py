@@ -1,6 +1,7 @@
 """Strict by default: 8 fake CPU devices, no implicit promotion, full float32 products, warnings are errors."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -15,6 +16,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what one process has compil
 
 import jax
 
+gc.freeze()  # tracing makes millions of small objects; to look through them all each time is a tenth of the time
+gc.set_threshold(50_000, 20, 50)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
