@@ -39,8 +39,10 @@ HALF = ("shared, head dim 64", "two warpgroups, several parts")  # those that ar
 
 
 def able():
-    """Every shape with every implementation and dtype that can do it; below float32 the plain ones have but three. Small
-    steps of `xla` count as one more."""
+    """Every shape with every implementation and dtype that can do it; below float32 the plain ones have but three.
+
+    Small steps of `xla` count as one more.
+    """
     for label, (B, Nq, Nkv, N, K, block, *_) in BLOCKS.items():
         for dtype in ("float32", "bfloat16", *(["float16"] if label in HALF else [])):
             q, k = (jax.ShapeDtypeStruct((B, n * block, N, K), dtype) for n in (Nq, Nkv))

@@ -137,7 +137,7 @@ def test_a_trained_model_is_trained_on(trained, config, tmp_path, capsys):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(trained, config, tmp_path):
-    """In another process; the data is cached latents. Clips: test_f65_batches_go_on_where_they_stopped, in tests/media."""
+    """In another process; the data is cached latents. Of clips, tests/media/test_clips.py says that they go on."""
     flags = [*config, "--config.cache_latents=True", "--config.schedule.steps=6"]
     content, vae = (tmp_path / "config.py").read_text(), str(trained[1] / "run" / "vae")
     (tmp_path / "config.py").write_text(

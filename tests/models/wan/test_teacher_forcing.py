@@ -35,7 +35,8 @@ def given(chunks, weight=None):
     """Two clips of that many chunks of two latent frames."""
     rng = np.random.default_rng(0)
     ids = rng.integers(2, 32, size=(2, chunks, 5)).astype(np.int32)
-    return Batch(rng.standard_normal((2, 2 * chunks, 4, 4, 4), np.float32), ids, np.ones(ids.shape, bool), weight=weight)
+    latents = rng.standard_normal((2, 2 * chunks, 4, 4, 4), np.float32)
+    return Batch(latents, ids, np.ones(ids.shape, bool), weight=weight)
 
 
 def value(params, chunks, sink=0, weight=None, **options):
