@@ -350,7 +350,9 @@ def test_video_sparse(label, gated, name):
         np.testing.assert_allclose(f_tiled(*moved), f(q, k, v, gate)[:, order], atol=1e-6)
         # The gradient along a direction, against a central difference of the definition in float64.
         which = (0, 1, 2, 3) if gated else (0, 1, 2)
-        grads = jax.jit(jax.grad(lambda *x: jnp.sum(f(*x) * dout), which))(q, k, v, gate)
+        # Of one token the gradients by q and k are nothing but rounding, which must be small: optimised, it is.
+        options = {"xla_backend_optimization_level": 3} if L == 1 else None
+        grads = jax.jit(jax.grad(lambda *x: jnp.sum(f(*x) * dout), which), compiler_options=options)(q, k, v, gate)
         for i in which:
             direction, h = np.asarray(normal(50 + i, *q.shape), np.float64), 1e-5
             ends = []
