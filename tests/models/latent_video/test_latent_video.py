@@ -239,7 +239,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(mesh):
 
 def test_a_layer_gathers_its_weights_once_and_adds_up_three_times():
     placement, params = placed("data=2,fsdp=2,tensor=2")
-    program = denoise.lower(params, CFG, *inputs(), placement=placement).compile()
+    program = denoise.lower(params, CFG, *inputs(4), placement=placement).compile()
     layer = [c for c in collectives.read(program.as_text()) if c.runs == CFG.depth]
     assert sorted(c.kind for c in layer) == ["all-gather"] * 2 + ["all-reduce"] * 3
     weights, modulation = (c for c in layer if c.kind == "all-gather")

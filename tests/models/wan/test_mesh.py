@@ -61,7 +61,7 @@ def on_one_device(pattern):
     ("pattern", "mesh", "batch"),
     [
         ("dense", "sequence=8", 1),
-        ("dense", "sequence=3,ring=3", 2),
+        ("dense", "sequence=8,ring=2", 1),
         ("dense", "data=2,tensor=2,sequence=2", 2),
         ("dense", "fsdp=2,tensor=4", 2),
         ("windows", "tensor=2,sequence=4", 1),
