@@ -135,7 +135,7 @@ def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]
 
 def make_job(repository: Repository, subject: Any, seed: int, clip: Clip, stem: str, image: Any, **more: Any) -> Job:
     """A job and the arrays of its request."""
-    request = make_request(repository.family, (subject,), image=image)
+    request = make_request(repository.family, clip, (subject,), image=image)
     return Job(subject, seed, clip, repository.family.inputs(repository.models, clip, request), stem, image, **more)
 
 
@@ -198,7 +198,7 @@ def resumed(config: Any, state: run_state.RunState, given: Mapping[str, Any], re
     folder, saved, family = config.resume, state.facts, repository.family
     now: dict[str, Any] = {"checkpoint_digest": repository.digest}
     for name, value in given.items():
-        if name in saved and value is not None:
+        if name in saved and value is not None and name != "image":  # a state has its digest, compared below
             now[name] = float(value) if isinstance(saved[name], float) else value
     run_state.check_same(saved, now, folder)
     try:

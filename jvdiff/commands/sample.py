@@ -61,7 +61,8 @@ def parse(argv: Sequence[str], command: Command | None = None) -> Request:
         config.checkpoint = configs.checkpoint(config.checkpoint)
     if "task" in config:
         return request
-    arguments.check_file(config, request.fresh, request.file)
+    own = configs.names(models.named(config.family).settings) if config.family else ()
+    arguments.check_file(config, (*request.fresh, *own), request.file)
     if config.plan and config.distributed:
         raise UsageError("a plan is made by one process; leave --distributed out.")
     return request
@@ -74,7 +75,7 @@ def sections(config: Any, flags: Mapping[str, str]) -> list[Section]:
     if path is not None:
         with contextlib.suppress(JvdiffError, OSError):
             folder = locate(path, download=False)
-    if name := flags.get("family"):
+    if name := flags.get("family") or (config.get("family") if config else None):
         families = {name: models.named(name).settings}
     elif path is not None:
         with contextlib.suppress(JvdiffError, OSError):
