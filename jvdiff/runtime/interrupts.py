@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM (preemption): asked for at any moment, obeyed between two steps, the same two in all processes."""
+"""Ctrl-C and SIGTERM (preemption): they come at any moment; all processes obey them after the same step."""
 
 import contextlib
 import signal
@@ -11,25 +11,25 @@ from jvdiff.runtime import peers
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Yields asked(): whether Ctrl-C or SIGTERM has come. The first waits for the step, a second Ctrl-C does not.
+    """Yields asked(): whether Ctrl-C or SIGTERM has come. A second Ctrl-C raises KeyboardInterrupt at once.
 
-    Of several processes each must ask equally often, and the answer is the same for all: whether it came to any.
+    Several processes must ask equally often. The answer is the same for all: whether a signal came to any of them.
     """
-    seen: list[int] = []
+    signals: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
         del frame
-        if seen and number == signal.SIGINT:
+        if signals and number == signal.SIGINT:
             raise KeyboardInterrupt
-        seen.append(number)
+        signals.append(number)
         print("\nstopping after this step; Ctrl-C to stop at once", file=sys.stderr, flush=True)
 
     try:
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: nobody sends signals here
+    except ValueError:  # not the main thread, which alone receives signals
         before = {}
     try:
-        yield lambda: any(peers.gather(bool(seen)))
+        yield lambda: any(peers.gather(bool(signals)))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,6 +1,6 @@
-"""Progress on a terminal: one line that is rewritten, with the time left; plain lines where nobody rewrites lines.
+"""Progress on a terminal: one line that is rewritten, with the time left; plain lines in a log file.
 
-Of several processes the first shows it.
+Of several processes, process 0 shows it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ PLAIN_SECONDS = 10.0  # between two lines in a log file
 def bar(
     label: str, total: int | None, *, start: int = 0, stream: TextIO | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Yields show(done), to be called with the number of units done of `total`, `start` of them before this run.
+    """Yields show(done), to be called with the number of units done, of `total`.
 
-    total None: there is no end.
+    total    None: there is no end
+    start    units that an earlier run did; they do not count for the rate
+    stream   where to write; None: standard error in process 0, nowhere in others
     """
     out = stream or _terminal()
     live, began, last = out.isatty(), time.monotonic(), float("-inf")
@@ -84,7 +86,7 @@ def _terminal() -> TextIO:
 
 
 def clock(seconds: float) -> str:
-    """1:05 or 2:00:05."""
+    """A duration as 1:05 or 2:00:05."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -3,6 +3,14 @@
     NAME.state/state.json   what decides the run (prompt, seed, settings, digest of the checkpoint, versions), digests
     NAME.state/state.bin    its arrays, one after another: the solver's state of a clip, or the cache of a rollout
 
+state.json is an object of these keys, of which `format` keeps its name and place in every later format:
+
+    format   2; later versions may add facts to it
+    done     steps or chunks computed
+    facts    what decides the outcome
+    arrays   of each array in state.bin, in order: its name, and {"dtype", "shape", "sha256" of its bytes}
+    sha256   of the other keys as JSON with sorted keys, as `json.dumps` writes it
+
 The folder appears complete or not at all. Both files are checked against their digests before anything is used.
 """
 
@@ -31,8 +39,12 @@ MAX_FACTS = 64 * 2**20  # bytes
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunState:
-    """facts: what decides the outcome, JSON values only. done: steps, or chunks, computed.
-    arrays: named arrays of any dtype, what `flatten` makes of a tree for instance; when read, numpy's."""
+    """A run that goes on from here.
+
+    facts    what decides the outcome, JSON values only
+    done     steps, or chunks, computed
+    arrays   named arrays of any dtype, for instance what `flatten` makes of a tree; when read, numpy's
+    """
 
     facts: Mapping[str, Any]
     done: int
@@ -45,25 +57,17 @@ def save(folder: str | Path, state: RunState, *, overwrite: bool = False) -> Pat
     overwrite: it takes the place of the state that is there, in one step; otherwise a free name beside it is taken.
 
     Raises:
-        UsageError: with `overwrite`, there is something else than a state; or no folder can be made there.
+        UsageError: with `overwrite`, `folder` is not a state; or no folder can be made there.
         ResourceError: the file system refuses.
         CheckpointError: another process is writing there.
     """
     folder = Path(folder)
-    names = (folder.with_name(f"{folder.stem}-{number}{folder.suffix}") for number in itertools.count(2))
-    target = folder if overwrite else next(name for name in itertools.chain([folder], names) if not name.exists())
+    target = folder if overwrite else _free_name(folder)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         needed = sum(array.nbytes for array in state.arrays.values())
         with staged(target, needed=needed, overwrite=overwrite, manifest=FACTS) as part:
-            index = {}
-            with open(part / ARRAYS, "xb") as file:
-                for name, array in state.arrays.items():
-                    value = np.asarray(array)
-                    data = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
-                    file.write(data)
-                    entry = {"dtype": value.dtype.name, "shape": list(value.shape), "sha256": _sha256(data)}
-                    index[name] = entry
+            index = _write_arrays(part / ARRAYS, state.arrays)
             body = {"format": FORMAT, "done": state.done, "facts": dict(state.facts), "arrays": index}
             text = json.dumps(body | {"sha256": _sha256(_canonical(body))}, indent=2, ensure_ascii=False)
             (part / FACTS).write_bytes(text.encode())
@@ -77,23 +81,14 @@ def load(folder: str | Path) -> RunState:
 
     Raises:
         UsageError: there is no such folder.
+        CheckpointError: another format.
         IntegrityError: a file is cut, changed or missing.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"resume: {folder} is not a folder; expected the .state folder of an interrupted run.")
     try:
-        if (folder / FACTS).stat().st_size > MAX_FACTS:
-            raise _changed(folder / FACTS, "it is larger than that of any state")
-        body = json.loads((folder / FACTS).read_bytes())
-        digest = body.pop("sha256")
-        if digest != _sha256(_canonical(body)):
-            raise _changed(folder / FACTS, "its digest does not match its content")
-        if body["format"] != FORMAT:
-            raise CheckpointError(
-                f"{folder / FACTS}: format {body['format']!r}, and this version of jvdiff reads {FORMAT}.\n"
-                "Resume with the version that wrote it (see facts.versions in that file)."
-            )
+        body = _read_facts(folder / FACTS)
         return RunState(body["facts"], body["done"], _read_arrays(folder / ARRAYS, body["arrays"]))
     except OSError as error:
         raise _changed(Path(error.filename or folder), error.strerror or str(error)) from None
@@ -111,24 +106,27 @@ def unflatten(template: Any, arrays: Mapping[str, Any], where: str = "the saved 
     """The pytree of which `flatten` made `arrays`, like `template`, whose leaves have shape and dtype.
 
     Raises:
-        CheckpointError: the names, shapes or dtypes are others, each listed: it belongs to another configuration.
+        CheckpointError: the names, shapes or dtypes differ, each listed: the state belongs to another configuration.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(template)
-    wanted = {jax.tree_util.keystr(path): x for path, x in leaves}
+    abstract = {jax.tree_util.keystr(path): x for path, x in leaves}
+    _check_arrays(abstract, arrays, where)
+    values = [_key(arrays[name], x) if _is_key(x) else arrays[name] for name, x in abstract.items()]
+    return jax.tree.unflatten(structure, values)
+
+
+def _check_arrays(abstract: Mapping[str, Any], arrays: Mapping[str, Any], where: str) -> None:
     expected = {
-        name: _described(jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x) for name, x in wanted.items()
+        name: _described(jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x) for name, x in abstract.items()
     }
-    found = {name: _described(x) for name, x in arrays.items()}
+    saved = {name: _described(x) for name, x in arrays.items()}
     differences = [
-        f"{name}: found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
-        for name in expected | found
-        if found.get(name) != expected.get(name)
+        f"{name}: found {saved.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
+        for name in expected | saved
+        if saved.get(name) != expected.get(name)
     ]
     if differences:
-        shown = differences[:4] + ([f"and {len(differences) - 4} more"] if len(differences) > 4 else [])
-        raise CheckpointError("\n".join([f"{where} belongs to another configuration:", *shown]))
-    values = [_key(arrays[name], x) if _is_key(x) else arrays[name] for name, x in wanted.items()]
-    return jax.tree.unflatten(structure, values)
+        raise CheckpointError(f"{where} belongs to another configuration:\n{_first_four(differences)}")
 
 
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
@@ -139,20 +137,54 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> 
         if saved.get(name) != value
     ]
     if differences:
-        shown = differences[:4] + ([f"and {len(differences) - 4} more"] if len(differences) > 4 else [])
-        raise CheckpointError("\n".join([f"{where} cannot be resumed with other settings or weights:", *shown]))
+        raise CheckpointError(f"{where} cannot be resumed with other settings or weights:\n{_first_four(differences)}")
+
+
+def _free_name(folder: Path) -> Path:
+    """The first of NAME.state, NAME-2.state, NAME-3.state .. that does not exist."""
+    names = (folder.with_name(f"{folder.stem}-{number}{folder.suffix}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([folder], names) if not name.exists())
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes arrays one after another; returns their names, dtypes, shapes and digests, in that order."""
+    index = {}
+    with open(path, "xb") as file:
+        for name, array in arrays.items():
+            value = np.asarray(array)
+            data = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data  # [bytes]
+            file.write(data)
+            index[name] = {"dtype": value.dtype.name, "shape": list(value.shape), "sha256": _sha256(data)}
+    return index
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """state.json, its format and digest checked."""
+    if path.stat().st_size > MAX_FACTS:
+        raise _changed(path, "it is larger than that of any state")
+    body = json.loads(path.read_bytes())
+    if body["format"] != FORMAT:  # before its digest, which another format may tell otherwise
+        raise CheckpointError(
+            f"{path}: format {body['format']!r:.20}, and this version of jvdiff reads {FORMAT}.\n"
+            "Resume with the version that wrote it (see facts.versions in that file)."
+        )
+    digest = body.pop("sha256")
+    if digest != _sha256(_canonical(body)):
+        raise _changed(path, "its digest does not match its content")
+    return body
 
 
 def _read_arrays(path: Path, index: Mapping[str, Any]) -> dict[str, np.ndarray]:
     kinds = {name: (entry["shape"], jnp.dtype(entry["dtype"])) for name, entry in index.items()}
-    size, expected = path.stat().st_size, sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds.values())
+    size = path.stat().st_size
+    expected = sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds.values())
     if size != expected:
         raise _changed(path, f"it has {size:,} bytes, expected {expected:,}")
     arrays = {}
     with open(path, "rb") as file:
         for name, kind in kinds.items():
             arrays[name] = np.empty(*kind)
-            data = arrays[name].reshape(-1).view(np.uint8).data
+            data = arrays[name].reshape(-1).view(np.uint8).data  # [bytes]
             file.readinto(data)
             if _sha256(data) != index[name]["sha256"]:
                 raise _changed(path, f"the digest of {name} is not the one in {FACTS}")
@@ -174,8 +206,12 @@ def _described(x: Any) -> str:
     return f"{x.dtype.name} {list(x.shape)}"
 
 
-def _changed(path: Path, found: str) -> IntegrityError:
-    return IntegrityError(f"{path}: {found}.\nThe saved state is damaged; begin the run anew, or restore the file.")
+def _first_four(lines: list[str]) -> str:
+    return "\n".join(lines[:4] + ([f"and {len(lines) - 4} more"] if len(lines) > 4 else []))
+
+
+def _changed(path: Path, damage: str) -> IntegrityError:
+    return IntegrityError(f"{path}: {damage}.\nThe saved state is damaged; begin the run anew, or restore the file.")
 
 
 def _canonical(body: Mapping[str, Any]) -> bytes:

@@ -1,4 +1,7 @@
-"""Writes a folder whole or not at all: into a hidden one beside it, under a lock, and then one rename."""
+"""Folders that appear whole or not at all: written into a hidden one beside it, under a lock, and renamed at the end.
+
+Files are in `files`.
+"""
 
 import ctypes
 import errno
@@ -17,7 +20,7 @@ MANIFEST = "jvdiff.json"  # its presence says that a folder is a complete one of
 
 
 def resource_error(error: BaseException, path: Path) -> ResourceError | None:
-    """What a full disk or memory looks like, from the system, from TensorStore and from numpy."""
+    """The error of a full disk or memory, where `error` is one: of the system, TensorStore or numpy; else None."""
     if isinstance(error, MemoryError):
         return ResourceError(f"{path}: not enough memory ({error}).\nFree memory, or use a machine with more.")
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -46,12 +49,9 @@ def staged(path: str | Path, *, needed: int = 0, overwrite: bool = False, manife
     """
     target = Path(os.path.abspath(path))
     check_target(target, overwrite, manifest)
-    if needed > (free := shutil.disk_usage(target.parent).free):
-        raise ResourceError(
-            f"{target}: needs about {needed:,} bytes, {free:,} are free.\nFree some space, or choose another target."
-        )
+    _check_space(target, needed)
     with lock(target):
-        check_target(target, overwrite, manifest)  # who held the lock before may have written it
+        check_target(target, overwrite, manifest)  # the lock's owner before us may have written it
         for stale in target.parent.glob(f".{target.name}.staging-*"):  # of a process that was killed
             shutil.rmtree(stale, ignore_errors=True)
         staging = target.with_name(f".{target.name}.staging-{os.getpid()}-{secrets.token_hex(4)}")
@@ -78,40 +78,42 @@ def staged(path: str | Path, *, needed: int = 0, overwrite: bool = False, manife
 def check_target(target: Path, overwrite: bool, manifest: str = MANIFEST) -> None:
     """Raises UsageError if `staged` could not put a folder there."""
     try:
-        there = os.path.lexists(target)
+        exists = os.path.lexists(target)
         if overwrite and (target / manifest).is_file() and not target.is_symlink():
             return
-        if there:
+        if exists:
             kind = "an Orbax directory" if manifest == MANIFEST else "a saved state"
-            what = f"is not {kind} of jvdiff" if overwrite else "exists already"
-            raise UsageError(f"{target}: {what}, and is left as it is.\nRemove it yourself, or choose another target.")
+            state = f"is not {kind} of jvdiff" if overwrite else "exists already"
+            raise UsageError(f"{target}: {state}, and is left as it is.\nRemove it yourself, or choose another target.")
         if not target.parent.is_dir():
             raise UsageError(f"{target.parent}: there is no such folder.\nMake it first, or choose another target.")
     except OSError as error:
         raise UsageError(f"{target!s:.200}: cannot be written ({error.strerror}).\nChoose another target.") from error
 
 
+def _check_space(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise ResourceError(
+            f"{target}: needs about {needed:,} bytes, {free:,} are free.\nFree some space, or choose another target."
+        )
+
+
 @contextmanager
 def lock(target: Path) -> Iterator[None]:
-    """Holds `.NAME.lock` beside the target; raises CheckpointError if another process does."""
+    """Holds `.NAME.lock` beside the target.
+
+    Raises:
+        CheckpointError: another process holds it.
+        UsageError: the folder cannot be written.
+    """
     file = target.with_name(f".{target.name}.lock")
     try:
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise UsageError(f"{target!s:.200}: cannot be written ({error.strerror}).\nChoose another target.") from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(handle), os.stat(file))  # not one that its owner has just removed
-        except (BlockingIOError, FileNotFoundError):
-            mine = False
-        if not mine:
-            owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip() or "unknown"
-            raise CheckpointError(
-                f"{target}: is being written by process {owner}.\nWait for it, or choose another target."
-            )
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        _take(handle, file, target)
         try:
             with unfinished(file):
                 yield
@@ -121,11 +123,25 @@ def lock(target: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _take(handle: int, file: Path, target: Path) -> None:
+    """Locks an open file and writes this process's number into it; CheckpointError if another process has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = os.path.samestat(os.fstat(handle), os.stat(file))  # not a file that its owner has just removed
+    except (BlockingIOError, FileNotFoundError):
+        taken = False
+    if not taken:
+        owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip() or "unknown"
+        raise CheckpointError(f"{target}: is being written by process {owner}.\nWait for it, or choose another target.")
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, str(os.getpid()).encode(), 0)
+
+
 def _exchange(new: Path, old: Path) -> None:
     """Swaps two folders in one step, so that there is a complete one at every moment (Linux only)."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if rename is None or rename(here, os.fsencode(new), here, os.fsencode(old), exchange) != 0:
+    folder, exchange = -100, 2  # AT_FDCWD (the paths are absolute), RENAME_EXCHANGE
+    if rename is None or rename(folder, os.fsencode(new), folder, os.fsencode(old), exchange) != 0:
         raise UsageError(f"{old}: this system cannot swap folders in one step.\nRemove it yourself, then start again.")
 
 

@@ -1,10 +1,10 @@
 """How a run of many processes ends: the failure of one is everyone's, and a sentence names the process.
 
 JAX would abort the others without a sentence, and a collective whose partner is gone waits for ever. Hence every
-process holds one TCP connection to a hub in process 0, with lines of JSON: it beats, and it says how it ended
-(`leave`). The first failure that the hub hears of is the verdict, by word or by a connection that closes or falls
-silent. All end with its exit status. A main thread that does not come for the verdict is stuck: its process ends
-without it, and what it had half written is removed.
+process holds one TCP connection to a hub in process 0, with lines of JSON: it beats, it hands in values that all shall
+know (`peers.gather`), and it says how it ended (`leave`). The first failure that the hub hears of is the verdict, by
+word or by a connection that closes or falls silent. All end with its exit status. A main thread that does not come for
+the verdict is stuck: its process ends without it, and what it had half written is removed.
 
 In a program that never called `peers.join`, every function here does the obvious thing at once.
 """
@@ -41,7 +41,7 @@ class Failed(JvdiffError):
 
 
 def explained(error: Exception) -> Exception:
-    """The failure of another process, where that is why JAX raised `error`; else `error` itself, after a while."""
+    """The failure of another process, where JAX raised `error` because of it; else `error`, after `member.timeout`."""
     if member is None:
         return error
     import jax
@@ -165,7 +165,7 @@ class Member:
         raise self.failure(0) or AssertionError("a process ended while others had more to do")
 
     def failure(self, timeout: float | None) -> Failed | None:
-        """What all have to end with, waited for; None where all ended well, or nothing was heard in time."""
+        """The failure that ends all, waited for; None where all ended well, or where `timeout` seconds went by."""
         with self.changed:
             self.changed.wait_for(lambda: self.verdict, timeout)
         code, text = self.verdict or (0, "")

@@ -60,10 +60,13 @@ def work(request):
     return [Path("made")]
 
 config = config_dict.ConfigDict({"folder": sys.argv[3], **peers.fields()})
-for word in sys.argv[4:]:
+for word in sys.argv[5:]:
     name, value = word.removeprefix("--config.").split("=")
     kind = {"distributed": bool, "coordinator_address": str, "distributed_timeout": float}.get(name, int)
     config[name] = kind(value)
+Path(f"{sys.argv[3]}.{config.process_id}.ready").touch()  # how long imports take decides nothing
+while len(list(Path(sys.argv[3]).parent.glob("*.ready"))) < int(sys.argv[4]):
+    time.sleep(0.05)
 request = command_line.Request(config, {}, "program")
 sys.exit(command_line.main([], lambda argv: request, work, "folder"))
 """
@@ -72,21 +75,21 @@ sys.exit(command_line.main([], lambda argv: request, work, "folder"))
 class Team:
     """Processes started together; their output goes to files."""
 
-    def __init__(self, folder, words, count=2, started=None, timeout=10):
+    def __init__(self, folder, words, count=2, started=(0, 1), timeout=60):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
         environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
         self.logs, self.processes = folder, []
-        for rank in range(count) if started is None else started:
+        for rank in started:
             own = ["distributed=true", f"coordinator_address={address}", f"num_processes={count}"]
             own += [f"process_id={rank}", f"distributed_timeout={timeout}"]
             command = [sys.executable, *words, *(f"--config.{field}" for field in own)]
             with open(folder / f"out{rank}", "w") as out, open(folder / f"err{rank}", "w") as err:
                 self.processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=ROOT))
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=300):
         """The exit status of each."""
         return [process.wait(timeout) for process in self.processes]
 
@@ -98,7 +101,7 @@ class Team:
     def text(self, rank, stream="err"):
         return (self.logs / f"{stream}{rank}").read_text()
 
-    def wait_for(self, words, seconds=100):
+    def wait_for(self, words, seconds=300):
         until = time.monotonic() + seconds
         while words not in self.text(0):
             assert time.monotonic() < until and self.processes[0].poll() is None, self.text(0)
@@ -125,8 +128,9 @@ def program(team, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "made").mkdir()
 
-    def start(what, unlucky=1, **more):
-        return team([str(tmp_path / "program.py"), what, str(unlucky), str(tmp_path / "made")], **more)
+    def start(what, unlucky=1, started=(0, 1), **more):
+        words = [str(tmp_path / "program.py"), what, str(unlucky), str(tmp_path / "made"), str(len(started))]
+        return team(words, started=started, **more)
 
     return start, tmp_path / "made"
 
@@ -171,7 +175,7 @@ def test_the_others_survive_process_0_long_enough_to_say_so_and_to_tidy_up_for_i
 def test_a_silent_process_counts_as_dead_after_the_time_out(program):
     start, made = program
     running = start("silent", timeout=4)
-    assert running.processes[0].wait(60) == 7
+    assert running.processes[0].wait(300) == 7
     assert "error: process 1 (" in running.text(0) and "has been silent for 4 s." in running.text(0)
     assert list(made.iterdir()) == []
     running.processes[1].kill()
@@ -207,7 +211,7 @@ def test_without_a_cluster_addresses_are_asked_for():
         "from jvdiff.commands import sample; from jvdiff.runtime import peers; "
         "c = sample.default_config(); c.distributed = True; peers.join(c)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert "UsageError" in done.stderr and "give --config.coordinator_address=HOST:PORT" in done.stderr
 
 
@@ -224,7 +228,7 @@ def sampling(team, tmp_path):
 
     def start(repository, **given):
         fields = [f"--config.{name}={value}" for name, value in (common | {"checkpoint": repository} | given).items()]
-        return team(["-m", "jvdiff.sample", f"--config={config}", *fields], timeout=60)
+        return team(["-m", "jvdiff.sample", f"--config={config}", *fields])
 
     return start, tmp_path / "clips"
 

@@ -1,6 +1,7 @@
 """Saved runs: every bit comes back, damage and other configurations are told, nothing is half written or lost."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -151,14 +152,53 @@ def test_damage_is_told_in_a_sentence(saved, name, damage, says):
     assert str(saved) in str(error.value) and str(error.value).count("\n") == 1
 
 
-def test_what_is_no_state_of_this_version(saved, tmp_path):
+def write_by_hand(folder, **changes):
+    """A state as the docstring of `run_state` describes it, of two arrays, in a new folder."""
+    arrays = {".x": np.arange(6, dtype=np.float32).reshape(1, 2, 3), ".key": np.asarray([0, 7], np.uint32)}
+    facts = {"prompt": "a red seven moving left", "seed": 3, "num_frames": 9, "height": 64, "width": 64, "steps": 20}
+    facts |= {"guidance": 5.0, "negative_prompt": "", "shift": 3.0, "solver": "unipc", "grid": "diffusers"}
+    facts |= {"pattern": "dense", "attention": None, "precision": "float32", "checkpoint_digest": "0123"}
+    facts |= {"versions": {"jvdiff": "0.1.0", "jax": "0.10.2"}}
+    index = {
+        name: {"dtype": x.dtype.name, "shape": list(x.shape), "sha256": hashlib.sha256(x.tobytes()).hexdigest()}
+        for name, x in arrays.items()
+    }
+    body = {"format": 2, "done": 7, "facts": facts, "arrays": index} | changes
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    folder.mkdir()
+    (folder / "state.json").write_text(json.dumps(body | {"sha256": digest}))
+    (folder / "state.bin").write_bytes(b"".join(x.tobytes() for x in arrays.values()))
+    return facts, arrays
+
+
+def test_a_state_of_the_version_before_is_read(tmp_path):
+    facts, arrays = write_by_hand(tmp_path / "old.state")
+    state = run_state.load(tmp_path / "old.state")
+    assert (state.facts, state.done, list(state.arrays)) == (facts, 7, list(arrays))
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(state.arrays[name], value, strict=True)
+
+
+def test_a_later_version_may_add_facts(tmp_path):
+    facts = {"prompt": "a red seven moving left", "condition": {"label": "seven", "picture": None}}
+    write_by_hand(tmp_path / "new.state", facts=facts)
+    assert run_state.load(tmp_path / "new.state").facts == facts
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_another_format_is_refused_in_a_sentence(tmp_path, number):
+    write_by_hand(tmp_path / "a.state", format=number)
+    text = (tmp_path / "a.state" / "state.json").read_text()
+    for body in (text, json.dumps({"format": number, "everything else": "is new"})):
+        (tmp_path / "a.state" / "state.json").write_text(body)
+        with pytest.raises(CheckpointError, match=f"format {number}, and this version of jvdiff reads 2") as error:
+            run_state.load(tmp_path / "a.state")
+        assert not isinstance(error.value, IntegrityError) and "with the version that wrote it" in str(error.value)
+
+
+def test_what_is_not_a_folder_is_not_a_state(tmp_path):
     with pytest.raises(UsageError, match="not a folder"):
         run_state.load(tmp_path / "none")
-    body = json.loads((saved / "state.json").read_text()) | {"format": 1}
-    del body["sha256"]
-    (saved / "state.json").write_text(json.dumps(body | {"sha256": run_state._sha256(run_state._canonical(body))}))
-    with pytest.raises(CheckpointError, match="format 1, and this version of jvdiff reads 2"):
-        run_state.load(saved)
 
 
 def test_a_cache_of_another_configuration_is_refused_with_the_differences():
