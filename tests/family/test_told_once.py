@@ -1,7 +1,6 @@
 """What is derived is derived once and handed on: counted through the real command line, on the digits."""
 
 import collections
-import contextlib
 import json
 
 import jax
@@ -19,20 +18,6 @@ DIGITS = configs.checkpoint("checkpoints/digits")
 SMALL = {"num_frames": 5, "height": 16, "width": 16, "steps": 2, "pattern": "sliding_tile:1x2x2:1x1x1"}
 PROGRAMS = {"jit(text)", "jit(denoise)", "jit(decode)"}
 CLIPS = {"a red two moving up": 2.0, "a green four moving down": 3.5, "a white seven moving right": 4.0}  # guidance
-
-
-@pytest.fixture
-def compiled():
-    """The names of the functions that are compiled from now on, or read from the cache of compiled ones."""
-    names, live = [], [True]
-
-    def note(event, seconds, **facts):
-        if live and event == "/jax/core/compile/backend_compile_duration":
-            names.append(facts["fun_name"])
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    yield names
-    live.clear()  # listeners cannot be taken away
 
 
 @pytest.fixture

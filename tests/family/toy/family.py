@@ -49,12 +49,8 @@ def _part(kind: str, rules: Any, precision: str, where: Any = REPLICATED, **more
 
 
 TRANSFORMER = _part(networks.TRANSFORMER, names.TRANSFORMER, "transformer", places.TRANSFORMER)
-TEXT_ENCODER = _part(
-    networks.TEXT, names.TEXT, "text_encoder", stem="model", ignored=lambda cfg: names.TEXT_IGNORED
-)
-TOKENIZER = Files(
-    ("*.json",), lambda folder: _words(folder), ("transformers", lambda words: "ToyTokenizer")
-)
+TEXT_ENCODER = _part(networks.TEXT, names.TEXT, "text_encoder", stem="model", ignored=lambda cfg: names.TEXT_IGNORED)
+TOKENIZER = Files(("*.json",), lambda folder: _words(folder), ("transformers", lambda words: "ToyTokenizer"))
 
 
 def _words(folder: Path) -> tuple[str, ...]:
@@ -167,7 +163,7 @@ def _encode(models: Models, clip: Clip, forward: Forward, run: Run, inputs: dict
 
 @functools.lru_cache(maxsize=8)  # jit compiles once for each function object
 def _text(guided: bool, pooled: bool, placement: Placement | None) -> Any:
-    """jitted (params, ids [B+guided,S], mask) -> of the prompts, and of the last text: rows [B,S,D], or pooled [B,D]."""
+    """jitted (params, ids [B+guided,S], mask) -> rows [B,S,D], or pooled [B,D]: of the prompts, of the last text."""
 
     def text(params: Params, ids: Array, mask: Array) -> tuple[Array, Array | None]:
         rows = networks.encode_text(params, ids, mask)
@@ -201,7 +197,7 @@ def _everywhere(tree: Any, placement: Placement | None) -> Any:
     return tree if placement is None else placement.replicate(tree)
 
 
-# --------------------------------------------------------------------------------------------------- transformer and VAE
+# -------------------------------------------------------------------------------------------------- transformer and VAE
 
 
 def _network(models: Models, segment: Segment, forward: Forward) -> Callable[..., Array]:

@@ -90,7 +90,9 @@ def velocity(
     shift += product(condition["pooled"], params["pooled"]["kernel"], jnp.float32) + condition.get("look", 0)
     shift += product(condition["text"].mean(axis=1), params["text"]["kernel"], jnp.float32)  # [B,S,D] -> [B,D]
     seen = jnp.concatenate([condition["first"], x[:, 1:]], axis=1) if "first" in condition else x
-    h = jnp.tanh(product(seen, params["embed"]["kernel"], jnp.float32) + shift[:, None, None, None])  # [B,D] -> [B,1..D]
+    h = jnp.tanh(
+        product(seen, params["embed"]["kernel"], jnp.float32) + shift[:, None, None, None]
+    )  # [B,D] -> [B,1..D]
     h += h.mean(axis=(1, 2, 3), keepdims=True)  # every token sees every token: [B,1,1,1,D]
     out = product(h, params["out"]["kernel"], jnp.float32)
     return out if placement is None else placement.replicate(out)
