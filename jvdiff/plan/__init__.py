@@ -4,7 +4,7 @@ report     the plan of a sampling run, line by line
 programs   its compiled programs, measured
 meshes     the smallest split that fits
 training   the plan of a training
-flops      operations of a traced program
+counting   operations of a traced program, arrays of a compiled one
 targets    GPUs that are not there
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 # A file and its names, imported when one is first used: what a GPU that is not there needs comes before JAX.
 _NAMES = {
-    "flops": ("count_flops", "flops", "gib", "largest_array"),
+    "counting": ("count_flops", "flops", "gib", "largest_array"),
     "meshes": ("candidates", "memory_limit", "smallest_mesh"),
     "programs": ("Program", "leaves", "programs", "resident"),
     "report": ("describe", "lines", "resolved", "show"),
