@@ -91,7 +91,7 @@ def _entry(text: str, is_json: bool, repository: Repository, ids: set[str]) -> d
     if not isinstance(entry, dict):
         raise UsageError("not a JSON object")
     options.check_names("key", entry, (field, "id", "seed", *options.names(repository.family.settings)))
-    repository.family.check_subject(repository.models, entry.get(field))
+    entry[field] = repository.family.check_subject(repository.models, entry.get(field))
     if (name := entry.get("id")) is not None:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,99}", name):
             raise UsageError(f"id is {name!r:.80}; expected up to 100 letters, digits, '-', '_' or '.'")
@@ -121,7 +121,7 @@ def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]
         try:
             seed = check_seed(entry["seed"]) if entry.get("seed") is not None else (first + i) % 2**32
             own = {name: entry[name] for name in names if entry.get(name) is not None}
-            subject = family.check_subject(repository.models, entry[field])
+            subject = entry[field]
             stem = entry.get("id") or f"{slug(subject)}_seed{seed}"
             asked = config.seed is not None or entry.get("seed") is not None
             chosen = family.clip(repository.models, repository.settings(**common | own)) if own else clip
@@ -135,7 +135,7 @@ def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]
 
 def make_job(repository: Repository, subject: Any, seed: int, clip: Clip, stem: str, image: Any, **more: Any) -> Job:
     """A job and the arrays of its request."""
-    request = make_request(repository.family, (subject,), image=image)
+    request = make_request(repository.family, clip, (subject,), image=image)
     return Job(subject, seed, clip, repository.family.inputs(repository.models, clip, request), stem, image, **more)
 
 
@@ -198,7 +198,7 @@ def resumed(config: Any, state: run_state.RunState, given: Mapping[str, Any], re
     folder, saved, family = config.resume, state.facts, repository.family
     now: dict[str, Any] = {"checkpoint_digest": repository.digest}
     for name, value in given.items():
-        if name in saved and value is not None:
+        if name in saved and value is not None and name != "image":  # a state has its digest, compared below
             now[name] = float(value) if isinstance(saved[name], float) else value
     run_state.check_same(saved, now, folder)
     try:

@@ -161,7 +161,8 @@ def _compile(making: _Making) -> None:
     maker, clip = making.maker, making.clip
     pipe, whole = maker.pipe, making.last >= making.steps
     with progress.phase("compiling", making.seconds, "compile"), stage("compile"):
-        calls = pipeline.trace(pipe.context, pipe.weights, clip, making.job.inputs, None if whole else making.last)
+        last = None if whole else making.last
+        calls = pipeline.trace(pipe.context, pipe.weights, clip, making.job.inputs, last, making.done)
         for call in calls:
             if call.key not in maker.compiled:
                 call.traced.lower().compile()
