@@ -124,7 +124,7 @@ class TransformerConfig:
     attention: str | None = None
 
     def __post_init__(self):
-        _ = self.span  # says what it cannot be
+        _ = self.span  # refuses what is invalid
         for name, patch in zip(("height", "width"), self.network.patch_size[1:], strict=True):
             value = getattr(self, name)
             if type(value) is not int or value < patch or value % patch:
@@ -152,8 +152,11 @@ class TransformerConfig:
 class DiffusionModelConfig:
     """The network and its sampler.
 
-    seed: of rollouts that are given no key. context_noise: the timestep, 0..1000, at which a finished chunk goes into
-    the cache; above 0 it is noised to that level first.
+    transformer: the network, and how much of a video it sees
+    scheduler: the steps of a chunk
+    seed: of rollouts that are given no key
+    context_noise: timestep, 0..1000, at which a finished chunk goes into the cache; above 0 it is noised to that level
+        first
     """
 
     transformer: TransformerConfig
@@ -170,9 +173,11 @@ class DiffusionModelConfig:
 class StreamInferencePipelineConfig:
     """Everything that decides a rollout besides prompts, key and weights.
 
-    encoder: of what `generate` is given for every chunk; None: it is given nothing. decoder: of the frames that it
-    returns; None: it returns latents. enable_sync_and_profile: `finalize` returns how long each stage took, for which
-    each is waited for.
+    name: for messages
+    diffusion_model: the network and its sampler
+    encoder: of what `generate` is given for every chunk; None: it is given nothing
+    decoder: of the frames that `generate` returns; None: it returns latents
+    enable_sync_and_profile: `finalize` returns how long each stage took, for which each is waited for
     """
 
     name: str
@@ -224,7 +229,7 @@ def derive_config(config: Any, **patch: Any) -> Any:
     Raises:
         KeyError: there is no such field; the message has its path and the nearest name.
         TypeError: a dict for a field that has no fields.
-        UsageError: a value of another type than the field's, or one that it cannot have.
+        UsageError: a value of another type than the field's, or an invalid one.
     """
     return _derived(config, patch, "")
 
@@ -280,7 +285,7 @@ def from_json(value: Any, classes: Mapping[str, type]) -> Any:
     """The inverse of `to_json`, for objects of these classes.
 
     Raises:
-        CheckpointError: a class or field that there is not, or a value that cannot be.
+        CheckpointError: an unknown class or field, or an invalid value.
     """
     if isinstance(value, list):
         return tuple(from_json(item, classes) for item in value)

@@ -44,7 +44,7 @@ def config_from_json(value: Mapping[str, Any]) -> StreamInferencePipelineConfig:
     """The inverse of `to_json` for a whole configuration.
 
     Raises:
-        CheckpointError: a class, field or value that cannot be.
+        CheckpointError: an unknown class or field, or an invalid value.
     """
     config = from_json(value, _classes())
     if not isinstance(config, StreamInferencePipelineConfig):
@@ -57,7 +57,8 @@ def config_of(path: str | Path | Repository) -> StreamInferencePipelineConfig:
     what the object `stream` of its jvdiff_defaults.json says besides; else Self-Forcing's.
 
     Raises:
-        CheckpointError: not a repository, or one that says what cannot be. UsageError: one that is not causal.
+        CheckpointError: not a repository, or one whose files are invalid.
+        UsageError: one that is not causal.
     """
     repository = path if isinstance(path, Repository) else pipeline.inspect(path, at_once=False)
     configs, published = repository.models.configs, repository.models.files["scheduler"]
@@ -83,7 +84,8 @@ def override(config: StreamInferencePipelineConfig, patch: Mapping[str, Any]) ->
     Encoders get the decoder's VAE.
 
     Raises:
-        KeyError, TypeError, UsageError: as `derive_config`. CheckpointError: a class or field that there is not.
+        KeyError, TypeError, UsageError: as `derive_config`.
+        CheckpointError: an unknown class or field.
     """
     classes: dict[str, Any] = _classes()
     if config.decoder is not None:

@@ -22,15 +22,24 @@ from jvdiff.types import Array, Params
 
 
 class Programs(NamedTuple):
-    """The jitted functions of a configuration. One program of each serves all chunks of a rollout; the VAE's first
-    chunk has one more."""
+    """The jitted functions of a configuration, each of weights and of what a rollout remembers.
 
-    text_keys: Any  # (network, rows) -> its keys and values
-    encode: Any  # (vae, input, cache) -> (payload, cache)
-    diffuse: Any  # (network, text, past, key, index, payload) -> (latents, non-finite share)
-    decode: Any  # (vae, latents, non-finite share, cache) -> (uint8 frames, non-finite share, cache)
-    finalize: Any  # (network, text, past, history, key, index, latents, payload) -> (past, history), both in place
-    reencode: Any  # (network, text, past, history) -> past, in place
+    One program of each serves all chunks of a rollout; the VAE's first chunk has one more.
+
+    text_keys: (network, rows) -> its keys and values
+    encode: (vae, input, cache) -> (payload, cache)
+    diffuse: (network, text, past, key, index, payload) -> (latents, non-finite share)
+    decode: (vae, latents, non-finite share, cache) -> (uint8 frames, non-finite share, cache)
+    finalize: (network, text, past, history, key, index, latents, payload) -> (past, history), both in place
+    reencode: (network, text, past, history) -> past, in place
+    """
+
+    text_keys: Any
+    encode: Any
+    diffuse: Any
+    decode: Any
+    finalize: Any
+    reencode: Any
 
 
 @functools.lru_cache(maxsize=8)
@@ -45,7 +54,7 @@ def programs(
     net = models.rollout(network)
     first = cfg.guidance_scale if cfg.first_guidance_scale is None else cfg.first_guidance_scale
     concatenates = network.in_channels != network.out_channels
-    how: Any = dict(text_length=cfg.text_length, implementation=cfg.attention, placement=placement)
+    forward: Any = dict(text_length=cfg.text_length, implementation=cfg.attention, placement=placement)
     solver = scheduler.solver()
     level = scheduler.noise_level(model.context_noise) if model.context_noise else 0.0
 
@@ -56,12 +65,12 @@ def programs(
         return jnp.concatenate([x, x]) if guided else x
 
     def flow(params: Params, text: Any, past: Any, payload: Any, scale: Array, x: Array, t: Array) -> Array:
-        given = branches(concatenated(payload, x) if concatenates else stamped(payload, x))
-        v = net.chunk_velocity(params, network, span, given, branches(t), text, past, **how)
+        sample = branches(concatenated(payload, x) if concatenates else stamped(payload, x))
+        v = net.chunk_velocity(params, network, span, sample, branches(t), text, past, **forward)
         if not guided:
             return v
-        wanted, unwanted = jnp.split(v, 2)
-        return unwanted + scale * (wanted - unwanted)
+        conditional, unconditional = jnp.split(v, 2)  # [2B,T,H,W,C] -> twice [B,T,H,W,C]
+        return unconditional + scale * (conditional - unconditional)
 
     def diffuse(params: Params, text: Any, past: Any, key: Array, index: Array, payload: Any) -> tuple[Array, Array]:
         key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
@@ -91,14 +100,14 @@ def programs(
         if level:
             key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
             latents = add_noise(latents, level, jax.random.fold_in(key, len(solver) + 1))
-        given = concatenated(payload, latents) if concatenates else latents
+        sample = concatenated(payload, latents) if concatenates else latents
         t = jnp.full(past.keys.shape[1], model.context_noise, jnp.float32)
-        history = net.remembered(span, history, given, past.frames)
-        return net.extend(params, network, span, branches(given), t, text, past, **how), replicated(history)
+        history = net.remembered(span, history, sample, past.frames)
+        return net.extend(params, network, span, branches(sample), t, text, past, **forward), replicated(history)
 
     def reencode(params: Params, text: Any, past: Any, history: Array) -> Any:
         t = jnp.full(past.keys.shape[1], model.context_noise, jnp.float32)
-        return net.reencode(params, network, span, branches(history), t, text, past, **how)
+        return net.reencode(params, network, span, branches(history), t, text, past, **forward)
 
     def decode(params: Params, latents: Array, bad: Array, cache: Any) -> tuple[Array, Array, Any]:
         assert decoder is not None
@@ -106,9 +115,9 @@ def programs(
         pixels, bad = replicated((to_pixels(frames), jnp.maximum(bad, _nonfinite(frames))))
         return pixels, bad, cache
 
-    def encode(params: Params, given: Any, cache: Any) -> tuple[Any, Any]:
+    def encode(params: Params, input: Any, cache: Any) -> tuple[Any, Any]:
         assert encoder is not None
-        payload, cache = encoder.encode(params, given, cache, latent_frames=span.chunk, placement=placement)
+        payload, cache = encoder.encode(params, input, cache, latent_frames=span.chunk, placement=placement)
         if isinstance(encoder, StreamingVideoEncoder):
             payload = {"latent": payload}
         return replicated(payload), cache
