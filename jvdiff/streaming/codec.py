@@ -5,12 +5,12 @@
 Each is a frozen value, part of a rollout's configuration, with pure methods, all of which may be jitted (`self` is
 static). The `cache` that a method returns is all that it remembers; None means that the rollout begins (chunk 0).
 
-Of a temporal ratio of 4 the first latent frame stands for one pixel frame and every later one for four: T latent frames
-are 1 + 4 (T - 1) pixel frames in chunk 0, and 4 T afterwards. Names as in NVIDIA's flashdreams.
+With a temporal ratio of 4 the first latent frame stands for one pixel frame and every later one for four. T latent
+frames are 1 + 4 (T - 1) pixel frames in chunk 0, and 4 T afterwards. Names as in NVIDIA's flashdreams.
 
-An encoder's `encode` takes (params of the VAE, input, cache, *, latent_frames of the chunk, placement) and returns what
-the diffusion model is given, and the new cache. Of a placement's devices each has a part of the pixels and of what the
-VAE remembers, and all of the latents; all that is given lies on the placement's mesh.
+An encoder's `encode` takes (params of the VAE, input, cache, *, latent_frames of the chunk, placement). It returns what
+the diffusion model is given, and the new cache. Each of a placement's devices has a part of the pixels and of what the
+VAE remembers, and all of the latents. All arguments lie on the placement's mesh.
 """
 
 from __future__ import annotations
@@ -193,8 +193,8 @@ class NullEncoder:
 class ImageEncoder:
     """A picture that a rollout begins with -> what tells the diffusion model of it, chunk by chunk.
 
-    The picture is the first frame of a video whose other frames are 0 (grey), which the VAE encodes; the mask is 1 for
-    the latent frame that it is.
+    The picture is the first frame of a video whose other frames are 0 (grey), which the VAE encodes. The mask is 1 for
+    its latent frame.
 
     vae: configuration of the causal VAE
     mode: how the diffusion model takes them
@@ -203,7 +203,7 @@ class ImageEncoder:
         into its result (Causal-Forcing). Other latent frames are masked, so only the picture is encoded, once; they
         repeat it.
       concat: `concatenated`, mask [B,T,H,W,4]: mask and latents are further channels of the network's input (36 in
-        published image-to-video models), one channel of the mask for each pixel frame of a latent frame.
+        published image-to-video models). The mask has one channel for each pixel frame of a latent frame.
     """
 
     vae: Any

@@ -102,8 +102,8 @@ class TransformerConfig:
     apply_rope_before_kvcache: keys are kept rotated, by their place in the video; otherwise by their place among those
         that are kept
     guidance_scale: weight of classifier-free guidance; 1: none, and half the work
-    first_guidance_scale: that of the first chunk, where it differs: it has no past to say what things look like, and
-        what guidance exaggerates is the next chunk's past, so that a strong one makes a long video drift
+    first_guidance_scale: that of the first chunk, where it differs: that chunk has no past to say what things look
+        like. What guidance exaggerates is the next chunk's past, so that a strong one makes a long video drift
     text_length: rows of text that the network attends to
     text_rows: how many of these a prompt may fill; the others are zeros, which cost nothing
     attention: an implementation of `jvdiff.kernels.attention`; None: the best

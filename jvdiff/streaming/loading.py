@@ -53,8 +53,9 @@ def config_from_json(value: Mapping[str, Any]) -> StreamInferencePipelineConfig:
 
 
 def config_of(path: str | Path | Repository) -> StreamInferencePipelineConfig:
-    """The configuration that a causal repository asks for: its networks, the scheduler of scheduler_config.json, and
-    what the object `stream` of its jvdiff_defaults.json says besides; else Self-Forcing's.
+    """The configuration that a causal repository asks for: its networks, and the scheduler of scheduler_config.json.
+
+    The object `stream` of its jvdiff_defaults.json goes before both; the rest is Self-Forcing's.
 
     Raises:
         CheckpointError: not a repository, or one whose files are invalid.
@@ -79,9 +80,10 @@ def config_of(path: str | Path | Repository) -> StreamInferencePipelineConfig:
 
 
 def override(config: StreamInferencePipelineConfig, patch: Mapping[str, Any]) -> StreamInferencePipelineConfig:
-    """`derive_config` of values as JSON and command lines have them: a list is a tuple, and an object that names its
-    class (as those of `to_json` do) takes the place of what was there, fields that it leaves out at their defaults.
-    Encoders get the decoder's VAE.
+    """`derive_config` of values as JSON and command lines have them.
+
+    A list is a tuple. An object that names its class, as those of `to_json` do, takes the place of what was there; the
+    fields that it leaves out have their defaults. Encoders get the decoder's VAE.
 
     Raises:
         KeyError, TypeError, UsageError: as `derive_config`.

@@ -111,9 +111,9 @@ class StreamInferencePipeline:
 
         Args:
             prompts, text, negative_prompt: as of `initialize_cache`, of the same number of rollouts.
-            reencode: the past that is left goes through the network once more, as if it had been made under these
-                prompts (as LongLive does at a change); `cache` is used up then. Otherwise both share their past, and
-                the `finalize` of either takes it from the other: see `copy`.
+            reencode: the past goes through the network once more, as if it had been made under these prompts (as
+                LongLive does at a change), and `cache` is used up. Otherwise both share their past, and the `finalize`
+                of either takes it from the other: see `copy`.
         """
         guards.check_cache(self.config, cache)
         if cache.generated != cache.finalized:
