@@ -250,11 +250,14 @@ def _derived(config: Any, patch: Mapping[str, Any], path: str) -> Any:
                     f"{where} is {old!r:.60}, which has no fields; give a value instead of {dict(value)!r:.60}"
                 )
             value = _derived(old, value, f"{where}.")
-        if kinds[name] is float and type(value) is int:
+        kind = kinds[name]
+        if kind is Any and dataclasses.is_dataclass(old):  # a network's configuration, which stays one of its family
+            kind = type(old)
+        if kind is float and type(value) is int:
             value = float(value)
-        if not _is(value, kinds[name]):
-            kind = kinds[name].__name__ if isinstance(kinds[name], type) else str(kinds[name])
-            raise UsageError(f"{where} is {value!r:.60}; expected {kind}.")
+        if not _is(value, kind):
+            expected = kind.__name__ if isinstance(kind, type) else str(kind)
+            raise UsageError(f"{where} is {value!r:.60}; expected {expected}.")
         changed[name] = value
     return dataclasses.replace(config, **changed)
 
@@ -262,6 +265,8 @@ def _derived(config: Any, patch: Mapping[str, Any], path: str) -> Any:
 def _is(value: Any, kind: Any) -> bool:
     """Whether a value is of a field's type."""
     inner = get_args(kind)
+    if kind is Any:
+        return True
     if isinstance(kind, UnionType) or get_origin(kind) is Union:
         return any(_is(value, one) for one in inner)
     if get_origin(kind) is Literal:
