@@ -103,8 +103,8 @@ def _model_index(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: there is no such folder.\nExpected a Diffusers repository or a converted one.")
     index = safetensors.read_json(path / "model_index.json")
     for name, value in index.items():
-        pair = isinstance(value, list) and len(value) == 2
-        if pair and value[0] not in ("diffusers", "transformers", "jvdiff", None) and isinstance(value[1], str):
+        component = isinstance(value, list) and (path / name).is_dir()  # other lists are data, names of labels for one
+        if component and (len(value) != 2 or value[0] not in ("diffusers", "transformers", "jvdiff", None)):
             raise UnsafeFormat(
                 f"{path / 'model_index.json'}: {name} names {str(value)!r:.80}; remote code is not supported.\n"
                 "Expected classes of diffusers and transformers only."
