@@ -174,7 +174,7 @@ def replace(group: T, values: Mapping[str, Any]) -> T:
 def typed(name: str, value: Any, kind: Any) -> Any:
     """`value` as the annotated type; a whole float is a fine int, but nothing is guessed from strings."""
     kinds = _kinds(kind)
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number = _is_number(value)
     for kind in kinds:
         if kind in (str, bool) and isinstance(value, kind):
             return value
@@ -185,6 +185,10 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         if kind not in _NAMES and isinstance(value, typing.get_origin(kind) or kind):
             return value
     raise UsageError(f"{name} is {value!r:.80}; expected {described(kinds)}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def described(kinds: Iterable[Any]) -> str:

@@ -335,8 +335,8 @@ def _is_dict(value: Any) -> bool:
     return hasattr(value, "keys")
 
 
-def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, the new values where both have one; what is nested, merged too."""
+def merged(old: Any, new: Any) -> dict[str, Any]:
+    """Both mappings as one, the new values where both have one; what is nested, merged too."""
     both = dict(old)
     for name, value in new.items():
         inner = both.get(name)

@@ -55,16 +55,25 @@ def parse(argv: Sequence[str], command: Command | None = None) -> Request:
         Told: --help or --version.
         UsageError: an unknown flag or field (with the nearest one), a value of the wrong type.
     """
-    request = arguments.parse(command or COMMAND, argv)
+    command = command or COMMAND
+    request = arguments.parse(command, argv)
+    if {"task", "checkpoint"} <= set(request.config) and command.fresh:
+        request = request._replace(config=of_training(request.config, command.fresh()))
     config = request.config
-    if config.get("checkpoint") is not None:
-        config.checkpoint = configs.checkpoint(config.checkpoint)
-    if "task" in config:
-        return request
-    arguments.check_file(config, request.fresh, request.file)
+    known = {path for section in command.sections(config, dict(request.flags)) for path in section.options}
+    arguments.check_file(config, known | {*request.fresh}, request.file)
     if config.plan and config.distributed:
         raise UsageError("a plan is made by one process; leave --distributed out.")
     return request
+
+
+def of_training(training: Any, config: Any) -> Any:
+    """`config` with what the configuration of a training says of sampling; the checkpoint is its result."""
+    with config.ignore_type():
+        config.update({name: training[name] for name in config if training.get(name) is not None})
+    if config.checkpoint is None:
+        config.checkpoint = str(Path(training.folder) / "repository")
+    return config
 
 
 def sections(config: Any, flags: Mapping[str, str]) -> list[Section]:
@@ -74,7 +83,7 @@ def sections(config: Any, flags: Mapping[str, str]) -> list[Section]:
     if path is not None:
         with contextlib.suppress(JvdiffError, OSError):
             folder = locate(path, download=False)
-    if name := flags.get("family"):
+    if name := flags.get("family") or (config.get("family") if config else None):
         families = {name: models.named(name).settings}
     elif path is not None:
         with contextlib.suppress(JvdiffError, OSError):
@@ -127,7 +136,7 @@ def run(request: Request) -> list[Path]:
 
     On resuming, the state's own values hold, and a field that was given on purpose and differs is an error.
     """
-    config = _sampling(request.config)
+    config = request.config
     if config.plan:
         from jvdiff import plan  # before jax: it may have to be kept from looking for GPUs
 
@@ -189,18 +198,6 @@ def _made(maker: Any, wanted: Sequence[Any], problems: list[str], seconds: Mappi
             problems.append(f"{job.stem}: {error}")
             say(f"error: {problems[-1]}")
     return paths
-
-
-def _sampling(config: Any) -> Any:
-    """A sampling config; of a training's, the fields that sampling has too, and the repository that it makes."""
-    if "task" not in config:
-        return config
-    sampling = default_config()
-    with sampling.ignore_type():
-        sampling.update({name: config[name] for name in sampling if name in config})
-    if sampling.checkpoint is None:
-        sampling.checkpoint = str(Path(config.folder) / "repository")
-    return sampling
 
 
 def _left(wanted: list[Any], output: Path, repository: Any, precision: str) -> list[Any]:

@@ -64,10 +64,7 @@ def parse(argv: Sequence[str]) -> Request:
         UsageError: an unknown flag or field (with the nearest one), a value of the wrong type.
     """
     request = arguments.parse(COMMAND, argv)
-    config = request.config
-    arguments.check_file(config, request.fresh, request.file)
-    if config.checkpoint is not None:
-        config.checkpoint = configs.checkpoint(config.checkpoint)
+    arguments.check_file(request.config, request.fresh, request.file)
     return request
 
 

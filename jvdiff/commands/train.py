@@ -56,8 +56,15 @@ def parse(argv: Sequence[str]) -> Request:
     _check(request.config)
     for name in TRAINED:
         if isinstance(request.config.get(name), str):
-            request.config[name] = configs.checkpoint(request.config[name])
+            request.config[name] = _shipped(request.config[name])
     return request
+
+
+def _shipped(path: str) -> str:
+    """A checkpoint that comes with jvdiff, or a part of one, where there is no folder checkpoints."""
+    first, *rest = Path(path).parts or ("",)
+    there = configs.shipped("checkpoints").joinpath(*rest)
+    return str(there) if first == "checkpoints" and not Path(path).exists() and there.is_dir() else path
 
 
 def run(request: Request) -> list[Path]:

@@ -333,10 +333,7 @@ def _vae_config(folder: Path) -> wan.VAEConfig:
     """The configuration of a VAE: the result of a training, or the `vae` folder of a repository."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: no trained VAE there; run configs/train_digits_vae.py first.")
-    try:
-        return read_config(folder, VAE)
-    except CheckpointError as error:
-        raise UsageError(f"vae: {error}") from None
+    return read_config(folder, VAE)
 
 
 def _same_sizes(cfg: wan.VAEConfig, folder: Path) -> wan.VAEConfig:

@@ -257,6 +257,8 @@ def _derived(config: Any, patch: Mapping[str, Any], path: str) -> Any:
 def _is(value: Any, kind: Any) -> bool:
     """Whether a value is of a field's type."""
     inner = get_args(kind)
+    if kind is Any:
+        return True
     if isinstance(kind, UnionType) or get_origin(kind) is Union:
         return any(_is(value, one) for one in inner)
     if get_origin(kind) is Literal:

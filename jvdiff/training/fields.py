@@ -55,7 +55,7 @@ def mesh(loop: ConfigDict, planned: bool = False) -> MeshShape:
     return shape
 
 
-def schedule(config: ConfigDict) -> Schedule:
+def schedule(config: Any) -> Schedule:
     """`config.schedule`, checked."""
     check_names("schedule", config.schedule, [field.name for field in dataclasses.fields(Schedule)])
     try:

@@ -54,15 +54,14 @@ def test_the_digits_are_made_only_where_no_checkpoint_is_given(tmp_path):
     assert other.file == "" and other.config.steps is None and other.config.checkpoint == str(tmp_path)
 
 
-def test_a_checkpoint_that_ships_goes_by_name(tmp_path, monkeypatch):
+def test_a_training_on_what_ships_finds_it_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shipped = str(configs.shipped("checkpoints") / "digits")
-    assert wanted("--checkpoint=digits").config.checkpoint == shipped
-    assert wanted("--checkpoint=checkpoints/digits").config.checkpoint == shipped == wanted().config.checkpoint
-    for other in ("nowhere", "../checkpoints/digits", "checkpoints", str(tmp_path)):
-        assert configs.checkpoint(other) == other
+    shipped = configs.shipped("checkpoints") / "digits"
+    config = train.parse(["x", "--config=train_digits_sparse"]).config
+    assert (config.vae, config.initial) == (str(shipped / "vae"), str(shipped))
     (tmp_path / "checkpoints" / "digits").mkdir(parents=True)
-    assert wanted("--checkpoint=checkpoints/digits").config.checkpoint == "checkpoints/digits"
+    config = train.parse(["x", "--config=train_digits_sparse", "--vae=checkpoints/nowhere/vae"]).config
+    assert (config.vae, config.initial) == ("checkpoints/nowhere/vae", "checkpoints/digits")
 
 
 def test_switches_need_no_value():
@@ -181,6 +180,9 @@ def test_a_command_that_is_printed_asks_for_the_same(program):
         (["digits", "--output=x"], "--clips is missing"),
         (["sharding", "--leafs"], "(did you mean --leaves?)"),
         (["plan", "--stepz=3"], "(did you mean --steps?)"),
+        (["plan", "--config=stream_digits"], "stream_digits is a configuration of jvdiff stream"),
+        (["sample", "--config=train_digits_dit"], "train_digits_dit is a configuration of jvdiff train"),
+        (["stream", "--config=digits"], "digits is a configuration of jvdiff sample"),
     ],
 )
 def test_what_is_unknown_names_the_nearest(words, message, capsys):
@@ -221,9 +223,18 @@ def test_a_configuration_may_take_an_argument(tmp_path):
         configs.load("digit:x")
 
 
+def test_a_training_that_says_how_to_sample_is_sampled(tmp_path):
+    words = ["--config=latent_video_digits", f"--folder={tmp_path}", "--class_label=seven", "--steps=7"]
+    request = wanted(*words)
+    assert set(request.config) == set(sample.default_config()) and request.config.class_label == "seven"
+    assert request.config.checkpoint == str(tmp_path / "repository") and request.config.seed == 0
+    assert (request.config.steps, request.config.guidance) == (7, 4.0) and request.source("guidance") == "file"
+    assert wanted(*words, "--checkpoint=digits-classes").config.checkpoint == "digits-classes"
+
+
 def test_a_plan_is_of_whatever_the_configuration_is(monkeypatch):
     asked = []
-    monkeypatch.setattr(sample, "run", lambda config, *rest: asked.append(config) or [])
+    monkeypatch.setattr(sample, "run", lambda request: asked.append(request.config) or [])
     monkeypatch.setattr(train, "main", lambda argv: asked.append(argv) or 0)
     assert main(["jvdiff", "plan", "--steps=3"]) == 0 and asked[0].plan and asked[0].steps == 3
     assert main(["jvdiff", "plan", "--config", "latent_video_small"]) == 0 and asked[1][-1] == "--plan"

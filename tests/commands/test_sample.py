@@ -19,8 +19,10 @@ import pytest
 import jvdiff
 from jvdiff import kernels, pipeline
 from jvdiff.commands import command_line, sample
-from jvdiff.errors import ResourceError, SetupError
+from jvdiff.errors import NumericsError, ResourceError, SetupError
 from jvdiff.media import video as videos
+from jvdiff.models import wan
+from jvdiff.models.wan import family
 from jvdiff.runtime import progress, run_state
 
 PROMPT = "a red seven moving left"
@@ -168,10 +170,10 @@ def test_ctrl_c_saves_a_state_that_another_process_finishes(command, tmp_path):
 def test_ctrl_c_while_decoding_loses_no_step(command, tmp_path, monkeypatch):
     decode = pipeline.decode
 
-    def interrupted(pipe, latents, callback):
+    def interrupted(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
-        return decode(pipe, latents, callback=callback)
+        return decode(*args, **options)
 
     monkeypatch.setattr(pipeline, "decode", interrupted)
     assert sample.main(command(steps=2)) == 5
@@ -284,14 +286,15 @@ def test_bad_lines_do_not_stop_the_good_ones(command, tmp_path, capsys):
 
 
 def test_one_failing_job_does_not_stop_the_others(command, tmp_path, monkeypatch, capsys):
-    encode = pipeline.encode_prompts
+    encode, calls = pipeline.encode, []
 
-    def picky(pipe, prompts, negative):
-        if prompts[0] == "left":
-            raise pipeline.NumericsError("text encoder: broken")
-        return encode(pipe, prompts, negative)
+    def picky(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise NumericsError("text encoder: broken")
+        return encode(*args)
 
-    monkeypatch.setattr(pipeline, "encode_prompts", picky)
+    monkeypatch.setattr(pipeline, "encode", picky)
     assert sample.main(command(prompt="('left', 'a red two')", steps=1)) == 3
     assert "1 of 2 videos were not made" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").glob("*.mp4")] == ["a-red-two_seed4.mp4"]
@@ -405,12 +408,12 @@ def test_a_config_file_that_is_not_python(tmp_path, capsys, content, message):
 
 
 def test_non_finite_latents_leave_no_video(command, tmp_path, monkeypatch, capsys):
-    velocity = pipeline.wan.velocity
+    velocity = wan.velocity
     broken = lambda params, cfg, x, t, *a, **k: velocity(params, cfg, x, t, *a, **k) * jax.numpy.nan  # noqa: E731
-    monkeypatch.setattr(pipeline.wan, "velocity", broken)
-    pipeline._network.cache_clear()
+    monkeypatch.setattr(wan, "velocity", broken)
+    family._velocity.cache_clear()
     assert sample.main(command()) == 6
-    pipeline._network.cache_clear()
+    family._velocity.cache_clear()
     said = capsys.readouterr().err
     assert "after step 1 of 4" in said and f"{STEM}.failed.npz" in said
     assert [p.name for p in (tmp_path / "out").iterdir()] == [f"{STEM}.failed.npz"]

@@ -95,6 +95,11 @@ def few_clips(monkeypatch):
     monkeypatch.setattr(digits, "batch", lambda rng, size, **options: batch(rng, min(size, 16), **options))
 
 
+def part(pipe, name):
+    with pipe.weights.use(name) as params:
+        return params
+
+
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -114,7 +119,7 @@ def test_a_vae_then_a_transformer_then_a_sample(command, tmp_path, capsys, few_c
     said = capsys.readouterr()
     assert said.out.strip() == str(tmp_path / "dit_run" / "repository") and "loss_noisy" in said.err
     pipe = jvdiff.load(tmp_path / "dit_run" / "repository")
-    np.testing.assert_array_equal(pipe.params["vae"]["quant_conv"]["kernel"], vae["quant_conv"]["kernel"])
+    np.testing.assert_array_equal(part(pipe, "vae")["quant_conv"]["kernel"], vae["quant_conv"]["kernel"])
     out = jvdiff.generate(pipe, ["a red seven moving left"], seed=3)
     assert out.video.shape == (1, 17, 64, 64, 3) and out.latents.shape == (1, 9, 32, 32, 4)
     assert out.settings.steps == 2 and out.settings.shift == 3.0
@@ -131,12 +136,12 @@ def test_a_vae_then_a_transformer_then_a_sample(command, tmp_path, capsys, few_c
 
     # Sparse attention on top of that result, with a rate that moves nothing: the gate starts at zero, the rest there.
     assert train.main(command(SPARSE)) == 0
-    pipe, before = jvdiff.load(tmp_path / "sparse_run" / "repository"), pipe.params["transformer"]
-    assert pipe.configs.transformer.gate_compress and [line["step"] for line in metrics(tmp_path / "sparse_run")] == [
+    pipe, before = jvdiff.load(tmp_path / "sparse_run" / "repository"), part(pipe, "transformer")
+    assert pipe.models.configs["transformer"].gate_compress and [line["step"] for line in metrics(tmp_path / "sparse_run")] == [
         1,
         2,
     ]
-    trained = flatten(pipe.params["transformer"])
+    trained = flatten(part(pipe, "transformer"))
     for path, leaf in trained.items():
         was = flatten(before)[path] if "/gate/" not in path else np.zeros_like(leaf)
         np.testing.assert_allclose(leaf, was, rtol=0, atol=1e-6)
@@ -257,7 +262,7 @@ def test_a_transformer_config_that_cannot_be(command, tmp_path, capsys, monkeypa
     vae = tmp_path / "vae_run" / "vae"
     vae.mkdir(parents=True)
     (vae / "config.json").write_text(json.dumps(wan.VAEConfig(**VAE["vae"]).to_json()))
-    monkeypatch.setattr(digits_runs, "restore", lambda *args: {})
+    monkeypatch.setattr(digits_runs, "read_weights", lambda *args: {})
     monkeypatch.setattr(digits_runs, "encoded_clips", None)  # no clip is made
     assert train.main(command(TEXT_TO_VIDEO, **changes)) == 2
     said = capsys.readouterr().err

@@ -55,10 +55,12 @@ def test_a_latent_video_config_fits_its_models(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     module = read(path)
     config = module.get_config()
-    flags = ["x", f"--config={path}"]
-    for program in (train, sample):
-        assert f"python -m {program.__name__} --config configs/{path.name}" in module.__doc__
-        assert program.parse(flags).config.task == "latent_video"
+    for program in ("train", "sample"):
+        assert f"python -m jvdiff.{program} --config configs/{path.name}" in module.__doc__
+    assert train.parse(["x", f"--config={path}"]).config.task == "latent_video"
+    sampling = sample.parse(["x", f"--config={path}", "--class_label=seven"]).config
+    assert set(sampling) == set(sample.default_config()) and sampling.class_label == "seven"
+    assert sampling.guidance == config.guidance and sampling.checkpoint == f"{config.folder}/repository"
     with jax.numpy_dtype_promotion("strict"):
         for _, task, schedule, batch in latent_video_runs.programs(config):
             state = jax.eval_shape(partial(loop.start, task, schedule, jax.random.key(0)))
