@@ -1,10 +1,12 @@
-# Everything happens in .venv (and .venv312); nothing is installed anywhere else, and a second run installs nothing.
+# Everything happens in .venv (and .venv312), but for the CUDA compiler, which lies in the user's cache, and the wheel,
+# which is tried in a temporary folder. A second run installs nothing, but for the wheel.
 #
 #   make sample    a prompt becomes a video in out/, with the checkpoint that ships
 #   make test      the tests, without torch
 #   make parity    live comparisons with torch, diffusers and transformers
-#   make kernels   the tests of attention and of meshes on Python 3.12 and the newest JAX, with the CUDA compiler (0.7 GB,
-#                  no GPU needed)
+#   make kernels   the tests of attention and of meshes on Python 3.12 and the newest JAX, with the CUDA compiler (0.7 GB
+#                  in ~/.cache/jvdiff/compiler, no GPU needed)
+#   make wheel     the wheel, in an empty environment elsewhere, makes a clip
 #   make lint      ruff and pyright
 #   make clean     removes the environments
 #
@@ -19,7 +21,7 @@ WORKERS ?= -n auto --dist loadfile
 PIP = -m pip install --quiet --disable-pip-version-check
 RUN = .venv/bin/python
 
-.PHONY: sample test parity kernels lint clean
+.PHONY: sample test parity kernels wheel lint clean
 
 sample: .venv/.sample
 	$(RUN) -m jvdiff.sample --config configs/digits.py --config.prompt="a red seven moving left" --config.seed=3 --config.output=out
@@ -40,7 +42,12 @@ lint: .venv/.test
 kernels:
 	@python=$$(.ci/find_python 3.12) || { echo "kernels: skipped, no Python 3.12 on this machine"; exit 0; }; \
 	$(MAKE) --no-print-directory .venv312/.kernels PYTHON312="$$python" && \
-	.venv312/bin/python -m pytest tests/kernels tests/sharding tests/models/test_wan_mesh.py $(PYTEST)
+	.venv312/bin/python -m jvdiff.commands.compiler --install && \
+	.venv312/bin/python -m jvdiff.commands.compiler -m pytest \
+		tests/kernels tests/sharding tests/models/wan/test_mesh.py $(PYTEST)
+
+wheel:
+	@.ci/wheel $(PYTHON)
 
 # A stamp says that what pyproject.toml asks for is installed; the package itself is used from where it lies.
 .venv/.made:
@@ -50,12 +57,12 @@ kernels:
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/.sample: .venv/.made pyproject.toml
+.venv/.sample: .venv/.made pyproject.toml setup.py
 	$(RUN) $(PIP) --editable .
 	@touch $@
 
 .venv/.test: .venv/.sample
-	$(RUN) $(PIP) --editable ".[dev,train]"
+	$(RUN) $(PIP) --editable ".[dev]"
 	@touch $@
 
 .venv/.parity: .venv/.test
@@ -63,11 +70,9 @@ kernels:
 	$(RUN) $(PIP) --editable ".[parity]"
 	@touch $@
 
-.venv312/.kernels: pyproject.toml
-	$(PYTHON312) -m venv .venv312
-	.venv312/bin/python $(PIP) --editable . "jax>=0.11" pytest
-	.venv312/bin/python $(PIP) --no-deps nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-nvdisasm \
-		$$(.venv312/bin/python -c 'from jax import __version__ as v; print(f"jax-cuda13-plugin=={v} jax-cuda13-pjrt=={v}")')
+.venv312/.kernels: pyproject.toml setup.py
+	$(PYTHON312) -m venv --clear .venv312
+	.venv312/bin/python $(PIP) --editable . "jax>=0.11" pytest safetensors
 	@touch $@
 
 clean:

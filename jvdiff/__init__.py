@@ -14,9 +14,10 @@ digits                                 the toy: moving digits, their judge, and 
 runtime, precision, errors             saved states and processes, the dtype table, what can go wrong
 """
 
-import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jvdiff.lazy import attach
 
 if TYPE_CHECKING:
     from jvdiff import (
@@ -43,8 +44,6 @@ __version__ = "0.1.0"
 if not Path(__file__).with_name("convert").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
-_FROM_PIPELINE = ("Output", "Pipeline", "generate", "load")
-
 __all__ = [
     "Output",
     "Pipeline",
@@ -66,13 +65,7 @@ __all__ = [
     "weights",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'jvdiff' has no attribute {name!r}")
-    if name in _FROM_PIPELINE:
-        return getattr(importlib.import_module("jvdiff.pipeline"), name)
-    return importlib.import_module(f"jvdiff.{name}")
+__getattr__ = attach(__name__, __all__, ("pipeline",))
 
 
 def __dir__() -> list[str]:

@@ -174,7 +174,7 @@ def replace(group: T, values: Mapping[str, Any]) -> T:
 def typed(name: str, value: Any, kind: Any) -> Any:
     """`value` as the annotated type; a whole float is a fine int, but nothing is guessed from strings."""
     kinds = _kinds(kind)
-    number = issubclass(type(value), numbers.Real) and type(value) is not bool
+    number = _is_number(value)
     for kind in kinds:
         if kind in (str, bool) and isinstance(value, kind):
             return value
@@ -185,6 +185,10 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         if kind not in _NAMES and isinstance(value, typing.get_origin(kind) or kind):
             return value
     raise UsageError(f"{name} is {value!r:.80}; expected {described(kinds)}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def described(kinds: Iterable[Any]) -> str:
@@ -290,6 +294,16 @@ def load(name: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UsageError(f"{path}: get_config returns {type(config).__name__}; expected a ConfigDict.")
     return config
+
+
+def checkpoint(name: str) -> str:
+    """The path of a checkpoint: what ships goes by its name, and by its path where no such folder is."""
+    first, *rest = Path(name).parts or ("",)
+    inside = Path(*rest) if first == "checkpoints" and rest else Path(name)
+    there = shipped("checkpoints") / inside
+    if Path(name).exists() or inside.is_absolute() or ".." in inside.parts or not there.is_dir():
+        return name
+    return str(there)
 
 
 def shipped(folder: str) -> Path:

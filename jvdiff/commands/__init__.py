@@ -1,7 +1,6 @@
 """What the command lines do: everything that talks to a terminal."""
 
-import importlib
-from typing import Any
+from jvdiff.lazy import attach
 
 __all__ = [
     "arguments",
@@ -19,8 +18,4 @@ __all__ = [
     "train",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.{name}")
+__getattr__ = attach(__name__, __all__)

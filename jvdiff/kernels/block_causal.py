@@ -73,7 +73,7 @@ def _coarser(visible: np.ndarray) -> np.ndarray:
     frames = len(visible)
     for size in range(frames, 1, -1):
         if frames % size == 0:
-            squares = visible.reshape(frames // size, size, frames // size, size)
+            squares = visible.reshape(frames // size, size, frames // size, size)  # [group,query,group,key]
             if (squares == squares[:, :1, :, :1]).all():
                 return squares[:, 0, :, 0]
     return visible
@@ -83,6 +83,6 @@ def _lists(visible: Any) -> tuple[Any, Any]:
     """(q2k int32 [1,1,T,M], count int32 [1,1,T]) of a matrix [T,T]."""
     xp = np if isinstance(visible, np.ndarray) else jnp
     counts = visible.sum(axis=1, dtype=np.int32)
-    order = xp.argsort(~visible, axis=1, stable=True).astype(np.int32)
+    order = xp.argsort(~visible, axis=1, stable=True).astype(np.int32)  # [T,T]: the visible frames of a row first
     most = int(counts.max()) if xp is np else visible.shape[1]
     return order[None, None, :, :most], counts[None, None]

@@ -49,7 +49,7 @@ def _sources(place: np.ndarray, slots: int) -> np.ndarray:
 @jax.custom_vjp
 def _take(x: jax.Array, index: Any, back: Any) -> jax.Array:
     """x[:, index], zero where out of range. `back` is the inverse, so that the gradient gathers instead of adding."""
-    return jnp.take(x, jnp.asarray(index, jnp.int32), axis=1, mode="fill", fill_value=0)
+    return jnp.take(x, jnp.asarray(index, jnp.int32), axis=1, mode="fill", fill_value=0)  # [B,len(index),...]
 
 
 def _take_backward(back: Any, cotangent: jax.Array) -> tuple[jax.Array, None, None]:
@@ -65,7 +65,8 @@ def tile_order(x: jax.Array, grid: tiles.Grid, tile: tiles.Grid) -> jax.Array:
     if (t * a, h * b, w * c) != grid:
         return _permuted(x, tiles.partition_indices(grid, tile))
     y = x.reshape(x.shape[0], t, a, h, b, w, c, -1)
-    return y.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(x.shape)
+    y = y.transpose(0, 1, 3, 5, 2, 4, 6, 7)  # [B,t,h,w,a,b,c,...]: tile after tile
+    return y.reshape(x.shape)
 
 
 def raster_order(x: jax.Array, grid: tiles.Grid, tile: tiles.Grid) -> jax.Array:
@@ -74,13 +75,14 @@ def raster_order(x: jax.Array, grid: tiles.Grid, tile: tiles.Grid) -> jax.Array:
     if (t * a, h * b, w * c) != grid:
         return _permuted(x, tiles.reverse_partition_indices(grid, tile))
     y = x.reshape(x.shape[0], t, h, w, a, b, c, -1)
-    return y.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape)
+    y = y.transpose(0, 1, 4, 2, 5, 3, 6, 7)  # [B,t,a,h,b,w,c,...]
+    return y.reshape(x.shape)
 
 
 def _permuted(x: jax.Array, index: np.ndarray) -> jax.Array:
     if np.array_equal(index, np.arange(index.size)):
         return x
-    return jnp.take(x, index.astype(np.int32), axis=1, mode="clip", unique_indices=True)
+    return jnp.take(x, index.astype(np.int32), axis=1, mode="clip", unique_indices=True)  # [B,L,...]
 
 
 def everything(rows: int, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

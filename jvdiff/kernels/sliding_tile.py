@@ -41,7 +41,7 @@ def sliding_tile_attention(
       grid: (T,H,W) of the video tokens.
       tile: (a,b,c) tokens of one tile.
       window: (wt,wh,ww) tiles that a tile sees on each axis, or a tuple of N of them, one per head.
-      text_length: the first so many text slots are valid keys: video queries see them beside their window, text
+      text_length: that many first text slots are valid keys: video queries see them beside their window, text
         queries see them and the whole video. Later slots are no keys; as queries they give values of no meaning.
         0: there are no text slots.
       return_lse: also return the log-sum-exp of each query's scaled logits.
@@ -84,17 +84,20 @@ def sliding_tile_attention(
         )
 
     text = (n + np.flatnonzero(text_sizes)).astype(np.int32)
-    q2k = np.concatenate([np.broadcast_to(text, (*q2k.shape[:3], text.size)), q2k], axis=-1)
+    q2k = np.concatenate([np.broadcast_to(text, (*q2k.shape[:3], text.size)), q2k], axis=-1)  # [1,heads,tiles,text+M]
     count = count + np.int32(text.size)
     if first_head is not None and q2k.shape[1] > 1:
-        own = jnp.minimum(first_head + np.arange(q.shape[2], dtype=np.int32), q2k.shape[1] - 1)
-        q2k, count = jnp.asarray(q2k)[:, own], jnp.asarray(count)[:, own]
+        heads = jnp.minimum(first_head + np.arange(q.shape[2], dtype=np.int32), q2k.shape[1] - 1)
+        q2k, count = jnp.asarray(q2k)[:, heads], jnp.asarray(count)[:, heads]  # rows of the N heads that are here
     out, lse = attend(q[:, : n * block], q2k, count)
     if slots:
         text_out, text_lse = attend(q[:, n * block :], *layout.everything(text_sizes.size, sizes))
         out, lse = jnp.concatenate([out, text_out], axis=1), jnp.concatenate([lse, text_lse], axis=2)
     out = layout.from_blocks(out, place)
-    return (out, jnp.moveaxis(layout.from_blocks(jnp.moveaxis(lse, 2, 1), place), 1, 2)) if return_lse else out
+    if not return_lse:
+        return out
+    lse = layout.from_blocks(jnp.moveaxis(lse, 2, 1), place)  # [B,N,slots] -> [B,L,N]
+    return out, jnp.moveaxis(lse, 1, 2)  # [B,N,L]
 
 
 def check_windows(window: Windows, heads: int | None) -> tuple[Grid, ...]:
@@ -122,10 +125,11 @@ def window_lists(counts: Grid, windows: tuple[Grid, ...]) -> tuple[np.ndarray, n
     for window in dict.fromkeys(windows):
         axes = [axis_window(n, w) for n, w in zip(counts, window, strict=True)]
         t, h, w = (start[:, None] + np.arange(width) for start, width in axes)
+        # Axes: the query tile in t, h, w, then the key tile in each.
         t, h, w = t[:, None, None, :, None, None], h[None, :, None, None, :, None], w[None, None, :, None, None, :]
-        rows.append(((t * counts[1] + h) * counts[2] + w).reshape(int(np.prod(counts)), -1))
+        rows.append(((t * counts[1] + h) * counts[2] + w).reshape(int(np.prod(counts)), -1))  # [tiles,M]
     most = max(r.shape[1] for r in rows)
     padded = {w: np.pad(r, ((0, 0), (0, most - r.shape[1]))) for w, r in zip(dict.fromkeys(windows), rows, strict=True)}
     widths = {w: r.shape[1] for w, r in zip(dict.fromkeys(windows), rows, strict=True)}
-    q2k = np.stack([padded[w] for w in windows])[None].astype(np.int32)
+    q2k = np.stack([padded[w] for w in windows])[None].astype(np.int32)  # [1,windows,tiles,M]
     return q2k, np.array([[np.full(q2k.shape[2], widths[w]) for w in windows]], np.int32)

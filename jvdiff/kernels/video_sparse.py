@@ -80,7 +80,7 @@ def video_sparse_attention(
     layout.choose(q, sizes.size * block, block, implementation)
     q, k, v = (layout.to_blocks(x, place, sizes.size * block) for x in (q, k, v))
 
-    coarse_q, coarse_k = _means(q, sizes), _means(k, sizes)
+    coarse_q, coarse_k = _means(q, sizes), _means(k, sizes)  # [B,n,N,K]
     scores = jnp.einsum("bink,bjnk->bnij", coarse_q, coarse_k, precision=_PRECISION) * q.shape[-1] ** -0.5
     kept = tiles.top_k_count(sparsity, video_tiles)
     q2k = _best(lax.stop_gradient(scores[:, :, P:]), kept, P, prefix_policy)
@@ -92,19 +92,21 @@ def video_sparse_attention(
 
     out = attend(q[:, P * block :], q2k, count)
     if P:
-        out = jnp.concatenate([attend(q[:, : P * block], *layout.everything(P, sizes)), out], axis=1)
+        prefix = attend(q[:, : P * block], *layout.everything(P, sizes))
+        out = jnp.concatenate([prefix, out], axis=1)  # [B,n*V,N,K], the prefix first
     if gate is not None:
         weights = jax.nn.softmax(scores, axis=-1)
         coarse = jnp.einsum("bnij,bjnk->bink", weights, _means(v, sizes), precision=_PRECISION)
         gate = layout.to_blocks(gate, place, sizes.size * block).astype(jnp.float32)
-        gated = gate.reshape(q.shape[0], sizes.size, block, *q.shape[2:]) * coarse[:, :, None]
-        out = (out.astype(jnp.float32) + gated.reshape(q.shape)).astype(q.dtype)
+        gate = gate.reshape(q.shape[0], sizes.size, block, *q.shape[2:])  # [B,n,V,N,K]
+        gated = (gate * coarse[:, :, None]).reshape(q.shape)  # [B,n*V,N,K]
+        out = (out.astype(jnp.float32) + gated).astype(q.dtype)
     return layout.from_blocks(out, place)
 
 
 def _means(x: jax.Array, sizes: np.ndarray) -> jax.Array:
     """[B,n*V,N,K] -> float32 [B,n,N,K]: the mean of each block's valid tokens. Padded places hold zero."""
-    x = x.reshape(x.shape[0], sizes.size, -1, *x.shape[2:])
+    x = x.reshape(x.shape[0], sizes.size, -1, *x.shape[2:])  # [B,n,V,N,K]
     return jnp.sum(x, axis=2, dtype=jnp.float32) / sizes.astype(np.float32)[None, :, None, None]
 
 

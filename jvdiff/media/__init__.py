@@ -1,12 +1,7 @@
 """Pictures and videos as files, and folders of clips to train on."""
 
-import importlib
-from typing import Any
+from jvdiff.lazy import attach
 
 __all__ = ["clips", "fragmented_mp4", "video"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.{name}")
+__getattr__ = attach(__name__, __all__)

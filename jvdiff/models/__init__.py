@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.lazy import attach
 from jvdiff.weights import safetensors
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "family",
     "layers",
     "named",
+    "options",
     "rollout",
     "rollouts",
     "select",
@@ -117,7 +119,4 @@ def _settings(package: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{package}.settings")
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.{name}")
+__getattr__ = attach(__name__, __all__)

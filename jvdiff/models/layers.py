@@ -139,7 +139,7 @@ class RMSNorm(nn.Module):
 
 def row(vector: Array, x: Array) -> Array:
     """vector [D] in the shape and the dtype that meet x [...,D]."""
-    return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))  # [D] -> [1,..,1,D]
 
 
 def layer_norm(x: Array, eps: float) -> Array:
@@ -156,4 +156,4 @@ def sinusoid(timestep: Array, size: int) -> Array:
     """float32 [...] -> [...,size]: the cosines, then the sines, of t * 10000^(-i/(size/2))."""
     rates = np.exp(-math.log(10000.0) * np.arange(size // 2) / (size // 2)).astype(np.float32)
     angles = timestep[..., None] * row(jnp.asarray(rates), timestep[..., None])
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)  # [...,size/2] twice -> [...,size]

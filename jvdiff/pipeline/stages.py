@@ -121,17 +121,16 @@ class Tracer:
 
     def _results(self, stage: Stage, results: Any) -> Any:
         """Where the results will be: on every device, and what is carried from call to call divided as pictures are."""
-        if self.placement is None:
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), results)
-        if stage.pictures is None:
-            return jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.placement.everywhere), results
-            )
+        if self.placement is None or stage.pictures is None:
+            return _at(results, self.placement and self.placement.everywhere)
         *others, carried = results
         where = self.placement.spread(*stage.pictures).sharding
-        held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), carried)
-        everywhere = self.placement.everywhere
-        return *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), others), held
+        return *_at(others, self.placement.everywhere), _at(carried, where)
+
+
+def _at(tree: Any, sharding: Any) -> Any:
+    """The abstract values of a tree, at one place."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def trace(

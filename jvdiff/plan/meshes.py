@@ -11,8 +11,8 @@ import jax
 from jvdiff.errors import ResourceError, UsageError
 from jvdiff.models.family import Clip
 from jvdiff.pipeline import Context
-from jvdiff.plan.flops import gib
-from jvdiff.plan.programs import programs, resident
+from jvdiff.plan.compiled import programs, resident
+from jvdiff.plan.counting import gib
 from jvdiff.sharding import MeshShape
 from jvdiff.sharding.rules import REPLICATED
 

@@ -83,8 +83,8 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
     """
     import jax
 
-    from jvdiff.plan.flops import flops, gib
-    from jvdiff.plan.programs import programs, resident
+    from jvdiff.plan.compiled import programs, resident
+    from jvdiff.plan.counting import flops, gib
     from jvdiff.sharding import check_mesh
 
     if shape is not None:
@@ -131,7 +131,7 @@ def _heading(context: Any, clip: Any, target: str | None, shape: Any) -> Iterato
 
 
 def _program(program: Any, tokens: int) -> Iterator[str]:
-    from jvdiff.plan.flops import flops, gib
+    from jvdiff.plan.counting import flops, gib
 
     sizes = (program.weights, program.data, program.temporary, program.weights + program.needs)
     square = " (L x L!)" if program.largest_elements >= tokens**2 > 2**24 else ""

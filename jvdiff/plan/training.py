@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from jvdiff.plan import count_flops, flops, gib, target_mesh
+from jvdiff.plan.flops import count_flops, flops, gib
+from jvdiff.plan.targets import target_mesh
 from jvdiff.sharding import make_mesh
 from jvdiff.training import fields
 from jvdiff.training.loop import Schedule, Task, batch_sharding, make_step, start, state_shardings

@@ -37,10 +37,14 @@ _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}  # the others end with t
 class Collective(NamedTuple):
     """One collective of a program.
 
-    kind: one of KINDS. result: types and shapes that one device gets. bytes: that one device sends in one run. group:
-    devices that exchange with one another (of a collective-permute, the length of the ring). asynchronous: the device
-    may compute meanwhile. behind: how many kernels the compiler has put between its start and its end, small ones too.
-    runs: in one call of the program. source: the operation that it comes from, as the metadata has it.
+    kind: one of KINDS.
+    result: types and shapes that one device gets.
+    bytes: that one device sends in one run.
+    group: devices that exchange with one another (of a collective-permute, the length of the ring).
+    asynchronous: the device may compute meanwhile.
+    behind: how many kernels the compiler has put between its start and its end, small ones too.
+    runs: in one call of the program.
+    source: the operation that it comes from, as the metadata has it.
     """
 
     kind: str
@@ -70,15 +74,18 @@ class Instruction(NamedTuple):
     @property
     def source(self) -> str:
         """op_name of the metadata, empty without one."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
 
 class Run(NamedTuple):
     """An instruction as it runs.
 
-    computation: that it is in. runs: in one call of the program. loops: around it. fused: it is part of a kernel, so
-    that its operands and result need not be in memory. behind: kernels between its start and end; None: synchronous.
+    computation: that it is in.
+    runs: in one call of the program.
+    loops: around it.
+    fused: it is part of a kernel, so that its operands and result need not be in memory.
+    behind: kernels between its start and end; None: synchronous.
     """
 
     instruction: Instruction
@@ -96,7 +103,8 @@ def read(text: str) -> list[Collective]:
     counts once.
     """
     devices = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text[: text.find("\n")]))
-    return [found for run in walk(text) if (found := _collective(run, devices)) is not None and found.group > 1]
+    collectives = (_collective(run, devices) for run in walk(text))
+    return [each for each in collectives if each is not None and each.group > 1]
 
 
 def by_kind(collectives: Iterable[Collective]) -> dict[str, tuple[int, int]]:
@@ -141,23 +149,24 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
         if header := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
             computation = program.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
-        elif found := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line):
-            end = _balanced(line, found.end()) if line[found.end()] == "(" else line.index(" ", found.end())
+        elif name := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line):
+            start = name.end()
+            end = _balanced(line, start) if line[start] == "(" else line.index(" ", start)
             opcode = re.compile(r"\s*([\w-]+)\(").match(line, end)
             assert opcode, line
             close = _balanced(line, opcode.end() - 1)
             arguments = line[opcode.end() : close - 1]
-            computation[found[1]] = Instruction(found[1], line[found.end() : end], opcode[1], arguments, line[close:])
+            computation[name[1]] = Instruction(name[1], line[start:end], opcode[1], arguments, line[close:])
     return program, entry
 
 
 def _balanced(line: str, start: int) -> int:
     """The index after the parenthesis that closes the one at `start`."""
     depth = 0
-    for found in re.compile(r"[()]").finditer(line, start):
-        depth += 1 if found[0] == "(" else -1
+    for parenthesis in re.compile(r"[()]").finditer(line, start):
+        depth += 1 if parenthesis[0] == "(" else -1
         if depth == 0:
-            return found.end()
+            return parenthesis.end()
     raise ValueError(f"unbalanced parentheses: {line:.200}")
 
 
@@ -186,7 +195,8 @@ def _walk(
 
 
 def _sent(runs: Iterable[Run]) -> int:
-    return sum(found.runs * found.bytes for run in runs if (found := _collective(run, 1)) is not None)
+    collectives = (_collective(run, 1) for run in runs)
+    return sum(each.runs * each.bytes for each in collectives if each is not None)
 
 
 def _called(instruction: Instruction) -> list[str]:

@@ -29,8 +29,8 @@ class MeshShape:
     """Devices on each axis; their product is the number of devices.
 
     ring: of the devices that share tokens, how many pass keys round a ring; the others exchange heads for tokens. A
-    factor of their number; None: as few as the heads allow, see `Sizes.ring`. 1 never passes keys round: heads that do
-    not divide are padded.
+        factor of their number. None: as few as the heads allow, see `Sizes.ring`. 1 never passes keys round: heads that
+        do not divide are padded.
     """
 
     data: int = 1
@@ -52,7 +52,9 @@ class MeshShape:
 class Sizes:
     """What a mesh must divide.
 
-    batch: clips times guidance's branches. tokens: of one clip. ffn_dim: the feed-forward width.
+    batch: clips times guidance's branches.
+    tokens: of one clip.
+    ffn_dim: the feed-forward width.
     dense: whether every token sees every token, by an implementation of `jvdiff.kernels`; a ring serves nothing else.
     """
 
@@ -131,12 +133,12 @@ def read_mesh(value: Any) -> MeshShape | str | None:
 
 
 def check_mesh(shape: MeshShape, sizes: Sizes, devices: int, *, exactly: bool = False) -> None:
-    """That so many devices can run a model of these sizes under this mesh; needs neither weights nor devices.
+    """That `devices` of them can run a model of these sizes under this mesh; needs neither weights nor devices.
 
     exactly: every device must have its place (several processes: each has some).
 
     Raises:
-        UsageError: it cannot be; the sentence names the nearest mesh that can.
+        UsageError: they cannot; the sentence names the nearest mesh that can.
     """
     reason = sizes.problem(shape)
     if shape.devices > devices or (exactly and shape.devices < devices):
@@ -161,7 +163,7 @@ def nearest(shape: MeshShape, sizes: Sizes, devices: int, *, exactly: bool = Fal
 
 
 def _splits(most: int, axes: int) -> Iterator[tuple[int, ...]]:
-    """Every way to give so many axes a number of devices each, their product at most `most`."""
+    """Every way to give each of `axes` a number of devices, their product at most `most`."""
     if axes == 0:
         yield ()
         return
@@ -175,11 +177,12 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     Raises:
         UsageError: there are fewer.
     """
-    found = list(jax.devices() if devices is None else devices)
-    if len(found) < shape.devices:
-        raise UsageError(f"mesh {shape}: it has {shape.devices} devices, and there are {len(found)}.")
+    devices = list(jax.devices() if devices is None else devices)
+    if len(devices) < shape.devices:
+        raise UsageError(f"mesh {shape}: it has {shape.devices} devices, and there are {len(devices)}.")
     sides = [getattr(shape, axis) for axis in AXES]
-    return Mesh(np.array(found[: shape.devices]).reshape(sides), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grid = np.array(devices[: shape.devices]).reshape(sides)  # [data,fsdp,sequence,tensor]
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shape_of(mesh: Mesh, ring: int | None = None) -> MeshShape:

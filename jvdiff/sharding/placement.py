@@ -23,7 +23,11 @@ P = PartitionSpec
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh with the axes of `AXES`, and how many devices pass keys round (`MeshShape.ring`). Static under jit."""
+    """Where a model works. Static under jit.
+
+    mesh: with the axes of `AXES`.
+    ring: how many devices pass keys round, see `MeshShape`.
+    """
 
     mesh: Mesh
     ring: int | None = None
@@ -49,18 +53,19 @@ class Placement:
         """
         if self.mesh.shape["fsdp"] == 1:
             return params
-        outer = (
-            {stack: jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), params)} if stack else params
-        )
-        found: Any = tables.specs(rules, outer, self.mesh.shape)
+        tree: Any = params
+        if stack:
+            tree = {stack: jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), params)}
+        places = tables.specs(rules, tree, self.mesh.shape)
         leaves, structure = jax.tree.flatten(params)
-        specs = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, P))
+        specs = jax.tree.leaves(places, is_leaf=lambda x: isinstance(x, P))
         specs = [P(*spec[1:]) if stack else spec for spec in specs]
         for dtype in sorted({x.dtype.name for x in leaves}):  # the same order in every process
-            own = [i for i, x in enumerate(leaves) if x.dtype.name == dtype and "fsdp" in specs[i]]
-            if own:
-                gathered: Any = _gathered(self.mesh, tuple(specs[i] for i in own), tuple(leaves[i] for i in own))
-                for i, x in zip(own, gathered, strict=True):
+            numbers = [i for i, x in enumerate(leaves) if x.dtype.name == dtype and "fsdp" in specs[i]]
+            if numbers:
+                divided = tuple(leaves[i] for i in numbers)
+                gathered: Any = _gathered(self.mesh, tuple(specs[i] for i in numbers), divided)
+                for i, x in zip(numbers, gathered, strict=True):
                     leaves[i] = x
         return jax.tree.unflatten(structure, leaves)
 
@@ -106,7 +111,10 @@ Axes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """The devices once more, as they share a picture: axes of `mesh` that divide the height, and the width."""
+    """The devices once more, as they share a picture.
+
+    height, width: the axes of `mesh` that divide it.
+    """
 
     mesh: Mesh
     height: Axes
@@ -131,7 +139,9 @@ class Picture:
 class Split:
     """The devices once more, as the activations of one forward pass are divided among them.
 
-    The axes of `mesh` that divide the batch; the tokens, in a ring and in an exchange of heads; and heads and columns.
+    batch: the axes of `mesh` that divide the clips.
+    ring, heads: those that divide the tokens, to pass keys round and to exchange heads for tokens.
+    tensor: those that divide heads and feed-forward columns.
     tokens: L, unpadded.
     """
 
@@ -168,7 +178,8 @@ def _cut(mesh: Mesh, **sizes: int) -> tuple[Mesh, dict[str, Axes]]:
     """
     factors = {name: {f"{name}{i}": n for i, n in enumerate(_primes(size))} for name, size in sizes.items()}
     each = {axis: n for group in factors.values() for axis, n in group.items()} or {"one": 1}
-    cut = Mesh(mesh.devices.reshape(tuple(each.values())), tuple(each), axis_types=(AxisType.Auto,) * len(each))
+    devices = mesh.devices.reshape(tuple(each.values()))  # the same order, an axis for each prime
+    cut = Mesh(devices, tuple(each), axis_types=(AxisType.Auto,) * len(each))
     return cut, {name: tuple(group) for name, group in factors.items()}
 
 
@@ -182,12 +193,13 @@ def _gathered(mesh: Mesh, specs: tuple[PartitionSpec, ...], shards: tuple[Array,
     """Arrays of one dtype, divided as `specs` say, whole along `fsdp`: one all-gather, however many they are."""
 
     def gather(*shards: Array) -> tuple[Array, ...]:
-        every = jax.lax.all_gather(jnp.concatenate([x.reshape(-1) for x in shards]), "fsdp")
+        every = jax.lax.all_gather(jnp.concatenate([x.reshape(-1) for x in shards]), "fsdp")  # [fsdp,elements]
         out, start = [], 0
         for x, spec in zip(shards, specs, strict=True):
             axis = spec.index("fsdp")
-            part = every[:, start : start + x.size].reshape(-1, *x.shape)
-            out.append(jnp.moveaxis(part, 0, axis).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :]))
+            part = every[:, start : start + x.size].reshape(-1, *x.shape)  # [fsdp,..,shard,..]
+            part = jnp.moveaxis(part, 0, axis)  # [..,fsdp,shard,..]
+            out.append(part.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :]))  # [..,whole,..]
             start += x.size
         return tuple(out)
 

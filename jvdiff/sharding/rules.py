@@ -85,11 +85,11 @@ def _with_fsdp(
 
 def param_shardings(mesh: Mesh, tree: Params, rules: Rules) -> Any:
     """`specs` on a mesh with the axes of `jvdiff.sharding.AXES`: a tree of NamedShardings like `tree`."""
-    found = specs(rules, tree, mesh.shape)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=lambda x: isinstance(x, P))
+    places = specs(rules, tree, mesh.shape)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), places, is_leaf=lambda x: isinstance(x, P))
 
 
 def bytes_per_device(mesh_axes: Mapping[str, int], spec: PartitionSpec, leaf: Any) -> int:
-    """Bytes of a leaf that one device holds under a mesh with so many devices on each axis."""
+    """Bytes of a leaf that one device holds under a mesh with `mesh_axes` devices on each axis."""
     shards = math.prod(mesh_axes[axis] for axis in spec if axis is not None)
     return math.prod(leaf.shape) * leaf.dtype.itemsize // shards

@@ -58,18 +58,18 @@ def cached_attention(
 ) -> tuple[Array, tuple[Array, Array]]:
     """`local(q, k, v, past, common)` for tokens [B,L,N,K] divided as `split` says, L padded, and a past that is kept.
 
-    past: arrays [B,...,M,K] with the heads of `by_heads`, each device the whole past of its own; or None. common: what
-    every device has, arrays or None.
+    past: arrays [B,...,M,K] with the heads of `by_heads`, each device the whole past of its own; or None.
+    common: what every device has, arrays or None.
 
     Returns:
         (attention [B,L,N,K] divided as q is, (keys, values) [B,tokens,M,K] divided by heads, to be kept).
     """
     tokens = P(split.batch, split.ring + split.heads, split.tensor)
-    kept = by_heads(split)
+    memory = by_heads(split)
     body = partial(_exchanged_past, local, split)
-    old = jax.tree.map(lambda x: P(*kept[:1], *(None,) * (x.ndim - 3), *kept[2:]), past)
+    old = jax.tree.map(lambda x: P(*memory[:1], *(None,) * (x.ndim - 3), *memory[2:]), past)
     specs = (tokens, tokens, tokens, old, jax.tree.map(lambda _: P(), common))
-    run = jax.shard_map(body, mesh=split.mesh, in_specs=specs, out_specs=(tokens, (kept, kept)), check_vma=False)
+    run = jax.shard_map(body, mesh=split.mesh, in_specs=specs, out_specs=(tokens, (memory, memory)), check_vma=False)
     return run(q, k, v, past, common)
 
 
@@ -91,15 +91,15 @@ def _exchanged_past(local: Any, split: Split, q: Array, k: Array, v: Array, past
     padding = ((0, 0), (0, 0), (0, -heads % U), (0, 0))
 
     def scatter_heads(x: Array) -> Array:
-        if U > 1:
+        if U > 1:  # [B,L/U,n,K] -> [B,L,n/U,K], n and L padded
             x = lax.all_to_all(jnp.pad(x, padding), split.heads, split_axis=2, concat_axis=1, tiled=True)
         return x[:, : split.tokens]
 
     q, k, v = scatter_heads(q), scatter_heads(k), scatter_heads(v)
     out = local(q, k, v, past, common)
     if U > 1:
-        out = jnp.pad(out, ((0, 0), (0, split.padding), (0, 0), (0, 0)))
-        out = lax.all_to_all(out, split.heads, split_axis=1, concat_axis=2, tiled=True)[:, :, :heads]
+        out = jnp.pad(out, ((0, 0), (0, split.padding), (0, 0), (0, 0)))  # [B,L,n/U,K], L padded
+        out = lax.all_to_all(out, split.heads, split_axis=1, concat_axis=2, tiled=True)[:, :, :heads]  # [B,L/U,n,K]
     return out, (k, v)
 
 
@@ -109,26 +109,27 @@ def _exchanged(
     """On each device: [B,L/(R U),n,K] -> the same."""
     tokens, U = split.tokens, split.devices(split.heads)
     heads, K = q.shape[2:]
-    own = -(-heads // U)
-    first = _rank(split.tensor) * heads + _rank(split.heads) * own
+    share = -(-heads // U)
+    first = _rank(split.tensor) * heads + _rank(split.heads) * share
 
     def scatter_heads(x: Array) -> Array:
         if U == 1:
             return x
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, own * U - heads), (0, 0)))
-        return lax.all_to_all(x, split.heads, split_axis=2, concat_axis=1, tiled=True)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, share * U - heads), (0, 0)))  # n a multiple of U
+        return lax.all_to_all(x, split.heads, split_axis=2, concat_axis=1, tiled=True)  # [B,L/R,n/U,K]
 
-    values = scatter_heads(jnp.concatenate([v, *gate], axis=-1) if gate else v)
+    values = scatter_heads(jnp.concatenate([v, *gate], axis=-1) if gate else v)  # [B,L/R,n/U,K or 2K]
     q, k, length = scatter_heads(q), scatter_heads(k), values.shape[1]
     if not split.ring:
         gates = values[:, :tokens, :, K:] if gate else None
         out = local(q[:, :tokens], k[:, :tokens], values[:, :tokens, :, :K], gates, first)
-        out = jnp.pad(out, ((0, 0), (0, length - tokens), (0, 0), (0, 0)))
+        out = jnp.pad(out, ((0, 0), (0, length - tokens), (0, 0), (0, 0)))  # [B,L,n/U,K], L padded
     else:
         out = _ring(q, k, values, split, implementation)
     if U == 1:
         return out
-    return lax.all_to_all(out, split.heads, split_axis=1, concat_axis=2, tiled=True)[:, :, :heads]
+    out = lax.all_to_all(out, split.heads, split_axis=1, concat_axis=2, tiled=True)  # [B,L/(R U),n,K]
+    return out[:, :, :heads]
 
 
 def _ring(q: Array, k: Array, v: Array, split: Split, implementation: str | None) -> Array:

@@ -293,9 +293,10 @@ class StreamInferencePipeline:
             if self._branches == 2:
                 texts += [negative_prompt] * len(texts)
             weights = self.params["text_encoder"]
-            text = self._net.encode_texts(cfg.text_encoder, weights, self.tokenizer, texts, self.placement)
-            if share := nonfinite(np.asarray(text, np.float32)):
-                raise NumericsError(f"text encoder: {share:.1%} of its output ({text.dtype}) is NaN or infinite.")
+            rows: Any = self._net.encode_texts(cfg.text_encoder, weights, self.tokenizer, texts, self.placement)
+            if share := nonfinite(np.asarray(rows, np.float32)):
+                raise NumericsError(f"text encoder: {share:.1%} of its output ({rows.dtype}) is NaN or infinite.")
+            text = rows
         assert text is not None
         if text.ndim != 3 or len(text) % self._branches or text.shape[2] != cfg.network.text_dim:
             raise UsageError(

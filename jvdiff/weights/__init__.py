@@ -8,23 +8,15 @@ naming                                  published tensors <-> leaves, as tables
 safetensors, orbax, manifest, hub       the files of the two layouts, the digests of the second, where folders are found
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jvdiff.lazy import attach
 
 if TYPE_CHECKING:
     from jvdiff.weights import hub, manifest, naming, orbax, safetensors
     from jvdiff.weights.hub import locate
     from jvdiff.weights.orbax import save
     from jvdiff.weights.restoring import LeafTransform, restore, transformed
-
-# A name, and the file where it is.
-_NAMES = {
-    "LeafTransform": "restoring",
-    "locate": "hub",
-    "restore": "restoring",
-    "save": "orbax",
-    "transformed": "restoring",
-}
 
 __all__ = [
     "LeafTransform",
@@ -39,9 +31,4 @@ __all__ = [
     "transformed",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_NAMES.get(name, name)}")
-    return getattr(module, name) if name in _NAMES else module
+__getattr__ = attach(__name__, __all__, ("hub", "orbax", "restoring"))

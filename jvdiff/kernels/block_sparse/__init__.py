@@ -112,6 +112,14 @@ def choose(q: Any, k: Any, v: Any, *, block: int = 64, implementation: str | Non
 
 def _checked(q: Any, k: Any, lists: Lists, block: int) -> Lists:
     """The lists as int32, without key blocks that have no valid tokens."""
+    _check_lists(q, k, lists, block)
+    sizes = lists.kv_sizes
+    lists = Lists(*(x.astype(np.int32) for x in lists))
+    return lists if isinstance(sizes, np.ndarray) and sizes.all() else split(lists, block, block, block)
+
+
+def _check_lists(q: Any, k: Any, lists: Lists, block: int) -> None:
+    """ValueError for lists that do not fit the operands, or with values out of range where these are known."""
     (B, _, N, _), Nq, Nkv = q.shape, q.shape[1] // block, k.shape[1] // block
     for name, x, ranks in (("q2k", lists.q2k, 4), ("q2k_count", lists.q2k_count, 3), ("kv_sizes", lists.kv_sizes, 1)):
         ok = hasattr(x, "dtype") and x.ndim == ranks and jnp.issubdtype(x.dtype, jnp.integer)
@@ -121,9 +129,9 @@ def _checked(q: Any, k: Any, lists: Lists, block: int) -> Lists:
             ok = x.shape[0] in (1, B) and x.shape[1] in (1, N) and x.shape[2] == Nq
         if not ok:
             axes = {"q2k": f"[{B} or 1,{N} or 1,{Nq},M]", "q2k_count": f"[{B} or 1,{N} or 1,{Nq}]"}
-            found = f"{getattr(x, 'dtype', type(x).__name__)}{list(np.shape(x))}"
+            kind = f"{getattr(x, 'dtype', type(x).__name__)}{list(np.shape(x))}"
             expected = f"int32 {axes.get(name, f'[{Nkv}]')}"
-            raise ValueError(f"block_sparse_attention: {name} is {found}; with these q and k it must be {expected}")
+            raise ValueError(f"block_sparse_attention: {name} is {kind}; with these q and k it must be {expected}")
     for name, x, low, high in (
         ("q2k", lists.q2k, 0, Nkv - 1),
         ("q2k_count", lists.q2k_count, 0, lists.q2k.shape[-1]),
@@ -138,9 +146,6 @@ def _checked(q: Any, k: Any, lists: Lists, block: int) -> Lists:
             f"block_sparse_attention: q2k {list(lists.q2k.shape)} and q2k_count {list(lists.q2k_count.shape)} must "
             f"agree on batch and heads"
         )
-    sizes = lists.kv_sizes
-    lists = Lists(*(x.astype(np.int32) for x in lists))
-    return lists if isinstance(sizes, np.ndarray) and sizes.all() else split(lists, block, block, block)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -155,8 +160,8 @@ def _forward(name: str, block: int, q: jax.Array, k: jax.Array, v: jax.Array, li
     return (out, lse), (q, k, v, out, lse, lists)
 
 
-def _backward(name: str, block: int, kept: Any, cotangents: Any) -> Any:
-    *operands, lists = kept
+def _backward(name: str, block: int, residuals: Any, cotangents: Any) -> Any:
+    *operands, lists = residuals
     dout, dlse = cotangents
     dlse = jnp.where(jnp.isfinite(operands[-1]), dlse, 0)  # the log-sum-exp of no keys is a constant
     return *IMPLEMENTATIONS[name].backward(*operands, dout, dlse, lists, block=block), None

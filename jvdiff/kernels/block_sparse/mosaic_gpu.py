@@ -40,7 +40,13 @@ _SIZE_BITS = 9  # of a list entry: the valid tokens of a block, at most 256; the
 
 
 class Shape(NamedTuple):
-    """How a kernel is cut: warpgroups that share a list, rows R of a step, slots of the ring, one more that copies."""
+    """How a kernel is cut.
+
+    warpgroups: that share a list.
+    step: R, the rows of one.
+    stages: slots of the ring.
+    producer: whether one more warpgroup copies.
+    """
 
     warpgroups: int
     step: int
@@ -180,7 +186,7 @@ def backward(
     """dq, dk and dv in the dtypes of q, k and v, from the cotangents of out and of the log-sum-exp."""
     B, L, N, K = q.shape
     products = dout.astype(jnp.float32) * out.astype(jnp.float32)
-    delta = jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2) - dlse
+    delta = jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2) - dlse  # [B,L,N] -> [B,N,L]
     # A query without keys has no place in any list that is walked over; only its number must be finite.
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse * _LOG2_E)
     stats = jnp.stack([lse, delta], axis=2)  # [B,N,2,L]: one copy brings both

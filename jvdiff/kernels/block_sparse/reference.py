@@ -66,5 +66,6 @@ def _mask(q: jax.Array, lists: Lists, block: int) -> jax.Array:
     hits = (q2k[..., None] == jnp.arange(Nkv, dtype=jnp.int32)[None, None, None, None]) & listed(lists)[..., None]
     blocks = jnp.repeat(jnp.any(hits, axis=-2), block, axis=-2)  # [B,N,L,Nkv]
     inside = jnp.arange(block, dtype=jnp.int32)[None] < sizes[:, None]  # [Nkv,block]
-    mask = (blocks[..., None] & inside[None, None, None]).reshape(*blocks.shape[:-1], Nkv * block)
+    mask = blocks[..., None] & inside[None, None, None]  # [B,N,L,Nkv,block]
+    mask = mask.reshape(*blocks.shape[:-1], Nkv * block)  # [B,N,L,S]
     return jnp.broadcast_to(mask, (q.shape[0], q.shape[2], *mask.shape[2:]))

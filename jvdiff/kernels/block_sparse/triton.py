@@ -36,7 +36,12 @@ _FLOOR = -1e30  # below all logits, and finite: the running maximum of a row tha
 
 
 class Shape(NamedTuple):
-    """How one kernel is cut: rows of a query and of a key block, channels of a part, warps, stages of its loads.
+    """How one kernel is cut.
+
+    block_q, block_kv: rows of a query and of a key block.
+    channels: of a part.
+    warps: of a program.
+    stages: of its loads.
 
     A program holds [rows,K] as parts of at most `channels`. The compiler gives each warp whole rows of the logits as
     long as accumulators are no wider than they are high; otherwise it spreads a row over warps, which then exchange
@@ -149,7 +154,7 @@ def backward(
     """dq, dk and dv in the dtypes of q, k and v, from the cotangents of out and of the log-sum-exp."""
     B, L, N, K = q.shape
     products = dout.astype(jnp.float32) * out.astype(jnp.float32)
-    delta = jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2) - dlse
+    delta = jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2) - dlse  # [B,L,N] -> [B,N,L]
     # Of a query without keys exp2(logit - lse) must be 0.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * _LOG2_E)
     scale = K**-0.5

@@ -37,11 +37,12 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: in
     B, L, N, K = q.shape
     work = _Work(q.shape, k.shape, lists, block)
     heads, rows = step_sizes(B * N, work.rows, work.part * work.places * block)
-    row = jnp.minimum(jnp.arange(-(-work.rows // rows) * rows, dtype=jnp.int32), work.rows - 1).reshape(-1, 1, rows)
-    head = jnp.arange(B * N, dtype=jnp.int32).reshape(-1, heads, 1)
+    row = jnp.minimum(jnp.arange(-(-work.rows // rows) * rows, dtype=jnp.int32), work.rows - 1)
+    row = row.reshape(-1, 1, rows)  # [turns,1,rows], the last row again where they do not divide
+    head = jnp.arange(B * N, dtype=jnp.int32).reshape(-1, heads, 1)  # [groups,heads,1]
 
     def step(x: Any) -> tuple[jax.Array, jax.Array]:
-        h, r = (jnp.broadcast_to(y, (heads, rows)).ravel() for y in x)
+        h, r = (jnp.broadcast_to(y, (heads, rows)).ravel() for y in x)  # [G]
         blocks, mask = work.listed(h, r)
         logits = _logits(work.queries(q, h, r), work.keys(k, h, blocks), mask)
         top = jnp.max(logits, axis=1)
@@ -51,11 +52,11 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: in
         some = top > _FLOOR
         out = jnp.where(some[..., None], out / total[..., None], 0).astype(q.dtype)
         lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
-        return out.reshape(heads, rows * work.part, K), lse.reshape(heads, rows * work.part)
+        return out.reshape(heads, rows * work.part, K), lse.reshape(heads, rows * work.part)  # [G,p,..] by heads
 
     out, lse = lax.map(lambda h: lax.map(lambda r: step((h, r)), row), head)  # [groups,turns,heads,rows*p,...]
-    out, lse = (jnp.moveaxis(x, 1, 2).reshape(B, N, -1, *x.shape[4:])[:, :, :L] for x in (out, lse))
-    return jnp.swapaxes(out, 1, 2), lse
+    out, lse = (jnp.moveaxis(x, 1, 2).reshape(B, N, -1, *x.shape[4:])[:, :, :L] for x in (out, lse))  # [B,N,L,..]
+    return jnp.swapaxes(out, 1, 2), lse  # [B,L,N,K]
 
 
 def backward(
@@ -76,7 +77,7 @@ def backward(
     heads, _ = step_sizes(B * N, 1, work.part * work.places * block)
     delta = jnp.einsum("blnk,blnk->bnl", dout, out, preferred_element_type=jnp.float32) - dlse
     lse = jnp.where(lse > _FLOOR, lse, -_FLOOR)  # a query that saw nothing weighs nothing
-    lse, delta = (x.reshape(B * N, -1, work.part) for x in (lse, delta))
+    lse, delta = (x.reshape(B * N, -1, work.part) for x in (lse, delta))  # [B,N,L] -> [B*N,rows,p]
     dout = dout.astype(v.dtype)
 
     def group(h: jax.Array) -> Any:
@@ -93,17 +94,17 @@ def backward(
             place = lax.broadcasted_iota(jnp.int32, blocks.shape, 1)
             target = jnp.where(place < work.count[h, r // work.parts][:, None], blocks, dk.shape[1] + place)
             add = jax.vmap(lambda x, i, y: x.at[i].add(y, mode="drop", unique_indices=True))
-            parts = lambda x: x.reshape(*blocks.shape, block, K)  # noqa: E731
+            parts = lambda x: x.reshape(*blocks.shape, block, K)  # noqa: E731 - [G,J,K] -> [G,M,b,K]
             dk = add(dk, target, parts(_dot("gjq,gqk->gjk", ds, rows)))
             dv = add(dv, target, parts(_dot("gjq,gqk->gjk", p.astype(q.dtype), drows)))
             return (dk, dv), _dot("gjq,gjk->gqk", ds, keys).astype(q.dtype)
 
         zeros = jnp.zeros((heads, k.shape[1] // block, block, K), jnp.float32)
         (dk, dv), dq = lax.scan(step, (zeros, zeros), jnp.arange(work.rows, dtype=jnp.int32))
-        return jnp.moveaxis(dq, 0, 1), dk.astype(k.dtype), dv.astype(v.dtype)
+        return jnp.moveaxis(dq, 0, 1), dk.astype(k.dtype), dv.astype(v.dtype)  # [heads,rows,p,K], [heads,Nkv,b,K]
 
     grads = lax.map(group, jnp.arange(B * N, dtype=jnp.int32).reshape(-1, heads))
-    dq, dk, dv = (jnp.swapaxes(x.reshape(B, N, -1, K), 1, 2) for x in grads)
+    dq, dk, dv = (jnp.swapaxes(x.reshape(B, N, -1, K), 1, 2) for x in grads)  # [B,L or S,N,K]
     return dq, dk, dv
 
 
@@ -115,7 +116,7 @@ def step_sizes(heads: int, rows: int, logits: int) -> tuple[int, int]:
 
 
 def query_parts(block: int, keys: int) -> int:
-    """Into how many parts a query block is cut that sees so many keys."""
+    """Into how many parts a query block is cut that sees `keys` of them."""
     limit = LOGITS.get(jax.default_backend(), LOGITS["gpu"])
     enough = lambda n: block // n * keys <= limit or block // n < 2 * _QUERIES  # noqa: E731
     return next(n for n in range(1, block + 1) if block % n == 0 and enough(n))
@@ -126,7 +127,7 @@ class _Work:
 
     def __init__(self, q_shape: Any, k_shape: Any, lists: Lists, block: int):
         B, L, N, _ = q_shape
-        every = lambda x: jnp.broadcast_to(x, (B, N, *x.shape[2:])).reshape(B * N, *x.shape[2:])  # noqa: E731
+        every = lambda x: jnp.broadcast_to(x, (B, N, *x.shape[2:])).reshape(B * N, *x.shape[2:])  # noqa: E731 - [B*N,..]
         self.q2k, self.count = every(jnp.asarray(lists.q2k)), every(jnp.asarray(lists.q2k_count))
         self.sizes = jnp.asarray(lists.kv_sizes)
         self.heads, self.block, self.places = N, block, self.q2k.shape[-1]
@@ -139,7 +140,7 @@ class _Work:
         place = lax.broadcasted_iota(jnp.int32, blocks.shape, 1)
         valid = jnp.where(place < self.count[head, row // self.parts][:, None], self.sizes[blocks], 0)
         mask = lax.broadcasted_iota(jnp.int32, (*blocks.shape, self.block), 2) < valid[..., None]
-        return blocks, mask.reshape(head.shape[0], -1)
+        return blocks, mask.reshape(head.shape[0], -1)  # [G,M,b] -> [G,J]
 
     def queries(self, x: jax.Array, head: jax.Array, row: jax.Array) -> jax.Array:
         """x [B,L,N,K], head [G], row [G] -> [G,p,K]."""
@@ -147,11 +148,11 @@ class _Work:
 
     def keys(self, x: jax.Array, head: jax.Array, blocks: jax.Array) -> jax.Array:
         """x [B,S,N,K], head [G], blocks [G,M] -> [G,J,K]."""
-        found = self._take(x, self.block, jnp.broadcast_to(head[:, None], blocks.shape), blocks)
-        return found.reshape(blocks.shape[0], -1, x.shape[-1])
+        rows = self._take(x, self.block, jnp.broadcast_to(head[:, None], blocks.shape), blocks)  # [G,M,b,K]
+        return rows.reshape(blocks.shape[0], -1, x.shape[-1])  # [G,J,K]
 
     def _take(self, x: jax.Array, size: int, head: jax.Array, number: jax.Array) -> jax.Array:
-        x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
+        x = x.reshape(x.shape[0], -1, size, *x.shape[2:])  # [B,blocks,size,N,K]
         return x[head // self.heads, number, :, head % self.heads]
 
 

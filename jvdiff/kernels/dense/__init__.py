@@ -83,8 +83,8 @@ def choose(
                 f"[B,S,N,K] with the same B, N, K and dtype, and the same S for k and v"
             )
     if kv_length is not None and (jnp.ndim(kv_length) or not jnp.issubdtype(jnp.result_type(kv_length), jnp.integer)):
-        found = f"{jnp.result_type(kv_length)}{list(jnp.shape(kv_length))}"
-        raise ValueError(f"attention: kv_length is {found}; it must be one whole number, int32[]")
+        kind = f"{jnp.result_type(kv_length)}{list(jnp.shape(kv_length))}"
+        raise ValueError(f"attention: kv_length is {kind}; it must be one whole number, int32[]")
     if implementation is None:
         return next(n for n, i in IMPLEMENTATIONS.items() if i.unsupported(q, k, v, return_lse) is None)
     if implementation not in IMPLEMENTATIONS:
@@ -106,7 +106,7 @@ def merge(out_1: jax.Array, lse_1: jax.Array, out_2: jax.Array, lse_2: jax.Array
     seen = w_1 + w_2 > 0
     total = jnp.where(seen, w_1 + w_2, 1)
     lse = jnp.where(seen, top + jnp.log(total), -jnp.inf)
-    w_1, w_2 = (jnp.swapaxes(w / total, 1, 2)[..., None] for w in (w_1, w_2))
+    w_1, w_2 = (jnp.swapaxes(w / total, 1, 2)[..., None] for w in (w_1, w_2))  # [B,N,L] -> [B,L,N,1]
     out = out_1.astype(jnp.float32) * w_1 + out_2.astype(jnp.float32) * w_2
     return out.astype(out_1.dtype), lse
 

@@ -35,6 +35,6 @@ def attention(
     q2k, count = layout.everything(-(-L // BLOCK), sizes)
     if kv_length is not None:
         sizes = jnp.clip(kv_length - starts, 0, BLOCK)
-    q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, 0))) for x in (q, k, v))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, 0))) for x in (q, k, v))  # whole blocks
     out, lse = block_sparse_attention(q, k, v, q2k, count, sizes, block=BLOCK, return_lse=True)
     return out[:, :L], lse[..., :L]

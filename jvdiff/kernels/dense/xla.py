@@ -28,13 +28,13 @@ def attention(
     """The contract of `jvdiff.kernels.attention`."""
     B, L, N, K = q.shape
     heads, queries = block_sizes(B * N, L, k.shape[1])
-    q, k, v = (jnp.swapaxes(x, 1, 2).reshape(B * N, -1, K) for x in (q, k, v))
+    q, k, v = (jnp.swapaxes(x, 1, 2).reshape(B * N, -1, K) for x in (q, k, v))  # [B*N,L or S,K]
     if heads == B * N and queries == L:
         out, lse = _block(q, k, v, kv_length)
     else:
-        group = lambda x: x.reshape(B * N // heads, heads, -1, K)  # noqa: E731
+        group = lambda x: x.reshape(B * N // heads, heads, -1, K)  # noqa: E731 - [groups,G,L or S,K]
         out, lse = lax.map(lambda x: _queries_in_turn(x, kv_length, queries), (group(q), group(k), group(v)))
-    out = jnp.swapaxes(out.reshape(B, N, L, K), 1, 2)
+    out = jnp.swapaxes(out.reshape(B, N, L, K), 1, 2)  # [B,L,N,K]
     return out, lse.reshape(B, N, L) if return_lse else None
 
 
@@ -56,8 +56,9 @@ def _queries_in_turn(
     G, L, K = q.shape
     n = -(-L // size)
     blocks = jnp.pad(q, ((0, 0), (0, n * size - L), (0, 0))).reshape(G, n, size, K)
-    out, lse = lax.map(lambda x: jax.checkpoint(_block)(x, k, v, kv_length), jnp.moveaxis(blocks, 1, 0))
-    out, lse = jnp.moveaxis(out, 0, 1), jnp.moveaxis(lse, 0, 1)
+    blocks = jnp.moveaxis(blocks, 1, 0)  # [n,G,Q,K]
+    out, lse = lax.map(lambda x: jax.checkpoint(_block)(x, k, v, kv_length), blocks)
+    out, lse = jnp.moveaxis(out, 0, 1), jnp.moveaxis(lse, 0, 1)  # [G,n,Q,K], [G,n,Q]
     return out.reshape(G, n * size, K)[:, :L], lse.reshape(G, n * size)[:, :L]
 
 

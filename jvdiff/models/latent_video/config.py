@@ -30,11 +30,13 @@ _INT_RANGES = {
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the video VAE; a value that cannot be is a CheckpointError.
+    """Sizes of the video VAE; an invalid value is a CheckpointError.
 
-    width: channels at full size; multipliers: times these on the four levels, from full size down; blocks: residual
-    blocks on each level, of encoder and decoder; groups: of GroupNorm. latents_mean, latents_std: of the latents that
-    a trained encoder makes, one number for each channel or one for all.
+    width: channels at full size.
+    multipliers: channels on the four levels, from full size down, in widths.
+    blocks: residual blocks on each level, of encoder and decoder.
+    groups: of GroupNorm.
+    latents_mean, latents_std: of the latents that a trained encoder makes, a number for each channel or one for all.
     """
 
     width: int = 128
@@ -95,11 +97,11 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of the latent video transformer, DiT-style; a value that cannot be is a CheckpointError.
+    """Sizes of the latent video transformer, DiT-style; an invalid value is a CheckpointError.
 
-    patch_size: latent cells in height and width to a token. num_classes: the labels are 0..num_classes-1, and
-    `null_class` stands for none of them. prediction: what the network is trained to predict, one of `PREDICTIONS`; the
-    network itself does not care.
+    patch_size: latent cells in height and width to a token.
+    num_classes: the labels are 0..num_classes-1, and `null_class` stands for none of them.
+    prediction: what the network is trained to predict, one of `PREDICTIONS`; the network itself does not care.
     """
 
     hidden_size: int = 768
@@ -147,14 +149,14 @@ _CLASS_NAMES: dict[type, str] = {VAEConfig: "LatentVideoVAE", DiTConfig: "Latent
 
 def _read(cls: type[VAEConfig] | type[DiTConfig], mapping: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a `config.json` gives; other keys that begin with an underscore are bookkeeping."""
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in mapping.items() if not k.startswith("_")}
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in mapping.items() if not k.startswith("_")}
     if (name := mapping.get("_class_name", _CLASS_NAMES[cls])) != _CLASS_NAMES[cls]:
         raise _error(cls, "_class_name", name, repr(_CLASS_NAMES[cls]))
     known = [f.name for f in dataclasses.fields(cls)]
-    for field, value in given.items():
+    for field, value in fields.items():
         if field not in known:
             raise _error(cls, field, value, f"one of the known fields: {', '.join(known)}")
-    return given
+    return fields
 
 
 def _check_integers(cfg: VAEConfig | DiTConfig) -> None:

@@ -106,13 +106,18 @@ def _init(key: Array, cfg: DiTConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is known of a forward pass when it is compiled."""
+    """What is known of a forward pass when it is compiled.
 
-    tokens: int  # L, without padding
+    tokens: L, without padding.
+    split: how `placement` divides the activations.
+    dtype: of the products of attention and feed-forward; None: that of each matrix.
+    """
+
+    tokens: int
     implementation: str | None = None
     placement: Placement | None = None
     split: Split | None = None
-    dtype: Any = None  # of the products of attention and feed-forward; None: that of each matrix
+    dtype: Any = None
 
     def along_tokens(self, x: Array) -> Array:
         """Activations [B,T,L,...], clips and tokens divided; L padded."""
@@ -121,6 +126,8 @@ class _Plan:
 
 
 class _Transformer(nn.Module):
+    """Latents [B,T,H,W,C], timestep [B], labels int32 [B] -> the prediction, as the latents."""
+
     cfg: DiTConfig
     plan: _Plan
     remat: str | None = None
@@ -131,15 +138,17 @@ class _Transformer(nn.Module):
         B, T, H, W, C = latents.shape
         h, w, padding = H // p, W // p, plan.split.padding if plan.split else 0
 
-        x = latents.reshape(B, T, h, p, w, p, C).transpose(0, 1, 2, 4, 3, 5, 6).reshape(B, T, h * w, p * p * C)
+        x = latents.reshape(B, T, h, p, w, p, C).transpose(0, 1, 2, 4, 3, 5, 6)  # [B,T,h,w,p,p,C]
+        x = x.reshape(B, T, h * w, p * p * C)  # [B,T,L,p*p*C]
         positions = _positions(T, h, w, D)[None]
-        x, positions = (jnp.pad(a, ((0, 0), (0, 0), (0, padding), (0, 0))) for a in (x, positions))
+        x, positions = (jnp.pad(a, ((0, 0), (0, 0), (0, padding), (0, 0))) for a in (x, positions))  # L padded
         x = Linear(D, exact=True, name="patch_embed")(plan.along_tokens(x)) + positions
 
         condition = MLP(D, D, nn.silu, exact=True, name="time_embed")(sinusoid(timestep, cfg.freq_dim))
         # About as large as what comes of the timestep: a small one (DiT has 0.02) is heard late.
         table = nn.Embed(cfg.num_classes + 1, D, embedding_init=nn.initializers.normal(0.5), name="label_embed")
-        condition = nn.silu(condition + jnp.take(as_array(table.embedding), labels, axis=0).astype(jnp.float32))
+        rows = jnp.take(as_array(table.embedding), labels, axis=0)  # [B] of [classes+1,D] -> [B,D]
+        condition = nn.silu(condition + rows.astype(jnp.float32))
         if plan.placement:
             condition = plan.placement.replicate(condition)
 
@@ -162,7 +171,8 @@ class _Transformer(nn.Module):
         x = Linear(p * p * C, nn.initializers.zeros, exact=True, name="head")(x)
         if plan.placement:
             x = plan.placement.replicate(x)[:, :, : plan.tokens]
-        return x.reshape(B, T, h, w, p, p, C).transpose(0, 1, 2, 4, 3, 5, 6).reshape(latents.shape)
+        x = x.reshape(B, T, h, w, p, p, C).transpose(0, 1, 2, 4, 3, 5, 6)  # [B,T,h,p,w,p,C]
+        return x.reshape(latents.shape)
 
 
 class _Block(nn.Module):
@@ -188,11 +198,11 @@ class _Block(nn.Module):
 
 
 def _modulation(count: int, width: int, condition: Array, name: str, placement: Placement | None = None) -> list[Array]:
-    """So many vectors [B,1,1,D] of the condition [B,D], float32, zero at first."""
+    """`count` vectors [B,1,1,D] of the condition [B,D], float32, zero at first."""
     vectors = Linear(count * width, nn.initializers.zeros, exact=True, name=name)(condition)
     if placement:
         vectors = placement.replicate(vectors)
-    return jnp.split(vectors[:, None, None], count, axis=-1)
+    return jnp.split(vectors[:, None, None], count, axis=-1)  # [B,count*D] -> count of [B,1,1,D]
 
 
 class _Attention(nn.Module):
@@ -206,26 +216,29 @@ class _Attention(nn.Module):
     def __call__(self, x: Array) -> Array:
         D, plan = self.cfg.hidden_size, self.plan
         linear = partial(Linear, D, dtype=plan.dtype)
-        q, k, v = (linear(name=n)(x).reshape(*x.shape[:3], self.cfg.num_heads, -1) for n in ("q", "k", "v"))
+        q, k, v = (linear(name=n)(x) for n in ("q", "k", "v"))
+        q, k, v = (a.reshape(*x.shape[:3], self.cfg.num_heads, -1) for a in (q, k, v))  # [B,T,L,D] -> [B,T,L,N,K]
         q, k = (RMSNorm(_EPS, name=f"{n}_norm")(a).astype(v.dtype) for n, a in (("q", q), ("k", k)))
         attend: Any = partial(_attend, plan, self.axis)
         if split := plan.split:
             spec = P(split.batch, None, split.ring + split.heads, split.tensor)
             attend = jax.shard_map(attend, mesh=split.mesh, in_specs=spec, out_specs=spec, check_vma=False)
-        return linear(name="out")(attend(q, k, v).reshape(x.shape))
+        return linear(name="out")(attend(q, k, v).reshape(x.shape))  # [B,T,L,N,K] -> [B,T,L,D]
 
 
 def _attend(plan: _Plan, axis: int, q: Array, k: Array, v: Array) -> Array:
     """Attention along one axis of [B,T,L,N,K], of this device's tokens to those of all."""
     if axis == _PLACES and plan.split and (devices := plan.split.ring + plan.split.heads):
-        k, v = (lax.all_gather(a, devices, axis=axis, tiled=True)[:, :, : plan.tokens] for a in (k, v))
+        k, v = (lax.all_gather(a, devices, axis=axis, tiled=True) for a in (k, v))  # all tokens, padding too
+        k, v = k[:, :, : plan.tokens], v[:, :, : plan.tokens]
 
     def sequences(a: Array) -> Array:
-        a = jnp.moveaxis(a, axis, 2)
-        return a.reshape(-1, *a.shape[2:])
+        a = jnp.moveaxis(a, axis, 2)  # [B,L,T,N,K] or [B,T,L,N,K]: what is attended along comes third
+        return a.reshape(-1, *a.shape[2:])  # [B*L,T,N,K] or [B*T,L,N,K]
 
     out = kernels.attention(sequences(q), sequences(k), sequences(v), implementation=plan.implementation)
-    return jnp.moveaxis(out.reshape(jnp.moveaxis(q, axis, 2).shape), 2, axis)
+    out = out.reshape(jnp.moveaxis(q, axis, 2).shape)  # [B,L,T,N,K] or [B,T,L,N,K]
+    return jnp.moveaxis(out, 2, axis)  # [B,T,L,N,K]
 
 
 class _FeedForward(nn.Module):
@@ -244,7 +257,7 @@ def _positions(T: int, h: int, w: int, width: int) -> Array:
     """float32 [T,L,D]: rows and columns in a half of the channels each, added to the frames in all of them."""
     across = jnp.broadcast_to(_waves(h, width // 2)[:, None], (h, w, width // 2))
     along = jnp.broadcast_to(_waves(w, width // 2)[None], (h, w, width // 2))
-    space = jnp.concatenate([across, along], axis=-1).reshape(1, h * w, width)
+    space = jnp.concatenate([across, along], axis=-1).reshape(1, h * w, width)  # [h,w,D] -> [1,L,D]
     return _waves(T, width)[:, None] + space
 
 

@@ -93,7 +93,7 @@ def train(config: ConfigDict, folder: Path) -> Path:
     mesh = make_mesh(plan.mesh)
     options = config.loop.to_dict() | {"mesh": mesh}
     vae_cfg, vae = _vae(config, plan, read, folder, {k: v for k, v in options.items() if k != "show_every"})
-    models = dataclasses.replace(plan.models, configs=plan.models.configs | {"vae": vae_cfg})
+    models = dataclasses.replace(plan.models, configs={**plan.models.configs, "vae": vae_cfg})
     transformer = plan.models.configs["transformer"]
 
     def encoded(start: int) -> Generator[LabelledLatents, None, None]:

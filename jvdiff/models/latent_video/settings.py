@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jvdiff.config import option
+from jvdiff.models import options
 
 PIPELINES = {"LatentVideoPipeline": "CLASS_CONDITIONAL"}  # _class_name: name in family.py
 SOLVERS = ("ddim", "ddpm", "unipc", "euler")
@@ -19,12 +20,9 @@ class Settings:
     num_frames: int = option(16, "pixel frames")
     height: int = option(256, "pixels")
     width: int = option(256, "pixels")
-    fps: int = option(8, "frames a second; only written into the file", low=1, high=240)
-    steps: int = option(50, "denoising steps", low=1, high=1000)
-    guidance: float = option(
-        7.5, "weight of classifier-free guidance; 1: none, and half the work", low=1.0, high=100.0,
-        note="1 means without guidance",
-    )  # fmt: skip
+    fps: int = options.fps(8)
+    steps: int = options.steps(50)
+    guidance: float = options.guidance(7.5)
     solver: str = option("ddim", "ddim, ddpm, unipc, or euler, which is ddim", choices=SOLVERS)
 
 

@@ -38,15 +38,7 @@ def encode(
     Raises:
       UsageError: a clip that does not fit; the sentence names the nearest size that does.
     """
-    if video.ndim != 5 or video.shape[-1] != 3 or not jnp.issubdtype(video.dtype, jnp.floating):
-        raise UsageError(f"encode: video is {video.dtype}{list(video.shape)}; expected float32[B,F,Y,X,3] in -1..1")
-    factors = cfg.temporal_factor, cfg.spatial_factor, cfg.spatial_factor
-    if any(n % factor or n == 0 for n, factor in zip(video.shape[1:4], factors, strict=True)):
-        near = [max(round(n / factor), 1) * factor for n, factor in zip(video.shape[1:4], factors, strict=True)]
-        raise UsageError(
-            "encode: the clip has {} frames of {}x{} pixels; expected multiples of {} frames and {}x{} pixels.\n"
-            "The nearest size that fits is {} frames of {}x{}.".format(*video.shape[1:4], *factors, *near)
-        )
+    _check_video(cfg, video)
     moments: Any = _Encoder(cfg, remat).apply({"params": params["encoder"]}, _compute(params["encoder"], video, dtype))
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return mean, jnp.clip(logvar, -30.0, 20.0)
@@ -64,6 +56,18 @@ def decode(params: Params, cfg: VAEConfig, latents: Array, *, remat: bool = Fals
         raise UsageError(f"decode: latents are {list(latents.shape)}; expected [B,T,H,W,{cfg.latent_channels}]")
     video: Any = _Decoder(cfg, remat).apply({"params": params["decoder"]}, _compute(params["decoder"], latents, dtype))
     return jnp.tanh(video.astype(jnp.float32))
+
+
+def _check_video(cfg: VAEConfig, video: Array) -> None:
+    if video.ndim != 5 or video.shape[-1] != 3 or not jnp.issubdtype(video.dtype, jnp.floating):
+        raise UsageError(f"encode: video is {video.dtype}{list(video.shape)}; expected float32[B,F,Y,X,3] in -1..1")
+    factors = cfg.temporal_factor, cfg.spatial_factor, cfg.spatial_factor
+    if any(n % factor or n == 0 for n, factor in zip(video.shape[1:4], factors, strict=True)):
+        near = [max(round(n / factor), 1) * factor for n, factor in zip(video.shape[1:4], factors, strict=True)]
+        raise UsageError(
+            "encode: the clip has {} frames of {}x{} pixels; expected multiples of {} frames and {}x{} pixels.\n"
+            "The nearest size that fits is {} frames of {}x{}.".format(*video.shape[1:4], *factors, *near)
+        )
 
 
 def _compute(params: Params, x: Array, dtype: Any) -> Array:
@@ -136,12 +140,14 @@ class _Decoder(nn.Module):
                 x = block(cfg.widths[level], cfg.groups, name=f"level_{level}_block_{i}")(x)
             if level:
                 for axis, times in enumerate(cfg.strides[level - 1], start=1):
-                    x = jnp.repeat(x, times, axis=axis)
+                    x = jnp.repeat(x, times, axis=axis)  # T, H or W times 1 or 2
                 x = _Conv(cfg.widths[level - 1], name=f"up_{level}")(x)
         return _Conv(3, name="conv_out")(_Activation(cfg.groups, name="norm_out")(x))
 
 
 class _ResBlock(nn.Module):
+    """[B,T,H,W,C] -> [B,T,H,W,features]."""
+
     features: int
     groups: int
 
@@ -168,11 +174,14 @@ class _Activation(nn.Module):
         return nn.silu(y * row(scale, y) + row(bias, y)).astype(x.dtype)
 
     def _mean(self, y: Array) -> Array:
-        """[B,T,H,W,C] -> the mean of each channel's group [B,1,1,1,C]. Channels come last, as in memory, until the grid
-        is summed: with the groups as an axis XLA:CPU takes up to four times as long."""
-        channels = jnp.mean(jnp.mean(y, axis=(2, 3)), axis=1)
-        groups = jnp.mean(channels.reshape(-1, self.groups, y.shape[-1] // self.groups), axis=2)
-        return jnp.repeat(groups, y.shape[-1] // self.groups, axis=1)[:, None, None, None]
+        """[B,T,H,W,C] -> the mean of each channel's group [B,1,1,1,C].
+
+        Channels come last, as in memory, until the grid is summed: with the groups as an axis XLA:CPU takes up to four
+        times as long.
+        """
+        channels = jnp.mean(jnp.mean(y, axis=(2, 3)), axis=1)  # [B,C]
+        groups = jnp.mean(channels.reshape(-1, self.groups, y.shape[-1] // self.groups), axis=2)  # [B,groups]
+        return jnp.repeat(groups, y.shape[-1] // self.groups, axis=1)[:, None, None, None]  # [B,1,1,1,C]
 
 
 class _Conv(nn.Module):
@@ -191,18 +200,18 @@ class _Conv(nn.Module):
         kernel = as_array(self.param("kernel", nn.initializers.lecun_normal(), shape), x.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         B, F = x.shape[:2]
-        frames = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+        frames = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))  # [B,F+2,Y,X,C]
 
         def tap(i: int) -> Array:
             seen = frames[:, i : i + F : self.stride[0]]
             y = lax.conv_general_dilated(
-                seen.reshape(-1, *x.shape[2:]),
+                seen.reshape(-1, *x.shape[2:]),  # [B,F,Y,X,C] -> [B*F,Y,X,C]
                 kernel[i],
                 self.stride[1:],
                 ((1, 1), (1, 1)),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
-            return y.reshape(B, -1, *y.shape[1:]).astype(jnp.float32)
+            return y.reshape(B, -1, *y.shape[1:]).astype(jnp.float32)  # [B,F,Y,X,C]
 
         y = tap(0) + tap(1) + tap(2)
         return (y + row(bias, y)).astype(kernel.dtype)

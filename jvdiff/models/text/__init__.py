@@ -1,12 +1,7 @@
 """Text encoders and their tokenizers."""
 
-import importlib
-from typing import Any
+from jvdiff.lazy import attach
 
 __all__ = ["spiece", "tokenizer", "umt5"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.{name}")
+__getattr__ = attach(__name__, __all__)

@@ -127,6 +127,8 @@ def _dense(features: int, variance: float, dtype: jnp.dtype, name: str) -> Linea
 
 
 class _Attention(nn.Module):
+    """x float32 [B,S,D], mask bool [B,S], buckets int32 [S,S] -> float32 [B,S,D]."""
+
     cfg: Config
     dtype: jnp.dtype
 
@@ -135,20 +137,22 @@ class _Attention(nn.Module):
         cfg, N, K, D = self.cfg, self.cfg.num_heads, self.cfg.d_kv, self.cfg.d_model
         h = _Norm(cfg.layer_norm_epsilon, name="norm")(x)
         # The missing 1/sqrt(K) of the scores is in q's initial scale, as in T5.
-        q = _dense(N * K, 1 / (D * K), self.dtype, "q")(h).reshape(*h.shape[:2], N, K)
-        k = _dense(N * K, 1 / D, self.dtype, "k")(h).reshape(*h.shape[:2], N, K)
-        v = _dense(N * K, 1 / D, self.dtype, "v")(h).reshape(*h.shape[:2], N, K)
+        variance = {"q": 1 / (D * K), "k": 1 / D, "v": 1 / D}
+        q, k, v = (_dense(N * K, scale, self.dtype, name)(h) for name, scale in variance.items())
+        q, k, v = (x.reshape(*h.shape[:2], N, K) for x in (q, k, v))  # [B,S,N*K] -> [B,S,N,K]
         rows, init = cfg.relative_attention_num_buckets, nn.initializers.normal(D**-0.5)
         table = as_array(nn.Embed(rows, N, embedding_init=init, name="relative_bias").embedding, jnp.float32)
         scores = jnp.einsum("BqNK,BSNK->BNqS", q, k, preferred_element_type=jnp.float32)
-        scores = scores + table.T[:, buckets][None]
+        scores = scores + table.T[:, buckets][None]  # [N,buckets] at [S,S] -> [1,N,S,S]
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        out = jnp.einsum("BNqS,BSNK->BqNK", weights, v).reshape(*h.shape[:2], N * K)
+        out = jnp.einsum("BNqS,BSNK->BqNK", weights, v).reshape(*h.shape[:2], N * K)  # [B,S,N*K]
         return _dense(D, 1 / (N * K), self.dtype, "out")(out).astype(jnp.float32)
 
 
 class _FeedForward(nn.Module):
+    """x float32 [B,S,D] -> the same."""
+
     cfg: Config
     dtype: jnp.dtype
 
@@ -163,6 +167,8 @@ class _FeedForward(nn.Module):
 
 
 class _Layer(nn.Module):
+    """x float32 [B,S,D], mask bool [B,S], buckets int32 [S,S] -> x."""
+
     cfg: Config
     dtype: jnp.dtype
 
@@ -173,6 +179,8 @@ class _Layer(nn.Module):
 
 
 class _Encoder(nn.Module):
+    """ids int32 [B,S], mask bool [B,S] -> [B,S,D] in `dtype`."""
+
     cfg: Config
     dtype: jnp.dtype
     placement: Placement | None = None

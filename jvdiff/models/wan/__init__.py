@@ -3,10 +3,13 @@
 Sources: the published repositories `Wan-AI/Wan2.1-T2V-*-Diffusers` and diffusers 0.42, whose numbers these match.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jvdiff.lazy import attach
 
 if TYPE_CHECKING:
+    from jvdiff.kernels import Pattern
+    from jvdiff.models.wan.attention import attention_choice
     from jvdiff.models.wan.causal import (
         KVCache,
         Span,
@@ -18,13 +21,12 @@ if TYPE_CHECKING:
         remembered,
         text_keys,
     )
-    from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, DiTConfig
-    from jvdiff.models.wan.dit import Pattern, attention_choice, mesh_sizes, velocity
+    from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, WAN_2_1_VAE, DiTConfig, VAEConfig
+    from jvdiff.models.wan.dit import velocity
     from jvdiff.models.wan.params import abstract_params, init_params
+    from jvdiff.models.wan.plan import mesh_sizes
     from jvdiff.models.wan.vae import (
         DECODER,
-        WAN_2_1_VAE,
-        VAEConfig,
         decode,
         decode_chunk,
         denormalize_latents,
@@ -33,9 +35,6 @@ if TYPE_CHECKING:
         init_cache,
         normalize_latents,
     )
-
-# Imported when a name of theirs is first used, the first file that has it: settings.py is read without the networks.
-_FILES = ("params", "config", "dit", "causal", "vae")
 
 __all__ = [
     "DECODER",
@@ -68,11 +67,4 @@ __all__ = [
     "velocity",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        for file in _FILES:
-            module = importlib.import_module(f"{__name__}.{file}")
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = attach(__name__, __all__, ("config", "params", "plan", "attention", "dit", "causal", "vae"))

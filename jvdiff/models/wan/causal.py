@@ -27,8 +27,9 @@ from jvdiff.kernels import BlockCausal
 from jvdiff.kernels.block_causal import visible
 from jvdiff.models.layers import MLP, Linear, RMSNorm, gelu
 from jvdiff.models.wan.config import DiTConfig
-from jvdiff.models.wan.dit import Layer, Past, Plan, apply, make_plan, mesh_sizes
+from jvdiff.models.wan.dit import apply
 from jvdiff.models.wan.layers import rope_tables
+from jvdiff.models.wan.plan import Layer, Past, Plan, make_plan, mesh_sizes
 from jvdiff.sharding import Placement, Split, sequence
 from jvdiff.types import Array, Params
 
@@ -37,9 +38,11 @@ from jvdiff.types import Array, Params
 class Span:
     """How much of a video the frames of a chunk see.
 
-    chunk: frames made at once. window: frames of the moving past, the chunk's own included. sink: first frames of the
-    video that stay. relative: frames are counted from the oldest that is kept, and keys rotated when they are read;
-    otherwise from the beginning of the video, and keys are rotated when they are written.
+    chunk: frames made at once.
+    window: frames of the moving past, the chunk's own included.
+    sink: first frames of the video that stay.
+    relative: frames are counted from the oldest that is kept, and keys rotated when they are read; otherwise from the
+        beginning of the video, and keys are rotated when they are written.
     """
 
     chunk: int = 3
@@ -50,7 +53,7 @@ class Span:
     def __post_init__(self):
         if not isinstance(self.window, int):
             raise UsageError(f"{self}: expected a whole number of frames as window; what is kept must end somewhere.")
-        _ = self.pattern  # says what else cannot be
+        _ = self.pattern  # says what else is invalid
 
     @property
     def pattern(self) -> BlockCausal:
@@ -68,7 +71,7 @@ class Span:
         return self.sink + self.ring
 
     def filled(self, frames: Any) -> Any:
-        """How many slots hold a frame, after so many frames of the video (may be traced). They are the first ones."""
+        """How many slots hold a frame, after `frames` of the video (may be traced). They are the first ones."""
         return jnp.minimum(frames, self.slots)
 
     def held(self, frames: Any) -> Array:
@@ -80,20 +83,23 @@ class Span:
 
     def places(self, frames: Any) -> Array:
         """int32 [F]: the number of the frame in each slot among those that are kept, the oldest first."""
-        return jnp.argsort(jnp.argsort(self.held(frames))).astype(jnp.int32)
+        return jnp.argsort(jnp.argsort(self.held(frames))).astype(jnp.int32)  # the rank of each, [F]
 
     def slot(self, frames: Array, end: Any) -> Array:
         """int32 [T]: where the frames of a video that ends before frame `end` go; F and more: they are not kept."""
         ring = self.sink + (frames - self.sink) % max(self.ring, 1)
-        kept = jnp.where(frames >= end - self.ring, ring, self.slots + jnp.arange(frames.size, dtype=jnp.int32))
-        return jnp.where(frames < self.sink, frames, kept)
+        moving = jnp.where(frames >= end - self.ring, ring, self.slots + jnp.arange(frames.size, dtype=jnp.int32))
+        return jnp.where(frames < self.sink, frames, moving)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("keys", "values", "frames"), meta_fields=())
 @dataclass(frozen=True)
 class KVCache:
-    """What the layers remember of a video: keys and values [layers,B,F,V,M,K] of the frames in each slot, and `frames`
-    int32 [], how many frames of the video there were."""
+    """What the layers remember of a video.
+
+    keys, values: [layers,B,F,V,M,K] of the frames in each slot.
+    frames: int32 [], how many frames of the video there were.
+    """
 
     keys: Array
     values: Array
@@ -137,7 +143,7 @@ def text_keys(
         k: Any = linear.apply({"params": layer["k"]}, text)
         v: Any = linear.apply({"params": layer["v"]}, text)
         k: Any = RMSNorm(cfg.eps).apply({"params": layer["k_norm"]}, k)
-        heads = lambda x: x.reshape(*x.shape[:2], -1, cfg.attention_head_dim)  # noqa: E731
+        heads = lambda x: x.reshape(*x.shape[:2], -1, cfg.attention_head_dim)  # noqa: E731 - [B,S,D] -> [B,S,N,K]
         return heads(k.astype(v.dtype)), heads(v)
 
     keys = jax.lax.map(of_layer, {name: params["blocks"]["cross_attn"][name] for name in ("k", "v", "k_norm")})
@@ -188,15 +194,15 @@ def extend(
     """The past with one more chunk, as the network sees it at `timestep`: 0 where it is clean. Arguments of
     `chunk_velocity`; give `past` to be overwritten (`donate_argnums`), and no byte of it is copied."""
     common = (text_length, implementation, placement, dtype)
-    _, kept = _chunk(params, cfg, span, latents, timestep, text, past, *common, keep=True)
+    _, memory = _chunk(params, cfg, span, latents, timestep, text, past, *common, keep=True)
     frames = past.frames + jnp.arange(span.chunk, dtype=jnp.int32)
     slot = span.slot(frames, past.frames + span.chunk)
 
-    def written(old: Array, new: Array) -> Array:  # new [layers,B,L,M,K]
-        new = new.reshape(*new.shape[:2], span.chunk, -1, *new.shape[3:]).astype(old.dtype)
-        return old.at[:, :, slot].set(new, mode="drop", unique_indices=True)
+    def written(old: Array, new: Array) -> Array:
+        new = new.reshape(*new.shape[:2], span.chunk, -1, *new.shape[3:])  # [layers,B,L,M,K] -> [layers,B,T,V,M,K]
+        return old.at[:, :, slot].set(new.astype(old.dtype), mode="drop", unique_indices=True)
 
-    keys, values = written(past.keys, kept[0]), written(past.values, kept[1])
+    keys, values = written(past.keys, memory[0]), written(past.values, memory[1])
     if placement is not None:
         where = _sharding(_split(cfg, span, len(latents), latents.shape[2:4], placement))
         keys, values = jax.lax.with_sharding_constraint((keys, values), where)
@@ -231,12 +237,10 @@ def reencode(
     places = span.places(past.frames) if span.relative else frames
     state = Past(length=None, visible=seen)
     layers = Layer(None, text)
-    _, kept = apply(
-        params, cfg, plan, history, timestep.reshape(len(timestep), -1), None, frames=places, layers=layers, past=state
-    )
-    keys, values = (
-        new.reshape(old.shape).astype(old.dtype) for new, old in zip(kept, (past.keys, past.values), strict=True)
-    )
+    timestep = timestep.reshape(len(timestep), -1)  # [B] -> [B,1]; [B,F] stays
+    _, memory = apply(params, cfg, plan, history, timestep, None, frames=places, layers=layers, past=state)
+    pairs = zip(memory, (past.keys, past.values), strict=True)
+    keys, values = (new.reshape(old.shape).astype(old.dtype) for new, old in pairs)  # [layers,B,F,V,M,K]
     return KVCache(keys, values, past.frames)
 
 
@@ -269,7 +273,7 @@ def _chunk(
         rope = rope_tables((span.slots, h, w), cfg.attention_head_dim, span.places(past.frames))
         frames = filled + jnp.arange(span.chunk, dtype=jnp.int32)
     layers, state = Layer((past.keys, past.values), text), Past(filled * (h * w), rope)
-    timestep = timestep.reshape(len(timestep), -1)
+    timestep = timestep.reshape(len(timestep), -1)  # [B] -> [B,1]; [B,T] stays
     return apply(params, cfg, plan, latents, timestep, None, frames=frames, layers=layers, past=state)
 
 
@@ -278,11 +282,11 @@ def _check(cfg: DiTConfig, span: Span, latents: Array, timestep: Array, past: KV
     if latents.ndim != 5 or latents.shape[1] != span.chunk or latents.shape[-1] != cfg.in_channels:
         raise UsageError(f"a chunk is {list(latents.shape)}; expected [B,{span.chunk},H,W,{cfg.in_channels}].")
     B, T, H, W, _ = latents.shape
-    kept = (cfg.num_layers, B, span.slots, H // ph * (W // pw))
-    if H % ph or W % pw or past.keys.shape[:4] != kept:
+    expected = (cfg.num_layers, B, span.slots, H // ph * (W // pw))
+    if H % ph or W % pw or past.keys.shape[:4] != expected:
         raise UsageError(
             f"a chunk is {list(latents.shape)} and the past {list(past.keys.shape)}; expected H and W in patches of "
-            f"{ph}x{pw}, and a past of {list(kept)} keys a head: layers, B, slots, tokens of a frame."
+            f"{ph}x{pw}, and a past of {list(expected)} keys a head: layers, B, slots, tokens of a frame."
         )
     if timestep.shape not in ((B,), (B, T)) or timestep.dtype != jnp.float32:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The configuration of Wan's diffusion transformer, read from and written as diffusers' `config.json`."""
+"""The configurations of Wan's diffusion transformer and VAE, read from and written as diffusers' `config.json`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -34,10 +34,10 @@ _CLASSES = {"WanTransformer3DModel": False, "CausalWanTransformer3DModel": True}
 class DiTConfig:
     """diffusers' WanTransformer3DModel arguments, with its names and defaults (those of the 14B model).
 
-    `gate_compress` is ours: the blocks have the gate of video sparse attention's coarse branch, as FastWan's do, which
-    diffusers would ignore. Published files show it by their tensors alone. `causal`: the weights
-    were trained to make a video chunk by chunk, as Self-Forcing's, and the class is named CausalWanTransformer3DModel;
-    tensors and computation are the same.
+    gate_compress: the blocks have the gate of video sparse attention's coarse branch, as FastWan's do. A field of ours,
+        which diffusers would ignore; published files show it by their tensors alone.
+    causal: the weights were trained to make a video chunk by chunk, as Self-Forcing's, and the class is named
+        CausalWanTransformer3DModel; tensors and computation are the same.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -65,34 +65,34 @@ class DiTConfig:
 
         Raises CheckpointError with the field, the value found and the allowed range.
         """
-        given = {k: v for k, v in mapping.items() if not k.startswith("_")}
+        fields = {k: v for k, v in mapping.items() if not k.startswith("_")}
         if (name := mapping.get("_class_name", "WanTransformer3DModel")) not in _CLASSES:
             raise _error("_class_name", name, " or ".join(map(repr, _CLASSES)))
         for field, only in _FIXED.items():
-            if (value := given.pop(field, only)) != only:
+            if (value := fields.pop(field, only)) != only:
                 raise _error(field, value, f"{only!r} (Wan 2.1 text-to-video)")
         names = [f.name for f in dataclasses.fields(cls) if f.name != "causal"]
-        for field in given:
+        for field in fields:
             if field not in names:
-                raise _error(field, given[field], f"one of the known fields: {', '.join([*names, *_FIXED])}")
-        if given.get("out_channels", 0) is None:
-            given["out_channels"] = given.get("in_channels", cls.in_channels)
+                raise _error(field, fields[field], f"one of the known fields: {', '.join([*names, *_FIXED])}")
+        if fields.get("out_channels", 0) is None:
+            fields["out_channels"] = fields.get("in_channels", cls.in_channels)
         for field, (low, high) in _INT_RANGES.items():
-            value = given.get(field, getattr(cls, field))
+            value = fields.get(field, getattr(cls, field))
             if type(value) is not int or not low <= value <= high:
                 raise _error(field, value, f"an integer from {low} to {high}")
         for field in ("attention_head_dim", "freq_dim"):
-            if given.get(field, 2) % 2:
-                raise _error(field, given[field], "an even number")
-        patch = given.get("patch_size", cls.patch_size)
+            if fields.get(field, 2) % 2:
+                raise _error(field, fields[field], "an even number")
+        patch = fields.get("patch_size", cls.patch_size)
         if not isinstance(patch, list | tuple) or tuple(patch) != cls.patch_size:
             raise _error("patch_size", patch, f"{list(cls.patch_size)}, as in every published Wan model")
-        if type(gate := given.get("gate_compress", False)) is not bool:
+        if type(gate := fields.get("gate_compress", False)) is not bool:
             raise _error("gate_compress", gate, "true or false")
-        eps = given.get("eps", cls.eps)
+        eps = fields.get("eps", cls.eps)
         if type(eps) is not float or not 0 < eps < 1:  # NaN compares false
             raise _error("eps", eps, "a number above 0 and below 1")
-        return cls(**{**given, "patch_size": tuple(patch), "eps": eps, "causal": _CLASSES[name]})
+        return cls(**{**fields, "patch_size": tuple(patch), "eps": eps, "causal": _CLASSES[name]})
 
     def to_json(self) -> dict[str, Any]:
         """What `diffusers.WanTransformer3DModel.from_config` reads; it passes over a `gate_compress` with a warning."""
@@ -112,3 +112,90 @@ def _error(field: str, value: Any, allowed: str) -> CheckpointError:
         f"Wan transformer config.json: {field} is {value!r}; allowed is {allowed}.\n"
         f"Compare the file with the repository it came from, and copy it again."
     )
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the VAE; the names are those of diffusers' `config.json` (its spelling of "temperal" included).
+
+    base_dim: channels at full size.
+    z_dim: C, of the latents.
+    dim_mult: channels on each level, from full size down, in base_dim.
+    num_res_blocks: on each level of the encoder; the decoder has one more.
+    temperal_downsample: whether the step after each level halves time too.
+    latents_mean, latents_std: of each channel of the latents that the encoder makes.
+    """
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    )  # fmt: skip
+    latents_std: tuple[float, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
+    )  # fmt: skip
+
+    def __post_init__(self):
+        def check(field: str, ok: bool, expected: str):
+            if not ok:
+                raise CheckpointError(f"VAE configuration: {field} is {getattr(self, field)!r}, expected {expected}.")
+
+        for field in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std"):
+            check(field, isinstance(getattr(self, field), tuple), "a list")
+        for field, most in (("base_dim", 4096), ("z_dim", 1024), ("num_res_blocks", 64)):
+            value = getattr(self, field)
+            check(field, type(value) is int and 0 < value <= most, f"a whole number from 1 to {most}")
+        whole = all(type(m) is int and 0 < m <= 64 for m in self.dim_mult)
+        check("dim_mult", whole and 1 < len(self.dim_mult) <= 8, "2 to 8 whole numbers from 1 to 64")
+        stages = len(self.dim_mult) - 1
+        flags = all(type(t) is bool for t in self.temperal_downsample)
+        check("temperal_downsample", flags and len(self.temperal_downsample) == stages, f"{stages} booleans")
+        for field in ("latents_mean", "latents_std"):
+            numbers = all(isinstance(v, int | float) and abs(v) < 1e6 for v in getattr(self, field))
+            check(
+                field,
+                numbers and len(getattr(self, field)) == self.z_dim,
+                f"{self.z_dim} finite numbers (z_dim)",
+            )
+        check("latents_std", all(v > 0 for v in self.latents_std), "positive numbers")
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent cell, along height and along width."""
+        return 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def temporal_factor(self) -> int:
+        """Pixel frames per latent frame, after the first."""
+        return 2 ** sum(self.temperal_downsample)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "VAEConfig":
+        """From diffusers' `vae/config.json`; absent keys take the class's defaults.
+
+        Raises:
+          CheckpointError: a value out of range, or a variant (Wan 2.2's residual VAE) that this class is not.
+        """
+        supported = {"is_residual": False, "attn_scales": [], "in_channels": 3, "out_channels": 3, "patch_size": None}
+        for key, value in supported.items():
+            if fields.get(key, value) not in (value, None):
+                raise CheckpointError(
+                    f"VAE configuration: {key} is {fields[key]!r}, but only {value!r} (the Wan 2.1 VAE) is supported."
+                )
+        names = cls.__dataclass_fields__
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in names}
+        return cls(**known)
+
+    def to_json(self) -> dict[str, Any]:
+        """The `config.json` that diffusers' AutoencoderKLWan loads."""
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        scales = {"scale_factor_temporal": self.temporal_factor, "scale_factor_spatial": self.spatial_factor}
+        return {"_class_name": "AutoencoderKLWan", **fields, "attn_scales": [], "dropout": 0.0, **scales}
+
+
+WAN_2_1_VAE = VAEConfig()

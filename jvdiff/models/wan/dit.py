@@ -16,28 +16,24 @@ The forward pass of one chunk of an endless video, which reads what earlier chun
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from jvdiff import kernels
 from jvdiff.errors import UsageError
 from jvdiff.kernels import Dense, Pattern, VideoSparse
-from jvdiff.kernels.tiles import Grid
-from jvdiff.models.layers import MLP, Linear, RMSNorm, gelu, layer_norm, sinusoid
+from jvdiff.models.layers import MLP, Linear, gelu, layer_norm, sinusoid
 from jvdiff.models.wan import places
+from jvdiff.models.wan.attention import Attention, attend_text, attend_video
 from jvdiff.models.wan.config import DiTConfig
-from jvdiff.models.wan.layers import LayerNorm, rope_tables, rotate
-from jvdiff.sharding import Placement, Sizes, Split, sequence
+from jvdiff.models.wan.layers import LayerNorm, rope_tables
+from jvdiff.models.wan.plan import Attend, Layer, Past, Plan, Shared, check, check_texts, make_plan
+from jvdiff.sharding import Placement
 from jvdiff.types import Array, Params
-
-Attend = Callable[[Array, Array, Array], Array]  # q, k, v [B,L,N,K] -> [B,L,N,K]
 
 
 def velocity(
@@ -85,89 +81,14 @@ def velocity(
             f"velocity: pattern is {pattern!r:.80}; expected Dense() or another pattern of jvdiff.kernels.patterns, "
             "whose `read` makes one of text."
         )
-    _check(cfg, latents, timestep, text, text_length, pattern)
+    check(cfg, latents, timestep, text, text_length, pattern)
     timestep = timestep.reshape(len(timestep), -1)  # [B] -> [B,1]; [B,T] stays
     text = text if text.ndim == 4 else text[:, None]  # [B,P,S,D]
     plan = make_plan(cfg, latents.shape[:4], pattern, text.shape[-2], text_length, implementation, placement, dtype)
-    _check_texts(text, plan.split)
+    check_texts(text, plan.split)
     frames = pattern.frames(plan.grid[0])
     v, _ = apply(params, cfg, plan, latents, timestep, text, frames=frames, remat=remat)
     return v
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is known of a forward pass when it is compiled.
-
-    grid: (T,H,W) of the tokens.
-    extra_text: that many more times the last text row counts.
-    implementation: of the self-attention; see `velocity`.
-    split: how `placement` divides the activations.
-    dtype: of the products in the blocks and the text embedding; None: that of each matrix.
-    keep: return every layer's keys and values.
-    relative: keys are kept before their rotation, which counts from the oldest frame that is kept.
-    """
-
-    grid: Grid
-    pattern: Pattern
-    extra_text: int = 0
-    implementation: str | Attend | None = None
-    placement: Placement | None = None
-    split: Split | None = None
-    dtype: Any = None
-    keep: bool = False
-    relative: bool = False
-
-
-def make_plan(
-    cfg: DiTConfig,
-    shape: tuple[int, ...],
-    pattern: Pattern,
-    rows: int,
-    text_length: int | None,
-    implementation: str | Attend | None,
-    placement: Placement | None,
-    dtype: Any,
-) -> Plan:
-    """How latents of (B,T,H,W), and `rows` of text, go through the network."""
-    B, *sizes = shape
-    t, h, w = (n // p for n, p in zip(sizes, cfg.patch_size, strict=True))
-    _check_attend(pattern, implementation)
-    split = None if placement is None else placement.split(mesh_sizes(cfg, tuple(sizes), B, pattern, implementation))
-    extra = 0 if text_length is None else text_length - rows
-    return Plan((t, h, w), pattern, extra, implementation, placement, split, dtype)
-
-
-def _check_attend(pattern: Pattern, implementation: str | Attend | None) -> None:
-    if callable(implementation) and not isinstance(pattern, Dense):
-        raise UsageError(
-            f"attention is a function of your own, and the pattern {pattern!r:.80}; expected the pattern Dense(): such "
-            "a function is given the tokens in raster order, and decides itself which see each other."
-        )
-
-
-class Layer(NamedTuple):
-    """What one layer remembers, or all of them, stacked in axis 0. None: nothing.
-
-    past: keys and values [B,frames,V,N,K] of past frames of V tokens, N padded to the mesh.
-    text: keys and values [B,S,N,K] of the text.
-    """
-
-    past: tuple[Array, Array] | None
-    text: tuple[Array, Array] | None
-
-
-class Past(NamedTuple):
-    """What all layers need to know of the past.
-
-    length: int32 [], how many of its tokens there are; None: there is no past to read.
-    rope: the rotation [S,K/2] of each of them, where their keys are not rotated yet.
-    visible: bool [T,T], which frames see which, where there is no past to read.
-    """
-
-    length: Array | None
-    rope: tuple[Array, Array] | None = None
-    visible: Array | None = None
 
 
 def apply(
@@ -215,65 +136,6 @@ def abstract_params(cfg: DiTConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
 def init_params(key: Array, cfg: DiTConfig) -> dict[str, Any]:
     """Float32 parameters to train from, as Wan's training starts: Xavier matrices, zero biases, a zero output head."""
     return jax.jit(_init, static_argnums=1)(key, cfg)
-
-
-def attention_choice(
-    cfg: DiTConfig,
-    grid: Grid,
-    *,
-    pattern: Pattern = Dense(),  # noqa: B008 - a frozen value
-    batch: int = 1,
-    text_rows: int = 512,
-    dtype: Any = jnp.float32,
-    implementation: str | Attend | None = None,
-    ring: bool = False,
-) -> dict[str, str]:
-    """Which implementation self- and cross-attention get for latents of (T,H,W): for the record of a run.
-
-    ring: keys go round several devices, which needs an implementation that gives the log-sum-exp.
-    """
-    t, h, w = (n // p for n, p in zip(grid, cfg.patch_size, strict=True))
-    shape = lambda n: jax.ShapeDtypeStruct(  # noqa: E731
-        (batch, n, cfg.num_attention_heads, cfg.attention_head_dim), dtype
-    )
-    q, k = shape(t * h * w), shape(text_rows)
-    if callable(implementation):
-        video = f"{implementation.__module__}.{implementation.__qualname__}"
-    else:
-        video = pattern.choose(q, (t, h, w), lse=ring, implementation=implementation)
-    return {"self": video, "cross": kernels.choose(q, k, k, implementation=_dense(implementation))}
-
-
-def mesh_sizes(
-    cfg: DiTConfig,
-    grid: tuple[int, ...],
-    batch: int,
-    pattern: Pattern,
-    implementation: str | Attend | None = None,
-) -> Sizes:
-    """What a mesh must divide to run this model on `batch` latents of (T,H,W)."""
-    tokens = math.prod(n // p for n, p in zip(grid, cfg.patch_size, strict=True))
-    ring = pattern.ring and not callable(implementation)
-    return Sizes(batch, tokens, cfg.num_attention_heads, cfg.ffn_dim, ring)
-
-
-def _dense(implementation: str | Attend | None) -> str | None:
-    """The implementation of the attention to text, which is dense: the named one where there is such a dense one."""
-    return implementation if isinstance(implementation, str) and implementation in kernels.IMPLEMENTATIONS else None
-
-
-class _Shared(NamedTuple):
-    """What all blocks have in common.
-
-    modulation: float32 [B,1 or T,6,D].
-    text: [B,P,S,D]; None: the layers remember its keys.
-    rope: cosines and sines, float32 [L,K/2].
-    """
-
-    modulation: Array
-    text: Array | None
-    rope: tuple[Array, Array]
-    past: Past | None
 
 
 class Transformer(nn.Module):
@@ -332,7 +194,7 @@ class Transformer(nn.Module):
             in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] - documented, and wrongly annotated
             length=cfg.num_layers,
         )(cfg, plan, name="blocks")
-        x, memory = blocks(x, _Shared(modulation, text, rope, past), layers or Layer(None, None))
+        x, memory = blocks(x, Shared(modulation, text, rope, past), layers or Layer(None, None))
 
         x = _Head(cfg, plan, name="head")(x, t)
         if placement and split:
@@ -350,7 +212,7 @@ class _Block(nn.Module):
     plan: Plan
 
     @nn.compact
-    def __call__(self, x: Array, shared: _Shared, layer: Layer) -> tuple[Array, Any]:
+    def __call__(self, x: Array, shared: Shared, layer: Layer) -> tuple[Array, Any]:
         cfg, plan, text = self.cfg, self.plan, shared.text
         if split := plan.split:
             x = split.along_tokens(x)
@@ -361,16 +223,16 @@ class _Block(nn.Module):
 
         h = layer_norm(x, cfg.eps) * (1 + scale_1) + shift_1
         gated = cfg.gate_compress and plan.pattern.gated
-        attend = partial(_attend_video, plan, shared, layer.past)
+        attend = partial(attend_video, plan, shared, layer.past)
         rope = None if plan.relative else shared.rope
-        h, memory = _Attention(cfg, gated, plan.dtype, name="self_attn")(h, h, rope, attend)
+        h, memory = Attention(cfg, gated, plan.dtype, name="self_attn")(h, h, rope, attend)
         x = x + gate_1 * h
 
         h = LayerNorm(cfg.eps, name="cross_norm")(x)
         parts = 1 if text is None else text.shape[1]
         text = None if text is None else text.reshape(text.shape[0], -1, text.shape[3])  # [B,P*S,D]
-        attend = partial(_attend_text, plan, parts)
-        h, _ = _Attention(cfg, dtype=plan.dtype, name="cross_attn")(h, text, None, attend, layer.text)
+        attend = partial(attend_text, plan, parts)
+        h, _ = Attention(cfg, dtype=plan.dtype, name="cross_attn")(h, text, None, attend, layer.text)
         x = x + h
 
         h = layer_norm(x, cfg.eps) * (1 + scale_2) + shift_2
@@ -386,127 +248,6 @@ def _per_token(m: Array, plan: Plan, length: int) -> Array:
     m = jnp.repeat(m, math.prod(plan.grid) // m.shape[1], axis=1)  # [B,T,D] -> [B,T*h*w,D]
     m = jnp.pad(m, ((0, 0), (0, length - m.shape[1]), (0, 0)))  # [B,length,D]
     return plan.split.along_tokens(m) if plan.split else m
-
-
-class _Attention(nn.Module):
-    """x [B,L,D], context [B,S,D] -> float32 [B,L,D], and what `attend` keeps.
-
-    Queries and keys are normalised over all heads together, before the rotation.
-
-    gated: `attend` gets a gate for each token and channel.
-    dtype: of the products.
-    """
-
-    cfg: DiTConfig
-    gated: bool = False
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        context: Any,
-        rope: tuple[Array, Array] | None,
-        attend: Callable[[Array, Array, Array, Array | None], tuple[Array, Any]],
-        keys: tuple[Array, Array] | None = None,
-    ) -> tuple[Array, Any]:
-        """keys: those of the context with their values, [B,S,N,K], worked out before."""
-        cfg, D = self.cfg, self.cfg.width
-        linear = partial(Linear, D, dtype=self.dtype)
-        heads = lambda a: a.reshape(*a.shape[:2], -1, cfg.attention_head_dim)  # noqa: E731 - [B,L,D] -> [B,L,N,K]
-        q = linear(name="q")(x)
-        dtype = q.dtype
-        q = heads(RMSNorm(cfg.eps, name="q_norm")(q))
-        if keys is None:
-            k, v = linear(name="k")(context), heads(linear(name="v")(context))
-            k = heads(RMSNorm(cfg.eps, name="k_norm")(k))
-        else:
-            k, v = keys
-        gate = heads(linear(kernel_init=nn.initializers.zeros, name="gate")(x)) if self.gated else None
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        out, memory = attend(q.astype(dtype), k.astype(dtype), v, gate)
-        out = out.reshape(x.shape)  # [B,L,N,K] -> [B,L,D]
-        return linear(name="out")(out).astype(jnp.float32), memory
-
-
-def _attend_video(
-    plan: Plan, shared: _Shared, past: tuple[Array, Array] | None, q: Array, k: Array, v: Array, gate: Array | None
-) -> tuple[Array, Any]:
-    """Self-attention of video tokens [B,L,N,K], in tile order where the pattern has tiles; and what is to be kept."""
-    split, implementation = plan.split, plan.implementation
-    if shared.past is not None:
-        attend = partial(_attend_past, plan)
-        common: Any = shared.past, shared.rope if plan.relative else None
-        if split is None:
-            return attend(q, k, v, past, common), (k, v) if plan.keep else None
-        out, memory = sequence.cached_attention(attend, split, q, k, v, past, common)
-        return out, memory if plan.keep else None
-
-    def local(q: Array, k: Array, v: Array, gate: Array | None, first_head: Any = None) -> Array:
-        if callable(implementation):
-            return _attend_by(implementation, q, k, v)
-        common: Any = dict(grid=plan.grid, first_head=first_head, implementation=implementation)
-        return plan.pattern.attend(q, k, v, gate, **common)
-
-    if split is None:
-        return local(q, k, v, gate), None
-    return sequence.self_attention(local, split, q, k, v, gate, _dense(implementation)), None
-
-
-def _attend_by(attend: Attend, q: Array, k: Array, v: Array) -> Array:
-    """Attention [B,L,N,K] by a function of the user's own."""
-    out = attend(q, k, v)
-    if jnp.shape(out) != q.shape:
-        name = getattr(attend, "__qualname__", repr(attend))
-        raise UsageError(
-            f"attention: {name} returned {list(jnp.shape(out))}; expected {list(q.shape)}, the shape of q."
-        )
-    return out.astype(q.dtype)
-
-
-def _attend_past(plan: Plan, q: Array, k: Array, v: Array, past: tuple[Array, Array] | None, common: Any) -> Array:
-    """Attention of a chunk's tokens [B,L,N,K] to themselves and to the past; or among themselves, as a matrix says."""
-    (state, rope), implementation = common, plan.implementation
-    assert not callable(implementation)  # `make_plan` has looked
-    turned = lambda x, rope: rotate(x.astype(jnp.float32), *rope).astype(x.dtype)  # noqa: E731
-    if rope is not None:
-        q, k = turned(q, rope), turned(k, rope)
-    if past is None:
-        return kernels.block_causal_attention(q, k, v, state.visible, implementation=implementation)
-    old_k, old_v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in past)  # [B,frames,V,N,K] -> [B,S,N,K]
-    if state.rope is not None:
-        old_k = turned(old_k, state.rope)
-    # The past behind the chunk: of its slots the first are filled, so that one length says which count.
-    k, v = jnp.concatenate([k, old_k], axis=1), jnp.concatenate([v, old_v], axis=1)  # [B,L+S,N,K]
-    length = q.shape[1] + state.length
-    return kernels.attention(q, k, v, kv_length=length, implementation=_dense(implementation))
-
-
-def _attend_text(plan: Plan, parts: int, q: Array, k: Array, v: Array, gate: Array | None) -> tuple[Array, None]:
-    """Attention to text [B,P*S,N,K], of each of P parts of the tokens to its own part; the last row counts often."""
-
-    def local(q: Array, k: Array, v: Array) -> Array:
-        pieces = q, k, v
-        if parts > 1:  # [B,P*S,N,K] -> [B*P,S,N,K]
-            pieces = tuple(x.reshape(x.shape[0] * parts, -1, *x.shape[2:]) for x in pieces)
-        return _attend_rows(*pieces, plan.extra_text, _dense(plan.implementation)).reshape(q.shape)
-
-    return local(q, k, v) if plan.split is None else sequence.cross_attention(local, plan.split, q, k, v), None
-
-
-def _attend_rows(q: Array, k: Array, v: Array, extra: int, implementation: str | None) -> Array:
-    """Attention of q [B,L,N,K] to the rows k, v [B,S,N,K] of a text, the last of which counts `extra` times more."""
-    if extra == 0:
-        return kernels.attention(q, k, v, implementation=implementation)
-    if kernels.choose(q, k, v, implementation=implementation) == "cudnn":  # gives no float32 log-sum-exp
-        pad = ((0, 0), (0, extra), (0, 0), (0, 0))
-        k, v = jnp.pad(k, pad, "edge"), jnp.pad(v, pad, "edge")  # [B,S+extra,N,K]
-        return kernels.attention(q, k, v, implementation=implementation)
-    out, lse = kernels.attention(q, k, v, return_lse=True, implementation=implementation)
-    last = jnp.einsum("blnk,bnk->bnl", q, k[:, -1], preferred_element_type=jnp.float32)  # its logits [B,N,L]
-    lse_last = last * q.shape[-1] ** -0.5 + math.log(extra)
-    return kernels.merge(out, lse, jnp.broadcast_to(v[:, -1:], out.shape), lse_last)[0]
 
 
 class _Head(nn.Module):
@@ -541,49 +282,3 @@ def _init(key: Array, cfg: DiTConfig) -> dict[str, Any]:
     latents = jnp.zeros((1, *cfg.patch_size, cfg.in_channels))
     variables: Any = model.init(key, latents, jnp.zeros((1, 1)), jnp.zeros((1, 1, 1, cfg.text_dim)))
     return variables["params"]
-
-
-def _check_texts(text: Array, split: Split | None) -> None:
-    """Raises UsageError where tokens with texts of their own, [B,P,S,D], would be shared among devices."""
-    if split and text.shape[1] > 1 and split.devices(split.ring + split.heads) > 1:
-        raise UsageError(
-            f"velocity: {text.shape[1]} texts a clip cannot be shared along its tokens; use mesh data=... only"
-        )
-
-
-def _check(
-    cfg: DiTConfig,
-    latents: Array,
-    timestep: Array,
-    text: Array,
-    text_length: int | None,
-    pattern: Pattern,
-) -> None:
-    if latents.ndim != 5 or latents.shape[-1] != cfg.in_channels:
-        raise UsageError(f"velocity: latents are {latents.shape}; expected [B,T,H,W,{cfg.in_channels}]")
-    B, *grid, _ = latents.shape
-    for name, n, p in zip("THW", grid, cfg.patch_size, strict=True):
-        if n % p or not 1 <= n // p <= cfg.rope_max_seq_len:
-            raise UsageError(
-                f"velocity: latent {name} is {n}; expected a multiple of the patch size {p}, "
-                f"at most {p * cfg.rope_max_seq_len} (rope_max_seq_len {cfg.rope_max_seq_len})"
-            )
-    if timestep.shape not in ((B,), (B, grid[0])) or timestep.dtype != jnp.float32:
-        raise UsageError(
-            f"velocity: timestep is {timestep.dtype}{list(timestep.shape)}; expected float32[{B}], or "
-            f"[{B},{grid[0]}] with one for each frame"
-        )
-    if timestep.ndim == 2 and not pattern.raster:
-        raise UsageError("velocity: a timestep for each frame goes with Dense() and BlockCausal(...) only")
-    if text.ndim not in (3, 4) or text.shape[0] != B or text.shape[-1] != cfg.text_dim or text.shape[-2] == 0:
-        raise UsageError(
-            f"velocity: text is {text.shape}; expected [{B},S,{cfg.text_dim}] with S at least 1, or "
-            f"[{B},P,S,{cfg.text_dim}]"
-        )
-    if text.ndim == 4 and (text.shape[1] == 0 or grid[0] % text.shape[1] or not pattern.raster):
-        raise UsageError(
-            f"velocity: there are {text.shape[1]} texts a clip of {grid[0]} frames; expected a number that divides the "
-            "frames, and a pattern without tiles"
-        )
-    if text_length is not None and text_length < text.shape[-2]:
-        raise UsageError(f"velocity: text_length is {text_length}, and text has {text.shape[-2]} rows; give fewer rows")

@@ -14,6 +14,8 @@ from jvdiff.types import Array
 
 
 class LayerNorm(nn.Module):
+    """LayerNorm with weights: float32 [B,L,D] -> the same."""
+
     eps: float
 
     @nn.compact
@@ -35,9 +37,9 @@ def rope_tables(grid: tuple[int, int, int], head_dim: int, frames: Any = None) -
     for axis, (length, size) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
         places = np.arange(length) if axis or frames is None else frames
         for table, short in zip(whole, _turns(places, size), strict=True):
-            short = jnp.expand_dims(short, tuple({0, 1, 2} - {axis}))
+            short = jnp.expand_dims(short, tuple({0, 1, 2} - {axis}))  # [n,size/2] -> [n,1,1,size/2], n on its axis
             table.append(jnp.broadcast_to(short, (*grid, size // 2)))
-    cos, sin = (jnp.concatenate(t, axis=-1).reshape(-1, head_dim // 2) for t in whole)
+    cos, sin = (jnp.concatenate(t, axis=-1).reshape(-1, head_dim // 2) for t in whole)  # [T,H,W,K/2] -> [L,K/2]
     return cos, sin
 
 
@@ -52,15 +54,16 @@ def _turns(places: Any, size: int) -> tuple[Array, Array]:
         angles = places[:, None] * rates
         return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
     cos, sin = _turns(np.arange(256), size)
-    digits = cos[places & 255], sin[places & 255]
+    digits = cos[places & 255], sin[places & 255]  # rows of [256,size/2] -> [n,size/2]
     for shift in (8, 16, 24):
-        c, s = (t[(places >> shift) & 255] for t in _turns(np.arange(256) << shift, size))
+        c, s = (t[(places >> shift) & 255] for t in _turns(np.arange(256) << shift, size))  # [n,size/2]
         digits = digits[0] * c - digits[1] * s, digits[1] * c + digits[0] * s
     return digits
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Rotates each adjacent channel pair of x float32 [B,L,N,K] by the angles of `rope_tables`."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    c, s = cos[None, :, None], sin[None, :, None]
-    return jnp.stack([even * c - odd * s, even * s + odd * c], axis=-1).reshape(x.shape)
+    even, odd = x[..., 0::2], x[..., 1::2]  # [B,L,N,K/2]
+    c, s = cos[None, :, None], sin[None, :, None]  # [1,L,1,K/2]
+    pairs = jnp.stack([even * c - odd * s, even * s + odd * c], axis=-1)  # [B,L,N,K/2,2]
+    return pairs.reshape(x.shape)

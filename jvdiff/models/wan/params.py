@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jvdiff.models.wan import dit, vae
-from jvdiff.models.wan.config import DiTConfig
-from jvdiff.models.wan.vae import VAEConfig
+from jvdiff.models.wan.config import DiTConfig, VAEConfig
 from jvdiff.types import Params
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jvdiff.config import option
 from jvdiff.errors import CheckpointError
+from jvdiff.models import options
 
 PIPELINES = {"WanPipeline": "TEXT_TO_VIDEO", "WanCausalDMDPipeline": "CAUSAL"}  # _class_name: name in family.py
 
@@ -19,12 +20,9 @@ class Settings:
     num_frames: int = option(81, "pixel frames, 1 + 4k")
     height: int = option(480, "pixels, a multiple of 16")
     width: int = option(832, "pixels, a multiple of 16")
-    fps: int = option(16, "frames a second; only written into the file", low=1, high=240)
-    steps: int = option(50, "denoising steps", low=1, high=1000)
-    guidance: float = option(
-        5.0, "weight of classifier-free guidance; 1: none, and half the work", low=1.0, high=100.0,
-        note="1 means without guidance",
-    )  # fmt: skip
+    fps: int = options.fps(16)
+    steps: int = options.steps(50)
+    guidance: float = options.guidance(5.0)
     negative_prompt: str = option("", "what guidance leads away from", prose=True)
     shift: float = option(3.0, "how much the noise levels lean towards noise", low=0.01, high=100.0)
     solver: str = option("unipc", "unipc, euler, or renoise:1000,750,500,250 (timesteps of a distilled model)")

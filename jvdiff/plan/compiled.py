@@ -13,7 +13,7 @@ import jax
 from jvdiff import pipeline
 from jvdiff.models.family import Clip
 from jvdiff.pipeline import Context
-from jvdiff.plan.flops import count_flops, largest_array
+from jvdiff.plan.counting import count_flops, largest_array
 from jvdiff.plan.targets import target_mesh
 from jvdiff.sharding import AXES, MeshShape, Placement, bytes_per_device, collectives, specs
 from jvdiff.sharding.rules import Rules

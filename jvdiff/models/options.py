@@ -1,0 +1,21 @@
+"""Options that every family's settings have. Without JAX."""
+
+from typing import Any
+
+from jvdiff.config import option
+
+
+def fps(default: int) -> Any:
+    """Frames a second of the file."""
+    return option(default, "frames a second; only written into the file", low=1, high=240)
+
+
+def steps(default: int) -> Any:
+    """Steps of the sampler."""
+    return option(default, "denoising steps", low=1, high=1000)
+
+
+def guidance(default: float) -> Any:
+    """Weight of classifier-free guidance."""
+    meaning, note = "weight of classifier-free guidance; 1: none, and half the work", "1 means without guidance"
+    return option(default, meaning, low=1.0, high=100.0, note=note)
