@@ -43,9 +43,9 @@ from jvdiff import kernels
 from jvdiff.errors import JvdiffError, SetupError
 from jvdiff.kernels import Dense, SlidingTile, VideoSparse, block_sparse, tiles
 from jvdiff.kernels.block_sparse import Lists
+from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.kernels.sliding_tile import check_windows, window_lists
 from jvdiff.models import wan
-from jvdiff.pipeline.settings import read_pattern
 
 DIRECTIONS = {"forward": 4.0, "backward": 10.0}  # FLOPs of one query-key pair and channel
 WRONG = 0.05  # a relative error that no rounding explains

@@ -28,9 +28,9 @@ from timing import RESULTS, short, write
 from jvdiff import kernels
 from jvdiff.errors import JvdiffError
 from jvdiff.kernels import Dense, SlidingTile, VideoSparse, tiles
+from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.kernels.sliding_tile import check_windows, window_lists
 from jvdiff.models import latent_video
-from jvdiff.pipeline.settings import read_pattern
 from jvdiff.plan import count_flops
 
 FRAMES = (21, 41, 81, 161, 321)

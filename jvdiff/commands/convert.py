@@ -24,8 +24,8 @@ CONVERT = Command(
     name="convert",
     about="a Hugging Face repository becomes an Orbax directory, whole or not at all",
     examples=(
-        "--source=Wan-AI/Wan2.1-T2V-1.3B-Diffusers --target=checkpoints/wan_1_3b --dtype=bfloat16 --verify",
-        "--target=checkpoints/wan_1_3b --verify",
+        "--source=OWNER/NAME-Diffusers --target=checkpoints/NAME --dtype=bfloat16 --verify",
+        "--target=checkpoints/NAME --verify",
     ),
     sections=_sections(options.Convert),
 )

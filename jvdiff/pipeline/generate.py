@@ -180,7 +180,7 @@ def generate(
     seeds = tuple((first + i) % 2**32 for i in range(len(named)))
     if noise is not None and (noise.shape != shape or noise.dtype != jnp.float32):
         raise UsageError(f"noise is {noise.dtype}{list(noise.shape)}; this request needs float32{list(shape)}.")
-    request = make_request(pipe.family, named, image=image)
+    request = make_request(pipe.family, clip, named, image=image)
     inputs, solver = pipe.family.inputs(pipe.models, clip, request), clip.sampler.make()
     conditions = stages.encode(pipe.context, clip, inputs, pipe.run)
     standard = stages.initial_noise(seeds, clip.latents) if noise is None else noise
@@ -207,16 +207,24 @@ def check_subjects(repository: Repository, **given: Any) -> tuple[Any, ...]:
     return tuple(family.check_subject(models, subject) for subject in listed)
 
 
-def make_request(family: Family, subjects: tuple[Any, ...], **others: Any) -> Request:
+def make_request(family: Family, clip: Clip, subjects: tuple[Any, ...], *, image: Any = None) -> Request:
     """A request with these subjects, in the family's field, and what else the family takes.
 
     Raises:
-        UsageError: a field that the family does not take.
+        UsageError: a field that the family does not take, or a picture of another size than the clip's.
     """
-    for name, value in others.items():
-        if value is not None and name not in family.takes:
-            raise UsageError(f"{family.name} takes no {name}; leave it out.")
-    return Request(**{family.subject: subjects}, **others)
+    if image is not None:
+        _check_picture(family, clip, image)
+    return Request(**{family.subject: subjects}, image=image)
+
+
+def _check_picture(family: Family, clip: Clip, image: Any) -> None:
+    if "image" not in family.takes:
+        raise UsageError(f"{family.name} takes no image; leave it out.")
+    shape = (*clip.frames[1:], 3)
+    if np.shape(image) != shape or getattr(image, "dtype", None) != np.uint8:
+        kind = f"{getattr(image, 'dtype', type(image).__name__)}{list(np.shape(image))}"
+        raise UsageError(f"image is {kind}; this request needs uint8{list(shape)}.")
 
 
 def check_fits(context: Context, clip: Clip, clips: int) -> None:

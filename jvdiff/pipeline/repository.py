@@ -97,14 +97,14 @@ def _model_index(path: Path) -> dict[str, Any]:
     if path.is_file():
         raise UnsafeFormat(
             f"{path}: a single file; files such as .pth or .ckpt can run code and are not opened.\n"
-            "Give the folder of a Diffusers repository, for instance Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+            "Give the folder of a Diffusers repository, the one that holds model_index.json."
         )
     if not path.is_dir():
         raise UsageError(f"{path}: there is no such folder.\nExpected a Diffusers repository or a converted one.")
     index = safetensors.read_json(path / "model_index.json")
     for name, value in index.items():
-        pair = isinstance(value, list) and len(value) == 2
-        if pair and value[0] not in ("diffusers", "transformers", "jvdiff", None) and isinstance(value[1], str):
+        component = isinstance(value, list) and (path / name).is_dir()  # other lists are data, names of labels for one
+        if component and (len(value) != 2 or value[0] not in ("diffusers", "transformers", "jvdiff", None)):
             raise UnsafeFormat(
                 f"{path / 'model_index.json'}: {name} names {str(value)!r:.80}; remote code is not supported.\n"
                 "Expected classes of diffusers and transformers only."

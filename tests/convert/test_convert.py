@@ -16,15 +16,15 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from jvdiff.pipeline.tables import read_component
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import convert, find, main, verify
 from convert.to_hf import to_hf
 from jvdiff.errors import CheckpointError, IntegrityError, MissingTensor, ResourceError, ShapeMismatch, UsageError
+from jvdiff.models.family import read_weights
 from jvdiff.pipeline.repository import inspect
 from jvdiff.runtime.staging import staged
-from jvdiff.weights import restore, save
+from jvdiff.weights import save
 from jvdiff.weights.manifest import array_sha256
 from jvdiff.weights.naming import flatten
 from jvdiff.weights.orbax import stored_leaves
@@ -58,11 +58,12 @@ def content(folder):
 
 
 def restored(repository):
-    parts = {name: read_component(repository / name) for name in WEIGHTS}
+    """Every leaf of a repository, as float32."""
+    whole = inspect(repository)
     return {
         f"{name}/{path}": np.asarray(leaf)
-        for name, part in parts.items()
-        for path, leaf in flatten(restore(repository / name, part.abstract(np.float32), part.rules)).items()
+        for name, cfg in whole.models.configs.items()
+        for path, leaf in flatten(read_weights(repository / name, whole.family.parts[name], cfg, np.float32)).items()
     }
 
 
@@ -97,9 +98,9 @@ def test_orbax_gives_what_the_folder_gives(tiny_repository, orbax):
     assert sorted(p.name for p in orbax.parent.iterdir()) == ["orbax"]  # neither lock nor staging is left
     found, kept = inspect(tiny_repository), inspect(orbax)
     assert (found.kind, kept.kind) == ("hf", "orbax")
-    assert (found.transformer, found.vae, found.text_encoder) == (kept.transformer, kept.vae, kept.text_encoder)
-    assert found.scheduler == kept.scheduler
-    assert content(found.tokenizer) == content(kept.tokenizer)
+    assert found.models.configs == kept.models.configs
+    assert found.models.files["scheduler"] == kept.models.files["scheduler"]
+    assert content(found.path / "tokenizer") == content(kept.path / "tokenizer")
 
 
 def test_manifest(tiny_repository, orbax):
@@ -122,7 +123,7 @@ def test_there_and_back_is_bit_equal(tiny_repository, orbax, tmp_path):  # F46
         assert (tmp_path / "hf" / name / "config.json").read_text() == (
             tiny_repository / name / "config.json"
         ).read_text()
-    assert inspect(tmp_path / "hf").tokenizer.is_dir()
+    assert "tokenizer" in inspect(tmp_path / "hf").models.files
 
 
 def test_a_causal_repository_there_and_back(tiny_causal_repository, tmp_path):
@@ -130,7 +131,7 @@ def test_a_causal_repository_there_and_back(tiny_causal_repository, tmp_path):
     verify(tmp_path / "orbax")
     to_hf(tmp_path / "orbax", tmp_path / "hf")
     for repository in (tiny_causal_repository, tmp_path / "orbax", tmp_path / "hf"):
-        assert inspect(repository).transformer.causal
+        assert inspect(repository).models.configs["transformer"].causal
         assert same(restored(repository), restored(tiny_causal_repository))
     for file in (
         "model_index.json",
@@ -158,7 +159,7 @@ def test_the_gate_of_video_sparse_attention_there_and_back(copy, tiny_repository
     convert(copy, tmp_path / "orbax")
     to_hf(tmp_path / "orbax", tmp_path / "hf")
     for repository in (copy, tmp_path / "orbax", tmp_path / "hf"):
-        assert inspect(repository).transformer.gate_compress
+        assert inspect(repository).models.configs["transformer"].gate_compress
         assert same(restored(repository), restored(copy))
     assert len(restored(copy)) == len(restored(tiny_repository)) + 2
     file = WEIGHTS["transformer"]
@@ -169,8 +170,9 @@ def test_the_gate_of_video_sparse_attention_there_and_back(copy, tiny_repository
 
 
 def test_a_vae_can_be_replaced(tiny_repository, orbax, tmp_path):
-    cfg = inspect(orbax).vae
-    old = restore(orbax / "vae", read_component(orbax / "vae").abstract(np.float32), ())
+    whole = inspect(orbax)
+    cfg = whole.models.configs["vae"]
+    old = read_weights(orbax / "vae", whole.family.parts["vae"], cfg, np.float32)
     new = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, old)
     save(tmp_path / "vae", new, config=cfg.to_json())
     to_hf(orbax, tmp_path / "hf", vae=tmp_path / "vae")
@@ -180,7 +182,7 @@ def test_a_vae_can_be_replaced(tiny_repository, orbax, tmp_path):
     save(tmp_path / "other", new, config=other.to_json())
     with pytest.raises(UsageError, match="latent statistics included, is not that of"):
         to_hf(orbax, tmp_path / "refused", vae=tmp_path / "other")
-    with pytest.raises(UsageError, match="no Orbax directory of a VAE"):
+    with pytest.raises(UsageError, match="not an Orbax directory of a VAE"):
         to_hf(orbax, tmp_path / "refused", vae=tiny_repository / "vae")
     assert not (tmp_path / "refused").exists()
 
@@ -188,8 +190,9 @@ def test_a_vae_can_be_replaced(tiny_repository, orbax, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_other_dtypes(tiny_repository, orbax, tmp_path, dtype):
     convert(tiny_repository, tmp_path / "orbax", dtype=dtype)
-    for name in WEIGHTS:
-        policy = flatten(read_component(tiny_repository / name).abstract("float32" if name == "vae" else dtype))
+    source = inspect(tiny_repository)
+    for name, cfg in source.models.configs.items():
+        policy = flatten(source.family.parts[name].abstract(cfg, "float32" if name == "vae" else dtype))
         stored = stored_leaves(tmp_path / "orbax" / name)
         assert {k: np.dtype(v.dtype) for k, v in stored.items()} == {k: v.dtype for k, v in policy.items()}
     to_hf(orbax, tmp_path / "hf", dtype)

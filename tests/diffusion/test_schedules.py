@@ -28,7 +28,7 @@ def test_golden(case):
 
 def test_shift_is_applied_once():
     """Shift 12, 40 steps: applied twice, the official grid would start at 0.9999930 (vllm-project/vllm-omni#7576)."""
-    wan = schedules.make(40, shift=12.0, grid="wan")
+    wan = schedules.make(40, shift=12.0, grid="training")
     np.testing.assert_allclose(wan.sigmas[:3], [0.9999166, 0.9977826, 0.9955462], rtol=0, atol=5e-8)
     diffusers = schedules.make(40, shift=12.0)
     np.testing.assert_allclose(diffusers.sigmas[:3], [0.999999, 0.9978700, 0.9956378], rtol=0, atol=5e-8)
@@ -37,8 +37,8 @@ def test_shift_is_applied_once():
 
 def test_timesteps_are_truncated_for_unipc_only():
     assert schedules.make(4, shift=3.0).timesteps.tolist() == [999, 900, 750, 500]
-    assert schedules.make(4, shift=3.0, grid="wan").timesteps.tolist() == [999, 899, 749, 499]
-    assert schedules.make(3, shift=1.0, grid="wan").timesteps.tolist() == [999, 666, 333]
+    assert schedules.make(4, shift=3.0, grid="training").timesteps.tolist() == [999, 899, 749, 499]
+    assert schedules.make(3, shift=1.0, grid="training").timesteps.tolist() == [999, 666, 333]
     euler = schedules.make(4, shift=3.0, solver="euler").timesteps
     assert euler[0] == 1000 and np.any(euler != np.trunc(euler))
 
@@ -46,7 +46,7 @@ def test_timesteps_are_truncated_for_unipc_only():
 @pytest.mark.parametrize("steps", (1, 2, 5, 50, 1000))
 @pytest.mark.parametrize("shift", (0.5, 1, 3.0, 17.0))
 @pytest.mark.parametrize(
-    "grid,solver", [("diffusers", "unipc"), ("diffusers", "euler"), ("wan", "unipc"), ("wan", "euler")]
+    "grid,solver", [("diffusers", "unipc"), ("diffusers", "euler"), ("training", "unipc"), ("training", "euler")]
 )
 def test_every_schedule_falls_to_zero(grid, solver, shift, steps):
     schedule = schedules.make(steps, shift=shift, grid=grid, solver=solver)
@@ -126,7 +126,7 @@ def test_self_forcing(given, kwargs, sigmas, timesteps):
 
 
 def test_nearest_sigma():
-    table, unipc = schedules.training(shift=5.0), schedules.make(50, shift=5.0, grid="wan")
+    table, unipc = schedules.training(shift=5.0), schedules.make(50, shift=5.0, grid="training")
     assert schedules.nearest_sigma(128, table.timesteps, table.sigmas) == pytest.approx(0.129928, abs=5e-7)
     assert schedules.nearest_sigma(128, unipc.timesteps, unipc.sigmas) == pytest.approx(0.0925, abs=5e-5)
     assert schedules.nearest_sigma(0, table.timesteps, table.sigmas) == table.sigmas[999]  # never the closing 0
@@ -137,7 +137,7 @@ def test_nearest_sigma():
 
 
 def test_steps_of_unipc_on_the_official_grid():
-    schedule = schedules.make(50, shift=5.0, grid="wan")
+    schedule = schedules.make(50, shift=5.0, grid="training")
     assert schedule.timesteps[[0, 1, 2, -2, -1]].tolist() == [999, 995, 991, 172, 92]
     np.testing.assert_allclose(schedule.sigmas[[0, -2]], [0.9997998, 0.092507], rtol=0, atol=5e-7)
 

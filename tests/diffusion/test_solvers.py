@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jvdiff.diffusion import add_noise, denoise, denoise_scan, schedules, solvers
+from jvdiff.errors import UsageError
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "goldens" / "schedules.json").read_text())
 MEAN, SPREAD = 0.7, 1.0  # of the Gaussian data below
@@ -54,7 +55,7 @@ def test_constant_velocity_is_exact(name, steps):
 def test_order_of_convergence(name, low, high):
     errors = []
     for steps in (20, 40, 80, 160):
-        grid = schedules.make(steps, shift=1.0, grid="wan")
+        grid = schedules.make(steps, shift=1.0, grid="training")
         schedule = schedules.Schedule(grid.sigmas, grid.sigmas[:-1] * 1000)  # not truncated: the exact field
         solver = solvers.SOLVERS[name](schedule)
         x = np.linspace(-2, 2, 9)[None].astype(np.float32)
@@ -67,7 +68,7 @@ def test_order_of_convergence(name, low, high):
 def test_unipc_beats_euler_at_equal_cost():
     error = {}
     for name in ("euler", "unipc"):
-        solver = solvers.SOLVERS[name](schedules.make(20, shift=1.0, grid="wan"))
+        solver = solvers.SOLVERS[name](schedules.make(20, shift=1.0, grid="training"))
         x = np.linspace(-2, 2, 9)[None].astype(np.float32)
         state = denoise(gaussian_velocity, solver, solver.init(jnp.asarray(x)))
         error[name] = np.abs(np.asarray(state.x) - gaussian_solution(x, 0.999)).max()
@@ -110,6 +111,7 @@ def test_state_is_float32_and_a_copy(name):
 
 
 X, KEY = jax.random.normal(jax.random.key(3), (2, 3, 4)), jax.random.key(4)
+KEYS = jax.random.split(KEY, 8)  # one for each clip
 
 
 def stub(x, t):
@@ -137,8 +139,10 @@ def float64_renoise(x, steps, noises):
 
 
 def noises(count, shape=X.shape):
-    draws = [jax.random.normal(jax.random.fold_in(KEY, i + 1), shape, jnp.float32) for i in range(count)]
-    return np.asarray(draws, np.float64) if draws else []
+    def draw(key, i):
+        return jax.random.normal(jax.random.fold_in(key, i + 1), shape[1:], jnp.float32)
+
+    return np.array([[draw(key, i) for key in KEYS[: shape[0]]] for i in range(count)], np.float64)
 
 
 @pytest.mark.parametrize("loop", (denoise, denoise_scan))
@@ -155,7 +159,7 @@ def noises(count, shape=X.shape):
 )
 def test_renoise_against_float64(steps, kwargs, loop):
     solver = solvers.renoise(schedules.self_forcing(**kwargs))
-    state = loop(stub, solver, solver.init(X, KEY))
+    state = loop(stub, solver, solver.init(X, KEYS[:2]))
     assert_near(state.x, float64_renoise(np.asarray(X, np.float64), steps, noises(len(steps) - 1)), 2e-6)
 
 
@@ -190,13 +194,13 @@ def float64_unipc(x, n, shift):
 @pytest.mark.parametrize("shift", (5.0, 8.0))
 @pytest.mark.parametrize("steps", (1, 2, 3, 4, 50))
 def test_unipc_against_float64(steps, shift):
-    solver = solvers.unipc(schedules.make(steps, shift=shift, grid="wan"))
+    solver = solvers.unipc(schedules.make(steps, shift=shift, grid="training"))
     state = denoise(stub, solver, solver.init(X))
     assert_near(state.x, float64_unipc(np.asarray(X, np.float64), steps, shift), 5e-6)
 
 
 @pytest.mark.parametrize("loop", (denoise, denoise_scan))
-@pytest.mark.parametrize("steps", (1, 2, 4))
+@pytest.mark.parametrize("steps", (1, 4))
 def test_renoise_counts(monkeypatch, steps, loop):
     """N calls of the network and N - 1 draws of noise, counted while the compiled program runs."""
     x = jnp.ones((1, steps, 97 if loop is denoise else 89))  # a shape of its own: what was traced before counts nothing
@@ -214,7 +218,7 @@ def test_renoise_counts(monkeypatch, steps, loop):
         return stub(x, t)
 
     solver = solvers.renoise(schedules.self_forcing((1000, 750, 500, 250)[:steps]))
-    state = solver.init(x, KEY)
+    state = solver.init(x, KEYS[:1])
     monkeypatch.setattr(jax.random, "normal", normal)
     jax.block_until_ready(loop(network, solver, state))
     jax.effects_barrier()
@@ -223,31 +227,55 @@ def test_renoise_counts(monkeypatch, steps, loop):
 
 def test_renoise_loop_scan_and_resumed_are_bit_equal():
     solver = solvers.renoise(schedules.self_forcing())
-    whole = denoise_scan(stub, solver, solver.init(X, KEY))
+    whole = denoise_scan(stub, solver, solver.init(X, KEYS[:2]))
     for at in range(5):
-        state = denoise(stub, solver, solver.init(X, KEY), stop=at)
+        state = denoise(stub, solver, solver.init(X, KEYS[:2]), stop=at)
         saved = jax.tree.map(np.array, state)  # plain numpy, as from a file
         np.testing.assert_array_equal(denoise(stub, solver, saved, start=at).x, whole.x)
 
 
 def test_renoise_noise_is_of_key_and_step_only():
     solver = solvers.renoise(schedules.self_forcing())
-    one, other = (denoise(stub, solver, solver.init(x, KEY), stop=2) for x in (X, X + 1))
-    # Step 1 again, from another state with the same key: the same noise.
-    replayed = solver.advance(solver.init(X, KEY), jnp.zeros_like(X), solver.table[1])
+    one, other = (denoise(stub, solver, solver.init(x, KEYS[:2]), stop=2) for x in (X, X + 1))
+    # Step 1 again, from another state with the same keys: the same noise.
+    replayed = solver.advance(solver.init(X, KEYS[:2]), jnp.zeros_like(X), solver.table[1])
     want = (1 - solver.table[1, 1]) * X + solver.table[1, 1] * noises(2)[1].astype(np.float32)
     np.testing.assert_allclose(replayed.x, want, rtol=0, atol=1e-6)
     assert np.std(other.x - one.x) < 1e-5  # the states differ by what is left of X: a constant
-    different = denoise(stub, solver, solver.init(X, jax.random.key(5)))
-    assert np.abs(different.x - denoise(stub, solver, solver.init(X, KEY)).x).max() > 0.1
+    different = denoise(stub, solver, solver.init(X, jax.random.split(jax.random.key(5), 2)))
+    assert np.abs(different.x - denoise(stub, solver, solver.init(X, KEYS[:2])).x).max() > 0.1
 
 
 def test_renoise_takes_key_data_too():
     solver = solvers.renoise(schedules.self_forcing())
-    data = jax.random.key_data(KEY)
-    typed, raw = (denoise(stub, solver, solver.init(X, key)) for key in (KEY, data))
+    data = jax.random.key_data(KEYS[:2])
+    typed, raw = (denoise(stub, solver, solver.init(X, keys)) for keys in (KEYS[:2], data))
     np.testing.assert_array_equal(typed.x, raw.x)
     assert data.shape and typed.x.dtype == jnp.float32 and X.sum() != 0  # neither was donated with the state
+
+
+def test_renoise_takes_the_noise_itself():
+    """In place of keys: what the keys would have drawn gives the same latents."""
+    solver = solvers.renoise(schedules.self_forcing())
+    given = solver.init(X, jnp.asarray(noises(3), jnp.float32))
+    np.testing.assert_allclose(
+        denoise(stub, solver, given).x, denoise(stub, solver, solver.init(X, KEYS[:2])).x, rtol=0, atol=1e-6
+    )
+
+
+def test_a_clip_is_renoised_by_its_own_key():
+    solver = solvers.renoise(schedules.self_forcing())
+    together, alone = (denoise(stub, solver, solver.init(X[rows], KEYS[rows])).x for rows in (slice(2), slice(1, 2)))
+    np.testing.assert_allclose(together[1], alone[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("noise", "told"),
+    [(KEYS[:3], r"uint32\[3, 2\]"), (jax.random.key_data(KEY), r"uint32\[2\]"), (X, r"float32\[2, 3, 4\]")],
+)
+def test_noise_of_another_shape_is_a_sentence(noise, told):
+    with pytest.raises(UsageError, match=rf"noise is {told}; expected a random key for each of 2 clips, or float32"):
+        solvers.renoise(schedules.self_forcing()).init(X, noise)
 
 
 def test_renoise_is_traced_once_for_any_steps():
@@ -259,7 +287,7 @@ def test_renoise_is_traced_once_for_any_steps():
 
     for given, shift in [((1000, 750, 500, 250), 8.0), ((1000, 500), 5.0), ((1000,), 5.0)]:
         solver = solvers.renoise(schedules.self_forcing(given, shift=shift))
-        denoise(network, solver, solver.init(X, KEY))
+        denoise(network, solver, solver.init(X, KEYS[:2]))
     assert shapes == [X.shape]
 
 
@@ -268,11 +296,11 @@ def test_renoise_is_the_same_on_eight_devices():
     noise = jax.random.normal(jax.random.key(6), (8, 3, 4))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
-    x, key = solver.init(noise, KEY)
-    state = solvers.NoisyState(jax.device_put(x, rows), jax.device_put(key, everywhere))
+    x, keys = solver.init(noise, KEYS)
+    state = solvers.NoisyState(jax.device_put(x, rows), jax.device_put(keys, everywhere))
     got = denoise(stub, solver, state)
     assert got.x.sharding.is_equivalent_to(rows, 3)
-    np.testing.assert_allclose(got.x, denoise(stub, solver, solver.init(noise, KEY)).x, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(got.x, denoise(stub, solver, solver.init(noise, KEYS)).x, rtol=0, atol=1e-6)
 
 
 def test_add_noise():

@@ -100,7 +100,7 @@ def test_ancestral_sampling_has_the_moments_of_the_data():
     schedule = vp.schedule(abar, 250)
     noise = jax.random.normal(jax.random.key(1), (4, 5000))
     run = solvers.ddpm(schedule)
-    state = run.init(vp.initial(noise, schedule), jax.random.key(2))
+    state = run.init(vp.initial(noise, schedule), jax.random.split(jax.random.key(2), len(noise)))
     x = np.asarray(denoise(vp.velocity(perfect(abar, "v_prediction"), "v_prediction", abar), run, state).x, np.float64)
     mean = (WEIGHTS * MEANS).sum()
     variance = (WEIGHTS * (SPREADS**2 + MEANS**2)).sum() - mean**2
@@ -123,9 +123,9 @@ def test_euler_is_ddim_and_ddpm_its_ancestral_form(kind, steps):
     standard = jax.random.normal(jax.random.key(3), (2, 7))
     flow = vp.velocity(network, "v_prediction", abar)
     ddim, ddpm = solvers.euler(schedule), solvers.ddpm(schedule)
-    key = jax.random.key(4)
+    keys = jax.random.split(jax.random.key(4), 2)
     found = denoise(flow, ddim, ddim.init(vp.initial(standard, schedule))).x
-    noisy = denoise(flow, ddpm, ddpm.init(vp.initial(standard, schedule), key)).x
+    noisy = denoise(flow, ddpm, ddpm.init(vp.initial(standard, schedule), keys)).x
 
     wanted, ancestral = np.asarray(standard, np.float64), np.asarray(standard, np.float64)
     times = schedule.timesteps.astype(int)
@@ -140,7 +140,7 @@ def test_euler_is_ddim_and_ddpm_its_ancestral_form(kind, steps):
         alpha = now / then
         mean = np.sqrt(then) * (1 - alpha) / (1 - now) * clean
         mean = mean + np.sqrt(alpha) * (1 - then) / (1 - now) * ancestral
-        z = np.asarray(jax.random.normal(jax.random.fold_in(key, i + 1), standard.shape), np.float64)
+        z = np.array([jax.random.normal(jax.random.fold_in(key, i + 1), (7,)) for key in keys], np.float64)
         ancestral = mean + np.sqrt((1 - then) / (1 - now) * (1 - alpha)) * z * (i + 1 < steps)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=3e-5)
     np.testing.assert_allclose(noisy, ancestral, rtol=0, atol=3e-5)

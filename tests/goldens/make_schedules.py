@@ -2,7 +2,7 @@
 
     python tests/goldens/make_schedules.py          needs torch and diffusers (`pip install -e .[parity]`)
 
-The "diffusers" grids are diffusers' own, float32 as it keeps them. The "wan" grids follow set_timesteps of
+The "diffusers" grids are diffusers' own, float32 as it keeps them. The "training" grids follow set_timesteps of
 FlowUniPCMultistepScheduler in the official Wan 2.2 repository (commit 00b69de4), whose highest sigma is the float32
 value of 1 - 1/1000. Latents: diffusers' step() on the grid given, in float64, on the field of `field` below.
 """
@@ -16,7 +16,7 @@ import torch
 
 SEED = 0
 SHAPE = (2, 3)
-GRIDS = [("diffusers", "unipc"), ("diffusers", "euler"), ("wan", "unipc")]
+GRIDS = [("diffusers", "unipc"), ("diffusers", "euler"), ("training", "unipc")]
 SETTINGS = [(1, 5.0), (2, 3.0), (3, 8.0), (4, 3.0), (7, 1.0), (40, 12.0)]
 
 
@@ -56,7 +56,7 @@ def main():
     cases = []
     for grid, solver in GRIDS:
         for steps, shift in SETTINGS:
-            if grid == "wan":
+            if grid == "training":
                 sigmas, timesteps = official_grid(steps, shift)
             else:
                 reference = scheduler(solver, shift)

@@ -1,5 +1,6 @@
 """The stages and what `generate` makes of them, on a tiny random repository."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -12,8 +13,9 @@ import pytest
 import jvdiff
 from jvdiff import pipeline, precision
 from jvdiff.errors import CheckpointError, NumericsError, UsageError
-from jvdiff.kernels import Dense
-from jvdiff.pipeline.settings import latent_shape
+from jvdiff.models import wan
+from jvdiff.models.family import Clip, Request
+from jvdiff.models.wan import family as wan_family
 
 PROMPT = "a red seven moving left"
 
@@ -64,45 +66,51 @@ def test_noise_is_standard_normal_and_every_seed_counts():
     np.testing.assert_array_equal(noise[1], jax.random.normal(jax.random.key(1), (4, 16, 16, 4)))
 
 
+def encoded(pipe, clip, *prompts):
+    """Conditions of these prompts: their text and the negative prompt's, or None."""
+    inputs = pipe.family.inputs(pipe.models, clip, Request(prompts=prompts))
+    return pipeline.encode(pipe.context, clip, inputs, pipe.run)
+
+
 def test_the_stages_in_a_row_are_generate(pipe, out):
-    settings = pipe.settings()
-    text, negative = pipeline.encode_prompts(pipe, [PROMPT], "")
-    noise = pipeline.initial_noise([3], latent_shape(pipe.configs, settings))
-    seen = []
-    state = pipeline.solver(settings).init(noise)
-    state = pipeline.denoise(pipe, settings, state, text, negative, callback=lambda done, _: seen.append(done))
+    clip, seen = pipe.clip(), []
+    conditions = encoded(pipe, clip, PROMPT)
+    noise, solver = pipeline.initial_noise([3], clip.latents), clip.sampler.make()
+    state = pipeline.begin(clip, solver, noise, [3])
+    keep = lambda done, _: seen.append(done)  # noqa: E731
+    state = pipeline.denoise(pipe.context, clip, conditions, state, solver, pipe.run, callback=keep)
     assert seen == [1, 2, 3, 4]
     np.testing.assert_array_equal(np.asarray(state.x), out.latents)
-    np.testing.assert_array_equal(pipeline.decode(pipe, state.x), out.video)
+    np.testing.assert_array_equal(pipeline.decode(pipe.context, clip, state.x, pipe.run), out.video)
     assert np.isfinite(noise).all()  # the caller's noise was not donated
 
 
 def test_decoding_in_chunks_is_the_whole_decoder(pipe, out):
-    vae, latents = pipe.configs.vae, jnp.asarray(out.latents)
-    decode = jax.jit(lambda params, z: pipeline.wan.decode(params, vae, pipeline.wan.denormalize_latents(vae, z)))
-    whole = decode(pipe.params["vae"], latents)
+    vae, latents = pipe.models.configs["vae"], jnp.asarray(out.latents)
+    decode = jax.jit(lambda params, z: wan.decode(params, vae, wan.denormalize_latents(vae, z)))
+    whole = decode(pipe.weights["vae"], latents)
     whole = np.round(np.clip(np.asarray(whole) / 2 + 0.5, 0, 1) * 255)
     assert np.abs(whole - out.video).max() <= 1
 
 
 def test_short_text_rows_stand_for_512(pipe, out, monkeypatch):
-    monkeypatch.setattr(pipeline, "TEXT_BUCKETS", (512,))
+    monkeypatch.setattr(wan_family, "TEXT_BUCKETS", (512,))
     full = jvdiff.generate(pipe, PROMPT, seed=3)
     np.testing.assert_allclose(full.latents, out.latents, rtol=1e-4, atol=1e-4)
 
 
 def test_text_rows_are_zero_beyond_the_prompt(pipe):
-    text, negative = pipeline.encode_prompts(pipe, [PROMPT, "left"], "")
+    text, negative = encoded(pipe, pipe.clip(), PROMPT, "left")
     assert text.shape == (2, 32, 16) and negative.shape == text.shape
     used = np.asarray(jnp.any(text != 0, axis=-1)).sum(axis=1)
     assert used.tolist() == [6, 2] and np.asarray(negative)[0, 1:].max() == 0  # words and eos; eos alone
 
 
 def test_a_prompt_of_512_tokens_or_more_uses_every_row(pipe, caplog):
-    ids, mask = pipeline.tokenize(pipe.tokenizer, ["red " * 511])
+    ids, mask = wan_family.tokenize(pipe.models.files["tokenizer"], ["red " * 511])
     assert ids.shape == (1, 512) and mask.all() and not caplog.records
     with caplog.at_level(logging.WARNING, "jvdiff"):
-        ids, mask = pipeline.tokenize(pipe.tokenizer, ["red " * 600])
+        ids, mask = wan_family.tokenize(pipe.models.files["tokenizer"], ["red " * 600])
     assert ids.shape == (1, 512) and mask.all() and ids[0, -1] == 1
     assert "the last 89 of its 601 tokens are cut" in caplog.text
 
@@ -110,16 +118,16 @@ def test_a_prompt_of_512_tokens_or_more_uses_every_row(pipe, caplog):
 @pytest.fixture
 def calls(monkeypatch):
     """Batch sizes at which the network is traced; fresh programs before and after."""
-    seen, velocity = [], pipeline.wan.velocity
+    seen, velocity = [], wan.velocity
 
     def counted(params, cfg, latents, *args, **kwargs):
         seen.append(latents.shape[0])
         return velocity(params, cfg, latents, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline.wan, "velocity", counted)
-    pipeline._network.cache_clear()
+    monkeypatch.setattr(wan, "velocity", counted)
+    wan_family._velocity.cache_clear()
     yield seen
-    pipeline._network.cache_clear()
+    wan_family._velocity.cache_clear()
 
 
 def test_guidance_1_runs_the_network_once_a_step(pipe, calls):
@@ -131,15 +139,11 @@ def test_guidance_1_runs_the_network_once_a_step(pipe, calls):
     assert not np.array_equal(one.latents, other.latents)
 
 
-def test_large_clips_are_guided_in_turn_with_the_same_result(pipe, out):
-    settings = pipe.settings()
-    text, negative = pipeline.encode_prompts(pipe, [PROMPT], "")
-    params, x, t = pipe.params["transformer"], jnp.asarray(out.latents), jnp.full((1,), 500.0)
-    run = jax.jit(lambda velocity, x, t: velocity(x, t))
-    batched = run(pipeline.velocity(pipe.configs, settings, params, text, negative), x, t)
-    network = pipeline.Partial(pipeline._network(pipe.configs.transformer, Dense(), None, None), params)
-    in_turn = run(pipeline.classifier_free(network, text, negative, settings.guidance, mode="sequential"), x, t)
-    np.testing.assert_allclose(batched, in_turn, rtol=1e-5, atol=1e-5)
+def test_large_clips_are_guided_in_turn_with_the_same_result(pipe, out, monkeypatch):
+    assert pipe.clip().batched(1, None) and not pipe.clip(num_frames=81, height=480, width=832).batched(1, None)
+    monkeypatch.setattr(Clip, "batched", lambda *_: False)
+    in_turn = jvdiff.generate(pipe, PROMPT, seed=3).latents
+    np.testing.assert_allclose(in_turn, out.latents, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +196,7 @@ def test_no_seed_draws_one_that_makes_the_clip_again(pipe):
 
 
 def test_nan_names_the_step_and_keeps_the_latents_before_it(pipe, monkeypatch):
-    velocity = pipeline.wan.velocity
+    velocity = wan.velocity
 
     def breaks(params, cfg, latents, timestep, *args, **kwargs):
         v = velocity(params, cfg, latents, timestep, *args, **kwargs)
@@ -201,11 +205,11 @@ def test_nan_names_the_step_and_keeps_the_latents_before_it(pipe, monkeypatch):
     good = {}
     keep = lambda done, state: good.update({done: np.array(state.x)})  # noqa: E731
     jvdiff.generate(pipe, PROMPT, seed=3, callback=keep)
-    monkeypatch.setattr(pipeline.wan, "velocity", breaks)
-    pipeline._network.cache_clear()
+    monkeypatch.setattr(wan, "velocity", breaks)
+    wan_family._velocity.cache_clear()
     with pytest.raises(NumericsError, match=r"after step 3 of 4, 100.0% .* float32") as caught:
         jvdiff.generate(pipe, PROMPT, seed=3)
-    pipeline._network.cache_clear()
+    wan_family._velocity.cache_clear()
     assert caught.value.step == 2
     np.testing.assert_array_equal(caught.value.latents, good[2])
 
@@ -214,20 +218,20 @@ def test_nan_in_the_decoder_names_the_frame(pipe, out):
     latents = out.latents.copy()
     latents[0, 1] = np.nan
     with pytest.raises(NumericsError, match="latent frame 2 of 2"):
-        pipeline.decode(pipe, latents)
+        pipeline.decode(pipe.context, pipe.clip(), latents, pipe.run)
 
 
 def test_nan_in_the_text_encoder_is_named(pipe):
-    params = dict(pipe.params) | {"text_encoder": jax.tree.map(lambda x: x * jnp.nan, pipe.params["text_encoder"])}
+    weights = dict(pipe.weights) | {"text_encoder": jax.tree.map(lambda x: x * jnp.nan, pipe.weights["text_encoder"])}
     with pytest.raises(NumericsError, match="text encoder"):
-        jvdiff.generate(pipeline.dataclasses.replace(pipe, params=params), PROMPT)
+        jvdiff.generate(dataclasses.replace(pipe, weights=pipeline.Weights(weights)), PROMPT)
 
 
 def test_bfloat16_follows_the_table(tiny_repository, out):
     half = jvdiff.load(tiny_repository, precision="bfloat16")
-    kinds = {part: {str(x.dtype) for x in jax.tree.leaves(tree)} for part, tree in half.params.items()}
+    kinds = {part: {str(x.dtype) for x in jax.tree.leaves(tree)} for part, tree in half.weights.items()}
     assert kinds["text_encoder"] == {"bfloat16"} and kinds["vae"] == {"float32"}
-    assert half.params["transformer"]["blocks"]["ffn"]["up"]["kernel"].dtype == jnp.bfloat16
+    assert half.weights["transformer"]["blocks"]["ffn"]["up"]["kernel"].dtype == jnp.bfloat16
     latents = jvdiff.generate(half, PROMPT, seed=3).latents
     assert latents.dtype == np.float32 and np.abs(latents - out.latents).max() < 0.5 * np.abs(out.latents).max()
 
@@ -259,16 +263,16 @@ def test_both_solvers_and_grids_run(pipe):
 
 
 def test_compiling_ahead_is_compiling(pipe, out, caplog):
-    settings = pipe.settings(num_frames=9)
-    names = []
-    for name, program in pipeline.traced(pipe.configs, settings, pipe.params, 32):
-        program.lower().compile()
-        names.append(name)
-    assert names == ["text", "denoise", "decode first", "decode next"]
+    clip, names = pipe.clip(num_frames=9), []
+    inputs = pipe.family.inputs(pipe.models, clip, Request(prompts=(PROMPT,)))
+    for call in pipeline.trace(pipe.context, pipe.weights, clip, inputs):
+        call.traced.lower().compile()
+        names.append((call.stage.name, call.times))
+    assert names == [("text", 1), ("denoise", 4), ("decode first", 1), ("decode next", 2)]
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         jvdiff.generate(pipe, PROMPT, seed=3, num_frames=9)
     finished = [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
-    assert not [m for m in finished if any(n in m for n in ("jit(text)", "jit(_advance)", "jit(decode)"))]
+    assert not [m for m in finished if any(n in m for n in ("jit(text)", "jit(denoise)", "jit(decode)"))]
 
 
 def test_model_index_and_defaults_are_plain_json(tiny_repository):

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jvdiff.pipeline.tables import read_component
 
 from convert.__main__ import convert
 from jvdiff import pipeline
 from jvdiff.errors import CheckpointError, CorruptFile, UnsafeFormat, UsageError
+from jvdiff.models.family import read_weights
 from jvdiff.pipeline import repository, settings
-from jvdiff.weights import restore
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def test_f28_auto_map(copy):
             "expected WanCausalDMDPipeline with that",
         ),
         ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "two transformers"),
-        ("transformer/config.json", {"_class_name": "AutoencoderKLWan"}, "VAE configuration"),
+        ("transformer/config.json", {"_class_name": "AutoencoderKLWan"}, "describes 'AutoencoderKLWan', expected"),
         ("transformer/config.json", {"in_channels": 36}, "do not fit together"),
         ("text_encoder/config.json", {"d_model": 24}, "do not fit together"),
     ],
@@ -111,66 +110,63 @@ def test_f31_more_words_than_embedding_rows(copy, tmp_path):
 
 
 def test_a_causal_repository_is_for_the_streaming_program(tiny_causal_repository, tiny_repository):
-    assert repository.inspect(tiny_causal_repository).transformer.causal
-    assert repository.inspect(tiny_causal_repository, causal=True).scheduler["shift"] == 5.0
-    assert not repository.inspect(tiny_repository, causal=False).transformer.causal
+    assert repository.inspect(tiny_causal_repository).models.configs["transformer"].causal
+    causal = repository.inspect(tiny_causal_repository, at_once=False)
+    assert causal.models.files["scheduler"]["shift"] == 5.0 and not causal.family.at_once
+    assert not repository.inspect(tiny_repository, at_once=True).models.configs["transformer"].causal
     with pytest.raises(UsageError, match=r"chunk by chunk; run it with `python -m jvdiff\.stream`"):
         pipeline.load(tiny_causal_repository)
     with pytest.raises(UsageError, match=r"at once; run it with `python -m jvdiff\.sample`"):
-        repository.inspect(tiny_repository, causal=True)
+        repository.inspect(tiny_repository, at_once=False)
+
+
+def components(inspected):
+    """The configuration and the parameters of each part."""
+    parts = inspected.family.parts
+    return {
+        name: (cfg, read_weights(inspected.path / name, parts[name], cfg, jnp.float32))
+        for name, cfg in inspected.models.configs.items()
+    }
 
 
 def test_save_causal_repository(tiny_causal_repository, tmp_path):
-    found = repository.inspect(tiny_causal_repository)
-    components = {}
-    for name in repository.COMPONENTS:
-        part = read_component(tiny_causal_repository / name)
-        components[name] = (
-            part.cfg,
-            restore(tiny_causal_repository / name, part.abstract(jnp.float32), part.rules),
-        )
+    source = repository.inspect(tiny_causal_repository)
+    parts, tokenizer = components(source), source.path / "tokenizer"
     unipc = {"_class_name": "UniPCMultistepScheduler", "flow_shift": 5.0}
     stream = {"stream": {"len_t": 3, "sink_size_t": 1}}
-    for number, scheduler in enumerate((found.scheduler, unipc)):
+    for number, scheduler in enumerate((source.models.files["scheduler"], unipc)):
         saved = tmp_path / str(number)
-        repository.save(saved, components, tokenizer=found.tokenizer, scheduler=scheduler, defaults=stream)
+        files = {"tokenizer": tokenizer, "scheduler": {"scheduler_config.json": scheduler}}
+        repository.save(saved, source.family, parts, files=files, defaults=stream)
         index = json.loads((saved / "model_index.json").read_text())
         assert index["_class_name"] == "WanCausalDMDPipeline"
         assert index["transformer"] == ["diffusers", "CausalWanTransformer3DModel"]
         assert index["scheduler"] == ["diffusers", scheduler["_class_name"]]
-        assert repository.inspect(saved).transformer == found.transformer
-        assert settings.read_defaults(saved) == {}
-    euler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+        kept = repository.inspect(saved)
+        assert kept.models.configs["transformer"] == source.models.configs["transformer"]
+        assert kept.defaults == settings.read_defaults(saved, kept.family) == {}
+    euler = {
+        "tokenizer": tokenizer,
+        "scheduler": {"scheduler_config.json": {"_class_name": "FlowMatchEulerDiscreteScheduler"}},
+    }
     with pytest.raises(UsageError, match="needs one of SelfForcingFlowMatchScheduler"):
-        repository.save(tmp_path / "x", components, tokenizer=found.tokenizer, scheduler=euler)
+        repository.save(tmp_path / "x", source.family, parts, files={"tokenizer": tokenizer, "scheduler": euler})
     assert not (tmp_path / "x").exists()
 
 
 def test_save_repository(tiny_repository, tmp_path):
-    found = repository.inspect(tiny_repository)
-    components = {}
-    for name in repository.COMPONENTS:
-        part = read_component(tiny_repository / name)
-        components[name] = part.cfg, restore(tiny_repository / name, part.abstract(jnp.float32), part.rules)
-    repository.save(
-        tmp_path / "trained",
-        components,
-        tokenizer=found.tokenizer,
-        scheduler=found.scheduler,
-        defaults={"steps": 4},
-    )
+    source = repository.inspect(tiny_repository)
+    parts = components(source)
+    files = {name: source.path / name for name in ("tokenizer", "scheduler")}
+    repository.save(tmp_path / "trained", source.family, parts, files=files, defaults={"steps": 4})
     kept = repository.inspect(tmp_path / "trained")
-    assert (kept.transformer, kept.vae, kept.text_encoder) == (found.transformer, found.vae, found.text_encoder)
-    assert kept.scheduler == found.scheduler
-    for name, (cfg, params) in components.items():
-        wanted = read_component(tmp_path / "trained" / name)
-        assert wanted.cfg == cfg
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            restore(tmp_path / "trained" / name, wanted.abstract(jnp.float32), wanted.rules),
-            params,
-        )
+    assert kept.models.configs == source.models.configs and kept.defaults == {"steps": 4}
+    assert kept.models.files["scheduler"] == source.models.files["scheduler"]
+    for name, (cfg, params) in components(kept).items():
+        assert cfg == parts[name][0]
+        jax.tree.map(np.testing.assert_array_equal, params, parts[name][1])
     with pytest.raises(UsageError, match="expected transformer, vae, text_encoder"):
-        repository.save(
-            tmp_path / "x", {"vae": components["vae"]}, tokenizer=found.tokenizer, scheduler=found.scheduler
-        )
+        repository.save(tmp_path / "x", source.family, {"vae": parts["vae"]}, files=files)
+    with pytest.raises(UsageError, match="expected scheduler, tokenizer"):
+        repository.save(tmp_path / "x", source.family, parts, files={"scheduler": files["scheduler"]})
+    assert not (tmp_path / "x").exists()
