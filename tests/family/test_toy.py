@@ -15,11 +15,10 @@ from toy.family import TOY
 import jvdiff
 from convert import __main__ as convert
 from convert import to_hf
-from jvdiff import models, pipeline, precision
+from jvdiff import models, pipeline, plan, precision
 from jvdiff.commands import planning, sample
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.media import video as videos
-from jvdiff.plan.programs import programs
 from jvdiff.sharding import rules
 from jvdiff.weights.naming import disassemble, flatten, unflatten
 
@@ -251,7 +250,7 @@ def test_the_plan_has_both_experts(command, repository, capsys):
     known = pipeline.inspect(repository, family=TOY)
     context = pipeline.Context(TOY, known.models, precision.choose("float32"))
     clip = TOY.clip(known.models, known.settings(solver="euler", steps=7, boundary=0.95))
-    times = {program.name: program.times for program in programs(context, clip)}
+    times = {program.name: program.times for program in plan.programs(context, clip)}
     border = clip.segments[0].stop
     assert 0 < border < 6 and times == {
         **{"picture": 1, "look": 1, "text_encoder": 1, "text_encoder_2": 1, "decode": 3},
