@@ -253,7 +253,7 @@ def fit(
             if (bad := int(state.in_a_row)) >= most_skipped:
                 kept = manager.latest_step()
                 raise NumericsError(
-                    f"{folder}: at step {done} the loss or its gradient is not finite, for the {bad}. time in a row.\n"
+                    f"{folder}: at step {done} the loss or its gradient is not finite for {bad} steps in a row.\n"
                     + (f"The state of step {kept} is kept. " if kept else "Nothing was saved yet. ")
                     + "Try a lower learning_rate, a longer warmup or a lower clip."
                 )
