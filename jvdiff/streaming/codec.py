@@ -30,10 +30,10 @@ Payload = dict[str, Array]
 
 
 @dataclass(frozen=True)
-class StreamingVideoDecoder:
-    """Latents of a chunk -> its pixel frames.
+class _OverVAE:
+    """What goes through a causal VAE, chunk by chunk.
 
-    vae: configuration of the causal VAE
+    vae: its configuration
     """
 
     vae: Any
@@ -48,6 +48,28 @@ class StreamingVideoDecoder:
         """Pixel frames per latent frame, after the first."""
         return self.vae.temporal_factor
 
+    def initialize_cache(self) -> None:
+        """The cache before chunk 0."""
+        return None
+
+
+@dataclass(frozen=True)
+class _Encoder(_OverVAE):
+    """Pixel frames in, latent frames out."""
+
+    def get_output_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
+        """Latent frames that this many pixel frames become; UsageError, with the nearest number, where they do not."""
+        return _latent_frames(self.vae, pixel_frames, autoregressive_index)
+
+    def get_input_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
+        """Pixel frames that become this many latent frames in the chunk of this index (from 0)."""
+        return _pixel_frames(self.vae, latent_frames, autoregressive_index)
+
+
+@dataclass(frozen=True)
+class StreamingVideoDecoder(_OverVAE):
+    """Latents of a chunk -> its pixel frames."""
+
     def get_output_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
         """Pixel frames that this many latent frames become in the chunk of this index (from 0)."""
         return _pixel_frames(self.vae, latent_frames, autoregressive_index)
@@ -55,10 +77,6 @@ class StreamingVideoDecoder:
     def get_input_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
         """Latent frames that become this many pixel frames; UsageError, with the nearest number, where none do."""
         return _latent_frames(self.vae, pixel_frames, autoregressive_index)
-
-    def initialize_cache(self) -> None:
-        """The cache before chunk 0."""
-        return None
 
     def decode(
         self, params: Params, latents: Array, cache: Any, *, placement: Placement | None = None
@@ -83,35 +101,8 @@ class StreamingVideoDecoder:
 
 
 @dataclass(frozen=True)
-class StreamingVideoEncoder:
-    """Pixel frames of a chunk -> its latents.
-
-    vae: configuration of the causal VAE
-    """
-
-    vae: Any
-
-    @property
-    def spatial_compression_ratio(self) -> int:
-        """Pixels per latent cell, along height and along width."""
-        return self.vae.spatial_factor
-
-    @property
-    def temporal_compression_ratio(self) -> int:
-        """Pixel frames per latent frame, after the first."""
-        return self.vae.temporal_factor
-
-    def get_output_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
-        """Latent frames that this many pixel frames become; UsageError, with the nearest number, where they do not."""
-        return _latent_frames(self.vae, pixel_frames, autoregressive_index)
-
-    def get_input_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
-        """Pixel frames that become this many latent frames in the chunk of this index (from 0)."""
-        return _pixel_frames(self.vae, latent_frames, autoregressive_index)
-
-    def initialize_cache(self) -> None:
-        """The cache before chunk 0."""
-        return None
+class StreamingVideoEncoder(_Encoder):
+    """Pixel frames of a chunk -> its latents."""
 
     def encode(
         self,
@@ -190,7 +181,7 @@ class NullEncoder:
 
 
 @dataclass(frozen=True)
-class ImageEncoder:
+class ImageEncoder(_Encoder):
     """A picture that a rollout begins with -> what tells the diffusion model of it, chunk by chunk.
 
     The picture is the first frame of a video whose other frames are 0 (grey), which the VAE encodes. The mask is 1 for
@@ -206,34 +197,11 @@ class ImageEncoder:
         published image-to-video models). The mask has one channel for each pixel frame of a latent frame.
     """
 
-    vae: Any
     mode: Literal["stamp", "concat"] = "stamp"
 
     def __post_init__(self):
         if self.mode not in ("stamp", "concat"):
             raise UsageError(f"ImageEncoder: mode is {self.mode!r}, expected 'stamp' or 'concat'.")
-
-    @property
-    def spatial_compression_ratio(self) -> int:
-        """Pixels per latent cell, along height and along width."""
-        return self.vae.spatial_factor
-
-    @property
-    def temporal_compression_ratio(self) -> int:
-        """Pixel frames per latent frame, after the first."""
-        return self.vae.temporal_factor
-
-    def get_output_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
-        """Latent frames for this many pixel frames; UsageError, with the nearest number, where they do not fit."""
-        return _latent_frames(self.vae, pixel_frames, autoregressive_index)
-
-    def get_input_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
-        """Pixel frames, the picture and its followers, that become this many latent frames."""
-        return _pixel_frames(self.vae, latent_frames, autoregressive_index)
-
-    def initialize_cache(self) -> None:
-        """The cache before chunk 0."""
-        return None
 
     def encode(
         self,

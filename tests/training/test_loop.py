@@ -226,7 +226,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, wher
 
 def test_too_many_such_steps_stop_the_run_and_the_last_good_state_is_kept(tmp_path):
     task = broken_at(range(6, 99))
-    with pytest.raises(NumericsError, match=r"step 10 .* 4\. time in a row(?s:.*)state of step 8 is kept") as raised:
+    with pytest.raises(NumericsError, match=r"step 10 .* for 4 steps in a row(?s:.*)state of step 8 is kept") as raised:
         loop.fit(task, SCHEDULE, tmp_path, save_every=2, log_every=100, most_skipped=3)
     assert raised.value.exit_code == 6
     assert all(np.isfinite(array).all() for array in stored(tmp_path, 8).values())
