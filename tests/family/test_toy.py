@@ -19,7 +19,7 @@ from jvdiff import models, pipeline, precision
 from jvdiff.commands import planning, sample
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.media import video as videos
-from jvdiff.plan.programs import programs
+from jvdiff.plan.compiled import programs
 from jvdiff.sharding import rules
 from jvdiff.weights.naming import disassemble, flatten, unflatten
 
