@@ -148,7 +148,8 @@ def rows(models: Sequence[Model] = MODELS, frames: Sequence[int] = FRAMES) -> It
     for model in models:
         for text in PATTERNS:
             for F in frames:
-                grid, pattern = (1 + (F - 1) // 4, model.height, model.width), read_pattern(text)
+                grid = 1 + (F - 1) // 4, model.height, model.width
+                pattern: Any = read_pattern(text)
                 fine, coarse = (4 * pairs * model.heads * model.head_dim for pairs in kept(grid, pattern))
                 yield {
                     "model": model.name,

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jvdiff.plan.flops import count_flops, flops, gib
+from jvdiff.plan.counting import count_flops, flops, gib
 from jvdiff.plan.targets import target_mesh
 from jvdiff.sharding import make_mesh
 from jvdiff.training import fields

@@ -157,7 +157,7 @@ def _network(models: Models, segment: Segment, forward: Forward) -> Callable[...
 @functools.lru_cache(maxsize=8)  # jit compiles once for each function object
 def _velocity(cfg: latent_video.DiTConfig, noise_schedule: str, forward: Forward) -> Callable[..., Array]:
     abar = vp.alphas_cumprod(noise_schedule)
-    how: Any = {name: getattr(forward, name) for name in ("implementation", "placement")}
+    how: Any = {name: getattr(forward, name) for name in ("implementation", "placement", "dtype")}
 
     def network(params: Params, x: Array, t: Array, labels: Array) -> Array:
         def predict(x: Array, t: Array) -> Array:
