@@ -196,12 +196,7 @@ def batches(
       UsageError: a setting that cannot be. SetupError: grain or av are not installed.
       DataError: fewer clips than a batch; while reading: more unreadable ones than `most_bad` of them.
     """
-    for name, value in (("batch", batch), ("frames", frames), ("size", size), ("stride", stride), ("workers", workers)):
-        within(name, value, 1, 2**31)
-    within("seed", seed, 0, 2**32 - 1)
-    within("start", start, 0, 2**63)
-    if not 0 <= most_bad < 1:
-        raise UsageError(f"most_bad is {most_bad}; expected a share of the clips, 0 or more and below 1.")
+    _check_numbers(batch, frames, size, stride, seed, start, workers, most_bad)
     if (count := len(clips.paths)) < batch:
         raise DataError(f"there are {count} clips, fewer than a batch of {batch}; add clips, or lower batch.")
     grain = _grain()
@@ -231,6 +226,17 @@ def batches(
     order = grain.MapDataset.range(count).shuffle(seed=seed).repeat()
     steps = order.map_with_index(example).batch(batch)[start:]
     return _until_closed(steps.to_iter_dataset(grain.ReadOptions(workers, prefetch_buffer_size=2 * workers)))
+
+
+def _check_numbers(
+    batch: int, frames: int, size: int, stride: int, seed: int, start: int, workers: int, most_bad: float
+) -> None:
+    for name, value in (("batch", batch), ("frames", frames), ("size", size), ("stride", stride), ("workers", workers)):
+        within(name, value, 1, 2**31)
+    within("seed", seed, 0, 2**32 - 1)
+    within("start", start, 0, 2**63)
+    if not 0 <= most_bad < 1:
+        raise UsageError(f"most_bad is {most_bad}; expected a share of the clips, 0 or more and below 1.")
 
 
 def _grain() -> Any:
