@@ -373,7 +373,7 @@ def first_frame(checkpoint: str, side: str, cache: str) -> None:
         pipe = jvdiff.load(checkpoint)
         context, run, clip = pipe.context, pipe.run, pipe.clip()
         solver = clip.sampler.make()
-        inputs = pipe.family.inputs(pipe.models, clip, pipeline.make_request(pipe.family, (PROMPT,)))
+        inputs = pipe.family.inputs(pipe.models, clip, pipeline.make_request(pipe.family, clip, (PROMPT,)))
         conditions = pipeline.encode(context, clip, inputs, run)
         state = pipeline.begin(clip, solver, pipeline.initial_noise([0], clip.latents), [0])
         latents = pipeline.denoise(context, clip, conditions, state, solver, run).x

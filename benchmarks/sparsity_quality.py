@@ -60,7 +60,7 @@ class Run:
         pipe, clip = self.pipe, self.clip
         seeds = [seed + i for i in range(len(prompts))]
         noise = np.asarray(pipeline.initial_noise(seeds, clip.latents))
-        tokens = pipe.family.inputs(pipe.models, clip, pipeline.make_request(pipe.family, tuple(prompts)))
+        tokens = pipe.family.inputs(pipe.models, clip, pipeline.make_request(pipe.family, clip, tuple(prompts)))
         return seeds, noise, pipeline.encode(pipe.context, clip, tokens, pipe.run)
 
     def denoise(self, inputs: tuple[Any, ...]) -> np.ndarray:

@@ -202,7 +202,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if values["source"]:
         source, origin = find(values["source"], values["revision"])
         options = {name: values[name] for name in ("dtype", "overwrite", "allow_nonfinite", "follow_symlinks")}
-        with plain_logs():  # tensors that nobody uses are counted in one
+        with plain_logs("jvdiff.weights"):  # tensors that nobody uses are counted in one
             convert(source, target, origin=origin, family=family, tell=_tell, **options)
     if values["verify"]:
         verify(target, family)

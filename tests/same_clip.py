@@ -26,16 +26,17 @@ def main(clips: int, meshes: list[str]) -> None:
     import numpy as np
 
     from jvdiff import pipeline
+    from jvdiff.models.family import Request
 
     jax.config.update("jax_default_matmul_precision", "highest")
     alone, found = None, {}
     for mesh in [None, *meshes]:
         pipe = pipeline.load(CHECKPOINT, "float32", mesh)
-        settings = pipe.settings(**SIZES)
-        noise = pipeline.initial_noise(range(clips), pipeline.latent_shape(pipe.configs, settings))
-        text, negative = pipeline.encode_prompts(pipe, [PROMPT] * clips, "")
-        state = pipeline.solver(settings).init(noise)
-        latents = np.array(pipeline.denoise(pipe, settings, state, text, negative).x)
+        clip = pipe.clip(**SIZES)
+        solver, inputs = clip.sampler.make(), pipe.family.inputs(pipe.models, clip, Request(prompts=(PROMPT,) * clips))
+        conditions = pipeline.encode(pipe.context, clip, inputs, pipe.run)
+        state = pipeline.begin(clip, solver, pipeline.initial_noise(range(clips), clip.latents), range(clips))
+        latents = np.array(pipeline.denoise(pipe.context, clip, conditions, state, solver, pipe.run).x)
         if alone is None:
             alone = latents
         else:

@@ -68,7 +68,7 @@ def talks(text):
             isinstance(node, ast.ImportFrom) and node.module == "sys" and {a.name for a in node.names} & {*STREAMS}
         )
         if call or stream or imported:
-            yield node.lineno, ast.unparse(node)[:80]
+            yield getattr(node, "lineno", 0), ast.unparse(node)[:80]
 
 
 def test_what_talks():

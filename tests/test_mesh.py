@@ -13,6 +13,7 @@ from jvdiff import pipeline
 from jvdiff.commands import sample
 from jvdiff.errors import UsageError
 from jvdiff.media import video as videos
+from jvdiff.models.family import Request
 
 PROMPT = "a red seven moving left"
 STEM = "a-red-seven-moving-left_seed3"
@@ -53,13 +54,14 @@ def no_weights(monkeypatch):
 )
 def test_a_clip_is_the_same_on_a_mesh_and_nothing_is_compiled_twice(tiny_repository, alone, mesh, caplog):
     pipe = jvdiff.load(tiny_repository, mesh=mesh)
-    settings = pipe.settings(**SIZES)
-    for _, program in pipeline.traced(pipe.configs, settings, pipe.params, 32, pipe.placement):
-        program.lower().compile()
+    clip = pipe.clip(**SIZES)
+    inputs = pipe.family.inputs(pipe.models, clip, Request(prompts=(PROMPT,)))
+    for call in pipeline.trace(pipe.context, pipe.weights, clip, inputs):
+        call.traced.lower().compile()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         out = jvdiff.generate(pipe, PROMPT, seed=3, **SIZES)
     told = " ".join(r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage())
-    assert not re.search(r"jit\((text|_advance|decode)\)", told)
+    assert not re.search(r"jit\((text|denoise|decode)\)", told)
     np.testing.assert_allclose(out.latents, alone.latents, atol=1e-5 * np.abs(alone.latents).max())
     assert np.abs(out.video.astype(int) - alone.video).max() <= 1
 

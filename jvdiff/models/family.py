@@ -174,11 +174,13 @@ class Forward:
     pattern: which tokens see each other
     implementation: of self-attention; None is the best that can
     placement: mesh and where activations live on it; None is one device
+    dtype: of products, whatever kernels are stored in; None is the kernels'
     """
 
     pattern: Any = Dense()  # noqa: RUF009 - a frozen value
     implementation: Any = None
     placement: Placement | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

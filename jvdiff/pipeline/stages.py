@@ -45,7 +45,8 @@ class Context:
         """How the networks compute; without a segment, those around the transformer."""
         if segment is None:
             return Forward(placement=self.placement)
-        return Forward(segment.pattern, clip.attention, self.placement)
+        dtype = getattr(self.precision, self.family.parts[segment.part].precision)
+        return Forward(segment.pattern, clip.attention, self.placement, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------- what runs

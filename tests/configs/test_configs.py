@@ -1,5 +1,6 @@
 """Every config of configs/ is checked without weights: its fields, and the shapes of the programs that it asks for."""
 
+import dataclasses
 import importlib.util
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,10 @@ import pytest
 
 from jvdiff import pipeline, plan, precision, streaming
 from jvdiff.commands import sample, stream, train
+from jvdiff.models.family import Models
 from jvdiff.models.latent_video import runs as latent_video_runs
-from jvdiff.pipeline.settings import FIELDS, Configs, latent_shape, resolve
+from jvdiff.models.wan.family import CAUSAL
+from jvdiff.models.wan.rollout import SELF_FORCING_WAN_2_1_T2V_1_3B
 from jvdiff.training import loop
 
 ROOT = Path(__file__).parents[2]
@@ -36,17 +39,20 @@ def test_a_sampling_config_fits_its_model(path, monkeypatch):
     assert f" --config {path.stem} " in module.__doc__  # the command that it is for
     if not Path(config.checkpoint).exists() and path.stem == "digits":
         pytest.skip("the digits checkpoint is not there")
-    configs, scheduler, defaults = plan.describe(config.checkpoint)
-    settings = resolve(configs, scheduler, defaults, **{name: config[name] for name in FIELDS})
+    context, clip = plan.resolved(config)
+    settings, inputs = clip.settings, context.family.longest(context.models, clip, 1)
     for dtypes in precision.TABLE.values():
-        abstract = pipeline.abstract_params(configs, dtypes)
-        results = {name: jax.tree.leaves(t.out_info) for name, t in pipeline.traced(configs, settings, abstract)}
-        assert results["denoise"][0].shape == (1, *latent_shape(configs, settings))
+        context = dataclasses.replace(context, precision=dtypes)
+        abstract = pipeline.abstract_params(context.family, context.models, dtypes)
+        calls = pipeline.trace(context, abstract, clip, inputs)
+        results = {call.stage.name: jax.tree.leaves(call.traced.out_info) for call in calls}
+        assert results["denoise"][0].shape == (1, *clip.latents)
         assert all(x.dtype == "float32" for x in results["denoise"])
         first, following = results["decode first"][0], results["decode next"][0]
         assert first.shape == (1, 1, settings.height, settings.width, 3) and first.dtype == "uint8"
         assert 1 + (settings.num_frames - 1) // 4 * following.shape[1] // 1 == settings.num_frames
-        assert results["text"][0].shape == (1 + (settings.guidance != 1), 64, configs.text_encoder.d_model)
+        width = context.models.configs["text_encoder"].d_model
+        assert [x.shape for x in results["text"]] == [(1, 512, width)] * (1 + (settings.guidance != 1))
 
 
 @pytest.mark.parametrize("path", LATENT_VIDEO, ids=lambda p: p.stem)
@@ -78,13 +84,13 @@ def test_a_streaming_config_fits_its_model(path, monkeypatch):
     if Path(config.checkpoint).exists():
         found = streaming.config_of(config.checkpoint)
     elif path.stem == "self_forcing_wan2_1_t2v_1_3b":
-        found = streaming.SELF_FORCING_WAN_2_1_T2V_1_3B
+        found = SELF_FORCING_WAN_2_1_T2V_1_3B
     else:
         pytest.skip(f"{config.checkpoint} is not there")
     found = streaming.override(found, config.pipeline or {})
     model = found.diffusion_model.transformer
-    configs = Configs(model.network, found.decoder.vae, model.text_encoder)
-    abstract = pipeline.abstract_params(configs, precision.choose("bfloat16"))
+    parts = {"transformer": model.network, "vae": found.decoder.vae, "text_encoder": model.text_encoder}
+    abstract = pipeline.abstract_params(CAUSAL, Models(parts, {}, {}), precision.choose("bfloat16"))
     cache = found.setup(abstract).abstract_cache(1)
     assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.past)) < 4.9 * 2**30
     assert cache.history.shape[1] == model.window_size_t - model.len_t + model.sink_size_t

@@ -14,7 +14,7 @@ from jvdiff.models.text import tokenizer
 from jvdiff.models.wan import family
 from jvdiff.pipeline import repository
 
-DIGITS = configs.checkpoint("checkpoints/digits")
+DIGITS = str(configs.shipped("checkpoints") / "digits")
 SMALL = {"num_frames": 5, "height": 16, "width": 16, "steps": 2, "pattern": "sliding_tile:1x2x2:1x1x1"}
 PROGRAMS = {"jit(text)", "jit(denoise)", "jit(decode)"}
 CLIPS = {"a red two moving up": 2.0, "a green four moving down": 3.5, "a white seven moving right": 4.0}  # guidance

@@ -15,11 +15,10 @@ from toy.family import TOY
 import jvdiff
 from convert import __main__ as convert
 from convert import to_hf
-from jvdiff import models, pipeline, precision
+from jvdiff import models, pipeline, plan, precision
 from jvdiff.commands import planning, sample
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.media import video as videos
-from jvdiff.plan.compiled import programs
 from jvdiff.sharding import rules
 from jvdiff.weights.naming import disassemble, flatten, unflatten
 
@@ -251,12 +250,28 @@ def test_the_plan_has_both_experts(command, repository, capsys):
     known = pipeline.inspect(repository, family=TOY)
     context = pipeline.Context(TOY, known.models, precision.choose("float32"))
     clip = TOY.clip(known.models, known.settings(solver="euler", steps=7, boundary=0.95))
-    times = {program.name: program.times for program in programs(context, clip)}
+    every = list(plan.programs(context, clip))
+    assert [program.part for program in every] == [
+        *("vae", "image_encoder", "text_encoder", "text_encoder_2", "transformer", "transformer_2", "vae")
+    ]
+    times = {program.name: program.times for program in every}
     border = clip.segments[0].stop
     assert 0 < border < 6 and times == {
         **{"picture": 1, "look": 1, "text_encoder": 1, "text_encoder_2": 1, "decode": 3},
         **{"denoise transformer": border, "denoise transformer_2": 7 - border},
     }
+
+
+def test_what_a_stopped_clip_still_runs(pipe):
+    """One that goes on within the second expert compiles nothing of the first, and the other way round."""
+    clip, inputs = pipe.clip(), TOY.longest(pipe.models, pipe.clip(), 1)
+
+    def experts(**steps):
+        calls = pipeline.trace(pipe.context, pipe.weights, clip, inputs, **steps)
+        return [(call.stage.part, call.times) for call in calls if call.stage.part.startswith("transformer")]
+
+    assert experts() == [("transformer", 2), ("transformer_2", 2)]
+    assert experts(first=3) == [("transformer_2", 1)] and experts(last=1) == [("transformer", 1)]
 
 
 # -------------------------------------------------------------------------------------------------------- repositories

@@ -16,8 +16,8 @@ from convert.to_hf import to_hf
 from jvdiff.digits import tokenizer as digits_tokenizer
 from jvdiff.models import wan
 from jvdiff.models.text import umt5
+from jvdiff.models.wan.family import TEXT_TO_VIDEO
 from jvdiff.pipeline import repository
-from jvdiff.pipeline.settings import latent_shape
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -82,8 +82,8 @@ def both(request, tmp_path_factory):
         root = tmp_path_factory.mktemp(request.param)
         digits_tokenizer.save(digits_tokenizer.build(WORDS), root / "words")
         source, folder = root / "orbax", root / "hf"
-        scheduler = SCHEDULERS[request.param]
-        repository.save(source, random_components(), tokenizer=root / "words", scheduler=scheduler)
+        files = {"tokenizer": root / "words", "scheduler": {"scheduler_config.json": SCHEDULERS[request.param]}}
+        repository.save(source, TEXT_TO_VIDEO, random_components(), files=files)
         to_hf(source, folder)
         size = {"num_frames": 9, "height": 32, "width": 48}
     theirs = diffusers.WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
@@ -131,7 +131,7 @@ def test_same_noise_same_clip(both, case, caplog):
     ours, theirs, size = both
     given = dict(CASES[case])
     prompts, seed, steps = given.pop("prompts"), given.pop("seed"), 20 if len(size) and size["height"] == 64 else 6
-    shape = latent_shape(ours.configs, ours.settings(**size))
+    shape = ours.clip(**size).latents
     noise = np.random.default_rng(seed).standard_normal((len(prompts), *shape), np.float32)
     with caplog.at_level(logging.ERROR):
         latents, frames = diffusers_clip(theirs, noise, prompts, steps=steps, size=size, **given)
@@ -148,9 +148,7 @@ def test_same_noise_same_clip(both, case, caplog):
 def test_another_prompt_is_another_clip(both):
     """The comparison above would pass with a text encoder that nobody listens to."""
     ours, _, size = both
-    noise = np.random.default_rng(0).standard_normal(
-        (1, *latent_shape(ours.configs, ours.settings(**size))), np.float32
-    )
+    noise = np.random.default_rng(0).standard_normal((1, *ours.clip(**size).latents), np.float32)
     one, other = (
         jvdiff.generate(ours, [prompt], noise=noise, steps=3, guidance=4.0, **size).latents
         for prompt in ("a red seven moving left", "a blue two moving right")

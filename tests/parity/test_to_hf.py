@@ -7,14 +7,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from jvdiff.pipeline.tables import component
 from safetensors.numpy import save_file
 
 from convert.__main__ import convert
 from convert.to_hf import to_hf
 from jvdiff.models import wan
+from jvdiff.models.family import read_weights
+from jvdiff.models.wan.family import TRANSFORMER
 from jvdiff.pipeline import repository
-from jvdiff.weights import restore
 from jvdiff.weights.naming import disassemble
 
 torch = pytest.importorskip("torch")
@@ -40,15 +40,14 @@ def test_the_pipeline_loads_and_samples(tiny_repository, tmp_path):
 
 def test_a_gate_of_sparse_attention_is_passed_over(tiny_repository, tmp_path):
     """Diffusers has dense attention only: it takes the rest of the transformer."""
-    found = repository.inspect(tiny_repository)
-    gated = dataclasses.replace(found.transformer, gate_compress=True)
-    part = component(found.transformer)
-    params = restore(tiny_repository / "transformer", part.abstract(np.float32), part.rules)
+    cfg = repository.inspect(tiny_repository).models.configs["transformer"]
+    gated = dataclasses.replace(cfg, gate_compress=True)
+    params = read_weights(tiny_repository / "transformer", TRANSFORMER, cfg, np.float32)
     params["blocks"]["self_attn"]["gate"] = wan.init_params(jax.random.key(0), gated)["blocks"]["self_attn"]["gate"]
     shutil.copytree(tiny_repository, tmp_path / "hf")
     (tmp_path / "hf" / "transformer" / "config.json").write_text(json.dumps(gated.to_json()))
     file = tmp_path / "hf" / "transformer" / "diffusion_pytorch_model.safetensors"
-    save_file(dict(disassemble(component(gated).rules, jax.tree.map(np.asarray, params))), file)
+    save_file(dict(disassemble(TRANSFORMER.names(gated), jax.tree.map(np.asarray, params))), file)
     theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "hf" / "transformer").state_dict()
     given = diffusers.WanTransformer3DModel.from_pretrained(tiny_repository / "transformer").state_dict()
     assert theirs.keys() == given.keys() and all(torch.equal(theirs[key], given[key]) for key in given)

@@ -7,17 +7,26 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jvdiff import pipeline, plan, precision
+from jvdiff import pipeline, plan
 from jvdiff.commands import sample
 from jvdiff.errors import ResourceError
-from jvdiff.pipeline.settings import FIELDS, resolve
+from jvdiff.models import family
+from jvdiff.plan import meshes
 from jvdiff.sharding import MeshShape, make_mesh
 
 
-def planned(config, abstract_of=precision.TABLE["float32"]):
-    configs, scheduler, defaults = plan.describe(config.checkpoint)
-    settings = resolve(configs, scheduler, defaults, **{name: config[name] for name in FIELDS})
-    return configs, settings, pipeline.abstract_params(configs, abstract_of)
+def planned(checkpoint, **fields):
+    """(Context, Clip) in float32."""
+    config = sample.default_config()
+    config.update({"checkpoint": str(checkpoint), "precision": "float32"} | fields)
+    return plan.resolved(config)
+
+
+def traced(context, clip):
+    """Each program of a clip, by its stage."""
+    abstract = pipeline.abstract_params(context.family, context.models, context.precision)
+    calls = pipeline.trace(context, abstract, clip, context.family.longest(context.models, clip, 1))
+    return {call.stage.name: call.traced for call in calls}
 
 
 def test_flops_of_products_convolutions_loops_and_branches():
@@ -46,7 +55,7 @@ def test_the_largest_array_of_a_program():
 def test_a_plan_reads_no_weights_and_says_what_a_run_takes(tiny_repository, tmp_path, monkeypatch, capsys):
     path = tmp_path / "tiny.py"
     path.write_text("from jvdiff import sample\nget_config = sample.default_config\n")
-    monkeypatch.setattr(pipeline.checkpoint, "restore", None)
+    monkeypatch.setattr(family, "restore", None)
     argv = ["sample", f"--config={path}", f"--config.checkpoint={tiny_repository}", "--config.plan=true"]
     assert sample.main([*argv, "--config.num_frames=9"]) == 0
     said = capsys.readouterr().out
@@ -59,19 +68,18 @@ def test_a_plan_reads_no_weights_and_says_what_a_run_takes(tiny_repository, tmp_
 @pytest.mark.parametrize("size", [(480, 832), (720, 1280)])
 @pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-14B-Diffusers"])
 def test_no_array_has_l_x_l_elements(name, size):
-    config = sample.default_config()
-    config.checkpoint, (config.height, config.width) = name, size
-    configs, settings, abstract = planned(config)
-    tokens = plan.token_count(configs, settings)
+    context, clip = planned(name, height=size[0], width=size[1])
+    tokens = clip.tokens
     assert tokens == {480: 32760, 720: 75600}[size[0]]
-    program = next(p for p in plan.programs(configs, settings, abstract) if p.name == "denoise")
+    program = next(p for p in plan.programs(context, clip) if p.name == "denoise")
+    transformer = context.models.configs["transformer"]
     # What there is grows with L times the feed-forward's width, and is far from one head's LxL.
-    widest = tokens * configs.transformer.ffn_dim
+    widest = tokens * transformer.ffn_dim
     assert 0 < program.largest_elements <= widest < tokens**2 / 2
     assert program.temporary < 6 * 4 * widest
-    width, layers = configs.transformer.width, configs.transformer.num_layers
+    width, layers = transformer.width, transformer.num_layers
     attention = 2 * 4 * tokens**2 * width * layers  # both branches of guidance
-    dense = 2 * 2 * tokens * layers * (6 * width**2 + 2 * width * configs.transformer.ffn_dim)
+    dense = 2 * 2 * tokens * layers * (6 * width**2 + 2 * width * transformer.ffn_dim)
     assert attention + dense < program.flops < 1.05 * (attention + dense)
 
 
@@ -81,37 +89,30 @@ def test_no_array_has_l_x_l_elements(name, size):
 )
 def test_operations_are_those_of_the_pattern(pattern, kept):
     """Of 32,760 tokens in a grid of 21x30x52, padded to whole tiles; the coarse branch and the rest come on top."""
-    config = sample.default_config()
-    config.checkpoint, config.pattern = "Wan2.1-T2V-1.3B-Diffusers", pattern
-    configs, settings, abstract = planned(config)
-    flops = plan.count_flops(dict(pipeline.traced(configs, settings, abstract, 512))["denoise"].jaxpr.jaxpr)
-    width, layers = configs.transformer.width, configs.transformer.num_layers
+    context, clip = planned("Wan2.1-T2V-1.3B-Diffusers", pattern=pattern)
+    flops = plan.count_flops(traced(context, clip)["denoise"].jaxpr.jaxpr)
+    transformer = context.models.configs["transformer"]
+    width, layers = transformer.width, transformer.num_layers
     padded = {"v": 624 * 64, "s": 4 * 4 * 7 * 384, "d": 32760}[pattern[0]]
     attention = 2 * 4 * padded * (kept or 32760) * width * layers
-    dense = 2 * 2 * 32760 * layers * (6 * width**2 + 2 * width * configs.transformer.ffn_dim)
+    dense = 2 * 2 * 32760 * layers * (6 * width**2 + 2 * width * transformer.ffn_dim)
     assert attention + dense < flops < 1.08 * (attention + dense)
 
 
 def test_operations_are_counted_whatever_computes_them(tiny_repository):
-    config = sample.default_config()
-    config.checkpoint, config.pattern = str(tiny_repository), "video_sparse:1x1x1:0.5"
-    config.num_frames, config.height, config.width = 9, 32, 32
+    fields = {"pattern": "video_sparse:1x1x1:0.5", "num_frames": 9, "height": 32, "width": 32}
     flops = []
-    for config.attention in ("xla", "reference"):
-        programs = plan.programs(*planned(config))
+    for attention in ("xla", "reference"):
+        programs = plan.programs(*planned(tiny_repository, attention=attention, **fields))
         flops.append(next(p.flops for p in programs if p.name == "denoise"))
     assert flops[0] == flops[1] > 0
 
 
 def test_decoding_is_the_same_program_for_21_and_81_frames():
-    config = sample.default_config()
-    config.checkpoint = "Wan2.1-T2V-1.3B-Diffusers"
     programs = {}
     for frames in (21, 81):
-        config.num_frames = frames
-        configs, settings, abstract = planned(config)
-        traced = dict(pipeline.traced(configs, settings, abstract))
-        programs[frames] = [str(traced[name].jaxpr) for name in ("decode first", "decode next")]
+        every = traced(*planned("Wan2.1-T2V-1.3B-Diffusers", num_frames=frames))
+        programs[frames] = [str(every[name].jaxpr) for name in ("decode first", "decode next")]
     assert programs[21] == programs[81]
 
 
@@ -143,10 +144,7 @@ def test_gpu_descriptions_are_data():
 
 @pytest.fixture
 def tiny(tiny_repository):
-    config = sample.default_config()
-    config.checkpoint, config.precision = str(tiny_repository), "float32"
-    config.num_frames, config.height, config.width = 9, 64, 64
-    return plan.resolved(config)
+    return planned(tiny_repository, num_frames=9, height=64, width=64)
 
 
 def test_flops_of_a_shard_map_are_those_of_all_its_devices():
@@ -175,10 +173,8 @@ def test_a_plan_under_a_mesh_is_of_one_device(tiny_repository, tmp_path, capsys)
 
 
 def test_a_mesh_divides_operations_and_weights(tiny):
-    configs, settings, dtypes = tiny
-    abstract = pipeline.abstract_params(configs, dtypes)
     alone, two, four = (
-        next(plan.programs(configs, settings, abstract, shape=shape, without=("text", *plan.DECODE)))
+        next(plan.programs(*tiny, shape=shape, without=("text_encoder", "vae")))
         for shape in (None, MeshShape(sequence=2), MeshShape(sequence=2, tensor=2))
     )
     assert alone.name == two.name == four.name == "denoise" and not alone.sends
@@ -196,28 +192,27 @@ def test_meshes_are_tried_from_the_smallest_and_quietest():
 
 
 def test_one_device_is_enough_where_everything_fits(tiny):
-    configs, settings, dtypes = tiny
-    abstract = pipeline.abstract_params(configs, dtypes)
+    context, clip = tiny
+    abstract = pipeline.abstract_params(context.family, context.models, context.precision)
     resident = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
-    needs = max(p.needs for p in plan.programs(configs, settings, abstract, shape=MeshShape()))
-    shape, sentence = plan.smallest_mesh(configs, settings, dtypes, 8, resident + needs)
+    needs = max(p.needs for p in plan.programs(context, clip, shape=MeshShape()))
+    shape, sentence = plan.smallest_mesh(context, clip, 8, resident + needs)
     assert shape == MeshShape() and sentence.startswith("mesh data=1: 1 of 8 devices")
 
 
 def test_the_smallest_mesh_that_fits(monkeypatch):
     """Wan 14B on devices of 80 GiB, with what its programs need said instead of compiled."""
-    config = sample.default_config()
-    config.checkpoint, config.precision = "Wan2.1-T2V-14B-Diffusers", "bfloat16"  # 38 GiB of weights
+    wan = planned("Wan2.1-T2V-14B-Diffusers", precision="bfloat16")  # 38 GiB of weights
     compiled = []
 
-    def programs(configs, settings, abstract, target, shape, without):
+    def programs(context, clip, target, shape, without):
         compiled.append((str(shape), bool(without)))
-        for name, needs in (("denoise", 60 / shape.devices), ("decode first", 30), ("decode next", 50 / shape.devices)):
-            if name not in without:
-                yield plan.Program(name, 0.0, 0, 0, int(needs * 2**30), "", 0, 0.0, {}, 0, 0)
+        for part, needs in (("transformer", 60 / shape.devices), ("vae", 30), ("vae", 50 / shape.devices)):
+            if part not in without:
+                yield plan.Program("", part, 1, 0.0, 0, 0, int(needs * 2**30), "", 0, 0.0, {}, 0, 0)
 
-    monkeypatch.setattr(plan, "programs", programs)
-    find = lambda devices, gib: plan.smallest_mesh(*plan.resolved(config), devices, int(gib * 2**30))  # noqa: E731
+    monkeypatch.setattr(meshes, "programs", programs)
+    find = lambda devices, gib: plan.smallest_mesh(*wan, devices, int(gib * 2**30))  # noqa: E731
     shape, sentence = find(8, 80)
     assert shape == MeshShape(sequence=2) and "fewer devices would need 98" in sentence and "\n" not in sentence
     compiled.clear()

@@ -57,6 +57,10 @@ def _misfits(models: Models) -> str | None:
         )
     if (kind := _noise_schedule(models)) not in vp.NOISE_SCHEDULES:
         return f"its noise_schedule is {kind!r:.40}; expected one of {', '.join(vp.NOISE_SCHEDULES)}."
+    try:
+        config.replace(Settings(), _trained(models))
+    except UsageError as error:
+        return f"the defaults in its model_index.json: {error}"
     return None
 
 
@@ -74,10 +78,14 @@ def _noise_schedule(models: Models) -> str:
 
 def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
     """Both, with the settings of the clips that it was trained on."""
+    return {**_trained(models), **defaults, **given}
+
+
+def _trained(models: Models) -> Mapping[str, Any]:
     trained = models.index.get("defaults", {})
     if not isinstance(trained, Mapping):
         raise CheckpointError(f"model_index.json: defaults is {trained!r:.60}; expected an object of settings.")
-    return {**trained, **defaults, **given}
+    return trained
 
 
 def label(models: Models, value: Any) -> str:
@@ -149,7 +157,7 @@ def _network(models: Models, segment: Segment, forward: Forward) -> Callable[...
 @functools.lru_cache(maxsize=8)  # jit compiles once for each function object
 def _velocity(cfg: latent_video.DiTConfig, noise_schedule: str, forward: Forward) -> Callable[..., Array]:
     abar = vp.alphas_cumprod(noise_schedule)
-    how: Any = {name: getattr(forward, name) for name in ("implementation", "placement")}
+    how: Any = {name: getattr(forward, name) for name in ("implementation", "placement", "dtype")}
 
     def network(params: Params, x: Array, t: Array, labels: Array) -> Array:
         def predict(x: Array, t: Array) -> Array:

@@ -98,6 +98,7 @@ def make_clip(models: Models, settings: Settings) -> Clip:
     for name in ("height", "width"):
         multiple(name, getattr(settings, name), 2, 2, 256)
     sampler = samplers.read(settings.solver, settings.steps, settings.shift, "diffusers")
+    assert settings.boundary is not None  # see `_complete`
     border = int(np.sum(sampler.schedule.timesteps >= 1000 * settings.boundary))
     second = settings.guidance if settings.guidance_2 is None else settings.guidance_2
     segments = (

@@ -13,11 +13,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import jvdiff
 from jvdiff.commands import sample, train
 from jvdiff.media import video as videos
 from jvdiff.models import latent_video
 from jvdiff.models.latent_video import runs as latent_video_runs
-from jvdiff.pipeline import class_conditional
 
 ROOT = Path(__file__).parents[3]
 SMALLEST = """
@@ -96,16 +96,21 @@ def test_from_a_folder_of_clips_to_samples(trained, capsys):
     ]
     assert videos.read_video(run / "samples" / "000004.mp4").shape == (4, 64, 128, 3)
 
-    model = class_conditional.load(run / "repository", "float32")
-    assert model.classes == ("bird", "cat", "dog") and model.configs.transformer.num_classes == 3
-    assert all(std > 0 and std != 1 for std in model.configs.vae.latents_std)
+    pipe = jvdiff.load(run / "repository", "float32")
+    configs, index = pipe.models.configs, pipe.models.index
+    assert index["classes"] == ["bird", "cat", "dog"] and configs["transformer"].num_classes == 3
+    assert all(std > 0 and std != 1 for std in configs["vae"].latents_std)
     for label in ("2", "dog"):
         assert sample.main([*flags[:-1], f"--config.class_label={label}", "--config.seed=5"]) == 0
-    made = [folder / "out" / name for name in ("class2_seed5.mp4", "class2_seed5-2.mp4")]
+    made = [folder / "out" / name for name in ("dog_seed5.mp4", "dog_seed5-2.mp4")]
     assert capsys.readouterr().out.split() == list(map(str, made)) and made[0].read_bytes() == made[1].read_bytes()
     record = json.loads(made[0].with_suffix(".json").read_text())
-    assert record["class_name"] == "dog" and record["guidance"] == 7.5 and record["checkpoint_digest"] == model.digest
-    shown, again = videos.read_video(made[0]), class_conditional.generate(model, ["dog"], seed=5, steps=2).video[0]
+    assert (
+        record["class_name"] == "dog"
+        and record["guidance"] == 7.5
+        and record["checkpoint_digest"] == pipe.repository.digest
+    )
+    shown, again = videos.read_video(made[0]), jvdiff.generate(pipe, labels="dog", seed=5, steps=2).video[0]
     assert shown.shape == again.shape == (4, 32, 32, 3)
     assert np.abs(shown.astype(int) - again).mean() < 20  # H.264 of noise
 
@@ -120,11 +125,11 @@ def test_a_trained_model_is_trained_on(trained, config, tmp_path, capsys):
     repository = trained[1] / "run" / "repository"
     flags = [*config, f"--config.initial={repository}", "--config.schedule.learning_rate=1e-12"]
     assert train.main(flags) == 0
-    was, became = (class_conditional.load(path, "float32") for path in (repository, tmp_path / "run" / "repository"))
-    jax.tree.map(np.testing.assert_array_equal, became.params["vae"], was.params["vae"])
+    was, became = (jvdiff.load(path, "float32") for path in (repository, tmp_path / "run" / "repository"))
+    jax.tree.map(np.testing.assert_array_equal, became.weights["vae"], was.weights["vae"])
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9)  # noqa: E731
-    jax.tree.map(close, became.params["transformer"], was.params["transformer"])
-    assert became.configs == was.configs and not (tmp_path / "run" / "vae_run").exists()
+    jax.tree.map(close, became.weights["transformer"], was.weights["transformer"])
+    assert became.models.configs == was.models.configs and not (tmp_path / "run" / "vae_run").exists()
 
     capsys.readouterr()
     assert train.main([*flags, "--config.prediction=epsilon", f"--config.folder={tmp_path / 'other'}"]) == 2
