@@ -1,6 +1,8 @@
 """Denoises clips of the digits checkpoint under several meshes and prints, as JSON, how they differ from one device's.
 
-    python tests/same_clip.py CLIPS MESH [MESH ...]
+    python tests/same_clip.py [--eight_bits] CLIPS MESH [MESH ...]
+
+With --eight_bits the transformer's weights are read through a transform that rounds the kernels of its layers.
 
 A script, because XLA:CPU has to be told before it starts. What its products and sums give, to the last bit, depends on
 how many rows they have, which is what a mesh changes. So that bits can be compared at all, the clips and the prompt are
@@ -8,6 +10,7 @@ large enough for every product on every device to take the same path (about 3 mi
 left to XLA's own loops, which know one path only.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -21,7 +24,27 @@ PROMPT = "a red seven moving left " * 60
 SIZES = dict(num_frames=29, height=256, width=256, steps=2)
 
 
-def main(clips: int, meshes: list[str]) -> None:
+def eight_bits(pipe):
+    """The pipeline with kernels of eight bits in the layers of its transformer."""
+    from jvdiff.models.family import read_weights
+    from jvdiff.models.quantised import quantise
+    from jvdiff.pipeline import Weights
+
+    class EightBits:
+        digest = "int8"
+
+        def abstract(self, path, struct):
+            return self.apply(path, struct)
+
+        def apply(self, path, leaf):
+            return quantise(leaf) if path.startswith("blocks/") and path.endswith("/kernel") else leaf
+
+    part, cfg = pipe.family.parts["transformer"], pipe.models.configs["transformer"]
+    params = read_weights(CHECKPOINT / "transformer", part, cfg, "float32", pipe.placement, transform=EightBits())
+    return dataclasses.replace(pipe, weights=Weights({**pipe.weights, "transformer": params}))
+
+
+def main(clips: int, meshes: list[str], change=lambda pipe: pipe) -> None:
     import jax
     import numpy as np
 
@@ -31,7 +54,7 @@ def main(clips: int, meshes: list[str]) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     alone, found = None, {}
     for mesh in [None, *meshes]:
-        pipe = pipeline.load(CHECKPOINT, "float32", mesh)
+        pipe = change(pipeline.load(CHECKPOINT, "float32", mesh))
         clip = pipe.clip(**SIZES)
         solver, inputs = clip.sampler.make(), pipe.family.inputs(pipe.models, clip, Request(prompts=(PROMPT,) * clips))
         conditions = pipeline.encode(pipe.context, clip, inputs, pipe.run)
@@ -46,4 +69,5 @@ def main(clips: int, meshes: list[str]) -> None:
 
 if __name__ == "__main__":
     os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS=FLAGS)
-    main(int(sys.argv[1]), sys.argv[2:])
+    words = [word for word in sys.argv[1:] if word != "--eight_bits"]
+    main(int(words[0]), words[1:], *([eight_bits] if words != sys.argv[1:] else []))

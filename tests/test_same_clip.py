@@ -9,11 +9,11 @@ from pathlib import Path
 SCRIPT = Path(__file__).with_name("same_clip.py")
 
 
-def differences(clips, *meshes):
+def differences(*words):
     """Mesh -> largest difference of the latents from one device's, relative to the largest of those."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
-        [sys.executable, SCRIPT, str(clips), *meshes], capture_output=True, text=True, timeout=300, env=environment
+        [sys.executable, SCRIPT, *map(str, words)], capture_output=True, text=True, timeout=300, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -33,3 +33,8 @@ def test_one_clip_is_the_same_under_every_mesh():
 
 def test_four_clips_are_the_same_divided():
     assert differences(4, "data=8") == {"data=8": 0.0}
+
+
+def test_a_clip_of_eight_bits_is_the_same_divided():
+    """Restored through a transform: where weights are divided, the same integers and scales come together."""
+    assert differences("--eight_bits", 1, "fsdp=2,ring=1") == {"fsdp=2,ring=1": 0.0}

@@ -21,7 +21,7 @@ from jvdiff.kernels import Dense
 from jvdiff.sharding import MeshShape, Placement, Sizes, param_shardings
 from jvdiff.sharding.rules import Rules
 from jvdiff.types import Array, Params
-from jvdiff.weights import restore, safetensors
+from jvdiff.weights import restore, safetensors, transformed
 from jvdiff.weights.naming import Rule
 
 
@@ -320,8 +320,9 @@ def read_config(folder: Path, parts: Mapping[str, Part] | Part) -> Any:
 
 
 def read_weights(folder: Path, part: Part, cfg: Any, dtype: Any, placement: Placement | None = None, **how: Any) -> Any:
-    """The weights of a component folder in either layout, where they live on a mesh. Raises as `weights.restore`."""
+    """The weights of a component folder in either layout, where they live on a mesh; how, raises: `weights.restore`."""
     abstract = part.abstract(cfg, dtype)
     names = part.names(cfg) if part.names else []
-    where = param_shardings(placement.mesh, abstract, part.places) if placement else None
+    made = transformed(abstract, how.get("transform"))
+    where = param_shardings(placement.mesh, made, part.places) if placement else None
     return restore(folder, abstract, names, where, ignored=part.ignored(cfg), **how)

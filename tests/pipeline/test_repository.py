@@ -145,10 +145,7 @@ def test_save_causal_repository(tiny_causal_repository, tmp_path):
         kept = repository.inspect(saved)
         assert kept.models.configs["transformer"] == source.models.configs["transformer"]
         assert kept.defaults == settings.read_defaults(saved, kept.family) == {}
-    euler = {
-        "tokenizer": tokenizer,
-        "scheduler": {"scheduler_config.json": {"_class_name": "FlowMatchEulerDiscreteScheduler"}},
-    }
+    euler = {"scheduler_config.json": {"_class_name": "FlowMatchEulerDiscreteScheduler"}}
     with pytest.raises(UsageError, match="needs one of SelfForcingFlowMatchScheduler"):
         repository.save(tmp_path / "x", source.family, parts, files={"tokenizer": tokenizer, "scheduler": euler})
     assert not (tmp_path / "x").exists()
