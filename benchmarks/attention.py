@@ -43,9 +43,8 @@ from jvdiff import kernels
 from jvdiff.errors import JvdiffError, SetupError
 from jvdiff.kernels import Dense, SlidingTile, VideoSparse, block_sparse, tiles
 from jvdiff.kernels.block_sparse import Lists
+from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.kernels.sliding_tile import check_windows, window_lists
-from jvdiff.models import wan
-from jvdiff.pipeline.settings import read_pattern
 
 DIRECTIONS = {"forward": 4.0, "backward": 10.0}  # FLOPs of one query-key pair and channel
 WRONG = 0.05  # a relative error that no rounding explains
@@ -104,7 +103,7 @@ class Problem:
 
     shape: Shape
     name: str
-    pattern: wan.Pattern
+    pattern: Dense | SlidingTile | VideoSparse
     operands: tuple[jax.Array, ...]
     dout: jax.Array
     place: np.ndarray
@@ -144,14 +143,14 @@ class Problem:
         return lambda q, k, v, gate: kernels.video_sparse_attention(q, k, v, gate, sparsity=pattern.sparsity, **common)
 
 
-def tile_of(pattern: wan.Pattern) -> tiles.Grid:
+def tile_of(pattern: Dense | SlidingTile | VideoSparse) -> tiles.Grid:
     """The pattern's tile."""
     return _DENSE_TILE if isinstance(pattern, Dense) else pattern.tile
 
 
 def problem(shape: Shape, name: str, dtype: Any) -> Problem:
-    """Random operands; `name` as in `jvdiff.pipeline.settings.read_pattern`."""
-    pattern = read_pattern(name, shape.heads)
+    """Random operands; `name` as in `jvdiff.kernels.patterns.read`."""
+    pattern: Any = read_pattern(name, shape.heads)
     tile = tile_of(pattern)
     sizes = tiles.variable_block_sizes(shape.grid, tile)
     slots = tiles.non_pad_index(sizes, int(np.prod(tile)))
@@ -166,7 +165,9 @@ def problem(shape: Shape, name: str, dtype: Any) -> Problem:
     return Problem(shape, name, pattern, operands, dout, place, Lists(q2k, count, sizes.astype(np.int32)))
 
 
-def key_tiles(shape: Shape, pattern: wan.Pattern, q: Any, k: Any, ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def key_tiles(
+    shape: Shape, pattern: Dense | SlidingTile | VideoSparse, q: Any, k: Any, ids: np.ndarray, sizes: np.ndarray
+) -> np.ndarray:
     """int32 [1,N or 1,n,M]: the tiles that each tile sees. For VSA chosen here anew, from the tile `ids` of tokens."""
     n = sizes.size
     if isinstance(pattern, Dense):

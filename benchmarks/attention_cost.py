@@ -28,9 +28,9 @@ from timing import RESULTS, short, write
 from jvdiff import kernels
 from jvdiff.errors import JvdiffError
 from jvdiff.kernels import Dense, SlidingTile, VideoSparse, tiles
+from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.kernels.sliding_tile import check_windows, window_lists
 from jvdiff.models import latent_video
-from jvdiff.pipeline.settings import read_pattern
 from jvdiff.plan import count_flops
 
 FRAMES = (21, 41, 81, 161, 321)
@@ -57,7 +57,7 @@ LATENTS = (1, 4, 32, 32, 4), (1, 16, 32, 32, 4)  # of 16 frames of 256x256 pixel
 MODELS = Model("Wan 1.3B 480p", 30, 52, 12), Model("Wan 14B 720p", 45, 80, 40)
 
 
-def kept(grid: tiles.Grid, pattern: Dense | SlidingTile | VideoSparse) -> tuple[float, float]:
+def kept(grid: tiles.Grid, pattern: Any) -> tuple[float, float]:
     """(query-key pairs between tokens, between means of tiles) of one head.
 
     Which tiles VSA keeps depends on the operands; each query is taken to see the mean number of tokens.
@@ -74,7 +74,7 @@ def kept(grid: tiles.Grid, pattern: Dense | SlidingTile | VideoSparse) -> tuple[
     return float(((sizes[q2k] * counted).sum(-1) * sizes).sum()), 0.0
 
 
-def program(grid: tiles.Grid, pattern: Dense | SlidingTile | VideoSparse, heads: int, head_dim: int) -> float:
+def program(grid: tiles.Grid, pattern: Any, heads: int, head_dim: int) -> float:
     """FLOPs of the traced program of all heads."""
     x = jax.ShapeDtypeStruct((1, int(np.prod(grid)), heads, head_dim), jnp.bfloat16)
     common: Any = {"grid": grid, "tile": getattr(pattern, "tile", None), "implementation": "xla"}
@@ -148,7 +148,8 @@ def rows(models: Sequence[Model] = MODELS, frames: Sequence[int] = FRAMES) -> It
     for model in models:
         for text in PATTERNS:
             for F in frames:
-                grid, pattern = (1 + (F - 1) // 4, model.height, model.width), read_pattern(text)
+                grid = 1 + (F - 1) // 4, model.height, model.width
+                pattern: Any = read_pattern(text)
                 fine, coarse = (4 * pairs * model.heads * model.head_dim for pairs in kept(grid, pattern))
                 yield {
                     "model": model.name,

@@ -26,58 +26,65 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-from jvdiff.pipeline.class_conditional import Model
 
+import jvdiff
+from jvdiff import pipeline
 from jvdiff.digits import clips as digits
 from jvdiff.digits import judge as digits_judge
 from jvdiff.digits.judge import Seen
 from jvdiff.errors import UsageError
-from jvdiff.pipeline import class_conditional
+from jvdiff.models.latent_video.family import encode_program
+from jvdiff.pipeline import Pipeline
 from jvdiff.types import Params
 
 SHOWN = 3  # clips of each class and weight in the picture
 
 
 def measure(
-    judge: Params, model: Model, weights: Sequence[float], count: int, batch: int, seed: int, steps: int | None = None
+    judge: Params, pipe: Pipeline, weights: Sequence[float], count: int, batch: int, seed: int, steps: int | None = None
 ) -> tuple[dict[str, Any], np.ndarray]:
     """The report on `count` clips of each weight, and a picture uint8 [Y,X,3] of some: columns are classes.
 
     Its rows are SHOWN real clips, as many after the VAE's round trip, and as many for each weight.
     """
-    settings = model.settings(steps=steps)
-    if (settings.height, settings.width) != (digits.SIZE,) * 2 or not set(model.classes) <= set(digits.DIGITS):
-        raise UsageError(
-            f"{model.path} makes clips of {settings.height}x{settings.width} of the classes "
-            f"{', '.join(model.classes):.200}; expected {digits.SIZE}x{digits.SIZE} and digits in words."
-        )
-    if count % batch or count % len(model.classes) or count < 2 * len(model.classes):
-        raise UsageError(
-            f"{count} clips; expected a multiple of the {len(model.classes)} classes, at least two of each, and of the "
-            f"{batch} clips that are generated at a time."
-        )
-    labels = np.repeat(np.arange(len(model.classes)), count // len(model.classes))
-    wanted = [digits.DIGITS.index(model.classes[label]) for label in labels]
+    settings, classes = pipe.settings(steps=steps), pipe.models.index.get("classes", [])
+    _check(pipe, settings, classes, count, batch)
+    labels = [name for name in classes for _ in range(count // len(classes))]
+    wanted = [digits.DIGITS.index(name) for name in labels]
     real = real_clips(wanted, settings.num_frames, seed)
-    videos = {"real": real, "real, through the VAE": round_trip(model, real)}
+    videos = {"real": real, "real, through the VAE": round_trip(pipe, real)}
     began = time.perf_counter()
     for weight in weights:
         parts = []
         for i in range(0, count, batch):
-            part = labels[i : i + batch].tolist()
-            parts.append(class_conditional.generate(model, part, seed=seed + i, guidance=weight, steps=steps).video)
+            part = labels[i : i + batch]
+            parts.append(jvdiff.generate(pipe, labels=part, seed=seed + i, guidance=weight, steps=steps).video)
             print(f"guidance {weight:g}: generated {i + batch} of {count} clips", file=sys.stderr)
         videos[f"guidance {weight:g}"] = np.concatenate(parts)
     report = {
         "clips_of_each": count,
-        "classes": len(model.classes),
+        "classes": len(classes),
         "seed": seed,
         "steps": settings.steps,
         "solver": settings.solver,
         "seconds": round(time.perf_counter() - began, 1),
         "measured": {name: score(digits_judge.look(judge, v), v, wanted, real) for name, v in videos.items()},
     }
-    return report, _picture(list(videos.values()), len(model.classes))
+    return report, _picture(list(videos.values()), len(classes))
+
+
+def _check(pipe: Pipeline, settings: Any, classes: Sequence[str], count: int, batch: int) -> None:
+    """Raises UsageError unless the classes are digits and the clips divide among them and into batches."""
+    if (settings.height, settings.width) != (digits.SIZE,) * 2 or not classes or not set(classes) <= set(digits.DIGITS):
+        raise UsageError(
+            f"{pipe.repository.path} makes clips of {settings.height}x{settings.width} of the classes "
+            f"{', '.join(classes):.200}; expected {digits.SIZE}x{digits.SIZE} and digits in words."
+        )
+    if count % batch or count % len(classes) or count < 2 * len(classes):
+        raise UsageError(
+            f"{count} clips; expected a multiple of the {len(classes)} classes, at least two of each, and of the "
+            f"{batch} clips that are generated at a time."
+        )
 
 
 def real_clips(wanted: Sequence[int], frames: int, seed: int) -> np.ndarray:
@@ -89,11 +96,11 @@ def real_clips(wanted: Sequence[int], frames: int, seed: int) -> np.ndarray:
     return np.stack(videos)
 
 
-def round_trip(model: Model, videos: np.ndarray) -> np.ndarray:
+def round_trip(pipe: Pipeline, videos: np.ndarray) -> np.ndarray:
     """uint8 [N,F,Y,X,3] encoded to the mean of its latents and decoded, a clip at a time."""
-    configs, params = model.configs, model.params["vae"]
-    latents = [class_conditional.encode(configs, params, video[None]) for video in videos]
-    return class_conditional.decode(configs, params, np.concatenate(latents))
+    program, clip = encode_program(pipe.models.configs["vae"]), pipe.clip(num_frames=videos.shape[1])
+    latents = [np.asarray(program(pipe.weights["vae"], video[None])) for video in videos]
+    return pipeline.decode(pipe.context, clip, np.concatenate(latents), pipe.run)
 
 
 def score(seen: Sequence[Seen], videos: np.ndarray, wanted: Sequence[int], real: np.ndarray) -> dict[str, Any]:

@@ -6,8 +6,9 @@
 
 Each row is the median of runs that alternate (ours, theirs, ours, theirs, ...) after one of each that does not count;
 what JAX needs to compile is a column of its own. `difference` is the relative L2 distance between the two results, so
-that a fast wrong answer shows. Without torch and diffusers (`make parity` installs them) only our side is timed. The
-table goes to benchmarks/results with the machine that it was measured on.
+that a fast wrong answer shows. Without torch and diffusers (`make parity` installs them) only our side is timed; with
+them, --checkpoint needs accelerate too, without which the rival cannot load one. The table goes to benchmarks/results
+with the machine that it was measured on.
 
 B batch · T latent frames · H W latent grid · C latent channels · S text tokens · F pixel frames · Y X pixel size.
 """
@@ -32,17 +33,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jvdiff.pipeline.tables import component
 from machine import describe
 from timing import RESULTS, in_turn, matmul_peak, short, write
 
 from jvdiff.errors import JvdiffError, SetupError
 from jvdiff.models import wan
+from jvdiff.models.family import Part
 from jvdiff.models.text import umt5
+from jvdiff.models.wan import family
 from jvdiff.plan import count_flops
 from jvdiff.weights.naming import disassemble, flatten, unflatten
 
 PROMPT = "a red seven moving left"
+RIVALS = ("torch", "diffusers", "transformers")
 
 # The sizes of configs/train_digits_*.py.
 DIGITS_DIT = wan.DiTConfig(
@@ -201,11 +204,16 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
 # ------------------------------------------------------------------------------------------------------- both sides
 
 
+def part_of(cfg: Any) -> Part:
+    """The part of a repository that a configuration is of."""
+    return next(part for part in family.TEXT_TO_VIDEO.parts.values() if isinstance(cfg, part.config))
+
+
 def random_params(cfg: Any) -> dict[str, Any]:
     """float32 numpy parameters that keep activations of order one; no leaf idle."""
     block = np.random.default_rng(0).standard_normal(1_000_003, np.float32)  # repeated: billions of draws take minutes
     leaves = {}
-    for path, leaf in flatten(component(cfg).abstract(jnp.float32)).items():
+    for path, leaf in flatten(part_of(cfg).abstract(cfg, jnp.float32)).items():
         if path.endswith("scale"):
             leaves[path] = np.ones(leaf.shape, np.float32)
         elif path.endswith(("kernel", "embedding")):
@@ -220,7 +228,7 @@ def random_params(cfg: Any) -> dict[str, Any]:
 
 def our_run(case: Case, params: dict[str, Any]) -> tuple[Run, float]:
     """A compiled run, and the seconds that compiling took."""
-    abstract = component(case.cfg).abstract(jnp.dtype(case.dtype))
+    abstract = part_of(case.cfg).abstract(case.cfg, jnp.dtype(case.dtype))
     params = jax.tree.map(lambda leaf, value: jnp.asarray(value, leaf.dtype), abstract, params)
     inputs = [jnp.asarray(x) for x in case.inputs]
     began = time.perf_counter()
@@ -229,17 +237,18 @@ def our_run(case: Case, params: dict[str, Any]) -> tuple[Run, float]:
     return lambda: jax.block_until_ready(compiled(params, *inputs)), took
 
 
-def have_rival() -> bool:
-    """Whether torch, diffusers and transformers are installed."""
-    return all(importlib.util.find_spec(name) for name in ("torch", "diffusers", "transformers"))
+def missing(packages: Sequence[str]) -> str:
+    """Those of the packages that are not installed, as a sentence names them."""
+    return ", ".join(name for name in packages if not importlib.util.find_spec(name))
 
 
 def their_run(case: Case, params: dict[str, Any], device: str) -> Run:
     """The rival's run on the same weights."""
     import torch
 
-    model = _torch_model(case.cfg, device)
-    state = {name: torch.from_numpy(array) for name, array in disassemble(component(case.cfg).rules, params)}
+    model, names = _torch_model(case.cfg, device), part_of(case.cfg).names
+    assert names is not None
+    state = {name: torch.from_numpy(array) for name, array in disassemble(names(case.cfg), params)}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert set(missing) <= {"encoder.embed_tokens.weight"} and not unexpected, (missing, unexpected)
     del state
@@ -294,7 +303,7 @@ def measure(case: Case, repeats: int, rival: str | None, peak: float | None = No
     ours, compile_seconds = our_run(case, params)
     theirs = their_run(case, params, rival) if rival else None
     counted = jax.make_jaxpr(case.counted or case.ours)
-    abstract = component(case.cfg).abstract(jnp.dtype(case.dtype))
+    abstract = part_of(case.cfg).abstract(case.cfg, jnp.dtype(case.dtype))
     flops = count_flops(counted(abstract, *case.inputs).jaxpr)
     del params
     seconds, their_seconds, difference = alternate(ours, theirs, repeats)
@@ -308,11 +317,10 @@ def measure_clip(checkpoint: str, repeats: int, rival: str | None) -> Row:
     """Prompt to frames, with the checkpoint's own settings, from the same noise."""
     import jvdiff
     from jvdiff import pipeline
-    from jvdiff.pipeline.settings import latent_shape
 
     pipe = jvdiff.load(checkpoint)
-    settings = pipe.settings()
-    noise = np.asarray(pipeline.initial_noise([0], latent_shape(pipe.configs, settings)))
+    clip = pipe.clip()
+    settings, noise = clip.settings, np.asarray(pipeline.initial_noise([0], clip.latents))
 
     def ours() -> np.ndarray:
         return jvdiff.generate(pipe, [PROMPT], noise=noise).video
@@ -357,25 +365,22 @@ def first_frame(checkpoint: str, side: str, cache: str) -> None:
     """In a process of its own: prints the time of day when the first frame is in host memory."""
     import jvdiff
     from jvdiff import pipeline
-    from jvdiff.pipeline import repository
-    from jvdiff.pipeline.settings import Configs, latent_shape, read_defaults, resolve
 
     if side == "ours":
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         pipe = jvdiff.load(checkpoint)
-        settings = pipe.settings()
-        guided = settings.guidance != 1
-        words, negative = pipeline.encode_prompts(pipe, [PROMPT], settings.negative_prompt if guided else None)
-        noise = pipeline.initial_noise([0], latent_shape(pipe.configs, settings))
-        state = pipeline.denoise(pipe, settings, pipeline.solver(settings).init(noise), words, negative)
-        pipeline.decode(pipe, state.x, callback=lambda done: print(time.time(), flush=True) if done == 1 else None)
+        context, run, clip = pipe.context, pipe.run, pipe.clip()
+        solver = clip.sampler.make()
+        inputs = pipe.family.inputs(pipe.models, clip, pipeline.make_request(pipe.family, clip, (PROMPT,)))
+        conditions = pipeline.encode(context, clip, inputs, run)
+        state = pipeline.begin(clip, solver, pipeline.initial_noise([0], clip.latents), [0])
+        latents = pipeline.denoise(context, clip, conditions, state, solver, run).x
+        told = lambda done: print(time.time(), flush=True) if done == 1 else None  # noqa: E731
+        pipeline.decode(context, clip, latents, run, callback=told)
     else:  # the rival gives all frames at once
-        configs = repository.inspect(checkpoint)
-        three = Configs(configs.transformer, configs.vae, configs.text_encoder)
-        settings = resolve(three, configs.scheduler, read_defaults(checkpoint))
-        _their_clip(checkpoint, settings, None, "cpu")()
+        _their_clip(checkpoint, pipeline.inspect(checkpoint).settings(), None, "cpu")()
         print(time.time(), flush=True)
 
 
@@ -463,7 +468,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
     output = args.output or (None if args.quick else RESULTS / f"compare_diffusers_{args.device}.json")
     if output:
-        rivals = {name: version(name) for name in ("torch", "diffusers", "transformers")} if rival else {}
+        rivals = {name: version(name) for name in RIVALS} if rival else {}
         report = {
             "machine": describe() | rivals | {"threads": threads, "load_before": load},
             "peak_bfloat16_tflops_per_s": peak and round(peak / 1e12, 1),
@@ -474,11 +479,21 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _rival(args: argparse.Namespace) -> str | None:
+    """The rival's device; None where our side is timed alone.
+
+    Raises:
+        SetupError: the rival is there and cannot load a checkpoint.
+    """
     if args.alone:
         return None
-    if not have_rival():
-        print("torch, diffusers or transformers is not installed: timing jvdiff alone", file=sys.stderr)
+    if names := missing(RIVALS):
+        print(f"not installed: {names} (make parity installs them); timing jvdiff alone", file=sys.stderr, flush=True)
         return None
+    if args.checkpoint and missing(("accelerate",)):
+        raise SetupError(
+            "--checkpoint: diffusers needs the package accelerate to load one, which is not installed.\n"
+            "Run: pip install accelerate (or give --alone, to time jvdiff alone)."
+        )
     if args.device == "cpu" or args.quick:
         return "cpu"
     import torch

@@ -49,6 +49,7 @@ from jvdiff.kernels import Dense, block_sparse_attention, tiles
 from jvdiff.kernels.block_sparse import mosaic_gpu, triton
 from jvdiff.models import wan
 from jvdiff.models.wan import places
+from jvdiff.models.wan.family import TEXT_LENGTH
 from jvdiff.sharding import MeshShape, Placement, collectives, param_shardings, read_mesh
 
 # Grid of tokens after patchify, and heads; 81 frames, HunyuanVideo 117. All have head dim 128, --head-dim asks what if.
@@ -346,7 +347,7 @@ def branches(shape: MeshShape) -> int:
 def step_inputs(cfg: Any, batch: int, height: int, width: int) -> list[tuple[tuple[int, ...], Any]]:
     """(shape, dtype) of the latents of 81 frames, the timestep and the text."""
     latents = (batch, 21, height // 8, width // 8, cfg.in_channels)
-    return [(latents, jnp.float32), ((batch,), jnp.float32), ((batch, plan.ROWS, cfg.text_dim), jnp.bfloat16)]
+    return [(latents, jnp.float32), ((batch,), jnp.float32), ((batch, TEXT_LENGTH, cfg.text_dim), jnp.bfloat16)]
 
 
 def check() -> int:

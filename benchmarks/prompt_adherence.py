@@ -112,11 +112,11 @@ def main() -> int:
         if args.save:
             np.savez_compressed(args.save, video=videos)
     if args.classes:
-        from jvdiff.pipeline import class_conditional
+        import jvdiff
 
-        model = class_conditional.load(args.classes)
+        pipe = jvdiff.load(args.classes)
         found, picture = class_adherence.measure(
-            judge, model, args.guidances, args.clips, args.batch or 10, args.seed, args.steps
+            judge, pipe, args.guidances, args.clips, args.batch or 10, args.seed, args.steps
         )
         report["classes"] = {"checkpoint": Path(args.classes).name} | found | common
         class_adherence.show(found)
@@ -215,13 +215,13 @@ def stream_round_trip(judge: Params, path: str, count: int = 40, chunks: int = 5
 
 def _through_vae(path: str, clips: np.ndarray) -> np.ndarray:
     """uint8 [B,F,Y,X,3], encoded and decoded by the VAE of a repository."""
+    from jvdiff import pipeline
     from jvdiff.models import wan
-    from jvdiff.models.wan import names
-    from jvdiff.pipeline import repository
-    from jvdiff.weights import restore
+    from jvdiff.models.family import read_weights
 
-    cfg = repository.inspect(path).vae
-    params = restore(Path(path) / "vae", wan.abstract_params(cfg), names.vae(cfg))
+    repository = pipeline.inspect(path)
+    cfg = repository.models.configs["vae"]
+    params = read_weights(repository.path / "vae", repository.family.parts["vae"], cfg, jnp.float32)
     program = jax.jit(lambda p, x: wan.decode(p, cfg, wan.encode(p, cfg, x)))
     return np.concatenate(list(_through(program, params, clips)))
 

@@ -32,7 +32,6 @@ from jvdiff import pipeline
 from jvdiff.digits import clips as digits
 from jvdiff.digits import judge as digits_judge
 from jvdiff.errors import JvdiffError
-from jvdiff.pipeline.settings import latent_shape, read_pattern
 
 PATTERNS = (
     "dense",
@@ -52,25 +51,24 @@ class Run:
 
     def __init__(self, weights: str, pipe: pipeline.Pipeline, pattern: str, steps: int | None):
         self.weights, self.pipe, self.pattern = weights, pipe, pattern
-        self.settings = pipe.settings(
-            pattern=pattern, steps=steps, num_frames=17, height=digits.SIZE, width=digits.SIZE
-        )
+        self.clip = pipe.clip(pattern=pattern, steps=steps, num_frames=17, height=digits.SIZE, width=digits.SIZE)
         self.latents: list[np.ndarray] = []
         self.seconds: list[float] = []
 
     def inputs(self, prompts: list[str], seed: int) -> tuple[Any, ...]:
-        """Noise, and the text with and without the prompts."""
-        settings = self.settings
-        negative = settings.negative_prompt if settings.guidance != 1 else None
+        """Seeds, noise, and the conditions with and without the prompts."""
+        pipe, clip = self.pipe, self.clip
         seeds = [seed + i for i in range(len(prompts))]
-        noise = np.asarray(pipeline.initial_noise(seeds, latent_shape(self.pipe.configs, settings)))
-        return noise, *pipeline.encode_prompts(self.pipe, prompts, negative)
+        noise = np.asarray(pipeline.initial_noise(seeds, clip.latents))
+        tokens = pipe.family.inputs(pipe.models, clip, pipeline.make_request(pipe.family, clip, tuple(prompts)))
+        return seeds, noise, pipeline.encode(pipe.context, clip, tokens, pipe.run)
 
     def denoise(self, inputs: tuple[Any, ...]) -> np.ndarray:
         """[B,T,H,W,C]"""
-        noise, *text = inputs
-        state = pipeline.solver(self.settings).init(jnp.array(noise))  # a copy, since the sampler consumes its state
-        return np.asarray(pipeline.denoise(self.pipe, self.settings, state, *text).x)
+        seeds, noise, conditions = inputs
+        pipe, solver = self.pipe, self.clip.sampler.make()
+        state = pipeline.begin(self.clip, solver, jnp.array(noise), seeds)  # a copy: the sampler consumes its state
+        return np.asarray(pipeline.denoise(pipe.context, self.clip, conditions, state, solver, pipe.run).x)
 
     def step(self, inputs: tuple[Any, ...]) -> None:
         """Denoises one batch and keeps the latents."""
@@ -79,14 +77,13 @@ class Run:
     @property
     def kept(self) -> float:
         """The share of query-key pairs that are computed."""
-        T, H, W, _ = latent_shape(self.pipe.configs, self.settings)
-        pt, ph, pw = self.pipe.configs.transformer.patch_size
-        grid = (T // pt, H // ph, W // pw)
-        return kept(grid, read_pattern(self.pattern))[0] / float(np.prod(grid)) ** 2
+        patch = self.pipe.models.configs["transformer"].patch_size
+        grid = tuple(n // p for n, p in zip(self.clip.latents[:3], patch, strict=True))
+        return kept(grid, self.clip.segments[0].pattern)[0] / float(np.prod(grid)) ** 2
 
 
 def sample(runs: Sequence[Run], wanted: list[digits.Combo], seed: int, batch: int) -> None:
-    """Fills the runs with latents and seconds. At most 8 runs: `pipeline` keeps no more programs."""
+    """Fills the runs with latents and seconds. At most 8 runs: no more programs are kept."""
     for start in range(0, len(wanted), batch):
         part = wanted[start : start + batch]
         prompts = [digits.prompt(*w) for w in part + part[:1] * (batch - len(part))]  # one compiled program for all
@@ -106,7 +103,8 @@ def judged(runs: Sequence[Run], wanted: list[digits.Combo]) -> list[dict[str, An
     first = np.concatenate(runs[0].latents)[: len(wanted)]
     for run in runs:
         latents = np.concatenate(run.latents)[: len(wanted)]
-        score = digits_judge.score(digits_judge.look(judge, pipeline.decode(run.pipe, latents)), wanted)
+        videos = pipeline.decode(run.pipe.context, run.clip, latents, run.pipe.run)
+        score = digits_judge.score(digits_judge.look(judge, videos), wanted)
         rows.append(
             {
                 "weights": run.weights,
@@ -194,8 +192,8 @@ def main(words: Sequence[str] | None = None) -> int:
         "clips": args.clips,
         "batch": args.batch,
         "first_seed": args.seed,
-        "steps": runs[0].settings.steps,
-        "guidance": runs[0].settings.guidance,
+        "steps": runs[0].clip.settings.steps,
+        "guidance": runs[0].clip.settings.guidance,
         "minutes": short((time.perf_counter() - began) / 60),
         "rows": rows,
     }

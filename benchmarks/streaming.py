@@ -37,6 +37,7 @@ from benchmarks.timing import write
 from jvdiff import plan, precision, streaming
 from jvdiff.errors import JvdiffError, SetupError, UsageError
 from jvdiff.models import wan
+from jvdiff.models.wan.rollout import SELF_FORCING_WAN_2_1_T2V_1_3B
 from jvdiff.sharding import MeshShape, collectives
 
 PUBLISHED = {"FlashDreams, H100, 6th chunk, network": 344.0, "Self-Forcing, H100, 6th chunk, network": 432.0}
@@ -75,7 +76,7 @@ def measured(checkpoint: str | None, chunks: int, device: str | None) -> dict[st
         pipe = streaming.load(checkpoint, config=config)
         cache = pipe.initialize_cache(0, prompts=["a red seven moving left"])
     else:
-        pipe = random_pipeline(streaming.SELF_FORCING_WAN_2_1_T2V_1_3B)
+        pipe = random_pipeline(SELF_FORCING_WAN_2_1_T2V_1_3B)
         cache = pipe.initialize_cache(0, text=random_text(pipe.config))
     names = [name for name, _ in pipe.compile(cache)]
     print(f"{pipe.config.name} on {jax.devices()[0].device_kind}; compiled {', '.join(names)}")
@@ -151,7 +152,7 @@ def resident() -> float:
 
 def compiled(target: str) -> list[dict[str, Any]]:
     """Compiles the 1.3B model's programs for one such GPU and prints what each needs and should take."""
-    config = streaming.SELF_FORCING_WAN_2_1_T2V_1_3B
+    config = SELF_FORCING_WAN_2_1_T2V_1_3B
     here = NamedSharding(plan.target_mesh(target, MeshShape()), PartitionSpec())
     there = lambda tree: jax.tree.map(  # noqa: E731
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here if x.ndim else None), tree

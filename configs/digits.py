@@ -1,6 +1,6 @@
 """The digits model: 64x64 pixels, 17 frames, a coloured handwritten digit that moves.
 
-    python -m jvdiff.sample --config configs/digits.py --config.prompt="a red seven moving left" --config.seed=3
+    jvdiff sample --config digits --prompt="a red seven moving left" --seed=3
 
 Runs the checkpoint that ships with the project, trained by configs/train_digits_vae.py and configs/train_digits_dit.py;
 its folder holds its own defaults (20 steps, guidance 4). Memory: well under 1 GB, on any CPU.

@@ -1,9 +1,9 @@
 """The small latent video model's little sibling: moving digits by class, on two CPU cores.
 
-    python -m jvdiff.digits --output=runs/digits_clips --clips=4000
+    jvdiff digits --output=runs/digits_clips --clips=4000
     export XLA_FLAGS=--xla_force_host_platform_device_count=2
-    python -m jvdiff.train --config configs/latent_video_digits.py --config.loop.mesh=data=2
-    python -m jvdiff.sample --config configs/latent_video_digits.py --config.class_label=seven
+    jvdiff train --config latent_video_digits --loop.mesh=data=2
+    jvdiff sample --config latent_video_digits --class_label=seven
 
 Clips are 16 frames of 64x64, latents 4x8x8. On two slow AVX2 cores: 5 minutes for the clips, 53 for the VAE, 5 for the
 latents, 145 for the transformer. Nearly this made checkpoints/digits-classes (docs/log.md); what that can do:

@@ -1,11 +1,11 @@
 """Trains a class-conditional video model from nothing on a folder of labelled clips, and samples it.
 
-    python -m jvdiff.train --config configs/latent_video_small.py --config.clips=FOLDER
-    python -m jvdiff.sample --config configs/latent_video_small.py --config.class_label=7
+    jvdiff train --config latent_video_small --clips=FOLDER
+    jvdiff sample --config latent_video_small --class_label=NAME
 
 FOLDER holds class_name/clip.mp4, or is a CSV with the columns path and label. The VAE comes first, then the transformer
-on its latents, of the size small (`jvdiff.models.latent_video.SIZES`; --config.transformer=medium, large or xl). Clips
-are 16 frames of 256x256; --config.plan=true says what a step takes, without data. A scaled-down sibling is
+on its latents, of the size small (`jvdiff.models.latent_video.SIZES`; --transformer=medium, large or xl). Clips
+are 16 frames of 256x256; --plan says what a step takes, without data. A scaled-down sibling is
 configs/latent_video_digits.py.
 """
 
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
             "height": 256,
             "width": 256,
             "fps": 8,  # of what is sampled
-            "stride": 1,  # every so many frames of a file
+            "stride": 1,  # frames of a file from one to the next that is taken
             "workers": 8,  # threads that read ahead
             "most_bad": 0.05,  # the share of clips that may be unreadable
             "cache_latents": False,  # encode every clip once, instead of anew in every epoch, cut out elsewhere

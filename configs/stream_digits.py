@@ -1,11 +1,11 @@
 """The digits model's causal sibling: 64x64 pixels, 12 frames a chunk, a digit that moves on and on across the border.
 
-    python -m jvdiff.stream --config configs/stream_digits.py --config.chunks=40
-    python -m jvdiff.stream --config configs/stream_digits.py --config.prompt="a blue two moving up" \\
-        --config.then.10="a blue two moving right"
+    jvdiff stream --config stream_digits --chunks=40
+    jvdiff stream --config stream_digits --prompt="a blue two moving up" \\
+        --then.10="a blue two moving right" --seed=0 --chunks=20
 
 Runs the checkpoint that ships with the project, trained by configs/train_digits_stream.py; its folder holds window,
-steps and guidance. Without --config.chunks it goes on until Ctrl-C. Memory: well under 1 GB, on any CPU.
+steps and guidance. Without --chunks it goes on until Ctrl-C. Memory: well under 1 GB, on any CPU.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """Trains the transformer and text encoder of the digits model on latents of its VAE (that first: train_digits_vae.py).
 
-    python -m jvdiff.train --config configs/train_digits_dit.py
-    python -m convert.to_hf --source runs/digits_dit/repository --target checkpoints/digits --dtype float16
+    jvdiff train --config train_digits_dit
+    jvdiff to_hf --source=runs/digits_dit/repository --target=checkpoints/digits --dtype=float16
 
 Flow matching, logit-normal noise levels with shift 3, a tenth of the prompts dropped for guidance, prompts with the 32
 held-out combinations never seen. Figures and curves: docs/log.md.

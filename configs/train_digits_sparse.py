@@ -1,7 +1,7 @@
 """Fine-tunes the digits model for video sparse attention: a tile of 2x2 tokens sees the best 5 of the 20 tiles.
 
-    python -m jvdiff.train --config configs/train_digits_sparse.py
-    python -m convert.to_hf --source runs/digits_sparse/repository --target checkpoints/digits_sparse --dtype float16
+    jvdiff train --config train_digits_sparse
+    jvdiff to_hf --source=runs/digits_sparse/repository --target=checkpoints/digits_sparse --dtype=float16
 
 Starts from the dense model that ships with the project, with the gate of the coarse branch at zero. The sparsity rises
 to 25, 50 and 75 % after 100 steps each; every sparsity is a step to compile.

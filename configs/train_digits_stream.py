@@ -1,9 +1,9 @@
 """Trains the digits model's causal sibling, which makes a video chunk by chunk without end, from the one that ships.
 
-    python -m jvdiff.train --config configs/train_digits_stream.py
-    python -m jvdiff.train --config configs/train_digits_stream_vae.py
-    python -m convert.to_hf --source runs/digits_stream/repository --vae runs/digits_stream_vae/vae \\
-        --target checkpoints/digits-stream --dtype float16
+    jvdiff train --config train_digits_stream
+    jvdiff train --config train_digits_stream_vae
+    jvdiff to_hf --source=runs/digits_stream/repository --vae=runs/digits_stream_vae/vae \\
+        --target=checkpoints/digits-stream --dtype=float16
 
 Teacher forcing: chunks of 3 latent frames that see two chunks before them and the first one of the video, which may be
 long ago, in streams where the digit moves on across the border and takes another direction when the prompt says so.

@@ -1,7 +1,7 @@
 """Goes on training the decoder of the digits VAE on digits that cross the border; latents stay as they are.
 
-    python -m jvdiff.train --config configs/train_digits_stream_vae.py
-    python -m convert.to_hf --source runs/digits_stream/repository --vae runs/digits_stream_vae/vae --target TARGET
+    jvdiff train --config train_digits_stream_vae
+    jvdiff to_hf --source=runs/digits_stream/repository --vae=runs/digits_stream_vae/vae --target=TARGET
 
 The decoder of checkpoints/digits has never seen a digit at the border, and leaves coloured fringes there. 600 steps, 7
 minutes on two cores, take 1.1 dB off that (docs/log.md).

@@ -1,6 +1,6 @@
 """Trains the causal VAE of the digits model: Wan 2.1's classes, 2.5 M parameters, 64x64 clips of 17 frames.
 
-    python -m jvdiff.train --config configs/train_digits_vae.py
+    jvdiff train --config train_digits_vae
 
 Pictures first, then whole clips: trained on short clips only, the colours of later chunks drift away. Figures and
 curves: docs/log.md. The result is runs/digits_vae/vae.

@@ -1,10 +1,10 @@
 """Goes on training the decoder of the digits VAE, on whole clips; latents, and so the transformer, stay as they are.
 
-    python -m jvdiff.train --config configs/train_digits_vae_decoder.py
+    jvdiff train --config train_digits_vae_decoder
 
 The result is runs/digits_vae_decoder/vae: name it in train_digits_dit.py, or put it into a repository with
 
-    python -m convert.to_hf --source runs/digits_dit/repository --vae runs/digits_vae_decoder/vae --target TARGET
+    jvdiff to_hf --source=runs/digits_dit/repository --vae=runs/digits_vae_decoder/vae --target=TARGET
 
 L2 alone, with little noise, is what raises the PSNR: 29.4 to 30.8 dB in 17 minutes on two cores (docs/log.md).
 """

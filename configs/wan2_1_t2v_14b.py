@@ -1,14 +1,14 @@
 """Wan 2.1 text-to-video, 14B parameters, 720x1280 pixels, 81 frames, as its authors run it.
 
     hf download Wan-AI/Wan2.1-T2V-14B-Diffusers --local-dir checkpoints/Wan2.1-T2V-14B-Diffusers
-    python -m jvdiff.sample --config configs/wan2_1_t2v_14b.py --config.prompt="..." --config.seed=3
+    jvdiff sample --config wan2_1_t2v_14b --prompt="..." --seed=3
 
-50 steps, guidance 5, shift 5 (720p; for --config.height=480 --config.width=832 use --config.shift=3). The authors'
-program has a long Chinese negative prompt; here it is empty, as in diffusers, unless --config.negative_prompt is given.
+50 steps, guidance 5, shift 5 (720p; for --height=480 --width=832 use --shift=3). The authors'
+program has a long Chinese negative prompt; here it is empty, as in diffusers, unless --negative_prompt is given.
 
-Planned by compile for an H200 in bfloat16, not measured (--config.plan=true --config.plan_target=h200): weights 27 GiB
+Planned by compile for an H200 in bfloat16, not measured (--plan --plan_target=h200): weights 27 GiB
 (DiT), 10.6 GiB (text), 0.5 GiB (VAE); one step 33 GiB and 13 PFLOP, decoding 20 GiB; 57 GiB in all, 653 PFLOP a clip.
-On eight: --config.mesh=sequence=8; a step would take an eighth of the time, to within 4 % (docs/scaling.md, predicted).
+On eight: --mesh=sequence=8; a step would take an eighth of the time, to within 4 % (docs/scaling.md, predicted).
 """
 
 from ml_collections import ConfigDict

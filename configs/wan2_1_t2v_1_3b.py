@@ -1,12 +1,12 @@
 """Wan 2.1 text-to-video, 1.3B parameters, 480x832 pixels, 81 frames: what diffusers' WanPipeline does by default.
 
     hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir checkpoints/Wan2.1-T2V-1.3B-Diffusers
-    python -m jvdiff.sample --config configs/wan2_1_t2v_1_3b.py --config.prompt="..." --config.seed=3
+    jvdiff sample --config wan2_1_t2v_1_3b --prompt="..." --seed=3
 
 50 steps, guidance 5; solver, shift and sigma grid from the repository (UniPC, shift 3 as published for 480p; the
-official README advises --config.shift=8 --config.guidance=6).
+official README advises --shift=8 --guidance=6).
 
-Planned by compile for an H200 in bfloat16, not measured (--config.plan=true --config.plan_target=h200): weights 2.7 GiB
+Planned by compile for an H200 in bfloat16, not measured (--plan --plan_target=h200): weights 2.7 GiB
 (DiT), 10.6 GiB (text), 0.5 GiB (VAE); one step 3.8 GiB and 566 TFLOP, decoding 8.7 GiB; 22 GiB
 in all, 28.6 PFLOP a clip.
 """

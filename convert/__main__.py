@@ -30,9 +30,10 @@ import ml_dtypes
 import numpy as np
 
 from jvdiff import models
-from jvdiff.commands.arguments import Told
+from jvdiff.commands.arguments import told
+from jvdiff.commands.command_line import plain_logs
 from jvdiff.commands.convert import convert_values
-from jvdiff.errors import Interrupted, JvdiffError, UsageError
+from jvdiff.errors import Interrupted, UsageError
 from jvdiff.models.family import Family, Part
 from jvdiff.pipeline.repository import Repository, inspect
 from jvdiff.runtime.staging import check_target, staged
@@ -201,7 +202,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if values["source"]:
         source, origin = find(values["source"], values["revision"])
         options = {name: values[name] for name in ("dtype", "overwrite", "allow_nonfinite", "follow_symlinks")}
-        convert(source, target, origin=origin, family=family, tell=_tell, **options)
+        with plain_logs("jvdiff.weights"):  # tensors that nobody uses are counted in one
+            convert(source, target, origin=origin, family=family, tell=_tell, **options)
     if values["verify"]:
         verify(target, family)
     done = "verified" if values["verify"] else "written"
@@ -230,14 +232,7 @@ def run(program: Callable[[], None]) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads log what is raised here anyway
     jax.config.update("jax_platforms", "cpu")  # files only; leave the GPU and its memory to others
     try:
-        program()
-        return 0
-    except Told as told:
-        print(told)
-        return 0
-    except JvdiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return told(program)
     except KeyboardInterrupt:
         print("interrupted: the target is as it was before; run the same command to start again.", file=sys.stderr)
         return Interrupted.exit_code

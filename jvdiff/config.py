@@ -296,16 +296,6 @@ def load(name: str) -> ConfigDict:
     return config
 
 
-def checkpoint(name: str) -> str:
-    """The path of a checkpoint: what ships goes by its name, and by its path where no such folder is."""
-    first, *rest = Path(name).parts or ("",)
-    inside = Path(*rest) if first == "checkpoints" and rest else Path(name)
-    there = shipped("checkpoints") / inside
-    if Path(name).exists() or inside.is_absolute() or ".." in inside.parts or not there.is_dir():
-        return name
-    return str(there)
-
-
 def shipped(folder: str) -> Path:
     """The folder configs or checkpoints that ships: in the package where it is installed, beside it in a checkout."""
     package = Path(__file__).parent

@@ -1,6 +1,7 @@
 """Strict by default: 8 fake CPU devices, no implicit promotion, full float32 products, warnings are errors."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -15,6 +16,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what one process has compil
 
 import jax
 
+gc.freeze()  # tracing makes millions of small objects; to look through them all each time is a tenth of the time
+gc.set_threshold(50_000, 20, 50)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -23,6 +26,23 @@ import json  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """abstract tree -> float32 arrays, of which none is zero, so that nothing is idle; compiles nothing."""
+
+    def make(abstract, seed=0):
+        rng = np.random.default_rng(seed)
+
+        def leaf(path, x):
+            values = rng.standard_normal(x.shape, np.float32)
+            wide = path[-1].key in ("kernel", "embedding")
+            return values * (x.shape[-2:-1] or (1,))[0] ** -0.5 if wide else 0.1 * values + (path[-1].key == "scale")
+
+        return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
-"""Who may import whom (docs/architecture.md, section 3), read from the source."""
+"""Who may import whom, read from the source; and the map of rooms in docs/architecture.md, section 3."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ LEVELS = [
     {"models.*.rollout", "models.*.objective", "models.*.runs", "models.*.trainings"}
     | {"models.wan.flow_matching", "models.wan.teacher_forcing", "models.wan.reconstruction"},
     {"plan"},
-    {"commands", "digits", "sample", "stream", "train", "__main__"},
+    {"commands", "data", "digits", "sample", "stream", "train", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(p for p in (ROOT / "jvdiff").rglob("*.py") if p != ROOT / "jvdiff" / "__init__.py")
@@ -63,6 +64,51 @@ def test_no_file_imports_from_a_higher_level(path):
         if name.split(".")[0] == "flax":
             assert own.startswith("models."), f"{path}: flax is only for models/"
         assert name.split(".")[0] != "convert", f"{path}: only the converters know convert/"
+
+
+def rooms():
+    """The map of rooms: [path below jvdiff, level, names of the files in brackets or None], in order."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = text.split("\n    jvdiff/\n", 1)[1].split("\n\n", 1)[0]
+    found, room = [], ""
+    for line in drawn.splitlines():
+        if entry := re.match(r" {6}(  )?([\w.]+/?) +L(\d|-)  \S", line):
+            inner, name, level = entry.groups()
+            room = room if inner else name
+            found.append([room + name if inner else name, level, None])
+        elif files := re.fullmatch(r" {20,}\[([\w ]+)\]", line):
+            found[-1][2] = files[1].split()
+        else:
+            raise AssertionError(f"docs/architecture.md: {line!r} is neither a room nor files in brackets")
+    return found
+
+
+def on_disk(folder):
+    """What belongs to a folder of the package, by name: files of Python, and folders that hold some, with a slash."""
+    inside = [path for path in folder.iterdir() if path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py")))]
+    return {f"{path.name}/" if path.is_dir() else path.name for path in inside}
+
+
+def test_the_map_shows_every_room_and_no_other():
+    shown = [path for path, _, _ in rooms()]
+    assert len(shown) == len(set(shown)) and not [path for path in shown if not (ROOT / "jvdiff" / path).exists()]
+    assert {path for path in shown if "/" not in path[:-1]} == on_disk(ROOT / "jvdiff") | {"py.typed"}
+    inner = {path.removeprefix("models/") for path in shown if path.startswith("models/") and path != "models/"}
+    assert inner == on_disk(ROOT / "jvdiff" / "models") - {"__init__.py"}
+
+
+def test_the_map_shows_the_files_of_a_room():
+    for path, _, files in rooms():
+        if files is not None:
+            there = {name.removesuffix(".py") for name in on_disk(ROOT / "jvdiff" / path)} - {"__init__", "__main__"}
+            assert set(files) == {name for name in there if name[-1] != "/"}, path
+
+
+def test_the_map_shows_the_levels():
+    for path, level, _ in rooms():
+        if level != "-":
+            name = path.removesuffix("/").removesuffix(".py").replace("/", ".")
+            assert level_of(name) == int(level), f"{path} is drawn on level {level}, and stands on {level_of(name)}"
 
 
 @pytest.mark.parametrize("folder", ["jvdiff", "convert", "configs"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jvdiff
 from jvdiff import config as configs
 from jvdiff.config import Option
-from jvdiff.errors import UsageError
+from jvdiff.errors import JvdiffError, UsageError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -104,7 +105,7 @@ class Request(NamedTuple):
     fresh: the configuration without file and flags.
     """
 
-    config: ConfigDict
+    config: Any
     given: dict[str, Any]
     file: str
     program: tuple[str, ...] = ()
@@ -152,7 +153,7 @@ def parse(command: Command, argv: Sequence[str]) -> Request:
     """
     line = _begin(command, argv)
     file = line.config or (None if "checkpoint" in line.texts else command.implied)
-    config = configs.load(file) if file else command.fresh() if command.fresh else None
+    config: Any = configs.load(file) if file else command.fresh() if command.fresh else None
     if "help" in line.asked:
         raise Told(_help(command, config if file else None, line.texts))
     if config is None:
@@ -160,6 +161,10 @@ def parse(command: Command, argv: Sequence[str]) -> Request:
         raise UsageError(
             f"no config. Usage: jvdiff {command.name} {command.examples[0]}\n--config takes a file, or one of {names}."
         )
+    fresh: Any = command.fresh() if command.fresh else {}
+    if "task" not in config:
+        with config.unlocked():
+            config.update({name: value for name, value in fresh.items() if name not in config})
     sections = command.sections(config, line.texts)
     flags = _known_flags(command, line, sections, config)
     command.before(config, [path for path, _ in flags])
@@ -168,7 +173,6 @@ def parse(command: Command, argv: Sequence[str]) -> Request:
         value = _value(path, text, sections, config)
         _put(config, path, value)
         given = merged(given, _nested(path, value))
-    fresh = command.fresh() if command.fresh else {}
     return Request(config, given, file or "", _program(command, argv), flags, fresh)
 
 
@@ -191,6 +195,19 @@ def values(command: Command, argv: Sequence[str]) -> dict[str, Any]:
             if each.required and chosen[path] is None:
                 raise UsageError(f"--{path} is missing: {each.told['help']}. --help lists all flags.")
     return chosen
+
+
+def told(work: Callable[[], None]) -> int:
+    """Runs a command that has no configuration; its exit status, errors as sentences on stderr."""
+    try:
+        work()
+        return 0
+    except Told as page:
+        print(page)
+        return 0
+    except JvdiffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 def split(words: Sequence[str], switches: Iterable[str] = ()) -> Line:
@@ -239,8 +256,9 @@ def _help(command: Command, config: Any, flags: Mapping[str, str]) -> str:
 
 def _program(command: Command, argv: Sequence[str]) -> tuple[str, ...]:
     """How the command was started: `jvdiff sample` says so itself, `python -m jvdiff.sample` does not."""
-    first = tuple(shlex.split(argv[0])) if "jvdiff " in argv[0] else ()
-    return first or ("python", "-m", f"jvdiff.{command.name}")
+    if re.fullmatch(r"(python -m )?jvdiff \w+", argv[0]):
+        return tuple(argv[0].split())
+    return "python", "-m", f"jvdiff.{command.name}"
 
 
 # ----------------------------------------------------------------------------------------------------- names and values
@@ -304,7 +322,7 @@ def _value(path: str, text: str, sections: Sequence[Section], config: Any) -> An
     return configs.read(path, text, object if there is None else dict if _is_dict(there) else type(there))
 
 
-def _put(config: ConfigDict, path: str, value: Any) -> None:
+def _put(config: Any, path: str, value: Any) -> None:
     """Sets a field, a nested one too; its parents are made where they are not there."""
     from ml_collections import ConfigDict
 
@@ -344,9 +362,17 @@ def merged(old: Any, new: Any) -> dict[str, Any]:
     return both
 
 
+# Fields that say which command a configuration is for.
+_MARKS = {"task": "train", "chunks": "stream", "stop_at": "sample"}
+
+
 def check_file(config: Iterable[str], known: Iterable[str], file: str) -> None:
     """Raises UsageError for a field of a configuration that a command does not have, with the nearest."""
     known = sorted(known)
-    if unknown := sorted(set(config) - set(known)):
-        names = ", ".join(f"{name}{configs.nearest(name, known)}" for name in unknown[:5])
-        raise UsageError(f"{Path(file).name}: the config file has unknown fields: {names}.")
+    if not (unknown := sorted(set(config) - set(known))):
+        return
+    for mark, command in _MARKS.items():
+        if mark in unknown:
+            raise UsageError(f"{Path(file).name} is a configuration of jvdiff {command}; see jvdiff {command} --help.")
+    names = ", ".join(f"{name}{configs.nearest(name, known)}" for name in unknown[:5])
+    raise UsageError(f"{Path(file).name}: the config file has unknown fields: {names}.")

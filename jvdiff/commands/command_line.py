@@ -128,9 +128,9 @@ def say_device(params: Any, mesh: Any) -> None:
 
 
 @contextlib.contextmanager
-def plain_logs() -> Iterator[None]:
-    """Shows what jvdiff logs as plain lines on stderr, whatever format other packages have set."""
-    logger, handler = logging.getLogger("jvdiff"), logging.StreamHandler()
+def plain_logs(room: str = "jvdiff") -> Iterator[None]:
+    """Shows what jvdiff, or a room of it, logs as plain lines on stderr, whatever format other packages have set."""
+    logger, handler = logging.getLogger(room), logging.StreamHandler()
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if peers.writes() else logging.ERROR)

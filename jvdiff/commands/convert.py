@@ -6,14 +6,15 @@ jvdiff to_hf --source=FOLDER --target=FOLDER
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jvdiff import config as configs
 from jvdiff.commands import arguments, options
-from jvdiff.commands.arguments import Command, Section, Told
-from jvdiff.errors import JvdiffError, UsageError
+from jvdiff.commands.arguments import Command, Section
+from jvdiff.errors import UsageError
 
 
 def _sections(group: type) -> Any:
@@ -24,8 +25,8 @@ CONVERT = Command(
     name="convert",
     about="a Hugging Face repository becomes an Orbax directory, whole or not at all",
     examples=(
-        "--source=Wan-AI/Wan2.1-T2V-1.3B-Diffusers --target=checkpoints/wan_1_3b --dtype=bfloat16 --verify",
-        "--target=checkpoints/wan_1_3b --verify",
+        "--source=OWNER/NAME-Diffusers --target=checkpoints/NAME --dtype=bfloat16 --verify",
+        "--target=checkpoints/NAME --verify",
     ),
     sections=_sections(options.Convert),
 )
@@ -48,18 +49,13 @@ def to_hf(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(module: str, argv: Sequence[str]) -> int:
-    try:
+    def work() -> None:
         (to_hf_values if module == "to_hf" else convert_values)(argv[1:])  # what is wrong is said before JAX is there
-    except Told as told:
-        print(told)
-        return 0
-    except JvdiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    import importlib
+        program = importlib.import_module(f"jvdiff.convert.{module}")
+        status.append(importlib.import_module("jvdiff.convert.__main__").run(lambda: program.main(argv[1:])))
 
-    program = importlib.import_module(f"jvdiff.convert.{module}")
-    return importlib.import_module("jvdiff.convert.__main__").run(lambda: program.main(argv[1:]))
+    status: list[int] = []
+    return arguments.told(work) or (status[0] if status else 0)
 
 
 def convert_values(words: Sequence[str]) -> Mapping[str, Any]:

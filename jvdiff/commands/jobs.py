@@ -91,7 +91,7 @@ def _entry(text: str, is_json: bool, repository: Repository, ids: set[str]) -> d
     if not isinstance(entry, dict):
         raise UsageError("not a JSON object")
     options.check_names("key", entry, (field, "id", "seed", *options.names(repository.family.settings)))
-    repository.family.check_subject(repository.models, entry.get(field))
+    entry[field] = repository.family.check_subject(repository.models, entry.get(field))
     if (name := entry.get("id")) is not None:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,99}", name):
             raise UsageError(f"id is {name!r:.80}; expected up to 100 letters, digits, '-', '_' or '.'")
@@ -112,19 +112,19 @@ def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]
     if config.prompts is not None:
         entries, problems = read_subjects(config.prompts, repository)
     else:
-        given = config[field]
-        given = list(given) if isinstance(given, tuple | list) else given
-        entries = [{field: one} for one in check_subjects(repository, **{family.subject: given})]
+        named = config[field]
+        subjects = list(named) if isinstance(named, tuple | list) else named
+        entries = [{field: subject} for subject in check_subjects(repository, **{family.subject: subjects})]
     first = peers.gather(check_seed(config.seed))[0]  # of several processes each would draw its own
     jobs = []
     for i, entry in enumerate(entries):
         try:
             seed = check_seed(entry["seed"]) if entry.get("seed") is not None else (first + i) % 2**32
-            own = {name: entry[name] for name in names if entry.get(name) is not None}
-            subject = family.check_subject(repository.models, entry[field])
+            changes = {name: entry[name] for name in names if entry.get(name) is not None}
+            subject = entry[field]
             stem = entry.get("id") or f"{slug(subject)}_seed{seed}"
             asked = config.seed is not None or entry.get("seed") is not None
-            chosen = family.clip(repository.models, repository.settings(**common | own)) if own else clip
+            chosen = family.clip(repository.models, repository.settings(**common | changes)) if changes else clip
             jobs.append(make_job(repository, subject, seed, chosen, stem, image, seed_given=asked))
         except UsageError as error:
             if "line" not in entry:
@@ -135,7 +135,7 @@ def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]
 
 def make_job(repository: Repository, subject: Any, seed: int, clip: Clip, stem: str, image: Any, **more: Any) -> Job:
     """A job and the arrays of its request."""
-    request = make_request(repository.family, (subject,), image=image)
+    request = make_request(repository.family, clip, (subject,), image=image)
     return Job(subject, seed, clip, repository.family.inputs(repository.models, clip, request), stem, image, **more)
 
 
@@ -143,7 +143,7 @@ def _check_fields(config: Any, field: str) -> None:
     """Raises UsageError unless the config names subjects of the model's kind, in one way."""
     other = next((name for name in FIELDS.values() if name != field and config.get(name) is not None), None)
     if other is not None:
-        raise UsageError(f"{other} is given, and this model takes {field}.")
+        raise UsageError(f"{other} is given; this model takes {field}.")
     if (config.get(field) is None) == (config.prompts is None):
         raise UsageError(f'give either --config.{field}="..." or --config.prompts=FILE.')
 
@@ -193,12 +193,19 @@ def without_done(jobs: Sequence[Job], output: Path, repository: Repository, prec
     return left
 
 
-def resumed(config: Any, state: run_state.RunState, given: Mapping[str, Any], repository: Repository) -> Job:
-    """The job that `state` is half of; refuses what differs from it."""
+def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], repository: Repository) -> Job:
+    """The job that `state` is half of.
+
+    Args:
+        fields: those that the command line itself sets; one that differs from the state is refused.
+
+    Raises:
+        CheckpointError: other weights, fields or picture than the state's, or a state of another model.
+    """
     folder, saved, family = config.resume, state.facts, repository.family
     now: dict[str, Any] = {"checkpoint_digest": repository.digest}
-    for name, value in given.items():
-        if name in saved and value is not None:
+    for name, value in fields.items():
+        if name in saved and value is not None and name != "image":  # a state has its digest, compared below
             now[name] = float(value) if isinstance(saved[name], float) else value
     run_state.check_same(saved, now, folder)
     try:

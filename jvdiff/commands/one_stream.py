@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,20 @@ _SHEET = "sheet "  # what their names in a state begin with
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """What to make, checked. prompts: by the chunk from which they hold. image: uint8 [1,Y,X,3].
+    """What to make, checked.
 
-    state: where an earlier run stopped; its video, folder/stem.mp4, is continued. image_digest: of its picture.
+    config: of the pipeline
+    prompts: by the chunk from which they hold
+    negative_prompt: what guidance leads away from
+    reencode: whether a change of the prompt changes the past too
+    image: uint8 [1,Y,X,3] that chunk 0 begins with; None without one
+    seed: of the rollout's key
+    fps: frames a second, for the file
+    precision: name of a row of the dtype table
+    checkpoint_digest: names the weights
+    folder, stem: where the files are, and their name without suffix
+    image_digest: of the picture of an earlier run
+    state: where that run stopped; its video, folder/stem.mp4, is continued
     """
 
     config: StreamInferencePipelineConfig
@@ -88,6 +99,48 @@ def stage(name: str) -> contextlib.AbstractContextManager[None]:
     )
 
 
+@dataclass(eq=False)
+class _Making:
+    """A rollout under way.
+
+    pipe, rollout: what makes the video, and which
+    base: path of the files without suffixes
+    film: the video so far
+    cache: what the rollout remembers after `done` chunks
+    sheet: frames uint8 [Y,X,3] for the contact sheet, by chunk
+    done: how many chunks the video has
+    saved: how many the saved state has; None where there is no state
+    frame: uint8 [Y,X,3], the last of the last chunk
+    totals: sums of the statistics of the chunks after the first; of that one, how long it took
+    """
+
+    pipe: StreamInferencePipeline
+    rollout: Rollout
+    base: Path
+    film: FragmentedMP4
+    cache: StreamCache
+    sheet: dict[int, np.ndarray]
+    done: int
+    saved: int | None
+    frame: np.ndarray | None = None
+    totals: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def state(self) -> Path:
+        """The folder of the saved state."""
+        return Path(f"{self.base}.state")
+
+    def save(self) -> None:
+        """Saves what the rollout goes on from, where it is not saved yet."""
+        if self.saved == self.done:
+            return
+        self.film.close()  # so that the disk has all that the state goes on from
+        facts = self.rollout.facts() | {"frames": self.film.frames, "versions": versions()}
+        arrays = run_state.flatten(self.cache) | {f"{_SHEET}{i}": frame for i, frame in self.sheet.items()}
+        run_state.save(self.state, run_state.RunState(facts, self.done, arrays), overwrite=True)
+        self.saved = self.done
+
+
 def make(
     pipe: StreamInferencePipeline,
     rollout: Rollout,
@@ -99,10 +152,14 @@ def make(
 ) -> Path:
     """Makes chunks up to config.chunks, or until it is asked to stop, and returns the path of the video.
 
-    again: (resume=) -> the command that goes on. began: time.perf_counter() when the program began.
+    Args:
+        again: (resume=) -> the command that goes on.
+        seconds: how long each phase took; compiling joins it.
+        began: time.perf_counter() when the program began.
+
+    Raises:
+        Interrupted: the video has fewer chunks than asked for; its state is saved.
     """
-    first = done = rollout.done
-    saved = first if rollout.state else None
     with _claimed(rollout) as base:
         with progress.phase("compiling", seconds, "compile"), stage("compiling"):
             cache, sheet = _begin(pipe, rollout)
@@ -110,90 +167,101 @@ def make(
                 pass
         frames = rollout.state.facts["frames"] if rollout.state else 0
         film = FragmentedMP4(f"{base}.mp4", rollout.fps, rollout.facts(), frames=frames)
-        kept, totals = Path(f"{base}.state"), {}
-
-        def save() -> int:
-            film.close()  # so that the disk has all that the state goes on from
-            facts = rollout.facts() | {"frames": film.frames, "versions": versions()}
-            arrays = run_state.flatten(cache) | {f"{_SHEET}{i}": frame for i, frame in sheet.items()}
-            run_state.save(kept, run_state.RunState(facts, done, arrays), overwrite=True)
-            return done
-
-        with (
-            film,
-            open(f"{base}.jsonl", "a", encoding="utf-8") as lines,
-            progress.bar("chunks", config.chunks or None, start=first) as show,
-        ):
-            while (done < config.chunks or not config.chunks) and not asked_to_stop():
-                with stage(f"chunk {done}"), _what_is_left(film, kept, saved):
-                    cache, frame, line, when = _chunk(pipe, rollout, done, cache, film)
-                if done == first:
-                    line["first_frame_cold_ms"] = (when - began) * 1000
-                    totals = {name: line[name] for name in ("first_frame_ms", "first_frame_cold_ms")}
-                else:
-                    del line["first_frame_ms"]
-                    for name in ("frames", "total_ms", "total_ms_wo_finalize"):
-                        totals[name] = totals.get(name, 0) + line.get(name, 0)
-                rounded = {name: round(x, 3) if isinstance(x, float) else x for name, x in line.items()}
-                lines.write(json.dumps(rounded, ensure_ascii=False) + "\n")
-                lines.flush()
-                sheet, done = _thinned(sheet | {done: frame}), done + 1
-                show(done)
-                if config.save_every and (done % config.save_every == 0 or done == config.chunks):
-                    saved = save()
-        stopped = not config.chunks or done < config.chunks
-        if not done:
+        saved = rollout.done if rollout.state else None
+        making = _Making(pipe, rollout, base, film, cache, sheet, rollout.done, saved)
+        _make_chunks(making, config, asked_to_stop, began)
+        stopped = not config.chunks or making.done < config.chunks
+        if not making.done:
             raise KeyboardInterrupt  # there is nothing to keep
-        if done > first:
-            if stopped and saved != done:
-                save()
-            record = rollout.facts() | {"chunks": done, "frames": film.frames, "checkpoint": config.checkpoint}
-            record |= {"device": device(pipe), "versions": versions(), "resumed_at_chunk": first or None}
-            record |= {"seconds": {name: round(value, 3) for name, value in seconds.items()}}
-            record |= {"speed": {name: round(value, 3) for name, value in _rates(totals).items()}}
-            shown = np.stack([*sheet.values(), frame] if done - 1 not in sheet else list(sheet.values()))
-            videos.write_png(f"{base}.png", videos.contact_sheet(shown), rollout.facts())
-            with atomic(f"{base}.json") as part:
-                part.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
-    say(_summary(done, film.frames, totals))
+        if making.done > rollout.done:
+            if stopped:
+                making.save()
+            _write_record(making, config.checkpoint, seconds)
+    say(_summary(making))
     if stopped:
-        command = again(resume=kept)
-        raise Interrupted(f"interrupted after {done} chunks; the video can be played. Go on with:\n  {command}")
+        command = again(resume=making.state)
+        raise Interrupted(f"interrupted after {making.done} chunks; the video can be played. Go on with:\n  {command}")
     return film.path
 
 
-def _chunk(
-    pipe: StreamInferencePipeline, rollout: Rollout, i: int, cache: StreamCache, film: FragmentedMP4
-) -> tuple[StreamCache, np.ndarray, dict[str, Any], float]:
-    """Makes chunk i and writes it: (cache, its last frame, statistics, time.perf_counter() when its frames were there).
+def _make_chunks(making: _Making, config: Any, asked_to_stop: Callable[[], bool], began: float) -> None:
+    """Makes chunk after chunk, each with its line of statistics, and saves the state every config.save_every."""
+    with (
+        making.film,
+        open(f"{making.base}.jsonl", "a", encoding="utf-8") as lines,
+        progress.bar("chunks", config.chunks or None, start=making.done) as show,
+    ):
+        while (making.done < config.chunks or not config.chunks) and not asked_to_stop():
+            with stage(f"chunk {making.done}"), _what_is_left(making):
+                line, shown = _make_chunk(making)
+            _count(making.totals, line, (shown - began) * 1000)
+            rounded = {name: round(x, 3) if isinstance(x, float) else x for name, x in line.items()}
+            lines.write(json.dumps(rounded, ensure_ascii=False) + "\n")
+            lines.flush()
+            show(making.done)
+            if config.save_every and (making.done % config.save_every == 0 or making.done == config.chunks):
+                making.save()
+
+
+def _make_chunk(making: _Making) -> tuple[dict[str, Any], float]:
+    """Makes the next chunk and writes it: (its statistics, time.perf_counter() when its frames were there).
 
     The frames are in the file before anybody waits for `finalize`; where no time is taken, that runs meanwhile.
     """
+    pipe, rollout, i, cache = making.pipe, making.rollout, making.done, making.cache
     begun, profile = time.perf_counter(), pipe.config.enable_sync_and_profile
     line: dict[str, Any] = {"chunk": i, "prompt": rollout.prompts[max(k for k in rollout.prompts if k <= i)]}
     if i and i in rollout.prompts:
         against, reencode = rollout.negative_prompt, rollout.reencode
         cache = pipe.set_prompts(cache, [line["prompt"]], negative_prompt=against, reencode=reencode)
         line["prompt_ms"] = (time.perf_counter() - begun) * 1000
-    given = rollout.image if i == 0 else None
-    frames, cache, final = pipe.generate(i, cache, given)
+    frames, cache, final = pipe.generate(i, cache, rollout.image if i == 0 else None)
     statistics = {}
     if not profile:
         cache, _ = pipe.finalize(i, cache, final)
-    pixels = np.asarray(frames)[0]
+    pixels = np.asarray(frames)[0]  # [1,F,Y,X,3] -> [F,Y,X,3]
     shown = time.perf_counter()
     if share := float(final.nonfinite):
         raise NumericsError(f"chunk {i}: {share:.1%} of its latents or pixels are NaN or infinite.")
-    film.append(pixels)
+    making.film.append(pixels)
     written = time.perf_counter()
     if profile:
         cache, statistics = pipe.finalize(i, cache, final)
     ended = time.perf_counter()
+    making.cache, making.frame, making.done = cache, pixels[-1], i + 1
+    making.sheet = _thinned(making.sheet | {i: pixels[-1]})
     line |= {"frames": len(pixels), **statistics}
     line.setdefault("total_ms", (ended - written + shown - begun) * 1000)
     line |= {"write_ms": (written - shown) * 1000, "wall_ms": (ended - begun) * 1000}
     line |= {"first_frame_ms": (shown - begun) * 1000, **_rates(line)} | _memory()
-    return cache, pixels[-1], line, shown
+    return line, shown
+
+
+def _count(totals: dict[str, float], line: dict[str, Any], cold: float) -> None:
+    """Adds a chunk's statistics to the totals; the first chunk's say how long its frames took, and nothing else.
+
+    cold: milliseconds from the beginning of the program to the chunk's frames.
+    """
+    if not totals:
+        line["first_frame_cold_ms"] = cold
+        totals |= {name: line[name] for name in ("first_frame_ms", "first_frame_cold_ms")}
+        return
+    del line["first_frame_ms"]
+    for name in ("frames", "total_ms", "total_ms_wo_finalize"):
+        totals[name] = totals.get(name, 0) + line.get(name, 0)
+
+
+def _write_record(making: _Making, checkpoint: str, seconds: Mapping[str, float]) -> None:
+    """Writes the contact sheet, and then the record of the run."""
+    rollout, done = making.rollout, making.done
+    record = rollout.facts() | {"chunks": done, "frames": making.film.frames, "checkpoint": checkpoint}
+    record |= {"device": device(making.pipe), "versions": versions(), "resumed_at_chunk": rollout.done or None}
+    record |= {"seconds": {name: round(value, 3) for name, value in seconds.items()}}
+    record |= {"speed": {name: round(value, 3) for name, value in _rates(making.totals).items()}}
+    shown = {**making.sheet, done - 1: making.frame}
+    videos.write_png(f"{making.base}.png", videos.contact_sheet(np.stack(list(shown.values()))), rollout.facts())
+    with atomic(f"{making.base}.json") as part:
+        part.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _begin(pipe: StreamInferencePipeline, rollout: Rollout) -> tuple[StreamCache, dict[int, np.ndarray]]:
@@ -228,19 +296,20 @@ def _claimed(rollout: Rollout) -> Iterator[Path]:
         return
     base = rollout.folder / rollout.stem
     path = Path(f"{base}.jsonl")
-    if path.exists():  # lines of chunks after the state was saved, and one that was cut, are not true any more
+    if path.exists():  # without lines of chunks after the state was saved, and one that was cut
         with atomic(path) as part, open(path, "rb") as lines:
             part.write_bytes(b"".join(itertools.islice(lines, rollout.done)))
     yield base
 
 
 @contextlib.contextmanager
-def _what_is_left(film: FragmentedMP4, kept: Path, saved: int | None) -> Iterator[None]:
+def _what_is_left(making: _Making) -> Iterator[None]:
     """Says what there is of a rollout in which numbers went wrong."""
     try:
         yield
     except NumericsError as error:
-        state = "" if saved is None else f"\nThe state after chunk {saved - 1} is in {kept}."
+        state = "" if making.saved is None else f"\nThe state after chunk {making.saved - 1} is in {making.state}."
+        film = making.film
         raise NumericsError(f"{error}\nThe {film.frames} frames before it are in {film.path}.{state}") from error
 
 
@@ -261,8 +330,8 @@ def _rates(times: Mapping[str, Any]) -> dict[str, float]:
     return rates
 
 
-def _summary(chunks: int, frames: int, totals: Mapping[str, Any]) -> str:
-    parts, rates = [f"{chunks} chunks, {frames} frames"], _rates(totals)
+def _summary(making: _Making) -> str:
+    parts, rates = [f"{making.done} chunks, {making.film.frames} frames"], _rates(making.totals)
     if "first_frame_ms" in rates:
         warm, cold = rates["first_frame_ms"] / 1000, rates["first_frame_cold_ms"] / 1000
         parts.append(f"the first after {warm:.2f} s ({cold:.1f} s with loading and compiling)")
@@ -274,7 +343,7 @@ def _summary(chunks: int, frames: int, totals: Mapping[str, Any]) -> str:
 
 def _memory() -> dict[str, float]:
     """GiB of the device in use and at most, where it tells; otherwise of the process, at most."""
-    if told := device_memory():
-        return told
+    if memory := device_memory():
+        return memory
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return {"rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}

@@ -64,12 +64,12 @@ class Maker:
     asked_to_stop: Callable[[], bool]
     compiled: set[Any] = dataclasses.field(default_factory=set)
 
-    def command(self, kept: Path) -> str:
+    def command(self, state: Path) -> str:
         """The command that goes on from a saved state."""
         return self.request.command(
             checkpoint=self.config.checkpoint,
             output=self.config.output,
-            resume=kept,
+            resume=state,
             **dict.fromkeys(_OF_ONE_RUN),
         )
 
@@ -109,12 +109,12 @@ class _Making:
 
     def save(self, state: Any) -> Path:
         """Saves the solver's state and returns the folder."""
-        pipe, kept = self.maker.pipe, Path(f"{self.base}.state")
+        pipe, folder = self.maker.pipe, Path(f"{self.base}.state")
         arrays = {name: np.asarray(array) for name, array in zip(state._fields, state, strict=True)}
         if not peers.writes():
-            return kept
-        told = facts(self.job, pipe.repository, pipe.precision.name) | {"versions": versions()}
-        return run_state.save(kept, run_state.RunState(told, self.done, arrays))
+            return folder
+        identity = facts(self.job, pipe.repository, pipe.precision.name) | {"versions": versions()}
+        return run_state.save(folder, run_state.RunState(identity, self.done, arrays))
 
     def interrupted(self, state: Any) -> Interrupted:
         """The error that ends a run that Ctrl-C stopped, its state saved."""
@@ -128,7 +128,7 @@ def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
     Of several processes all compute and process 0 writes; what the others return has no number for a taken name.
     """
     pipe = maker.pipe
-    say(f"{_told(pipe, job)}   seed: {job.seed}")
+    say(f"{_description(pipe, job)}   seed: {job.seed}")
     notice = video_writer(job.clip.settings)
     claimed = claim if peers.writes() else lambda folder, stem: contextlib.nullcontext(folder / stem)
     with claimed(maker.output, job.stem) as base:
@@ -141,16 +141,16 @@ def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
         if maker.asked_to_stop():
             raise making.interrupted(state)
         if making.done < making.steps:
-            kept = making.save(state)
-            command = maker.command(kept)
+            folder = making.save(state)
+            command = maker.command(folder)
             say(f"stopped after step {making.done} of {making.steps}; finish it with:\n  {command}")
-            return [kept]
+            return [folder]
         latents = np.array(pipe.family.finish(job.clip, job.inputs, conditions, state.x))
         video = _decode(making, state, latents)
         return [write_files(base, video, latents[0], _record(making), maker.config.save_arrays, notice)]
 
 
-def _told(pipe: Pipeline, job: Job) -> str:
+def _description(pipe: Pipeline, job: Job) -> str:
     """What a clip shows, as the person at the terminal reads it: a class by its name and number."""
     subject = pipe.family.describe(pipe.models, job.subject)
     return "   ".join(f"{name.replace('_', ' ')}: {value}" for name, value in subject.items())
@@ -161,7 +161,8 @@ def _compile(making: _Making) -> None:
     maker, clip = making.maker, making.clip
     pipe, whole = maker.pipe, making.last >= making.steps
     with progress.phase("compiling", making.seconds, "compile"), stage("compile"):
-        calls = pipeline.trace(pipe.context, pipe.weights, clip, making.job.inputs, None if whole else making.last)
+        last = None if whole else making.last
+        calls = pipeline.trace(pipe.context, pipe.weights, clip, making.job.inputs, last, making.done)
         for call in calls:
             if call.key not in maker.compiled:
                 call.traced.lower().compile()
@@ -177,9 +178,9 @@ def _begin(making: _Making) -> Any:
     arrays = job.state.arrays
     expected = {name: (x.shape, x.dtype) for name, x in state._asdict().items()}
     if {n: (x.shape, x.dtype) for n, x in arrays.items()} != expected or not 0 <= making.done <= making.steps:
-        found = ", ".join(f"{name} {list(x.shape)}" for name, x in arrays.items())
+        content = ", ".join(f"{name} {list(x.shape)}" for name, x in arrays.items())
         shapes = ", ".join(f"{name} {list(shape)}" for name, (shape, _) in expected.items())
-        raise CheckpointError(f"the saved state has {found} after step {making.done};\nthis run needs {shapes}.")
+        raise CheckpointError(f"the saved state has {content} after step {making.done};\nthis run needs {shapes}.")
     return type(state)(**arrays)
 
 
@@ -248,7 +249,7 @@ def _decode(making: _Making, state: Any, latents: np.ndarray) -> np.ndarray:
 
 
 def _record(making: _Making) -> dict[str, Any]:
-    """Everything that decided the clip, and how it was made."""
+    """Everything that decided the clip, and what made it."""
     pipe, job = making.maker.pipe, making.job
     chosen = attention(pipe.context, job.clip, job.inputs)
     return (
@@ -298,13 +299,13 @@ def write_files(
     if not peers.writes():
         return Path(f"{base}.mp4")
     fps = record["fps"]
-    told = {name: value for name, value in record.items() if name not in ("sigmas", "seconds", "versions", "device")}
+    metadata = {name: x for name, x in record.items() if name not in ("sigmas", "seconds", "versions", "device")}
     try:
         if no_mp4 is None:
-            path = videos.write_mp4(f"{base}.mp4", video, fps, told)
+            path = videos.write_mp4(f"{base}.mp4", video, fps, metadata)
         else:
             path = videos.write_apng(f"{base}.apng", video, fps)
-        videos.write_png(f"{base}.png", videos.contact_sheet(video), told)
+        videos.write_png(f"{base}.png", videos.contact_sheet(video), metadata)
         if arrays:
             with atomic(f"{base}.npz") as part, open(part, "wb") as file:
                 np.savez(file, latents=latents, video=video)
@@ -320,11 +321,11 @@ def write_files(
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
     names = ("jvdiff", "jax", "jaxlib", "flax", "numpy", "tokenizers", "av")
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def device(pipe: Pipeline | StreamInferencePipeline) -> dict[str, Any]:

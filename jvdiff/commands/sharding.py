@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status; errors are sentences on stderr."""
 
     def work(request: command_line.Request) -> tuple[()]:
-        for line in lines(request.config, request.config.leaves):
+        for line in lines(request.config, request.config.get("leaves", False)):
             print(line)
         return ()
 

@@ -1,10 +1,12 @@
 """Samplers as values: what a run says of its solver and noise levels, frozen, hashable, with a text form.
 
-A sampler makes its solver when steps are computed; until then it is compared, recorded, and told to a plan.
+A sampler makes its solver when steps are computed; until then it is compared, recorded, and told to a plan. Its
+schedule is worked out once, when somebody first asks.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -33,10 +35,14 @@ class FlowSampler:
     shift: float
     grid: str = "diffusers"
 
+    @functools.cached_property
+    def schedule(self) -> schedules.Schedule:
+        """Noise levels and timesteps."""
+        return schedules.make(self.steps, shift=self.shift, grid=self.grid, solver=self.solver)
+
     def make(self) -> solvers.Solver:
         """The solver, its table worked out."""
-        schedule = schedules.make(self.steps, shift=self.shift, grid=self.grid, solver=self.solver)
-        return solvers.SOLVERS[self.solver](schedule)
+        return solvers.SOLVERS[self.solver](self.schedule)
 
     def begin(self, noise: Array) -> Array:
         """Latents at the first noise level, from standard normal noise."""
@@ -61,9 +67,14 @@ class RenoiseSampler:
         """Number of steps."""
         return len(self.timesteps)
 
+    @functools.cached_property
+    def schedule(self) -> schedules.Schedule:
+        """Noise levels and timesteps."""
+        return schedules.self_forcing(self.timesteps, shift=self.shift, warp=self.warp)
+
     def make(self) -> solvers.Solver:
         """The solver, its table worked out."""
-        return solvers.renoise(schedules.self_forcing(self.timesteps, shift=self.shift, warp=self.warp))
+        return solvers.renoise(self.schedule)
 
     def begin(self, noise: Array) -> Array:
         """Latents at the first noise level, from standard normal noise."""
@@ -83,7 +94,7 @@ class VarianceSampler:
     steps: int
     noise_schedule: str
 
-    @property
+    @functools.cached_property
     def schedule(self) -> schedules.Schedule:
         """Noise levels and timesteps."""
         return variance_preserving.schedule(variance_preserving.alphas_cumprod(self.noise_schedule), self.steps)
@@ -111,9 +122,8 @@ def read(text: str, steps: int, shift: float, grid: str) -> FlowSampler | Renois
         return FlowSampler(text, steps, shift, grid)
     if match := RENOISE.fullmatch(text):
         sampler = RenoiseSampler(tuple(map(int, match[1].split(","))), shift)
-        if steps != sampler.steps:
-            raise UsageError(f"steps is {steps}, and solver lists {sampler.steps} timesteps ({text}); leave steps out.")
-        sampler.make()  # says what the timesteps cannot be
+        if steps != (count := len(sampler.schedule)):
+            raise UsageError(f"steps is {steps}, and solver lists {count} timesteps ({text}); leave steps out.")
         return sampler
     raise UsageError(f"solver is {text!r:.80}; expected unipc, euler, or renoise:1000,750,500,250 (timesteps).")
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 from jvdiff import config as configs
 from jvdiff.commands import arguments, options
-from jvdiff.commands.arguments import Command, Section, Told
-from jvdiff.errors import JvdiffError
+from jvdiff.commands.arguments import Command, Section
 
 COMMAND = Command(
     name="digits",
@@ -21,19 +20,15 @@ COMMAND = Command(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line above; returns its exit status."""
-    try:
+
+    def work() -> None:
         values = arguments.values(COMMAND, sys.argv if argv is None else argv)
         from jvdiff.digits.clips import write_clips
 
         write_clips(values["output"], values["clips"], values["frames"], values["seed"])
-    except Told as told:
-        print(told)
-        return 0
-    except JvdiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(values["output"])
-    return 0
+        print(values["output"])
+
+    return arguments.told(work)
 
 
 if __name__ == "__main__":

@@ -129,18 +129,8 @@ def train_stream(config: ConfigDict, folder: Path) -> Path:
     dropped, it is for the whole clip.
     """
     models, shape = _models(config), fields.mesh(config.loop)
-    fields.check_count("chunks", config.chunks)
-    if not 0 <= config.change <= 1:
-        raise UsageError(f"change is {config.change}; expected 0 to 1.")
-    if type(config.gap) is not int or config.gap < 0:
-        raise UsageError(f"gap is {config.gap!r:.40}; expected a number of chunks from 0.")
+    _check_stream(config, shape)
     first: Any = config.get("first")
-    if first:
-        fields.check_names("first", first, ("clips", "batch"))
-        for name in ("clips", "batch"):
-            fields.check_count(f"first.{name}", first.get(name))
-        fields.check_shared("first.batch", first.batch, shape)
-    fields.check_names("pattern", config.pattern, ("chunk", "window", "sink"))
     pattern, cfg = BlockCausal(**config.pattern.to_dict()), models.configs.vae
     grid = _grid(cfg, _ends(config.chunks, pattern, cfg)[-1])
     sizes = wan.mesh_sizes(models.configs.transformer, (2 * grid[0], *grid[1:]), config.batch, pattern)
@@ -179,6 +169,22 @@ def train_stream(config: ConfigDict, folder: Path) -> Path:
         **config.loss.to_dict(),
     )
     return _trained(config, folder, models, run, task)
+
+
+def _check_stream(config: ConfigDict, shape: MeshShape) -> None:
+    """Raises UsageError for fields of a stream's training that are invalid."""
+    fields.check_count("chunks", config.chunks)
+    if not 0 <= config.change <= 1:
+        raise UsageError(f"change is {config.change}; expected 0 to 1.")
+    if type(config.gap) is not int or config.gap < 0:
+        raise UsageError(f"gap is {config.gap!r:.40}; expected a number of chunks from 0.")
+    first: Any = config.get("first")
+    if first:
+        fields.check_names("first", first, ("clips", "batch"))
+        for name in ("clips", "batch"):
+            fields.check_count(f"first.{name}", first.get(name))
+        fields.check_shared("first.batch", first.batch, shape)
+    fields.check_names("pattern", config.pattern, ("chunk", "window", "sink"))
 
 
 def _ends(chunks: int, pattern: BlockCausal, cfg: wan.VAEConfig) -> list[int]:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jvdiff.config import within
 from jvdiff.errors import CheckpointError, CorruptFile, DataError, SetupError, UsageError
 from jvdiff.media import video
 
@@ -195,27 +196,10 @@ def batches(
       UsageError: a setting that cannot be. SetupError: grain or av are not installed.
       DataError: fewer clips than a batch; while reading: more unreadable ones than `most_bad` of them.
     """
-    for field, value, fits, expected in (
-        ("batch", batch, batch >= 1, "1 or more"),
-        ("frames", frames, frames >= 1, "1 or more"),
-        ("size", size, size >= 1, "1 or more"),
-        ("stride", stride, stride >= 1, "1 or more"),
-        ("seed", seed, 0 <= seed < 2**32, "0 to 2^32 - 1"),
-        ("start", start, start >= 0, "0 or more"),
-        ("workers", workers, workers >= 1, "1 or more"),
-        ("most_bad", most_bad, 0 <= most_bad < 1, "a share of the clips, 0 or more and below 1"),
-    ):
-        if not fits:
-            raise UsageError(f"{field} is {value}; expected {expected}.")
+    _check_numbers(batch, frames, size, stride, seed, start, workers, most_bad)
     if (count := len(clips.paths)) < batch:
         raise DataError(f"there are {count} clips, fewer than a batch of {batch}; add clips, or lower batch.")
-    try:
-        import grain
-    except ImportError as error:
-        raise SetupError(
-            "reading clips needs the package grain, which is not installed.\n"
-            'Install it with: pip install "jvdiff[train]"'
-        ) from error
+    grain = _grain()
     unreadable, lock = {}, threading.Lock()
 
     def example(position: int, index: int) -> Batch:
@@ -242,6 +226,28 @@ def batches(
     order = grain.MapDataset.range(count).shuffle(seed=seed).repeat()
     steps = order.map_with_index(example).batch(batch)[start:]
     return _until_closed(steps.to_iter_dataset(grain.ReadOptions(workers, prefetch_buffer_size=2 * workers)))
+
+
+def _check_numbers(
+    batch: int, frames: int, size: int, stride: int, seed: int, start: int, workers: int, most_bad: float
+) -> None:
+    for name, value in (("batch", batch), ("frames", frames), ("size", size), ("stride", stride), ("workers", workers)):
+        within(name, value, 1, 2**31)
+    within("seed", seed, 0, 2**32 - 1)
+    within("start", start, 0, 2**63)
+    if not 0 <= most_bad < 1:
+        raise UsageError(f"most_bad is {most_bad}; expected a share of the clips, 0 or more and below 1.")
+
+
+def _grain() -> Any:
+    try:
+        import grain
+    except ImportError as error:
+        raise SetupError(
+            "reading clips needs the package grain, which is not installed.\n"
+            'Install it with: pip install "jvdiff[train]"'
+        ) from error
+    return grain
 
 
 def _until_closed(steps: Any) -> Generator[Batch, None, None]:

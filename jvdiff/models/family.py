@@ -174,11 +174,13 @@ class Forward:
     pattern: which tokens see each other
     implementation: of self-attention; None is the best that can
     placement: mesh and where activations live on it; None is one device
+    dtype: of products, whatever kernels are stored in; None is the kernels'
     """
 
     pattern: Any = Dense()  # noqa: RUF009 - a frozen value
     implementation: Any = None
     placement: Placement | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +224,7 @@ class Family:
     longest: (models, clip, clips) -> the same as ShapeDtypeStructs, at their largest
     encode: (models, clip, forward, run, inputs) -> condition, and that of guidance's other branch or None
     network: (models, segment, forward) -> (weights, x, t, condition) -> velocity; the same object for equal arguments
-    finish: (clip, inputs, condition, latents) -> latents, after the last step
+    finish: (clip, inputs, both conditions as `encode` gave them, latents) -> latents, after the last step
     decode: (models, clip, forward, run, latents [1,T,H,W,C]) -> (uint8 [1,F,Y,X,3], non-finite share, latent frames
         so far), as frames come
     preview: (models, forward) -> Stage of (latents [B,1,H,W,C]) -> float32 [B,1,Y,X,3] in -1..1
@@ -251,7 +253,7 @@ class Family:
     preview: Callable[[Models, Forward], Stage]
     attention: Callable[[Models, Clip, Forward, Any, int], Mapping[str, str]]
     describe: Callable[[Models, Any], dict[str, Any]]
-    finish: Callable[[Clip, Any, Any, Array], Array] = lambda clip, inputs, condition, latents: latents
+    finish: Callable[[Clip, Any, tuple[Any, Any], Array], Array] = lambda clip, inputs, conditions, latents: latents
     facts: tuple[str, ...] = ("prompt",)
     takes: tuple[str, ...] = ()
     at_once: bool = True

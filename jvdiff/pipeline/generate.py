@@ -172,15 +172,15 @@ def generate(
         UsageError: subjects, sizes or settings that the models cannot use.
         NumericsError: NaN or infinity, see `stages.denoise` and `stages.decode`.
     """
-    named = check_subjects(pipe.repository, prompts=prompts, labels=labels)
+    subjects = check_subjects(pipe.repository, prompts=prompts, labels=labels)
     clip = pipe.clip(**settings)
-    check_fits(pipe.context, clip, len(named))
-    shape = (len(named), *clip.latents)
+    check_fits(pipe.context, clip, len(subjects))
+    shape = (len(subjects), *clip.latents)
     first = check_seed(seed)
-    seeds = tuple((first + i) % 2**32 for i in range(len(named)))
+    seeds = tuple((first + i) % 2**32 for i in range(len(subjects)))
     if noise is not None and (noise.shape != shape or noise.dtype != jnp.float32):
         raise UsageError(f"noise is {noise.dtype}{list(noise.shape)}; this request needs float32{list(shape)}.")
-    request = make_request(pipe.family, named, image=image)
+    request = make_request(pipe.family, clip, subjects, image=image)
     inputs, solver = pipe.family.inputs(pipe.models, clip, request), clip.sampler.make()
     conditions = stages.encode(pipe.context, clip, inputs, pipe.run)
     standard = stages.initial_noise(seeds, clip.latents) if noise is None else noise
@@ -188,35 +188,44 @@ def generate(
     state = stages.denoise(pipe.context, clip, conditions, state, solver, pipe.run, callback=callback)
     latents = np.array(pipe.family.finish(clip, inputs, conditions, state.x))
     video = stages.decode(pipe.context, clip, latents, pipe.run)
-    return Output(video, latents, named, seeds if noise is None else (), clip.settings)
+    return Output(video, latents, subjects, seeds if noise is None else (), clip.settings)
 
 
-def check_subjects(repository: Repository, **given: Any) -> tuple[Any, ...]:
-    """The subjects of the clips as `Request` has them: one of `given`, the field that the family takes.
+def check_subjects(repository: Repository, **fields: Any) -> tuple[Any, ...]:
+    """The subjects of the clips as `Request` has them: in its field `prompts` or `labels`, as the family takes them.
 
     Raises:
         UsageError: none, the wrong field, or a subject that the model cannot use.
     """
     family, models = repository.family, repository.models
-    if wrong := [name for name, value in given.items() if value is not None and name != family.subject]:
+    if wrong := [name for name, value in fields.items() if value is not None and name != family.subject]:
         raise UsageError(f"{family.name} takes {family.subject}, not {wrong[0]}.")
-    subjects = given.get(family.subject)
-    listed = subjects if isinstance(subjects, list | tuple) else [] if subjects is None else [subjects]
-    if not listed:
+    subjects = fields.get(family.subject)
+    if not isinstance(subjects, list | tuple):
+        subjects = [] if subjects is None else [subjects]
+    if not subjects:
         raise UsageError(f"no {family.subject}; give at least one.")
-    return tuple(family.check_subject(models, subject) for subject in listed)
+    return tuple(family.check_subject(models, subject) for subject in subjects)
 
 
-def make_request(family: Family, subjects: tuple[Any, ...], **others: Any) -> Request:
+def make_request(family: Family, clip: Clip, subjects: tuple[Any, ...], *, image: Any = None) -> Request:
     """A request with these subjects, in the family's field, and what else the family takes.
 
     Raises:
-        UsageError: a field that the family does not take.
+        UsageError: a field that the family does not take, or a picture of another size than the clip's.
     """
-    for name, value in others.items():
-        if value is not None and name not in family.takes:
-            raise UsageError(f"{family.name} takes no {name}; leave it out.")
-    return Request(**{family.subject: subjects}, **others)
+    if image is not None:
+        _check_picture(family, clip, image)
+    return Request(**{family.subject: subjects}, image=image)
+
+
+def _check_picture(family: Family, clip: Clip, image: Any) -> None:
+    if "image" not in family.takes:
+        raise UsageError(f"{family.name} takes no image; leave it out.")
+    shape = (*clip.frames[1:], 3)
+    if np.shape(image) != shape or getattr(image, "dtype", None) != np.uint8:
+        kind = f"{getattr(image, 'dtype', type(image).__name__)}{list(np.shape(image))}"
+        raise UsageError(f"image is {kind}; this request needs uint8{list(shape)}.")
 
 
 def check_fits(context: Context, clip: Clip, clips: int) -> None:

@@ -32,7 +32,8 @@ class Weights(Mapping[str, Params]):
         if part in self._places:
             return
         params = self._params[part]
-        self._places[part] = jax.tree.map(lambda x: x.sharding, params)
+        # An array that was put on no device on purpose comes back as one: for another, programs would be compiled anew.
+        self._places[part] = [x.sharding if x.committed else None for x in jax.tree.leaves(params)]
         self._params[part] = jax.device_get(params)
         jax.tree.map(lambda x: x.delete(), params)
 
@@ -42,7 +43,9 @@ class Weights(Mapping[str, Params]):
 
     def __getitem__(self, part: str) -> Params:
         if part in self._places:
-            self._params[part] = jax.device_put(self._params[part], self._places.pop(part))
+            leaves, structure = jax.tree.flatten(self._params[part])
+            back = [jax.device_put(x, place) for x, place in zip(leaves, self._places.pop(part), strict=True)]
+            self._params[part] = jax.tree.unflatten(structure, back)
         return self._params[part]
 
     def __iter__(self) -> Iterator[str]:

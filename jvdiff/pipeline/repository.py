@@ -97,7 +97,7 @@ def _model_index(path: Path) -> dict[str, Any]:
     if path.is_file():
         raise UnsafeFormat(
             f"{path}: a single file; files such as .pth or .ckpt can run code and are not opened.\n"
-            "Give the folder of a Diffusers repository, for instance Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+            "Give the folder of a Diffusers repository, the one that holds model_index.json."
         )
     if not path.is_dir():
         raise UsageError(f"{path}: there is no such folder.\nExpected a Diffusers repository or a converted one.")

@@ -45,7 +45,8 @@ class Context:
         """How the networks compute; without a segment, those around the transformer."""
         if segment is None:
             return Forward(placement=self.placement)
-        return Forward(segment.pattern, clip.attention, self.placement)
+        dtype = getattr(self.precision, self.family.parts[segment.part].precision)
+        return Forward(segment.pattern, clip.attention, self.placement, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------- what runs
@@ -134,7 +135,12 @@ def _at(tree: Any, sharding: Any) -> Any:
 
 
 def trace(
-    context: Context, params: Mapping[str, Params], clip: Clip, inputs: Any, last: int | None = None
+    context: Context,
+    params: Mapping[str, Params],
+    clip: Clip,
+    inputs: Any,
+    last: int | None = None,
+    first: int = 0,
 ) -> list[Call]:
     """Every program that a clip runs, traced: in order, each once, with how often it runs.
 
@@ -145,13 +151,14 @@ def trace(
             need not be there.
         inputs: of the family, may be abstract.
         last: the step after which the clip is stopped; None: it is decoded.
+        first: the step that it goes on with.
     """
     if context.placement is not None:
         params = {name: _placed_params(context, name, tree) for name, tree in params.items()}
     run, solver = Tracer(params, context.placement), clip.sampler.make()
     conditions = encode(context, clip, inputs, run)
     state = jax.eval_shape(lambda: begin(clip, solver, jnp.zeros((1, *clip.latents), jnp.float32), (0,)))
-    denoise(context, clip, conditions, state, solver, run, stop=last)
+    denoise(context, clip, conditions, state, solver, run, start=first, stop=last)
     if last is None or last >= len(solver):
         latents = np.broadcast_to(np.float32(0), (1, *clip.latents))
         for _ in context.family.decode(context.models, clip, context.forward(clip), run, latents):

@@ -97,7 +97,7 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
     patterns = ", ".join(dict.fromkeys(str(segment.pattern) for segment in clip.segments))
     yield f"video tokens L: {clip.tokens:,}   self-attention: {getattr(clip.settings, 'pattern', patterns)}"
     columns = "".join(f"{title:>12}" for title in ("weights", "data", "temporary", "in all"))
-    yield f"{'program':<13}{'FLOPs':>10}{columns}   compiled in   largest array"
+    yield f"{'program':<22}{'runs':>5}{'FLOPs':>10}{columns}   compiled in   largest array"
     every = []
     for program in programs(context, clip, target, shape):
         every.append(program)
@@ -136,10 +136,10 @@ def _program(program: Any, tokens: int) -> Iterator[str]:
     sizes = (program.weights, program.data, program.temporary, program.weights + program.needs)
     square = " (L x L!)" if program.largest_elements >= tokens**2 > 2**24 else ""
     yield (
-        f"{program.name:<13}{flops(program.flops):>10}{''.join(gib(size) for size in sizes)}"
+        f"{program.name:<22}{program.times:>5}{flops(program.flops):>10}{''.join(gib(size) for size in sizes)}"
         f"{program.seconds:>12.1f} s   {program.largest}{square}"
     )
     if program.collectives:
         kinds = (f"{gib(size).strip()} in {runs:,} {kind}" for kind, (runs, size) in program.sends.items())
         asynchronous = f"{program.asynchronous} of {program.collectives} collectives are asynchronous"
-        yield f"{'':<13}sends {', '.join(kinds)}; {asynchronous}"
+        yield f"{'':<22}sends {', '.join(kinds)}; {asynchronous}"

@@ -5,12 +5,12 @@
 Each is a frozen value, part of a rollout's configuration, with pure methods, all of which may be jitted (`self` is
 static). The `cache` that a method returns is all that it remembers; None means that the rollout begins (chunk 0).
 
-Of a temporal ratio of 4 the first latent frame stands for one pixel frame and every later one for four: T latent frames
-are 1 + 4 (T - 1) pixel frames in chunk 0, and 4 T afterwards. Names as in NVIDIA's flashdreams.
+With a temporal ratio of 4 the first latent frame stands for one pixel frame and every later one for four. T latent
+frames are 1 + 4 (T - 1) pixel frames in chunk 0, and 4 T afterwards. Names as in NVIDIA's flashdreams.
 
-An encoder's `encode` takes (params of the VAE, input, cache, *, latent_frames of the chunk, placement) and returns what
-the diffusion model is given, and the new cache. Of a placement's devices each has a part of the pixels and of what the
-VAE remembers, and all of the latents; all that is given lies on the placement's mesh.
+An encoder's `encode` takes (params of the VAE, input, cache, *, latent_frames of the chunk, placement). It returns what
+the diffusion model is given, and the new cache. Each of a placement's devices has a part of the pixels and of what the
+VAE remembers, and all of the latents. All arguments lie on the placement's mesh.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ Payload = dict[str, Array]
 
 
 @dataclass(frozen=True)
-class StreamingVideoDecoder:
-    """Latents of a chunk -> its pixel frames."""
+class _OverVAE:
+    """What goes through a causal VAE, chunk by chunk.
+
+    vae: its configuration
+    """
 
     vae: Any
 
@@ -45,17 +48,35 @@ class StreamingVideoDecoder:
         """Pixel frames per latent frame, after the first."""
         return self.vae.temporal_factor
 
-    def get_output_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
-        """Pixel frames that so many latent frames become in the chunk of this index (from 0)."""
-        return _pixel_frames(self.vae, latent_frames, autoregressive_index)
-
-    def get_input_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
-        """Latent frames that become so many pixel frames; UsageError, with the nearest number, where none do."""
-        return _latent_frames(self.vae, pixel_frames, autoregressive_index)
-
     def initialize_cache(self) -> None:
         """The cache before chunk 0."""
         return None
+
+
+@dataclass(frozen=True)
+class _Encoder(_OverVAE):
+    """Pixel frames in, latent frames out."""
+
+    def get_output_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
+        """Latent frames that this many pixel frames become; UsageError, with the nearest number, where they do not."""
+        return _latent_frames(self.vae, pixel_frames, autoregressive_index)
+
+    def get_input_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
+        """Pixel frames that become this many latent frames in the chunk of this index (from 0)."""
+        return _pixel_frames(self.vae, latent_frames, autoregressive_index)
+
+
+@dataclass(frozen=True)
+class StreamingVideoDecoder(_OverVAE):
+    """Latents of a chunk -> its pixel frames."""
+
+    def get_output_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
+        """Pixel frames that this many latent frames become in the chunk of this index (from 0)."""
+        return _pixel_frames(self.vae, latent_frames, autoregressive_index)
+
+    def get_input_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
+        """Latent frames that become this many pixel frames; UsageError, with the nearest number, where none do."""
+        return _latent_frames(self.vae, pixel_frames, autoregressive_index)
 
     def decode(
         self, params: Params, latents: Array, cache: Any, *, placement: Placement | None = None
@@ -80,32 +101,8 @@ class StreamingVideoDecoder:
 
 
 @dataclass(frozen=True)
-class StreamingVideoEncoder:
+class StreamingVideoEncoder(_Encoder):
     """Pixel frames of a chunk -> its latents."""
-
-    vae: Any
-
-    @property
-    def spatial_compression_ratio(self) -> int:
-        """Pixels per latent cell, along height and along width."""
-        return self.vae.spatial_factor
-
-    @property
-    def temporal_compression_ratio(self) -> int:
-        """Pixel frames per latent frame, after the first."""
-        return self.vae.temporal_factor
-
-    def get_output_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
-        """Latent frames that so many pixel frames become; UsageError, with the nearest number, where they do not."""
-        return _latent_frames(self.vae, pixel_frames, autoregressive_index)
-
-    def get_input_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
-        """Pixel frames that become so many latent frames in the chunk of this index (from 0)."""
-        return _pixel_frames(self.vae, latent_frames, autoregressive_index)
-
-    def initialize_cache(self) -> None:
-        """The cache before chunk 0."""
-        return None
 
     def encode(
         self,
@@ -128,13 +125,13 @@ class StreamingVideoEncoder:
         """
         frames = _pixels(self.vae, video, "video", "[B,F,Y,X,3]")
         index = 0 if cache is None else 1
-        if latent_frames is not None and frames.shape[1] != (
-            wanted := self.get_input_temporal_size(latent_frames, index)
-        ):
-            raise UsageError(
-                f"{_which(index)} of {latent_frames} latent frames takes {wanted} pixel frames, "
-                f"found {frames.shape[1]}."
-            )
+        if latent_frames is not None:
+            count = self.get_input_temporal_size(latent_frames, index)
+            if frames.shape[1] != count:
+                raise UsageError(
+                    f"{_which(index)} of {latent_frames} latent frames takes {count} pixel frames, "
+                    f"found {frames.shape[1]}."
+                )
         self.get_output_temporal_size(frames.shape[1], index)
         latents, cache = _in_turn(models.rollout(self.vae).encode_chunk, params, self.vae, frames, cache, placement)
         return _normalized(self.vae, latents, placement), cache
@@ -184,47 +181,27 @@ class NullEncoder:
 
 
 @dataclass(frozen=True)
-class ImageEncoder:
+class ImageEncoder(_Encoder):
     """A picture that a rollout begins with -> what tells the diffusion model of it, chunk by chunk.
 
-    The picture is the first frame of a video whose other frames are 0 (grey), which the VAE encodes; the mask is 1 for
-    the latent frame that it is. How the diffusion model takes them:
+    The picture is the first frame of a video whose other frames are 0 (grey), which the VAE encodes. The mask is 1 for
+    its latent frame.
+
+    vae: configuration of the causal VAE
+    mode: how the diffusion model takes them
 
       stamp: `stamped`, mask [B,T,1,1,1]: that latent frame is put into the sample before every call of the network and
         into its result (Causal-Forcing). Other latent frames are masked, so only the picture is encoded, once; they
         repeat it.
       concat: `concatenated`, mask [B,T,H,W,4]: mask and latents are further channels of the network's input (36 in
-        published image-to-video models), one channel of the mask for each pixel frame of a latent frame.
+        published image-to-video models). The mask has one channel for each pixel frame of a latent frame.
     """
 
-    vae: Any
     mode: Literal["stamp", "concat"] = "stamp"
 
     def __post_init__(self):
         if self.mode not in ("stamp", "concat"):
             raise UsageError(f"ImageEncoder: mode is {self.mode!r}, expected 'stamp' or 'concat'.")
-
-    @property
-    def spatial_compression_ratio(self) -> int:
-        """Pixels per latent cell, along height and along width."""
-        return self.vae.spatial_factor
-
-    @property
-    def temporal_compression_ratio(self) -> int:
-        """Pixel frames per latent frame, after the first."""
-        return self.vae.temporal_factor
-
-    def get_output_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
-        """Latent frames for so many pixel frames; UsageError, with the nearest number, where they do not fit."""
-        return _latent_frames(self.vae, pixel_frames, autoregressive_index)
-
-    def get_input_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
-        """Pixel frames, the picture and its followers, that become so many latent frames."""
-        return _pixel_frames(self.vae, latent_frames, autoregressive_index)
-
-    def initialize_cache(self) -> None:
-        """The cache before chunk 0."""
-        return None
 
     def encode(
         self,
@@ -246,7 +223,7 @@ class ImageEncoder:
           dict(latent normalised float32 [B,T,H,W,C], mask float32), and the cache for the next chunk.
         """
         begins = cache is None
-        wanted = self.get_input_temporal_size(latent_frames, 0 if begins else 1)
+        count = self.get_input_temporal_size(latent_frames, 0 if begins else 1)
         if begins and image is None:
             raise UsageError("chunk 0 takes a picture [B,Y,X,3], found None.")
         if not begins and image is not None:
@@ -262,7 +239,7 @@ class ImageEncoder:
         else:
             # The VAE remembers two frames of its input, and so the size of the picture.
             batch, _, height, width, _ = (cache["conv_in"] if frame is None else frame).shape
-            grey = jnp.zeros((batch, wanted - int(begins), height, width, 3), jnp.float32)
+            grey = jnp.zeros((batch, count - int(begins), height, width, 3), jnp.float32)
             frames = grey if frame is None else jnp.concatenate([frame, grey], axis=1)
             latent, cache = _in_turn(models.rollout(self.vae).encode_chunk, params, self.vae, frames, cache, placement)
             latent = _normalized(self.vae, latent, placement)
@@ -317,11 +294,11 @@ def _pixels(vae: Any, x: Array | None, what: str, axes: str) -> Array:
         )
     ratio = vae.spatial_factor
     size = x.shape[-3:-1]
-    fits = [max(1, (2 * n + ratio) // (2 * ratio)) * ratio for n in size]
-    if list(size) != fits:
+    nearest = [max(1, (2 * n + ratio) // (2 * ratio)) * ratio for n in size]
+    if list(size) != nearest:
         raise UsageError(
             f"a {what} has a height and width divisible by {ratio}, found {size[0]}x{size[1]}; "
-            f"the nearest is {fits[0]}x{fits[1]}."
+            f"the nearest is {nearest[0]}x{nearest[1]}."
         )
     x = jnp.asarray(x)
     return x.astype(jnp.float32) / 127.5 - 1.0 if x.dtype == jnp.uint8 else x
@@ -336,9 +313,9 @@ def _latent_frames(vae: Any, pixel_frames: int, index: int) -> int:
     if index < 0:
         _check_size(1, index)
     ratio, missing = vae.temporal_factor, vae.temporal_factor - 1 if index == 0 else 0
-    held = pixel_frames + missing
-    nearest = max(1, (2 * held + ratio) // (2 * ratio))
-    if held != nearest * ratio:
+    total = pixel_frames + missing
+    nearest = max(1, (2 * total + ratio) // (2 * ratio))
+    if total != nearest * ratio:
         form = f"1 + {ratio}k" if index == 0 else f"{ratio}k, k at least 1,"
         fits = nearest * ratio - missing
         raise UsageError(f"{_which(index)} has {form} pixel frames, found {pixel_frames}; the nearest is {fits}.")

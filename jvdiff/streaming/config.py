@@ -102,8 +102,8 @@ class TransformerConfig:
     apply_rope_before_kvcache: keys are kept rotated, by their place in the video; otherwise by their place among those
         that are kept
     guidance_scale: weight of classifier-free guidance; 1: none, and half the work
-    first_guidance_scale: that of the first chunk, where it differs: it has no past to say what things look like, and
-        what guidance exaggerates is the next chunk's past, so that a strong one makes a long video drift
+    first_guidance_scale: that of the first chunk, where it differs: that chunk has no past to say what things look
+        like. What guidance exaggerates is the next chunk's past, so that a strong one makes a long video drift
     text_length: rows of text that the network attends to
     text_rows: how many of these a prompt may fill; the others are zeros, which cost nothing
     attention: an implementation of `jvdiff.kernels.attention`; None: the best
@@ -124,7 +124,7 @@ class TransformerConfig:
     attention: str | None = None
 
     def __post_init__(self):
-        _ = self.span  # says what it cannot be
+        _ = self.span  # refuses what is invalid
         for name, patch in zip(("height", "width"), self.network.patch_size[1:], strict=True):
             value = getattr(self, name)
             if type(value) is not int or value < patch or value % patch:
@@ -152,8 +152,11 @@ class TransformerConfig:
 class DiffusionModelConfig:
     """The network and its sampler.
 
-    seed: of rollouts that are given no key. context_noise: the timestep, 0..1000, at which a finished chunk goes into
-    the cache; above 0 it is noised to that level first.
+    transformer: the network, and how much of a video it sees
+    scheduler: the steps of a chunk
+    seed: of rollouts that are given no key
+    context_noise: timestep, 0..1000, at which a finished chunk goes into the cache; above 0 it is noised to that level
+        first
     """
 
     transformer: TransformerConfig
@@ -170,9 +173,11 @@ class DiffusionModelConfig:
 class StreamInferencePipelineConfig:
     """Everything that decides a rollout besides prompts, key and weights.
 
-    encoder: of what `generate` is given for every chunk; None: it is given nothing. decoder: of the frames that it
-    returns; None: it returns latents. enable_sync_and_profile: `finalize` returns how long each stage took, for which
-    each is waited for.
+    name: for messages
+    diffusion_model: the network and its sampler
+    encoder: of what `generate` is given for every chunk; None: it is given nothing
+    decoder: of the frames that `generate` returns; None: it returns latents
+    enable_sync_and_profile: `finalize` returns how long each stage took, for which each is waited for
     """
 
     name: str
@@ -224,7 +229,7 @@ def derive_config(config: Any, **patch: Any) -> Any:
     Raises:
         KeyError: there is no such field; the message has its path and the nearest name.
         TypeError: a dict for a field that has no fields.
-        UsageError: a value of another type than the field's, or one that it cannot have.
+        UsageError: a value of another type than the field's, or an invalid one.
     """
     return _derived(config, patch, "")
 
@@ -245,11 +250,14 @@ def _derived(config: Any, patch: Mapping[str, Any], path: str) -> Any:
                     f"{where} is {old!r:.60}, which has no fields; give a value instead of {dict(value)!r:.60}"
                 )
             value = _derived(old, value, f"{where}.")
-        if kinds[name] is float and type(value) is int:
+        kind = kinds[name]
+        if kind is Any and dataclasses.is_dataclass(old):  # a network's configuration, which stays one of its family
+            kind = type(old)
+        if kind is float and type(value) is int:
             value = float(value)
-        if not _is(value, kinds[name]):
-            kind = kinds[name].__name__ if isinstance(kinds[name], type) else str(kinds[name])
-            raise UsageError(f"{where} is {value!r:.60}; expected {kind}.")
+        if not _is(value, kind):
+            expected = kind.__name__ if isinstance(kind, type) else str(kind)
+            raise UsageError(f"{where} is {value!r:.60}; expected {expected}.")
         changed[name] = value
     return dataclasses.replace(config, **changed)
 
@@ -282,7 +290,7 @@ def from_json(value: Any, classes: Mapping[str, type]) -> Any:
     """The inverse of `to_json`, for objects of these classes.
 
     Raises:
-        CheckpointError: a class or field that there is not, or a value that cannot be.
+        CheckpointError: an unknown class or field, or an invalid value.
     """
     if isinstance(value, list):
         return tuple(from_json(item, classes) for item in value)

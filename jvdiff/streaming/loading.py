@@ -44,7 +44,7 @@ def config_from_json(value: Mapping[str, Any]) -> StreamInferencePipelineConfig:
     """The inverse of `to_json` for a whole configuration.
 
     Raises:
-        CheckpointError: a class, field or value that cannot be.
+        CheckpointError: an unknown class or field, or an invalid value.
     """
     config = from_json(value, _classes())
     if not isinstance(config, StreamInferencePipelineConfig):
@@ -53,11 +53,13 @@ def config_from_json(value: Mapping[str, Any]) -> StreamInferencePipelineConfig:
 
 
 def config_of(path: str | Path | Repository) -> StreamInferencePipelineConfig:
-    """The configuration that a causal repository asks for: its networks, the scheduler of scheduler_config.json, and
-    what the object `stream` of its jvdiff_defaults.json says besides; else Self-Forcing's.
+    """The configuration that a causal repository asks for: its networks, and the scheduler of scheduler_config.json.
+
+    The object `stream` of its jvdiff_defaults.json goes before both; the rest is Self-Forcing's.
 
     Raises:
-        CheckpointError: not a repository, or one that says what cannot be. UsageError: one that is not causal.
+        CheckpointError: not a repository, or one whose files are invalid.
+        UsageError: one that is not causal.
     """
     repository = path if isinstance(path, Repository) else pipeline.inspect(path, at_once=False)
     configs, published = repository.models.configs, repository.models.files["scheduler"]
@@ -78,12 +80,14 @@ def config_of(path: str | Path | Repository) -> StreamInferencePipelineConfig:
 
 
 def override(config: StreamInferencePipelineConfig, patch: Mapping[str, Any]) -> StreamInferencePipelineConfig:
-    """`derive_config` of values as JSON and command lines have them: a list is a tuple, and an object that names its
-    class (as those of `to_json` do) takes the place of what was there, fields that it leaves out at their defaults.
-    Encoders get the decoder's VAE.
+    """`derive_config` of values as JSON and command lines have them.
+
+    A list is a tuple. An object that names its class, as those of `to_json` do, takes the place of what was there; the
+    fields that it leaves out have their defaults. Encoders get the decoder's VAE.
 
     Raises:
-        KeyError, TypeError, UsageError: as `derive_config`. CheckpointError: a class or field that there is not.
+        KeyError, TypeError, UsageError: as `derive_config`.
+        CheckpointError: an unknown class or field.
     """
     classes: dict[str, Any] = _classes()
     if config.decoder is not None:

@@ -6,6 +6,7 @@ B rollouts · T latent frames of a chunk · H W latent grid · C latent channels
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -13,24 +14,34 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jvdiff import models
-from jvdiff.diffusion import add_noise, denoise_scan
+from jvdiff.diffusion import Solver, add_noise, denoise_scan
+from jvdiff.models.family import Rollout
 from jvdiff.models.pixels import to_pixels
 from jvdiff.sharding import Placement
 from jvdiff.streaming.codec import Encoder, StreamingVideoDecoder, StreamingVideoEncoder, concatenated, stamped
-from jvdiff.streaming.config import DiffusionModelConfig
+from jvdiff.streaming.config import DiffusionModelConfig, TransformerConfig
 from jvdiff.types import Array, Params
 
 
 class Programs(NamedTuple):
-    """The jitted functions of a configuration. One program of each serves all chunks of a rollout; the VAE's first
-    chunk has one more."""
+    """The jitted functions of a configuration, each of weights and of what a rollout remembers.
 
-    text_keys: Any  # (network, rows) -> its keys and values
-    encode: Any  # (vae, input, cache) -> (payload, cache)
-    diffuse: Any  # (network, text, past, key, index, payload) -> (latents, non-finite share)
-    decode: Any  # (vae, latents, non-finite share, cache) -> (uint8 frames, non-finite share, cache)
-    finalize: Any  # (network, text, past, history, key, index, latents, payload) -> (past, history), both in place
-    reencode: Any  # (network, text, past, history) -> past, in place
+    One program of each serves all chunks of a rollout; the VAE's first chunk has one more.
+
+    text_keys: (network, rows) -> its keys and values
+    encode: (vae, input, cache) -> (payload, cache)
+    diffuse: (network, text, past, key, index, payload) -> (latents, non-finite share)
+    decode: (vae, latents, non-finite share, cache) -> (uint8 frames, non-finite share, cache)
+    finalize: (network, text, past, history, key, index, latents, payload) -> (past, history), both in place
+    reencode: (network, text, past, history) -> past, in place
+    """
+
+    text_keys: Any
+    encode: Any
+    diffuse: Any
+    decode: Any
+    finalize: Any
+    reencode: Any
 
 
 @functools.lru_cache(maxsize=8)
@@ -40,45 +51,82 @@ def programs(
     decoder: StreamingVideoDecoder | None,
     placement: Placement | None,
 ) -> Programs:
-    cfg, scheduler = model.transformer, model.scheduler
-    span, network, guided = cfg.span, cfg.network, cfg.guided
-    net = models.rollout(network)
-    first = cfg.guidance_scale if cfg.first_guidance_scale is None else cfg.first_guidance_scale
-    concatenates = network.in_channels != network.out_channels
-    how: Any = dict(text_length=cfg.text_length, implementation=cfg.attention, placement=placement)
-    solver = scheduler.solver()
-    level = scheduler.noise_level(model.context_noise) if model.context_noise else 0.0
+    """The compiled functions of a configuration on a mesh (None: one device)."""
+    functions = _Functions(model, encoder, decoder, placement, model.scheduler.solver())
+    return Programs(
+        text_keys=jax.jit(functions.text_keys),
+        encode=jax.jit(functions.encode),
+        diffuse=jax.jit(functions.diffuse),
+        decode=jax.jit(functions.decode),
+        finalize=jax.jit(functions.finalize, donate_argnums=(2, 3)),
+        reencode=jax.jit(functions.reencode, donate_argnums=2),
+    )
 
-    def replicated(tree: Any) -> Any:
-        return tree if placement is None else placement.replicate(tree)
 
-    def branches(x: Array) -> Array:  # the prompts', then the negative prompt's
-        return jnp.concatenate([x, x]) if guided else x
+@dataclass(frozen=True, eq=False)
+class _Functions:
+    """What `Programs` compiles.
 
-    def flow(params: Params, text: Any, past: Any, payload: Any, scale: Array, x: Array, t: Array) -> Array:
-        given = branches(concatenated(payload, x) if concatenates else stamped(payload, x))
-        v = net.chunk_velocity(params, network, span, given, branches(t), text, past, **how)
-        if not guided:
-            return v
-        wanted, unwanted = jnp.split(v, 2)
-        return unwanted + scale * (wanted - unwanted)
+    model: network, sampler, and how much of a video a chunk sees
+    encoder, decoder: of inputs and of frames, where there are any
+    placement: mesh and where activations live on it; None is one device
+    solver: of the sampler's steps
+    """
 
-    def diffuse(params: Params, text: Any, past: Any, key: Array, index: Array, payload: Any) -> tuple[Array, Array]:
+    model: DiffusionModelConfig
+    encoder: Encoder | None
+    decoder: StreamingVideoDecoder | None
+    placement: Placement | None
+    solver: Solver
+
+    def text_keys(self, params: Params, rows: Array) -> Any:
+        return self._net.text_keys(params, self._cfg.network, rows, placement=self.placement)
+
+    def encode(self, params: Params, input: Any, cache: Any) -> tuple[Any, Any]:
+        assert self.encoder is not None
+        frames, placement = self._cfg.span.chunk, self.placement
+        payload, cache = self.encoder.encode(params, input, cache, latent_frames=frames, placement=placement)
+        if isinstance(self.encoder, StreamingVideoEncoder):
+            payload = {"latent": payload}
+        return self._replicated(payload), cache
+
+    def diffuse(
+        self, params: Params, text: Any, past: Any, key: Array, index: Array, payload: Any
+    ) -> tuple[Array, Array]:
+        cfg = self._cfg
         key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
-        batch = past.keys.shape[1] // (2 if guided else 1)
-        shape = (batch, span.chunk, cfg.height, cfg.width, network.out_channels)
+        batch = past.keys.shape[1] // (2 if cfg.guided else 1)
+        shape = (cfg.span.chunk, cfg.height, cfg.width, cfg.network.out_channels)
         keys = _rollout_keys(key, batch)  # [B,2]
-        noise = jax.vmap(lambda one: jax.random.normal(jax.random.fold_in(one, 0), shape[1:], jnp.float32))(
+        noise = jax.vmap(lambda one: jax.random.normal(jax.random.fold_in(one, 0), shape, jnp.float32))(
             jax.random.wrap_key_data(keys)
         )  # [B] -> [B,T,H,W,C]
-        state = solver.init(noise, keys)
+        state = self._replicated(self.solver.init(noise, keys))
+        first = cfg.guidance_scale if cfg.first_guidance_scale is None else cfg.first_guidance_scale
         scale = jnp.where(index == 0, jnp.float32(first), jnp.float32(cfg.guidance_scale))
-        latents = denoise_scan(Partial(flow, params, text, past, payload, scale), solver, replicated(state)).x
-        if not concatenates:
+        latents = denoise_scan(Partial(self._flow, params, text, past, payload, scale), self.solver, state).x
+        if not self._concatenates:
             latents = stamped(payload, latents)
-        return replicated((latents, _nonfinite(latents)))
+        return self._replicated((latents, _nonfinite(latents)))
+
+    def _flow(self, params: Params, text: Any, past: Any, payload: Any, scale: Array, x: Array, t: Array) -> Array:
+        """The velocity of x [B,T,H,W,C] at t [B], guided."""
+        sample = self._branches(concatenated(payload, x) if self._concatenates else stamped(payload, x))
+        cfg, t = self._cfg, self._branches(t)
+        v = self._net.chunk_velocity(params, cfg.network, cfg.span, sample, t, text, past, **self._forward)
+        if not cfg.guided:
+            return v
+        conditional, unconditional = jnp.split(v, 2)  # [2B,T,H,W,C] -> twice [B,T,H,W,C]
+        return unconditional + scale * (conditional - unconditional)
+
+    def decode(self, params: Params, latents: Array, bad: Array, cache: Any) -> tuple[Array, Array, Any]:
+        assert self.decoder is not None
+        frames, cache = self.decoder.decode(params, latents, cache, placement=self.placement)
+        pixels, bad = self._replicated((to_pixels(frames), jnp.maximum(bad, _nonfinite(frames))))
+        return pixels, bad, cache
 
     def finalize(
+        self,
         params: Params,
         text: Any,
         past: Any,
@@ -88,39 +136,48 @@ def programs(
         latents: Array,
         payload: Any,
     ) -> tuple[Any, Array]:
-        if level:
+        cfg, noise = self._cfg, self.model.context_noise
+        if level := self.model.scheduler.noise_level(noise) if noise else 0.0:
             key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
-            latents = add_noise(latents, level, jax.random.fold_in(key, len(solver) + 1))
-        given = concatenated(payload, latents) if concatenates else latents
-        t = jnp.full(past.keys.shape[1], model.context_noise, jnp.float32)
-        history = net.remembered(span, history, given, past.frames)
-        return net.extend(params, network, span, branches(given), t, text, past, **how), replicated(history)
+            latents = add_noise(latents, level, jax.random.fold_in(key, len(self.solver) + 1))
+        sample = concatenated(payload, latents) if self._concatenates else latents
+        t = jnp.full(past.keys.shape[1], noise, jnp.float32)
+        history = self._net.remembered(cfg.span, history, sample, past.frames)
+        sample = self._branches(sample)
+        past = self._net.extend(params, cfg.network, cfg.span, sample, t, text, past, **self._forward)
+        return past, self._replicated(history)
 
-    def reencode(params: Params, text: Any, past: Any, history: Array) -> Any:
-        t = jnp.full(past.keys.shape[1], model.context_noise, jnp.float32)
-        return net.reencode(params, network, span, branches(history), t, text, past, **how)
+    def reencode(self, params: Params, text: Any, past: Any, history: Array) -> Any:
+        cfg, history = self._cfg, self._branches(history)
+        t = jnp.full(past.keys.shape[1], self.model.context_noise, jnp.float32)
+        return self._net.reencode(params, cfg.network, cfg.span, history, t, text, past, **self._forward)
 
-    def decode(params: Params, latents: Array, bad: Array, cache: Any) -> tuple[Array, Array, Any]:
-        assert decoder is not None
-        frames, cache = decoder.decode(params, latents, cache, placement=placement)
-        pixels, bad = replicated((to_pixels(frames), jnp.maximum(bad, _nonfinite(frames))))
-        return pixels, bad, cache
+    @property
+    def _cfg(self) -> TransformerConfig:
+        return self.model.transformer
 
-    def encode(params: Params, given: Any, cache: Any) -> tuple[Any, Any]:
-        assert encoder is not None
-        payload, cache = encoder.encode(params, given, cache, latent_frames=span.chunk, placement=placement)
-        if isinstance(encoder, StreamingVideoEncoder):
-            payload = {"latent": payload}
-        return replicated(payload), cache
+    @property
+    def _net(self) -> Rollout:
+        """How the family of the network does it."""
+        return models.rollout(self._cfg.network)
 
-    return Programs(
-        text_keys=jax.jit(lambda params, rows: net.text_keys(params, network, rows, placement=placement)),
-        encode=jax.jit(encode),
-        diffuse=jax.jit(diffuse),
-        decode=jax.jit(decode),
-        finalize=jax.jit(finalize, donate_argnums=(2, 3)),
-        reencode=jax.jit(reencode, donate_argnums=2),
-    )
+    @property
+    def _forward(self) -> dict[str, Any]:
+        """How the network computes."""
+        cfg = self._cfg
+        return dict(text_length=cfg.text_length, implementation=cfg.attention, placement=self.placement)
+
+    @property
+    def _concatenates(self) -> bool:
+        """Whether what is encoded is further channels of the network's input."""
+        return self._cfg.network.in_channels != self._cfg.network.out_channels
+
+    def _branches(self, x: Array) -> Array:
+        """x [B,...] for the prompts and, with guidance, once more for the negative prompt [2B,...]."""
+        return jnp.concatenate([x, x]) if self._cfg.guided else x
+
+    def _replicated(self, tree: Any) -> Any:
+        return tree if self.placement is None else self.placement.replicate(tree)
 
 
 def _nonfinite(x: Array) -> Array:

@@ -13,9 +13,9 @@
         cache, stats = pipe.finalize(i, cache, final)
 
 Configurations are frozen values; a pipeline binds them to parameters and remembers nothing. `generate` reads the cache
-and never writes it, so that its frames can be shown before `finalize` is waited for; `finalize` alone makes the chunk a
+and never writes it, so that its frames can be shown before `finalize` is waited for. `finalize` alone makes the chunk a
 part of the past, and takes the memory of the cache it is given. A rollout that is saved, copied, or interleaved with
-another goes on as if nothing had happened. Names as in NVIDIA's flashdreams, whose hidden state this does not have.
+another goes on as if nothing had happened. Names are those of NVIDIA's flashdreams, without its hidden state.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from jvdiff.pipeline.settings import check_seed
 from jvdiff.pipeline.stages import nonfinite
 from jvdiff.runtime import run_state
 from jvdiff.sharding import Placement
+from jvdiff.streaming import guards
 from jvdiff.streaming import programs as stream_programs
 from jvdiff.streaming.codec import NullEncoder, StreamingVideoEncoder
 from jvdiff.streaming.config import StreamInferencePipelineConfig
@@ -48,7 +49,13 @@ from jvdiff.types import Array, Params
 
 @dataclass(frozen=True, eq=False)
 class StreamInferencePipeline:
-    """Functions of a configuration, bound to weights; see `StreamInferencePipelineConfig.setup`."""
+    """Functions of a configuration, bound to weights; see `StreamInferencePipelineConfig.setup`.
+
+    config: what decides a rollout
+    params: trees of the transformer, and of the text encoder and the VAE where they are needed
+    tokenizer: for rollouts that are given prompts
+    placement: mesh that the parameters are on; None is the default device
+    """
 
     config: StreamInferencePipelineConfig
     params: Mapping[str, Params]
@@ -73,8 +80,9 @@ class StreamInferencePipeline:
 
         Args:
             key: a key of jax.random, or a seed; None: the configuration's seed.
-            prompts: B of them. text: in their place rows [B or 2B,S,D], zeros beyond a prompt's end, S at most
-                text_rows; with guidance those of the negative prompt follow.
+            prompts: B of them.
+            text: in their place rows [B or 2B,S,D], zeros beyond a prompt's end, S at most text_rows; with guidance
+                those of the negative prompt follow.
             negative_prompt: what guidance leads away from.
         """
         key = self.config.diffusion_model.seed if key is None else key
@@ -101,17 +109,19 @@ class StreamInferencePipeline:
     ) -> StreamCache:
         """The same rollouts under other prompts from the next chunk on; between `finalize` and `generate`.
 
-        reencode: what is kept of the past goes through the network once more, as if it had been made under these
-        prompts (as LongLive does at a change); `cache` is used up then. Otherwise both share their past, and the
-        `finalize` of either takes it from the other: see `copy`.
+        Args:
+            prompts, text, negative_prompt: as of `initialize_cache`, of the same number of rollouts.
+            reencode: the past goes through the network once more, as if it had been made under these prompts (as
+                LongLive does at a change), and `cache` is used up. Otherwise both share their past, and the `finalize`
+                of either takes it from the other: see `copy`.
         """
-        self._check(cache)
+        guards.check_cache(self.config, cache)
         if cache.generated != cache.finalized:
             raise UsageError(f"chunk {int(cache.finalized)} is not finalized yet; change prompts after that.")
         keys = self._text(prompts, text, negative_prompt)
         if keys[0].shape != cache.text[0].shape:
-            found, wanted = (len(k[0][0]) // self._branches for k in (keys, cache.text))
-            raise UsageError(f"there are {found} prompts; this cache is of {wanted} rollouts.")
+            new, rollouts = (len(k[0][0]) // self._branches for k in (keys, cache.text))
+            raise UsageError(f"there are {new} prompts; this cache is of {rollouts} rollouts.")
         past = cache.past
         if reencode:
             past = self.programs.reencode(self.params["transformer"], keys, past, cache.history)
@@ -130,30 +140,20 @@ class StreamInferencePipeline:
             (frames, cache, final): uint8 [B,F,Y,X,3], or latents float32 [B,T,H,W,C] without a decoder; the state with
             what the VAE remembers; and what `finalize` needs.
         """
-        self._check(cache)
-        i, finalized = int(cache.generated), int(cache.finalized)
-        if i != finalized:
-            raise UsageError(f"chunk {finalized} was generated and is not finalized; finalize it before the next one.")
-        if i != autoregressive_index:
-            raise UsageError(
-                f"generate was called for chunk {autoregressive_index}; expected {i}: chunks are made one by one."
-            )
-        encoder, decoder, programs = self.config.encoder, self.config.decoder, self.programs
-        if input is not None and encoder is None:
-            raise UsageError("generate was given an input, and this configuration has no encoder; leave it out.")
-        self._check_input(input, cache)
-        clock = Clock(self.config.enable_sync_and_profile)
+        i, config, programs = autoregressive_index, self.config, self.programs
+        guards.check_generate(config, i, cache, input)
+        clock = Clock(config.enable_sync_and_profile)
         payload, encoded, decoded = None, cache.encoder, cache.decoder
-        if encoder is not None:
+        if config.encoder is not None:
             payload, encoded = programs.encode(self._vae, self._everywhere(input), cache.encoder)
-            self._check_payload(payload, cache)
+            guards.check_payload(config, payload, cache)
             clock.done("encode", payload)
         latents, bad = programs.diffuse(
             self.params["transformer"], cache.text, cache.past, cache.key, np.int32(i), payload
         )
         frames = latents
         clock.done("diffuse", latents)
-        if decoder is not None:
+        if config.decoder is not None:
             frames, bad, decoded = programs.decode(self._vae, latents, bad, cache.decoder)
             clock.done("decode", frames)
         after = dataclasses.replace(cache, generated=np.int32(i + 1), encoder=encoded, decoder=decoded)
@@ -172,32 +172,19 @@ class StreamInferencePipeline:
             (cache, statistics): where time is taken encode_ms, diffuse_ms, decode_ms, finalize_ms, total_ms,
             total_ms_wo_finalize and, where the device tells, mem_alloc_gib and mem_peak_gib; else {}.
         """
-        self._check(cache)
-        i, generated = int(cache.finalized), int(cache.generated)
-        if i == generated:
-            raise UsageError(
-                f"finalize was called for chunk {autoregressive_index}, and all {i} chunks that were generated are "
-                "finalized."
-            )
-        if i != autoregressive_index:
-            raise UsageError(f"finalize was called for chunk {autoregressive_index}; expected {i}, the last generated.")
-        if final.autoregressive_index != i:
-            raise UsageError(f"finalize({i}) was given what generate({final.autoregressive_index}) made.")
-        if final.latents.shape != (shape := self._chunk_shape(cache)):
-            raise UsageError(
-                f"finalize({i}) was given a chunk of latents {list(final.latents.shape)}; expected {list(shape)}."
-            )
+        i = autoregressive_index
+        guards.check_finalize(self.config, i, cache, final)
         clock = Clock(self.config.enable_sync_and_profile, final.milliseconds)
         past, history = self.programs.finalize(
-            self.params["transformer"], cache.text, cache.past, cache.history, cache.key, np.int32(i), final.latents,
-            final.payload,
+            self.params["transformer"], cache.text, cache.past, cache.history, cache.key, np.int32(i),
+            final.latents, final.payload,
         )  # fmt: skip
         clock.done("finalize", past)
         after = dataclasses.replace(cache, finalized=np.int32(i + 1), past=past, history=history)
         return after, clock.statistics()
 
     def abstract_cache(self, batch: int, begun: bool = True) -> StreamCache:
-        """The cache of so many rollouts as ShapeDtypeStructs, before the first chunk or (`begun`) after one."""
+        """The cache of that many rollouts as ShapeDtypeStructs, before the first chunk or (`begun`) after one."""
         cfg, struct = self.config.diffusion_model.transformer, jax.ShapeDtypeStruct
         branches, grid = batch * self._branches, (cfg.height, cfg.width)
         network, programs = self.params["transformer"], self.programs
@@ -221,21 +208,23 @@ class StreamInferencePipeline:
             CheckpointError: it is of another configuration.
         """
         cache = run_state.unflatten(self.abstract_cache(1), arrays)
-        held = jax.tree.map(jnp.array, dataclasses.replace(cache, generated=None, finalized=None))
+        state = jax.tree.map(jnp.array, dataclasses.replace(cache, generated=None, finalized=None))
         if self.placement is not None:
-            past = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), held.past, self._past(self._branches))
+            places = self._past(self._branches)
+            past = jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), state.past, places)
             pictures = self.placement.spread(*cache.history.shape[2:4]).sharding
-            encoder, decoder = jax.device_put((held.encoder, held.decoder), pictures)
-            rest = self._everywhere(dataclasses.replace(held, past=None, encoder=None, decoder=None))
-            held = dataclasses.replace(rest, past=past, encoder=encoder, decoder=decoder)
-        return dataclasses.replace(held, generated=cache.generated, finalized=cache.finalized)
+            encoder, decoder = jax.device_put((state.encoder, state.decoder), pictures)
+            rest = self._everywhere(dataclasses.replace(state, past=None, encoder=None, decoder=None))
+            state = dataclasses.replace(rest, past=past, encoder=encoder, decoder=decoder)
+        return dataclasses.replace(state, generated=cache.generated, finalized=cache.finalized)
 
     def traced(self, cache: StreamCache, input: Any = None) -> Iterator[tuple[str, jax.stages.Traced]]:
         """(name, traced program) of all that rollouts like this one run. Once these are lowered and compiled,
         `generate` and `finalize` do not compile.
 
         Args:
-            cache: of `initialize_cache`, or abstract. input: what the first chunk is given.
+            cache: of `initialize_cache`, or abstract.
+            input: what the first chunk is given.
         """
         programs, network, payload, index = self.programs, self.params["transformer"], None, np.int32(0)
         if self.config.encoder is not None:
@@ -248,8 +237,8 @@ class StreamInferencePipeline:
         if self.config.decoder is not None:
             first = programs.decode.trace(self._vae, latents, bad, None)
             yield "decode first", first
-            held = self._placed(first.out_info[2], pictures=True)
-            yield "decode next", programs.decode.trace(self._vae, latents, bad, held)
+            memory = self._placed(first.out_info[2], pictures=True)
+            yield "decode next", programs.decode.trace(self._vae, latents, bad, memory)
         arguments = (cache.text, cache.past, cache.history, cache.key, index, latents, payload)
         yield "finalize", programs.finalize.trace(network, *arguments)
 
@@ -281,70 +270,30 @@ class StreamInferencePipeline:
         return self._net.init_kv_cache(cfg.network, cfg.span, branches, grid, dtype, placement=self.placement)
 
     def _text(self, prompts: Sequence[str] | None, text: Array | None, negative_prompt: str) -> Any:
+        """Keys and values of the prompts, or of text rows [B or 2B,S,D]."""
         cfg = self.config.diffusion_model.transformer
         if (prompts is None) == (text is None):
             raise UsageError("give either prompts or text rows.")
-        if prompts is not None:
-            if isinstance(prompts, str) or not prompts:
-                raise UsageError(f"prompts are {prompts!r:.60}; expected a list of at least one.")
-            if self.tokenizer is None:
-                raise UsageError("this pipeline was set up without a tokenizer; give text rows in place of prompts.")
-            texts = [check_prompt(prompt) for prompt in prompts]
-            if self._branches == 2:
-                texts += [negative_prompt] * len(texts)
-            weights = self.params["text_encoder"]
-            rows: Any = self._net.encode_texts(cfg.text_encoder, weights, self.tokenizer, texts, self.placement)
-            if share := nonfinite(np.asarray(rows, np.float32)):
-                raise NumericsError(f"text encoder: {share:.1%} of its output ({rows.dtype}) is NaN or infinite.")
-            text = rows
-        assert text is not None
-        if text.ndim != 3 or len(text) % self._branches or text.shape[2] != cfg.network.text_dim:
-            raise UsageError(
-                f"text is {list(text.shape)}; expected "
-                f"[{'2B' if self._branches == 2 else 'B'},S,{cfg.network.text_dim}]."
-            )
-        if text.shape[1] > cfg.text_rows:
-            if np.asarray(text[:, cfg.text_rows :]).any():
-                raise UsageError(f"a prompt has more than {cfg.text_rows} tokens, which is text_rows; shorten it.")
-            text = text[:, : cfg.text_rows]
-        text = jnp.pad(text, ((0, 0), (0, cfg.text_rows - text.shape[1]), (0, 0)))
-        return self.programs.text_keys(self.params["transformer"], self._everywhere(text))
+        rows: Any = text if prompts is None else self._rows(prompts, negative_prompt)
+        guards.check_text(cfg, rows)
+        rows = rows[:, : cfg.text_rows]
+        rows = jnp.pad(rows, ((0, 0), (0, cfg.text_rows - rows.shape[1]), (0, 0)))
+        return self.programs.text_keys(self.params["transformer"], self._everywhere(rows))
 
-    def _check(self, cache: StreamCache) -> None:
-        """That `cache` is of this configuration, and alive."""
-        if cache.config != self.config.digest:
-            raise UsageError(
-                f"this cache is of another configuration ({cache.config}); expected one of {self.config.digest}, "
-                f"{self.config.name}. Make it with initialize_cache of the same pipeline."
-            )
-        if any(x.is_deleted() for x in jax.tree.leaves(cache.past) if isinstance(x, jax.Array)):
-            raise UsageError(
-                "this cache was given to finalize, which took its memory; use the one that finalize returned, and "
-                "streaming.copy(cache) beforehand where a rollout is to go on in two ways."
-            )
-
-    def _chunk_shape(self, cache: StreamCache) -> tuple[int, ...]:
-        """(B,T,H,W,C) of the latents of a chunk."""
-        cfg = self.config.diffusion_model.transformer
-        return (len(cache.history), cfg.len_t, cfg.height, cfg.width, cfg.network.out_channels)
-
-    def _check_input(self, given: Any, cache: StreamCache) -> None:
-        """That a picture or video is of the size of the frames; what else it must be, its encoder says."""
-        encoder, cfg = self.config.encoder, self.config.diffusion_model.transformer
-        if given is None or encoder is None or isinstance(encoder, NullEncoder):
-            return
-        ratio, found = encoder.spatial_compression_ratio, np.shape(given)
-        size = (cfg.height * ratio, cfg.width * ratio)
-        if len(found) >= 4 and (found[0], *found[-3:-1]) != (len(cache.history), *size):
-            wanted = f"[{len(cache.history)},...,{size[0]},{size[1]},3]"
-            raise UsageError(f"the input is {list(found)}; expected {wanted}, as many pixels as the frames have.")
-
-    def _check_payload(self, payload: Any, cache: StreamCache) -> None:
-        shape = self._chunk_shape(cache)
-        latent = payload["latent"] if isinstance(payload, Mapping) and "latent" in payload else None
-        if latent is None or latent.shape != shape:
-            found = "no latent" if latent is None else f"latents {list(latent.shape)}"
-            raise UsageError(f"the encoder gives {found}; chunks of these rollouts are {list(shape)}.")
+    def _rows(self, prompts: Sequence[str], negative_prompt: str) -> Any:
+        """Text rows [B,S,D] of the prompts; with guidance [2B,S,D], those of the negative prompt last."""
+        if isinstance(prompts, str) or not prompts:
+            raise UsageError(f"prompts are {prompts!r:.60}; expected a list of at least one.")
+        if self.tokenizer is None:
+            raise UsageError("this pipeline was set up without a tokenizer; give text rows in place of prompts.")
+        texts = [check_prompt(prompt) for prompt in prompts]
+        if self._branches == 2:
+            texts += [negative_prompt] * len(texts)
+        cfg, weights = self.config.diffusion_model.transformer, self.params["text_encoder"]
+        rows = self._net.encode_texts(cfg.text_encoder, weights, self.tokenizer, texts, self.placement)
+        if share := nonfinite(np.asarray(rows, np.float32)):
+            raise NumericsError(f"text encoder: {share:.1%} of its output ({rows.dtype}) is NaN or infinite.")
+        return rows
 
     def _everywhere(self, tree: Any) -> Any:
         return tree if self.placement is None else jax.device_put(tree, self.placement.everywhere)

@@ -24,10 +24,16 @@ from jvdiff.types import Array
 class StreamCache:
     """All that a rollout remembers.
 
-    generated, finalized: numpy int32, how many chunks were made, and how many are part of the past. key: uint32, the
-    data of the rollout's random key. text: keys and values of the prompts. past: the layers' keys and values. history:
-    float32 [B,F,H,W,C], the network's inputs that those were made of. encoder, decoder: what the VAE remembers. With
-    guidance, text and past are those of 2B: the prompts, then the negative one. config: the configuration's digest.
+    With guidance, text and past are those of 2B: the prompts, then the negative one.
+
+    generated: numpy int32, how many chunks were made
+    finalized: numpy int32, how many of them are part of the past
+    key: uint32 [2], the data of the rollouts' random key
+    text: keys and values of the prompts
+    past: the layers' keys and values
+    history: float32 [B,F,H,W,C], the network's inputs that those were made of
+    encoder, decoder: what the VAE remembers; None before the first chunk
+    config: the configuration's digest
     """
 
     generated: Any
@@ -48,10 +54,13 @@ class StreamCache:
 )
 @dataclass(frozen=True)
 class FinalState:
-    """What `finalize` needs of a chunk: clean latents float32 [B,T,H,W,C] (normalised), and what the encoder told.
+    """What `finalize` needs of a chunk.
 
-    nonfinite: float32 [], the share of latents and decoded pixels that is NaN or infinite. milliseconds: of each stage,
-    where time is taken.
+    latents: float32 [B,T,H,W,C], clean and normalised
+    payload: what the encoder gave; None without one
+    nonfinite: float32 [], the share of latents and decoded pixels that is NaN or infinite
+    autoregressive_index: number of the chunk
+    milliseconds: of each stage, where time is taken
     """
 
     latents: Array
@@ -68,9 +77,9 @@ def copy(cache: StreamCache) -> StreamCache:
 
 def device_memory() -> dict[str, float]:
     """GiB of the first device in use, and at most so far; {} where the device does not tell."""
-    told = jax.local_devices()[0].memory_stats() or {}
+    statistics = jax.local_devices()[0].memory_stats() or {}
     names = {"mem_alloc_gib": "bytes_in_use", "mem_peak_gib": "peak_bytes_in_use"}
-    return {name: told[key] / 2**30 for name, key in names.items() if key in told}
+    return {name: statistics[key] / 2**30 for name, key in names.items() if key in statistics}
 
 
 class Clock:

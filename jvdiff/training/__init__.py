@@ -1,5 +1,5 @@
 """Training: a loop that any task can use. A task is data, not a class to inherit from; those of a model family are
-beside its networks (`jvdiff.models.wan.flow_matching` and so on)."""
+beside its networks, in the family's folder."""
 
 from typing import TYPE_CHECKING
 

@@ -227,11 +227,14 @@ def fit(
       CheckpointError: the run in `folder` is of another model, or another process is at it.
       ResourceError: the disk is full.
     """
-    counts = {"save_every": save_every, "log_every": log_every, "keep": keep, "accumulate": accumulate}
-    counts |= {"most_skipped": most_skipped, "show_every": 1 if show_every is None else show_every}
-    for name, value in counts.items():
-        if value < 1:
-            raise UsageError(f"{name} is {value}; expected 1 or more.")
+    _check_counts(
+        save_every=save_every,
+        log_every=log_every,
+        keep=keep,
+        accumulate=accumulate,
+        most_skipped=most_skipped,
+        show_every=1 if show_every is None else show_every,
+    )
     mesh = make_mesh(MeshShape()) if mesh is None else mesh
     folder.mkdir(parents=True, exist_ok=True)
     init_key, step_key = jax.random.split(jax.random.key(seed))
@@ -246,49 +249,94 @@ def fit(
         begin = partial(start, task, schedule, init_key, params, shardings)
         saved = manager.latest_step()
         state = begin() if saved is None else _restore(manager, saved, begin, shardings)
-        done = int(state.step)
+        run = _Run(folder, manager, most_skipped, state, int(state.step))
         step = make_step(task, schedule, step_key, shardings, accumulate)
-
-        def check() -> None:
-            if (bad := int(state.in_a_row)) >= most_skipped:
-                kept = manager.latest_step()
-                raise NumericsError(
-                    f"{folder}: at step {done} the loss or its gradient is not finite, for the {bad}. time in a row.\n"
-                    + (f"The state of step {kept} is kept. " if kept else "Nothing was saved yet. ")
-                    + "Try a lower learning_rate, a longer warmup or a lower clip."
-                )
-
-        def save() -> None:
-            if manager.latest_step() != done:
-                check()
-                with _disk(folder):  # an earlier save may still be under way, and fail here
-                    manager.save(done, args=ocp.args.StandardSave(tuple(state)))
-
-        batches = task.batches(done)
+        every = _Every(save_every, log_every, show_every if task.show is not None else None)
         with (
-            Metrics(folder, done, schedule.steps, log_to) as metrics,
-            closing(batches),
-            ThreadPoolExecutor(1) as reader,
+            Metrics(folder, run.done, schedule.steps, log_to) as metrics,
+            closing(_ahead(task.batches(run.done), schedule.steps - run.done)) as batches,
         ):
-            upcoming = reader.submit(next, batches) if done < schedule.steps else None
-            while upcoming is not None and not stopped():
-                batch = upcoming.result()
-                upcoming = reader.submit(next, batches) if done + 1 < schedule.steps else None
-                state, values = step(state, shared(batch, mesh))
-                done += 1
-                if done % log_every == 0 or done == schedule.steps:
-                    check()
-                    metrics.write(done, {name: float(np.asarray(value)) for name, value in values.items()})
-                if done % save_every == 0:
-                    save()
-                if task.show is not None and show_every is not None and done % show_every == 0:
-                    task.show(state.average, done)
-        save()
+            for batch in batches:
+                if stopped():
+                    break
+                run.state, values = step(run.state, shared(batch, mesh))
+                run.after_step(task, every, metrics, values, run.done + 1 == schedule.steps)
+        run.save()
         with _disk(folder):
             manager.wait_until_finished()
-    if done < schedule.steps:
-        raise Interrupted(f"{folder}: stopped after step {done}, state saved; the same command goes on.")
-    return state
+    if run.done < schedule.steps:
+        raise Interrupted(f"{folder}: stopped after step {run.done}, state saved; the same command goes on.")
+    return run.state
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise UsageError(f"{name} is {value}; expected 1 or more.")
+
+
+class _Every(NamedTuple):
+    """Steps between checkpoints, lines of metrics, and samples (None: no samples)."""
+
+    save: int
+    log: int
+    show: int | None
+
+
+@dataclass
+class _Run:
+    """A training under way.
+
+    folder, manager: where its states are saved
+    most_skipped: how many steps in a row may be skipped
+    state: after `done` steps
+    done: how many steps
+    """
+
+    folder: Path
+    manager: ocp.CheckpointManager
+    most_skipped: int
+    state: State
+    done: int
+
+    def check(self) -> None:
+        """Raises NumericsError if too many steps in a row were skipped."""
+        if (bad := int(self.state.in_a_row)) >= self.most_skipped:
+            kept = self.manager.latest_step()
+            raise NumericsError(
+                f"{self.folder}: at step {self.done} the loss or its gradient is not finite for {bad} steps in a row.\n"
+                + (f"The state of step {kept} is kept. " if kept else "Nothing was saved yet. ")
+                + "Try a lower learning_rate, a longer warmup or a lower clip."
+            )
+
+    def after_step(self, task: Task, every: _Every, metrics: Metrics, values: Mapping[str, Any], last: bool) -> None:
+        """Counts a step, and does what is due after it."""
+        self.done += 1
+        if self.done % every.log == 0 or last:
+            self.check()
+            metrics.write(self.done, {name: float(np.asarray(value)) for name, value in values.items()})
+        if self.done % every.save == 0:
+            self.save()
+        if task.show is not None and every.show is not None and self.done % every.show == 0:
+            task.show(self.state.average, self.done)
+
+    def save(self) -> None:
+        """Saves the state, unless it is saved."""
+        if self.manager.latest_step() != self.done:
+            self.check()
+            with _disk(self.folder):  # an earlier save may still be under way, and fail here
+                self.manager.save(self.done, args=ocp.args.StandardSave(tuple(self.state)))
+
+
+def _ahead(batches: Generator[Any, None, None], count: int) -> Generator[Any, None, None]:
+    """The next `count` batches, each read while the step before it is computed."""
+    with closing(batches), ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(next, batches) if count else None
+        for left in range(count - 1, -1, -1):
+            assert upcoming is not None
+            batch = upcoming.result()
+            upcoming = reader.submit(next, batches) if left else None
+            yield batch
 
 
 def _restore(manager: ocp.CheckpointManager, saved: int, begin: Callable[[], State], shardings: State) -> State:

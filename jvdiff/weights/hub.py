@@ -63,7 +63,8 @@ def _repository(name: str, ours: list[str]) -> tuple[str, str | None]:
         there += [f"{first}/{one}" for one in ours if str(first) == "checkpoints"]
         raise UsageError(
             f"{name!r:.200}: there is no such folder{_nearest(name, there)}.\n"
-            f"A name that begins with {first}/ is not looked up on the hub, so that a typing error fetches nothing."
+            f"A name that begins with {first}/ is not looked up on the hub, so that a typing error fetches nothing.\n"
+            f"Where there is a connection: hf download OWNER/{Path(name).name} --local-dir {name}"
         )
     return parts[1], parts[2]
 

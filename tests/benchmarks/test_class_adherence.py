@@ -6,13 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jvdiff.pipeline.class_conditional import Configs, Settings
 
+import jvdiff
+from jvdiff import pipeline
 from jvdiff.digits import clips as digits
 from jvdiff.digits.judge import Seen
 from jvdiff.errors import UsageError
 from jvdiff.models import latent_video
-from jvdiff.pipeline import class_conditional
+from jvdiff.models.latent_video.family import CLASS_CONDITIONAL
 
 
 @pytest.fixture
@@ -25,10 +26,11 @@ def model(folder, classes):
     vae = latent_video.VAEConfig(width=4, groups=2, blocks=1, multipliers=(1, 1, 1, 1))
     dit = latent_video.DiTConfig(16, depth=1, num_heads=2, num_classes=len(classes), freq_dim=16)
     keys = jax.random.split(jax.random.key(0))
-    params = {"transformer": latent_video.init_params(keys[0], dit), "vae": latent_video.init_params(keys[1], vae)}
-    settings = Settings(num_frames=4, height=64, width=64, steps=2)
-    class_conditional.save(folder, Configs(dit, vae), params, classes, settings)
-    return class_conditional.load(folder, "float32")
+    parts = {"transformer": (dit, latent_video.init_params(keys[0], dit))}
+    parts |= {"vae": (vae, latent_video.init_params(keys[1], vae))}
+    index = {"classes": list(classes), "defaults": {"num_frames": 4, "height": 64, "width": 64, "steps": 2}}
+    pipeline.save(folder, CLASS_CONDITIONAL, parts, files={}, index=index)
+    return jvdiff.load(folder, "float32")
 
 
 def test_kinds_are_counted_within_a_class_and_do_not_depend_on_how_many_clips_there_are(benchmark):
@@ -60,7 +62,7 @@ def test_clips_of_each_class_are_made_for_each_weight_and_shown(benchmark, tmp_p
     assert list(report["measured"]) == ["real", "real, through the VAE", "guidance 1", "guidance 7.5"]
     assert {row["digit"]["percent"] for row in report["measured"].values()} == {50.0}
     assert report["measured"]["real"]["spread"] == 1 and report["steps"] == 2
-    made = class_conditional.generate(trained, ["seven", "seven"], seed=7, guidance=7.5).video
+    made = jvdiff.generate(trained, labels=["seven", "seven"], seed=7, guidance=7.5).video
     np.testing.assert_array_equal(picture[-128:, 64:], np.concatenate(list(made[:, 2])))
     assert picture.shape == (8 * 64, 2 * 64, 3)
     benchmark.show(report)

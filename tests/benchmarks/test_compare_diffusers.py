@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jvdiff.errors import SetupError
 from jvdiff.models import wan
 from jvdiff.weights.naming import flatten
 
@@ -27,6 +28,22 @@ def test_every_model_is_timed_alone(benchmark, tmp_path, capsys):
         assert row["ours_s"] > 0 and row["compile_s"] > 0 and row["ours_tflops_per_s"] > 0 and "ratio" not in row
     assert {"cpu", "cores", "jax", "date", "threads"} <= report["machine"].keys()
     assert "VAE decode" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("absent", ["accelerate", "diffusers"])
+def test_what_the_rival_lacks_is_told_before_anything_is_timed(benchmark, absent, monkeypatch, capsys):
+    def timed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: name != absent or None)
+    monkeypatch.setattr(benchmark, "measure", timed)
+    if absent == "accelerate":
+        with pytest.raises(SetupError, match=r"needs the package accelerate.*\nRun: pip install accelerate"):
+            benchmark.main(["--quick", "--checkpoint=somewhere"])
+        return
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(["--quick", "--checkpoint=somewhere"])
+    assert "not installed: diffusers (make parity installs them)" in capsys.readouterr().err
 
 
 def test_runs_alternate_and_the_ratio_is_of_medians(benchmark):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jvdiff.digits import clips as digits
+from jvdiff.models.wan import family
 
 
 @pytest.fixture
@@ -27,7 +28,8 @@ def fake(weights, pattern, factor, log):
         weights=weights,
         pattern=pattern,
         kept=0.5,
-        pipe=None,
+        pipe=SimpleNamespace(context=None, run=None),
+        clip=None,
         latents=[],
         seconds=[],
         inputs=lambda prompts, seed: (float(seed),),
@@ -45,7 +47,7 @@ def test_patterns_take_turns_and_are_compared_with_the_first(quality, monkeypatc
     assert log == ["warm up"] * 2 + ["dense", "video_sparse:1x2x2:0.75"] * 2
     monkeypatch.setattr(quality.digits_judge, "train", lambda: None)
     monkeypatch.setattr(quality.digits_judge, "look", lambda judge, video: list(wanted))
-    monkeypatch.setattr(quality.pipeline, "decode", lambda pipe, latents: latents)
+    monkeypatch.setattr(quality.pipeline, "decode", lambda context, clip, latents, run: latents)
     rows = quality.judged(runs, wanted)
     assert [row["latent_error"] for row in rows] == [0.0, 0.5] and all(len(r["all_seconds"]) == 2 for r in rows)
     assert all(row["percent"]["all"] == 100 for row in rows)
@@ -55,4 +57,4 @@ def test_patterns_take_turns_and_are_compared_with_the_first(quality, monkeypatc
 
 
 def test_as_many_patterns_as_programs_are_kept(quality):
-    assert len(quality.PATTERNS) <= quality.pipeline._network.cache_info().maxsize
+    assert len(quality.PATTERNS) <= family._velocity.cache_info().maxsize

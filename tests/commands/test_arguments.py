@@ -223,6 +223,15 @@ def test_a_configuration_may_take_an_argument(tmp_path):
         configs.load("digit:x")
 
 
+def test_a_configuration_may_say_little(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("from ml_collections import ConfigDict\nget_config = lambda: ConfigDict({'steps': 3})\n")
+    request = wanted("--seed=4", f"--config={path}")
+    assert set(request.config) == set(sample.default_config())
+    assert (request.config.steps, request.config.seed, request.config.output) == (3, 4, "out")
+    assert request.source("steps") == "file" and request.source("output") == "default"
+
+
 def test_a_training_that_says_how_to_sample_is_sampled(tmp_path):
     words = ["--config=latent_video_digits", f"--folder={tmp_path}", "--class_label=seven", "--steps=7"]
     request = wanted(*words)

@@ -137,10 +137,8 @@ def test_a_vae_then_a_transformer_then_a_sample(command, tmp_path, capsys, few_c
     # Sparse attention on top of that result, with a rate that moves nothing: the gate starts at zero, the rest there.
     assert train.main(command(SPARSE)) == 0
     pipe, before = jvdiff.load(tmp_path / "sparse_run" / "repository"), part(pipe, "transformer")
-    assert pipe.models.configs["transformer"].gate_compress and [line["step"] for line in metrics(tmp_path / "sparse_run")] == [
-        1,
-        2,
-    ]
+    assert pipe.models.configs["transformer"].gate_compress
+    assert [line["step"] for line in metrics(tmp_path / "sparse_run")] == [1, 2]
     trained = flatten(part(pipe, "transformer"))
     for path, leaf in trained.items():
         was = flatten(before)[path] if "/gate/" not in path else np.zeros_like(leaf)
@@ -254,7 +252,7 @@ def test_a_vae_config_that_cannot_be(command, capsys, monkeypatch, changes, flag
             "rate is 0.001; expected a number from",
         ),
         ({"transformer": {"gate_compress": 1}}, "gate_compress is 1"),
-        ({"initial": "no/such"}, "no/such: there is no such folder"),
+        ({"initial": "runs/nowhere"}, "there is no such folder"),
         ({"initial": str(DIGITS)}, "transformer: not that of initial"),
     ],
 )

@@ -48,8 +48,7 @@ def copy(state):
 
 
 @BOTH
-@pytest.mark.parametrize("mode", ("batched", "sequential"))
-@pytest.mark.parametrize("steps", (1, 2, 3, 12))
+@pytest.mark.parametrize(("mode", "steps"), [("batched", 1), ("batched", 6), ("sequential", 3)])
 def test_loop_and_scan_are_bit_equal(name, mode, steps):
     solver, velocity = make(name, steps), guided(mode=mode)
     loop = denoise(velocity, solver, solver.init(NOISE))
@@ -67,7 +66,7 @@ def test_loop_and_scan_are_bit_equal_on_analytic_flows(name):
 
 
 @BOTH
-@pytest.mark.parametrize("at", (0, 1, 2, 5, 6))
+@pytest.mark.parametrize("at", (1, 5, 6))
 def test_resumed_equals_uninterrupted(name, at):
     solver, velocity = make(name, 6), guided()
     whole = denoise(velocity, solver, solver.init(NOISE))

@@ -3,8 +3,6 @@
 B batch · L tokens · T frames · N heads · K head dim.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +11,6 @@ import pytest
 from jvdiff.errors import UsageError
 from jvdiff.kernels import BlockCausal, block_causal_attention
 from jvdiff.kernels.block_causal import visible
-
-OPTIMISED = {"xla_backend_optimization_level": 3}
 
 
 def operands(frames, tokens, seed=0):
@@ -45,7 +41,7 @@ def dense(mask, q, k, v, dout):
 def found(q, k, v, dout, mask, traced):
     """The same of ours; `traced`: the matrix is worked out in the program."""
 
-    @functools.partial(jax.jit, compiler_options=OPTIMISED)
+    @jax.jit
     def run(q, k, v, dout, computed):
         out, back = jax.vjp(lambda *x: block_causal_attention(*x, computed if traced else mask), q, k, v)
         return out, *back(dout)

@@ -1,5 +1,6 @@
 """Every attention implementation against the definition in float64, and what the dispatcher promises."""
 
+import functools
 import logging
 from functools import partial
 
@@ -15,7 +16,6 @@ from jvdiff.errors import SetupError
 from jvdiff.kernels.block_sparse import mosaic_gpu, triton
 from jvdiff.kernels.dense import xla
 
-ON_CPU = ["reference", "xla"]
 # (B, L, S, N, K): odd lengths, one token, more keys than queries and fewer.
 SHAPES = [(2, 7, 7, 3, 8), (1, 33, 5, 2, 48), (1, 1, 1, 1, 6), (2, 19, 64, 1, 128), (1, 101, 101, 2, 16)]
 
@@ -41,17 +41,28 @@ def error(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-@pytest.fixture(params=[None, 16, 300], ids=["whole", "16-logits", "300-logits"])
-def block(request, monkeypatch):
-    """Logits that one block of the xla implementation may hold."""
-    if request.param:
-        monkeypatch.setitem(xla.LOGITS, jax.default_backend(), request.param)
-    return request.param
+WAYS = {"reference": ("reference", None), "xla": ("xla", None), "16-logits": ("xla", 16), "300-logits": ("xla", 300)}
 
 
-@pytest.mark.parametrize("name", ON_CPU)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_output_and_lse(name, shape, block):
+@pytest.fixture(params=WAYS)
+def name(request, monkeypatch):
+    """An implementation; of xla's also with few logits in a block."""
+    implementation, logits = WAYS[request.param]
+    if logits:
+        monkeypatch.setitem(xla.LOGITS, jax.default_backend(), logits)
+    return implementation
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *((name, shape) for name in ("reference", "xla") for shape in SHAPES),
+        *(("16-logits", shape) for shape in SHAPES[:3]),
+        *(("300-logits", shape) for shape in (SHAPES[1], *SHAPES[3:])),
+    ],
+    indirect=["name"],
+)
+def test_output_and_lse(name, shape):
     q, k, v = operands(*shape)
     out, lse = kernels.attention(q, k, v, return_lse=True, implementation=name)
     want, want_lse = definition(q, k, v)
@@ -63,35 +74,42 @@ def test_output_and_lse(name, shape, block):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_lower_precision_rounds_only_operands_weights_and_result(dtype, block):
+@pytest.mark.parametrize("name", ["xla", "16-logits"], indirect=True)
+def test_lower_precision_rounds_only_operands_weights_and_result(name, dtype):
     q, k, v = operands(2, 33, 21, 2, 16, dtype)
-    out, lse = kernels.attention(q, k, v, return_lse=True, implementation="xla")
+    out, lse = kernels.attention(q, k, v, return_lse=True, implementation=name)
     want, want_lse = definition(q, k, v)
     assert out.dtype == dtype and lse.dtype == jnp.float32
     assert error(out, want) < 1.5 * float(jnp.finfo(dtype).eps)
     assert np.abs(lse - want_lse).max() < 1e-5
 
 
-@pytest.mark.parametrize("shape", SHAPES[:2])
-def test_gradients(shape, block):
+@functools.cache
+def reference_gradients(shape):
+    return gradients("reference", shape)
+
+
+def gradients(name, shape):
     q, k, v = operands(*shape)
     cotangent = operands(*shape, seed=1)[0]
     lse_cotangent = np.random.default_rng(2).standard_normal((q.shape[0], q.shape[2], q.shape[1]), np.float32)
 
-    def loss(name):
-        def f(q, k, v):
-            out, lse = kernels.attention(q, k, v, return_lse=True, implementation=name)
-            return jnp.sum(out * cotangent) + jnp.sum(lse * lse_cotangent)
+    def f(q, k, v):
+        out, lse = kernels.attention(q, k, v, return_lse=True, implementation=name)
+        return jnp.sum(out * cotangent) + jnp.sum(lse * lse_cotangent)
 
-        return jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v)
+    return jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v)
 
-    for got, want in zip(loss("xla"), loss("reference"), strict=True):
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+@pytest.mark.parametrize("name", ["xla", "16-logits", "300-logits"], indirect=True)
+def test_gradients(name, shape):
+    for got, want in zip(gradients(name, shape), reference_gradients(shape), strict=True):
         scale = max(np.abs(want).max(), 1e-3)
         np.testing.assert_allclose(got / scale, want / scale, rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("name", ON_CPU)
-def test_large_logits_do_not_overflow(name, block):
+def test_large_logits_do_not_overflow(name):
     q, k, v = operands(1, 9, 9, 1, 8)
     out, lse = kernels.attention(q * 100, k * 100, v, return_lse=True, implementation=name)
     want, want_lse = definition(q * 100, k * 100, v)
@@ -108,8 +126,7 @@ def test_merge_is_attention_over_the_union():
     np.testing.assert_allclose(lse, want_lse, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ON_CPU)
-def test_only_the_first_keys_count(name, block):
+def test_only_the_first_keys_count(name):
     """Output and gradients, for a traced number of keys, against a call with those keys alone."""
     q, k, v = operands(2, 9, 20, 3, 8)
     cotangent = operands(2, 9, 20, 3, 8, seed=1)[0]
@@ -144,13 +161,15 @@ def test_merge_takes_sets_without_keys():
         second = kernels.attention(q, k[:, 7:], v[:, 7:], kv_length=m, return_lse=True)
         return loss(*kernels.merge(*first, *second))
 
+    @partial(jax.jit, static_argnums=3)
     @partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
     def whole(q, k, v, keys):
+        keys = np.array(keys)
         return loss(*kernels.attention(q, k[:, keys], v[:, keys], return_lse=True, implementation="reference"))
 
     for n, m in ((5, 0), (0, 3), (2, 13)):
         (_, (out, lse)), gradients = run(q, k, v, n, m)
-        (_, (want, want_lse)), want_gradients = whole(q, k, v, np.r_[0:n, 7 : 7 + m])
+        (_, (want, want_lse)), want_gradients = whole(q, k, v, (*range(n), *range(7, 7 + m)))
         assert error(out, want) < 1e-6
         np.testing.assert_allclose(lse, want_lse, rtol=0, atol=1e-5)
         for got, want in zip(gradients, want_gradients, strict=True):

@@ -16,7 +16,6 @@ from jvdiff.kernels import block_sparse, mask_search, sliding_tile, tiles
 from jvdiff.kernels.block_sparse import mosaic_gpu, triton, xla
 
 ON_CPU = ["reference", "xla"]
-OPTIMISED = {"xla_backend_optimization_level": 3}
 F32 = {"out": 2e-6, "grad": 2e-6, "lse": 5e-6}
 BF16 = {"out": 6e-3, "grad": 1e-2, "lse": 2e-3}
 F16 = {"out": 1e-3, "grad": 2e-3, "lse": 1e-3}
@@ -40,14 +39,18 @@ HALF = ("shared, head dim 64", "two warpgroups, several parts")  # those that ar
 
 
 def able():
-    """Every shape with every implementation and dtype that can do it. Small steps of `xla` count as one more."""
+    """Every shape with every implementation and dtype that can do it; below float32 the plain ones have but three.
+
+    Small steps of `xla` count as one more.
+    """
     for label, (B, Nq, Nkv, N, K, block, *_) in BLOCKS.items():
         for dtype in ("float32", "bfloat16", *(["float16"] if label in HALF else [])):
             q, k = (jax.ShapeDtypeStruct((B, n * block, N, K), dtype) for n in (Nq, Nkv))
             for name, implementation in block_sparse.IMPLEMENTATIONS.items():
-                if implementation.unsupported(q, k, k, block) is None:
+                plain = name in ON_CPU and dtype != "float32" and label not in ("square", *HALF)
+                if not plain and implementation.unsupported(q, k, k, block) is None:
                     yield pytest.param(name, label, dtype, None, id=f"{label}-{dtype}-{name}")
-            if block < 64:
+            if block < 64 and dtype == "float32":
                 yield pytest.param("xla", label, dtype, 64, id=f"{label}-{dtype}-xla in small steps")
 
 
@@ -317,13 +320,16 @@ VIDEO = {
 }
 
 
-@pytest.mark.parametrize("name", ON_CPU)
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "fine"])
-@pytest.mark.parametrize("case", VIDEO.values(), ids=VIDEO)
-def test_video_sparse(name, gated, case):
-    grid, tile, sparsity, prefix, policy = case
-    if gated and name == "reference":
-        pytest.skip("the coarse branch is the same for all implementations")
+@pytest.mark.parametrize(
+    ("label", "gated", "name"),
+    [
+        *((label, True, "xla") for label in VIDEO),  # the coarse branch is the same for all implementations
+        *((label, False, "reference") for label in VIDEO),
+        *((label, False, "xla") for label in ("ragged", "compete")),
+    ],
+)
+def test_video_sparse(label, gated, name):
+    grid, tile, sparsity, prefix, policy = VIDEO[label]
     block, L = int(np.prod(tile)), sum(prefix) + int(np.prod(grid))
     chunks = [min(block, n - i) for n in prefix for i in range(0, n, block)]
     sizes = np.array([*chunks, *tiles.variable_block_sizes(grid, tile)])
@@ -344,9 +350,9 @@ def test_video_sparse(name, gated, case):
         np.testing.assert_allclose(f_tiled(*moved), f(q, k, v, gate)[:, order], atol=1e-6)
         # The gradient along a direction, against a central difference of the definition in float64.
         which = (0, 1, 2, 3) if gated else (0, 1, 2)
-        # Optimised, whatever the tests are compiled with: some gradients are nothing but rounding, and must be small.
-        gradient = jax.jit(jax.grad(lambda *x: jnp.sum(f(*x) * dout), which), compiler_options=OPTIMISED)
-        grads = gradient(q, k, v, gate)
+        # Of one token the gradients by q and k are nothing but rounding, which must be small: optimised, it is.
+        options = {"xla_backend_optimization_level": 3} if L == 1 else None
+        grads = jax.jit(jax.grad(lambda *x: jnp.sum(f(*x) * dout), which), compiler_options=options)(q, k, v, gate)
         for i in which:
             direction, h = np.asarray(normal(50 + i, *q.shape), np.float64), 1e-5
             ends = []

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jvdiff.digits import clips as digits
+from jvdiff.digits.__main__ import main
 from jvdiff.errors import CheckpointError, CorruptFile, DataError, SetupError, UsageError
 from jvdiff.media import clips, video
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
@@ -333,16 +334,16 @@ def test_without_grain_it_says_so(folder, monkeypatch):
 
 
 def test_the_digits_command_writes_what_training_may_show(tmp_path, capsys):
-    words = ["--output", str(tmp_path / "digits"), "--clips=12", "--seed=3"]
-    assert digits.main(words) == 0
+    words = ["jvdiff digits", "--output", str(tmp_path / "digits"), "--clips=12", "--seed=3"]
+    assert main(words) == 0
     found = clips.find(tmp_path / "digits")
     assert len(found.paths) == 12 and set(found.classes) <= set(digits.DIGITS)
     for path, label in zip(found.paths, found.labels, strict=True):
         meant, text = digits.sample(np.random.default_rng((3, int(path.stem))))
         assert digits.DIGITS[digits.parse_prompt(text).digit] == found.classes[label]
         assert np.abs(clips.read(path, 17, 64).astype(int) - meant).mean() < 2
-    assert digits.main(words) == 2 and "exists already" in capsys.readouterr().err
+    assert main(words) == 2 and "exists already" in capsys.readouterr().err
     for wrong, says in (("--clips=0", "clips is 0"), ("--frames=40", "too many")):
-        assert digits.main(["--output", str(tmp_path / "none"), "--clips=1", wrong]) == 2
+        assert main(["jvdiff digits", "--output", str(tmp_path / "none"), "--clips=1", wrong]) == 2
         assert says in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["digits"]

@@ -24,6 +24,7 @@ from jvdiff.errors import CheckpointError, IntegrityError, UsageError
 from jvdiff.models import wan
 from jvdiff.models.text import umt5
 from jvdiff.models.wan import places
+from jvdiff.models.wan.rollout import SELF_FORCING_WAN_2_1_T2V_1_3B
 from jvdiff.runtime import run_state
 from jvdiff.sharding import Placement, make_mesh, param_shardings, read_mesh
 from jvdiff.streaming import derive_config
@@ -120,7 +121,7 @@ class Compilations(list):
     "config",
     [
         PIXELS,
-        streaming.SELF_FORCING_WAN_2_1_T2V_1_3B,
+        SELF_FORCING_WAN_2_1_T2V_1_3B,
         derive_config(PIXELS, encoder=streaming.ImageEncoder(VAE)),
         derive_config(LATENTS, encoder=streaming.NullEncoder(), diffusion_model=dict(context_noise=128.0)),
         derive_config(LATENTS, diffusion_model=dict(scheduler=streaming.UniPCSchedulerConfig(7))),
@@ -218,7 +219,7 @@ def by_hand(config, seed, texts, payloads=None, chunks=3):
         x = jax.random.normal(jax.random.fold_in(key, 0), shape)
         if isinstance(model.scheduler, streaming.UniPCSchedulerConfig):
             steps = model.scheduler.num_inference_steps
-            solver = diffusion.unipc(schedules.make(steps, shift=shift, grid="wan"))
+            solver = diffusion.unipc(schedules.make(steps, shift=shift, grid="training"))
             state = solver.init(x)
             for step, t in enumerate(solver.timesteps):
                 state = solver.step(state, step, flow(state.x, jnp.full(1, t)))
@@ -466,8 +467,8 @@ def test_a_saved_rollout_goes_on_bit_for_bit_in_a_new_process(story, tmp_path):
         arrays = run_state.flatten(story.caches["one"][done])
         state = run_state.RunState({"config": PIXELS.digest}, done, arrays)
         run_state.save(tmp_path / f"{done}.state", state)
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import conftest, test_streaming as t; t.resume(sys.argv[2])"
-    command = [sys.executable, "-c", code, str(Path(__file__).parents[1]), str(tmp_path)]
+    code = "import sys; sys.path[:0] = sys.argv[1:3]; import conftest, test_rollout as t; t.resume(sys.argv[3])"
+    command = [sys.executable, "-c", code, *map(str, (*Path(__file__).parents[:2], tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for at in range(CHUNKS):
@@ -561,10 +562,10 @@ def test_texts_and_keys_that_cannot_be(story):
 
 def test_prompts(tiny_repository):
     loaded = jvdiff.load(tiny_repository)
-    configs = loaded.configs
-    patch = dict(network=configs.transformer, text_encoder=configs.text_encoder, text_length=512, text_rows=8)
+    configs = loaded.models.configs
+    patch = dict(network=configs["transformer"], text_encoder=configs["text_encoder"], text_length=512, text_rows=8)
     config = derive_config(LATENTS, diffusion_model=dict(transformer=patch))
-    pipe = config.setup(loaded.params, loaded.tokenizer)
+    pipe = config.setup(loaded.weights, loaded.models.files["tokenizer"])
     cache = pipe.initialize_cache(0, ["a red seven", "blue two"])
     _, latents, cache = rollout(pipe, cache, range(1))
     assert latents[0].shape == (2, 2, 4, 6, 4) and not np.array_equal(latents[0][0], latents[0][1])

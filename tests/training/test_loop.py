@@ -78,7 +78,7 @@ def assert_same_bits(one, other):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-def in_new_process(folder, task="TASK"):
+def in_new_process(folder, task):
     code = (
         "import sys; sys.path.insert(0, 'tests/training')\n"
         "import os, pathlib, signal, time, warnings; warnings.simplefilter('error')\n"
@@ -108,14 +108,13 @@ def whole(tmp_path_factory):
 # ---------------------------------------------------------------------------------------------------------- resuming
 
 
-def test_a_killed_run_goes_on_bit_for_bit_in_a_new_process(whole, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit_in_another_process(whole, tmp_path):
     died = in_new_process(tmp_path, "at(7, die)")
     assert died.returncode == -signal.SIGKILL, died.stderr
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')  # as a kill in the middle of a line leaves it
     assert (tmp_path / "state" / "4").is_dir() and not (tmp_path / "state" / "8").exists()
-    went_on = in_new_process(tmp_path)
-    assert went_on.returncode == 0, went_on.stderr
+    loop.fit(TASK, SCHEDULE, tmp_path, seed=1, **EVERY)
     folder, _ = whole
     assert_same_bits(stored(tmp_path, 24), stored(folder, 24))
     assert lines(tmp_path) == lines(folder)
@@ -171,7 +170,7 @@ def test_another_model_in_the_folder_is_told_in_a_sentence(whole):
 
 
 def test_given_parameters_are_copied_and_begin_the_run(tmp_path):
-    params = init(jax.random.key(9))
+    params = jax.jit(init)(jax.random.key(9))
     still = dataclasses.replace(SCHEDULE, steps=1, warmup=0, learning_rate=1e-30)
     state = loop.fit(TASK, still, tmp_path, params=params)
     for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
@@ -227,7 +226,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, wher
 
 def test_too_many_such_steps_stop_the_run_and_the_last_good_state_is_kept(tmp_path):
     task = broken_at(range(6, 99))
-    with pytest.raises(NumericsError, match=r"step 10 .* 4\. time in a row(?s:.*)state of step 8 is kept") as raised:
+    with pytest.raises(NumericsError, match=r"step 10 .* for 4 steps in a row(?s:.*)state of step 8 is kept") as raised:
         loop.fit(task, SCHEDULE, tmp_path, save_every=2, log_every=100, most_skipped=3)
     assert raised.value.exit_code == 6
     assert all(np.isfinite(array).all() for array in stored(tmp_path, 8).values())
@@ -322,17 +321,18 @@ def test_a_place_that_cannot_be(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------- optimisation
 
 
-@pytest.mark.parametrize("mesh", [None, MeshShape(data=2)])
-def test_a_batch_in_parts_has_the_gradient_of_the_whole(mesh, tmp_path):
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(tmp_path):
+    """On a mesh too, where a part of one row is less than the devices are."""
+
     def noiseless(params, batch, key):  # noise is drawn for each part
         x = jnp.tanh(batch @ params["inner"]["kernel"] + params["inner"]["bias"][None])
         return jnp.mean((x @ params["outer"]["kernel"] * params["outer"]["scale"][None]) ** 2), {"rows": jnp.mean(x)}
 
     task = loop.Task(init, noiseless, loop.each(batch))
-    mesh = mesh and make_mesh(mesh)
+    short = dataclasses.replace(SCHEDULE, steps=5)
     runs = [
-        loop.fit(task, dataclasses.replace(SCHEDULE, steps=5), tmp_path / str(n), accumulate=n, mesh=mesh, log_every=1)
-        for n in (1, 2, 4)
+        loop.fit(task, short, tmp_path / str(n), accumulate=n, mesh=mesh, log_every=1)
+        for n, mesh in ((1, None), (2, None), (4, make_mesh(MeshShape(data=2))))
     ]
     for run in runs[1:]:
         for one, other in zip(jax.tree.leaves(runs[0].params), jax.tree.leaves(run.params), strict=True):
@@ -400,8 +400,8 @@ def test_the_average_follows_its_recurrence():
 
 def test_the_gradient_is_clipped_as_a_whole():
     transformation = loop.optimizer(dataclasses.replace(SCHEDULE, clip=1.0))
-    params = init(jax.random.key(0))
-    grads = jax.tree.map(lambda x: 1e3 * jnp.ones_like(x), params)
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), jax.eval_shape(init, jax.random.key(0)))
+    grads = jax.tree.map(lambda x: np.float32(1e3) * x, params)
     _, state = update(transformation, grads, params)
     norm = optax.tree.norm(state[1][0].mu) / 0.1  # Adam's first moment after one step
     np.testing.assert_allclose(norm, 1.0, rtol=1e-5)

@@ -31,14 +31,8 @@ DIT = wan.DiTConfig(
     num_layers=2,
 )
 TEXT = umt5.Config(vocab_size=256, d_model=192, d_kv=24, d_ff=256, num_layers=2, num_heads=8)
-OPTIMISED = {"xla_backend_optimization_level": 3}  # whatever the tests are compiled with: such sums round less
 SCHEDULE = loop.Schedule(steps=4, learning_rate=1e-3, warmup=0, clip=1e3)
-MESHES = [
-    MeshShape(data=8),
-    MeshShape(fsdp=8),
-    MeshShape(tensor=2),
-    MeshShape(fsdp=2, tensor=2, sequence=2),
-]
+MESHES = [MeshShape(data=2, fsdp=4), MeshShape(fsdp=2, tensor=2, sequence=2)]  # every axis
 
 
 def batch(step=0):
@@ -66,7 +60,7 @@ def two_steps(shape, params):
     kept = jax.tree.leaves((state.params, state.average, state.optimizer))
     share = sum(x.addressable_shards[0].data.nbytes for x in kept) / sum(x.nbytes for x in kept)
     step: Any = loop.make_step(placed, SCHEDULE, jax.random.key(1), shardings)
-    step = step.lower(state, loop.shared(batch(0), mesh)).compile(OPTIMISED)  # one program, which takes what it gave
+    step = step.lower(state, loop.shared(batch(0), mesh)).compile()  # one program, which takes what it gave
     state, metrics = step(state, loop.shared(batch(0), mesh))
     first = jax.tree.map(np.array, state)
     state, more = step(state, loop.shared(batch(1), mesh))

@@ -157,7 +157,7 @@ def _network(models: Models, segment: Segment, forward: Forward) -> Callable[...
 @functools.lru_cache(maxsize=8)  # jit compiles once for each function object
 def _velocity(cfg: latent_video.DiTConfig, noise_schedule: str, forward: Forward) -> Callable[..., Array]:
     abar = vp.alphas_cumprod(noise_schedule)
-    how: Any = {name: getattr(forward, name) for name in ("implementation", "placement")}
+    how: Any = {name: getattr(forward, name) for name in ("implementation", "placement", "dtype")}
 
     def network(params: Params, x: Array, t: Array, labels: Array) -> Array:
         def predict(x: Array, t: Array) -> Array:
@@ -232,20 +232,23 @@ CLASS_CONDITIONAL = Family(
     pipeline="LatentVideoPipeline",
     parts={"transformer": TRANSFORMER, "vae": VAE},
     files={},
-    settings=Settings,
-    subject="labels",
     misfits=_misfits,
-    complete=_complete,
+    # what is asked for
+    subject="labels",
+    facts=("class_name",),
     check_subject=label,
+    describe=lambda models, name: {"class_name": name, "class_label": _classes(models).index(name)},
+    settings=Settings,
+    complete=_complete,
     clip=make_clip,
-    mesh_sizes=_mesh_sizes,
+    # how it is made
     inputs=_inputs,
-    longest=_longest,
     encode=_encode,
     network=_network,
     decode=_decode,
-    preview=_preview,
+    # what is told of it
+    longest=_longest,
+    mesh_sizes=_mesh_sizes,
     attention=_attention,
-    describe=lambda models, name: {"class_name": name, "class_label": _classes(models).index(name)},
-    facts=("class_name",),
+    preview=_preview,
 )

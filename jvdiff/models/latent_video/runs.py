@@ -75,11 +75,7 @@ def train(config: ConfigDict, folder: Path) -> Path:
     check_target(target, True)
     clips = clip_files.find(config.clips)
     plan = describe(config, clips.classes)
-    most = max([config.batch, *(stage.batch for stage in plan.vae_stages)])
-    if len(clips.paths) < most:
-        raise DataError(
-            f"{config.clips}: {len(clips.paths)} clips, fewer than a batch of {most}; add clips, or lower batch."
-        )
+    _check_enough(config, plan, clips)
     _log.info("%d clips of %d classes in %s", len(clips.paths), len(clips.classes), config.clips)
     read = functools.partial(
         clip_files.batches,
@@ -94,38 +90,17 @@ def train(config: ConfigDict, folder: Path) -> Path:
     options = config.loop.to_dict() | {"mesh": mesh}
     vae_cfg, vae = _vae(config, plan, read, folder, {k: v for k, v in options.items() if k != "show_every"})
     models = dataclasses.replace(plan.models, configs={**plan.models.configs, "vae": vae_cfg})
-    transformer = plan.models.configs["transformer"]
-
-    def encoded(start: int) -> Generator[LabelledLatents, None, None]:
-        with closing(read(batch=config.batch, frames=plan.clip.settings.num_frames, start=start)) as ahead:
-            for video, labels in ahead:
-                yield LabelledLatents(np.asarray(encode_program(vae_cfg)(vae, video)), labels)
-
-    batches = encoded
-    if config.cache_latents:
-        latents, labels = _cached(folder / "latents.npz", config, clips, vae, encoded)
-
-        def batches(start: int) -> Generator[LabelledLatents, None, None]:
-            for step in itertools.count(start):
-                rows = np.random.default_rng((config.seed, step)).integers(len(latents), size=config.batch)
-                yield LabelledLatents(latents[rows], labels[rows])
-
-    show = _shower(models, plan, vae, folder / "samples")
     task = latent_video_task(
-        transformer,
-        batches,
-        show,
+        models.configs["transformer"],
+        _batches(config, plan, clips, read, models, vae, folder),
+        _shower(models, plan, vae, folder / "samples"),
         noise_schedule=config.noise_schedule,
         compute_dtype=plan.dtype,
         placement=Placement(mesh) if plan.mesh.devices > 1 else None,
         **config.loss.to_dict(),
     )
-    weights = None
-    if config.get("initial"):
-        abstract = latent_video.abstract_params(transformer)
-        shardings = param_shardings(mesh, abstract, places.DIT)
-        weights = restore(Path(config.initial) / "transformer", abstract, (), shardings)
-    average = fit(task, plan.schedule, folder, seed=config.seed, params=weights, **options).average
+    initial = _initial(config, models, mesh)
+    average = fit(task, plan.schedule, folder, seed=config.seed, params=initial, **options).average
     params = {"transformer": average, "vae": vae}
     repository.save(
         target,
@@ -136,6 +111,47 @@ def train(config: ConfigDict, folder: Path) -> Path:
         overwrite=True,
     )
     return target
+
+
+def _check_enough(config: Any, plan: "Plan", clips: Clips) -> None:
+    """Raises DataError for fewer clips than a batch."""
+    most = max([config.batch, *(stage.batch for stage in plan.vae_stages)])
+    if len(clips.paths) < most:
+        raise DataError(
+            f"{config.clips}: {len(clips.paths)} clips, fewer than a batch of {most}; add clips, or lower batch."
+        )
+
+
+def _batches(
+    config: Any, plan: "Plan", clips: Clips, read: Callable[..., Any], models: Models, vae: Params, folder: Path
+) -> Callable[[int], Generator[LabelledLatents, None, None]]:
+    """`Task.batches` of the transformer: latents of clips that are read anew, or of one epoch that was kept."""
+    encode_clips = encode_program(models.configs["vae"])
+
+    def encoded(start: int) -> Generator[LabelledLatents, None, None]:
+        with closing(read(batch=config.batch, frames=plan.clip.settings.num_frames, start=start)) as ahead:
+            for video, labels in ahead:
+                yield LabelledLatents(np.asarray(encode_clips(vae, video)), labels)
+
+    if not config.cache_latents:
+        return encoded
+    latents, labels = _cached(folder / "latents.npz", config, clips, vae, encoded)
+
+    def batches(start: int) -> Generator[LabelledLatents, None, None]:
+        for step in itertools.count(start):
+            rows = np.random.default_rng((config.seed, step)).integers(len(latents), size=config.batch)
+            yield LabelledLatents(latents[rows], labels[rows])  # [N,T,H,W,C], [N] -> [B,T,H,W,C], [B]
+
+    return batches
+
+
+def _initial(config: Any, models: Models, mesh: Mesh) -> Params | None:
+    """The transformer of `config.initial` on the mesh; None: a new one."""
+    if not config.get("initial"):
+        return None
+    abstract = latent_video.abstract_params(models.configs["transformer"])
+    shardings = param_shardings(mesh, abstract, places.DIT)
+    return restore(Path(config.initial) / "transformer", abstract, (), shardings)
 
 
 # -------------------------------------------------------------------------------------------------- what a config says

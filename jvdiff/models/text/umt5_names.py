@@ -1,7 +1,7 @@
 """The UMT5 text encoder: names in transformers' files <-> jvdiff's parameter tree.
 
-Source of the names: `transformers.UMT5EncoderModel` and the published Wan2.1-*-Diffusers repositories. The
-embedding is tied: files hold it once, as `shared.weight`; `encoder.embed_tokens.weight` is its other name.
+Source of the names: `transformers.UMT5EncoderModel` and the repositories that publish its weights. The embedding is
+tied: files hold it once, as `shared.weight`; `encoder.embed_tokens.weight` is its other name.
 """
 
 from jvdiff.weights.naming import LINEAR, Rule, Transform

@@ -123,10 +123,10 @@ def attend_text(plan: Plan, parts: int, q: Array, k: Array, v: Array, gate: Arra
     """Attention to text [B,P*S,N,K], of each of P parts of the tokens to its own part; the last row counts often."""
 
     def local(q: Array, k: Array, v: Array) -> Array:
-        pieces = q, k, v
+        shape = q.shape
         if parts > 1:  # [B,P*S,N,K] -> [B*P,S,N,K]
-            pieces = tuple(x.reshape(x.shape[0] * parts, -1, *x.shape[2:]) for x in pieces)
-        return _attend_rows(*pieces, plan.extra_text, _dense(plan.implementation)).reshape(q.shape)
+            q, k, v = (x.reshape(x.shape[0] * parts, -1, *x.shape[2:]) for x in (q, k, v))
+        return _attend_rows(q, k, v, plan.extra_text, _dense(plan.implementation)).reshape(shape)  # [B,L,N,K]
 
     return local(q, k, v) if plan.split is None else sequence.cross_attention(local, plan.split, q, k, v), None
 

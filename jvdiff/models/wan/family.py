@@ -258,7 +258,7 @@ def _network(models: Models, segment: Segment, forward: Forward) -> Callable[...
 
 @functools.lru_cache(maxsize=8)  # jit compiles once for each function object
 def _velocity(cfg: wan.DiTConfig, forward: Forward) -> Callable[..., Array]:
-    how: Any = {name: getattr(forward, name) for name in ("pattern", "implementation", "placement")}
+    how: Any = {name: getattr(forward, name) for name in ("pattern", "implementation", "placement", "dtype")}
 
     def network(params: Params, x: Array, t: Array, text: Array) -> Array:
         return wan.velocity(params, cfg, x, t, text, text_length=TEXT_LENGTH, **how)

@@ -8,6 +8,7 @@ predicts noise - x_0; sigma is logit-normal, shifted towards noise (Esser et al.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +52,6 @@ def text_to_video_task(
     """Parameters {"transformer", "text_encoder"}, trained together; unconditional batches come from `batches`, and so
     does the pattern of each step. `placement`: the mesh that `fit` is given."""
 
-    def init(key: Array) -> Params:
-        one, two = jax.random.split(key)
-        return {
-            "transformer": wan.init_params(one, transformer),
-            "text_encoder": umt5.init_params(two, text_encoder),
-        }
-
     def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Mapping[str, Array]]:
         sigma_key, noise_key = jax.random.split(key)
         clean = batch.latents.astype(jnp.float32)
@@ -81,7 +75,14 @@ def text_to_video_task(
         noisy = (sigma > 0.75).astype(jnp.float32)
         return jnp.mean(error), {"loss_noisy": jnp.sum(error * noisy) / jnp.maximum(jnp.sum(noisy), 1.0)}
 
+    init = partial(init_both, transformer, text_encoder)
     return Task(init=init, loss=loss, batches=each(batches), rules=(*places.DIT, *umt5.PLACES))
+
+
+def init_both(transformer: wan.DiTConfig, text_encoder: umt5.Config, key: Array) -> Params:
+    """Float32 parameters {"transformer", "text_encoder"} to train from."""
+    one, two = jax.random.split(key)
+    return {"transformer": wan.init_params(one, transformer), "text_encoder": umt5.init_params(two, text_encoder)}
 
 
 def noise_levels(key: Array, shape: tuple[int, ...], shift: float) -> Array:

@@ -14,6 +14,7 @@ out behind it, and the chunk behind the gap, which nothing foretells, has no wei
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jvdiff.kernels import BlockCausal
 from jvdiff.models import wan
 from jvdiff.models.text import umt5
 from jvdiff.models.wan import places
-from jvdiff.models.wan.flow_matching import Batch, encode_text, noise_levels
+from jvdiff.models.wan.flow_matching import Batch, encode_text, init_both, noise_levels
 from jvdiff.sharding import Placement
 from jvdiff.training.loop import Task, each
 from jvdiff.types import Array, Params
@@ -52,13 +53,6 @@ def teacher_forcing_task(
     """
     doubled = BlockCausal(pattern.chunk, pattern.window, pattern.sink, teacher_forcing=True)
     alone = BlockCausal(pattern.chunk, pattern.chunk, 0, teacher_forcing=True)
-
-    def init(key: Array) -> Params:
-        one, two = jax.random.split(key)
-        return {
-            "transformer": wan.init_params(one, transformer),
-            "text_encoder": umt5.init_params(two, text_encoder),
-        }
 
     def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Mapping[str, Array]]:
         keys = jax.random.split(key, 6)
@@ -109,6 +103,7 @@ def teacher_forcing_task(
         noisy = jnp.where(sigma > 0.75, weight, 0.0)
         return _mean(error, weight), {"loss_noisy": _mean(error, noisy)}
 
+    init = partial(init_both, transformer, text_encoder)
     return Task(init=init, loss=loss, batches=each(batches), rules=(*places.DIT, *umt5.PLACES))
 
 

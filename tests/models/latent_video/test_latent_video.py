@@ -48,7 +48,7 @@ def inputs(batch=2):
 
 
 def cast(params, dtype):
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+    return jax.tree.map(lambda x: np.asarray(x, dtype), params)
 
 
 def error(found, expected):
@@ -222,15 +222,13 @@ def placed(mesh):
     return placement, jax.device_put(params, param_shardings(placement.mesh, params, places.DIT))
 
 
-@pytest.mark.parametrize(
-    ("mesh", "remat"), [(None, "full"), (None, "dots"), ("data=2,fsdp=2,tensor=2", None), ("sequence=2,fsdp=4", "full")]
-)
+@pytest.mark.parametrize(("mesh", "remat"), [(None, "dots"), ("sequence=2,fsdp=4", "full")])
 def test_gradients_are_the_same_however_they_are_made(mesh, remat):
     for one, other in zip(jax.tree.leaves(gradient()), jax.tree.leaves(gradient(mesh, remat)), strict=True):
         np.testing.assert_allclose(other, one, atol=1e-5 * max(np.abs(one).max(), 1e-3))
 
 
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "fsdp=8", "data=2,sequence=2,tensor=2"])
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "data=2,sequence=2,tensor=2"])
 def test_a_mesh_gives_the_numbers_of_one_device(mesh):
     expected = np.asarray(denoise(params_of(CFG), CFG, *inputs()))
     placement, params = placed(mesh)
@@ -241,8 +239,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(mesh):
 
 def test_a_layer_gathers_its_weights_once_and_adds_up_three_times():
     placement, params = placed("data=2,fsdp=2,tensor=2")
-    latents, timestep, labels = inputs(4)
-    program = denoise.lower(params, CFG, latents, timestep, labels, placement=placement).compile()
+    program = denoise.lower(params, CFG, *inputs(4), placement=placement).compile()
     layer = [c for c in collectives.read(program.as_text()) if c.runs == CFG.depth]
     assert sorted(c.kind for c in layer) == ["all-gather"] * 2 + ["all-reduce"] * 3
     weights, modulation = (c for c in layer if c.kind == "all-gather")
@@ -274,8 +271,12 @@ def test_what_the_transformer_cannot_take(change, words):
 # ------------------------------------------------------------------------------------------- the VAE
 
 
+def clip():
+    return np.random.default_rng(0).uniform(-1, 1, (2, 8, 16, 24, 3)).astype(np.float32)
+
+
 def test_the_vae_goes_there_and_back():
-    video = np.random.default_rng(0).uniform(-1, 1, (2, 8, 16, 24, 3)).astype(np.float32)
+    video = clip()
     mean, logvar = encode(params_of(VAE), VAE, video)
     assert mean.shape == logvar.shape == (2, 2, 2, 3, 4) and mean.dtype == logvar.dtype == jnp.float32
     found = decode(params_of(VAE), VAE, mean)
@@ -286,12 +287,12 @@ def test_the_vae_goes_there_and_back():
 
 
 def test_the_vae_in_bfloat16_is_near_float32():
-    video = np.random.default_rng(0).uniform(-1, 1, (1, 8, 16, 16, 3)).astype(np.float32)
+    video = clip()
     expected = encode(params_of(VAE), VAE, video)[0]
     found = encode(cast(params_of(VAE), jnp.bfloat16), VAE, video)[0]
     assert found.dtype == jnp.float32
     assert 1e-5 < error(found, expected) < 0.05
-    latents = np.random.default_rng(1).standard_normal((1, 2, 2, 2, 4), np.float32)
+    latents = np.random.default_rng(1).standard_normal((2, 2, 2, 3, 4), np.float32)
     decoded = [decode(cast(params_of(VAE), dtype), VAE, latents) for dtype in (jnp.float32, jnp.bfloat16)]
     assert decoded[1].dtype == jnp.float32
     assert 1e-5 < error(decoded[1], decoded[0]) < 0.05

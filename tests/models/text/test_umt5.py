@@ -96,14 +96,14 @@ def test_real_positions_do_not_depend_on_padding(params):
 
 def test_bfloat16_stays_near_float32(params):
     ids, mask = prompts(13)
-    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    exact = encode(jax.tree.map(lambda x: x.astype(jnp.float32), rounded), CFG, ids, mask)
+    rounded = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
+    exact = encode(jax.tree.map(lambda x: np.asarray(x, np.float32), rounded), CFG, ids, mask)
     got = encode(rounded, CFG, ids, mask)
     assert got.dtype == jnp.bfloat16
     assert error(np.asarray(got)[mask], np.asarray(exact)[mask]) < 0.01
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", "tensor=4", "fsdp=2,tensor=2,sequence=2", "data=3"])
+@pytest.mark.parametrize("mesh", ["fsdp=2,tensor=2,sequence=2", "data=3"])
 def test_a_mesh_gives_the_numbers_of_one_device(mesh):
     cfg = umt5.Config(vocab_size=4096, d_model=64, d_kv=16, d_ff=768, num_layers=3, num_heads=4)
     weights = umt5.init_params(jax.random.key(1), cfg)
@@ -136,7 +136,7 @@ def test_nothing_is_larger_than_the_scores():
 
 def test_every_layer_is_differentiated(params):
     ids, mask = prompts(9)
-    grads = jax.grad(lambda p: jnp.sum(umt5.encode(p, CFG, ids, mask)[:, 0] ** 3))(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(umt5.encode(p, CFG, ids, mask)[:, 0] ** 3)))(params)
     for path, grad in rules.flatten(grads).items():
         assert np.isfinite(grad).all() and np.abs(grad).max() > 0, path
 

@@ -204,11 +204,9 @@ def plain(span, frames, texts=1):
     "span",
     [
         wan.Span(1, 1, 0),  # nothing is kept
-        wan.Span(1, 4, 5),
         wan.Span(3, 30, 0),  # the video ends before the window is full
         wan.Span(3, 6, 1),
         wan.Span(3, 4, 5),  # a part of a chunk is kept
-        wan.Span(1, 4, 1, relative=True),
         wan.Span(3, 30, 0, relative=True),
         wan.Span(3, 7, 5, relative=True),
     ],
@@ -303,7 +301,7 @@ def test_a_cache_in_bfloat16_costs_what_bfloat16_costs():
     given = inputs(15)
     exact = plain(span, 15)
     low = wan.abstract_params(CFG, jnp.bfloat16)
-    weights = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), params(), low)
+    weights = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), params(), low)
     got, cache = rollout(span, *given, weights=weights)
     assert cache.keys.dtype == jnp.bfloat16 and got.dtype == np.float32
     error = np.linalg.norm(got - exact) / np.linalg.norm(exact)
@@ -321,10 +319,13 @@ def reencoder(span, placement=None):
     return jax.jit(lambda weights, *a: run(weights, CFG, span, *a))
 
 
+remembered = jax.jit(wan.remembered, static_argnums=0)
+
+
 def history_of(span, latents):
-    history = jnp.zeros((len(latents), span.slots, *GRID, CFG.in_channels))
+    history = np.zeros((len(latents), span.slots, *GRID, CFG.in_channels), np.float32)
     for start in range(0, latents.shape[1], span.chunk):
-        history = wan.remembered(span, history, latents[:, start : start + span.chunk], jnp.int32(start))
+        history = remembered(span, history, latents[:, start : start + span.chunk], np.int32(start))
     return history
 
 
@@ -363,7 +364,7 @@ def placed(mesh):
     return placement, jax.device_put(params(), param_shardings(placement.mesh, params(), places.DIT))
 
 
-@pytest.mark.parametrize("mesh", ["sequence=8", "data=2,sequence=2,tensor=2", "fsdp=8"])
+@pytest.mark.parametrize("mesh", ["sequence=8", "data=2,sequence=2,tensor=2"])
 def test_a_mesh_gives_the_numbers_of_one_device(mesh):
     span = wan.Span(3, 6, 1)
     placement, weights = placed(mesh)

@@ -23,13 +23,15 @@ velocity = jax.jit(
 
 
 @pytest.fixture(scope="module")
-def params():
+def start():
+    return wan.init_params(jax.random.key(0), CFG)
+
+
+@pytest.fixture(scope="module")
+def params(start):
     """Parameters none of which is at its trivial start."""
-    tree = wan.init_params(jax.random.key(0), CFG)
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, leaves)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: np.asarray(x) + np.float32(0.2) * rng.standard_normal(x.shape, np.float32), start)
 
 
 def inputs(B=2, T=3, H=4, W=6, S=5):
@@ -69,17 +71,14 @@ def test_bfloat16_is_for_the_large_matrices_only():
     assert sum(tree[path].size for path in kept) < 0.015 * sum(x.size for x in tree.values())
 
 
-def test_init_fits_the_abstract_tree(params):
+def test_init_fits_the_abstract_tree(start):
     abstract = wan.abstract_params(CFG)
-    assert jax.tree.structure(params) == jax.tree.structure(abstract)
-    start = wan.init_params(jax.random.key(0), CFG)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), start) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
     kernels = start["blocks"]["ffn"]["up"]["kernel"]
     assert error(kernels[0], kernels[1]) > 0.5  # each layer has its own random numbers
 
 
-def test_zero_head_gives_zero_and_gradients_reach_it():
-    start = wan.init_params(jax.random.key(0), CFG)
+def test_zero_head_gives_zero_and_gradients_reach_it(start):
     args = inputs()
     assert not np.asarray(velocity(start, CFG, *args)).any()
     target = np.random.default_rng(1).standard_normal(args[0].shape, np.float32)
@@ -90,15 +89,15 @@ def test_zero_head_gives_zero_and_gradients_reach_it():
 def test_shape_and_dtype(params):
     latents, t, text = inputs()
     for dtype in (jnp.float32, jnp.bfloat16):
-        p = jax.tree.map(lambda x, a: x.astype(a.dtype), params, wan.abstract_params(CFG, dtype))
+        p = jax.tree.map(lambda x, a: np.asarray(x, a.dtype), params, wan.abstract_params(CFG, dtype))
         out = velocity(p, CFG, latents, t, text)
         assert out.shape == latents.shape and out.dtype == jnp.float32 and np.isfinite(out).all()
     wide = dataclasses.replace(CFG, in_channels=5, out_channels=3)
-    p = wan.init_params(jax.random.key(0), wide)
-    assert velocity(p, wide, latents[..., :5], t, text).shape == (*latents.shape[:-1], 3)
+    run = partial(wan.velocity, cfg=wide, latents=latents[..., :5], timestep=t, text=text)
+    assert jax.eval_shape(run, wan.abstract_params(wide)).shape == (*latents.shape[:-1], 3)
 
 
-@pytest.mark.parametrize(("rows", "implementation"), [(1, None), (4, None), (9, None), (9, "reference")])
+@pytest.mark.parametrize(("rows", "implementation"), [(1, None), (5, None), (5, "reference")])
 def test_text_length_equals_explicit_padding(params, rows, implementation):
     latents, t, text = inputs(S=rows)
     text[:, -1] = 0
@@ -120,7 +119,7 @@ def test_text_length_equals_explicit_padding_in_gradients(params):
         return jnp.mean(wan.velocity(params, CFG, latents, t, text, text_length=length) ** 2)
 
     got, want = grad(params, text, 64), grad(params, np.pad(text, ((0, 0), (0, 60), (0, 0))), None)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    for a, b in zip(*(map(np.asarray, jax.tree.leaves(tree)) for tree in (got, want)), strict=True):
         assert np.abs(a - b).max() < 1e-5 * max(np.abs(b).max(), 1e-3)
 
 
@@ -130,26 +129,27 @@ def test_text_length_where_only_cudnn_would_run(params, monkeypatch):
     from jvdiff.models.wan import dit
 
     latents, t, text = inputs()
-    want = velocity(params, CFG, latents, t, text, text_length=20)
+    want = velocity(params, CFG, latents, t, text, text_length=64)
     monkeypatch.setattr(dit.kernels, "choose", lambda *a, **k: "cudnn")
     seen = []
     real = kernels.attention
     monkeypatch.setattr(dit.kernels, "attention", lambda q, k, v, **kw: seen.append(k.shape[1]) or real(q, k, v, **kw))
     monkeypatch.setitem(real.__globals__, "choose", lambda *a, **k: "xla")
-    got = jax.jit(lambda p: wan.velocity(p, CFG, latents, t, text, text_length=20))(params)
+    got = jax.jit(lambda p: wan.velocity(p, CFG, latents, t, text, text_length=64))(params)
     assert error(got, want) < 1e-6
-    assert 20 in seen
+    assert 64 in seen
 
 
 def test_remat_changes_nothing(params):
     args = inputs()
 
-    def loss(params, remat):
-        return jnp.mean(velocity(params, CFG, *args, remat=remat) ** 2)
+    @partial(jax.jit, static_argnums=1)
+    @jax.value_and_grad
+    def run(params, remat):
+        return jnp.mean(wan.velocity(params, CFG, *args, remat=remat) ** 2)
 
-    np.testing.assert_array_equal(loss(params, True), loss(params, False))
-    grad = jax.jit(jax.grad(loss), static_argnums=1)
-    plain, remat = grad(params, False), grad(params, True)
+    (value, plain), (same, remat) = run(params, False), run(params, True)
+    np.testing.assert_array_equal(value, same)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * max(np.abs(a).max(), 1e-3))
 
@@ -176,9 +176,9 @@ def test_program_does_not_grow_with_depth():
 
 
 def test_batch_rows_are_independent(params):
-    latents, t, text = inputs(B=3)
+    latents, t, text = inputs()
     whole = velocity(params, CFG, latents, t, text)
-    for i in range(3):
+    for i in range(2):
         assert error(velocity(params, CFG, latents[i:][:1], t[i:][:1], text[i:][:1]), whole[i:][:1]) < 1e-6
 
 

@@ -21,7 +21,6 @@ CFG = wan.DiTConfig(ffn_dim=64, num_layers=2, gate_compress=True, **SIZES)
 WINDOWS = tuple((1, 1 + 2 * (i % 2), 3) for i in range(8))
 PATTERNS = {
     "dense": Dense(),
-    "sliding": SlidingTile((2, 2, 2), (1, 3, 3)),
     "windows": SlidingTile((2, 2, 2), WINDOWS),
     "video sparse": VideoSparse((2, 2, 2), 0.6),
 }
@@ -39,10 +38,11 @@ def params_of(cfg):
 
 
 def inputs(batch):
-    """Latents of 3 x 3 x 5 = 45 tokens, which eight devices do not share evenly."""
+    """Of two clips one or both: latents of 3 x 3 x 5 = 45 tokens, which eight devices do not share evenly."""
     random = np.random.default_rng(1)
     draw = lambda *shape: random.standard_normal(shape).astype(np.float32)  # noqa: E731
-    return draw(batch, 3, 6, 10, 4), random.uniform(0, 1000, batch).astype(np.float32), draw(batch, 5, 16)
+    both = draw(2, 3, 6, 10, 4), random.uniform(0, 1000, 2).astype(np.float32), draw(2, 5, 16)
+    return tuple(x[:batch] for x in both)
 
 
 def placed(mesh, params):
@@ -52,9 +52,10 @@ def placed(mesh, params):
 
 
 @functools.cache
-def on_one_device(pattern, batch):
+def on_one_device(pattern):
+    """Of two clips, which do not depend on each other."""
     run = jax.jit(lambda *args: wan.velocity(args[0], CFG, *args[1:], pattern=PATTERNS[pattern], text_length=9))
-    return np.asarray(run(params_of(CFG), *inputs(batch)))
+    return np.asarray(run(params_of(CFG), *inputs(2)))
 
 
 @pytest.mark.parametrize(
@@ -62,40 +63,33 @@ def on_one_device(pattern, batch):
     [
         ("dense", "sequence=8", 1),
         ("dense", "sequence=8,ring=2", 1),
-        ("dense", "sequence=3,ring=3", 2),
         ("dense", "data=2,tensor=2,sequence=2", 2),
-        ("dense", "fsdp=8", 2),
         ("dense", "fsdp=2,tensor=4", 2),
-        ("dense", "tensor=8", 1),
-        ("sliding", "sequence=8", 1),
         ("windows", "tensor=2,sequence=4", 1),
-        ("video sparse", "sequence=4", 1),
-        ("video sparse", "data=2,fsdp=2,tensor=2", 2),
         ("video sparse", "sequence=6", 1),
+        ("video sparse", "data=2,fsdp=2,tensor=2", 2),
     ],
 )
 def test_a_mesh_gives_the_numbers_of_one_device(pattern, mesh, batch):
     placement, params = placed(mesh, params_of(CFG))
     how = dict(pattern=PATTERNS[pattern], text_length=9, placement=placement)
     found = jax.jit(lambda *args: wan.velocity(args[0], CFG, *args[1:], **how))(params, *inputs(batch))
-    expected = on_one_device(pattern, batch)
+    expected = on_one_device(pattern)[:batch]
     assert found.sharding.is_fully_replicated
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(
-    ("mesh", "remat"), [("sequence=8", False), ("fsdp=8", True), ("data=2,fsdp=2,tensor=2", False)]
-)
-def test_a_gradient_is_that_of_one_device_and_lies_where_the_weights_lie(mesh, remat):
+def test_a_gradient_is_that_of_one_device_and_lies_where_the_weights_lie():
+    """Rematerialised and with tokens that do not divide; every kind of mesh is in tests/training/test_meshes.py."""
     x, t, text = inputs(2)
     target = np.random.default_rng(2).standard_normal(x.shape).astype(np.float32)
 
     def loss(params, placement):
-        v = wan.velocity(params, CFG, x, t, text, text_length=9, remat=remat, placement=placement)
+        v = wan.velocity(params, CFG, x, t, text, text_length=9, remat=placement is not None, placement=placement)
         return jnp.mean((v - target) ** 2)
 
     expected = jax.jit(jax.grad(lambda p: loss(p, None)))(params_of(CFG))
-    placement, params = placed(mesh, params_of(CFG))
+    placement, params = placed("fsdp=2,tensor=2,sequence=2", params_of(CFG))
     places = jax.tree.map(lambda leaf: leaf.sharding, params)
     found = jax.jit(jax.grad(lambda p: loss(p, placement)), out_shardings=places)(params)
     for one, many in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
@@ -201,7 +195,7 @@ def test_no_array_has_the_square_of_the_tokens(mesh):
     assert plan.largest_array(compiled(mesh).as_text())[1] < TOKENS**2
 
 
-@pytest.mark.parametrize(("mesh", "batch"), [("tensor=8", 1), ("fsdp=8", 8), ("fsdp=2,tensor=4", 2)])
+@pytest.mark.parametrize(("mesh", "batch"), [("tensor=8", 1), ("fsdp=8", 8)])
 def test_a_device_is_given_its_share_of_the_weights(mesh, batch):
     weights = sum(x.size * 4 for x in jax.tree.leaves(wan.abstract_params(WIDE)))
     rest = batch * (5 * 32 * 32 * 16 + 1 + 64 * 256) * 4

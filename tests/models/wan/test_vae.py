@@ -48,11 +48,11 @@ def params():
 
 
 def video(F=17, Y=8, X=12, B=2, seed=0):
-    return jax.random.uniform(jax.random.key(seed), (B, F, Y, X, 3), minval=-1.0)
+    return np.random.default_rng(seed).uniform(-1, 1, (B, F, Y, X, 3)).astype(np.float32)
 
 
 def latents(T=5, H=2, W=3, B=2, seed=0):
-    return jax.random.normal(jax.random.key(seed), (B, T, H, W, CFG.z_dim))
+    return np.random.default_rng(seed).standard_normal((B, T, H, W, CFG.z_dim), np.float32)
 
 
 def error(a, b):
@@ -70,7 +70,7 @@ def in_pieces(step, x, sizes):
         pieces.append(piece)
         start += size
     assert start == x.shape[1]
-    return jnp.concatenate(pieces, axis=1)
+    return np.concatenate(pieces, axis=1)
 
 
 def test_the_published_tree():
@@ -83,21 +83,19 @@ def test_the_published_tree():
     assert tree["decoder/up_1/res_0/shortcut/kernel"].shape == (192, 384)
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
-def test_encoding_in_chunks_is_encoding_the_whole_clip(params, chunk):
+def test_encoding_in_chunks_is_encoding_the_whole_clip(params):
     x = video()
-    assert error(encode(params, CFG, x, chunk=chunk), encode(params, CFG, x, chunk=4)) <= 1e-5
+    assert error(encode(params, CFG, x, chunk=2), encode(params, CFG, x, chunk=4)) <= 1e-5
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
-def test_decoding_in_chunks_is_decoding_the_whole_clip(params, chunk):
+def test_decoding_in_chunks_is_decoding_the_whole_clip(params):
     z = latents()
     whole = decode(params, CFG, z, chunk=4, clip=False)
     assert whole.shape == (2, 17, 8, 12, 3) and whole.dtype == jnp.float32
-    assert error(decode(params, CFG, z, chunk=chunk, clip=False), whole) <= 1e-5
-    clipped = decode(params, CFG, z, chunk=chunk)
-    assert jnp.abs(clipped).max() <= 1.0
-    np.testing.assert_allclose(clipped, jnp.clip(whole, -1, 1), atol=1e-4)
+    assert error(decode(params, CFG, z, chunk=2, clip=False), whole) <= 1e-5
+    clipped = decode(params, CFG, z, chunk=4)
+    assert np.abs(clipped).max() <= 1.0
+    np.testing.assert_allclose(clipped, np.clip(whole, -1, 1), atol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 1)])
@@ -112,20 +110,21 @@ def test_streaming_by_hand(params, sizes):
 def test_the_past_decides_the_future_and_never_the_other_way(params):
     x, z = video(), latents()
     for run, whole, unit, at in ((encode, x, 4, 3), (decode, z, 1, 3)):
-        changed = whole.at[:, 1 + unit * (at - 1) :].add(0.5)
-        before, after = run(params, CFG, whole, chunk=4), run(params, CFG, changed, chunk=4)
+        changed = whole.copy()
+        changed[:, 1 + unit * (at - 1) :] += 0.5
+        before, after = (np.asarray(run(params, CFG, x, chunk=4)) for x in (whole, changed))
         kept = at if run is encode else 1 + 4 * (at - 1)
         np.testing.assert_array_equal(before[:, :kept], after[:, :kept])
-        assert jnp.all(jnp.any(before[:, kept:] != after[:, kept:], axis=(0, 2, 3, 4)))
+        assert np.all(np.any(before[:, kept:] != after[:, kept:], axis=(0, 2, 3, 4)))
 
 
 def test_a_clip_of_one_frame_is_a_picture(params):
     x, z = video(F=1), latents(T=1)
     mean, frame = encode(params, CFG, x), decode(params, CFG, z)
     assert mean.shape == (2, 1, 2, 3, 4) and frame.shape == (2, 1, 8, 12, 3)
-    longer = jnp.concatenate([x, video(F=16, seed=3)], axis=1)
+    longer = np.concatenate([x, video(F=16, seed=3)], axis=1)
     assert error(mean, encode(params, CFG, longer, chunk=4)[:, :1]) <= 1e-6
-    longer = jnp.concatenate([z, latents(T=4, seed=3)], axis=1)
+    longer = np.concatenate([z, latents(T=4, seed=3)], axis=1)
     assert error(frame, decode(params, CFG, longer, chunk=4)[:, :1]) <= 1e-6
 
 
@@ -154,10 +153,10 @@ def test_memory_does_not_grow_with_the_clip(run, params):
 
 
 def test_folded_upsampling_is_nearest_upsampling_and_a_convolution():
-    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 7, 6))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 6, 4))
-    doubled = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-    assert error(vae._upsampled_conv(x, kernel), vae._conv2d(doubled, kernel)) <= 1e-6
+    random = np.random.default_rng(0)
+    x, kernel = (random.standard_normal(shape, np.float32) for shape in ((2, 3, 5, 7, 6), (3, 3, 6, 4)))
+    doubled = x.repeat(2, axis=2).repeat(2, axis=3)
+    assert error(jax.jit(vae._upsampled_conv)(x, kernel), jax.jit(vae._conv2d)(doubled, kernel)) <= 1e-6
 
 
 def test_normalisation_of_latents_is_undone():
@@ -168,28 +167,29 @@ def test_normalisation_of_latents_is_undone():
 
 def test_training_starts_from_a_network_that_sees_one_frame_at_a_time():
     """Every temporal kernel starts in its newest tap, and no layer starts at zero or blows up."""
-    params = init_params(jax.random.key(0), CFG)
+    params = jax.tree.map(np.asarray, init_params(jax.random.key(0), CFG))
     for path, kernel in flatten(params).items():
         if path.endswith("kernel") and (kernel.ndim == 5 or "time_conv" in path):
-            assert not jnp.any(kernel[:2]) and jnp.all(jnp.any(kernel[2] != 0, axis=tuple(range(kernel.ndim - 2))))
+            assert not np.any(kernel[:2]) and np.all(np.any(kernel[2] != 0, axis=tuple(range(kernel.ndim - 2))))
     x = video()
     mean = encode(params, CFG, x, chunk=4)
     # frames that come before the newest of their latent frame are not seen
-    changed = x.at[:, 1:].set(jnp.where((jnp.arange(1, 17) % 4 == 0)[None, :, None, None, None], x[:, 1:], 0.0))
+    changed = np.where((np.arange(17) % 4 == 0)[None, :, None, None, None], x, np.float32(0))
     np.testing.assert_allclose(encode(params, CFG, changed, chunk=4), mean, atol=1e-6)
     frames = decode(params, CFG, mean, chunk=4, clip=False)
-    assert 0.2 < float(mean.std()) < 5 and 0.2 < float(frames.std()) < 5
+    assert 0.2 < np.std(mean) < 5 and 0.2 < np.std(frames) < 5
 
 
 def test_gradients_of_a_video_of_one_colour_are_finite_and_reach_every_layer():
     """Black above all: most of a moving digit's picture, and where a badly scaled network stays for ever."""
-    params = init_params(jax.random.key(0), CFG)
+    cfg = dataclasses.replace(CFG, dim_mult=(1, 2), temperal_downsample=(True,))
+    params = init_params(jax.random.key(0), cfg)
 
     @jax.jit
     @jax.grad
     def gradients(params, level):
         x = jnp.full((1, 5, 8, 8, 3), level)
-        back = wan.decode(params, CFG, wan.encode(params, CFG, x), clip=False)
+        back = wan.decode(params, cfg, wan.encode(params, cfg, x), clip=False)
         return jnp.mean(jnp.square(back - x - 0.1))
 
     for level in (-1.0, 1.0):
@@ -200,7 +200,7 @@ def test_gradients_of_a_video_of_one_colour_are_finite_and_reach_every_layer():
 
 
 def test_bfloat16_runs_in_bfloat16_and_answers_in_float32(params):
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    half = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
     mean, cache = encode_chunk(half, CFG, video(F=1), None)
     frames = decode_chunk(half, CFG, latents(T=1), None)[0]
     assert mean.dtype == frames.dtype == jnp.float32

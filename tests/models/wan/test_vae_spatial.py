@@ -40,11 +40,11 @@ def params():
 
 
 def video(F, Y, X):
-    return jax.random.uniform(jax.random.key(0), (2, F, Y, X, 3), minval=-1.0)
+    return np.random.default_rng(0).uniform(-1, 1, (2, F, Y, X, 3)).astype(np.float32)
 
 
 def latents(T, H, W):
-    return jax.random.normal(jax.random.key(0), (2, T, H, W, CFG.z_dim))
+    return np.random.default_rng(0).standard_normal((2, T, H, W, CFG.z_dim), np.float32)
 
 
 def error(a, b):
@@ -80,10 +80,8 @@ def test_as_many_devices_as_divide_the_grid(devices, grid, cut):
     assert list(picture.mesh.devices.flat) == list(every.devices.flat)
 
 
-@pytest.mark.parametrize("axes", [{"sequence": 4, "tensor": 2}, {"fsdp": 2, "sequence": 4}, {"data": 8}])
-def test_parts_lie_where_they_should_however_the_mesh_is_cut(params, axes):
+def test_parts_lie_where_they_should_however_the_mesh_is_cut(params, placement):
     """4 by 2 devices for weights and 2 by 4 for pictures are meshes that XLA does not bring together by itself."""
-    placement = Placement(make_mesh(MeshShape(**axes)))
     given, z = jax.device_put((params, latents(T=1, H=4, W=4)), placement.everywhere)
     run = jax.jit(wan.decode_chunk, static_argnums=1, static_argnames="placement")
     _, cache = run(given, CFG, z, None, placement=placement)
@@ -112,7 +110,7 @@ def test_decoding_is_that_of_one_device_and_compiles_two_programs(params, placem
         pieces.append(piece)
     assert run._cache_size() == 2
     assert all(leaf.addressable_shards[0].data.size == leaf.size // 8 for leaf in jax.tree.leaves(cache))
-    assert error(jnp.concatenate(pieces, axis=1), jax.jit(wan.decode, static_argnums=1)(params, CFG, z)) <= 1e-5
+    assert error(np.concatenate(pieces, axis=1), jax.jit(wan.decode, static_argnums=1)(params, CFG, z)) <= 1e-5
 
 
 def test_gradients_are_those_of_one_device(params, placement):

@@ -1,0 +1,336 @@
+"""A family of one's own, outside jvdiff/: it samples, plans, shards, saves, resumes and converts, in Python and from
+the command lines."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from toy import networks
+from toy.family import TOY
+
+import jvdiff
+from convert import __main__ as convert
+from convert import to_hf
+from jvdiff import models, pipeline, plan, precision
+from jvdiff.commands import planning, sample
+from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.media import video as videos
+from jvdiff.sharding import rules
+from jvdiff.weights.naming import disassemble, flatten, unflatten
+
+FAMILY = "--family=toy.family:TOY"
+WORDS = {"tokenizer": ["a", "red", "blue", "seven"], "tokenizer_2": ["seven", "two", "moves"]}
+KINDS = {
+    "transformer": networks.TRANSFORMER,
+    "transformer_2": networks.TRANSFORMER,
+    "vae": networks.VAE,
+    "text_encoder": networks.TEXT,
+    "text_encoder_2": networks.TEXT,
+    "image_encoder": networks.PICTURE,
+}
+PICTURE = np.random.default_rng(5).integers(0, 256, (16, 16, 3), np.uint8)
+
+
+def write_repository(root, seed=0):
+    """In Hugging Face layout, no number zero; each tensor that nobody uses is there."""
+    random = np.random.default_rng(seed)
+    for name, kind in KINDS.items():
+        cfg, part = networks.Config(kind), TOY.parts[name]
+        leaves = {
+            path: random.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[-2] ** -0.5)
+            for path, leaf in flatten(part.abstract(cfg, np.float32)).items()
+        }
+        tensors = dict(disassemble(part.names(cfg), unflatten(leaves)))
+        if kind == networks.TEXT:
+            tensors |= {"logit_scale": np.ones(1, np.float32), "text_projection.weight": np.ones((8, 8), np.float32)}
+        (root / name).mkdir(parents=True)
+        (root / name / "config.json").write_text(json.dumps(cfg.to_json()))
+        save_file(tensors, root / name / f"{part.stem}.safetensors")
+    for name, words in WORDS.items():
+        (root / name).mkdir()
+        (root / name / "tokenizer.json").write_text(json.dumps({"words": words}))
+    index = {"_class_name": "ToyPipeline", "boundary_ratio": 0.9}
+    index |= {name: [TOY.parts[name].published[0], kind] for name, kind in KINDS.items()}
+    index |= {name: ["transformers", "ToyTokenizer"] for name in WORDS}
+    (root / "model_index.json").write_text(json.dumps(index))
+    return root
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    return write_repository(tmp_path_factory.mktemp("toy") / "repository")
+
+
+@pytest.fixture(scope="module")
+def pipe(repository):
+    return jvdiff.load(repository, "float32", family=TOY)
+
+
+@pytest.fixture(scope="module")
+def clip(pipe):
+    """The clip that most tests make again in other ways."""
+    return jvdiff.generate(pipe, "a red seven", seed=3, image=PICTURE)
+
+
+@pytest.fixture
+def command(repository, tmp_path):
+    """argv of a command; keywords are fields."""
+    videos.write_png(tmp_path / "picture.png", PICTURE)
+
+    def build(**fields):
+        given = {"checkpoint": repository, "image": tmp_path / "picture.png", "seed": 3} | fields
+        given |= {"output": tmp_path / "out", "save_arrays": True, "compile_cache": "off"}
+        given |= {} if "prompts" in given else {"prompt": "a red seven"}
+        return ["jvdiff sample", *(f"--{name}={value}" for name, value in given.items()), FAMILY]
+
+    return build
+
+
+def arrays(folder):
+    """{name: its latents} of the clips in a folder."""
+    return {path.stem: np.load(path)["latents"] for path in folder.glob("*.npz")}
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+def test_a_clip_does_not_depend_on_its_neighbours(pipe, clip):
+    both = jvdiff.generate(pipe, ["a blue two moves", "a red seven"], seed=2, image=PICTURE)
+    assert both.video.shape == (2, 3, 16, 16, 3) and both.seeds == (2, 3)
+    np.testing.assert_allclose(both.latents[1], clip.latents[0], rtol=0, atol=1e-5)
+    assert np.abs(both.latents[0] - clip.latents[0])[1:].max() > 0.1
+
+
+def test_the_picture_is_put_back(pipe, clip):
+    first = networks.encode(pipe.weights["vae"], PICTURE[None])
+    np.testing.assert_allclose(clip.latents[:, :1], first, rtol=0, atol=1e-5)
+    without = jvdiff.generate(pipe, "a red seven", seed=3)
+    assert np.abs(without.latents - clip.latents).max(axis=(0, 2, 3, 4)).min() > 0.01  # in every frame
+    with pytest.raises(UsageError, match=r"image is uint8\[3, 4, 3\]; this request needs uint8\[16, 16, 3\]"):
+        jvdiff.generate(pipe, "a red seven", image=np.zeros((3, 4, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"guidance": 5.0}, {"guidance_2": 5.0}, {"embedded_guidance": 9.0}, {"boundary": 0.5}, {"shift": 3.0}],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_setting_has_its_effect(pipe, clip, change):
+    assert (
+        np.abs(jvdiff.generate(pipe, "a red seven", seed=3, image=PICTURE, **change).latents - clip.latents).max()
+        > 1e-3
+    )
+
+
+def test_two_experts_are_two_segments_of_one_run(pipe):
+    """Told apart by their steps; the second's guidance is the first's unless it has one."""
+    segments = pipe.clip(guidance=2.0).segments
+    assert [(s.start, s.stop, s.part, s.guidance) for s in segments] == [
+        (0, 2, "transformer", 2.0),
+        (2, 4, "transformer_2", 2.0),
+    ]
+    assert pipe.clip(guidance_2=1.0).segments[1].guidance == 1 and pipe.clip(boundary=0.0).segments[0].stop == 4
+    assert pipe.clip(solver="euler", steps=6).segments[-1].stop == 6
+    with pytest.raises(UsageError, match="steps is 3, and solver lists 4 timesteps"):
+        pipe.clip(steps=3)
+
+
+def test_nothing_is_compiled_again_for_other_values(pipe, clip, compiled):
+    jvdiff.generate(
+        pipe,
+        "two moves",
+        seed=8,
+        image=255 - PICTURE,
+        guidance=2.0,
+        guidance_2=4.0,
+        embedded_guidance=1.0,
+        boundary=0.5,
+    )
+    assert compiled == []
+    jvdiff.generate(pipe, "two moves", seed=8, image=PICTURE, guidance_2=1.0)
+    assert compiled == ["jit(denoise)"]  # without guidance's other branch
+
+
+def test_a_part_leaves_between_steps_and_comes_back(repository, clip, compiled):
+    pipe, seen = jvdiff.load(repository, "float32", family=TOY), []
+
+    def send_away(done, state):
+        seen.append(pipe.weights.away())
+        for part in ("transformer", "transformer_2", "text_encoder"):
+            pipe.weights.leave(part)
+
+    again = jvdiff.generate(pipe, "a red seven", seed=3, image=PICTURE, callback=send_away)
+    np.testing.assert_array_equal(again.latents, clip.latents)
+    np.testing.assert_array_equal(again.video, clip.video)
+    assert seen[1] == ("transformer_2", "text_encoder") and "transformer" in seen[3] and compiled == []
+    for part in ("transformer", "transformer_2", "text_encoder"):
+        before = flatten(jvdiff.load(repository, "float32", family=TOY).weights[part])
+        for name, leaf in flatten(pipe.weights[part]).items():
+            np.testing.assert_array_equal(leaf, before[name])
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2", "data=2", "fsdp=2,tensor=2"])
+def test_a_mesh_makes_the_same_clip(repository, clip, mesh, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(rules, "SMALL", 1)
+    pipe = jvdiff.load(repository, "float32", mesh, family=TOY)
+    place = pipe.weights["transformer_2"]["text"]["kernel"].sharding
+    assert place.is_fully_replicated == (mesh == "data=2")
+    pipe.weights.leave("transformer_2")
+    assert pipe.weights["transformer_2"]["text"]["kernel"].sharding == place
+    again = jvdiff.generate(pipe, "a red seven", seed=3, image=PICTURE)
+    np.testing.assert_allclose(again.latents, clip.latents, rtol=0, atol=1e-5)
+    assert sample.main(command(mesh=mesh)) == 0
+    np.testing.assert_array_equal(arrays(tmp_path / "out")["a-red-seven_seed3"], again.latents[0])
+
+
+# ------------------------------------------------------------------------------------------------- the command lines
+
+
+def test_the_command_line_makes_the_same_clip_and_resumes_it_bit_for_bit(command, clip, tmp_path, capsys):
+    assert sample.main(command()) == 0
+    out, stem = tmp_path / "out", "a-red-seven_seed3"
+    np.testing.assert_array_equal(arrays(out)[stem], clip.latents[0])
+    record = json.loads((out / f"{stem}.json").read_text())
+    assert record["boundary"] == 0.9 and record["guidance_2"] is None and len(record["image"]) == 64
+    for stop in (1, 2, 3):  # within the first expert, at the boundary, within the second
+        assert sample.main(command(stop_at=stop)) == 0
+        kept = Path(capsys.readouterr().out.split()[-1])
+        assert sample.main(command(resume=kept)) == 0
+        np.testing.assert_array_equal(arrays(out)[kept.stem], clip.latents[0])
+    for change, sentence in (
+        ({"boundary": 0.5}, "boundary: the state has 0.9, this run 0.5"),
+        ({"image": out / f"{stem}.png"}, "image: the state has '"),
+    ):
+        assert sample.main(command(resume=kept, **change)) == 3
+        assert sentence in capsys.readouterr().err
+
+
+def test_a_file_of_prompts_and_what_is_made_already(command, tmp_path, capsys):
+    lines = [{"prompt": "a red seven", "id": "one"}, {"prompt": "two moves", "guidance_2": 1.0, "boundary": 0.3}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert sample.main(command(prompts=tmp_path / "prompts.jsonl", num_frames=2)) == 0
+    assert sorted(arrays(tmp_path / "out")) == ["one", "two-moves_seed4"]
+    capsys.readouterr()
+    with open(tmp_path / "prompts.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"prompt": "blue", "embedded_guidance": 2}))
+    assert sample.main(command(prompts=tmp_path / "prompts.jsonl", num_frames=2)) == 0
+    assert "2 of 3 videos are already in" in capsys.readouterr().err
+    assert sorted(arrays(tmp_path / "out")) == ["blue_seed5", "one", "two-moves_seed4"]
+
+
+def test_a_configuration_of_its_own(repository, tmp_path, capsys):
+    """The family and its settings may stand in a file; a setting that it lacks is named."""
+    lines = (
+        "from jvdiff.commands import sample\ndef get_config():\n  config = sample.default_config()\n{}  return config\n"
+    )
+    fields = {"family": "toy.family:TOY", "checkpoint": str(repository), "boundary": 0.4, "steps": 2, "solver": "euler"}
+    body = "".join(f"  config.{name} = {value!r}\n" for name, value in fields.items())
+    body = "  with config.unlocked():\n" + "".join(f"  {line}\n" for line in body.splitlines())
+    (tmp_path / "own.py").write_text(lines.format(body))
+    words = ["jvdiff sample", f"--config={tmp_path / 'own.py'}", "--prompt=seven", f"--output={tmp_path / 'out'}"]
+    assert sample.main([*words, "--compile_cache=off", "--guidance_2=1", "--seed=1"]) == 0
+    record = json.loads((tmp_path / "out" / "seven_seed1.json").read_text())
+    assert record["boundary"] == 0.4 and record["guidance_2"] == 1 and record["steps"] == 2
+    assert sample.main([*words, "--guidance_3=1"]) == 2
+    assert "did you mean --guidance_2?" in capsys.readouterr().err
+    assert sample.main([*words, "--help"]) == 0
+    page = capsys.readouterr().out
+    assert "--embedded_guidance" in page and "--negative_prompt" not in page
+
+
+def test_the_plan_has_both_experts(command, repository, capsys):
+    assert planning.main(["jvdiff plan", f"--checkpoint={repository}", FAMILY, "--mesh=data=2"]) == 0
+    text = capsys.readouterr().out
+    for part in (*KINDS, "denoise transformer", "denoise transformer_2", "picture", "decode"):
+        assert re.search(rf"^ *{part} ", text, re.MULTILINE), part
+    known = pipeline.inspect(repository, family=TOY)
+    context = pipeline.Context(TOY, known.models, precision.choose("float32"))
+    clip = TOY.clip(known.models, known.settings(solver="euler", steps=7, boundary=0.95))
+    every = list(plan.programs(context, clip))
+    assert [program.part for program in every] == [
+        *("vae", "image_encoder", "text_encoder", "text_encoder_2", "transformer", "transformer_2", "vae")
+    ]
+    times = {program.name: program.times for program in every}
+    border = clip.segments[0].stop
+    assert 0 < border < 6 and times == {
+        **{"picture": 1, "look": 1, "text_encoder": 1, "text_encoder_2": 1, "decode": 3},
+        **{"denoise transformer": border, "denoise transformer_2": 7 - border},
+    }
+
+
+def test_what_a_stopped_clip_still_runs(pipe):
+    """One that goes on within the second expert compiles nothing of the first, and the other way round."""
+    clip, inputs = pipe.clip(), TOY.longest(pipe.models, pipe.clip(), 1)
+
+    def experts(**steps):
+        calls = pipeline.trace(pipe.context, pipe.weights, clip, inputs, **steps)
+        return [(call.stage.part, call.times) for call in calls if call.stage.part.startswith("transformer")]
+
+    assert experts() == [("transformer", 2), ("transformer_2", 2)]
+    assert experts(first=3) == [("transformer_2", 1)] and experts(last=1) == [("transformer", 1)]
+
+
+# -------------------------------------------------------------------------------------------------------- repositories
+
+
+def test_there_and_back(repository, clip, tmp_path, capsys):
+    """What nobody uses is counted in a line and not written."""
+    convert.main([f"--source={repository}", f"--target={tmp_path / 'orbax'}", "--verify", FAMILY])
+    said = [line for line in capsys.readouterr().err.splitlines() if "not used" in line]
+    assert len(said) == 2 and "2 tensors are not used: 'logit_scale'; 'text_projection.weight'" in said[0]
+    again = jvdiff.generate(
+        jvdiff.load(tmp_path / "orbax", "float32", family=TOY), "a red seven", seed=3, image=PICTURE
+    )
+    np.testing.assert_array_equal(again.latents, clip.latents)
+    to_hf.main([f"--source={tmp_path / 'orbax'}", f"--target={tmp_path / 'hf'}", FAMILY])
+    for name in KINDS:
+        file = f"{name}/{TOY.parts[name].stem}.safetensors"
+        before, after = load_file(repository / file), load_file(tmp_path / "hf" / file)
+        before = {tensor: x for tensor, x in before.items() if "logit" not in tensor and "projection" not in tensor}
+        assert before.keys() == after.keys()
+        for tensor in before:
+            np.testing.assert_array_equal(before[tensor], after[tensor])
+    assert json.loads((tmp_path / "hf" / "model_index.json").read_text())["boundary_ratio"] == 0.9
+
+
+def test_a_repository_is_saved_without_what_is_optional(repository, pipe, tmp_path):
+    components = {
+        name: (cfg, pipe.weights[name]) for name, cfg in pipe.models.configs.items() if name != "image_encoder"
+    }
+    files = {name: repository / name for name in WORDS}
+    defaults = {"guidance_2": 1.5}
+    pipeline.save(tmp_path / "saved", TOY, components, files=files, index={"boundary_ratio": 0.4}, defaults=defaults)
+    saved = jvdiff.load(tmp_path / "saved", "float32", family=TOY)
+    assert sorted(saved.weights) == sorted(components) and saved.settings().guidance_2 == 1.5
+    assert saved.settings().boundary == 0.4 and saved.settings(boundary=0.8).boundary == 0.8
+    assert jvdiff.generate(saved, "seven", seed=1, image=PICTURE).latents.shape == (1, 3, 8, 8, 4)
+    with pytest.raises(CheckpointError, match="boundary_ratio is None"):
+        pipeline.save(tmp_path / "other", TOY, components, files=files)
+    del components["transformer_2"]
+    with pytest.raises(UsageError, match="expected transformer, transformer_2"):
+        pipeline.save(tmp_path / "other", TOY, components, files=files)
+
+
+def test_one_folder_and_one_word(repository, monkeypatch):
+    """In jvdiff/models the same folder needs one word more, and then no --family."""
+    with pytest.raises(CheckpointError, match="describes a 'ToyPipeline'"):
+        pipeline.inspect(repository)
+    monkeypatch.setattr(models, "FAMILIES", (*models.FAMILIES, "toy"))
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(Path(__file__).parent)])
+    known = pipeline.inspect(repository)
+    assert known.family.name == "the toy" and known.settings().steps == 4
+    assert list(models.settings(repository)) == ["toy"]
+
+
+def test_the_recipe_tells_what_the_toy_needs():
+    """docs/adding_a_family.md has the figure."""
+    files = sorted((Path(__file__).parent / "toy").glob("*.py"))
+    lines = sum(len(path.read_text().splitlines()) for path in files)
+    text = (Path(__file__).parents[2] / "docs" / "adding_a_family.md").read_text()
+    assert f"{lines} lines in {len(files)} files" in text
+    every = [networks.abstract_params(networks.Config(kind)) for kind in KINDS.values()]
+    assert sum(leaf.size for leaf in jax.tree.leaves(every)) < 1000
