@@ -48,7 +48,8 @@ def test_every_command_has_a_page(command, flag, capsys):
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_sampling_lists_every_field_with_type_default_and_meaning(capsys):
+def test_sampling_lists_every_field_with_type_default_and_meaning(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     text = page(["sample", "--help"], capsys)
     fields = listed(text)
     assert set(fields) == set(sample.default_config())

@@ -350,9 +350,7 @@ def test_video_sparse(label, gated, name):
         np.testing.assert_allclose(f_tiled(*moved), f(q, k, v, gate)[:, order], atol=1e-6)
         # The gradient along a direction, against a central difference of the definition in float64.
         which = (0, 1, 2, 3) if gated else (0, 1, 2)
-        # Of one token the gradients by q and k are nothing but rounding, which must be small: optimised, it is.
-        options = {"xla_backend_optimization_level": 3} if L == 1 else None
-        grads = jax.jit(jax.grad(lambda *x: jnp.sum(f(*x) * dout), which), compiler_options=options)(q, k, v, gate)
+        grads = jax.jit(jax.grad(lambda *x: jnp.sum(f(*x) * dout), which))(q, k, v, gate)
         for i in which:
             direction, h = np.asarray(normal(50 + i, *q.shape), np.float64), 1e-5
             ends = []
@@ -361,7 +359,9 @@ def test_video_sparse(label, gated, name):
                 x[i] = x[i] + sign * direction
                 ends.append(np.sum(video_sparse_definition(*x, *arguments) * np.asarray(dout)))
             slope, got = (ends[0] - ends[1]) / (2 * h), np.sum(np.asarray(grads[i], np.float64) * direction)
-            assert abs(got - slope) <= 3e-5 * np.linalg.norm(grads[i]) * np.linalg.norm(direction) ** 0.5
+            bound = 3e-5 * np.linalg.norm(grads[i]) * np.linalg.norm(direction) ** 0.5
+            # Of one token the gradients by q and k are nothing but the rounding of numbers near 1.
+            assert abs(got - slope) <= (1e-6 if L == 1 and i < 2 else bound)
 
 
 def test_ties_take_the_lowest_tiles_and_exactly_as_many_as_asked():

@@ -247,7 +247,7 @@ def test_a_tuple_of_labels_and_one_that_is_not_there(command, tmp_path, capsys):
     assert sample.main(command("--class_label=7")) == 2
     assert "class_label is 7; expected a number from 0 to 2, or a name: 0 ant, 1 bee, 2 cow" in capsys.readouterr().err
     assert sample.main(command("--prompt=cow")) == 2
-    assert "prompt is given, and this model takes class_label" in capsys.readouterr().err
+    assert "prompt is given; this model takes class_label" in capsys.readouterr().err
     assert sample.main(command()) == 2
     assert "class_label" in capsys.readouterr().err
 

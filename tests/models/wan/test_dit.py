@@ -126,14 +126,19 @@ def test_text_length_equals_explicit_padding_in_gradients(params):
 def test_text_length_where_only_cudnn_would_run(params, monkeypatch):
     """Without a float32 log-sum-exp the last row is repeated instead: the same numbers."""
     from jvdiff import kernels
-    from jvdiff.models.wan import dit
+    from jvdiff.models.wan import attention
 
     latents, t, text = inputs()
     want = velocity(params, CFG, latents, t, text, text_length=64)
-    monkeypatch.setattr(dit.kernels, "choose", lambda *a, **k: "cudnn")
+    monkeypatch.setattr(attention.kernels, "choose", lambda *a, **k: "cudnn")
     seen = []
     real = kernels.attention
-    monkeypatch.setattr(dit.kernels, "attention", lambda q, k, v, **kw: seen.append(k.shape[1]) or real(q, k, v, **kw))
+
+    def noted(q, k, v, **kw):
+        seen.append(k.shape[1])
+        return real(q, k, v, **kw)
+
+    monkeypatch.setattr(attention.kernels, "attention", noted)
     monkeypatch.setitem(real.__globals__, "choose", lambda *a, **k: "xla")
     got = jax.jit(lambda p: wan.velocity(p, CFG, latents, t, text, text_length=64))(params)
     assert error(got, want) < 1e-6

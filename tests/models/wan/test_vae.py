@@ -15,7 +15,7 @@ import pytest
 
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import wan
-from jvdiff.models.wan import vae
+from jvdiff.models.wan import vae_layers
 from jvdiff.weights.naming import flatten
 
 CFG = wan.VAEConfig(
@@ -156,7 +156,7 @@ def test_folded_upsampling_is_nearest_upsampling_and_a_convolution():
     random = np.random.default_rng(0)
     x, kernel = (random.standard_normal(shape, np.float32) for shape in ((2, 3, 5, 7, 6), (3, 3, 6, 4)))
     doubled = x.repeat(2, axis=2).repeat(2, axis=3)
-    assert error(jax.jit(vae._upsampled_conv)(x, kernel), jax.jit(vae._conv2d)(doubled, kernel)) <= 1e-6
+    assert error(jax.jit(vae_layers._upsampled_conv)(x, kernel), jax.jit(vae_layers._conv2d)(doubled, kernel)) <= 1e-6
 
 
 def test_normalisation_of_latents_is_undone():
