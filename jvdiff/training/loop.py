@@ -227,14 +227,8 @@ def fit(
       CheckpointError: the run in `folder` is of another model, or another process is at it.
       ResourceError: the disk is full.
     """
-    _check_counts(
-        save_every=save_every,
-        log_every=log_every,
-        keep=keep,
-        accumulate=accumulate,
-        most_skipped=most_skipped,
-        show_every=1 if show_every is None else show_every,
-    )
+    counts = {"save_every": save_every, "log_every": log_every, "show_every": show_every, "keep": keep}
+    _check_counts(**counts, accumulate=accumulate, most_skipped=most_skipped)
     mesh = make_mesh(MeshShape()) if mesh is None else mesh
     folder.mkdir(parents=True, exist_ok=True)
     init_key, step_key = jax.random.split(jax.random.key(seed))
@@ -246,21 +240,14 @@ def fit(
         lock(states) if peers.writes() else nullcontext(),
         ocp.CheckpointManager(states, item_handlers=ocp.StandardCheckpointHandler(), options=options) as manager,
     ):
-        begin = partial(start, task, schedule, init_key, params, shardings)
-        saved = manager.latest_step()
-        state = begin() if saved is None else _restore(manager, saved, begin, shardings)
+        state = _begun(manager, partial(start, task, schedule, init_key, params, shardings), shardings)
         run = _Run(folder, manager, most_skipped, state, int(state.step))
-        step = make_step(task, schedule, step_key, shardings, accumulate)
-        every = _Every(save_every, log_every, show_every if task.show is not None else None)
-        with (
-            Metrics(folder, run.done, schedule.steps, log_to) as metrics,
-            closing(_ahead(task.batches(run.done), schedule.steps - run.done)) as batches,
-        ):
-            for batch in batches:
-                if stopped():
-                    break
-                run.state, values = step(run.state, shared(batch, mesh))
-                run.after_step(task, every, metrics, values, run.done + 1 == schedule.steps)
+        one = make_step(task, schedule, step_key, shardings, accumulate)
+        every = _Every(save_every, log_every, show_every)
+        with Metrics(folder, run.done, schedule.steps, log_to) as metrics:
+            run.train(
+                task, schedule.steps, lambda state, batch: one(state, shared(batch, mesh)), every, metrics, stopped
+            )
         run.save()
         with _disk(folder):
             manager.wait_until_finished()
@@ -269,9 +256,9 @@ def fit(
     return run.state
 
 
-def _check_counts(**counts: int) -> None:
+def _check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more.")
 
 
@@ -309,6 +296,23 @@ class _Run:
                 + "Try a lower learning_rate, a longer warmup or a lower clip."
             )
 
+    def train(
+        self,
+        task: Task,
+        steps: int,
+        step: Callable[[State, Any], Any],
+        every: _Every,
+        metrics: Metrics,
+        stopped: Callable[[], bool],
+    ) -> None:
+        """Takes the state to that many steps, or to where the run is stopped."""
+        with closing(_ahead(task.batches(self.done), steps - self.done)) as batches:
+            for batch in batches:
+                if stopped():
+                    break
+                self.state, values = step(self.state, batch)
+                self.after_step(task, every, metrics, values, self.done + 1 == steps)
+
     def after_step(self, task: Task, every: _Every, metrics: Metrics, values: Mapping[str, Any], last: bool) -> None:
         """Counts a step, and does what is due after it."""
         self.done += 1
@@ -337,6 +341,12 @@ def _ahead(batches: Generator[Any, None, None], count: int) -> Generator[Any, No
             batch = upcoming.result()
             upcoming = reader.submit(next, batches) if left else None
             yield batch
+
+
+def _begun(manager: ocp.CheckpointManager, begin: Callable[[], State], shardings: State) -> State:
+    """The state that was saved last, or a new one."""
+    saved = manager.latest_step()
+    return begin() if saved is None else _restore(manager, saved, begin, shardings)
 
 
 def _restore(manager: ocp.CheckpointManager, saved: int, begin: Callable[[], State], shardings: State) -> State:

@@ -60,24 +60,7 @@ def teacher_forcing_task(
         B, T = clean.shape[:2]
         P = T // pattern.chunk
 
-        def predict(
-            params: Params, past: Array, now: Array, past_level: Array, level: Array, pattern: BlockCausal = doubled
-        ) -> Array:
-            """The velocity at frames [B,T,...] of chunk levels [B,P], that look at another copy of them."""
-            ids, mask = (jnp.asarray(x).reshape(B * P, -1) for x in (batch.ids, batch.mask))
-            text = encode_text(params["text_encoder"], text_encoder, ids, mask, placement)
-            predicted = wan.velocity(
-                params["transformer"],
-                transformer,
-                jnp.concatenate([past, now], axis=1),
-                1000.0 * jnp.repeat(jnp.concatenate([past_level, level], axis=1), pattern.chunk, axis=1),
-                jnp.tile(text.reshape(B, P, *text.shape[1:]), (1, 2, 1, 1)),
-                pattern=pattern,
-                text_length=text_length,
-                remat=remat,
-                placement=placement,
-            )
-            return predicted[:, T:]
+        predict = _predictor(transformer, text_encoder, batch, text_length, remat, placement)
 
         def mixed(clean: Array, noise: Array, level: Array) -> Array:
             level = jnp.repeat(level, pattern.chunk, axis=1)[:, :, None, None, None]
@@ -91,12 +74,13 @@ def teacher_forcing_task(
             frozen, far = jax.lax.stop_gradient(params), RESAMPLED * jax.random.uniform(keys[3], (B, P))
             own, none = mixed(clean, jax.random.normal(keys[4], clean.shape), far), jnp.zeros((B, P))
             for step in range(2):
-                v = predict(frozen, clean, own, none, far * (1 - step / 2), alone)
+                v = predict(frozen, alone, clean, own, none, far * (1 - step / 2))
                 own = own - jnp.repeat(far / 2, pattern.chunk, axis=1)[:, :, None, None, None] * v
             taken = jax.random.uniform(keys[5], (B, 1, 1, 1, 1)) < resample
             own = jnp.concatenate([clean[:, : pattern.sink], own[:, pattern.sink :]], axis=1)
             past = jnp.where(taken, jax.lax.stop_gradient(own), clean)
-        predicted = predict(params, mixed(past, past_noise, context), mixed(clean, noise, sigma), context, sigma)
+        seen, shown = mixed(past, past_noise, context), mixed(clean, noise, sigma)
+        predicted = predict(params, doubled, seen, shown, context, sigma)
         wanted = noise - clean
         error = jnp.mean((predicted - wanted).reshape(B, P, -1) ** 2, axis=2)
         weight = jnp.ones((B, P)) if batch.weight is None else jnp.asarray(batch.weight)
@@ -105,6 +89,39 @@ def teacher_forcing_task(
 
     init = partial(init_both, transformer, text_encoder)
     return Task(init=init, loss=loss, batches=each(batches), rules=(*places.DIT, *umt5.PLACES))
+
+
+def _predictor(
+    transformer: wan.DiTConfig,
+    text_encoder: umt5.Config,
+    batch: Batch,
+    text_length: int,
+    remat: bool,
+    placement: Placement | None,
+) -> Callable[..., Array]:
+    """(params, pattern, past, now, past_level, level) -> the velocity at frames `now` [B,T,...] of chunk levels [B,P],
+    which look at another copy of them, `past` of levels `past_level`."""
+    B, P = batch.ids.shape[:2]
+
+    def predict(
+        params: Params, pattern: BlockCausal, past: Array, now: Array, past_level: Array, level: Array
+    ) -> Array:
+        ids, mask = (jnp.asarray(x).reshape(B * P, -1) for x in (batch.ids, batch.mask))  # [B,P,S] -> [BP,S]
+        text = encode_text(params["text_encoder"], text_encoder, ids, mask, placement)
+        predicted = wan.velocity(
+            params["transformer"],
+            transformer,
+            jnp.concatenate([past, now], axis=1),  # [B,2T,H,W,C]
+            1000.0 * jnp.repeat(jnp.concatenate([past_level, level], axis=1), pattern.chunk, axis=1),  # [B,2T]
+            jnp.tile(text.reshape(B, P, *text.shape[1:]), (1, 2, 1, 1)),  # [BP,S,D] -> [B,2P,S,D]
+            pattern=pattern,
+            text_length=text_length,
+            remat=remat,
+            placement=placement,
+        )
+        return predicted[:, now.shape[1] :]
+
+    return predict
 
 
 def _mean(error: Array, weight: Array) -> Array:
