@@ -242,12 +242,10 @@ def fit(
     ):
         state = _begun(manager, partial(start, task, schedule, init_key, params, shardings), shardings)
         run = _Run(folder, manager, most_skipped, state, int(state.step))
-        one = make_step(task, schedule, step_key, shardings, accumulate)
+        step = make_step(task, schedule, step_key, shardings, accumulate)
         every = _Every(save_every, log_every, show_every)
         with Metrics(folder, run.done, schedule.steps, log_to) as metrics:
-            run.train(
-                task, schedule.steps, lambda state, batch: one(state, shared(batch, mesh)), every, metrics, stopped
-            )
+            run.train(task, schedule.steps, step, mesh, every, metrics, stopped)
         run.save()
         with _disk(folder):
             manager.wait_until_finished()
@@ -301,6 +299,7 @@ class _Run:
         task: Task,
         steps: int,
         step: Callable[[State, Any], Any],
+        mesh: Mesh,
         every: _Every,
         metrics: Metrics,
         stopped: Callable[[], bool],
@@ -310,7 +309,7 @@ class _Run:
             for batch in batches:
                 if stopped():
                     break
-                self.state, values = step(self.state, batch)
+                self.state, values = step(self.state, shared(batch, mesh))
                 self.after_step(task, every, metrics, values, self.done + 1 == steps)
 
     def after_step(self, task: Task, every: _Every, metrics: Metrics, values: Mapping[str, Any], last: bool) -> None:
