@@ -2,7 +2,7 @@
 
     python -m jvdiff.commands.compiler --install            0.7 GB from the package index, once for each JAX
     python -m jvdiff.commands.compiler -m pytest tests      python -m pytest tests, with the compiler on its path
-    python -m jvdiff.commands.compiler PROGRAM.py ...       likewise
+    python -m jvdiff.commands.compiler PROGRAM.py ...       python PROGRAM.py ..., with it too
 
 Plans and benchmarks find it by themselves; see `jvdiff.plan.targets`.
 """

@@ -204,7 +204,7 @@ def _made(maker: Any, wanted: Sequence[Any], problems: list[str], seconds: Mappi
 def _folder(checkpoint: str) -> Path:
     """Where the weights are; raises as `locate`, and says what to do where a training has not made them yet."""
     if Path(checkpoint).name == RESULT and not Path(checkpoint).exists():
-        raise UsageError(f"{checkpoint}: there is no such folder; train a model first, or give --checkpoint=FOLDER.")
+        raise UsageError(f"{checkpoint}: no such folder; train a model first, or give --checkpoint=FOLDER.")
     return locate(checkpoint, tell=say)
 
 

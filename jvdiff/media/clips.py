@@ -56,12 +56,12 @@ def find(source: str | os.PathLike) -> Clips:
     are passed over in a folder.
 
     Raises:
-      UsageError: there is no such folder or file.
+      UsageError: no such folder or file.
       DataError: it holds no clip, or a class none; a line of the CSV lacks path or label. CorruptFile: it is no CSV.
     """
     source = Path(source)
     if not source.exists():
-        raise UsageError(f"{source}: there is no such folder or file; expected class_name/clip.mp4 in it, or a CSV.")
+        raise UsageError(f"{source}: no such folder or file; expected class_name/clip.mp4 in it, or a CSV.")
     rows = _of_folder(source) if source.is_dir() else _of_csv(source)
     if not rows:
         raise DataError(f"{source}: there is no clip in it; expected class_name/clip.mp4, or a CSV with such paths.")

@@ -88,7 +88,7 @@ def named(text: str | None) -> Any:
         value = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(
-            f"family is {text!r:.80}, and there is no such thing ({error}).\n"
+            f"family is {text!r:.80}, which cannot be imported ({error}).\n"
             "Expected MODULE:NAME of a Family that Python can import, for instance with PYTHONPATH=FOLDER."
         ) from None
     if not isinstance(value, Family):

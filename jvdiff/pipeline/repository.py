@@ -60,7 +60,7 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         family: of a repository of another's family; None: one of `jvdiff.models.FAMILIES`, as its files say.
 
     Raises:
-        UsageError: there is no such folder, or a repository of the other kind.
+        UsageError: no such folder, or a repository of the other kind.
         UnsafeFormat: a file of pickles instead of a folder, or a repository that wants its own code run.
         CheckpointError: incomplete, damaged, or a model that jvdiff does not have.
     """
@@ -100,7 +100,7 @@ def _model_index(path: Path) -> dict[str, Any]:
             "Give the folder of a Diffusers repository, the one that holds model_index.json."
         )
     if not path.is_dir():
-        raise UsageError(f"{path}: there is no such folder.\nExpected a Diffusers repository or a converted one.")
+        raise UsageError(f"{path}: no such folder.\nExpected a Diffusers repository or a converted one.")
     index = safetensors.read_json(path / "model_index.json")
     for name, value in index.items():
         component = isinstance(value, list) and (path / name).is_dir()  # other lists are data, names of labels for one

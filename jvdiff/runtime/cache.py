@@ -25,7 +25,7 @@ def check_private(path: Path, what: str, advice: str = "") -> None:
 
     Raises:
         SetupError: it is not, or they can.
-        OSError: there is no such folder.
+        OSError: no such folder.
     """
     status = path.stat()
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

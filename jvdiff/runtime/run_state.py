@@ -80,7 +80,7 @@ def load(folder: str | Path) -> RunState:
     """Reads what `save` wrote.
 
     Raises:
-        UsageError: there is no such folder.
+        UsageError: no such folder.
         CheckpointError: another format.
         IntegrityError: a file is cut, changed or missing.
     """

@@ -86,7 +86,7 @@ def check_target(target: Path, overwrite: bool, manifest: str = MANIFEST) -> Non
             state = f"is not {kind} of jvdiff" if overwrite else "exists already"
             raise UsageError(f"{target}: {state}, and is left as it is.\nRemove it yourself, or choose another target.")
         if not target.parent.is_dir():
-            raise UsageError(f"{target.parent}: there is no such folder.\nMake it first, or choose another target.")
+            raise UsageError(f"{target.parent}: no such folder.\nMake it first, or choose another target.")
     except OSError as error:
         raise UsageError(f"{target!s:.200}: cannot be written ({error.strerror}).\nChoose another target.") from error
 

@@ -53,7 +53,7 @@ def _repository(name: str, ours: list[str]) -> tuple[str, str | None]:
     parts = _NAME.fullmatch(name)
     if parts is None:
         raise UsageError(
-            f"{name!r:.200}: there is no such folder, nor is it a repository's name (OWNER/NAME or "
+            f"{name!r:.200}: no such folder, nor is it a repository's name (OWNER/NAME or "
             f"OWNER/NAME@REVISION){_nearest(name, ours)}.\n"
             f"The checkpoints that come with jvdiff are: {', '.join(ours) or 'none'}."
         )
@@ -62,7 +62,7 @@ def _repository(name: str, ours: list[str]) -> tuple[str, str | None]:
         there = [str(p) for p in first.iterdir() if p.is_dir()] if os.path.isdir(first) else []
         there += [f"{first}/{one}" for one in ours if str(first) == "checkpoints"]
         raise UsageError(
-            f"{name!r:.200}: there is no such folder{_nearest(name, there)}.\n"
+            f"{name!r:.200}: no such folder{_nearest(name, there)}.\n"
             f"A name that begins with {first}/ is not looked up on the hub, so that a typing error fetches nothing.\n"
             f"Where there is a connection: hf download OWNER/{Path(name).name} --local-dir {name}"
         )

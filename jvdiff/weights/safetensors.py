@@ -362,7 +362,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _no_weights(path: Path) -> CheckpointError:
     if not path.is_dir():
-        return MissingTensor(f"{path}: there is no such folder.\nExpected a component of a Diffusers repository.")
+        return MissingTensor(f"{path}: no such folder.\nExpected a component of a Diffusers repository.")
     names = sorted(p.name for p in path.iterdir())
     if unsafe := [name for name in names if Path(name).suffix in _UNSAFE]:
         return UnsafeFormat(

@@ -252,7 +252,7 @@ def test_a_vae_config_that_cannot_be(command, capsys, monkeypatch, changes, flag
             "rate is 0.001; expected a number from",
         ),
         ({"transformer": {"gate_compress": 1}}, "gate_compress is 1"),
-        ({"initial": "runs/nowhere"}, "there is no such folder"),
+        ({"initial": "runs/nowhere"}, "no such folder"),
         ({"initial": str(DIGITS)}, "transformer: not that of initial"),
     ],
 )

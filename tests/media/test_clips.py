@@ -102,7 +102,7 @@ def test_a_csv_names_its_clips_relative_to_itself(tmp_path):
 @pytest.mark.parametrize(
     ("files", "source", "error", "says"),
     [
-        ({}, "nothing", UsageError, "nothing: there is no such folder or file"),
+        ({}, "nothing", UsageError, "nothing: no such folder or file"),
         ({}, ".", DataError, "there is no clip in it; expected class_name/clip.mp4"),
         ({"a.mp4": b""}, ".", DataError, "there is no clip in it"),
         ({"one/a.mp4": b"", "two/a.txt": b""}, ".", DataError, "two: there is no clip of this class"),

@@ -9,10 +9,10 @@ from jvdiff.errors import UsageError
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nowhere:FAMILY", "there is no such thing"),
-        ("jvdiff.models:FAMILYY", "there is no such thing"),
-        ("jvdiff.models", "there is no such thing"),
-        ("", "there is no such thing"),
+        ("nowhere:FAMILY", "which cannot be imported"),
+        ("jvdiff.models:FAMILYY", "which cannot be imported"),
+        ("jvdiff.models", "which cannot be imported"),
+        ("", "which cannot be imported"),
         ("jvdiff.models:FAMILIES", "a tuple; expected a Family"),
     ],
 )

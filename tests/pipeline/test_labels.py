@@ -186,7 +186,7 @@ def test_damaged_repositories(folder, tmp_path, change, message):
     (tmp_path / "copy" / "model_index.json").write_text(json.dumps(index | change))
     with pytest.raises(CheckpointError, match=message):
         jvdiff.load(tmp_path / "copy", "float32")
-    with pytest.raises(UsageError, match="there is no such folder"):
+    with pytest.raises(UsageError, match="no such folder"):
         jvdiff.load(tmp_path / "nowhere")
 
 

@@ -74,7 +74,7 @@ def test_what_comes_with_an_installed_jvdiff(here):
     )
     first, *rest = done.stdout.splitlines()
     assert first == str(here / "jvdiff" / "checkpoints" / "digits")
-    assert "'strangers': there is no such folder" in rest[0] and rest[-1].endswith("with jvdiff are: digits.")
+    assert "'strangers': no such folder" in rest[0] and rest[-1].endswith("with jvdiff are: digits.")
 
 
 @pytest.mark.parametrize(
@@ -82,17 +82,17 @@ def test_what_comes_with_an_installed_jvdiff(here):
     [
         ("checkpoints/digitz", "did you mean 'checkpoints/digits'?"),
         ("runs/owner", "begins with runs/ is not looked up on the hub"),
-        ("mine/modle", "there is no such folder; did you mean 'mine/model'?"),
+        ("mine/modle", "no such folder; did you mean 'mine/model'?"),
         ("digit", "did you mean 'digits'?"),
         ("no/such/folder", "nor is it a repository's name (OWNER/NAME or OWNER/NAME@REVISION)"),
-        ("./owner/name", "there is no such folder"),
-        ("/owner/name", "there is no such folder"),
-        ("owner/name@../../x", "there is no such folder"),
-        ("owner/name@", "there is no such folder"),
-        ("owner/na me", "there is no such folder"),
-        ("", "there is no such folder"),
-        ("x" * 5000, "there is no such folder"),
-        ("a\0\n", "there is no such folder"),
+        ("./owner/name", "no such folder"),
+        ("/owner/name", "no such folder"),
+        ("owner/name@../../x", "no such folder"),
+        ("owner/name@", "no such folder"),
+        ("owner/na me", "no such folder"),
+        ("", "no such folder"),
+        ("x" * 5000, "no such folder"),
+        ("a\0\n", "no such folder"),
     ],
 )
 def test_a_typing_error_is_never_a_repository(here, name, words):

@@ -201,7 +201,7 @@ def test_a_plan_needs_no_clips(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config.clips=nowhere"], "nowhere: there is no such folder or file"),
+        (["--config.clips=nowhere"], "nowhere: no such folder or file"),
         (["--config.batch=99"], "10 clips, fewer than a batch of 99"),
         (["--config.height=40"], "height is 40 and width 32; clips are trained as squares"),
         (
@@ -271,7 +271,7 @@ def test_too_many_bad_clips_stop_the_run(config, capsys):
 
 def test_samples_that_cannot_be(config, trained, capsys):
     assert sample.main([*config, "--config.class_label=7"]) == 2
-    assert "there is no such folder; train a model first" in capsys.readouterr().err
+    assert "no such folder; train a model first" in capsys.readouterr().err
     assert sample.main([*trained[0][:-1]]) == 2
     assert "give either --config.class_label=" in capsys.readouterr().err
     assert sample.main([*trained[0][:-1], "--config.class_label=7"]) == 2
