@@ -1,1 +1,5 @@
-"""The converters: a Hugging Face repository becomes an Orbax directory (`__main__`), and back (`to_hf`); no torch."""
+"""The converters; no torch.
+
+from_diffusers: a Hugging Face repository becomes an Orbax directory.
+to_diffusers: and back.
+"""

@@ -2,19 +2,25 @@
 
 jvdiff convert --source=FOLDER or OWNER/NAME --target=FOLDER
 jvdiff to_hf --source=FOLDER --target=FOLDER
+
+Exit status: 0 done · 2 usage · 3 checkpoint · 4 disk or memory · 5 interrupted; see jvdiff/errors.py.
 """
 
 from __future__ import annotations
 
-import importlib
+import logging
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jvdiff import config as configs
 from jvdiff.commands import arguments, options
 from jvdiff.commands.arguments import Command, Section
-from jvdiff.errors import UsageError
+from jvdiff.errors import Interrupted, UsageError
 
 
 def _sections(group: type) -> Any:
@@ -40,37 +46,80 @@ TO_HF = Command(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`jvdiff convert`; returns the exit status."""
-    return _run("__main__", list(sys.argv if argv is None else argv))
+    return _run(CONVERT, _convert, argv)
 
 
 def to_hf(argv: Sequence[str] | None = None) -> int:
     """`jvdiff to_hf`; returns the exit status."""
-    return _run("to_hf", list(sys.argv if argv is None else argv))
+    return _run(TO_HF, _to_hf, argv)
 
 
-def _run(module: str, argv: Sequence[str]) -> int:
-    def work() -> None:
-        (to_hf_values if module == "to_hf" else convert_values)(argv[1:])  # what is wrong is said before JAX is there
-        program = importlib.import_module(f"jvdiff.convert.{module}")
-        status.append(importlib.import_module("jvdiff.convert.__main__").run(lambda: program.main(argv[1:])))
-
-    status: list[int] = []
-    return arguments.told(work) or (status[0] if status else 0)
-
-
-def convert_values(words: Sequence[str]) -> Mapping[str, Any]:
-    """What the words of `jvdiff convert` say, by name.
-
-    Raises:
-        Told: --help or --version.
-        UsageError: an unknown flag or value, or nothing to do.
-    """
-    values = arguments.values(CONVERT, ["jvdiff convert", *words])
+def _convert(values: Mapping[str, Any]) -> None:
     if not values["source"] and not values["verify"]:
         raise UsageError("give --source to convert, or --verify to read the target again. --help lists all flags.")
-    return values
+    _leave_the_gpu()
+    from jvdiff import models
+    from jvdiff.commands.command_line import plain_logs
+    from jvdiff.convert.from_diffusers import convert, find, verify
+
+    start, target, family = time.monotonic(), values["target"], models.named(values["family"])
+    if values["source"]:
+        source, origin = find(values["source"], values["revision"], _tell)
+        options = {name: values[name] for name in ("dtype", "overwrite", "allow_nonfinite", "follow_symlinks")}
+        with plain_logs("jvdiff.weights"):  # tensors that nobody uses are counted in one
+            convert(source, target, origin=origin, family=family, tell=_tell, **options)
+    if values["verify"]:
+        verify(target, family)
+    done = "verified" if values["verify"] else "written"
+    print(f"{target}: complete and {done} in {time.monotonic() - start:.1f} s")
 
 
-def to_hf_values(words: Sequence[str]) -> Mapping[str, Any]:
-    """What the words of `jvdiff to_hf` say, by name. Raises: as `convert_values`."""
-    return arguments.values(TO_HF, ["jvdiff to_hf", *words])
+def _to_hf(values: Mapping[str, Any]) -> None:
+    _leave_the_gpu()
+    from jvdiff import models
+    from jvdiff.convert import to_diffusers
+
+    family = models.named(values["family"])
+    to_diffusers.to_hf(values["source"], values["target"], values["dtype"], values["vae"], family=family)
+    print(f"{values['target']}: complete")
+
+
+def _leave_the_gpu() -> None:
+    """Files only: the GPU and its memory are left to others."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+_asked_to_stop = threading.Event()
+
+
+def _stop(number: int, frame: Any) -> None:
+    _asked_to_stop.set()
+    raise KeyboardInterrupt
+
+
+def _tell(line: str) -> None:
+    """Shows the progress; and stops, if Orbax's event loop has swallowed what `_stop` raised."""
+    if _asked_to_stop.is_set():
+        raise KeyboardInterrupt
+    print(line, flush=True)
+
+
+def _run(command: Command, work: Callable[[Mapping[str, Any]], None], argv: Sequence[str] | None) -> int:
+    """Reads a command line and does what it says; errors become one message and an exit status, SIGTERM is Ctrl-C."""
+    words = [f"jvdiff {command.name}", *(sys.argv if argv is None else argv)[1:]]
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads log what is raised here anyway
+    try:
+        return arguments.told(lambda: work(arguments.values(command, words)))
+    except KeyboardInterrupt:
+        print("interrupted: the target is as it was before; run the same command to start again.", file=sys.stderr)
+        return Interrupted.exit_code
+    except Exception:
+        traceback.print_exc()
+        print("error: this is a mistake in jvdiff; please report it with the lines above.", file=sys.stderr)
+        return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -5,6 +5,7 @@ processes, all call the same functions; process 0 writes, and an error of one is
 `jvdiff.runtime.verdict`.
 """
 
+import asyncio
 import json
 import math
 import re
@@ -130,6 +131,15 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
                 future.result()
             del arrays
         return []
+
+    async def _background_serialize(self, *arguments: Any) -> None:
+        """Orbax's own, in whose event loop a group is written. Where one write fails, the others are waited for too:
+        TensorStore would report their end to a loop that is closed, with a traceback on stderr for each."""
+        before = asyncio.all_tasks()
+        try:
+            await super()._background_serialize(*arguments)
+        finally:
+            await asyncio.gather(*(asyncio.all_tasks() - before), return_exceptions=True)
 
 
 _REGISTRY = ocp.type_handlers.create_type_handler_registry(

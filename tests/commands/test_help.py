@@ -128,6 +128,8 @@ def test_a_config_has_the_fields_that_are_declared():
         ["-m", "jvdiff.sample", "--help"],
         ["-m", "jvdiff", "train", "--help"],
         ["-m", "jvdiff", "convert", "-h"],
+        ["-m", "convert", "--help"],
+        ["-m", "convert.to_hf", "--help"],
         ["-m", "jvdiff", "sharding", "--version"],
         ["-m", "jvdiff", "plan", "--stepz=3"],
         ["-m", "jvdiff.train", "--config", "train_digits_vae", "--stepz=3"],

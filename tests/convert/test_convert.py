@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.__main__ import convert, find, main, verify
-from convert.to_hf import to_hf
+from convert.from_diffusers import convert, find, verify
+from convert.to_diffusers import to_hf
+from jvdiff.commands.convert import main
 from jvdiff.errors import CheckpointError, IntegrityError, MissingTensor, ResourceError, ShapeMismatch, UsageError
 from jvdiff.models.family import read_weights
 from jvdiff.pipeline.repository import inspect
@@ -409,9 +410,9 @@ def test_verify_reads_arrays_too(orbax, tmp_path):
         verify(target)
 
 
-def test_command_line_usage(tiny_repository, orbax):
-    with pytest.raises(UsageError, match="--source"):
-        main(["--target", "x"])
+def test_command_line_usage(tiny_repository, orbax, capsys):
+    assert main(["jvdiff convert", "--target", "x"]) == 2
+    assert "--source" in capsys.readouterr().err
     with pytest.raises(UsageError, match="converted already"):
         convert(orbax, orbax.with_name("other"))
     with pytest.raises(UsageError, match="Hugging Face folder already"):

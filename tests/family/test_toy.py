@@ -13,10 +13,8 @@ from toy import networks
 from toy.family import TOY
 
 import jvdiff
-from convert import __main__ as convert
-from convert import to_hf
 from jvdiff import models, pipeline, plan, precision
-from jvdiff.commands import planning, sample
+from jvdiff.commands import convert, planning, sample
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.media import video as videos
 from jvdiff.sharding import rules
@@ -279,14 +277,16 @@ def test_what_a_stopped_clip_still_runs(pipe):
 
 def test_there_and_back(repository, clip, tmp_path, capsys):
     """What nobody uses is counted in a line and not written."""
-    convert.main([f"--source={repository}", f"--target={tmp_path / 'orbax'}", "--verify", FAMILY])
+    words = ["jvdiff convert", f"--source={repository}", f"--target={tmp_path / 'orbax'}", "--verify", FAMILY]
+    assert convert.main(words) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "not used" in line]
     assert len(said) == 2 and "2 tensors are not used: 'logit_scale'; 'text_projection.weight'" in said[0]
     again = jvdiff.generate(
         jvdiff.load(tmp_path / "orbax", "float32", family=TOY), "a red seven", seed=3, image=PICTURE
     )
     np.testing.assert_array_equal(again.latents, clip.latents)
-    to_hf.main([f"--source={tmp_path / 'orbax'}", f"--target={tmp_path / 'hf'}", FAMILY])
+    words = ["jvdiff to_hf", f"--source={tmp_path / 'orbax'}", f"--target={tmp_path / 'hf'}", FAMILY]
+    assert convert.to_hf(words) == 0
     for name in KINDS:
         file = f"{name}/{TOY.parts[name].stem}.safetensors"
         before, after = load_file(repository / file), load_file(tmp_path / "hf" / file)

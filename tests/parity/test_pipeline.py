@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jvdiff
-from convert.to_hf import to_hf
+from convert.to_diffusers import to_hf
 from jvdiff.digits import tokenizer as digits_tokenizer
 from jvdiff.models import wan
 from jvdiff.models.text import umt5

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from convert.__main__ import convert
-from convert.to_hf import to_hf
+from convert.from_diffusers import convert
+from convert.to_diffusers import to_hf
 from jvdiff.models import wan
 from jvdiff.models.family import read_weights
 from jvdiff.models.wan.family import TRANSFORMER

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.__main__ import convert
+from convert.from_diffusers import convert
 from jvdiff import pipeline
 from jvdiff.errors import CheckpointError, CorruptFile, UnsafeFormat, UsageError
 from jvdiff.models.family import read_weights
