@@ -21,7 +21,7 @@ FLAGS = (
 )
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "digits"
 PROMPT = "a red seven moving left " * 60
-SIZES = dict(num_frames=29, height=256, width=256, steps=2)
+SIZES = dict(num_frames=29, height=256, width=128, steps=2)
 
 
 def eight_bits(pipe):

@@ -45,8 +45,8 @@ TEXT_TO_VIDEO = {
     "vae": "FOLDER/vae_run/vae",
     "seed": 0,
     "compile_cache": "off",
-    "clips": 12,
-    "batch": 4,
+    "clips": 4,
+    "batch": 2,
     "tokens": 8,
     "drop_text": 0.1,
     "transformer": {"num_attention_heads": 2, "attention_head_dim": 12, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2},
@@ -90,9 +90,9 @@ def command(tmp_path):
 
 @pytest.fixture
 def few_clips(monkeypatch):
-    """At most sixteen in a batch, also where a VAE's statistics are measured."""
+    """At most four in a batch, also where a VAE's statistics are measured."""
     batch = digits.batch
-    monkeypatch.setattr(digits, "batch", lambda rng, size, **options: batch(rng, min(size, 16), **options))
+    monkeypatch.setattr(digits, "batch", lambda rng, size, **options: batch(rng, min(size, 4), **options))
 
 
 def part(pipe, name):
@@ -130,8 +130,8 @@ def test_a_vae_then_a_transformer_then_a_sample(command, tmp_path, capsys, few_c
     assert "resuming at step 3" in said and "encoding" not in said
     assert (tmp_path / "dit_run" / "latents.npz").stat().st_mtime_ns == before
     with np.load(tmp_path / "dit_run" / "latents.npz") as cached:
-        assert cached["latents"].shape == (12, 9, 32, 32, 4) and cached["latents"].dtype == np.float16
-        assert len(cached["prompts"]) == 12 and digits.parse_prompt(str(cached["prompts"][0]))
+        assert cached["latents"].shape == (4, 9, 32, 32, 4) and cached["latents"].dtype == np.float16
+        assert len(cached["prompts"]) == 4 and digits.parse_prompt(str(cached["prompts"][0]))
         assert 0.5 < cached["latents"].astype(np.float32).std() < 2.0  # normalised
 
     # Sparse attention on top of that result, with a rate that moves nothing: the gate starts at zero, the rest there.
