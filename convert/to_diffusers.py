@@ -1,4 +1,4 @@
-"""A converted or trained repository becomes a Diffusers folder, which `diffusers.WanPipeline.from_pretrained` loads.
+"""A converted or trained repository becomes a Diffusers folder that its published pipeline class loads.
 
 The conversion's tables are read backwards, one array in memory at a time. Without a dtype every number is written as it
 is stored, so that Hugging Face -> Orbax -> Hugging Face gives the same bits; with it, all weights are cast. A causal

@@ -99,7 +99,7 @@ class Request(NamedTuple):
 
     config: complete.
     given: the fields that the command line itself set, nested.
-    file: the configuration's name or path; "" where there is none.
+    file: the configuration's name or path; "" without one.
     program: the words that started the command.
     flags: (path, text) as they were given.
     fresh: the configuration without file and flags.

@@ -37,8 +37,8 @@ def stage(name: str) -> contextlib.AbstractContextManager[None]:
     """Names the stage where the device's memory was not enough."""
     return command_line.device_memory(
         f"stage {name}",
-        "Try fewer frames (--config.num_frames), a smaller picture (--config.height, --config.width),\n"
-        "or --config.precision=bfloat16; --config.plan=true prints what each stage needs.",
+        "Try fewer frames (--num_frames), a smaller picture (--height, --width),\n"
+        "or --precision=bfloat16; --plan=true prints what each stage needs.",
     )
 
 
@@ -125,7 +125,8 @@ class _Making:
 def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
     """Makes one video and returns [its path], or [the state's folder] where stop_at ended it.
 
-    Of several processes all compute and process 0 writes; what the others return has no number for a taken name.
+    All processes compute and process 0 writes; the paths that the others return lack the number that process 0 adds to
+    a taken name.
     """
     pipe = maker.pipe
     say(f"{_description(pipe, job)}   seed: {job.seed}")
@@ -245,7 +246,7 @@ def _decode(making: _Making, state: Any, latents: np.ndarray) -> np.ndarray:
     except _Stop:
         raise making.interrupted(state) from None
     except ResourceError as error:
-        raise ResourceError(f"{error}\nAll steps are done; resume with --config.resume={making.save(state)}") from error
+        raise ResourceError(f"{error}\nAll steps are done; resume with --resume={making.save(state)}") from error
 
 
 def _record(making: _Making) -> dict[str, Any]:
@@ -271,7 +272,8 @@ def _record(making: _Making) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _rescued_latents(base: Path) -> Iterator[None]:
-    """Where numbers went wrong, keeps the last good latents in NAME.failed.npz and says so; there is no video."""
+    """Saves the last good latents in NAME.failed.npz when numbers become NaN or infinite, and says so; no video is
+    written."""
     try:
         yield
     except NumericsError as error:

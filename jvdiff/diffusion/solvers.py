@@ -116,7 +116,7 @@ def renoise(schedule: Schedule) -> Solver:
     can be replayed, and the noise is the same in any batch and on any number of devices.
     """
     steps = np.arange(1, len(schedule) + 1)
-    table = np.stack([schedule.sigmas[:-1], schedule.sigmas[1:], steps], axis=1)
+    table = np.stack([schedule.sigmas[:-1], schedule.sigmas[1:], steps], axis=1)  # [steps,3]
     return _solver(schedule, table, _noisy_init, _renoise_advance)
 
 
@@ -133,7 +133,7 @@ def ddpm(schedule: Schedule) -> Solver:
     kept = np.sqrt(ratio) * spread[1:] ** 2 / spread[:-1]
     fresh = spread[1:] * np.sqrt(1 - ratio) / spread[:-1]
     steps = np.arange(1, len(schedule) + 1)
-    table = np.stack([sigma[:-1], 1 - sigma[1:], length[1:] * kept, length[1:] * fresh, steps], axis=1)
+    table = np.stack([sigma[:-1], 1 - sigma[1:], length[1:] * kept, length[1:] * fresh, steps], axis=1)  # [steps,5]
     return _solver(schedule, table, _noisy_init, _ddpm_advance)
 
 

@@ -5,7 +5,7 @@
         ...
 
 A batch is a function of the files, the settings, the seed and the step, so that a training that was stopped sees what
-it would have seen, whoever decoded it and whichever files could not be read.
+it would have seen, whichever thread decoded it and whichever files could not be read.
 
 B batch · F pixel frames · Y X pixel height, width · N clips.
 """

@@ -40,7 +40,7 @@ def check_fps(fps: float) -> None:
 
 
 def import_av() -> Any:
-    """The package av; SetupError where there is none."""
+    """The package av; SetupError where it is not installed."""
     try:
         import av
     except ImportError as error:

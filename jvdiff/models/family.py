@@ -38,7 +38,7 @@ def _nothing(cfg: Any) -> tuple[str, ...]:
 class Part:
     """A network with its weights: one folder of a repository.
 
-    config: type of its configuration, with `from_json` and `to_json`
+    config: type of its configuration, hashable, with `from_json` and `to_json`
     classes: what config.json calls it (`_class_name`, `model_type`), any of these
     abstract: (configuration, dtype) -> parameter tree of ShapeDtypeStructs
     places: sharding rules of its leaves
@@ -135,8 +135,8 @@ class Clip:
         return any(segment.guidance != 1 for segment in self.segments)
 
     def batched(self, clips: int, shape: MeshShape | None) -> bool:
-        """Whether guidance's two branches are one batch: they fill devices that share batches, and small clips one
-        device. Large clips fit one device better in turn."""
+        """Whether guidance's two branches run as one batch: yes where devices share batches, and for small clips on one
+        device; large clips run in turn."""
         shared = shape is not None and shape.data * shape.fsdp > 1
         return shared or clips * math.prod(self.latents[:3]) <= 2**14
 
@@ -157,7 +157,7 @@ class Segment:
 
     start, stop: steps, the first and the one after the last
     part: whose weights
-    guidance: weight of classifier-free guidance; 1 is none
+    guidance: weight of classifier-free guidance; 1: no guidance
     pattern: which tokens see each other
     """
 
@@ -217,7 +217,8 @@ class Family:
     subject: the field of `Request` with one entry for each clip: "prompts" or "labels"
     takes: the other fields of `Request` that it takes, "image" for instance
     misfits: models -> what does not fit together, or None
-    complete: (models, defaults of the repository, values that are given) -> both, with what its other files ask for
+    complete: (models, defaults of the repository, values that are given) -> complete values, with what the
+        repository's other files ask for
     check_subject: (models, one subject as given) -> as `Request` has it; UsageError
     clip: (models, settings) -> Clip; UsageError for what these models cannot do
     mesh_sizes: (models, clip, clips, mesh) -> what a mesh must divide
@@ -322,8 +323,8 @@ def read_config(folder: Path, parts: Mapping[str, Part] | Part) -> Any:
 
 @functools.lru_cache
 def parameter_tree(part: Part, cfg: Any, dtype: Any) -> Params:
-    """The parameter tree of a part as ShapeDtypeStructs, traced once for what is said, read and compiled; shared, so
-    nobody changes it."""
+    """The parameter tree of a part as ShapeDtypeStructs. Traced once and cached: loading, messages and plans share it,
+    so do not change it."""
     return part.abstract(cfg, dtype)
 
 

@@ -200,7 +200,7 @@ def _sent(runs: Iterable[Run]) -> int:
 
 
 def _called(instruction: Instruction) -> list[str]:
-    """Computations that an instruction runs; what a reduction does to two elements is none of interest."""
+    """Computations that an instruction runs, without what a reduction does to two elements."""
     if instruction.opcode.removesuffix("-start") in KINDS:
         return []
     names = "calls|body|condition|to_apply|true_computation|false_computation"

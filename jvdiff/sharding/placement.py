@@ -86,8 +86,9 @@ class Placement:
     def spread(self, height: int, width: int) -> Picture:
         """How pictures [B,T,H,W,C], and whatever the VAE remembers of them, are divided among all devices of the mesh.
 
-        height, width: of the grid of latents; as many devices as divide it share it, whatever the axes of `mesh`.
-        Strips come before tiles: neighbours exchange half as many messages, which cost more than their bytes.
+        height, width: of the grid of latents. The largest number of devices that divides it shares it, whatever the
+            axes of `mesh`. Strips come before tiles: neighbours exchange half as many messages, which cost more than
+            their bytes.
         """
         devices = self.mesh.size
         able = (
@@ -158,7 +159,7 @@ class Split:
 
     @property
     def padding(self) -> int:
-        """Tokens to add so that every device has as many."""
+        """Tokens to add so that every device has the same number."""
         return -self.tokens % self.devices(self.ring + self.heads)
 
     def constrain(self, x: Array, *axes: Any) -> Array:

@@ -46,7 +46,7 @@ class FlowMatchSchedulerConfig:
         if self.num_inference_steps != len(self.denoising_timesteps):
             raise UsageError(
                 f"num_inference_steps is {self.num_inference_steps}, and there are {len(self.denoising_timesteps)} "
-                "denoising_timesteps; give as many."
+                "denoising_timesteps; make the two equal."
             )
 
     def schedule(self) -> Schedule:

@@ -184,7 +184,7 @@ class StreamInferencePipeline:
         return after, clock.statistics()
 
     def abstract_cache(self, batch: int, begun: bool = True) -> StreamCache:
-        """The cache of that many rollouts as ShapeDtypeStructs, before the first chunk or (`begun`) after one."""
+        """The cache of `batch` rollouts as ShapeDtypeStructs, before the first chunk or (`begun`) after one."""
         cfg, struct = self.config.diffusion_model.transformer, jax.ShapeDtypeStruct
         branches, grid = batch * self._branches, (cfg.height, cfg.width)
         network, programs = self.params["transformer"], self.programs

@@ -87,7 +87,8 @@ class Kind(NamedTuple):
     about: what it trains, in one line.
     fields: the group of its options beside `Training`'s.
     run: MODULE:FUNCTION of (config, folder) -> the result's path.
-    programs: MODULE:FUNCTION of config -> what a plan is made of; None: it has no plan.
+    programs: MODULE:FUNCTION of (config, mesh_of) -> (name, task, schedule, abstract batch) of each part; None: no
+        plan.
     free: paths of options that decide no number of the training.
     """
 

@@ -24,6 +24,7 @@ _PIECE = 4 * 2**20  # bytes of a file that are hashed at once
 
 
 def file_sha256(file: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
     total = hashlib.sha256()
     with open(file, "rb") as data:
         while piece := data.read(_PIECE):
@@ -58,7 +59,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of an Orbax directory.
 
     Raises:
-        IntegrityError: there is none, so nothing can be checked.
+        IntegrityError: there is no manifest, so nothing can be checked.
         CorruptFile, CheckpointError: it is damaged, or of a later version.
     """
     if not (root / MANIFEST).is_file():

@@ -270,8 +270,8 @@ def fill(
 ) -> np.ndarray:
     """Reads one leaf, or the part `index` of it (a slice for each axis); holds that, and as much of one source tensor.
 
-    Raises CheckpointError where a finite number does not fit the wanted dtype (float16), where everything is 0 that
-    cannot be, and what `source` raises.
+    Raises CheckpointError where a finite number does not fit the wanted dtype (float16), where a tensor that must
+    not be all zero is, and what `source` raises.
     """
     spans = [s.indices(n)[:2] for s, n in zip(index or [slice(None)] * len(shape), shape, strict=True)]
     array = np.empty([stop - start for start, stop in spans], dtype)

@@ -63,8 +63,8 @@ def restore(
     """Reads one component onto devices, from a published (safetensors) folder or from an Orbax directory.
 
     Each process reads what its own devices hold; of a published folder, one part of one array is in host memory at a
-    time. With a `transform` each process reads all, and one whole array is. How the arrays lay when they were saved
-    does not matter.
+    time. With a `transform` each process reads every array, whole, one at a time. The sharding that the arrays were
+    saved under does not matter.
 
     Args:
         folder: one with safetensors in a published layout, or one that `save` or the converter wrote.

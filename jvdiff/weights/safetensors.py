@@ -368,7 +368,7 @@ def _no_weights(path: Path) -> CheckpointError:
         return UnsafeFormat(
             f"{path}: holds {', '.join(map(shown, unsafe[:3]))} and no safetensors.\n"
             "Files of these kinds can run code and are not opened.\n"
-            "Use the safetensors version of the repository; those that are named OWNER/NAME-Diffusers are such."
+            "Use the repository's safetensors version, usually named OWNER/NAME-Diffusers."
         )
     return MissingTensor(
         f"{path}: no weights: expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}, or their .index.json.\n"

@@ -100,7 +100,7 @@ class DiTConfig:
     """Sizes of the latent video transformer, DiT-style; an invalid value is a CheckpointError.
 
     patch_size: latent cells in height and width to a token.
-    num_classes: the labels are 0..num_classes-1, and `null_class` stands for none of them.
+    num_classes: the labels are 0..num_classes-1; `null_class` means no class.
     prediction: what the network is trained to predict, one of `PREDICTIONS`; the network itself does not care.
     """
 

@@ -126,7 +126,7 @@ def make_clip(models: Models, settings: Settings) -> Clip:
 
 
 def _mesh_sizes(models: Models, clip: Clip, clips: int, shape: MeshShape) -> Sizes:
-    """What a mesh must divide to denoise that many clips at once; both branches of guidance are one batch."""
+    """What a mesh must divide to denoise `clips` clips at once; both branches of guidance are one batch."""
     return latent_video.mesh_sizes(models.configs["transformer"], (clips * (1 + clip.guided), *clip.latents[:3]))
 
 

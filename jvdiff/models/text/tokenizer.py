@@ -32,7 +32,7 @@ class Tokens(NamedTuple):
 
 
 def load(folder: str | Path) -> Tokenizer:
-    """Reads `tokenizer.json`, or where there is none `spiece.model`, of a repository's tokenizer folder.
+    """Reads `tokenizer.json`, or without it `spiece.model`, of a repository's tokenizer folder.
 
     Raises:
         CheckpointError: the files are missing or broken, or not a T5 tokenizer (a prompt must end with eos, id 1).

@@ -26,7 +26,7 @@ class Plan:
     """What is known of a forward pass when it is compiled.
 
     grid: (T,H,W) of the tokens.
-    extra_text: that many more times the last text row counts.
+    extra_text: how many more times the last text row counts.
     implementation: of the self-attention; see `velocity`.
     split: how `placement` divides the activations.
     dtype: of the products in the blocks and the text embedding; None: that of each matrix.
