@@ -82,7 +82,10 @@ _OF_ONE_RUN = ("prompt", "prompts", "class_label", "seed", "stop_at")
 class _Making:
     """One job under way.
 
+    maker: what it shares with the other jobs
+    job: what is made
     base: path of its files without suffix
+    solver: of the clip's sampler
     done: steps that are computed
     seconds: how long each phase took
     """

@@ -30,7 +30,11 @@ PREDICTIONS = ("v_prediction", "epsilon", "sample")  # diffusers' names; epsilon
 
 
 class Level(NamedTuple):
-    """How much of a sample is clean, sqrt(abar), and how much noise, sqrt(1 - abar): arrays that broadcast with it."""
+    """What a sample is made of: arrays that broadcast with it.
+
+    signal: how much of it is clean, sqrt(abar)
+    spread: how much is noise, sqrt(1 - abar)
+    """
 
     signal: Array
     spread: Array

@@ -217,7 +217,13 @@ class _Models(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Where a training runs, and what it starts from; `params` None: from nothing."""
+    """Where a training runs, and what it starts from.
+
+    result: the repository that it writes
+    mesh, placement: devices that share the work
+    vae: its weights
+    params: of transformer and text encoder; None: from nothing
+    """
 
     result: Path
     mesh: Mesh

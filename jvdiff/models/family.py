@@ -265,15 +265,29 @@ class Family:
 class Rollout:
     """What streaming needs of a family that makes a video chunk by chunk.
 
+    A cache is the family's own pytree, with `keys` [layers,B,...] and `frames` int32 [], those of the video so far.
+    `how` are the keywords text_length, implementation and placement.
+
     configs: types of the configurations: transformer, VAE, text encoder; by their names in saved configurations
     dtype_of: weights of the transformer -> dtype of its keys and values
     span: (latent frames of a chunk, of the window, of the sink, whether positions are relative) -> how much of a video
-        a chunk sees
+        a chunk sees, with `chunk`, `slots` (frames that are kept) and `pattern`
     encode_texts: (configuration, weights, tokenizer, texts, placement) -> rows [B,S,D], zeros beyond each text's end
     token_counts: (tokenizer, texts) -> tokens of each text
-    text_keys, init_kv_cache, chunk_velocity, remembered, extend, reencode: of the transformer and its cache
+    text_keys: (weights, configuration, rows [B,S,D], placement=) -> keys and values of the text, [layers,B,S,...]
+    init_kv_cache: (configuration, span, batch, (H,W), dtype, placement=) -> cache of a video that has not begun
+    chunk_velocity: (weights, configuration, span, x [B,T,H,W,C], timestep [B], text keys, cache, **how) -> float32
+        [B,T,H,W,C]; the cache stays as it is
+    remembered: (span, history [B,slots,H,W,C], x [B,T,H,W,C], frames so far) -> history with those of the chunk
+    extend: as `chunk_velocity` -> cache with one more chunk
+    reencode: as `chunk_velocity`, with history [B,slots,H,W,C] as x -> cache of the same frames under this text
     mesh_sizes: (configuration, (T,H,W), batch, pattern) -> what a mesh must divide
-    encode_chunk, decode_chunk, normalize_latents, denormalize_latents: of the causal VAE
+    encode_chunk: (weights, configuration, frames [B,F,Y,X,3] in -1..1, VAE's cache or None, placement=) -> (latents
+        [B,T,H,W,C] at the VAE's scale, cache)
+    decode_chunk: (weights, configuration, latents [B,T,H,W,C], VAE's cache or None, placement=) -> (float32 frames
+        [B,F,Y,X,3] in -1..1, cache)
+    normalize_latents: (configuration, latents) -> latents from the VAE's scale to the transformer's
+    denormalize_latents: the inverse
     """
 
     configs: tuple[type, ...]

@@ -54,7 +54,11 @@ class Context:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Executor:
-    """Computes stages with weights that are lent for the time of a call."""
+    """Computes stages with weights that are lent for the time of a call.
+
+    weights: of each part
+    placement: mesh that they are on; None is the default device
+    """
 
     weights: Weights
     placement: Placement | None = None

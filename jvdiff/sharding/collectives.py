@@ -58,7 +58,14 @@ class Collective(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One instruction of a computation, its text taken apart: arguments in parentheses, attributes after them."""
+    """One instruction of a computation, its text taken apart.
+
+    name: without the %.
+    type: types and shapes of the result.
+    opcode: what it does.
+    arguments: the text in parentheses.
+    attributes: the text after them.
+    """
 
     name: str
     type: str
@@ -81,6 +88,7 @@ class Instruction(NamedTuple):
 class Run(NamedTuple):
     """An instruction as it runs.
 
+    instruction: itself.
     computation: that it is in.
     runs: in one call of the program.
     loops: around it.

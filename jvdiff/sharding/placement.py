@@ -114,6 +114,7 @@ Axes = tuple[str, ...]
 class Picture:
     """The devices once more, as they share a picture.
 
+    mesh: of the same devices, with axes for this division.
     height, width: the axes of `mesh` that divide it.
     """
 
@@ -140,6 +141,7 @@ class Picture:
 class Split:
     """The devices once more, as the activations of one forward pass are divided among them.
 
+    mesh: of the same devices, with axes for this division.
     batch: the axes of `mesh` that divide the clips.
     ring, heads: those that divide the tokens, to pass keys round and to exchange heads for tokens.
     tensor: those that divide heads and feed-forward columns.

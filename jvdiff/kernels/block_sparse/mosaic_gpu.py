@@ -399,7 +399,13 @@ class _Ring:
 
 
 class _Stream(NamedTuple):
-    """Arrays whose rows come together: `full` says that a slot is filled, `free` that all have read it."""
+    """Arrays whose rows come together.
+
+    ring: the steps that they come in.
+    full: barriers that say that a slot is filled.
+    free: barriers that say that all have read it.
+    copies: (rows -> what is copied, its slots) of each array.
+    """
 
     ring: _Ring
     full: Any

@@ -109,6 +109,8 @@ class _Plan:
     """What is known of a forward pass when it is compiled.
 
     tokens: L, without padding.
+    implementation: of both attentions; see `denoise`.
+    placement: mesh and where activations live on it; None: one device.
     split: how `placement` divides the activations.
     dtype: of the products of attention and feed-forward; None: that of each matrix.
     """

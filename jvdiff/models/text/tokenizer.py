@@ -24,7 +24,12 @@ _LONE_SURROGATE = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\ud
 
 
 class Tokens(NamedTuple):
-    """One row per prompt: ids int32 [B,S] (0 beyond the end), mask bool [B,S], and how many tokens were cut off."""
+    """One row per prompt.
+
+    ids: int32 [B,S], 0 beyond the end
+    mask: bool [B,S], true where there is a token
+    cut: how many tokens of each prompt were cut off
+    """
 
     ids: np.ndarray
     mask: np.ndarray

@@ -185,7 +185,11 @@ def _mesh_sizes(models: Models, clip: Clip, clips: int, shape: MeshShape) -> Siz
 
 
 class Tokens(NamedTuple):
-    """Of prompts, the negative prompt last: ids int32 [B,S] and mask bool [B,S], true where there is a token."""
+    """Tokens of prompts, the negative prompt last.
+
+    ids: int32 [B,S]
+    mask: bool [B,S], true where there is a token
+    """
 
     ids: Any
     mask: Any
