@@ -200,7 +200,7 @@ def kernels(
 
 
 def threads(implementation: str, kernel: str, block: int, head_dim: int, dtype: str) -> int:
-    """Of one CTA."""
+    """The number of threads of one CTA."""
     if implementation == "triton":
         return 32 * triton.shapes(block, head_dim, dtype)[kernel].warps
     cut = mosaic_gpu.shapes(block, head_dim)[kernel]

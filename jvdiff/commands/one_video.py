@@ -324,7 +324,7 @@ def write_files(
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+    """Versions of what the numbers depend on."""
     names = ("jvdiff", "jax", "jaxlib", "flax", "numpy", "tokenizers", "av")
     versions = {"python": platform.python_version()}
     for name in names:

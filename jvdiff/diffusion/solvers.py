@@ -4,7 +4,7 @@ A solver is a table of coefficients, worked out once in float64 numpy, and two p
 from noise, `advance` takes it one step with one row of the table. The logarithm of the last sigma, which is infinite,
 therefore never meets a traced value. States are NamedTuples of float32 arrays shaped like x [B,...], whatever the
 network's dtype, and of what draws noise, if anything does; a state and the number of steps done are all that resuming
-needs. `renoise`, for networks distilled into few steps, and `ddpm` draw noise and are no solvers of the ODE; they have
+needs. `renoise`, for networks distilled into few steps, and `ddpm` draw noise: they are not solvers of the ODE, but have
 the same shape.
 """
 
@@ -112,7 +112,7 @@ def renoise(schedule: Schedule) -> Solver:
 
     x0 = x - sigma v; then, but for the last step, x = (1 - sigma_next) x0 + sigma_next * noise. N network evaluations
     and N - 1 draws. The first step takes x to be at its sigma, as pure noise is at sigma 1.
-    Of a clip with key k, step i adds the noise normal(fold_in(k, i + 1)), float32 at the clip's (global) shape: a step
+    For a clip with key k, step i adds the noise normal(fold_in(k, i + 1)), float32 at the clip's (global) shape: a step
     can be replayed, and the noise is the same in any batch and on any number of devices.
     """
     steps = np.arange(1, len(schedule) + 1)
@@ -123,8 +123,8 @@ def renoise(schedule: Schedule) -> Solver:
 def ddpm(schedule: Schedule) -> Solver:
     """DDPM's ancestral step (arXiv:2006.11239, posterior variance beta-tilde) over any number of timesteps.
 
-    Of the noise that the network sees in x one part stays, another is replaced by new noise. In the coordinates of flow
-    matching (`variance_preserving`), so that it takes the same velocity as the others. Keys and draws as in `renoise`.
+    One part of the noise that the network sees in x stays, another is replaced by new noise. The coordinates are those
+    of flow matching (`variance_preserving`), so it takes the same velocity as the others. Keys and draws: see `renoise`.
     """
     sigma = schedule.sigmas
     length = np.hypot(1 - sigma, sigma)

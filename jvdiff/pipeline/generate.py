@@ -112,8 +112,8 @@ def load(
 
     Raises:
         CheckpointError: incomplete, damaged or unknown weights or configurations.
-        UsageError: no such folder, one for `jvdiff.stream`, an unknown precision, or a mesh of more devices than there
-            are.
+        UsageError: no such folder, a causal model (see `jvdiff.streaming.load`), an unknown precision, or a mesh of
+            more devices than there are.
     """
     placement, dtypes = place(read_mesh(mesh)), precisions.choose(precision)
     repository = path if isinstance(path, Repository) else inspect(path, at_once=True, family=family)

@@ -27,8 +27,9 @@ def smallest_mesh(
     Programs of parts that every device has whole are spread over all devices whatever the axes, and are compiled once
     for each number of devices.
 
-    devices: how many there are, and limit: bytes of memory of one; None: those at hand, with several processes all of
-    them, since each has some. target: compile for that GPU.
+    devices: how many there are; None: those at hand, with several processes all of them, since each has some.
+    limit: bytes of memory of one; None: of those at hand.
+    target: compile for that GPU.
 
     Raises:
         ResourceError: none fits; the message has the need of the best.

@@ -174,7 +174,7 @@ def _meet(timeout: float) -> None:
 
 
 def _quieten() -> None:
-    """Of this process, which is not the first, only errors are heard, and our sentence before JAX's abort."""
+    """Lets this process, which is not the first, print errors only, and our sentence before JAX's abort."""
     logging.getLogger("jvdiff").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     # A JAX client whose coordinator is gone aborts; sleep(6), as SIGABRT is number 6, gives way to our sentence.

@@ -107,8 +107,7 @@ class Run(NamedTuple):
 def read(text: str) -> list[Collective]:
     """Every collective of a compiled program, in the order of the text.
 
-    Of the branches of a conditional the one that sends most counts, and a loop whose length the text does not tell
-    counts once.
+    A conditional counts as the branch that sends most. A loop whose length the text does not tell counts once.
     """
     devices = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text[: text.find("\n")]))
     collectives = (_collective(run, devices) for run in walk(text))

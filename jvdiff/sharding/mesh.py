@@ -138,7 +138,7 @@ def read_mesh(value: Any) -> MeshShape | str | None:
 
 
 def check_mesh(shape: MeshShape, sizes: Sizes, devices: int, *, exactly: bool = False) -> None:
-    """That `devices` of them can run a model of these sizes under this mesh; needs neither weights nor devices.
+    """Checks that `devices` devices can run a model of these sizes under this mesh; needs neither weights nor devices.
 
     exactly: every device must have its place (several processes: each has some).
 

@@ -124,16 +124,16 @@ class Picture:
 
     @property
     def spec(self) -> PartitionSpec:
-        """Of [B,T,H,W,C]."""
+        """How [B,T,H,W,C] is divided."""
         return P(None, None, self.height, self.width)
 
     @property
     def sharding(self) -> NamedSharding:
-        """Of [B,T,H,W,C]."""
+        """Where [B,T,H,W,C] lives."""
         return NamedSharding(self.mesh, self.spec)
 
     def divide(self, tree: Any) -> Any:
-        """The same pictures [B,T,H,W,C], of each a part on every device."""
+        """The same pictures [B,T,H,W,C], a part of each on every device."""
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self.sharding), tree)
 
 
@@ -174,7 +174,7 @@ class Split:
 
 
 def _cut(mesh: Mesh, **sizes: int) -> tuple[Mesh, dict[str, Axes]]:
-    """The devices of a mesh in the same order, divided anew: a mesh, and which of its axes each name stands for.
+    """The devices of a mesh in the same order, divided otherwise: a mesh, and which of its axes each name stands for.
 
     Every axis has a prime number of devices. XLA's partitioner brings two meshes of one program together only where the
     axes of one are made of those of the other, and otherwise (4 by 2 and 2 by 4) divides nothing, without a word.

@@ -152,12 +152,12 @@ class NullEncoder:
         return 1
 
     def get_output_temporal_size(self, frames: int, autoregressive_index: int) -> int:
-        """As many."""
+        """The same number."""
         _check_size(frames, autoregressive_index)
         return frames
 
     def get_input_temporal_size(self, frames: int, autoregressive_index: int) -> int:
-        """As many."""
+        """The same number."""
         _check_size(frames, autoregressive_index)
         return frames
 

@@ -53,7 +53,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what, and how well it does.
+    """What is trained, on what, and how its samples are shown.
 
     init: key -> float32 parameters.
     loss: (parameters, batch, key) -> (scalar, metrics: a dict of scalars); pure.
@@ -224,7 +224,7 @@ def fit(
 
     Raises:
       Interrupted: SIGINT or SIGTERM came; the state after the last whole step is saved.
-      NumericsError: too many steps in a row were skipped; the last checkpoint is kept; nothing after it is saved.
+      NumericsError: too many steps in a row were skipped. The last checkpoint is kept; nothing after it is saved.
       CheckpointError: the run in `folder` is of another model, or another process is at it.
       ResourceError: the disk is full.
     """

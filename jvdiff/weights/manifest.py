@@ -1,7 +1,7 @@
 """The manifest of an Orbax directory, `jvdiff.json`: the sha256 of every file and of every array.
 
-Orbax itself does not notice a flipped bit, so files are compared with it before a number of theirs is used. Of many
-processes each compares its share of the files, and all know what any of them found.
+Orbax itself does not notice a flipped bit, so files are compared with it before any of their numbers is used. With
+many processes, each compares its share of the files, and all know what any of them found.
 """
 
 import hashlib
@@ -76,8 +76,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
 def verify_files(path: Path) -> None:
     """Compares every file below `path` (a component, or a whole directory) with the manifest beside or above it.
 
-    Of several processes each reads a share, and all know what any of them found. Raises IntegrityError that names the
-    files that differ, are missing, or should not be there.
+    With several processes, each reads a share, and all know what any of them found. Raises IntegrityError that names
+    the files that differ, are missing, or should not be there.
     """
     root = path if (path / MANIFEST).is_file() or not (path.parent / MANIFEST).is_file() else path.parent
     prefix = "" if root == path else f"{path.name}/"

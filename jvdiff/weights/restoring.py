@@ -30,9 +30,9 @@ class LeafTransform(Protocol):
 
     A frozen value. It sees whole arrays, on the host, so that what it makes does not depend on the mesh.
 
-    digest    what names it in the record of a run: with the weights' own digest it says what ran
-    abstract  the path of a leaf ("a/b/kernel") and its struct -> a struct, or a pytree of structs
-    apply     the path and the array (numpy, shape and dtype of that struct) -> arrays of what `abstract` gives
+    digest: what names it in the record of a run: with the weights' own digest it says what ran
+    abstract: the path of a leaf ("a/b/kernel") and its struct -> a struct, or a pytree of structs
+    apply: the path and the array (numpy, shape and dtype of that struct) -> arrays of what `abstract` gives
     """
 
     @property
@@ -84,7 +84,7 @@ def restore(
         MissingTensor, ShapeMismatch: names, shapes or (with cast=False) dtypes differ from `abstract`; all are listed.
         IntegrityError: a file differs from the manifest, or there is no manifest.
         CheckpointError: damaged or unusable files; see `jvdiff.weights.safetensors`.
-        UsageError: the transform gives something else than its `abstract` says.
+        UsageError: the transform gives something other than its `abstract` says.
     """
     path, wanted = Path(folder), flatten(abstract)
     if (path / PARAMS).is_dir():

@@ -516,7 +516,7 @@ def _smem(slots: int, rows: int, like: jax.Array) -> Any:
 
 
 def _signals(shape: Shape, copies: int = 1) -> Any:
-    """Of one stream: the barriers `full` and, with a warpgroup that copies, `free`."""
+    """The barriers of one stream: `full` and, with a warpgroup that copies, `free`."""
     free = plgpu.Barrier(num_barriers=shape.stages, num_arrivals=shape.warpgroups) if shape.producer else None
     return plgpu.Barrier(num_barriers=shape.stages, num_arrivals=copies), free
 

@@ -77,7 +77,7 @@ def _noise_schedule(models: Models) -> str:
 
 
 def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Both, with the settings of the clips that it was trained on."""
+    """The given values, else the repository's defaults, else the settings of the clips that it was trained on."""
     return {**_trained(models), **defaults, **given}
 
 
