@@ -4,8 +4,8 @@ A solver is a table of coefficients, worked out once in float64 numpy, and two p
 from noise, `advance` takes it one step with one row of the table. The logarithm of the last sigma, which is infinite,
 therefore never meets a traced value. States are NamedTuples of float32 arrays shaped like x [B,...], whatever the
 network's dtype, and of what draws noise, if anything does; a state and the number of steps done are all that resuming
-needs. `renoise`, for networks distilled into few steps, and `ddpm` draw noise: they are not solvers of the ODE, but have
-the same shape.
+needs. `renoise`, for networks distilled into few steps, and `ddpm` draw noise: they do not solve the ODE, but have the
+same shape.
 """
 
 import dataclasses
@@ -124,7 +124,8 @@ def ddpm(schedule: Schedule) -> Solver:
     """DDPM's ancestral step (arXiv:2006.11239, posterior variance beta-tilde) over any number of timesteps.
 
     One part of the noise that the network sees in x stays, another is replaced by new noise. The coordinates are those
-    of flow matching (`variance_preserving`), so it takes the same velocity as the others. Keys and draws: see `renoise`.
+    of flow matching (`variance_preserving`), so it takes the same velocity as the others. Keys and draws as in
+    `renoise`.
     """
     sigma = schedule.sigmas
     length = np.hypot(1 - sigma, sigma)

@@ -10,7 +10,8 @@ Divided by sqrt(abar) + sqrt(1 - abar), such a sample is one of flow matching, (
 
 So there is one family of solvers: `schedule` gives the noise levels, `velocity` makes a flow's velocity of a network,
 and `initial` gives what to begin with. In these coordinates an Euler step is a step of deterministic DDIM
-(arXiv:2010.02502), exactly, and `solvers.ddpm` is DDPM's ancestral step. UniPC, which is made for any such pair, needs no change.
+(arXiv:2010.02502), exactly, and `solvers.ddpm` is DDPM's ancestral step. UniPC, which is made for any such pair, needs
+no change.
 
 Samples are float32 [B,...].
 """
