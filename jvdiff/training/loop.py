@@ -262,7 +262,12 @@ def _check_counts(**counts: int | None) -> None:
 
 
 class _Every(NamedTuple):
-    """Steps between checkpoints, lines of metrics, and samples (None: no samples)."""
+    """How often the loop does what.
+
+    save: steps between checkpoints
+    log: steps between lines of metrics
+    show: steps between samples; None: no samples
+    """
 
     save: int
     log: int
