@@ -97,8 +97,13 @@ QUICK = (
 class Problem:
     """One shape under one pattern, its operands and what should come out.
 
-    operands: q, k, v and, for VSA, gate, [1,L,N,K]. dout [1,L,N,K] is timed; the checked one is zero but for the
-    checked tiles. place [L]: where each token lies in padded tile order. lists: numpy, of the tiles.
+    shape: of the video
+    name: of the pattern
+    pattern: which tokens see each other
+    operands: q, k, v and, for VSA, gate, [1,L,N,K]
+    dout: [1,L,N,K], the cotangent that is timed; the checked one is zero but for the checked tiles
+    place: [L], where each token lies in padded tile order
+    lists: of the tiles, numpy
     """
 
     shape: Shape
@@ -218,8 +223,14 @@ def expected(problem: Problem, coarse: bool) -> tuple[np.ndarray, list[np.ndarra
 
 @dataclass(frozen=True)
 class Contestant:
-    """run: starts the work once, returns something to `wait` for. result: [L,K] arrays of the checked head, out or dq,
-    dk and dv; those for the checked cotangent."""
+    """One implementation at work.
+
+    run: starts the work once, returns something to `wait` for
+    wait: for what `run` returned
+    result: [L,K] arrays of the checked head: out, or dq, dk and dv for the checked cotangent
+    compile: seconds that compiling took; None: not compiled
+    coarse: whether the coarse branch of VSA is part of the work
+    """
 
     run: Callable[[], Any]
     wait: Callable[[Any], Any]

@@ -45,7 +45,7 @@ def measure(
 ) -> tuple[dict[str, Any], np.ndarray]:
     """The report on `count` clips of each weight, and a picture uint8 [Y,X,3] of some: columns are classes.
 
-    Its rows are SHOWN real clips, as many after the VAE's round trip, and as many for each weight.
+    Its rows are SHOWN real clips, the same number after the VAE's round trip, and the same number for each weight.
     """
     settings, classes = pipe.settings(steps=steps), pipe.models.index.get("classes", [])
     _check(pipe, settings, classes, count, batch)
@@ -106,7 +106,7 @@ def round_trip(pipe: Pipeline, videos: np.ndarray) -> np.ndarray:
 def score(seen: Sequence[Seen], videos: np.ndarray, wanted: Sequence[int], real: np.ndarray) -> dict[str, Any]:
     """Digit accuracy, kinds and spread of clips uint8 [N,F,Y,X,3] of the digits `wanted`, beside real ones of them.
 
-    The clips of a class are neighbours, as many as of any other. kinds is None where no two clips of a class agree.
+    The clips of a class are neighbours, equally many of each. kinds is None where no two clips of a class agree.
     """
     right = sum(s.digit == w for s, w in zip(seen, wanted, strict=True))
     kinds = _kinds(seen, wanted)

@@ -61,9 +61,15 @@ Run = Callable[[], Any]  # runs once, waits for the result, returns it as our si
 
 @dataclass(frozen=True)
 class Case:
-    """One program of both sides: `inputs` are numpy arrays of our layout, `ours(params, *inputs)` is traced.
+    """One program of both sides.
 
-    `theirs(model, *inputs)` gets torch tensors of the same layout and dtype on its device, and answers in it.
+    name: in the report
+    cfg: of the model
+    inputs: numpy arrays of our layout
+    ours: (params, *inputs) -> output; traced
+    theirs: (model, *inputs) -> output; gets torch tensors of the same layout and dtype on its device, and answers in it
+    dtype: of inputs and weights
+    counted: a form of `ours` whose products are all visible to count_flops; None: `ours`
     """
 
     name: str
@@ -72,7 +78,7 @@ class Case:
     ours: Callable[..., Any]
     theirs: Callable[..., Any]
     dtype: str = "float32"
-    counted: Callable[..., Any] | None = None  # a form of `ours` whose products are all visible to count_flops
+    counted: Callable[..., Any] | None = None
 
     @property
     def shape(self) -> str:

@@ -60,7 +60,7 @@ MODELS = {
     "Wan 14B 720p": ((21, 45, 80), 40),
     "HunyuanVideo 768p": ((30, 48, 80), 24),
 }
-# Tile, and how many tiles each tile sees of so many.
+# Tile, and n tiles -> how many of them each tile sees.
 PATTERNS: dict[str, tuple[tuple[int, int, int], Callable[[int], int]]] = {
     "STA 6x8x8": ((6, 8, 8), lambda n: min(n, 27)),
     "VSA 4x4x4": ((4, 4, 4), lambda n: tiles.top_k_count(0.9, n)),
@@ -200,7 +200,7 @@ def kernels(
 
 
 def threads(implementation: str, kernel: str, block: int, head_dim: int, dtype: str) -> int:
-    """Of one CTA."""
+    """The number of threads of one CTA."""
     if implementation == "triton":
         return 32 * triton.shapes(block, head_dim, dtype)[kernel].warps
     cut = mosaic_gpu.shapes(block, head_dim)[kernel]

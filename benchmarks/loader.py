@@ -36,7 +36,7 @@ def write_clips(folder: Path, count: int, frames: int, side: int = 320) -> clips
 
 
 def waiting(found: clips.Clips, step: float, steps: int, **settings: Any) -> float:
-    """The share of the time that a step of so many seconds waits for its batch."""
+    """The share of a step's time that is spent waiting for its batch."""
     waited = 0.0
     batches = clips.batches(found, **settings)
     next(batches)

@@ -15,8 +15,13 @@ from jvdiff.sharding.collectives import KINDS, Collective, Instruction, Run, com
 
 
 class Rates(NamedTuple):
-    """FLOP/s of bfloat16 products, of attention and of float32 products; bytes/s of memory and of a device's links, one
-    way; seconds that a collective takes however little it sends."""
+    """What a device can do.
+
+    products, attention, float32: FLOP/s of bfloat16 products, of attention, of float32 products
+    memory: bytes/s
+    link: bytes/s of a device's links, one way
+    latency: seconds that a collective takes however little it sends
+    """
 
     products: float
     attention: float
@@ -32,7 +37,11 @@ H200 = Rates(0.70 * 989e12, 0.60 * 989e12, 0.70 * 67e12, 0.85 * 4.8e12, 370e9, 2
 
 
 class Work(NamedTuple):
-    """Of one device in one call: FLOPs of bfloat16 products, attention, float32 products; bytes of other kernels."""
+    """Of one device in one call.
+
+    products, attention, float32: FLOPs of bfloat16 products, of attention, of float32 products
+    traffic: bytes of other kernels
+    """
 
     products: float
     attention: float
@@ -45,7 +54,12 @@ class Work(NamedTuple):
 
 
 class Seconds(NamedTuple):
-    """One call: computing, collectives that computing may hide, and those that it cannot."""
+    """Of one call.
+
+    compute: computing
+    hidden: collectives that computing may hide
+    exposed: collectives that it cannot
+    """
 
     compute: float
     hidden: float

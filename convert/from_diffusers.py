@@ -79,7 +79,7 @@ def convert(
         allow_nonfinite: keep NaN and infinity, and count them in the manifest.
         follow_symlinks: allow weight files that are links out of the repository.
         origin: where the source came from, for the manifest.
-        family: of a repository of another's family; None: as its files say.
+        family: your own Family, where the repository is of none that jvdiff has; None: as its files say.
         tell: called with a line on the progress now and then.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A converted or trained repository becomes a Diffusers folder, which `diffusers.WanPipeline.from_pretrained` loads.
+"""A converted or trained repository becomes a Diffusers folder that its published pipeline class loads.
 
 The conversion's tables are read backwards, one array in memory at a time. Without a dtype every number is written as it
 is stored, so that Hugging Face -> Orbax -> Hugging Face gives the same bits; with it, all weights are cast. A causal
@@ -38,11 +38,14 @@ def to_hf(
 
     Args:
         source: an Orbax directory of jvdiff with all components; its digests are checked first.
+        target: the folder to write; it must not exist, and the folder it lies in must.
         dtype: a key of DTYPES for all weights; None keeps them as they are.
         vae: a VAE that takes the place of the source's, with the same configuration: one whose decoder was trained on.
+        family: your own Family, where the repository is of none that jvdiff has; None: as its files say.
 
     Raises:
-        UsageError: `target` exists, `source` is a Hugging Face folder already, or `vae` has another configuration.
+        UsageError: `target` exists, `source` is a Hugging Face folder already, its family has no published layout, or
+            `vae` has another configuration.
         IntegrityError, CheckpointError: `source` is damaged, or holds numbers too large for `dtype`.
         ResourceError: the disk is full.
     """

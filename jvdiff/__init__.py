@@ -11,7 +11,7 @@ media                                  video files, pictures, folders of clips
 sharding                               meshes, where weights live, sequence-parallel attention
 plan                                   what a run would take, found out without weights
 digits                                 the toy: moving digits, their judge, and the runs that make its models
-runtime, precision, errors             saved states and processes, the dtype table, what can go wrong
+runtime, precision, errors             saved states and processes, the precision table, what can go wrong
 """
 
 from pathlib import Path

@@ -44,8 +44,9 @@ def option(
     """A field of a group of options.
 
     Args:
-        default: of the annotated type, or None where the annotation allows it: somebody else decides then. Where it
-            does not, the option is required; with dataclasses.MISSING, in Python's own call too.
+        default: a value of the annotated type. None, where the annotation allows it: the repository or the family
+            decides. None, where it does not: the option is required on the command line; with dataclasses.MISSING also
+            in Python.
         help: the meaning, in one line; a unit where there is one.
         low, high: the range of a number, both ends included.
         choices: the values there are, where they can be listed.
@@ -67,7 +68,7 @@ class Option(NamedTuple):
 
     path: its name; within a group that is a field of another, behind that field's name and a dot.
     kind: the annotated type.
-    default: None where somebody else decides, or where it is required.
+    default: None where the repository or the family decides, or where it is required.
     told: what `option` was told besides.
     """
 
@@ -197,7 +198,7 @@ def described(kinds: Iterable[Any]) -> str:
 
 
 def _kinds(kind: Any) -> tuple[Any, ...]:
-    """The members of a union without None; a type that is none of a union, alone."""
+    """The members of a union without None; a type that is not a union, alone."""
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         return tuple(k for k in typing.get_args(kind) if k is not types.NoneType)
     return (kind,)
@@ -268,9 +269,9 @@ def find(name: str) -> Path:
 
 
 def load(name: str) -> ConfigDict:
-    """What the configuration's `get_config()` returns; name: as in `find`. Configurations derive from one another so.
+    """What the configuration's `get_config()` returns; name: as in `find`.
 
-    What stands behind a colon (NAME:TEXT) is handed to get_config.
+    Configurations use this to derive from one another. What stands behind a colon (NAME:TEXT) is handed to get_config.
 
     Raises:
         UsageError: there is no such file, it is not Python, or its get_config does not return a ConfigDict.

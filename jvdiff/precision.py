@@ -1,7 +1,7 @@
 """What is computed in which dtype, as one explicit table; nothing else in the package chooses a dtype.
 
-Names are those of the `precision` argument. Everything that is not a row below is float32 in both columns: latents,
-noise, timesteps, solver state, guidance, softmax, norms, rotary angles, and the frames that leave the decoder.
+Names are those of the `precision` argument. Everything without a field below is float32 in every entry: latents, noise,
+timesteps, solver state, guidance, norms, rotary angles, and the frames that leave the decoder.
 """
 
 import dataclasses
@@ -13,7 +13,14 @@ from jvdiff.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """One column of the table; a dtype name is that of the parameters and of the matrix products made with them."""
+    """One entry of the table: the dtype of parameters, and of the products with them, for each kind of part.
+
+    name: of the entry
+    transformer: of the denoising network
+    text_encoder: of the text encoder
+    vae: of the encoder and the decoder of frames
+    softmax: of attention weights
+    """
 
     name: str
     transformer: str
@@ -30,7 +37,7 @@ TABLE = {
 
 
 def choose(name: str | None = None, backend: str | None = None) -> Precision:
-    """The row called `name`; None takes bfloat16 on a GPU and float32 elsewhere.
+    """The entry called `name`; None takes bfloat16 on a GPU and float32 elsewhere.
 
     Raises:
         UsageError: `name` is not in the table.

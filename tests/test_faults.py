@@ -1,4 +1,4 @@
-"""docs/faults.md names tests that there are."""
+"""docs/faults.md names tests that exist."""
 
 import ast
 import re

@@ -66,7 +66,11 @@ class Told(Exception):
 
 
 class Section(NamedTuple):
-    """Options under a title, by path."""
+    """Options under a title.
+
+    title: of the section.
+    options: by path.
+    """
 
     title: str
     options: Mapping[str, Option]
@@ -99,7 +103,7 @@ class Request(NamedTuple):
 
     config: complete.
     given: the fields that the command line itself set, nested.
-    file: the configuration's name or path; "" where there is none.
+    file: the configuration's name or path; "" without one.
     program: the words that started the command.
     flags: (path, text) as they were given.
     fresh: the configuration without file and flags.
@@ -131,7 +135,12 @@ class Request(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A command line, cut into words. flags: (path, text, None where there is none)."""
+    """A command line, cut into words.
+
+    config: the value of --config; None without it.
+    asked: which of help, version and traceback are asked for.
+    flags: (path, text) as they were given; text is None without a value.
+    """
 
     config: str | None
     asked: frozenset[str]

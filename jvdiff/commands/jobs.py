@@ -145,7 +145,7 @@ def _check_fields(config: Any, field: str) -> None:
     if other is not None:
         raise UsageError(f"{other} is given; this model takes {field}.")
     if (config.get(field) is None) == (config.prompts is None):
-        raise UsageError(f'give either --config.{field}="..." or --config.prompts=FILE.')
+        raise UsageError(f'give either --{field}="..." or --prompts=FILE.')
 
 
 def _picture(config: Any, clip: Clip) -> Any:
@@ -230,7 +230,7 @@ def check_attention(context: Context, jobs: Sequence[Job]) -> None:
                 if "self" in choices and (reason := segment.pattern.unavailable(choices["self"])):
                     raise NotImplementedError(reason)
         except NotImplementedError as error:
-            raise UsageError(f"{error}.\nLeave --config.attention out to take the best that can.") from None
+            raise UsageError(f"{error}.\nLeave --attention out to take the best that can.") from None
 
 
 def attention(context: Context, clip: Clip, inputs: Any = None) -> list[Mapping[str, str]]:
@@ -254,7 +254,7 @@ def choose_mesh(jobs: Sequence[Job], repository: Repository, dtypes: Precision, 
     if peers.several() and getattr(shape, "devices", 0) != jax.device_count():
         raise UsageError(
             f"mesh is {shape}; expected one of all {jax.device_count()} devices of {jax.process_count()} processes,\n"
-            f"for instance --config.mesh=sequence={jax.device_count()}."
+            f"for instance --mesh=sequence={jax.device_count()}."
         )
     if shape is None or not jobs:
         return None

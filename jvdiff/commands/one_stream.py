@@ -52,7 +52,7 @@ class Rollout:
     image: uint8 [1,Y,X,3] that chunk 0 begins with; None without one
     seed: of the rollout's key
     fps: frames a second, for the file
-    precision: name of a row of the dtype table
+    precision: name of an entry of the precision table
     checkpoint_digest: names the weights
     folder, stem: where the files are, and their name without suffix
     image_digest: of the picture of an earlier run
@@ -109,7 +109,7 @@ class _Making:
     cache: what the rollout remembers after `done` chunks
     sheet: frames uint8 [Y,X,3] for the contact sheet, by chunk
     done: how many chunks the video has
-    saved: how many the saved state has; None where there is no state
+    saved: how many the saved state has; None without a state
     frame: uint8 [Y,X,3], the last of the last chunk
     totals: sums of the statistics of the chunks after the first; of that one, how long it took
     """

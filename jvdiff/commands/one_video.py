@@ -37,8 +37,8 @@ def stage(name: str) -> contextlib.AbstractContextManager[None]:
     """Names the stage where the device's memory was not enough."""
     return command_line.device_memory(
         f"stage {name}",
-        "Try fewer frames (--config.num_frames), a smaller picture (--config.height, --config.width),\n"
-        "or --config.precision=bfloat16; --config.plan=true prints what each stage needs.",
+        "Try fewer frames (--num_frames), a smaller picture (--height, --width),\n"
+        "or --precision=bfloat16; --plan=true prints what each stage needs.",
     )
 
 
@@ -82,7 +82,10 @@ _OF_ONE_RUN = ("prompt", "prompts", "class_label", "seed", "stop_at")
 class _Making:
     """One job under way.
 
+    maker: what it shares with the other jobs
+    job: what is made
     base: path of its files without suffix
+    solver: of the clip's sampler
     done: steps that are computed
     seconds: how long each phase took
     """
@@ -125,7 +128,8 @@ class _Making:
 def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
     """Makes one video and returns [its path], or [the state's folder] where stop_at ended it.
 
-    Of several processes all compute and process 0 writes; what the others return has no number for a taken name.
+    All processes compute and process 0 writes; the paths that the others return lack the number that process 0 adds to
+    a taken name.
     """
     pipe = maker.pipe
     say(f"{_description(pipe, job)}   seed: {job.seed}")
@@ -245,7 +249,7 @@ def _decode(making: _Making, state: Any, latents: np.ndarray) -> np.ndarray:
     except _Stop:
         raise making.interrupted(state) from None
     except ResourceError as error:
-        raise ResourceError(f"{error}\nAll steps are done; resume with --config.resume={making.save(state)}") from error
+        raise ResourceError(f"{error}\nAll steps are done; resume with --resume={making.save(state)}") from error
 
 
 def _record(making: _Making) -> dict[str, Any]:
@@ -271,7 +275,8 @@ def _record(making: _Making) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _rescued_latents(base: Path) -> Iterator[None]:
-    """Where numbers went wrong, keeps the last good latents in NAME.failed.npz and says so; there is no video."""
+    """Saves the last good latents in NAME.failed.npz when numbers become NaN or infinite, and says so; no video is
+    written."""
     try:
         yield
     except NumericsError as error:
@@ -319,7 +324,7 @@ def write_files(
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+    """Versions of what the numbers depend on."""
     names = ("jvdiff", "jax", "jaxlib", "flax", "numpy", "tokenizers", "av")
     versions = {"python": platform.python_version()}
     for name in names:

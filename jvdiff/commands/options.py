@@ -52,8 +52,8 @@ class Output:
     output: str = option("out", "the folder of the files")
     save_arrays: bool = option(False, "NAME.npz too: latents float32 [T,H,W,C] and video uint8 [F,Y,X,3]")
     resume: str | None = option(None, "a .state folder, to go on with")
-    stop_at: int | None = option(None, "stop after so many steps and save the state")
-    preview_every: int = option(0, "write NAME.preview.png, a rough strip of all latent frames, every so many steps")
+    stop_at: int | None = option(None, "stop after this step and save the state")
+    preview_every: int = option(0, "write NAME.preview.png, a rough strip of all latent frames, every N steps")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class StreamOutput:
     output: str = option("out", "the folder of the files")
     name: str | None = option(None, "of the files; none: from prompt and seed")
     resume: str | None = option(None, "a .state folder; goes on in its video, up to `chunks` in all")
-    save_every: int = option(0, "save the state after every so many chunks and at the end; 0: when interrupted only")
+    save_every: int = option(0, "save the state every N chunks and at the end; 0: when interrupted only")
 
 
 STREAM = (StreamContent, StreamModel, StreamOutput)

@@ -238,7 +238,7 @@ def _schedule(then: Any) -> dict[int, str]:
 
 
 def _picture(path: str | None, config: Any) -> Any:
-    """The picture uint8 [1,Y,X,3] that a pipeline with an ImageEncoder begins with; None where there is none."""
+    """The picture uint8 [1,Y,X,3] that a pipeline with an ImageEncoder begins with; None without one."""
     from jvdiff import streaming
     from jvdiff.media import video as videos
 

@@ -41,7 +41,7 @@ def classifier_free(
             "batched guidance needs cond and uncond of equal shapes and dtypes.\n"
             f"cond {shapes[0]}, uncond {shapes[1]}.\nPad them alike, or use mode='sequential'."
         )
-    both = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, uncond)
+    both = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, uncond)  # [B,...] each -> [2B,...]
     return Partial(_batched, velocity_fn, both, scale)
 
 
@@ -51,7 +51,7 @@ def _conditional(velocity_fn, cond, x, t):
 
 def _batched(velocity_fn, both, scale, x, t):
     v = velocity_fn(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
-    cond, uncond = jnp.split(v, 2)
+    cond, uncond = jnp.split(v, 2)  # [2B,...] -> [B,...] each
     return uncond + scale * (cond - uncond)
 
 

@@ -23,8 +23,9 @@ SOLVERS = ("unipc", "euler")
 class Schedule:
     """N steps from noise to data.
 
-    sigmas: float64 [N+1], strictly falling, the last one 0. timesteps: float64 [N], in 0..1000, what the network gets
-    at each step (whole numbers where the reference program truncates them).
+    sigmas: float64 [N+1], strictly falling, the last one 0
+    timesteps: float64 [N], in 0..1000, what the network gets at each step (whole numbers where the reference program
+        truncates them)
     """
 
     sigmas: np.ndarray
@@ -35,7 +36,12 @@ class Schedule:
 
 
 class Defaults(NamedTuple):
-    """What a repository's scheduler_config.json asks for; the arguments of `make`, and a key of `solvers.SOLVERS`."""
+    """What a repository's scheduler_config.json asks for, as arguments of `make`.
+
+    solver: one of SOLVERS
+    shift: how much the noise levels lean towards noise
+    grid: one of GRIDS
+    """
 
     solver: str
     shift: float

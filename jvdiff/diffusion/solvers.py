@@ -4,8 +4,8 @@ A solver is a table of coefficients, worked out once in float64 numpy, and two p
 from noise, `advance` takes it one step with one row of the table. The logarithm of the last sigma, which is infinite,
 therefore never meets a traced value. States are NamedTuples of float32 arrays shaped like x [B,...], whatever the
 network's dtype, and of what draws noise, if anything does; a state and the number of steps done are all that resuming
-needs. `renoise`, for networks distilled into few steps, and `ddpm` draw noise and are no solvers of the ODE; they have
-the same shape.
+needs. `renoise`, for networks distilled into few steps, and `ddpm` draw noise: they do not solve the ODE, but have the
+same shape.
 """
 
 import dataclasses
@@ -112,19 +112,20 @@ def renoise(schedule: Schedule) -> Solver:
 
     x0 = x - sigma v; then, but for the last step, x = (1 - sigma_next) x0 + sigma_next * noise. N network evaluations
     and N - 1 draws. The first step takes x to be at its sigma, as pure noise is at sigma 1.
-    Of a clip with key k, step i adds the noise normal(fold_in(k, i + 1)), float32 at the clip's (global) shape: a step
+    For a clip with key k, step i adds the noise normal(fold_in(k, i + 1)), float32 at the clip's (global) shape: a step
     can be replayed, and the noise is the same in any batch and on any number of devices.
     """
     steps = np.arange(1, len(schedule) + 1)
-    table = np.stack([schedule.sigmas[:-1], schedule.sigmas[1:], steps], axis=1)
+    table = np.stack([schedule.sigmas[:-1], schedule.sigmas[1:], steps], axis=1)  # [steps,3]
     return _solver(schedule, table, _noisy_init, _renoise_advance)
 
 
 def ddpm(schedule: Schedule) -> Solver:
     """DDPM's ancestral step (arXiv:2006.11239, posterior variance beta-tilde) over any number of timesteps.
 
-    Of the noise that the network sees in x one part stays, another is replaced by new noise. In the coordinates of flow
-    matching (`variance_preserving`), so that it takes the same velocity as the others. Keys and draws as in `renoise`.
+    One part of the noise that the network sees in x stays, another is replaced by new noise. The coordinates are those
+    of flow matching (`variance_preserving`), so it takes the same velocity as the others. Keys and draws as in
+    `renoise`.
     """
     sigma = schedule.sigmas
     length = np.hypot(1 - sigma, sigma)
@@ -133,7 +134,7 @@ def ddpm(schedule: Schedule) -> Solver:
     kept = np.sqrt(ratio) * spread[1:] ** 2 / spread[:-1]
     fresh = spread[1:] * np.sqrt(1 - ratio) / spread[:-1]
     steps = np.arange(1, len(schedule) + 1)
-    table = np.stack([sigma[:-1], 1 - sigma[1:], length[1:] * kept, length[1:] * fresh, steps], axis=1)
+    table = np.stack([sigma[:-1], 1 - sigma[1:], length[1:] * kept, length[1:] * fresh, steps], axis=1)  # [steps,5]
     return _solver(schedule, table, _noisy_init, _ddpm_advance)
 
 

@@ -9,8 +9,9 @@ Divided by sqrt(abar) + sqrt(1 - abar), such a sample is one of flow matching, (
     sigma = sqrt(1 - abar) / (sqrt(abar) + sqrt(1 - abar))        d x / d sigma = noise - clean
 
 So there is one family of solvers: `schedule` gives the noise levels, `velocity` makes a flow's velocity of a network,
-`initial` what to begin with. In these coordinates an Euler step is a step of deterministic DDIM (arXiv:2010.02502),
-exactly, and `solvers.ddpm` is DDPM's ancestral step. UniPC, which is made for any such pair, needs no change.
+and `initial` gives what to begin with. In these coordinates an Euler step is a step of deterministic DDIM
+(arXiv:2010.02502), exactly, and `solvers.ddpm` is DDPM's ancestral step. UniPC, which is made for any such pair, needs
+no change.
 
 Samples are float32 [B,...].
 """
@@ -30,7 +31,11 @@ PREDICTIONS = ("v_prediction", "epsilon", "sample")  # diffusers' names; epsilon
 
 
 class Level(NamedTuple):
-    """How much of a sample is clean, sqrt(abar), and how much noise, sqrt(1 - abar): arrays that broadcast with it."""
+    """What a sample is made of: arrays that broadcast with it.
+
+    signal: how much of it is clean, sqrt(abar)
+    spread: how much is noise, sqrt(1 - abar)
+    """
 
     signal: Array
     spread: Array

@@ -49,7 +49,12 @@ HELD_OUT_GLYPHS = 100  # per class
 
 
 class Combo(NamedTuple):
-    """What a prompt says. digit is an index 0..9 into DIGITS."""
+    """What a prompt says.
+
+    colour: one of COLOURS
+    digit: index 0..9 into DIGITS
+    direction: one of DIRECTIONS
+    """
 
     colour: str
     digit: int

@@ -188,14 +188,14 @@ def _check_stream(config: ConfigDict, shape: MeshShape) -> None:
 
 
 def _ends(chunks: int, pattern: BlockCausal, cfg: wan.VAEConfig) -> list[int]:
-    """How many pixel frames there are after each of so many chunks."""
+    """How many pixel frames there are after each chunk."""
     return [1 + cfg.temporal_factor * (pattern.chunk * chunk - 1) for chunk in range(1, chunks + 1)]
 
 
 def _streams(
     ends: list[int], change: float, rng: np.random.Generator, count: int
 ) -> tuple[np.ndarray, list[list[str]]]:
-    """So many streams of chunks that end there, and each chunk's prompt."""
+    """`count` streams of chunks that end at the frames `ends`, and each chunk's prompt."""
     videos, texts = [], []
     for _ in range(count):
         turns = rng.uniform(size=len(ends) - 1) < change
@@ -217,7 +217,13 @@ class _Models(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Where a training runs, and what it starts from; `params` None: from nothing."""
+    """Where a training runs, and what it starts from.
+
+    result: the repository that it writes
+    mesh, placement: devices that share the work
+    vae: its weights
+    params: of transformer and text encoder; None: from nothing
+    """
 
     result: Path
     mesh: Mesh
@@ -244,7 +250,7 @@ def _models(config: ConfigDict) -> _Models:
 
 
 def _grid(cfg: wan.VAEConfig, frames: int) -> tuple[int, int, int]:
-    """(T,H,W) of the latents of a clip of so many pixel frames."""
+    """(T,H,W) of the latents of a clip."""
     side = digits.SIZE // cfg.spatial_factor
     return 1 + (frames - 1) // cfg.temporal_factor, side, side
 

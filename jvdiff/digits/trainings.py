@@ -43,7 +43,7 @@ class OnLatents:
     """What both trainings on the VAE's latents have."""
 
     vae: str = option(None, "the folder of a trained VAE")
-    clips: int = option(None, "how many clips there are to train on")
+    clips: int = option(None, "clips to train on")
     batch: int = option(None, "clips in a step")
     tokens: int = option(None, "text tokens in a batch; a prompt has six")
     drop_text: float = option(None, "the share of prompts that are dropped, for guidance", low=0, high=1)

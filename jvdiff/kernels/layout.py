@@ -40,7 +40,7 @@ def from_blocks(x: jax.Array, place: np.ndarray) -> jax.Array:
 
 
 def _sources(place: np.ndarray, slots: int) -> np.ndarray:
-    """The token of each slot; L, which is out of range, where there is none."""
+    """The token of each slot; L, which is out of range, for a slot without one."""
     source = np.full(slots, place.size)
     source[place] = np.arange(place.size)
     return source
@@ -53,6 +53,7 @@ def _take(x: jax.Array, index: Any, back: Any) -> jax.Array:
 
 
 def _take_backward(back: Any, cotangent: jax.Array) -> tuple[jax.Array, None, None]:
+    # [B,len(index),...] -> [B,len(back),...]
     return jnp.take(cotangent, jnp.asarray(back, jnp.int32), axis=1, mode="fill", fill_value=0), None, None
 
 
@@ -64,9 +65,9 @@ def tile_order(x: jax.Array, grid: tiles.Grid, tile: tiles.Grid) -> jax.Array:
     (t, h, w), (a, b, c) = tiles.counts(grid, tile), tile
     if (t * a, h * b, w * c) != grid:
         return _permuted(x, tiles.partition_indices(grid, tile))
-    y = x.reshape(x.shape[0], t, a, h, b, w, c, -1)
+    y = x.reshape(x.shape[0], t, a, h, b, w, c, -1)  # [B,t,a,h,b,w,c,...]
     y = y.transpose(0, 1, 3, 5, 2, 4, 6, 7)  # [B,t,h,w,a,b,c,...]: tile after tile
-    return y.reshape(x.shape)
+    return y.reshape(x.shape)  # [B,L,...]
 
 
 def raster_order(x: jax.Array, grid: tiles.Grid, tile: tiles.Grid) -> jax.Array:
@@ -74,9 +75,9 @@ def raster_order(x: jax.Array, grid: tiles.Grid, tile: tiles.Grid) -> jax.Array:
     (t, h, w), (a, b, c) = tiles.counts(grid, tile), tile
     if (t * a, h * b, w * c) != grid:
         return _permuted(x, tiles.reverse_partition_indices(grid, tile))
-    y = x.reshape(x.shape[0], t, h, w, a, b, c, -1)
+    y = x.reshape(x.shape[0], t, h, w, a, b, c, -1)  # [B,t,h,w,a,b,c,...]
     y = y.transpose(0, 1, 4, 2, 5, 3, 6, 7)  # [B,t,a,h,b,w,c,...]
-    return y.reshape(x.shape)
+    return y.reshape(x.shape)  # [B,L,...]
 
 
 def _permuted(x: jax.Array, index: np.ndarray) -> jax.Array:

@@ -52,7 +52,7 @@ def losses(
         )
         return jnp.mean((out[:, :valid].astype(jnp.float32) - full) ** 2, axis=(0, 1, 3))
 
-    return jnp.stack([loss(window) for window in candidates])
+    return jnp.stack([loss(window) for window in candidates])  # C of [N] -> [C,N]
 
 
 def choose_windows(losses: np.ndarray, candidates: tuple[Grid, ...], full: Grid, skip: int) -> Table:

@@ -98,7 +98,7 @@ class Pattern:
         return None
 
     def check(self, heads: int | None) -> None:
-        """Raises UsageError for numbers that no model with that many heads can use."""
+        """Raises UsageError for numbers that no model with `heads` heads can use."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class BlockCausal(Pattern):
 
     chunk: frames that are made at once.
     window: frames of the moving past that a chunk sees, itself included; None: all.
-    sink: that many first frames of the video stay visible for ever.
+    sink: how many of the video's first frames stay visible for ever.
     teacher_forcing: the frames are two copies of a video, one clean and one noisy. The noisy copy of a chunk sees
         itself, and of all others the clean copy, which is what it sees when a video is made chunk by chunk.
     """
@@ -282,7 +282,7 @@ PATTERNS: tuple[type[Pattern], ...] = (Dense, SlidingTile, VideoSparse, BlockCau
 
 
 def read(text: str, heads: int | None = None) -> Pattern:
-    """The pattern that a text (above) says, for a model with that many heads; `str` is its inverse.
+    """The pattern that a text (above) says, for a model with `heads` heads; `str` is its inverse.
 
     Raises:
         UsageError: anything else.

@@ -41,9 +41,9 @@ def sliding_tile_attention(
       grid: (T,H,W) of the video tokens.
       tile: (a,b,c) tokens of one tile.
       window: (wt,wh,ww) tiles that a tile sees on each axis, or a tuple of N of them, one per head.
-      text_length: that many first text slots are valid keys: video queries see them beside their window, text
-        queries see them and the whole video. Later slots are no keys; as queries they give values of no meaning.
-        0: there are no text slots.
+      text_length: how many text slots, from the first on, are valid keys: video queries see them beside their window,
+        text queries see them and the whole video. Later slots are not keys; as queries they give meaningless values.
+        0: no text slots.
       return_lse: also return the log-sum-exp of each query's scaled logits.
       tiled: the video tokens are in tile order (`tiles.partition_indices`), not raster order, and so is the result.
       first_head: where there is a window for each of more heads than N, the heads of q are those from this one on
@@ -72,9 +72,9 @@ def sliding_tile_attention(
     block, n = int(np.prod(tile)), int(np.prod(counts))
     place, sizes = layout.video_places(grid, tile, tiled)
     text_place, text_sizes = layout.segment_places((slots,), block)
-    place = np.concatenate([place, n * block + text_place])
+    place = np.concatenate([place, n * block + text_place])  # [L]
     text_sizes = np.clip(text_length - block * np.arange(text_sizes.size), 0, block)
-    sizes = np.concatenate([sizes, text_sizes])
+    sizes = np.concatenate([sizes, text_sizes])  # [tiles + text blocks]
     layout.choose(q, sizes.size * block, block, implementation)
     q, k, v = (layout.to_blocks(x, place, sizes.size * block) for x in (q, k, v))
 
@@ -92,6 +92,7 @@ def sliding_tile_attention(
     out, lse = attend(q[:, : n * block], q2k, count)
     if slots:
         text_out, text_lse = attend(q[:, n * block :], *layout.everything(text_sizes.size, sizes))
+        # The text behind the video: out [B,places,N,K], lse [B,N,places].
         out, lse = jnp.concatenate([out, text_out], axis=1), jnp.concatenate([lse, text_lse], axis=2)
     out = layout.from_blocks(out, place)
     if not return_lse:

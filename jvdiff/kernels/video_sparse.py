@@ -47,8 +47,8 @@ def video_sparse_attention(
       sparsity: in 0..1; 0 keeps every tile, 1 keeps one.
       prefix_lengths: tokens of each prefix segment (text, key frames, ...). Segments are cut into blocks of V, the last
         one ragged; prefix queries see everything.
-      prefix_policy: "exempt": video queries see the whole prefix and their best tiles. "compete": they see as many
-        blocks as that, the best of prefix and video together.
+      prefix_policy: "exempt": video queries see the whole prefix and their best tiles. "compete": they see the same
+        number of blocks, the best of prefix and video together.
       tiled: the video tokens are in tile order (`tiles.partition_indices`), not raster order, and so is the result.
       implementation: of `block_sparse_attention`; None takes the best.
 
@@ -76,11 +76,12 @@ def video_sparse_attention(
     prefix_place, prefix_sizes = layout.segment_places(prefix_lengths, block)
     place, sizes = layout.video_places(grid, tile, tiled)
     P = prefix_sizes.size
-    place, sizes = np.concatenate([prefix_place, P * block + place]), np.concatenate([prefix_sizes, sizes])
+    place, sizes = np.concatenate([prefix_place, P * block + place]), np.concatenate([prefix_sizes, sizes])  # [L], [n]
     layout.choose(q, sizes.size * block, block, implementation)
     q, k, v = (layout.to_blocks(x, place, sizes.size * block) for x in (q, k, v))
 
     coarse_q, coarse_k = _means(q, sizes), _means(k, sizes)  # [B,n,N,K]
+    # [B,N,n,n]
     scores = jnp.einsum("bink,bjnk->bnij", coarse_q, coarse_k, precision=_PRECISION) * q.shape[-1] ** -0.5
     kept = tiles.top_k_count(sparsity, video_tiles)
     q2k = _best(lax.stop_gradient(scores[:, :, P:]), kept, P, prefix_policy)
@@ -96,7 +97,7 @@ def video_sparse_attention(
         out = jnp.concatenate([prefix, out], axis=1)  # [B,n*V,N,K], the prefix first
     if gate is not None:
         weights = jax.nn.softmax(scores, axis=-1)
-        coarse = jnp.einsum("bnij,bjnk->bink", weights, _means(v, sizes), precision=_PRECISION)
+        coarse = jnp.einsum("bnij,bjnk->bink", weights, _means(v, sizes), precision=_PRECISION)  # [B,n,N,K]
         gate = layout.to_blocks(gate, place, sizes.size * block).astype(jnp.float32)
         gate = gate.reshape(q.shape[0], sizes.size, block, *q.shape[2:])  # [B,n,V,N,K]
         gated = (gate * coarse[:, :, None]).reshape(q.shape)  # [B,n*V,N,K]
@@ -116,7 +117,7 @@ def _best(scores: jax.Array, kept: int, P: int, policy: str) -> jax.Array:
     if policy == "compete" or P == 0:
         return lax.top_k(scores, P + kept)[1]
     best = lax.top_k(scores[..., P:], kept)[1] + P
-    return jnp.concatenate([lax.broadcasted_iota(jnp.int32, (*best.shape[:3], P), 3), best], axis=-1)
+    return jnp.concatenate([lax.broadcasted_iota(jnp.int32, (*best.shape[:3], P), 3), best], axis=-1)  # [...,P+kept]
 
 
 def sparsity_schedule(step: int, target: float, rate: float, interval: int) -> float:

@@ -5,7 +5,7 @@
         ...
 
 A batch is a function of the files, the settings, the seed and the step, so that a training that was stopped sees what
-it would have seen, whoever decoded it and whichever files could not be read.
+it would have seen, whichever thread decoded it and whichever files could not be read.
 
 B batch · F pixel frames · Y X pixel height, width · N clips.
 """
@@ -57,7 +57,8 @@ def find(source: str | os.PathLike) -> Clips:
 
     Raises:
       UsageError: no such folder or file.
-      DataError: it holds no clip, or a class none; a line of the CSV lacks path or label. CorruptFile: it is no CSV.
+      DataError: it holds no clip, or a class holds none; a line of the CSV lacks path or label.
+      CorruptFile: it is not a CSV.
     """
     source = Path(source)
     if not source.exists():
@@ -116,7 +117,8 @@ def read(
 
     Raises:
       DataError: too few frames, or not three channels. CorruptFile: not a readable video.
-      CheckpointError: its frames are too large, or its key frames too far apart. SetupError: there is no av.
+      CheckpointError: its frames are too large, or its key frames too far apart.
+      SetupError: av is not installed.
     """
     span = (frames - 1) * stride + 1
     with video.open_video(path) as (file, stream):
@@ -193,7 +195,8 @@ def batches(
       most_bad: which share of the clips may be unreadable, below 1.
 
     Raises:
-      UsageError: a setting that cannot be. SetupError: grain or av are not installed.
+      UsageError: an invalid setting.
+      SetupError: grain or av are not installed.
       DataError: fewer clips than a batch; while reading: more unreadable ones than `most_bad` of them.
     """
     _check_numbers(batch, frames, size, stride, seed, start, workers, most_bad)

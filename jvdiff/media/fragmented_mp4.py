@@ -129,9 +129,9 @@ def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, i
 
 
 def _fragments_until(path: Path, frames: int) -> tuple[bytes, int, int]:
-    """(header, how many fragments hold the first so many frames, where they end) of a FragmentedMP4's file."""
+    """(header, how many fragments hold the first `frames` frames, where they end) of a FragmentedMP4's file."""
     if not path.is_file():
-        raise UsageError(f"{path}: there is no such file, whose first {frames} frames would be continued")
+        raise UsageError(f"{path}: no such file; its first {frames} frames would be continued")
     header, fragments, found, announced = b"", 0, 0, 0
     with open(path, "rb") as file:
         for kind, start, end in _boxes(file, 0, path.stat().st_size):

@@ -40,7 +40,7 @@ def check_fps(fps: float) -> None:
 
 
 def import_av() -> Any:
-    """The package av; SetupError where there is none."""
+    """The package av; SetupError where it is not installed."""
     try:
         import av
     except ImportError as error:
@@ -245,7 +245,7 @@ def _resize(frames: np.ndarray, low: int = 128, high: int = 480) -> np.ndarray:
 def read_picture(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
     """A PNG, JPEG or WebP file as uint8 RGB [height,width,3]: upright, its middle cut out and resized to fill that.
 
-    CheckpointError over MAX_PIXELS, CorruptFile for what is not such a picture, UsageError where there is no file.
+    CheckpointError over MAX_PIXELS, CorruptFile for what is not such a picture, UsageError without such a file.
     """
     from PIL import Image, ImageOps
 

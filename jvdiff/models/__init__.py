@@ -43,7 +43,7 @@ def select(folder: Path, index: Mapping[str, Any]) -> tuple[str, str]:
         folder: of the repository. index: the content of its model_index.json.
 
     Raises:
-        CheckpointError: of none, or of one that refuses it; the message says what to use.
+        CheckpointError: of no known family, or of one that refuses it; the message says what to use.
     """
     configs = {
         path.parent.name: safetensors.read_json(path) for path in sorted(folder.glob("*/config.json")) if path.is_file()
@@ -62,7 +62,7 @@ def select(folder: Path, index: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def settings(folder: Path | None = None) -> dict[str, type]:
-    """What a user may set of a clip, by family: of this repository's alone where it can be read, else of all.
+    """What a user may set of a clip, by family: of this repository's family alone where it can be read, else of all.
 
     A group of options (`jvdiff.config.option`) each. Neither JAX nor a family is imported.
     """
@@ -74,7 +74,7 @@ def settings(folder: Path | None = None) -> dict[str, type]:
 
 
 def named(text: str | None) -> Any:
-    """The family that MODULE:NAME names, one of a user's own; None for None.
+    """The user's own family that MODULE:NAME names; None for None.
 
     Raises:
         UsageError: no such module, or no Family of that name in it.

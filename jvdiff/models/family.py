@@ -38,7 +38,7 @@ def _nothing(cfg: Any) -> tuple[str, ...]:
 class Part:
     """A network with its weights: one folder of a repository.
 
-    config: type of its configuration, with `from_json` and `to_json`
+    config: type of its configuration, hashable, with `from_json` and `to_json`
     classes: what config.json calls it (`_class_name`, `model_type`), any of these
     abstract: (configuration, dtype) -> parameter tree of ShapeDtypeStructs
     places: sharding rules of its leaves
@@ -135,8 +135,8 @@ class Clip:
         return any(segment.guidance != 1 for segment in self.segments)
 
     def batched(self, clips: int, shape: MeshShape | None) -> bool:
-        """Whether guidance's two branches are one batch: they fill devices that share batches, and small clips one
-        device. Large clips fit one device better in turn."""
+        """Whether guidance's two branches run as one batch: yes where devices share batches, and for small clips on one
+        device; large clips run in turn."""
         shared = shape is not None and shape.data * shape.fsdp > 1
         return shared or clips * math.prod(self.latents[:3]) <= 2**14
 
@@ -157,7 +157,7 @@ class Segment:
 
     start, stop: steps, the first and the one after the last
     part: whose weights
-    guidance: weight of classifier-free guidance; 1 is none
+    guidance: weight of classifier-free guidance; 1: no guidance
     pattern: which tokens see each other
     """
 
@@ -217,7 +217,8 @@ class Family:
     subject: the field of `Request` with one entry for each clip: "prompts" or "labels"
     takes: the other fields of `Request` that it takes, "image" for instance
     misfits: models -> what does not fit together, or None
-    complete: (models, defaults of the repository, values that are given) -> both, with what its other files ask for
+    complete: (models, defaults of the repository, values that are given) -> complete values, with what the
+        repository's other files ask for
     check_subject: (models, one subject as given) -> as `Request` has it; UsageError
     clip: (models, settings) -> Clip; UsageError for what these models cannot do
     mesh_sizes: (models, clip, clips, mesh) -> what a mesh must divide
@@ -264,15 +265,29 @@ class Family:
 class Rollout:
     """What streaming needs of a family that makes a video chunk by chunk.
 
+    A cache is the family's own pytree, with `keys` [layers,B,...] and `frames` int32 [], those of the video so far.
+    `how` are the keywords text_length, implementation and placement.
+
     configs: types of the configurations: transformer, VAE, text encoder; by their names in saved configurations
     dtype_of: weights of the transformer -> dtype of its keys and values
     span: (latent frames of a chunk, of the window, of the sink, whether positions are relative) -> how much of a video
-        a chunk sees
+        a chunk sees, with `chunk`, `slots` (frames that are kept) and `pattern`
     encode_texts: (configuration, weights, tokenizer, texts, placement) -> rows [B,S,D], zeros beyond each text's end
     token_counts: (tokenizer, texts) -> tokens of each text
-    text_keys, init_kv_cache, chunk_velocity, remembered, extend, reencode: of the transformer and its cache
+    text_keys: (weights, configuration, rows [B,S,D], placement=) -> keys and values of the text, [layers,B,S,...]
+    init_kv_cache: (configuration, span, batch, (H,W), dtype, placement=) -> cache of a video that has not begun
+    chunk_velocity: (weights, configuration, span, x [B,T,H,W,C], timestep [B], text keys, cache, **how) -> float32
+        [B,T,H,W,C]; the cache stays as it is
+    remembered: (span, history [B,slots,H,W,C], x [B,T,H,W,C], frames so far) -> history with those of the chunk
+    extend: as `chunk_velocity` -> cache with one more chunk
+    reencode: as `chunk_velocity`, with history [B,slots,H,W,C] as x -> cache of the same frames under this text
     mesh_sizes: (configuration, (T,H,W), batch, pattern) -> what a mesh must divide
-    encode_chunk, decode_chunk, normalize_latents, denormalize_latents: of the causal VAE
+    encode_chunk: (weights, configuration, frames [B,F,Y,X,3] in -1..1, VAE's cache or None, placement=) -> (latents
+        [B,T,H,W,C] at the VAE's scale, cache)
+    decode_chunk: (weights, configuration, latents [B,T,H,W,C], VAE's cache or None, placement=) -> (float32 frames
+        [B,F,Y,X,3] in -1..1, cache)
+    normalize_latents: (configuration, latents) -> latents from the VAE's scale to the transformer's
+    denormalize_latents: the inverse
     """
 
     configs: tuple[type, ...]
@@ -322,8 +337,8 @@ def read_config(folder: Path, parts: Mapping[str, Part] | Part) -> Any:
 
 @functools.lru_cache
 def parameter_tree(part: Part, cfg: Any, dtype: Any) -> Params:
-    """The parameter tree of a part as ShapeDtypeStructs, traced once for what is said, read and compiled; shared, so
-    nobody changes it."""
+    """The parameter tree of a part as ShapeDtypeStructs. Traced once and cached: loading, messages and plans share it,
+    so do not change it."""
     return part.abstract(cfg, dtype)
 
 

@@ -9,9 +9,9 @@ else has these members:
     product(x, dtype, precision)        x [..,in] in any dtype -> float32 [..,out], the operands in `dtype`
     array(dtype)                        the kernel as one array [..,in,out], for convolutions
 
-The first leaf of such a pytree has the shape of the kernel, which is what Linen checks; all leaves have as many axes as
-it has, the layers of a stack in axis 0. In which dtype a kernel is stored never decides in which it is multiplied,
-unless no other is named.
+The first leaf of such a pytree has the shape of the kernel, which is what Linen checks; all leaves have the same
+number of axes, the layers of a stack in axis 0. The dtype that a kernel is stored in never decides the one that it is
+multiplied in, unless no other is named.
 """
 
 import math

@@ -36,7 +36,7 @@ class Quantised:
 
     @property
     def dtype(self) -> Any:
-        """Of products where no other is named: the scale's."""
+        """The dtype of products where no other is named: the scale's."""
         return self.scale.dtype
 
     def product(self, x: Array, dtype: Any, precision: Any = None) -> Array:

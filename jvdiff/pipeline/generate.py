@@ -33,7 +33,7 @@ class Pipeline:
 
     repository: what the folder says of itself
     weights: of each part, lent to the stages
-    precision: row of the dtype table
+    precision: entry of the precision table
     placement: mesh that the weights are on; None is the default device
     """
 
@@ -76,7 +76,7 @@ class Output:
     """What `generate` made.
 
     video: uint8 [B,F,Y,X,3]
-    latents: float32 [B,T,H,W,C] as the sampler left them (normalised, model scale)
+    latents: float32 [B,T,H,W,C] after the sampler and the family's `finish` (normalised, model scale)
     subjects: prompt, or name of the class, of each clip
     seeds: of each clip; empty where the noise was given
     settings: every resolved setting
@@ -107,12 +107,13 @@ def load(
         precision: a name in `jvdiff.precision.TABLE`; None is bfloat16 with a float32 VAE on GPUs, float32 elsewhere.
         mesh: how several devices share the work, for instance "sequence=4,tensor=2" or dict(sequence=4, tensor=2); see
             `jvdiff.sharding.MeshShape`. None: one device.
-        family: of a repository of another's family (docs/adding_a_family.md).
+        family: your own Family, where the repository is of none that jvdiff has (docs/adding_a_family.md); None: as its
+            files say.
 
     Raises:
         CheckpointError: incomplete, damaged or unknown weights or configurations.
-        UsageError: no such folder, one for `jvdiff.stream`, an unknown precision, or a mesh of more devices than there
-            are.
+        UsageError: no such folder, a causal model (see `jvdiff.streaming.load`), an unknown precision, or a mesh of
+            more devices than there are.
     """
     placement, dtypes = place(read_mesh(mesh)), precisions.choose(precision)
     repository = path if isinstance(path, Repository) else inspect(path, at_once=True, family=family)
@@ -229,7 +230,7 @@ def _check_picture(family: Family, clip: Clip, image: Any) -> None:
 
 
 def check_fits(context: Context, clip: Clip, clips: int) -> None:
-    """Raises UsageError, with the nearest mesh that works, unless the mesh can denoise that many clips at once."""
+    """Raises UsageError, with the nearest mesh that works, unless the mesh can denoise `clips` clips at once."""
     if context.placement is not None:
         shape = context.placement.shape
         check_mesh(shape, context.family.mesh_sizes(context.models, clip, clips, shape), shape.devices)

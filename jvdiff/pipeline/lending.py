@@ -1,4 +1,4 @@
-"""Weights are lent: who computes with a part asks for it, and only for as long."""
+"""Weights are lent: a caller asks for a part to compute with it, and has it for that long only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Weights(Mapping[str, Params]):
         if part in self._places:
             return
         params = self._params[part]
-        # An array that was put on no device on purpose comes back as one: for another, programs would be compiled anew.
+        # An uncommitted array comes back uncommitted (place None); committed to a device, it would make programs
+        # compile again.
         self._places[part] = [x.sharding if x.committed else None for x in jax.tree.leaves(params)]
         self._params[part] = jax.device_get(params)
         jax.tree.map(lambda x: x.delete(), params)

@@ -57,7 +57,8 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
     Args:
         at_once: which models the caller can run: True those that make a clip at once, False those that make a video
             chunk by chunk; None takes both.
-        family: of a repository of another's family; None: one of `jvdiff.models.FAMILIES`, as its files say.
+        family: your own Family, where the repository is of none that jvdiff has; None: one of `jvdiff.models.FAMILIES`,
+            as its files say.
 
     Raises:
         UsageError: no such folder, or a repository of the other kind.
@@ -73,13 +74,9 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
             f"{path}: its components do not fit together: {problem}\nTake all folders from one repository."
         )
     if at_once is True and not family.at_once:
-        raise UsageError(
-            f"{path}: a causal model, which makes a video chunk by chunk; run it with `python -m jvdiff.stream`."
-        )
+        raise UsageError(f"{path}: a causal model, which makes a video chunk by chunk; run it with `jvdiff stream`.")
     if at_once is False and family.at_once:
-        raise UsageError(
-            f"{path}: not a causal model: it makes the whole video at once; run it with `python -m jvdiff.sample`."
-        )
+        raise UsageError(f"{path}: not a causal model: it makes the whole video at once; run it with `jvdiff sample`.")
     converted = (path / next(iter(family.parts)) / orbax.PARAMS).is_dir()
     known = converted and (path / MANIFEST).is_file()
     return Repository(
@@ -93,7 +90,7 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
 
 
 def _model_index(path: Path) -> dict[str, Any]:
-    """model_index.json of a folder, which names classes of known libraries only; none of them is ever imported."""
+    """model_index.json of a folder, which names classes of known libraries only; jvdiff never imports them."""
     if path.is_file():
         raise UnsafeFormat(
             f"{path}: a single file; files such as .pth or .ckpt can run code and are not opened.\n"

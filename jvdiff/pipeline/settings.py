@@ -34,7 +34,7 @@ def resolve(family: Family, models: Models, defaults: Mapping[str, Any], given: 
 
 
 def read_defaults(path: str | Path, family: Family) -> dict[str, Any]:
-    """The repository's `jvdiff_defaults.json` without its object `stream`; {} if there is none.
+    """The repository's `jvdiff_defaults.json` without its object `stream`; {} without the file.
 
     Raises:
         CheckpointError: not an object of the family's settings.
@@ -49,7 +49,7 @@ def read_defaults(path: str | Path, family: Family) -> dict[str, Any]:
 
 
 def stream_defaults(path: str | Path) -> dict[str, Any]:
-    """The object `stream` of the repository's `jvdiff_defaults.json`, not checked; {} if there is none.
+    """The object `stream` of the repository's `jvdiff_defaults.json`, not checked; {} without one.
 
     Raises:
         CheckpointError: not an object.

@@ -32,7 +32,7 @@ class Context:
     """What stages are computed with, whatever the request.
 
     family, models: whose stages
-    precision: row of the dtype table, for messages and plans
+    precision: entry of the precision table; the dtype of products, and what messages and plans tell
     placement: mesh that weights and activations are on; None is one device
     """
 
@@ -54,7 +54,11 @@ class Context:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Executor:
-    """Computes stages with weights that are lent for the time of a call."""
+    """Computes stages with weights that are lent for the time of a call.
+
+    weights: of each part
+    placement: mesh that they are on; None is the default device
+    """
 
     weights: Weights
     placement: Placement | None = None
@@ -229,7 +233,7 @@ def denoise(
 
     Args:
         state: consumed (its buffers are donated); its `x` are the latents.
-        callback: called as callback(done, state) when that many steps have been computed; a true value stops there.
+        callback: called as callback(done, state) after each step, `done` of them computed; a true value stops there.
             Copy from the state what must outlive the call.
 
     Raises:
@@ -319,7 +323,7 @@ def decode(
             frames.append(np.asarray(pixels)[0])
             if callback is not None:
                 callback(b * total + done)
-        clips.append(np.concatenate(frames))
+        clips.append(np.concatenate(frames))  # [f,Y,X,3], one after another -> [F,Y,X,3]
     return np.stack(clips)  # B x [F,Y,X,3] -> [B,F,Y,X,3]
 
 

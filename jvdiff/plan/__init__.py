@@ -39,6 +39,6 @@ __all__ = [
     "training",
 ]
 
-# What a GPU that is not there needs comes before JAX.
+# `targets` is searched first, since it must run before JAX is imported.
 
 __getattr__ = attach(__name__, __all__, ("targets", "counting", "report", "compiled", "meshes"))

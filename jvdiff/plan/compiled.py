@@ -33,7 +33,7 @@ class Program(NamedTuple):
     largest_elements: numbers of that array
     seconds: to compile it
     sends: kind of collective -> (how often it runs, bytes that one device sends) in one call
-    asynchronous: how many of its `collectives` are
+    asynchronous: how many of its `collectives` are asynchronous
     collectives: how many its text has
     """
 

@@ -13,8 +13,8 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 def count_flops(jaxpr: Any) -> float:
     """FLOPs of the matrix products and convolutions of a jaxpr, loops counted as often as they run.
 
-    What a `shard_map` does, every device of its mesh does, and they are added up; the rest counts once. Of branches
-    the dearest one counts; a `while` without a known length counts once.
+    What a `shard_map` does, every device of its mesh does, and they are added up; the rest counts once. A branch counts
+    as its dearest alternative; a `while` without a known length counts once.
     """
     total = 0.0
     for equation in jaxpr.eqns:

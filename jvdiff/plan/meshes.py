@@ -22,16 +22,18 @@ def smallest_mesh(
 ) -> tuple[MeshShape, str]:
     """(mesh, a line that explains it) of the smallest split of one clip whose compiled programs fit.
 
-    Meshes are tried by the devices they use (1, 2, 4, ...), and of as many devices by what they communicate: tokens
-    divided, then weights too, then heads. One whose weights alone do not fit is not compiled. Programs of parts that
-    every device has whole are spread over all devices whatever the axes, and are compiled once for as many devices.
+    Meshes are tried by the number of devices they use (1, 2, 4, ...); among equally many, those that communicate less
+    come first: tokens divided, then weights too, then heads. A mesh whose weights alone do not fit is not compiled.
+    Programs of parts that every device has whole are spread over all devices whatever the axes, and are compiled once
+    for each number of devices.
 
-    devices: how many there are, and limit: bytes of memory of one; None: those at hand, with several processes all of
-    them, since each has some. target: compile for that GPU.
+    devices: how many there are; None: those at hand, with several processes all of them, since each has some.
+    limit: bytes of memory of one; None: of those at hand.
+    target: compile for that GPU.
 
     Raises:
         ResourceError: none fits; the message has the need of the best.
-        UsageError: this model cannot be divided among that many devices.
+        UsageError: this model cannot be divided among `devices` devices.
     """
     exactly = devices is None and jax.process_count() > 1
     devices = jax.device_count() if devices is None else devices
@@ -74,12 +76,12 @@ def _none_fits(tried: dict[MeshShape, int], devices: int, limit: int) -> Excepti
     return ResourceError(
         f"no mesh of {devices} devices fits: the best, {best}, needs at least {gib(tried[best]).strip()} of memory on "
         f"each device, and each has {gib(limit).strip()}.\n"
-        "Use more devices, fewer frames or a smaller picture, or --config.precision=bfloat16."
+        "Use more devices, fewer frames or a smaller picture, or --precision=bfloat16."
     )
 
 
 def candidates(devices: int) -> Iterator[MeshShape]:
-    """Meshes of up to that many devices, those of fewer devices first, and of as many those that communicate less."""
+    """Meshes of at most `devices` devices, fewest first; among equally many, those that communicate less first."""
     counts = [2**i for i in range(devices.bit_length())]
     for count in sorted({*counts, devices}):
         divisors = [n for n in range(2, count + 1) if count % n == 0]

@@ -1,4 +1,4 @@
-"""The GPUs that can be planned for where there is none, and how the compiler that this needs is found.
+"""The GPUs that can be planned for on a machine without one, and how the compiler that this needs is found.
 
 JAX's CUDA compiler needs no GPU and no driver, only the description of a GPU (`targets/`) and packages of 0.7 GB.
 Installed beside JAX, they make it look for a driver at every start, and complain. So they lie in a folder of the
@@ -42,7 +42,7 @@ def has_compiler() -> bool:
 
 
 def check_target(target: str) -> None:
-    """That the description of a GPU is there and this process has the compiler; keeps JAX from looking for GPUs.
+    """Checks that a GPU is described and that this process has the compiler; keeps JAX from looking for GPUs.
 
     Raises:
         UsageError: there is no such description in targets/.
@@ -65,7 +65,7 @@ def run_with_compiler(target: str, command: Sequence[str]) -> int | None:
 
     Args:
         target: the GPU to plan for; one that is not described is refused before anything else.
-        command: what follows `python` to start the same program: ["-m", "jvdiff.plan", ...].
+        command: what follows `python` to start the same program: ["-m", "jvdiff", "plan", ...].
 
     Returns:
         The exit status of that process, to be returned at once. None: this process goes on, and `check_target` passes.

@@ -17,7 +17,7 @@ def folder(name: str) -> Path:
 
 
 def check_private(path: Path, what: str, advice: str = "") -> None:
-    """That a folder is this user's, and that its group and others cannot write into it.
+    """Checks that a folder is this user's, and that its group and others cannot write into it.
 
     Args:
         what: it holds, for the message: "the compilation cache".

@@ -101,7 +101,7 @@ def _check(config: Any) -> None:
     addresses = [name for name in list(fields())[1:4] if config.get(name) is not None]
     if not config.get("distributed"):
         if addresses:
-            raise UsageError(f"{', '.join(addresses)}: only with --config.distributed=true.")
+            raise UsageError(f"{', '.join(addresses)}: only with --distributed=true.")
     elif not 1 <= config.distributed_timeout <= 86400:
         raise UsageError(f"distributed_timeout is {config.distributed_timeout:g}; expected 1 to 86400 seconds.")
 
@@ -151,7 +151,7 @@ def _start_jax(config: Any, timeout: float) -> None:
     except (ValueError, TypeError) as error:
         raise UsageError(
             f"distributed: {' '.join(str(error).split())}\nNo Slurm, Kubernetes or Open MPI says more; give "
-            "--config.coordinator_address=HOST:PORT, --config.num_processes=N and --config.process_id=0 to N - 1.\n"
+            "--coordinator_address=HOST:PORT, --num_processes=N and --process_id=0 to N - 1.\n"
             "(On Kubernetes JAX needs the package kubernetes, with Open MPI 5 mpi4py.)"
         ) from error
     except RuntimeError as error:
@@ -174,7 +174,7 @@ def _meet(timeout: float) -> None:
 
 
 def _quieten() -> None:
-    """Of this process, which is not the first, only errors are heard, and our sentence before JAX's abort."""
+    """Lets this process, which is not the first, print errors only, and our sentence before JAX's abort."""
     logging.getLogger("jvdiff").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     # A JAX client whose coordinator is gone aborts; sleep(6), as SIGABRT is number 6, gives way to our sentence.

@@ -24,9 +24,9 @@ def bar(
 ) -> Iterator[Callable[[int], None]]:
     """Yields show(done), to be called with the number of units done, of `total`.
 
-    total    None: there is no end
-    start    units that an earlier run did; they do not count for the rate
-    stream   where to write; None: standard error in process 0, nowhere in others
+    total: None: there is no end
+    start: units that an earlier run did; they do not count for the rate
+    stream: where to write; None: standard error in process 0, nowhere in others
     """
     out = stream or _terminal()
     live, began, last = out.isatty(), time.monotonic(), float("-inf")

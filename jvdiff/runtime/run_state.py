@@ -41,9 +41,9 @@ MAX_FACTS = 64 * 2**20  # bytes
 class RunState:
     """A run that goes on from here.
 
-    facts    what decides the outcome, JSON values only
-    done     steps, or chunks, computed
-    arrays   named arrays of any dtype, for instance what `flatten` makes of a tree; when read, numpy's
+    facts: what decides the outcome, JSON values only
+    done: steps, or chunks, computed
+    arrays: named arrays of any dtype, for instance what `flatten` makes of a tree; when read, numpy's
     """
 
     facts: Mapping[str, Any]

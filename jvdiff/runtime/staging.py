@@ -1,6 +1,6 @@
-"""Folders that appear whole or not at all: written into a hidden one beside it, under a lock, and renamed at the end.
+"""Folders that appear whole or not at all.
 
-Files are in `files`.
+Each is written into a hidden folder beside its target, under a lock, and then renamed. Files are in `files`.
 """
 
 import ctypes

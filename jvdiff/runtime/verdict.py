@@ -131,12 +131,12 @@ def _remove(path: Path) -> None:
 class Member:
     """This process's end of the connection to the hub.
 
-    rank, count   which process this is, of how many
-    timeout       seconds of silence after which process 0 counts as dead
-    hub           the hub itself, in process 0
-    verdict       (exit status, sentence) for all; None as long as all work
-    leaving       the main thread has come for the verdict
-    hub_files     what process 0 has half written
+    rank, count: which process this is, of how many
+    timeout: seconds of silence after which process 0 counts as dead
+    hub: the hub itself, in process 0
+    verdict: (exit status, sentence) for all; None as long as all work
+    leaving: the main thread has come for the verdict
+    hub_files: what process 0 has half written
     """
 
     def __init__(self, rank: int, count: int, timeout: float, host: str, place: str, hub: Hub | None):

@@ -58,7 +58,14 @@ class Collective(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One instruction of a computation, its text taken apart: arguments in parentheses, attributes after them."""
+    """One instruction of a computation, its text taken apart.
+
+    name: without the %.
+    type: types and shapes of the result.
+    opcode: what it does.
+    arguments: the text in parentheses.
+    attributes: the text after them.
+    """
 
     name: str
     type: str
@@ -81,6 +88,7 @@ class Instruction(NamedTuple):
 class Run(NamedTuple):
     """An instruction as it runs.
 
+    instruction: itself.
     computation: that it is in.
     runs: in one call of the program.
     loops: around it.
@@ -99,8 +107,7 @@ class Run(NamedTuple):
 def read(text: str) -> list[Collective]:
     """Every collective of a compiled program, in the order of the text.
 
-    Of the branches of a conditional the one that sends most counts, and a loop whose length the text does not tell
-    counts once.
+    A conditional counts as the branch that sends most. A loop whose length the text does not tell counts once.
     """
     devices = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text[: text.find("\n")]))
     collectives = (_collective(run, devices) for run in walk(text))
@@ -200,7 +207,7 @@ def _sent(runs: Iterable[Run]) -> int:
 
 
 def _called(instruction: Instruction) -> list[str]:
-    """Computations that an instruction runs; what a reduction does to two elements is none of interest."""
+    """Computations that an instruction runs, without what a reduction does to two elements."""
     if instruction.opcode.removesuffix("-start") in KINDS:
         return []
     names = "calls|body|condition|to_apply|true_computation|false_computation"

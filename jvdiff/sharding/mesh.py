@@ -28,6 +28,10 @@ _EXAMPLE = "for instance sequence=4,tensor=2, or auto"
 class MeshShape:
     """Devices on each axis; their product is the number of devices.
 
+    data: share the clips.
+    fsdp: share the weights, and the clips where these divide, else the tokens.
+    sequence: share the tokens of a clip.
+    tensor: share heads and feed-forward columns.
     ring: of the devices that share tokens, how many pass keys round a ring; the others exchange heads for tokens. A
         factor of their number. None: as few as the heads allow, see `Sizes.ring`. 1 never passes keys round: heads that
         do not divide are padded.
@@ -54,6 +58,7 @@ class Sizes:
 
     batch: clips times guidance's branches.
     tokens: of one clip.
+    heads: of the attention.
     ffn_dim: the feed-forward width.
     dense: whether every token sees every token, by an implementation of `jvdiff.kernels`; a ring serves nothing else.
     """
@@ -133,7 +138,7 @@ def read_mesh(value: Any) -> MeshShape | str | None:
 
 
 def check_mesh(shape: MeshShape, sizes: Sizes, devices: int, *, exactly: bool = False) -> None:
-    """That `devices` of them can run a model of these sizes under this mesh; needs neither weights nor devices.
+    """Checks that `devices` devices can run a model of these sizes under this mesh; needs neither weights nor devices.
 
     exactly: every device must have its place (several processes: each has some).
 

@@ -86,8 +86,9 @@ class Placement:
     def spread(self, height: int, width: int) -> Picture:
         """How pictures [B,T,H,W,C], and whatever the VAE remembers of them, are divided among all devices of the mesh.
 
-        height, width: of the grid of latents; as many devices as divide it share it, whatever the axes of `mesh`.
-        Strips come before tiles: neighbours exchange half as many messages, which cost more than their bytes.
+        height, width: of the grid of latents. The largest number of devices that divides it shares it, whatever the
+            axes of `mesh`. Strips come before tiles: neighbours exchange half as many messages, which cost more than
+            their bytes.
         """
         devices = self.mesh.size
         able = (
@@ -113,6 +114,7 @@ Axes = tuple[str, ...]
 class Picture:
     """The devices once more, as they share a picture.
 
+    mesh: of the same devices, with axes for this division.
     height, width: the axes of `mesh` that divide it.
     """
 
@@ -122,16 +124,16 @@ class Picture:
 
     @property
     def spec(self) -> PartitionSpec:
-        """Of [B,T,H,W,C]."""
+        """How [B,T,H,W,C] is divided."""
         return P(None, None, self.height, self.width)
 
     @property
     def sharding(self) -> NamedSharding:
-        """Of [B,T,H,W,C]."""
+        """Where [B,T,H,W,C] lives."""
         return NamedSharding(self.mesh, self.spec)
 
     def divide(self, tree: Any) -> Any:
-        """The same pictures [B,T,H,W,C], of each a part on every device."""
+        """The same pictures [B,T,H,W,C], a part of each on every device."""
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self.sharding), tree)
 
 
@@ -139,6 +141,7 @@ class Picture:
 class Split:
     """The devices once more, as the activations of one forward pass are divided among them.
 
+    mesh: of the same devices, with axes for this division.
     batch: the axes of `mesh` that divide the clips.
     ring, heads: those that divide the tokens, to pass keys round and to exchange heads for tokens.
     tensor: those that divide heads and feed-forward columns.
@@ -158,7 +161,7 @@ class Split:
 
     @property
     def padding(self) -> int:
-        """Tokens to add so that every device has as many."""
+        """Tokens to add so that every device has the same number."""
         return -self.tokens % self.devices(self.ring + self.heads)
 
     def constrain(self, x: Array, *axes: Any) -> Array:
@@ -171,7 +174,7 @@ class Split:
 
 
 def _cut(mesh: Mesh, **sizes: int) -> tuple[Mesh, dict[str, Axes]]:
-    """The devices of a mesh in the same order, divided anew: a mesh, and which of its axes each name stands for.
+    """The devices of a mesh in the same order, divided otherwise: a mesh, and which of its axes each name stands for.
 
     Every axis has a prime number of devices. XLA's partitioner brings two meshes of one program together only where the
     axes of one are made of those of the other, and otherwise (4 by 2 and 2 by 4) divides nothing, without a word.

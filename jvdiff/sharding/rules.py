@@ -53,8 +53,8 @@ def _name(path: Sequence[Any]) -> str:
 def _spec(
     rules: Rules, name: str, shape: tuple[int, ...], kernel: tuple[int, ...], axes: Mapping[str, int]
 ) -> PartitionSpec:
-    """Of a leaf that is a part of a kernel of another shape (the scale of integers): only axes that have the kernel's
-    size are divided, as the kernel's are."""
+    """The PartitionSpec of a leaf. Where it is part of a kernel of another shape (the scale of integers), only axes of
+    the kernel's size are divided, as the kernel's are."""
     if not shape:
         return P()
     rule = next((spec for pattern, spec in rules if re.search(rf"(^|/)({pattern})$", name)), None)

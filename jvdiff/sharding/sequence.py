@@ -79,7 +79,7 @@ def by_heads(split: Split) -> P:
 
 
 def padded_heads(split: Split, heads: int) -> int:
-    """M: how many heads there are when every device has as many."""
+    """M: the number of heads, padded so that every device has the same number."""
     devices = split.devices(split.heads)
     each = heads // split.devices(split.tensor)
     return split.devices(split.tensor) * -(-each // devices) * devices

@@ -58,11 +58,11 @@ class _Encoder(_OverVAE):
     """Pixel frames in, latent frames out."""
 
     def get_output_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
-        """Latent frames that this many pixel frames become; UsageError, with the nearest number, where they do not."""
+        """Latent frames that these pixel frames become. UsageError with the nearest number that works."""
         return _latent_frames(self.vae, pixel_frames, autoregressive_index)
 
     def get_input_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
-        """Pixel frames that become this many latent frames in the chunk of this index (from 0)."""
+        """Pixel frames that become these latent frames in the chunk of this index (from 0)."""
         return _pixel_frames(self.vae, latent_frames, autoregressive_index)
 
 
@@ -71,11 +71,11 @@ class StreamingVideoDecoder(_OverVAE):
     """Latents of a chunk -> its pixel frames."""
 
     def get_output_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
-        """Pixel frames that this many latent frames become in the chunk of this index (from 0)."""
+        """Pixel frames that these latent frames become in the chunk of this index (from 0)."""
         return _pixel_frames(self.vae, latent_frames, autoregressive_index)
 
     def get_input_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
-        """Latent frames that become this many pixel frames; UsageError, with the nearest number, where none do."""
+        """Latent frames that become these pixel frames. UsageError with the nearest number that works."""
         return _latent_frames(self.vae, pixel_frames, autoregressive_index)
 
     def decode(
@@ -152,12 +152,12 @@ class NullEncoder:
         return 1
 
     def get_output_temporal_size(self, frames: int, autoregressive_index: int) -> int:
-        """As many."""
+        """The same number."""
         _check_size(frames, autoregressive_index)
         return frames
 
     def get_input_temporal_size(self, frames: int, autoregressive_index: int) -> int:
-        """As many."""
+        """The same number."""
         _check_size(frames, autoregressive_index)
         return frames
 
@@ -228,19 +228,19 @@ class ImageEncoder(_Encoder):
             raise UsageError("chunk 0 takes a picture [B,Y,X,3], found None.")
         if not begins and image is not None:
             raise UsageError("only chunk 0 takes a picture; the input of a later chunk is None.")
-        frame = None if image is None else _pixels(self.vae, image, "picture", "[B,Y,X,3]")[:, None]
+        frame = None if image is None else _pixels(self.vae, image, "picture", "[B,Y,X,3]")[:, None]  # [B,1,Y,X,3]
 
         if self.mode == "stamp":
             if frame is not None:
                 latent, _ = models.rollout(self.vae).encode_chunk(params, self.vae, frame, None, placement=placement)
                 cache = _normalized(self.vae, latent, placement)
-            latent = jnp.repeat(cache, latent_frames, axis=1)
+            latent = jnp.repeat(cache, latent_frames, axis=1)  # [B,1,H,W,C] -> [B,T,H,W,C]
             shape = (latent.shape[0], latent_frames, 1, 1, 1)
         else:
             # The VAE remembers two frames of its input, and so the size of the picture.
             batch, _, height, width, _ = (cache["conv_in"] if frame is None else frame).shape
             grey = jnp.zeros((batch, count - int(begins), height, width, 3), jnp.float32)
-            frames = grey if frame is None else jnp.concatenate([frame, grey], axis=1)
+            frames = grey if frame is None else jnp.concatenate([frame, grey], axis=1)  # [B,F,Y,X,3]
             latent, cache = _in_turn(models.rollout(self.vae).encode_chunk, params, self.vae, frames, cache, placement)
             latent = _normalized(self.vae, latent, placement)
             shape = (*latent.shape[:-1], self.vae.temporal_factor)
@@ -262,7 +262,7 @@ def stamped(payload: Payload | None, x: Array) -> Array:
 def concatenated(payload: Payload | None, x: Array) -> Array:
     """The network's input x | mask | latent (x | latent without a mask), along channels; x itself without a payload."""
     parts = [payload[name].astype(x.dtype) for name in ("mask", "latent") if name in payload] if payload else []
-    return jnp.concatenate([x, *parts], axis=-1) if parts else x
+    return jnp.concatenate([x, *parts], axis=-1) if parts else x  # [B,T,H,W,more channels]
 
 
 def _in_turn(
@@ -275,7 +275,7 @@ def _in_turn(
     if x.shape[1] == 1:
         return first, cache
     rest, cache = step(params, vae, x[:, 1:], cache, placement=placement)
-    return jnp.concatenate([first, rest], axis=1), cache
+    return jnp.concatenate([first, rest], axis=1), cache  # [B,T,...] or [B,F,...]
 
 
 def _normalized(vae: Any, latents: Array, placement: Placement | None) -> Array:

@@ -29,7 +29,16 @@ if TYPE_CHECKING:
 class FlowMatchSchedulerConfig:
     """Few steps of a distilled network, noised anew between them (`schedules.self_forcing`, `solvers.renoise`).
 
-    shift: 8 is flashdreams' default; the published Self-Forcing checkpoints were trained with 5.
+    num_inference_steps: steps of a chunk, the number of denoising_timesteps
+    shift: how much the noise levels lean towards noise; 8 is flashdreams' default, and the published Self-Forcing
+        checkpoints were trained with 5
+    denoising_timesteps: the steps, falling; d means entry num_train_timesteps - d of the levels of training
+    warp_denoising_step: the network gets that entry's timestep; otherwise it gets d itself, and sigma is that of the
+        entry whose timestep is nearest
+    integer_timesteps: what the network gets is truncated to a whole number
+    num_train_timesteps: levels of training
+    sigma_max, sigma_min: the highest and the lowest of these, before the shift
+    extra_one_step: sigma_min itself is left out of them
     """
 
     num_inference_steps: int = 4
@@ -46,7 +55,7 @@ class FlowMatchSchedulerConfig:
         if self.num_inference_steps != len(self.denoising_timesteps):
             raise UsageError(
                 f"num_inference_steps is {self.num_inference_steps}, and there are {len(self.denoising_timesteps)} "
-                "denoising_timesteps; give as many."
+                "denoising_timesteps; make the two equal."
             )
 
     def schedule(self) -> Schedule:
@@ -72,7 +81,11 @@ class FlowMatchSchedulerConfig:
 
 @dataclass(frozen=True)
 class UniPCSchedulerConfig:
-    """UniPC of order 2 on the grid that begins at the highest level of training (`schedules.make(grid="training")`)."""
+    """UniPC of order 2 on the grid that begins at the highest level of training (`schedules.make(grid="training")`).
+
+    num_inference_steps: steps of a chunk
+    shift: how much the noise levels lean towards noise
+    """
 
     num_inference_steps: int = 50
     shift: float = 5.0

@@ -49,8 +49,8 @@ def check_generate(config: StreamInferencePipelineConfig, index: int, cache: Str
     batch, size = len(cache.history), (cfg.height * ratio, cfg.width * ratio)
     if len(shape) >= 4 and (shape[0], *shape[-3:-1]) != (batch, *size):
         raise UsageError(
-            f"the input is {list(shape)}; expected [{batch},...,{size[0]},{size[1]},3], as many pixels as the frames "
-            "have."
+            f"the input is {list(shape)}; expected [{batch},...,{size[0]},{size[1]},3], the height and width "
+            "of the frames."
         )
 
 

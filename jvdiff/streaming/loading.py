@@ -114,6 +114,11 @@ def load(
         path: the folder with model_index.json, a Hugging Face one or what `convert` made of it; or what `inspect` said.
         precision, mesh: see `jvdiff.load`.
         config: one derived from `config_of(path)`, with the same networks; None: that one.
+
+    Raises:
+        CheckpointError: incomplete, damaged or unknown weights or configurations.
+        UsageError: no such folder, a model that is not causal, an unknown precision, or a mesh of more devices than
+            there are.
     """
     repository = path if isinstance(path, Repository) else pipeline.inspect(path, at_once=False)
     placement, dtypes = pipeline.place(read_mesh(mesh)), precisions.choose(precision)

@@ -185,6 +185,6 @@ def _nonfinite(x: Array) -> Array:
 
 
 def _rollout_keys(key: Array, batch: int) -> Array:
-    """The key data uint32 [B,2] of that many rollouts: the first has the key itself, as if it were alone."""
+    """The key data uint32 [B,2] of `batch` rollouts: the first has the key itself, as if it were alone."""
     others = [jax.random.fold_in(key, number) for number in range(1, batch)]
-    return jnp.stack([jax.random.key_data(one) for one in (key, *others)])
+    return jnp.stack([jax.random.key_data(one) for one in (key, *others)])  # B of [2] -> [B,2]

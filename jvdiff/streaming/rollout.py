@@ -84,6 +84,11 @@ class StreamInferencePipeline:
             text: in their place rows [B or 2B,S,D], zeros beyond a prompt's end, S at most text_rows; with guidance
                 those of the negative prompt follow.
             negative_prompt: what guidance leads away from.
+
+        Raises:
+            UsageError: not a key or a seed; not either prompts or text; prompts without a tokenizer, or that cannot be
+                used; text rows of another shape, or beyond text_rows; a mesh that cannot divide the model.
+            NumericsError: the text encoder made NaN or infinity.
         """
         key = self.config.diffusion_model.seed if key is None else key
         key = jax.random.key(np.uint32(check_seed(key))) if isinstance(key, int | np.integer) else key
@@ -114,6 +119,11 @@ class StreamInferencePipeline:
             reencode: the past goes through the network once more, as if it had been made under these prompts (as
                 LongLive does at a change), and `cache` is used up. Otherwise both share their past, and the `finalize`
                 of either takes it from the other: see `copy`.
+
+        Raises:
+            UsageError: a cache of another configuration, one that `finalize` was given, or one whose chunk is not
+                finalized; another number of rollouts; and as `initialize_cache`.
+            NumericsError: as `initialize_cache`.
         """
         guards.check_cache(self.config, cache)
         if cache.generated != cache.finalized:
@@ -138,7 +148,12 @@ class StreamInferencePipeline:
 
         Returns:
             (frames, cache, final): uint8 [B,F,Y,X,3], or latents float32 [B,T,H,W,C] without a decoder; the state with
-            what the VAE remembers; and what `finalize` needs.
+            what the VAE remembers; and what `finalize` needs. NaN or infinity raises nothing: see
+            `FinalState.nonfinite`.
+
+        Raises:
+            UsageError: a cache of another configuration, or one that `finalize` was given; a chunk out of turn; an
+                input that the encoder does not take.
         """
         i, config, programs = autoregressive_index, self.config, self.programs
         guards.check_generate(config, i, cache, input)
@@ -171,6 +186,10 @@ class StreamInferencePipeline:
         Returns:
             (cache, statistics): where time is taken encode_ms, diffuse_ms, decode_ms, finalize_ms, total_ms,
             total_ms_wo_finalize and, where the device tells, mem_alloc_gib and mem_peak_gib; else {}.
+
+        Raises:
+            UsageError: a cache of another configuration, or one that `finalize` was given; a chunk out of turn; what
+                `generate` made of another chunk, or of another number of rollouts.
         """
         i = autoregressive_index
         guards.check_finalize(self.config, i, cache, final)
@@ -184,7 +203,7 @@ class StreamInferencePipeline:
         return after, clock.statistics()
 
     def abstract_cache(self, batch: int, begun: bool = True) -> StreamCache:
-        """The cache of that many rollouts as ShapeDtypeStructs, before the first chunk or (`begun`) after one."""
+        """The cache of `batch` rollouts as ShapeDtypeStructs, before the first chunk or (`begun`) after one."""
         cfg, struct = self.config.diffusion_model.transformer, jax.ShapeDtypeStruct
         branches, grid = batch * self._branches, (cfg.height, cfg.width)
         network, programs = self.params["transformer"], self.programs

@@ -31,16 +31,16 @@ def check_count(name: str, value: Any) -> None:
 
 
 def check_shared(name: str, value: int, shape: MeshShape) -> None:
-    """Raises UsageError unless the mesh can share so many clips."""
+    """Raises UsageError unless the mesh can share `value` clips."""
     if value % shape.data:
         raise UsageError(f"{name} is {value}; expected a multiple of the {shape.data} that share it (loop.mesh).")
 
 
 def mesh(loop: ConfigDict, planned: bool = False) -> MeshShape:
-    """`loop.mesh`; one device where there is none. planned: its devices need not be there.
+    """`loop.mesh`, or one device without it. planned: its devices need not be there.
 
     Raises:
-        UsageError: it cannot be read, or has more devices than there are, or fewer than many processes have in all.
+        UsageError: it cannot be read, has more devices than there are, or fewer than several processes have in all.
     """
     try:
         shape = read_mesh(loop.get("mesh")) or MeshShape()

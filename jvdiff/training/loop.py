@@ -53,12 +53,13 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what, and how well it does.
+    """What is trained, on what, and how its samples are shown.
 
     init: key -> float32 parameters.
     loss: (parameters, batch, key) -> (scalar, metrics: a dict of scalars); pure.
     batches: step -> a generator of the batches from that step on, pytrees of numpy arrays, axis 0 the batch. The same
-      step gives the same data, so that a resumed run sees what it would have seen. Of a pure function: `each`.
+      step gives the same data, so that a resumed run sees what it would have seen. `each` makes one from a pure
+      function of the step.
     rules: where the parameters, their average and the optimiser's moments live on a mesh.
     show: (average, step) -> None, writes samples somewhere; called every `show_every` steps.
     """
@@ -138,7 +139,7 @@ def make_step(task: Task, schedule: Schedule, key: Array, shardings: State | Non
             return one(params, batch, key)
         if size % accumulate:
             raise UsageError(f"accumulate is {accumulate}; expected a divisor of the batch, which is {size}.")
-        # Every n-th row, so that a device's rows stay on it.
+        # Every n-th row, so that a device's rows stay on it. [B,...] -> [accumulate,B/accumulate,...]
         parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
         keys = jax.random.split(key, accumulate)
         first = jax.eval_shape(one, params, jax.tree.map(lambda x: x[0], parts), keys[0])
@@ -153,7 +154,7 @@ def make_step(task: Task, schedule: Schedule, key: Array, shardings: State | Non
     def step(state: State, batch: Any) -> tuple[State, Mapping[str, Array]]:
         noise_key = jax.random.fold_in(key, state.step)
         (loss, metrics), grads = gradient(state.params, batch, noise_key)
-        if shardings is not None:  # the gradient of gathered weights: added up and divided at once
+        if shardings is not None:  # sums and shards the gradients in one collective (reduce-scatter)
             grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         norm = optax.tree.norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies its int32 count with floats
@@ -173,7 +174,7 @@ def make_step(task: Task, schedule: Schedule, key: Array, shardings: State | Non
 
 
 def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
-    """How so many clips lie on a mesh: divided over `data`, and over `fsdp` too where they can be.
+    """How `size` clips lie on a mesh: divided over `data`, and over `fsdp` too where they can be.
 
     Raises:
       UsageError: `data` does not divide them.
@@ -223,7 +224,7 @@ def fit(
 
     Raises:
       Interrupted: SIGINT or SIGTERM came; the state after the last whole step is saved.
-      NumericsError: too many steps in a row were skipped; the last checkpoint is kept, and so is what it led to.
+      NumericsError: too many steps in a row were skipped. The last checkpoint is kept; nothing after it is saved.
       CheckpointError: the run in `folder` is of another model, or another process is at it.
       ResourceError: the disk is full.
     """
@@ -261,7 +262,12 @@ def _check_counts(**counts: int | None) -> None:
 
 
 class _Every(NamedTuple):
-    """Steps between checkpoints, lines of metrics, and samples (None: no samples)."""
+    """How often the loop does what.
+
+    save: steps between checkpoints
+    log: steps between lines of metrics
+    show: steps between samples; None: no samples
+    """
 
     save: int
     log: int
@@ -304,7 +310,7 @@ class _Run:
         metrics: Metrics,
         stopped: Callable[[], bool],
     ) -> None:
-        """Takes the state to that many steps, or to where the run is stopped."""
+        """Takes the state to step `steps`, or to where the run is stopped."""
         with closing(_ahead(task.batches(self.done), steps - self.done)) as batches:
             for batch in batches:
                 if stopped():

@@ -16,7 +16,7 @@ from jvdiff.errors import UsageError
 class Schedule:
     """Optimisation: AdamW with linear warm-up and cosine decay to `final_rate` times the peak."""
 
-    steps: int = option(MISSING, "how many in all")
+    steps: int = option(MISSING, "steps in all")
     learning_rate: float = option(1e-3, "at its peak")
     warmup: int = option(100, "steps in which the rate rises from 0")
     final_rate: float = option(0.01, "of the cosine's end, times learning_rate")
@@ -87,7 +87,8 @@ class Kind(NamedTuple):
     about: what it trains, in one line.
     fields: the group of its options beside `Training`'s.
     run: MODULE:FUNCTION of (config, folder) -> the result's path.
-    programs: MODULE:FUNCTION of config -> what a plan is made of; None: it has no plan.
+    programs: MODULE:FUNCTION of (config, mesh_of) -> (name, task, schedule, abstract batch) of each part; None: no
+        plan.
     free: paths of options that decide no number of the training.
     """
 

@@ -19,7 +19,7 @@ FILE = "config.json"
 def begin(folder: Path, fields: Mapping[str, Any], kind: Kind, allow_changes: bool, free: Iterable[str] = ()) -> None:
     """Records the fields of a run that begins in `folder`, or compares them with those of the run that goes on there.
 
-    As long as no step is saved there, nothing that the fields decide is kept, and they may change. `free`: fields that
+    Until a step is saved, no field has decided anything that is kept, so fields may still change. `free`: fields that
     decide no number, besides those of `Training` and of the task.
 
     Raises:
@@ -69,7 +69,7 @@ def _difference(folder: Path, other: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _saved(folder: Path) -> int:
-    """The last step that a checkpoint in the folder, or in one of its parts, is of; 0: there is none."""
+    """The step of the last checkpoint in the folder or in one of its parts; 0 without one."""
     names = [path.name for pattern in ("state/*", "*/state/*") for path in folder.glob(pattern) if path.is_dir()]
     return max((int(name) for name in names if name.isdecimal()), default=0)
 

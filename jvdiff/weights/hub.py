@@ -29,7 +29,7 @@ def locate(name: str | Path, *, download: bool = True, tell: Callable[[str], Non
         tell: called with a line before the hub is asked; a progress bar comes with huggingface_hub.
 
     Raises:
-        UsageError: none of the three. A name that begins with a folder here, with `checkpoints` or with `runs` is
+        UsageError: not one of the three. A name that begins with a folder here, with `checkpoints` or with `runs` is
             never a repository's: a typing error must not fetch a stranger's weights.
         CheckpointError: not in the hub's cache, and the hub cannot be reached or has no such repository.
         ResourceError: the disk is full.

@@ -1,7 +1,7 @@
 """The manifest of an Orbax directory, `jvdiff.json`: the sha256 of every file and of every array.
 
-Orbax itself does not notice a flipped bit, so files are compared with it before a number of theirs is used. Of many
-processes each compares its share of the files, and all know what any of them found.
+Orbax itself does not notice a flipped bit, so files are compared with it before any of their numbers is used. With
+many processes, each compares its share of the files, and all know what any of them found.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ _PIECE = 4 * 2**20  # bytes of a file that are hashed at once
 
 
 def file_sha256(file: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
     total = hashlib.sha256()
     with open(file, "rb") as data:
         while piece := data.read(_PIECE):
@@ -58,7 +59,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of an Orbax directory.
 
     Raises:
-        IntegrityError: there is none, so nothing can be checked.
+        IntegrityError: there is no manifest, so nothing can be checked.
         CorruptFile, CheckpointError: it is damaged, or of a later version.
     """
     if not (root / MANIFEST).is_file():
@@ -75,8 +76,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
 def verify_files(path: Path) -> None:
     """Compares every file below `path` (a component, or a whole directory) with the manifest beside or above it.
 
-    Of several processes each reads a share, and all know what any of them found. Raises IntegrityError that names the
-    files that differ, are missing, or should not be there.
+    With several processes, each reads a share, and all know what any of them found. Raises IntegrityError that names
+    the files that differ, are missing, or should not be there.
     """
     root = path if (path / MANIFEST).is_file() or not (path.parent / MANIFEST).is_file() else path.parent
     prefix = "" if root == path else f"{path.name}/"

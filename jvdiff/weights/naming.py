@@ -34,12 +34,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Transform:
-    """A rearrangement of axes in einops notation: left to right into the tree, right to left out of it."""
+    """A rearrangement of axes in einops notation: left to right into the tree, right to left out of it.
+
+    source: axes in the checkpoint
+    target: axes in the tree
+    sizes: of axes that are one product with others in the tree
+    all_zero: what is wrong if every number is 0, where that can be told; else empty
+    """
 
     source: str
     target: str
     sizes: tuple[tuple[str, int], ...] = ()
-    all_zero: str = ""  # what is wrong if every number is 0, where that can be told
+    all_zero: str = ""
 
     def forward(self, array: np.ndarray) -> np.ndarray:
         """Checkpoint layout -> parameter layout (a view where numpy can give one)."""
@@ -85,7 +91,13 @@ def patch(t: int, h: int, w: int) -> Transform:
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a table: tensor name in the checkpoint, leaf in the tree, how the axes move between them."""
+    """One line of a table.
+
+    pattern: tensor name in the checkpoint; {layer} is the number of a stacked layer, and other names in braces are
+        numbers that `path` has too
+    path: leaf in the tree
+    transform: how the axes move between them
+    """
 
     pattern: str
     path: str
@@ -100,7 +112,13 @@ class Rule:
 
 
 class Entry(NamedTuple):
-    """What one tensor of the checkpoint must be: its shape there, and where it goes."""
+    """What one tensor of the checkpoint must be, and where it goes.
+
+    shape: in the checkpoint
+    path: leaf in the tree
+    layer: which part of the leaf's axis 0 it fills; None: the whole leaf
+    transform: how the axes move between them
+    """
 
     shape: tuple[int, ...]
     path: str
@@ -270,8 +288,8 @@ def fill(
 ) -> np.ndarray:
     """Reads one leaf, or the part `index` of it (a slice for each axis); holds that, and as much of one source tensor.
 
-    Raises CheckpointError where a finite number does not fit the wanted dtype (float16), where everything is 0 that
-    cannot be, and what `source` raises.
+    Raises CheckpointError where a finite number does not fit the wanted dtype (float16), where a tensor that must
+    not be all zero is, and what `source` raises.
     """
     spans = [s.indices(n)[:2] for s, n in zip(index or [slice(None)] * len(shape), shape, strict=True)]
     array = np.empty([stop - start for start, stop in spans], dtype)

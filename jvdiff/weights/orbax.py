@@ -105,7 +105,9 @@ def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
 class Leaf:
     """An array that comes into being when it is written, so that only one needs to be in memory.
 
-    `facts` go into the manifest's record of it; `load` may fill them.
+    shape, dtype: of the array
+    load: makes it
+    facts: go into the manifest's record of it; `load` may fill them
     """
 
     shape: tuple[int, ...]

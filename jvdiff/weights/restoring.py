@@ -30,9 +30,9 @@ class LeafTransform(Protocol):
 
     A frozen value. It sees whole arrays, on the host, so that what it makes does not depend on the mesh.
 
-    digest    what names it in the record of a run: with the weights' own digest it says what ran
-    abstract  the path of a leaf ("a/b/kernel") and its struct -> a struct, or a pytree of structs
-    apply     the path and the array (numpy, shape and dtype of that struct) -> arrays of what `abstract` gives
+    digest: what names it in the record of a run: with the weights' own digest it says what ran
+    abstract: the path of a leaf ("a/b/kernel") and its struct -> a struct, or a pytree of structs
+    apply: the path and the array (numpy, shape and dtype of that struct) -> arrays of what `abstract` gives
     """
 
     @property
@@ -63,8 +63,8 @@ def restore(
     """Reads one component onto devices, from a published (safetensors) folder or from an Orbax directory.
 
     Each process reads what its own devices hold; of a published folder, one part of one array is in host memory at a
-    time. With a `transform` each process reads all, and one whole array is. How the arrays lay when they were saved
-    does not matter.
+    time. With a `transform` each process reads every array, whole, one at a time. The sharding that the arrays were
+    saved under does not matter.
 
     Args:
         folder: one with safetensors in a published layout, or one that `save` or the converter wrote.
@@ -84,7 +84,7 @@ def restore(
         MissingTensor, ShapeMismatch: names, shapes or (with cast=False) dtypes differ from `abstract`; all are listed.
         IntegrityError: a file differs from the manifest, or there is no manifest.
         CheckpointError: damaged or unusable files; see `jvdiff.weights.safetensors`.
-        UsageError: the transform gives something else than its `abstract` says.
+        UsageError: the transform gives something other than its `abstract` says.
     """
     path, wanted = Path(folder), flatten(abstract)
     if (path / PARAMS).is_dir():

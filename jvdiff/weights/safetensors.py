@@ -85,7 +85,13 @@ def _parse_json(text: bytes, where: str, repeated: str = "repeated key") -> dict
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies: file, dtype as safetensors calls it, shape, first byte and end in the file."""
+    """Where one tensor lies.
+
+    file: that holds it
+    stored: dtype, as safetensors calls it
+    shape: as it is stored
+    begin, end: in the file, its first byte and the one after its last
+    """
 
     file: Path
     stored: str
@@ -243,12 +249,16 @@ def _runs(tensor: Tensor, index: Sequence[slice] | None) -> tuple[list[int], lis
 class Folder:
     """One component of a Hugging Face repository, opened: a source of tensors for `jvdiff.weights.naming`.
 
-    `nonfinite` counts, per tensor read so far, the NaN and infinite numbers that `allow_nonfinite` let through.
+    path: the folder
+    tensors: where each lies, by name
+    files: size, mtime, inode and device of each file when its header was read
+    allow_nonfinite: let NaN and infinite numbers through
+    nonfinite: how many of them were let through, by tensor, of those read so far
     """
 
     path: Path
     tensors: dict[str, Tensor]
-    files: dict[Path, tuple[int, ...]]  # size, mtime, inode and device when the header was read
+    files: dict[Path, tuple[int, ...]]
     allow_nonfinite: bool = False
     nonfinite: dict[str, int] = field(default_factory=dict)
 
@@ -368,7 +378,7 @@ def _no_weights(path: Path) -> CheckpointError:
         return UnsafeFormat(
             f"{path}: holds {', '.join(map(shown, unsafe[:3]))} and no safetensors.\n"
             "Files of these kinds can run code and are not opened.\n"
-            "Use the safetensors version of the repository; those that are named OWNER/NAME-Diffusers are such."
+            "Use the repository's safetensors version, usually named OWNER/NAME-Diffusers."
         )
     return MissingTensor(
         f"{path}: no weights: expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}, or their .index.json.\n"

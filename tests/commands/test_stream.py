@@ -305,7 +305,7 @@ def test_a_state_is_not_resumed_with_other_weights(
         ({f"{TRANSFORMER}.network.num_layers": 1}, "is not that of the weights"),
         ({f"{TRANSFORMER}.guidance_scale": 0.5}, "guidance_scale is 0.5"),
         ({f"{SCHEDULER}.shift": "abc"}, "scheduler.shift is 'abc'; expected float"),
-        ({f"{SCHEDULER}.num_inference_steps": 2}, "give as many"),
+        ({f"{SCHEDULER}.num_inference_steps": 2}, "make the two equal"),
         ({f"{SCHEDULER}.denoising_timesteps": "(1000, 'x', 3, 1)"}, "denoising_timesteps is (1000, 'x', 3, 1)"),
         ({f"{SCHEDULER}.class": "Euler"}, "the class 'Euler'"),
         ({"pipeline.diffusion_model.context_noise": 2000}, "context_noise is 2000"),
@@ -325,7 +325,7 @@ def test_bad_input_is_a_sentence_before_any_weight_is_read(fields, words, comman
 
 def test_a_model_that_makes_a_video_at_once_is_sent_to_the_other_program(command, tiny_repository, no_weights, capsys):
     assert stream.main(command(checkpoint=tiny_repository)) == 2
-    assert "python -m jvdiff.sample" in error_of(capsys)
+    assert "run it with `jvdiff sample`" in error_of(capsys)
 
 
 def test_without_av_it_says_so(command, monkeypatch, no_weights, capsys):

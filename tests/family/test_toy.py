@@ -1,4 +1,4 @@
-"""A family of one's own, outside jvdiff/: it samples, plans, shards, saves, resumes and converts, in Python and from
+"""A user's own family, outside jvdiff/: it samples, plans, shards, saves, resumes and converts, in Python and from
 the command lines."""
 
 import json

@@ -110,7 +110,7 @@ def test_what_is_half_written_is_not_played(tmp_path, moving):
 
 def test_growing_files_that_cannot_be(tmp_path, moving):
     path = tmp_path / "a.mp4"
-    with pytest.raises(UsageError, match="no such file, whose first 8 frames"):
+    with pytest.raises(UsageError, match="no such file; its first 8 frames"):
         FragmentedMP4(path, 16, frames=8)
     file = FragmentedMP4(path, 16)
     for wrong, says in ((moving[:0], "0, 32, 48, 3"), (moving[:, :31], "even width"), (moving / 2, "float64")):

@@ -1,4 +1,4 @@
-"""A family of one's own, by MODULE:NAME."""
+"""A user's own family, by MODULE:NAME."""
 
 import pytest
 

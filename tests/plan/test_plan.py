@@ -216,7 +216,7 @@ def test_the_smallest_mesh_that_fits(monkeypatch):
     shape, sentence = find(8, 80)
     assert shape == MeshShape(sequence=2) and "fewer devices would need 98" in sentence and "\n" not in sentence
     compiled.clear()
-    # Decoding needs 30 GiB on however many devices: weights must shrink too. It is compiled once for so many devices,
+    # Decoding needs 30 GiB on any number of devices: weights must shrink too. It is compiled once for each number,
     # and not at all where weights do not fit.
     assert find(8, 45)[0] == MeshShape(fsdp=4)
     assert compiled == [("data=1", False), ("sequence=2", False), ("sequence=4", False), ("fsdp=4", True)]

@@ -109,6 +109,6 @@ def test_an_installation_that_fails_leaves_nothing(index, capfd):
 
 @pytest.mark.parametrize("flags", [["--checkpoint=Wan2.1-T2V-1.3B-Diffusers"], ["--config=latent_video_digits"]])
 def test_a_plan_is_made_by_a_process_of_its_own(folder, capfd, flags):
-    """This compiler is none, which that process finds out and says."""
+    """This compiler is not one, which that process finds out and says."""
     assert planning.main(["jvdiff plan", *flags, "--plan_target=h200"]) == 7
     assert "the CUDA compiler cannot be used" in capfd.readouterr().err

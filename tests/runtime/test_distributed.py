@@ -193,7 +193,7 @@ def test_who_waits_in_vain_says_so(program, rank):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"num_processes": 2}, "num_processes: only with --config.distributed=true"),
+        ({"num_processes": 2}, "num_processes: only with --distributed=true"),
         ({"distributed": True, "distributed_timeout": 0.0}, "distributed_timeout is 0; expected 1"),
     ],
 )
@@ -212,7 +212,7 @@ def test_without_a_cluster_addresses_are_asked_for():
         "c = sample.default_config(); c.distributed = True; peers.join(c)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert "UsageError" in done.stderr and "give --config.coordinator_address=HOST:PORT" in done.stderr
+    assert "UsageError" in done.stderr and "give --coordinator_address=HOST:PORT" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
@@ -282,7 +282,7 @@ BLOCKS = re.findall(r"```(bash|yaml)\n(.*?)```", (ROOT / "docs" / "clusters.md")
 
 
 def check_command(words, devices):
-    """The program of a command line that its own parser takes, with a mesh of so many devices."""
+    """The program of a command line that its own parser takes, with a mesh of `devices` devices."""
     program = words[words.index("-m") + 1]
     parser = {"jvdiff.sample": sample, "jvdiff.train": train}[program]
     config = parser.parse([program, *words[words.index(program) + 1 :]]).config

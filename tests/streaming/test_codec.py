@@ -44,7 +44,7 @@ whole_decode = jax.jit(wan.decode, static_argnums=1, static_argnames="chunk")
 
 @pytest.fixture(scope="module")
 def params():
-    """Parameters none of which is at its trivial start."""
+    """Parameters that are all away from their trivial start."""
     random = np.random.default_rng(0)
 
     def fill(path, leaf):

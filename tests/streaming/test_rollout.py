@@ -55,7 +55,7 @@ CHUNKS = 4
 
 @functools.cache
 def weights(network=NETWORK):
-    """Parameters none of which is zero, so that no layer is idle."""
+    """Parameters that are all nonzero, so that no layer is idle."""
     random = np.random.default_rng(0)
 
     def fill(path, leaf):
@@ -313,7 +313,7 @@ def test_what_an_encoder_gives_is_seen_by_the_network(name):
         pipe.generate(0, fresh)
     for small in (inputs[0][..., :7, :, :], inputs[0][..., :8, :], np.concatenate([inputs[0]] * 2)):
         with pytest.raises(
-            UsageError, match=r"the input is .*; expected \[1,...,8,12,3\], as many pixels as the frames"
+            UsageError, match=r"the input is .*; expected \[1,...,8,12,3\], the height and width of the frames"
         ):
             pipe.generate(0, fresh, small)
 

@@ -40,7 +40,7 @@ def split(lists: Lists, block: int, block_q: int, block_kv: int) -> Lists:
     sizes = jnp.clip(sizes[:, None] - part[None] * block_kv, 0, block_kv)  # [Nkv,parts]
     valid = listed(lists)[..., None] & (sizes > 0)[q2k]  # [B,N,Nq,M,parts]
     children = q2k[..., None] * parts_kv + part[None, None, None, None]  # [B,N,Nq,M,parts]
-    children = children.reshape(B, N, Nq, M * parts_kv)
+    children = children.reshape(B, N, Nq, M * parts_kv)  # [B,N,Nq,M*parts]
     valid = valid.reshape(children.shape)  # [B,N,Nq,M*parts]
     place = jnp.where(valid, jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1, M * parts_kv)
     put = lambda row, place: jnp.zeros_like(row).at[place].set(row, mode="drop")  # noqa: E731
@@ -49,8 +49,8 @@ def split(lists: Lists, block: int, block_q: int, block_kv: int) -> Lists:
     count = jnp.sum(valid, axis=-1, dtype=jnp.int32)
     return Lists(
         jnp.repeat(children.reshape(B, N, Nq, M * parts_kv), parts_q, axis=2),  # [B,N,Nq*parts_q,M*parts]
-        jnp.repeat(count, parts_q, axis=2),
-        sizes.reshape(-1),
+        jnp.repeat(count, parts_q, axis=2),  # [B,N,Nq*parts_q]
+        sizes.reshape(-1),  # [Nkv*parts]
     )
 
 
@@ -67,5 +67,5 @@ def transpose(lists: Lists) -> tuple[jax.Array, jax.Array]:
     code = q2k * Nq + jax.lax.broadcasted_iota(jnp.int32, q2k.shape, 2)
     code = jnp.sort(jnp.where(listed(lists), code, Nkv * Nq).reshape(B, N, Nq * M), axis=-1)  # [B,N,Nq*M]
     starts = jnp.arange(Nkv + 1, dtype=jnp.int32) * Nq
-    offsets = jax.vmap(lambda row: jnp.searchsorted(row, starts))(code.reshape(-1, Nq * M))
-    return offsets.reshape(B, N, Nkv + 1).astype(jnp.int32), code % Nq
+    offsets = jax.vmap(lambda row: jnp.searchsorted(row, starts))(code.reshape(-1, Nq * M))  # [B*N,Nkv+1]
+    return offsets.reshape(B, N, Nkv + 1).astype(jnp.int32), code % Nq  # [B,N,Nkv+1], [B,N,Nq*M]

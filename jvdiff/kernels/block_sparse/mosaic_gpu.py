@@ -399,7 +399,13 @@ class _Ring:
 
 
 class _Stream(NamedTuple):
-    """Arrays whose rows come together: `full` says that a slot is filled, `free` that all have read it."""
+    """Arrays whose rows come together.
+
+    ring: the steps that they come in.
+    full: barriers that say that a slot is filled.
+    free: barriers that say that all have read it.
+    copies: (rows -> what is copied, its slots) of each array.
+    """
 
     ring: _Ring
     full: Any
@@ -510,7 +516,7 @@ def _smem(slots: int, rows: int, like: jax.Array) -> Any:
 
 
 def _signals(shape: Shape, copies: int = 1) -> Any:
-    """Of one stream: the barriers `full` and, with a warpgroup that copies, `free`."""
+    """The barriers of one stream: `full` and, with a warpgroup that copies, `free`."""
     free = plgpu.Barrier(num_barriers=shape.stages, num_arrivals=shape.warpgroups) if shape.producer else None
     return plgpu.Barrier(num_barriers=shape.stages, num_arrivals=copies), free
 

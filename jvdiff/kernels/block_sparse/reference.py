@@ -50,12 +50,12 @@ def backward(
 
 
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    logits = jnp.einsum("blnk,bsnk->bnls", q, k, precision=_PRECISION) * q.shape[-1] ** -0.5
+    logits = jnp.einsum("blnk,bsnk->bnls", q, k, precision=_PRECISION) * q.shape[-1] ** -0.5  # [B,N,L,S]
     some = jnp.any(mask, axis=-1)  # a row that sees nothing must have no part in any gradient either
     logits = jnp.where(mask, logits, jnp.where(some, -jnp.inf, 0.0)[..., None])
     lse = jax.nn.logsumexp(logits, axis=-1)
     weights = jnp.where(mask, jnp.exp(logits - lse[..., None]), 0)
-    out = jnp.einsum("bnls,bsnk->blnk", weights, v, precision=_PRECISION)
+    out = jnp.einsum("bnls,bsnk->blnk", weights, v, precision=_PRECISION)  # [B,L,N,K]
     return out, jnp.where(some, lse, -jnp.inf)
 
 

@@ -75,7 +75,7 @@ def backward(
     B, _, N, K = q.shape
     work = _Work(q.shape, k.shape, lists, block)
     heads, _ = step_sizes(B * N, 1, work.part * work.places * block)
-    delta = jnp.einsum("blnk,blnk->bnl", dout, out, preferred_element_type=jnp.float32) - dlse
+    delta = jnp.einsum("blnk,blnk->bnl", dout, out, preferred_element_type=jnp.float32) - dlse  # [B,N,L]
     lse = jnp.where(lse > _FLOOR, lse, -_FLOOR)  # a query that saw nothing weighs nothing
     lse, delta = (x.reshape(B * N, -1, work.part) for x in (lse, delta))  # [B,N,L] -> [B*N,rows,p]
     dout = dout.astype(v.dtype)
@@ -103,7 +103,7 @@ def backward(
         (dk, dv), dq = lax.scan(step, (zeros, zeros), jnp.arange(work.rows, dtype=jnp.int32))
         return jnp.moveaxis(dq, 0, 1), dk.astype(k.dtype), dv.astype(v.dtype)  # [heads,rows,p,K], [heads,Nkv,b,K]
 
-    grads = lax.map(group, jnp.arange(B * N, dtype=jnp.int32).reshape(-1, heads))
+    grads = lax.map(group, jnp.arange(B * N, dtype=jnp.int32).reshape(-1, heads))  # [groups,heads,...] each
     dq, dk, dv = (jnp.swapaxes(x.reshape(B, N, -1, K), 1, 2) for x in grads)  # [B,L or S,N,K]
     return dq, dk, dv
 
@@ -153,7 +153,7 @@ class _Work:
 
     def _take(self, x: jax.Array, size: int, head: jax.Array, number: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0], -1, size, *x.shape[2:])  # [B,blocks,size,N,K]
-        return x[head // self.heads, number, :, head % self.heads]
+        return x[head // self.heads, number, :, head % self.heads]  # [G,size,K] or [G,M,size,K]
 
 
 def _logits(q: jax.Array, keys: jax.Array, mask: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ def attention(
         group = lambda x: x.reshape(B * N // heads, heads, -1, K)  # noqa: E731 - [groups,G,L or S,K]
         out, lse = lax.map(lambda x: _queries_in_turn(x, kv_length, queries), (group(q), group(k), group(v)))
     out = jnp.swapaxes(out.reshape(B, N, L, K), 1, 2)  # [B,L,N,K]
-    return out, lse.reshape(B, N, L) if return_lse else None
+    return out, lse.reshape(B, N, L) if return_lse else None  # [B,L,N,K], [B,N,L]
 
 
 def block_sizes(heads: int, queries: int, keys: int) -> tuple[int, int]:
@@ -55,20 +55,20 @@ def _queries_in_turn(
     q, k, v = operands
     G, L, K = q.shape
     n = -(-L // size)
-    blocks = jnp.pad(q, ((0, 0), (0, n * size - L), (0, 0))).reshape(G, n, size, K)
+    blocks = jnp.pad(q, ((0, 0), (0, n * size - L), (0, 0))).reshape(G, n, size, K)  # [G,n,Q,K], L padded
     blocks = jnp.moveaxis(blocks, 1, 0)  # [n,G,Q,K]
     out, lse = lax.map(lambda x: jax.checkpoint(_block)(x, k, v, kv_length), blocks)
     out, lse = jnp.moveaxis(out, 0, 1), jnp.moveaxis(lse, 0, 1)  # [G,n,Q,K], [G,n,Q]
-    return out.reshape(G, n * size, K)[:, :L], lse.reshape(G, n * size)[:, :L]
+    return out.reshape(G, n * size, K)[:, :L], lse.reshape(G, n * size)[:, :L]  # [G,L,K], [G,L]
 
 
 def _block(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Plain attention: q [G,Q,K], k and v [G,S,K] -> out [G,Q,K], lse float32 [G,Q]."""
-    logits = jnp.einsum("gqk,gsk->gqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    logits = jnp.einsum("gqk,gsk->gqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5  # [G,Q,S]
     if kv_length is not None:
         logits = jnp.where(lax.broadcasted_iota(jnp.int32, logits.shape, 2) < kv_length, logits, -jnp.inf)
     top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum("gqs,gsk->gqk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("gqs,gsk->gqk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)  # [G,Q,K]
     return (out / total).astype(q.dtype), (top + jnp.log(total))[..., 0]

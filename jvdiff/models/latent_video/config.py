@@ -35,6 +35,7 @@ class VAEConfig:
     width: channels at full size.
     multipliers: channels on the four levels, from full size down, in widths.
     blocks: residual blocks on each level, of encoder and decoder.
+    latent_channels: C.
     groups: of GroupNorm.
     latents_mean, latents_std: of the latents that a trained encoder makes, a number for each channel or one for all.
     """
@@ -99,9 +100,14 @@ class VAEConfig:
 class DiTConfig:
     """Sizes of the latent video transformer, DiT-style; an invalid value is a CheckpointError.
 
+    hidden_size: D, the model width.
+    depth: blocks.
+    num_heads: N.
+    in_channels: C, of the latents.
     patch_size: latent cells in height and width to a token.
-    num_classes: the labels are 0..num_classes-1, and `null_class` stands for none of them.
+    num_classes: the labels are 0..num_classes-1; `null_class` means no class.
     prediction: what the network is trained to predict, one of `PREDICTIONS`; the network itself does not care.
+    freq_dim: sines and cosines of the timestep.
     """
 
     hidden_size: int = 768

@@ -109,6 +109,8 @@ class _Plan:
     """What is known of a forward pass when it is compiled.
 
     tokens: L, without padding.
+    implementation: of both attentions; see `denoise`.
+    placement: mesh and where activations live on it; None: one device.
     split: how `placement` divides the activations.
     dtype: of the products of attention and feed-forward; None: that of each matrix.
     """
@@ -172,7 +174,7 @@ class _Transformer(nn.Module):
         if plan.placement:
             x = plan.placement.replicate(x)[:, :, : plan.tokens]
         x = x.reshape(B, T, h, w, p, p, C).transpose(0, 1, 2, 4, 3, 5, 6)  # [B,T,h,p,w,p,C]
-        return x.reshape(latents.shape)
+        return x.reshape(latents.shape)  # [B,T,H,W,C]
 
 
 class _Block(nn.Module):
@@ -264,7 +266,7 @@ def _positions(T: int, h: int, w: int, width: int) -> Array:
 def _waves(count: int, size: int) -> Array:
     """float32 [count,size]: sines, then cosines, of i * 10000^(-2j/size); angles in float64."""
     angles = np.arange(count)[:, None] * 10000.0 ** (-np.arange(0, size, 2) / size)
-    return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=-1), jnp.float32)
+    return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=-1), jnp.float32)  # [count,size]
 
 
 def _gathered(placement: Placement, layer: Params) -> Params:

@@ -77,7 +77,7 @@ def _noise_schedule(models: Models) -> str:
 
 
 def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Both, with the settings of the clips that it was trained on."""
+    """The given values, else the repository's defaults, else the settings of the clips that it was trained on."""
     return {**_trained(models), **defaults, **given}
 
 
@@ -126,7 +126,7 @@ def make_clip(models: Models, settings: Settings) -> Clip:
 
 
 def _mesh_sizes(models: Models, clip: Clip, clips: int, shape: MeshShape) -> Sizes:
-    """What a mesh must divide to denoise that many clips at once; both branches of guidance are one batch."""
+    """What a mesh must divide to denoise `clips` clips at once; both branches of guidance are one batch."""
     return latent_video.mesh_sizes(models.configs["transformer"], (clips * (1 + clip.guided), *clip.latents[:3]))
 
 

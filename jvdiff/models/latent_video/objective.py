@@ -21,7 +21,11 @@ from jvdiff.types import Array, Params
 
 
 class LabelledLatents(NamedTuple):
-    """Normalised latents [B,T,H,W,C] of any float dtype, and labels int32 [B]."""
+    """What the transformer is trained on.
+
+    latents: [B,T,H,W,C] of any float dtype, normalised
+    labels: int32 [B]
+    """
 
     latents: np.ndarray
     labels: np.ndarray
@@ -80,7 +84,8 @@ def latent_video_task(
       drop_label: the share of clips whose label is replaced by that of no class, for guidance (arXiv:2207.12598).
       timesteps: "uniform", or "logit_normal" (arXiv:2403.03206): more of those in the middle, where a clip takes shape.
       compute_dtype: of the matrices of attention and feed-forward; the parameters that are trained stay float32.
-      remat: see `latent_video.denoise`. placement: the mesh that `fit` is given.
+      remat: see `latent_video.denoise`.
+      placement: the mesh that `fit` is given.
 
     Raises:
       UsageError: `timesteps` is neither.

@@ -64,12 +64,19 @@ def train(config: ConfigDict, folder: Path) -> Path:
     """Trains what the config describes (`configs/latent_video_small.py`) and writes `folder/repository`.
 
     The VAE is trained in `folder/vae_run` and kept in `folder/vae`, unless `config.vae` is the folder of one. Its first
-    `short_clips.steps` steps, if asked for, see clips of fewer frames, and more of them, so that a batch has as many
-    frames as later: neighbouring frames teach nearly the same. Then come the latents of the clips, read anew for every
-    batch, or once if `cache_latents`, and the transformer on them. Where `config.initial` is the repository of an
-    earlier training, its VAE is taken as it is, and its transformer trained on.
+    `short_clips.steps` steps, if asked for, see more clips of fewer frames, equally many frames a batch: neighbouring
+    frames teach nearly the same. Then come the latents of the clips, read anew for every batch, or once if
+    `cache_latents`, and the transformer on them. Where `config.initial` is the repository of an earlier training, its
+    VAE is taken as it is, and its transformer trained on.
 
     Samples are in `folder/samples`.
+
+    Raises:
+      UsageError: an invalid field (see `describe`), or `folder/repository` is there and not a complete repository.
+      DataError: no clips, fewer than a batch, or too many that cannot be read.
+      CheckpointError: the VAE or the transformer of an earlier training is incomplete or damaged.
+      NumericsError: the VAE leaves a latent channel unused, or too many steps in a row were not finite.
+      Interrupted, ResourceError: see `jvdiff.training.loop.fit`.
     """
     target = folder / "repository"
     check_target(target, True)
@@ -158,7 +165,12 @@ def _initial(config: Any, models: Models, mesh: Mesh) -> Params | None:
 
 
 class Stage(NamedTuple):
-    """A part of the VAE's training: until this step, batches of so many clips of so many frames."""
+    """A part of the VAE's training.
+
+    until: the step after its last
+    batch: clips in a step
+    frames: pixel frames of a clip
+    """
 
     until: int
     batch: int
@@ -166,14 +178,23 @@ class Stage(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A config, checked: no clip was opened and nothing was computed."""
+    """A config, checked: no clip was opened and nothing was computed.
+
+    models: configurations of transformer and VAE, and what model_index.json will say
+    clip: what is trained, and sampled
+    mesh: how several devices share the work
+    dtype: of the transformer's and the VAE's products
+    schedule: of the transformer
+    vae_schedule: of the VAE; None: it is there
+    vae_stages: clips that the VAE sees, stage by stage; empty where it is there
+    """
 
     models: Models
     clip: Clip
     mesh: MeshShape
     dtype: str
     schedule: Schedule
-    vae_schedule: Schedule | None  # None: the VAE is there
+    vae_schedule: Schedule | None
     vae_stages: tuple[Stage, ...]
 
 
@@ -181,7 +202,7 @@ def describe(config: Any, classes: Sequence[str]) -> Plan:
     """What a config says of models, sizes and schedules, for clips of these classes.
 
     Raises:
-      UsageError: a field that cannot be.
+      UsageError: an invalid field.
     """
     for name in ("batch", "stride", "workers"):
         fields.check_count(name, config[name])
@@ -221,7 +242,7 @@ def describe(config: Any, classes: Sequence[str]) -> Plan:
             raise UsageError(
                 f"noise_schedule is {config.noise_schedule!r:.40}; {config.initial} has learnt {learnt!r:.40}."
             )
-    variance_preserving.alphas_cumprod(config.noise_schedule)  # says whether there is such a one
+    variance_preserving.alphas_cumprod(config.noise_schedule)  # raises for an unknown name
     index = {"noise_schedule": config.noise_schedule, "classes": list(classes)}
     models = Models({"transformer": cfg, "vae": vae_cfg}, {}, index)
     clip = make_clip(models, replace(Settings(), {name: config[name] for name in names(Settings)}))
@@ -242,7 +263,7 @@ def _planned(config: Any) -> bool:
 
 
 def _stages(config: Any, schedule: Schedule, factor: int) -> tuple[Stage, ...]:
-    """Of the VAE's training. `factor`: clips have a multiple of so many frames."""
+    """The stages of the VAE's training. factor: divides the frames of a clip."""
     whole = Stage(schedule.steps, config.vae.batch, config.num_frames)
     if (short := config.vae.get("short_clips")) is None:
         return (whole,)
@@ -341,7 +362,7 @@ def _with_statistics(cfg: latent_video.VAEConfig, params: Params, shown: list[np
     Raises:
       NumericsError: a channel is the same everywhere, or not finite.
     """
-    latents = np.concatenate([np.asarray(encode_program(cfg)(params, video)) for video in shown])
+    latents = np.concatenate([np.asarray(encode_program(cfg)(params, video)) for video in shown])  # [clips,T,H,W,C]
     latents = latents.reshape(-1, cfg.latent_channels).astype(np.float64)  # [B,T,H,W,C] -> [BTHW,C]
     mean, std = latents.mean(axis=0), latents.std(axis=0)
     if bad := [i for i, v in enumerate(std.tolist()) if not 0 < v < np.inf]:
@@ -377,8 +398,8 @@ def _cached(
             if number % 50 == 0:
                 _log.info("encoding clips: %d of %d", number * config.batch, len(clips.paths))
             parts.append(next(batches))
-    latents = np.concatenate([part.latents for part in parts]).astype(np.float16)
-    labels = np.concatenate([part.labels for part in parts])
+    latents = np.concatenate([part.latents for part in parts]).astype(np.float16)  # [clips,T,H,W,C]
+    labels = np.concatenate([part.labels for part in parts])  # [clips]
     if peers.writes():
         with atomic(path) as part, open(part, "wb") as file:
             np.savez(file, latents=latents, labels=labels, key=key)
@@ -386,7 +407,7 @@ def _cached(
 
 
 def _shower(models: Models, plan: Plan, vae: Params, folder: Path) -> Callable[[Params, int], None]:
-    """Writes a grid of samples of the first classes, the same noise every time, as PNG and MP4."""
+    """A function that writes a grid of samples of the first classes, the same noise every time, as PNG and MP4."""
     settings = dataclasses.replace(plan.clip.settings, steps=min(plan.clip.settings.steps, 25))
     clip, context = make_clip(models, settings), Context(CLASS_CONDITIONAL, models, TABLE["float32"])
     labels = np.arange(SHOWN, dtype=np.int32) % models.configs["transformer"].num_classes
@@ -399,6 +420,7 @@ def _shower(models: Models, plan: Plan, vae: Params, folder: Path) -> Callable[[
         latents = denoise(context, clip, conditions, state, solver, run).x
         video = decode(context, clip, latents, run)
         if peers.writes():
+            # [SHOWN,F,Y,X,3] -> two rows, [F,2Y,SHOWN/2*X,3]; the picture has up to four frames, one below another.
             tiled = np.concatenate([np.concatenate(list(row), axis=2) for row in np.split(video, 2)], axis=1)
             videos.write_png(folder / f"{step:06d}.png", np.concatenate(list(tiled[:: -(-len(tiled) // 4)])))
             videos.write_mp4(folder / f"{step:06d}.mp4", tiled, settings.fps)

@@ -26,7 +26,7 @@ class Fields:
     num_frames: int = option(None, "of a clip")
     height: int = option(None, "pixels; as the width")
     width: int = option(None, "pixels")
-    stride: int = option(None, "every so many frames of a file")
+    stride: int = option(None, "take every N-th frame of a file")
     workers: int = option(None, "threads that read ahead")
     most_bad: float = option(None, "the share of clips that may be unreadable", low=0, high=1)
     cache_latents: bool = option(None, "encode every clip once, instead of anew in every epoch, cut out elsewhere")

@@ -40,7 +40,7 @@ def encode(
     """
     _check_video(cfg, video)
     moments: Any = _Encoder(cfg, remat).apply({"params": params["encoder"]}, _compute(params["encoder"], video, dtype))
-    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)  # [B,T,H,W,2C] -> [B,T,H,W,C] each
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
 

@@ -24,7 +24,12 @@ _LONE_SURROGATE = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\ud
 
 
 class Tokens(NamedTuple):
-    """One row per prompt: ids int32 [B,S] (0 beyond the end), mask bool [B,S], and how many tokens were cut off."""
+    """One row per prompt.
+
+    ids: int32 [B,S], 0 beyond the end
+    mask: bool [B,S], true where there is a token
+    cut: how many tokens of each prompt were cut off
+    """
 
     ids: np.ndarray
     mask: np.ndarray
@@ -32,7 +37,7 @@ class Tokens(NamedTuple):
 
 
 def load(folder: str | Path) -> Tokenizer:
-    """Reads `tokenizer.json`, or where there is none `spiece.model`, of a repository's tokenizer folder.
+    """Reads `tokenizer.json`, or without it `spiece.model`, of a repository's tokenizer folder.
 
     Raises:
         CheckpointError: the files are missing or broken, or not a T5 tokenizer (a prompt must end with eos, id 1).

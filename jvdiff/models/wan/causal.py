@@ -315,6 +315,6 @@ def _split(cfg: DiTConfig, span: Span, batch: int, grid: Any, placement: Placeme
 
 
 def _sharding(split: Split) -> NamedSharding:
-    """Of keys [layers,B,F,V,M,K]."""
+    """Where keys [layers,B,F,V,M,K] live."""
     batch, _, heads = sequence.by_heads(split)
     return NamedSharding(split.mesh, P(None, batch, None, None, heads))

@@ -161,7 +161,7 @@ class Transformer(nn.Module):
         grid, pattern = plan.grid, plan.pattern
 
         # Patches enter in the order (c, pt, ph, pw) and leave as (pt, ph, pw, c).
-        x = latents.reshape(B, grid[0], pt, grid[1], ph, grid[2], pw, C)
+        x = latents.reshape(B, grid[0], pt, grid[1], ph, grid[2], pw, C)  # [B,t,pt,h,ph,w,pw,C]
         x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6)  # [B,t,h,w,C,pt,ph,pw]
         x = x.reshape(B, -1, C * pt * ph * pw)  # [B,L,C*pt*ph*pw]
         rope: Any = rope_tables(grid, cfg.attention_head_dim, frames)
@@ -200,9 +200,9 @@ class Transformer(nn.Module):
         if placement and split:
             x = placement.replicate(x)[:, : split.tokens]
         x = pattern.unordered(x, grid)
-        x = x.reshape(B, *grid, pt, ph, pw, cfg.out_channels)
+        x = x.reshape(B, *grid, pt, ph, pw, cfg.out_channels)  # [B,t,h,w,pt,ph,pw,C]
         x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)  # [B,t,pt,h,ph,w,pw,C]
-        return x.reshape(B, T, H, W, cfg.out_channels), memory
+        return x.reshape(B, T, H, W, cfg.out_channels), memory  # [B,T,H,W,C]
 
 
 class _Block(nn.Module):

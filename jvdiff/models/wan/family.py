@@ -123,7 +123,8 @@ def _pipeline_of(dit: wan.DiTConfig) -> str:
 
 
 def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Both, with solver, shift and grid of scheduler_config.json, which is not read where all three are known.
+    """The repository's defaults and the given values; solver, shift and grid come from scheduler_config.json where
+    neither has them.
 
     A solver that lists its own timesteps says how many steps there are, unless `steps` is given too.
     """
@@ -175,7 +176,7 @@ def _check_sizes(settings: Settings, dit: wan.DiTConfig, vae: wan.VAEConfig) -> 
 
 
 def _mesh_sizes(models: Models, clip: Clip, clips: int, shape: MeshShape) -> Sizes:
-    """What a mesh must divide to denoise that many clips at once."""
+    """What a mesh must divide to denoise `clips` clips at once."""
     branches = 2 if clip.guided and clip.batched(clips, shape) else 1
     return wan.mesh_sizes(models.configs["transformer"], clip.latents[:3], clips * branches, clip.segments[0].pattern)
 
@@ -184,7 +185,11 @@ def _mesh_sizes(models: Models, clip: Clip, clips: int, shape: MeshShape) -> Siz
 
 
 class Tokens(NamedTuple):
-    """Of prompts, the negative prompt last: ids int32 [B,S] and mask bool [B,S], true where there is a token."""
+    """Tokens of prompts, the negative prompt last.
+
+    ids: int32 [B,S]
+    mask: bool [B,S], true where there is a token
+    """
 
     ids: Any
     mask: Any

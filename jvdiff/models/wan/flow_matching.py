@@ -26,10 +26,13 @@ from jvdiff.types import Array, Params
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """Normalised latents [B,T,H,W,C] of any float dtype, token ids int32 [B,S] and mask bool [B,S]; or [B,P,S], with a
-    prompt for each of P parts of a clip, and a weight float32 [B,P] of each in the loss (None: all the same).
+    """What a training step sees.
 
-    `pattern`, of the self-attention, is no array but a part of the program: each that occurs in a training is compiled.
+    latents: [B,T,H,W,C] of any float dtype, normalised
+    ids: tokens int32 [B,S], or [B,P,S] with a prompt for each of P parts of a clip
+    mask: bool, as ids; true where there is a token
+    pattern: of the self-attention; not an array but a part of the program: each that occurs in a training is compiled
+    weight: float32 [B,P], of each part in the loss; None: all the same
     """
 
     latents: np.ndarray

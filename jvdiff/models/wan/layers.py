@@ -66,4 +66,4 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     even, odd = x[..., 0::2], x[..., 1::2]  # [B,L,N,K/2]
     c, s = cos[None, :, None], sin[None, :, None]  # [1,L,1,K/2]
     pairs = jnp.stack([even * c - odd * s, even * s + odd * c], axis=-1)  # [B,L,N,K/2,2]
-    return pairs.reshape(x.shape)
+    return pairs.reshape(x.shape)  # [B,L,N,K]

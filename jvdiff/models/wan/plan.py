@@ -26,8 +26,10 @@ class Plan:
     """What is known of a forward pass when it is compiled.
 
     grid: (T,H,W) of the tokens.
-    extra_text: that many more times the last text row counts.
+    pattern: which tokens the self-attention sees.
+    extra_text: how many more times the last text row counts.
     implementation: of the self-attention; see `velocity`.
+    placement: mesh and where activations live on it; None: one device.
     split: how `placement` divides the activations.
     dtype: of the products in the blocks and the text embedding; None: that of each matrix.
     keep: return every layer's keys and values.
@@ -94,6 +96,7 @@ class Shared(NamedTuple):
     modulation: float32 [B,1 or T,6,D].
     text: [B,P,S,D]; None: the layers remember its keys.
     rope: cosines and sines, float32 [L,K/2].
+    past: what all layers need to know of it; None: no stream.
     """
 
     modulation: Array

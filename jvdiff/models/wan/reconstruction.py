@@ -62,8 +62,9 @@ def latent_statistics(cfg: wan.VAEConfig, params: Params, clips: np.ndarray) -> 
       NumericsError: a channel is the same everywhere, or not finite, and so cannot be normalised.
     """
     encode = jax.jit(lambda params, video: wan.encode(params, cfg, video.astype(jnp.float32) / 127.5 - 1.0))
+    # [B,F,Y,X,3] -> [B,T,H,W,C]
     latents = np.concatenate([np.asarray(encode(params, clips[i : i + 8])) for i in range(0, len(clips), 8)])
-    latents = latents.reshape(-1, cfg.z_dim).astype(np.float64)
+    latents = latents.reshape(-1, cfg.z_dim).astype(np.float64)  # [B*T*H*W,C]
     mean, std = latents.mean(axis=0), latents.std(axis=0)
     if bad := [i for i, v in enumerate(std.tolist()) if not 0 < v < np.inf]:
         raise NumericsError(

@@ -63,11 +63,12 @@ def teacher_forcing_task(
         predict = _predictor(transformer, text_encoder, batch, text_length, remat, placement)
 
         def mixed(clean: Array, noise: Array, level: Array) -> Array:
-            level = jnp.repeat(level, pattern.chunk, axis=1)[:, :, None, None, None]
+            level = jnp.repeat(level, pattern.chunk, axis=1)[:, :, None, None, None]  # [B,P] -> [B,T,1,1,1]
             return (1.0 - level) * clean + level * noise
 
         sigma = noise_levels(keys[0], (B, P), shift)
         context = context_noise * jax.random.uniform(keys[1], (B, P)) ** 2
+        # [B,2T,H,W,C] -> [B,T,H,W,C] each
         past_noise, noise = jnp.split(jax.random.normal(keys[2], (B, 2 * T, *clean.shape[2:])), 2, axis=1)
         past = clean
         if resample and P > 1:  # a lone chunk has no past
@@ -75,14 +76,15 @@ def teacher_forcing_task(
             own, none = mixed(clean, jax.random.normal(keys[4], clean.shape), far), jnp.zeros((B, P))
             for step in range(2):
                 v = predict(frozen, alone, clean, own, none, far * (1 - step / 2))
+                # [B,P] -> [B,T,1,1,1]
                 own = own - jnp.repeat(far / 2, pattern.chunk, axis=1)[:, :, None, None, None] * v
             taken = jax.random.uniform(keys[5], (B, 1, 1, 1, 1)) < resample
-            own = jnp.concatenate([clean[:, : pattern.sink], own[:, pattern.sink :]], axis=1)
+            own = jnp.concatenate([clean[:, : pattern.sink], own[:, pattern.sink :]], axis=1)  # [B,T,H,W,C]
             past = jnp.where(taken, jax.lax.stop_gradient(own), clean)
         seen, shown = mixed(past, past_noise, context), mixed(clean, noise, sigma)
         predicted = predict(params, doubled, seen, shown, context, sigma)
         wanted = noise - clean
-        error = jnp.mean((predicted - wanted).reshape(B, P, -1) ** 2, axis=2)
+        error = jnp.mean((predicted - wanted).reshape(B, P, -1) ** 2, axis=2)  # [B,T,H,W,C] -> [B,P]
         weight = jnp.ones((B, P)) if batch.weight is None else jnp.asarray(batch.weight)
         noisy = jnp.where(sigma > 0.75, weight, 0.0)
         return _mean(error, weight), {"loss_noisy": _mean(error, noisy)}

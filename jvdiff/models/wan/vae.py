@@ -223,7 +223,7 @@ def _scan_chunks(step, x: Array, size: int) -> Array:
     if rest.shape[1] == 0:
         return first
     if rest.shape[1] == size:
-        return jnp.concatenate([first, step(rest, cache)[0]], axis=1)
+        return jnp.concatenate([first, step(rest, cache)[0]], axis=1)  # [B,1+n,H,W,C]
     chunks = rearrange(rest, "B (n f) H W C -> n B f H W C", f=size)
     _, later = lax.scan(lambda cache, piece: step(piece, cache)[::-1], cache, chunks)
-    return jnp.concatenate([first, rearrange(later, "n B f H W C -> B (n f) H W C")], axis=1)
+    return jnp.concatenate([first, rearrange(later, "n B f H W C -> B (n f) H W C")], axis=1)  # [B,1+n*f,H,W,C]

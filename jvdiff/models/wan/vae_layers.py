@@ -86,7 +86,7 @@ class _CausalConv(nn.Module):
             y = _conv2d(x, kernel[2])
         elif x.shape[-1] < 32 or x.dtype != jnp.float32:
             stacked = jnp.concatenate([frames[:, tap : tap + length] for tap in range(3)], axis=-1)  # [B,T,H,W,3C]
-            y = _conv2d(stacked, rearrange(kernel, "tap h w I O -> h w (tap I) O"))
+            y = _conv2d(stacked, rearrange(kernel, "tap h w I O -> h w (tap I) O"))  # [B,T,H,W,features]
         else:
             y = sum(_conv2d(frames[:, tap : tap + length], kernel[tap]) for tap in range(3))
         return y + row(bias, x), frames[:, -2:]
@@ -138,11 +138,11 @@ class _SpatialAttention(nn.Module):
 def _attend_cells(qkv: Array, *, gather: tuple[tuple[int, tuple[str, ...]], ...]) -> Array:
     """qkv [B,T,H,W,3C] -> [B,T,H,W,C]: this device's cells look at all cells, gathered along these axes of the mesh."""
     channels = qkv.shape[-1] // 3
-    q, kv = jnp.split(qkv, (channels,), axis=-1)
+    q, kv = jnp.split(qkv, (channels,), axis=-1)  # [B,T,H,W,C], [B,T,H,W,2C]
     for axis, names in gather:
         kv = lax.all_gather(kv, names, axis=axis, tiled=True) if names else kv  # [B,T,H,W,2C], whole along `axis`
     q, kv = (rearrange(x, "B T H W C -> (B T) (H W) 1 C") for x in (q, kv))
-    out = kernels.attention(q, *jnp.split(kv, 2, axis=-1))
+    out = kernels.attention(q, *jnp.split(kv, 2, axis=-1))  # q and out [B*T,H*W,1,C], of these cells; k and v, of all
     return rearrange(out, "(B T) (H W) 1 C -> B T H W C", T=qkv.shape[1], H=qkv.shape[2])
 
 
@@ -217,7 +217,7 @@ class _Downsample(nn.Module):
             if self.is_initializing():
                 time_conv(_with_context(x, None))
             return x, x
-        return time_conv(jnp.concatenate([cache, x], axis=1)), x[:, -1:]
+        return time_conv(jnp.concatenate([cache, x], axis=1)), x[:, -1:]  # [B,1+T,H,W,C] -> [B,T/2,H,W,C], [B,1,H,W,C]
 
 
 class _Upsample(nn.Module):

@@ -117,7 +117,7 @@ def make_clip(models: Models, settings: Settings) -> Clip:
 
 
 def _mesh_sizes(models: Models, clip: Clip, clips: int, shape: MeshShape) -> Sizes:
-    """What a mesh must divide to denoise that many clips at once, in every segment."""
+    """What a mesh must divide to denoise `clips` clips at once, in every segment."""
     both = all(segment.guidance != 1 for segment in clip.segments) and clip.batched(clips, shape)
     return networks.mesh_sizes(models.configs["transformer"], clip.latents[:3], clips * (1 + both))
 

@@ -31,7 +31,7 @@ def struct(*shape, dtype=jnp.float32):
 
 @functools.cache
 def params_of(cfg):
-    """Parameters none of which is at its trivial start."""
+    """Parameters that are all away from their trivial start."""
     random = np.random.default_rng(0)
 
     def leaf(path, x):

@@ -273,6 +273,6 @@ def test_samples_that_cannot_be(config, trained, capsys):
     assert sample.main([*config, "--config.class_label=7"]) == 2
     assert "no such folder; train a model first" in capsys.readouterr().err
     assert sample.main([*trained[0][:-1]]) == 2
-    assert "give either --config.class_label=" in capsys.readouterr().err
+    assert "give either --class_label=" in capsys.readouterr().err
     assert sample.main([*trained[0][:-1], "--config.class_label=7"]) == 2
     assert "class_label is 7; expected a number from 0 to 2, or a name: 0 bird, 1 cat, 2 dog" in capsys.readouterr().err

@@ -29,7 +29,7 @@ def start():
 
 @pytest.fixture(scope="module")
 def params(start):
-    """Parameters none of which is at its trivial start."""
+    """Parameters that are all away from their trivial start."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: np.asarray(x) + np.float32(0.2) * rng.standard_normal(x.shape, np.float32), start)
 

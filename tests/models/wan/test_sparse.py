@@ -148,7 +148,7 @@ def moves(jaxpr, times=1):
 @pytest.mark.parametrize("kind", [SlidingTile, VideoSparse])
 @pytest.mark.parametrize(("tile", "raster"), [((1, 2, 3), (1, 1, 6)), ((1, 6, 3), (1, 3, 6))], ids=["whole", "ragged"])
 def test_tokens_are_reordered_twice_at_any_depth(kind, tile, raster):
-    """What a program does more than another one whose tiles are as many and as large, but lie in raster order.
+    """What a program does more than another whose tiles are equal in number and size, but lie in raster order.
 
     All other work that moves tokens (heads to the front, padding of ragged tiles, the kernel's own gathers) is the same
     in both. What is left: the tokens, once each way, as patches of 64 numbers before the first and after the last

@@ -32,7 +32,7 @@ def compiled(sink, gradient, **options):
 
 
 def given(chunks, weight=None):
-    """Two clips of that many chunks of two latent frames."""
+    """Two clips of `chunks` chunks of two latent frames."""
     rng = np.random.default_rng(0)
     ids = rng.integers(2, 32, size=(2, chunks, 5)).astype(np.int32)
     latents = rng.standard_normal((2, 2 * chunks, 4, 4, 4), np.float32)

@@ -36,7 +36,7 @@ decode_chunk = jax.jit(wan.decode_chunk, static_argnums=1)
 
 @pytest.fixture(scope="module")
 def params():
-    """Parameters none of which is at its trivial start."""
+    """Parameters that are all away from their trivial start."""
     random = np.random.default_rng(0)
 
     def fill(path, leaf):

@@ -29,7 +29,7 @@ BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
 
 @pytest.fixture(scope="module")
 def params():
-    """Parameters none of which is at its trivial start."""
+    """Parameters that are all away from their trivial start."""
     random = np.random.default_rng(0)
 
     def fill(path, leaf):
