@@ -86,13 +86,6 @@ def test_a_library_call_chooses_no_mesh(tiny_repository):
 # ---------------------------------------------------------------------------------------------------- the command line
 
 
-def test_the_record_names_the_mesh(command, tmp_path, capsys):
-    assert sample.main(command(mesh="sequence=2,tensor=2")) == 0
-    record = json.loads((tmp_path / "out" / f"{STEM}.json").read_text())
-    assert record["device"] | {"used": 4, "present": 8, "mesh": "sequence=2,tensor=2"} == record["device"]
-    assert "mesh sequence=2,tensor=2" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("mesh", "told"),
     [
@@ -120,11 +113,15 @@ def test_auto_takes_the_smallest_that_fits_and_says_why(command, tmp_path, capsy
     assert record["device"]["used"] == 1
 
 
-def test_a_run_goes_on_under_another_mesh(command, tmp_path, alone):
+def test_a_run_goes_on_under_another_mesh(command, tmp_path, alone, capsys):
+    """Which the record names."""
     assert sample.main(command(mesh="tensor=2", stop_at=2)) == 0
     state = tmp_path / "out" / f"{STEM}.state"
     resumed = command(mesh="fsdp=2,sequence=4", resume=state, prompt=None, seed=None, save_arrays="true")
     assert sample.main(resumed) == 0
+    assert "mesh fsdp=2,sequence=4" in capsys.readouterr().err
+    record = json.loads((tmp_path / "out" / f"{STEM}.json").read_text())
+    assert record["device"] | {"used": 8, "present": 8, "mesh": "fsdp=2,sequence=4"} == record["device"]
     with np.load(tmp_path / "out" / f"{STEM}.npz") as arrays:
         np.testing.assert_allclose(arrays["latents"], alone.latents[0], atol=1e-5 * np.abs(alone.latents).max())
     assert videos.read_video(tmp_path / "out" / f"{STEM}.mp4").shape == (9, 32, 32, 3)

@@ -11,14 +11,14 @@ from jvdiff.media import video
 
 @pytest.fixture(scope="module")
 def judge():
-    return digits_judge.train(steps=250)  # less than the benchmark's 600: enough for these bounds
+    return digits_judge.train(steps=150)  # less than the benchmark's 600: enough for these bounds
 
 
 def test_real_held_out_clips_are_read(judge):
-    clips, shown = digits_judge.real_clips(200)
+    clips, shown = digits_judge.real_clips(100)
     result = digits_judge.score(digits_judge.look(judge, clips), shown)
-    assert result["colour"]["right"] == result["direction"]["right"] == result["clips"] == 200
-    assert result["digit"]["right"] >= 190
+    assert result["colour"]["right"] == result["direction"]["right"] == result["clips"] == 100
+    assert result["digit"]["right"] >= 95
 
 
 def test_a_video_file_is_read_like_its_frames(judge, tmp_path):

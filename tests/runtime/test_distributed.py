@@ -1,6 +1,6 @@
 """Two processes of four devices: the clip of one process; and how all of them end, whatever happens to one.
 
-Most of it happens to a small program whose steps are sums over all devices (`PROGRAM`), the rest to the digits model.
+Most of it happens to a small program whose steps are sums over all devices (`PROGRAM`), the rest to a tiny model.
 """
 
 import os
@@ -233,10 +233,10 @@ def sampling(team, tmp_path):
     return start, tmp_path / "clips"
 
 
-def test_two_processes_make_the_clip_of_one(sampling):
+def test_two_processes_make_the_clip_of_one(sampling, tiny_repository):
     start, clips = sampling
-    running = start(ROOT / "checkpoints" / "digits", num_frames=1, steps=2)
-    pipe = jvdiff.load(ROOT / "checkpoints" / "digits", mesh="sequence=8")
+    running = start(tiny_repository, num_frames=1, steps=2)
+    pipe = jvdiff.load(tiny_repository, mesh="sequence=8")
     same = jvdiff.generate(pipe, PROMPT, seed=3, num_frames=1, height=64, width=64, steps=2)
     assert running.wait() == [0, 0], running.text(0) + running.text(1)
     assert sorted(path.name for path in clips.iterdir()) == [f"{STEM}.{kind}" for kind in ("json", "mp4", "npz", "png")]
