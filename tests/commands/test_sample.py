@@ -1,5 +1,6 @@
 """The command line, end to end on a tiny random repository: files, resuming, faults and exit status."""
 
+import dataclasses
 import io
 import json
 import os
@@ -219,6 +220,15 @@ def test_other_settings_or_weights_are_refused_one_by_one(
 
 def test_the_same_settings_said_again_are_fine(command, state):
     assert sample.main(command(resume=state, steps=4, guidance=3)) == 0
+
+
+@pytest.mark.parametrize("name", ["prompt", "seed", "precision"])
+def test_a_state_without_a_fact_is_refused(command, state, tmp_path, name, capsys, no_weights):
+    whole = run_state.load(state)
+    facts = {key: value for key, value in whole.facts.items() if key != name}
+    folder = run_state.save(tmp_path / "less.state", dataclasses.replace(whole, facts=facts))
+    assert sample.main(command(resume=folder, prompt=None, seed=None)) == 3
+    assert f"the state does not describe a run of this model: it has no {name}." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "edit", "missing", "not json", "not a folder"])

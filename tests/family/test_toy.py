@@ -14,7 +14,7 @@ from toy.family import TOY
 
 import jvdiff
 from jvdiff import models, pipeline, plan, precision
-from jvdiff.commands import convert, planning, sample
+from jvdiff.commands import convert, jobs, planning, sample
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.media import video as videos
 from jvdiff.sharding import rules
@@ -218,6 +218,13 @@ def test_a_file_of_prompts_and_what_is_made_already(command, tmp_path, capsys):
     assert sample.main(command(prompts=tmp_path / "prompts.jsonl", num_frames=2)) == 0
     assert "2 of 3 videos are already in" in capsys.readouterr().err
     assert sorted(arrays(tmp_path / "out")) == ["blue_seed5", "one", "two-moves_seed4"]
+
+
+def test_a_line_of_a_file_gets_the_picture_at_its_own_size(command, repository, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "two"}\n{"prompt": "seven", "height": 8, "width": 32}')
+    config = sample.parse(command(prompts=tmp_path / "prompts.jsonl")).config
+    made, problems = jobs.make_jobs(config, pipeline.inspect(repository, family=TOY))
+    assert [job.image.shape for job in made] == [(16, 16, 3), (8, 32, 3)] and not problems
 
 
 def test_a_configuration_of_its_own(repository, tmp_path, capsys):

@@ -260,6 +260,15 @@ def test_stopped_and_finished_is_uninterrupted(command, tmp_path, solver, capsys
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {"cow_seed3.state", "cow_seed3.preview.png"}
     resumed = [flag for flag in command("--save_arrays=true") if not flag.startswith("--seed")]
+    for flag, status, message in (
+        ("--class_label=0", 3, "class_label: the state has 'cow', this run 'ant'"),
+        ("--class_label=('cow', 'ant')", 3, "class_label: the state has 'cow', this run ('cow', 'ant')"),
+        ("--prompt=cow", 2, "prompt is given; this model takes class_label"),
+        ("--prompts=labels.txt", 2, "is the state of one video; leave it out"),
+    ):
+        assert sample.main([*resumed, f"--resume={out / 'cow_seed3.state'}", flag]) == status
+        assert message in capsys.readouterr().err
+    resumed.append("--class_label=2")  # the same, said again
     assert sample.main([*resumed, f"--resume={out / 'cow_seed3.state'}"]) == 0
     with np.load(tmp_path / "whole" / "cow_seed3.npz") as whole, np.load(out / "cow_seed3.npz") as finished:
         np.testing.assert_array_equal(finished["latents"], whole["latents"])
