@@ -362,6 +362,16 @@ def merged(old: Any, new: Any) -> dict[str, Any]:
     return both
 
 
+def check_values(config: Any, options: Mapping[str, Option]) -> None:
+    """Raises UsageError for a value of another type, out of range or not among the choices, whoever has set it."""
+    for path, each in options.items():
+        value = _at(config, path)
+        if value is None or any(map(dataclasses.is_dataclass, each.kinds)):
+            continue
+        value = dict(value) if _is_dict(value) else tuple(value) if isinstance(value, list) else value
+        configs.check(path, configs.typed(path, value, each.kind), each.told)
+
+
 # Fields that say which command a configuration is for.
 _MARKS = {"task": "train", "chunks": "stream", "stop_at": "sample"}
 

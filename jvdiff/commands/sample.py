@@ -62,6 +62,7 @@ def parse(argv: Sequence[str], command: Command | None = None) -> Request:
     config = request.config
     known = {path for section in command.sections(config, dict(request.flags)) for path in section.options}
     arguments.check_file(config, known | {*request.fresh}, request.file)
+    arguments.check_values(config, configs.options((*options.BEFORE, *options.AFTER)))
     if config.plan and config.distributed:
         raise UsageError("a plan is made by one process; leave --distributed out.")
     return request

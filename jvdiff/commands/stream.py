@@ -65,6 +65,7 @@ def parse(argv: Sequence[str]) -> Request:
     """
     request = arguments.parse(COMMAND, argv)
     arguments.check_file(request.config, request.fresh, request.file)
+    arguments.check_values(request.config, configs.options(options.STREAM))
     return request
 
 

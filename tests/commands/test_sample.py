@@ -1,6 +1,7 @@
 """The command line, end to end on a tiny random repository: files, resuming, faults and exit status."""
 
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -400,6 +401,14 @@ def test_a_config_file_with_fields_of_its_own(tmp_path, capsys):
     )
     assert sample.main(["sample", f"--config={path}"]) == 2
     assert "stepz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program, field", [("sample", "stop_at"), ("stream", "save_every")])
+def test_a_value_of_a_config_file_is_checked_as_a_flag_is(tmp_path, program, field, capsys):
+    path = tmp_path / "own.py"
+    path.write_text(f"import ml_collections\nget_config = lambda: ml_collections.ConfigDict(dict({field}='three'))\n")
+    assert importlib.import_module(f"jvdiff.commands.{program}").main([program, f"--config={path}"]) == 2
+    assert f"{field} is 'three'; expected a whole number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,13 @@ def test_bad_configs_are_a_sentence(config, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_value_of_the_file_is_checked_as_a_flag_is(config, capsys):
+    path = Path(config[1].removeprefix("--config="))
+    path.write_text(path.read_text().replace("return config", "config.loss.drop_label = 3.0; return config"))
+    assert train.main(config) == 2
+    assert "loss.drop_label is 3.0; expected 0 to 1" in capsys.readouterr().err
+
+
 def with_short_clips(config, fields):
     """The same command line; eight frames a clip, and these `vae.short_clips`."""
     path = Path(config[1].removeprefix("--config="))
