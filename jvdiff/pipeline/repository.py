@@ -72,14 +72,8 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         raise CheckpointError(
             f"{path}: its components do not fit together: {problem}\nTake all folders from one repository."
         )
-    if at_once is True and not family.at_once:
-        raise UsageError(
-            f"{path}: a causal model, which makes a video chunk by chunk; run it with `python -m jvdiff.stream`."
-        )
-    if at_once is False and family.at_once:
-        raise UsageError(
-            f"{path}: not a causal model: it makes the whole video at once; run it with `python -m jvdiff.sample`."
-        )
+    if at_once is not None:
+        check_at_once(path, family, at_once)
     converted = (path / next(iter(family.parts)) / orbax.PARAMS).is_dir()
     known = converted and (path / MANIFEST).is_file()
     return Repository(
@@ -90,6 +84,18 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         defaults=read_defaults(path, family),
         digest=manifest.file_sha256(path / MANIFEST) if known else _fingerprint(path, (*family.parts, *family.files)),
     )
+
+
+def check_at_once(path: Path, family: Family, at_once: bool) -> None:
+    """Raises UsageError unless the models make a clip at once, or with False a video chunk by chunk."""
+    if at_once and not family.at_once:
+        raise UsageError(
+            f"{path}: a causal model, which makes a video chunk by chunk; run it with `python -m jvdiff.stream`."
+        )
+    if not at_once and family.at_once:
+        raise UsageError(
+            f"{path}: not a causal model: it makes the whole video at once; run it with `python -m jvdiff.sample`."
+        )
 
 
 def _model_index(path: Path) -> dict[str, Any]:

@@ -292,7 +292,9 @@ class StreamInferencePipeline:
         cfg, weights = self.config.diffusion_model.transformer, self.params["text_encoder"]
         rows = self._net.encode_texts(cfg.text_encoder, weights, self.tokenizer, texts, self.placement)
         if share := nonfinite(np.asarray(rows, np.float32)):
-            raise NumericsError(f"text encoder: {share:.1%} of its output ({rows.dtype}) is NaN or infinite.")
+            raise NumericsError(
+                f"text encoder: {share:.1%} of the numbers of its output ({rows.dtype}) are NaN or infinite."
+            )
         return rows
 
     def _everywhere(self, tree: Any) -> Any:

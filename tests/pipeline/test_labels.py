@@ -110,6 +110,16 @@ def test_encoded_clips_are_the_normalised_means(pipe):
         encode_program(VAE)(vae, video[:, :, :, :21])
 
 
+def test_labels_of_numpy(pipe):
+    """Numbers and arrays of them are labels; truth values and fractions are none."""
+    for labels in (np.array([2, 0]), jnp.array([2, 0]), [np.int32(2), np.uint8(0)], np.array(["cow", "ant"])):
+        assert pipeline.check_subjects(pipe.repository, labels=labels) == ("cow", "ant")
+    assert pipeline.check_subjects(pipe.repository, labels=np.int64(1)) == ("bee",)
+    for labels in (np.array([True]), [np.bool_(True)], np.array([1.0]), np.array([[1]])):
+        with pytest.raises(UsageError, match="class_label is"):
+            pipeline.check_subjects(pipe.repository, labels=labels)
+
+
 def test_ddim_is_the_euler_step_and_the_others_are_not(pipe):
     latents = {solver: jvdiff.generate(pipe, labels=1, seed=0, solver=solver).latents for solver in SOLVERS}
     np.testing.assert_array_equal(latents["ddim"], latents["euler"])
@@ -160,11 +170,12 @@ def test_what_cannot_be_is_a_sentence(pipe, labels, given, message):
 def test_nan_is_told_with_its_step(pipe):
     broken = jax.tree.map(lambda x: x * jnp.nan, pipe.weights["transformer"])
     weights = pipeline.Weights({**pipe.weights, "transformer": broken})
-    with pytest.raises(NumericsError, match=r"after step 1 of 3, 100.0% of the latents is NaN or infinite"):
+    with pytest.raises(NumericsError, match=r"after step 1 of 3, 100.0% of the latents are NaN or infinite"):
         jvdiff.generate(dataclasses.replace(pipe, weights=weights), labels=0, seed=0)
     clip = pipe.clip()
-    with pytest.raises(NumericsError, match="of the pixels of latent frame 2 of 2 is NaN or infinite"):
+    with pytest.raises(NumericsError, match="of the pixels of latent frames 1 to 2 of 2 are NaN or infinite") as told:
         pipeline.decode(pipe.context, clip, pipeline.initial_noise([0], clip.latents) * jnp.nan, pipe.run)
+    assert told.value.step == 0
 
 
 @pytest.mark.parametrize(
