@@ -10,6 +10,7 @@ import dataclasses
 import re
 import shlex
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -197,7 +198,7 @@ def values(command: Command, argv: Sequence[str]) -> dict[str, Any]:
     return chosen
 
 
-def told(work: Callable[[], None]) -> int:
+def told(work: Callable[[], None], argv: Sequence[str]) -> int:
     """Runs a command that has no configuration; its exit status, errors as sentences on stderr."""
     try:
         work()
@@ -206,8 +207,15 @@ def told(work: Callable[[], None]) -> int:
         print(page)
         return 0
     except JvdiffError as error:
+        if traced(argv):
+            traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def traced(argv: Sequence[str]) -> bool:
+    """Whether a command line, which may be wrong otherwise, asks for --traceback."""
+    return any(re.fullmatch(r"--?(config\.)?traceback", word) for word in argv)
 
 
 def split(words: Sequence[str], switches: Iterable[str] = ()) -> Line:

@@ -274,6 +274,14 @@ def test_a_plan_is_of_whatever_the_configuration_is(monkeypatch):
     assert main(["jvdiff", "plan", "--config", "latent_video_small"]) == 0 and asked[1].plan
 
 
+@pytest.mark.parametrize("command", ["sample", "train", "stream", "plan", "sharding", "convert", "to_hf", "digits"])
+@pytest.mark.parametrize("flag", ["--traceback", "--config.traceback"])
+def test_where_an_error_arose_is_told_by_every_command(command, flag, capsys):
+    assert main(["jvdiff", command, flag, "--xyzzy=1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and "error: " in said.splitlines()[-1] + said.splitlines()[-2]
+
+
 def test_clips_are_written_by_the_command(tmp_path, monkeypatch, capsys):
     from jvdiff.digits import clips
 

@@ -232,6 +232,15 @@ def test_a_state_without_a_fact_is_refused(command, state, tmp_path, name, capsy
     assert f"the state does not describe a run of this model: it has no {name}." in capsys.readouterr().err
 
 
+def test_a_state_of_another_dtype_is_told_as_such(command, state, tmp_path, capsys):
+    whole = run_state.load(state)
+    arrays = {name: x.astype(np.float16) for name, x in whole.arrays.items()}
+    folder = run_state.save(tmp_path / "half.state", dataclasses.replace(whole, arrays=arrays))
+    assert sample.main(command(resume=folder, prompt=None, seed=None)) == 3
+    said = capsys.readouterr().err
+    assert f"{folder}: the state has x float16[1, 2, 2, 2, 4]" in said and "needs x float32[1, 2, 2, 2, 4]" in said
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "edit", "missing", "not json", "not a folder"])
 def test_a_damaged_state_is_refused(command, state, damage, capsys, no_weights):
     arrays, facts = state / "state.bin", state / "state.json"
