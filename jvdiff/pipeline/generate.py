@@ -209,7 +209,7 @@ def check_subjects(repository: Repository, **fields: Any) -> tuple[Any, ...]:
     family, models = repository.family, repository.models
     if wrong := [name for name, value in fields.items() if value is not None and name != family.subject]:
         raise UsageError(f"{family.name} takes {family.subject}, not {wrong[0]}.")
-    subjects = fields.get(family.subject)
+    subjects: Any = fields.get(family.subject)
     if hasattr(subjects, "ndim") and subjects.ndim < 2:  # an array of labels, or one
         subjects = np.asarray(subjects).tolist()
     if not isinstance(subjects, list | tuple):

@@ -36,7 +36,8 @@ class Repository:
     models: configurations, and what inputs are made with
     defaults: content of jvdiff_defaults.json, settings that suit its weights
     digest: names the weights: of an Orbax directory the sha256 of its manifest, and so of everything; of a Hugging Face
-        folder that of all JSON, of weight files up to 64 MiB, and of size and 64 samples of larger ones
+        folder that of the files in the folders of its parts, but not of those beside them (model_index.json): whole up
+        to 64 MiB, of larger ones the size and 64 samples
     """
 
     path: Path
@@ -137,7 +138,10 @@ def _models(path: Path, family: Family, index: Mapping[str, Any]) -> Models:
 
 
 def _fingerprint(path: Path, folders: tuple[str, ...]) -> str:
-    """A digest of a Hugging Face folder that takes the same short time for 20 MB and for 60 GB."""
+    """A digest of these folders of a Hugging Face folder that takes the same short time for 20 MB and for 60 GB.
+
+    Saved states are compared with it: with other files in it, those of earlier versions could not be resumed.
+    """
     total = hashlib.sha256()
     for name in folders:
         for file in sorted(p for p in (path / name).glob("*") if p.is_file()):

@@ -98,9 +98,9 @@ def label(models: Models, value: Any) -> str:
     classes = _classes(models)
     if isinstance(value, str) and value in classes:
         return value
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)
-    if whole and 0 <= number < len(classes):
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    number = int(value) if whole or (isinstance(value, str) and value.isdecimal()) else -1
+    if 0 <= number < len(classes):
         return classes[number]
     listed = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:20])) + (", ..." if len(classes) > 20 else "")
     raise UsageError(
