@@ -216,7 +216,7 @@ def fit(
       params: to start from, where there is no earlier run; None: `task.init`.
       save_every, log_every, show_every: steps between checkpoints, lines of metrics and samples (None: no samples).
       accumulate: into how many parts a batch is cut for the gradient; the result is that of the whole, but for noise.
-      most_skipped: so many steps in a row that are skipped, as their loss or gradient is not finite, end the run.
+      most_skipped: how many steps in a row, skipped because their loss or gradient is not finite, end the run.
       log_to: "tensorboard" and "wandb", besides `metrics.jsonl`.
       mesh: of `jvdiff.sharding.make_mesh`, whose devices share every batch, and the state by `task.rules`; None: one
         device. A run may go on under another mesh than it began with.
@@ -273,7 +273,7 @@ class _Run:
     """A training under way.
 
     folder, manager: where its states are saved
-    most_skipped: so many skipped steps in a row end it
+    most_skipped: how many skipped steps in a row end it
     state: after `done` steps
     done: how many steps
     """

@@ -1,6 +1,7 @@
 """A family of one's own, outside jvdiff/: it samples, plans, shards, saves, resumes and converts, in Python and from
 the command lines."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from toy.family import TOY
 import jvdiff
 from jvdiff import models, pipeline, plan, precision
 from jvdiff.commands import convert, jobs, planning, sample
-from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.errors import CheckpointError, NumericsError, UsageError
 from jvdiff.media import video as videos
 from jvdiff.sharding import rules
 from jvdiff.weights.naming import disassemble, flatten, unflatten
@@ -135,6 +136,17 @@ def test_two_experts_are_two_segments_of_one_run(pipe):
     assert pipe.clip(solver="euler", steps=6).segments[-1].stop == 6
     with pytest.raises(UsageError, match="steps is 3, and solver lists 4 timesteps"):
         pipe.clip(steps=3)
+
+
+def test_the_part_whose_numbers_went_wrong_is_named(pipe):
+    for part, message in (
+        ("transformer_2", "transformer 2: after step 3 of 4"),
+        ("text_encoder", "or text encoder or"),
+    ):
+        broken = jax.tree.map(lambda x: x * np.nan, pipe.weights[part])
+        other = dataclasses.replace(pipe, weights=pipeline.Weights({**pipe.weights, part: broken}))
+        with pytest.raises(NumericsError, match=message):
+            jvdiff.generate(other, "a red seven", seed=3, image=PICTURE)
 
 
 def test_nothing_is_compiled_again_for_other_values(pipe, clip, compiled):

@@ -21,6 +21,7 @@ from jvdiff.models import latent_video
 from jvdiff.models.family import Request
 from jvdiff.models.latent_video.family import CLASS_CONDITIONAL, encode_program
 from jvdiff.models.latent_video.settings import SOLVERS, Settings
+from jvdiff.runtime import peers
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "digits-classes"
 DIT = latent_video.DiTConfig(hidden_size=16, depth=1, num_heads=2, num_classes=3, freq_dim=16)
@@ -202,7 +203,7 @@ def test_damaged_repositories(folder, tmp_path, change, message):
 
 
 @pytest.mark.parametrize("mesh", ["data=2", "fsdp=2", "tensor=2"])
-def test_a_clip_is_the_same_on_a_mesh_and_nothing_is_compiled_twice(pipe, folder, mesh, caplog):
+def test_a_clip_is_the_same_on_a_mesh_and_nothing_is_compiled_twice(pipe, folder, mesh, caplog, monkeypatch):
     alone, spread = jvdiff.generate(pipe, labels=["cow"], seed=3), jvdiff.load(folder, "float32", mesh)
     clip = spread.clip()
     for call in pipeline.trace(spread.context, spread.weights, clip, np.array([2], np.int32)):
@@ -213,6 +214,8 @@ def test_a_clip_is_the_same_on_a_mesh_and_nothing_is_compiled_twice(pipe, folder
     assert "jit(denoise)" not in told and "jit(decode)" not in told
     np.testing.assert_allclose(out.latents, alone.latents, atol=1e-5 * np.abs(alone.latents).max())
     assert np.abs(out.video.astype(int) - alone.video).max() <= 1
+    monkeypatch.setattr(peers, "gather", lambda drawn: [3, drawn])
+    assert jvdiff.generate(spread, labels=["cow"]).seeds == (3,)  # the one that process 0 has drawn
 
 
 def test_the_stages_of_a_clip(pipe):
