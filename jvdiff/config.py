@@ -180,7 +180,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
             return value
         if kind is float and number:
             return float(value)
-        if kind is int and number and value == value and abs(value) < 2**31 and int(value) == value:
+        if kind is int and number and (isinstance(value, int) or (math.isfinite(value) and int(value) == value)):
             return int(value)
         if kind not in _NAMES and isinstance(value, typing.get_origin(kind) or kind):
             return value

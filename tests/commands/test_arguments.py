@@ -257,6 +257,14 @@ def test_a_configuration_may_say_little(tmp_path):
     assert request.source("steps") == "file" and request.source("output") == "default"
 
 
+def test_a_seed_has_32_bits_wherever_it_stands(tmp_path, capsys):
+    path = tmp_path / "own.py"
+    path.write_text("from ml_collections import ConfigDict\nget_config = lambda: ConfigDict({'seed': 2**32 - 1})\n")
+    assert wanted(f"--config={path}").config.seed == wanted(f"--seed={2**32 - 1}").config.seed == 2**32 - 1
+    said = refused(["train", "--config=train_digits_vae", f"--seed={2**32}"], capsys)
+    assert "seed is 4294967296; expected a whole number from 0 to 4294967295" in said
+
+
 def test_a_training_that_says_how_to_sample_is_sampled(tmp_path):
     words = ["--config=latent_video_digits", f"--folder={tmp_path}", "--class_label=seven", "--steps=7"]
     request = wanted(*words)
