@@ -88,6 +88,7 @@ def convert(
     """
     check_target(target.absolute(), overwrite)
     repository = inspect(source, family=family)
+    source = repository.path  # where `source` is a name, the folder that it names
     if repository.kind == "orbax":
         raise UsageError(f"{source}: is converted already. Give the Hugging Face folder.")
     kinds, folders, parts = repository.family.parts, {}, {}

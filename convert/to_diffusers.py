@@ -19,7 +19,8 @@ from jvdiff.runtime.staging import staged
 from jvdiff.weights import orbax
 from jvdiff.weights import safetensors as reader
 from jvdiff.weights.manifest import verify_files
-from jvdiff.weights.naming import by_leaf, expected
+from jvdiff.weights.naming import by_leaf, expected, flatten
+from jvdiff.weights.restoring import check_leaves
 
 from .from_diffusers import DTYPES, copy_small_files
 
@@ -50,6 +51,7 @@ def to_hf(
         ResourceError: the disk is full.
     """
     repository = inspect(source, family=family)
+    source = repository.path  # where `source` is a name, the folder that it names
     configs, parts = repository.models.configs, repository.family.parts
     if unpublished := [name for name in configs if parts[name].names is None]:
         raise UsageError(f"{source}: {repository.family.name} has no published layout ({unpublished[0]}) to write.")
@@ -78,8 +80,9 @@ def to_hf(
 def _write(source: Path, part: Part, cfg: Any, file: Path, dtype: np.dtype | None) -> None:
     """One component as one safetensors file; the header comes first, so leaves may come in any order."""
     assert part.names is not None
-    entries = expected(part.names(cfg), part.abstract(cfg, np.float32))
-    stored = orbax.stored_leaves(source)
+    abstract, stored = part.abstract(cfg, np.float32), orbax.stored_leaves(source)
+    check_leaves(source, flatten(abstract), stored)
+    entries = expected(part.names(cfg), abstract)
     kinds = {name: dtype or np.dtype(stored[entry.path].dtype) for name, entry in entries.items()}
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     place = 0

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-_COMPOUND = {tuple: "a tuple", list: "a list", Path: "a path"}
+_COMPOUND = {tuple: "a tuple", list: "a list", dict: "a dict", Path: "a path"}
 _TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}  # as absl has it
 
 
@@ -48,7 +48,7 @@ def option(
             decides. None, where it does not: the option is required on the command line; with dataclasses.MISSING also
             in Python.
         help: the meaning, in one line; a unit where there is one.
-        low, high: the range of a number, both ends included.
+        low, high: the range of a number, both ends included; either may be None.
         choices: the values there are, where they can be listed.
         note: what the message about a value out of range adds.
         check: (name, value) raises UsageError for what type, range and choices do not tell.
@@ -181,7 +181,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
             return value
         if kind is float and number:
             return float(value)
-        if kind is int and number and value == value and abs(value) < 2**31 and int(value) == value:
+        if kind is int and number and (isinstance(value, int) or (math.isfinite(value) and int(value) == value)):
             return int(value)
         if kind not in _NAMES and isinstance(value, typing.get_origin(kind) or kind):
             return value
@@ -194,7 +194,12 @@ def _is_number(value: Any) -> bool:
 
 def described(kinds: Iterable[Any]) -> str:
     """The types of an option in words."""
-    return " or ".join(_NAMES.get(kind) or _COMPOUND.get(typing.get_origin(kind) or kind, "a dict") for kind in kinds)
+    return " or ".join(map(_described, kinds))
+
+
+def _described(kind: Any) -> str:
+    origin = dict if dataclasses.is_dataclass(kind) else typing.get_origin(kind) or kind
+    return _NAMES.get(kind) or _COMPOUND.get(origin) or f"a {getattr(origin, '__name__', origin)}"
 
 
 def _kinds(kind: Any) -> tuple[Any, ...]:
@@ -206,7 +211,7 @@ def _kinds(kind: Any) -> tuple[Any, ...]:
 
 def check(name: str, value: Any, told: Mapping[str, Any]) -> None:
     """Raises UsageError for a value outside an option's range or choices; the message has the nearest value."""
-    if told.get("low") is not None and told.get("high") is not None:
+    if not (told.get("low") is None and told.get("high") is None):
         within(name, value, told["low"], told["high"], told["note"])
     if told.get("choices") and value not in told["choices"]:
         raise UsageError(f"{name} is {value!r:.80}; expected one of {', '.join(map(str, told['choices']))}.")
@@ -214,12 +219,20 @@ def check(name: str, value: Any, told: Mapping[str, Any]) -> None:
         told["check"](name, value)
 
 
-def within(name: str, value: float, low: float, high: float, note: str = "") -> None:
-    """Raises UsageError unless low <= value <= high."""
-    if not (math.isfinite(value) and low <= value <= high):
-        nearest_value = low if math.isnan(value) else min(max(value, low), high)
+def within(name: str, value: float, low: float | None, high: float | None, note: str = "") -> None:
+    """Raises UsageError unless value is finite and low <= value <= high; an end that is None is none."""
+    bottom, top = -math.inf if low is None else low, math.inf if high is None else high
+    if not (math.isfinite(value) and bottom <= value <= top):
+        nearest_value = bottom if math.isnan(value) else min(max(value, bottom), top)
         aside = f" ({note})" if note else ""
-        raise UsageError(f"{name} is {value}; expected {low} to {high}{aside}. The nearest is {nearest_value}.")
+        told = f" The nearest is {nearest_value}." if math.isfinite(nearest_value) else ""
+        raise UsageError(f"{name} is {value}; expected {span(low, high)}{aside}.{told}")
+
+
+def span(low: float | None, high: float | None, form: str = "") -> str:
+    """The range of a number in words; form: of its ends."""
+    ends = [format(end, form) for end in (low, high) if end is not None]
+    return " to ".join(ends) if len(ends) == 2 else f"{ends[0]} or {'more' if high is None else 'less'}"
 
 
 def multiple(name: str, value: int, unit: int, low: int, high: int, extra: int = 0) -> None:

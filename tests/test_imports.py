@@ -1,6 +1,7 @@
 """Who may import whom, read from the source; and the map of rooms in docs/architecture.md, section 3."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -116,6 +117,15 @@ def test_nothing_that_runs_imports_torch_or_diffusers(folder):
     for path in (ROOT / folder).rglob("*.py"):
         found = {name.split(".")[0] for name in imports(path)} & {"torch", "diffusers", "torchvision"}
         assert not found, f"{path} imports {found}"
+
+
+def test_a_room_gives_its_files():
+    """After `import jvdiff` alone; what has been imported already is an attribute, and not asked for."""
+    for path in FILES:
+        package, name = ".".join(path.relative_to(ROOT).parts[:-1]), path.stem
+        room = importlib.import_module(package)
+        if "." in package and name[0] != "_" and hasattr(room, "__getattr__"):
+            assert room.__getattr__(name) is sys.modules[f"{package}.{name}"]
 
 
 def test_importing_jvdiff_is_quick_and_lists_the_product():

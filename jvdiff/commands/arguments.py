@@ -10,6 +10,7 @@ import dataclasses
 import re
 import shlex
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -206,7 +207,7 @@ def values(command: Command, argv: Sequence[str]) -> dict[str, Any]:
     return chosen
 
 
-def told(work: Callable[[], None]) -> int:
+def told(work: Callable[[], None], argv: Sequence[str]) -> int:
     """Runs a command that has no configuration; its exit status, errors as sentences on stderr."""
     try:
         work()
@@ -215,8 +216,15 @@ def told(work: Callable[[], None]) -> int:
         print(page)
         return 0
     except JvdiffError as error:
+        if traced(argv):
+            traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def traced(argv: Sequence[str]) -> bool:
+    """Whether a command line, which may be wrong otherwise, asks for --traceback."""
+    return any(re.fullmatch(r"--?(config\.)?traceback", word) for word in argv)
 
 
 def split(words: Sequence[str], switches: Iterable[str] = ()) -> Line:
@@ -369,6 +377,16 @@ def merged(old: Any, new: Any) -> dict[str, Any]:
         inner = both.get(name)
         both[name] = merged(inner, value) if _is_dict(inner) and _is_dict(value) else value
     return both
+
+
+def check_values(config: Any, options: Mapping[str, Option]) -> None:
+    """Raises UsageError for a value of another type, out of range or not among the choices, whoever has set it."""
+    for path, each in options.items():
+        value = _at(config, path)
+        if value is None or any(map(dataclasses.is_dataclass, each.kinds)):
+            continue
+        value = dict(value) if _is_dict(value) else tuple(value) if isinstance(value, list) else value
+        configs.check(path, configs.typed(path, value, each.kind), each.told)
 
 
 # Fields that say which command a configuration is for.

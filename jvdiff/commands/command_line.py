@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jvdiff.commands.arguments import Request, Told
+from jvdiff.commands.arguments import Request, Told, traced
 from jvdiff.errors import JvdiffError, ResourceError
 from jvdiff.runtime import cache, peers, verdict
 
@@ -59,7 +59,7 @@ def main(
         shown = verdict.explained(raised)
         code, message = _sentence(shown, place)
     if code:
-        if shown is not None and "--traceback" in argv:
+        if shown is not None and traced(argv):
             traceback.print_exception(shown)
         print(f"error: {message}", file=sys.stderr)
     return verdict.leave(code, message)

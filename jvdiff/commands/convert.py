@@ -108,11 +108,12 @@ def _tell(line: str) -> None:
 
 def _run(command: Command, work: Callable[[Mapping[str, Any]], None], argv: Sequence[str] | None) -> int:
     """Reads a command line and does what it says; errors become one message and an exit status, SIGTERM is Ctrl-C."""
+    _asked_to_stop.clear()
     words = [f"jvdiff {command.name}", *(sys.argv if argv is None else argv)[1:]]
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads log what is raised here anyway
     try:
-        return arguments.told(lambda: work(arguments.values(command, words)))
+        return arguments.told(lambda: work(arguments.values(command, words)), words)
     except KeyboardInterrupt:
         print("interrupted: the target is as it was before; run the same command to start again.", file=sys.stderr)
         return Interrupted.exit_code

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.commands.arguments import Command, Section
-from jvdiff.config import Option
+from jvdiff.config import Option, span
 
 _LEFT = 44  # columns of name, type and default
 _TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false", tuple: "tuple", dict: "fields"}
@@ -76,7 +76,7 @@ def kind(each: Option) -> str:
 
 def _range(each: Option) -> str:
     low, high = each.told.get("low"), each.told.get("high")
-    return "" if low is None or high is None else f" ({low:g} to {high:g})"
+    return "" if low is None and high is None else f" ({span(low, high, 'g')})"
 
 
 def _shown(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -108,7 +109,8 @@ def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]
     _check_fields(config, field)
     common = {name: config.get(name) for name in names}
     clip = family.clip(repository.models, repository.settings(**common))
-    image = _picture(config, clip)
+    picture = functools.cache(lambda height, width: _picture(config, height, width))
+    picture(*clip.frames[1:])  # a file that cannot be read is told once, not line by line
     if config.prompts is not None:
         entries, problems = read_subjects(config.prompts, repository)
     else:
@@ -125,6 +127,7 @@ def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]
             stem = entry.get("id") or f"{slug(subject)}_seed{seed}"
             asked = config.seed is not None or entry.get("seed") is not None
             chosen = family.clip(repository.models, repository.settings(**common | changes)) if changes else clip
+            image = picture(*chosen.frames[1:])
             jobs.append(make_job(repository, subject, seed, chosen, stem, image, seed_given=asked))
         except UsageError as error:
             if "line" not in entry:
@@ -141,17 +144,22 @@ def make_job(repository: Repository, subject: Any, seed: int, clip: Clip, stem: 
 
 def _check_fields(config: Any, field: str) -> None:
     """Raises UsageError unless the config names subjects of the model's kind, in one way."""
-    other = next((name for name in FIELDS.values() if name != field and config.get(name) is not None), None)
-    if other is not None:
-        raise UsageError(f"{other} is given; this model takes {field}.")
+    _check_kind(config, field)
     if (config.get(field) is None) == (config.prompts is None):
         raise UsageError(f'give either --{field}="..." or --prompts=FILE.')
 
 
-def _picture(config: Any, clip: Clip) -> Any:
+def _check_kind(fields: Any, field: str) -> None:
+    """Raises UsageError where subjects of another kind than the model's are named."""
+    other = next((name for name in FIELDS.values() if name != field and fields.get(name) is not None), None)
+    if other is not None:
+        raise UsageError(f"{other} is given; this model takes {field}.")
+
+
+def _picture(config: Any, height: int, width: int) -> Any:
     """The pixels uint8 [Y,X,3] of the field `image`, None where it is empty."""
     path = config.get("image")
-    return None if path is None else videos.read_picture(path, *clip.frames[1:])
+    return None if path is None else videos.read_picture(path, height, width)
 
 
 def slug(text: Any) -> str:
@@ -201,24 +209,34 @@ def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], r
 
     Raises:
         CheckpointError: other weights, fields or picture than the state's, or a state of another model.
+        UsageError: subjects that the model cannot use, or a file of them.
     """
     folder, saved, family = config.resume, state.facts, repository.family
+    field, (fact, *_) = FIELDS[family.subject], family.facts
+    if missing := [name for name in (fact, "seed", "precision") if name not in saved]:
+        raise CheckpointError(f"{folder}: the state does not describe a run of this model: it has no {missing[0]}.")
+    _check_kind(fields, field)
+    if fields.get("prompts") is not None:
+        raise UsageError(f"prompts is {fields['prompts']}, and {folder} is the state of one video; leave it out.")
     now: dict[str, Any] = {"checkpoint_digest": repository.digest}
     for name, value in fields.items():
         if name in saved and value is not None and name != "image":  # a state has its digest, compared below
             now[name] = float(value) if isinstance(saved[name], float) else value
-    run_state.check_same(saved, now, folder)
+    if (named := fields.get(field)) is not None:
+        subjects = check_subjects(repository, **{family.subject: named})
+        now[field] = subjects[0] if len(subjects) == 1 else subjects
+    run_state.check_same({**saved, field: saved[fact]}, now, folder)
     try:
         settings = {name: saved[name] for name in options.names(family.settings) if name in saved}
         clip = family.clip(repository.models, repository.settings(**settings, fps=config.get("fps")))
-        image = _picture(config, clip)
+        image = _picture(config, *clip.frames[1:])
         if image is not None or "image" in saved:
             digest = None if image is None else hashlib.sha256(image.tobytes()).hexdigest()
             run_state.check_same({"image": saved.get("image")}, {"image": digest}, folder)
         stem = Path(folder).resolve().name.removesuffix(".state")
-        subject = family.check_subject(repository.models, saved[family.facts[0]])
+        subject = family.check_subject(repository.models, saved[fact])
         return make_job(repository, subject, saved["seed"], clip, stem, image, state=state)
-    except (KeyError, UsageError) as error:
+    except UsageError as error:
         raise CheckpointError(f"{folder}: the state does not describe a run of this model: {error}") from None
 
 

@@ -182,9 +182,12 @@ def _begin(making: _Making) -> Any:
     arrays = job.state.arrays
     expected = {name: (x.shape, x.dtype) for name, x in state._asdict().items()}
     if {n: (x.shape, x.dtype) for n, x in arrays.items()} != expected or not 0 <= making.done <= making.steps:
-        content = ", ".join(f"{name} {list(x.shape)}" for name, x in arrays.items())
-        shapes = ", ".join(f"{name} {list(shape)}" for name, (shape, _) in expected.items())
-        raise CheckpointError(f"the saved state has {content} after step {making.done};\nthis run needs {shapes}.")
+        content = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in arrays.items())
+        needed = ", ".join(f"{name} {dtype}{list(shape)}" for name, (shape, dtype) in expected.items())
+        raise CheckpointError(
+            f"{making.maker.config.resume}: the state has {content}\nafter step {making.done} of {making.steps}; "
+            f"this run needs {needed}.\nResume it with the version that wrote it, or begin anew."
+        )
     return type(state)(**arrays)
 
 

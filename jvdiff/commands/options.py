@@ -52,8 +52,8 @@ class Output:
     output: str = option("out", "the folder of the files")
     save_arrays: bool = option(False, "NAME.npz too: latents float32 [T,H,W,C] and video uint8 [F,Y,X,3]")
     resume: str | None = option(None, "a .state folder, to go on with")
-    stop_at: int | None = option(None, "stop after this step and save the state")
-    preview_every: int = option(0, "write NAME.preview.png, a rough strip of all latent frames, every N steps")
+    stop_at: int | None = option(None, "stop after this step and save the state", low=1)
+    preview_every: int = option(0, "write NAME.preview.png, a rough strip of all latent frames, every N steps", low=0)
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class StreamContent:
     reencode: bool = option(False, "at a change of the prompt, see the past as if it had been made under the new one")
     image: str | None = option(None, "a picture's file to begin with, for a pipeline with an ImageEncoder")
     seed: int | None = option(None, "none draws one and prints it")
-    chunks: int = option(0, "how many in all; 0: until Ctrl-C")
-    fps: int | None = option(None, "frames a second; only written into the file")
+    chunks: int = option(0, "how many in all; 0: until Ctrl-C", low=0)
+    fps: int | None = option(None, "frames a second; only written into the file", low=1, high=240)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class StreamOutput:
     output: str = option("out", "the folder of the files")
     name: str | None = option(None, "of the files; none: from prompt and seed")
     resume: str | None = option(None, "a .state folder; goes on in its video, up to `chunks` in all")
-    save_every: int = option(0, "save the state every N chunks and at the end; 0: when interrupted only")
+    save_every: int = option(0, "save the state every N chunks and at the end; 0: when interrupted only", low=0)
 
 
 STREAM = (StreamContent, StreamModel, StreamOutput)

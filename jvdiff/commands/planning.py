@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jvdiff import config as configs
 from jvdiff.commands import arguments, command_line, sample, train
-from jvdiff.errors import JvdiffError
+from jvdiff.errors import JvdiffError, UsageError
 
 COMMAND = dataclasses.replace(
     sample.COMMAND,
@@ -25,13 +25,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status; errors are sentences on stderr."""
     program, *words = sys.argv if argv is None else argv
     if _training(words):
-        return train.main([program, *words, "--plan"])
+        return command_line.main([program, *words, "--plan"], _parse_training, train.run, "folder")
     return command_line.main(
         [program, *words, "--plan"],
         lambda argv: sample.parse(argv, COMMAND),
         sample.run,
         "output",
     )
+
+
+def _parse_training(argv: Sequence[str]) -> arguments.Request:
+    """`train.parse`; UsageError for a task that has no plan."""
+    line, tasks = arguments.split(argv[1:], ("plan",)), train.tasks()
+    task = line.texts.get("task") or configs.load(line.config or "").get("task")
+    planned = [name for name, kind in tasks.items() if kind.programs]
+    if task in tasks and task not in planned and not line.asked & {"help", "version"}:
+        raise UsageError(f"the task {task!r} of {line.config} has no plan; those that have one: {', '.join(planned)}.")
+    return train.parse(argv)
 
 
 def _training(words: Sequence[str]) -> bool:

@@ -62,6 +62,7 @@ def parse(argv: Sequence[str], command: Command | None = None) -> Request:
     config = request.config
     known = {path for section in command.sections(config, dict(request.flags)) for path in section.options}
     arguments.check_file(config, known | {*request.fresh}, request.file)
+    arguments.check_values(config, configs.options((*options.BEFORE, *options.AFTER)))
     if config.plan and config.distributed:
         raise UsageError("a plan is made by one process; leave --distributed out.")
     return request
@@ -149,7 +150,6 @@ def run(request: Request) -> list[Path]:
 
     if config.checkpoint is None:
         raise UsageError("no checkpoint; give --checkpoint=FOLDER.")
-    _check_numbers(config)
     output = command_line.writable(config.output, "output")
     repository = pipeline.inspect(_folder(config.checkpoint), at_once=True, family=models.named(config.family))
     problems: list[str] = []
@@ -225,9 +225,3 @@ def _summed(problems: Sequence[str], paths: list[Path]) -> list[Path]:
         asked = len(problems) + len(paths)
         raise CheckpointError("\n".join([f"{len(problems)} of {asked} videos were not made:", *problems[:4]]))
     return paths
-
-
-def _check_numbers(config: Any) -> None:
-    for name, low in (("stop_at", 1), ("preview_every", 0)):
-        if config[name] is not None and config[name] < low:
-            raise UsageError(f"{name} is {config[name]}; expected {low} or more.")

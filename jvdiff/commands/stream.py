@@ -65,6 +65,7 @@ def parse(argv: Sequence[str]) -> Request:
     """
     request = arguments.parse(COMMAND, argv)
     arguments.check_file(request.config, request.fresh, request.file)
+    arguments.check_values(request.config, configs.options(options.STREAM))
     return request
 
 
@@ -105,13 +106,6 @@ def run(request: Request, began: float | None = None) -> list[Path]:
 
     if config.checkpoint is None:
         raise UsageError("no checkpoint; give --checkpoint=FOLDER.")
-    for name, value, low, high in (
-        ("chunks", config.chunks, 0, 2**31 - 1),
-        ("save_every", config.save_every, 0, 2**31 - 1),
-        ("fps", 1 if config.fps is None else config.fps, 1, 240),
-    ):
-        if not low <= value <= high:
-            raise UsageError(f"{name} is {value}; expected {low} to {high}.")
     if config.name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", config.name):
         raise UsageError(f"name is {config.name!r:.80}; expected up to 100 letters, digits, '-', '_' or '.'.")
     mesh = sharding.read_mesh(config.mesh)
@@ -158,16 +152,21 @@ def _new(config: Any, repository: Any) -> Rollout:
     return Rollout(
         config=chosen,
         prompts=prompts,
-        negative_prompt=config.negative_prompt or defaults.get("negative_prompt", ""),
+        negative_prompt=_first(config.negative_prompt, defaults.get("negative_prompt"), ""),
         reencode=config.reencode,
         image=_picture(config.image, chosen),
         seed=seed,
-        fps=config.fps or defaults.get("fps", 16),
+        fps=_first(config.fps, defaults.get("fps"), 16),
         precision=precision.choose(config.precision).name,
         checkpoint_digest=repository.digest,
         folder=Path(config.output),
         stem=config.name or f"{slug(config.prompt)}_seed{seed}",
     )
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next(value for value in values if value is not None)
 
 
 def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository: Any) -> Rollout:

@@ -112,9 +112,7 @@ def _check(config: Any) -> None:
         inner = [path.split(".")[1] for path in declared if path.startswith(f"{each.path}.")]
         if inner and config.get(path) is not None:
             fields.check_names(path, config[path], inner)
-    for field, value in config.loss.items():
-        if value is not None:
-            configs.typed(f"loss.{field}", value, declared[f"loss.{field}"].kind)
+    arguments.check_values(config, declared | more)
     for field, value in config.loop.items():
         if field not in ("mesh", "log_to") and value is not None:
             fields.check_count(f"loop.{field}", value)

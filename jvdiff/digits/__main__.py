@@ -21,14 +21,16 @@ COMMAND = Command(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line above; returns its exit status."""
 
+    words = sys.argv if argv is None else argv
+
     def work() -> None:
-        values = arguments.values(COMMAND, sys.argv if argv is None else argv)
+        values = arguments.values(COMMAND, words)
         from jvdiff.digits.clips import write_clips
 
         write_clips(values["output"], values["clips"], values["frames"], values["seed"])
         print(values["output"])
 
-    return arguments.told(work)
+    return arguments.told(work, words)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,7 @@ def train_vae(config: ConfigDict, folder: Path) -> Path:
     shape = fields.mesh(config.loop)
     stages = _stages(config.stages, cfg, shape)
     result = _result(folder / "vae")
-    if not isinstance(endless := config.get("endless", False), bool):
-        raise UsageError(f"endless is {endless!r:.40}; expected True or False.")
+    endless = config.get("endless", False)
 
     def clips(step: int) -> np.ndarray:
         _, batch, frames, size = next((stage for stage in stages if step < stage[0]), stages[-1])

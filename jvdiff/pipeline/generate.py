@@ -20,9 +20,10 @@ from jvdiff.errors import UsageError
 from jvdiff.models.family import Clip, Family, Models, Request, parameter_tree, read_weights
 from jvdiff.pipeline import stages
 from jvdiff.pipeline.lending import Weights
-from jvdiff.pipeline.repository import Repository, inspect
+from jvdiff.pipeline.repository import Repository, check_at_once, inspect
 from jvdiff.pipeline.settings import check_seed
 from jvdiff.pipeline.stages import Context, Executor
+from jvdiff.runtime import peers
 from jvdiff.sharding import MeshShape, Placement, check_mesh, make_mesh, read_mesh
 from jvdiff.types import Params
 
@@ -78,7 +79,7 @@ class Output:
     video: uint8 [B,F,Y,X,3]
     latents: float32 [B,T,H,W,C] after the sampler and the family's `finish` (normalised, model scale)
     subjects: prompt, or name of the class, of each clip
-    seeds: of each clip; empty where the noise was given
+    seeds: of each clip
     settings: every resolved setting
     """
 
@@ -116,8 +117,14 @@ def load(
             more devices than there are.
     """
     placement, dtypes = place(read_mesh(mesh)), precisions.choose(precision)
-    repository = path if isinstance(path, Repository) else inspect(path, at_once=True, family=family)
-    return Pipeline(repository, read_parts(repository, dtypes, placement), dtypes, placement)
+    if not isinstance(path, Repository):
+        path = inspect(path, at_once=True, family=family)
+    elif family is not None and family is not path.family:
+        raise UsageError(
+            f"family is {family.name!r}, and {path.path} was inspected as {path.family.name!r}; leave it out."
+        )
+    check_at_once(path.path, path.family, True)
+    return Pipeline(path, read_parts(path, dtypes, placement), dtypes, placement)
 
 
 def read_parts(repository: Repository, dtypes: precisions.Precision, placement: Placement | None) -> Weights:
@@ -160,10 +167,10 @@ def generate(
 
     Args:
         prompts: one, or a list of them, where the model takes prompts.
-        labels: a class, or a list of them, by name or number, where the model takes classes.
+        labels: a class, or a list or an array of them, by name or number, where the model takes classes.
         seed: clip i gets seed + i, whatever else is in the batch; None draws one (`Output.seeds` tells).
-        noise: float32 [B,T,H,W,C] to start from instead of the seed's.
-        renoise: float32 [steps-1,B,T,H,W,C] in place of what a renoising sampler draws.
+        noise: float32 [B,T,H,W,C] to start from instead of the seed's; what a solver draws is still the seed's.
+        renoise: float32 [steps-1,B,T,H,W,C] in place of what a solver draws.
         image: uint8 [Y,X,3], the first frame, where the model takes one.
         callback: see `stages.denoise`.
         settings: any of the family's (`pipe.family.settings`): num_frames, height, width, steps, guidance and so on.
@@ -178,9 +185,11 @@ def generate(
     check_fits(pipe.context, clip, len(subjects))
     shape = (len(subjects), *clip.latents)
     first = check_seed(seed)
+    if seed is None and pipe.placement is not None:  # of several processes each has drawn its own
+        first = peers.gather(first)[0]
     seeds = tuple((first + i) % 2**32 for i in range(len(subjects)))
-    if noise is not None and (noise.shape != shape or noise.dtype != jnp.float32):
-        raise UsageError(f"noise is {noise.dtype}{list(noise.shape)}; this request needs float32{list(shape)}.")
+    if noise is not None:
+        _check_array("noise", noise, np.float32, shape)
     request = make_request(pipe.family, clip, subjects, image=image)
     inputs, solver = pipe.family.inputs(pipe.models, clip, request), clip.sampler.make()
     conditions = stages.encode(pipe.context, clip, inputs, pipe.run)
@@ -189,7 +198,7 @@ def generate(
     state = stages.denoise(pipe.context, clip, conditions, state, solver, pipe.run, callback=callback)
     latents = np.array(pipe.family.finish(clip, inputs, conditions, state.x))
     video = stages.decode(pipe.context, clip, latents, pipe.run)
-    return Output(video, latents, subjects, seeds if noise is None else (), clip.settings)
+    return Output(video, latents, subjects, seeds, clip.settings)
 
 
 def check_subjects(repository: Repository, **fields: Any) -> tuple[Any, ...]:
@@ -201,7 +210,9 @@ def check_subjects(repository: Repository, **fields: Any) -> tuple[Any, ...]:
     family, models = repository.family, repository.models
     if wrong := [name for name, value in fields.items() if value is not None and name != family.subject]:
         raise UsageError(f"{family.name} takes {family.subject}, not {wrong[0]}.")
-    subjects = fields.get(family.subject)
+    subjects: Any = fields.get(family.subject)
+    if hasattr(subjects, "ndim") and subjects.ndim < 2:  # an array of labels, or one
+        subjects = np.asarray(subjects).tolist()
     if not isinstance(subjects, list | tuple):
         subjects = [] if subjects is None else [subjects]
     if not subjects:
@@ -223,10 +234,13 @@ def make_request(family: Family, clip: Clip, subjects: tuple[Any, ...], *, image
 def _check_picture(family: Family, clip: Clip, image: Any) -> None:
     if "image" not in family.takes:
         raise UsageError(f"{family.name} takes no image; leave it out.")
-    shape = (*clip.frames[1:], 3)
-    if np.shape(image) != shape or getattr(image, "dtype", None) != np.uint8:
-        kind = f"{getattr(image, 'dtype', type(image).__name__)}{list(np.shape(image))}"
-        raise UsageError(f"image is {kind}; this request needs uint8{list(shape)}.")
+    _check_array("image", image, np.uint8, (*clip.frames[1:], 3))
+
+
+def _check_array(name: str, value: Any, dtype: Any, shape: tuple[int, ...]) -> None:
+    if not hasattr(value, "dtype") or value.dtype != dtype or value.shape != shape:
+        kind = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else f"a {type(value).__name__}"
+        raise UsageError(f"{name} is {kind}; this request needs {np.dtype(dtype)}{list(shape)}.")
 
 
 def check_fits(context: Context, clip: Clip, clips: int) -> None:

@@ -45,8 +45,9 @@ class Weights(Mapping[str, Params]):
     def __getitem__(self, part: str) -> Params:
         if part in self._places:
             leaves, structure = jax.tree.flatten(self._params[part])
-            back = [jax.device_put(x, place) for x, place in zip(leaves, self._places.pop(part), strict=True)]
+            back = [jax.device_put(x, place) for x, place in zip(leaves, self._places[part], strict=True)]
             self._params[part] = jax.tree.unflatten(structure, back)
+            del self._places[part]  # not before: where there is no memory it is still away
         return self._params[part]
 
     def __iter__(self) -> Iterator[str]:

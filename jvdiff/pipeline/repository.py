@@ -36,7 +36,8 @@ class Repository:
     models: configurations, and what inputs are made with
     defaults: content of jvdiff_defaults.json, settings that suit its weights
     digest: names the weights: of an Orbax directory the sha256 of its manifest, and so of everything; of a Hugging Face
-        folder that of all JSON, of weight files up to 64 MiB, and of size and 64 samples of larger ones
+        folder that of the files in the folders of its parts, but not of those beside them (model_index.json): whole up
+        to 64 MiB, of larger ones the size and 64 samples
     """
 
     path: Path
@@ -73,10 +74,8 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         raise CheckpointError(
             f"{path}: its components do not fit together: {problem}\nTake all folders from one repository."
         )
-    if at_once is True and not family.at_once:
-        raise UsageError(f"{path}: a causal model, which makes a video chunk by chunk; run it with `jvdiff stream`.")
-    if at_once is False and family.at_once:
-        raise UsageError(f"{path}: not a causal model: it makes the whole video at once; run it with `jvdiff sample`.")
+    if at_once is not None:
+        check_at_once(path, family, at_once)
     converted = (path / next(iter(family.parts)) / orbax.PARAMS).is_dir()
     known = converted and (path / MANIFEST).is_file()
     return Repository(
@@ -87,6 +86,14 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         defaults=read_defaults(path, family),
         digest=manifest.file_sha256(path / MANIFEST) if known else _fingerprint(path, (*family.parts, *family.files)),
     )
+
+
+def check_at_once(path: Path, family: Family, at_once: bool) -> None:
+    """Raises UsageError unless the models make a clip at once, or with False a video chunk by chunk."""
+    if at_once and not family.at_once:
+        raise UsageError(f"{path}: a causal model, which makes a video chunk by chunk; run it with `jvdiff stream`.")
+    if not at_once and family.at_once:
+        raise UsageError(f"{path}: not a causal model: it makes the whole video at once; run it with `jvdiff sample`.")
 
 
 def _model_index(path: Path) -> dict[str, Any]:
@@ -128,7 +135,10 @@ def _models(path: Path, family: Family, index: Mapping[str, Any]) -> Models:
 
 
 def _fingerprint(path: Path, folders: tuple[str, ...]) -> str:
-    """A digest of a Hugging Face folder that takes the same short time for 20 MB and for 60 GB."""
+    """A digest of these folders of a Hugging Face folder that takes the same short time for 20 MB and for 60 GB.
+
+    Saved states are compared with it: with other files in it, those of earlier versions could not be resumed.
+    """
     total = hashlib.sha256()
     for name in folders:
         for file in sorted(p for p in (path / name).glob("*") if p.is_file()):

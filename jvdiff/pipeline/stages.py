@@ -19,7 +19,8 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jvdiff.diffusion import Solver, classifier_free, sampling
-from jvdiff.errors import NumericsError
+from jvdiff.diffusion.solvers import NoisyState
+from jvdiff.errors import NumericsError, UsageError
 from jvdiff.models.family import Clip, Family, Forward, Models, Run, Segment, Stage
 from jvdiff.pipeline.lending import Weights
 from jvdiff.precision import Precision
@@ -195,12 +196,22 @@ def begin(clip: Clip, solver: Solver, noise: Array, seeds: Any, renoise: Any = N
     Args:
         seeds: of the clips; what solvers draw comes from a key of each.
         renoise: float32 [steps-1,B,T,H,W,C] in place of what would be drawn; None draws.
+
+    Raises:
+        UsageError: `renoise` has another shape, or the solver draws nothing.
     """
+    keys = jnp.stack(
+        [jax.random.key_data(jax.random.fold_in(jax.random.key(np.uint32(seed)), 0)) for seed in seeds]
+    )  # uint32 [B,2]
+    state = solver.init(clip.sampler.begin(jnp.asarray(noise)), keys)
     if renoise is None:
-        renoise = jnp.stack(
-            [jax.random.key_data(jax.random.fold_in(jax.random.key(np.uint32(seed)), 0)) for seed in seeds]
-        )  # uint32 [B,2]
-    return solver.init(clip.sampler.begin(jnp.asarray(noise)), renoise)
+        return state
+    if not isinstance(state, NoisyState):
+        raise UsageError("renoise is given, and the solver of this clip draws no noise; leave it out.")
+    shape = (len(solver) - 1, *state.x.shape)
+    if np.shape(renoise) != shape:
+        raise UsageError(f"renoise is {list(np.shape(renoise))}; this request needs float32{list(shape)}.")
+    return state._replace(noise=jnp.array(renoise, jnp.float32))
 
 
 def encode(context: Context, clip: Clip, inputs: Any, run: Run) -> tuple[Any, Any]:
@@ -209,11 +220,18 @@ def encode(context: Context, clip: Clip, inputs: Any, run: Run) -> tuple[Any, An
     Raises:
         NumericsError: an encoder made NaN or infinity.
     """
-    conditions = context.family.encode(context.models, clip, context.forward(clip), run, inputs)
+    parts: dict[str, None] = {}  # those that ran, in order
+
+    def noted(stage: Stage, *arguments: Any) -> Any:
+        parts[stage.part] = None
+        return run(stage, *arguments)
+
+    conditions = context.family.encode(context.models, clip, context.forward(clip), noted, inputs)
     for leaf in jax.tree.leaves(conditions):
         computed = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
         if computed and (share := nonfinite(np.asarray(leaf, np.float32))):
-            raise NumericsError(f"text encoder: {share:.1%} of its output ({leaf.dtype}) is NaN or infinite.")
+            name = " or ".join(map(_spoken, parts))
+            raise NumericsError(f"{name}: {share:.1%} of the numbers of its output ({leaf.dtype}) are NaN or infinite.")
     return conditions
 
 
@@ -243,15 +261,15 @@ def denoise(
     stop, ended = len(solver) if stop is None else stop, False
     good = None if isinstance(state.x, jax.ShapeDtypeStruct) else np.array(state.x)
 
-    def check(done: int, state: Any) -> Any:
+    def check(part: str, done: int, state: Any) -> Any:
         nonlocal good, ended
         if isinstance(state.x, jax.ShapeDtypeStruct):
             return False
         latents = np.array(state.x)
         if share := nonfinite(latents):
             raise _numerics(
-                f"transformer: after step {done} of {len(solver)}, {share:.1%} of the latents is NaN or infinite "
-                f"(matrix products in {context.precision.transformer}).",
+                f"{_spoken(part)}: after step {done} of {len(solver)}, {share:.1%} of the latents are NaN or infinite "
+                f"(matrix products in {getattr(context.precision, context.family.parts[part].precision)}).",
                 step=done - 1,
                 latents=good,
             )
@@ -262,7 +280,9 @@ def denoise(
         first, last = max(start, segment.start), min(stop, segment.stop)
         if first < last and not ended:
             one = _step(context, clip, segment, conditions, solver, run, len(state.x))
-            state = sampling.loop(one, solver, state, start=first, stop=last, callback=check)
+            state = sampling.loop(
+                one, solver, state, start=first, stop=last, callback=functools.partial(check, segment.part)
+            )
     return state
 
 
@@ -306,21 +326,24 @@ def decode(
         callback: called as callback(done) with the number of latent frames decoded so far, of B * T.
 
     Raises:
-        NumericsError: the decoder made NaN or infinity; the error's `step` is the latent frame.
+        NumericsError: the decoder made NaN or infinity; the error's `step` is the latent frame, the first of several
+            that are decoded at once.
     """
     latents = np.asarray(latents, np.float32)
     total, clips = latents.shape[1], []
     for b in range(len(latents)):
-        frames = []
+        frames, before = [], 0
         for pixels, bad, done in _frames(context, clip, latents[b : b + 1], run):
             if share := float(bad):
+                which = f"frame {done}" if done == before + 1 else f"frames {before + 1} to {done}"
                 raise _numerics(
-                    f"VAE decoder: {share:.1%} of the pixels of latent frame {done} of {total} is NaN or infinite "
+                    f"VAE decoder: {share:.1%} of the pixels of latent {which} of {total} are NaN or infinite "
                     f"(computed in {context.precision.vae}).",
-                    step=done - 1,
+                    step=before,
                     latents=latents,
                 )
             frames.append(np.asarray(pixels)[0])
+            before = done
             if callback is not None:
                 callback(b * total + done)
         clips.append(np.concatenate(frames))  # [f,Y,X,3], one after another -> [F,Y,X,3]
@@ -329,6 +352,11 @@ def decode(
 
 def _frames(context: Context, clip: Clip, latents: np.ndarray, run: Run) -> Iterator[tuple[Any, Any, int]]:
     return context.family.decode(context.models, clip, context.forward(clip), run, latents)
+
+
+def _spoken(part: str) -> str:
+    """The name of a part in a sentence."""
+    return part.replace("_", " ")
 
 
 def nonfinite(x: np.ndarray) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff import models
+from jvdiff.config import nearest
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.plan.targets import check_target, target_memory
 from jvdiff.weights import locate
@@ -60,8 +61,8 @@ def describe(checkpoint: str | None, family: str | None = None) -> tuple[Any, An
 
     try:
         folder = locate(checkpoint or "", download=False)
-    except (UsageError, CheckpointError):
-        folder = None
+    except (UsageError, CheckpointError) as error:
+        folder, reason = None, str(error).splitlines()[0]
     if folder is not None:
         repository = pipeline.inspect(folder, at_once=True, family=models.named(family))
         return repository.family, repository.models, repository.defaults
@@ -69,8 +70,7 @@ def describe(checkpoint: str | None, family: str | None = None) -> tuple[Any, An
     published = {name: value for package in packages for name, value in getattr(package, "PUBLISHED", {}).items()}
     if (name := Path(checkpoint or "").name) not in published:
         raise UsageError(
-            f"checkpoint {checkpoint!r} is neither a folder nor a model to plan without one.\n"
-            f"Those are {', '.join(published)}."
+            f"{reason}\nWithout a folder there are plans of {', '.join(published)}{nearest(name, published)}."
         )
     return *published[name], {}
 

@@ -118,8 +118,12 @@ def install() -> Path:
             raise SetupError(
                 f"{_WHAT} was not installed: its installer ended with status {done.returncode}, see above."
             )
-        shutil.rmtree(target, ignore_errors=True)  # what another program left there
-        part.rename(target)
+        if not _complete(target):  # another installer may have been faster
+            shutil.rmtree(target, ignore_errors=True)  # what another program left there
+            part.rename(target)
+    except OSError as error:
+        if not _complete(target):
+            raise SetupError(f"{_WHAT} was not installed in {target}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target

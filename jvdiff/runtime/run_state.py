@@ -81,7 +81,7 @@ def load(folder: str | Path) -> RunState:
 
     Raises:
         UsageError: no such folder.
-        CheckpointError: another format.
+        CheckpointError: another format, or a file that cannot be read.
         IntegrityError: a file is cut, changed or missing.
     """
     folder = Path(folder)
@@ -90,8 +90,11 @@ def load(folder: str | Path) -> RunState:
     try:
         body = _read_facts(folder / FACTS)
         return RunState(body["facts"], body["done"], _read_arrays(folder / ARRAYS, body["arrays"]))
-    except OSError as error:
+    except FileNotFoundError as error:
         raise _changed(Path(error.filename or folder), error.strerror or str(error)) from None
+    except OSError as error:
+        where, why = error.filename or folder, error.strerror or error
+        raise CheckpointError(f"{where}: cannot be read ({why}).\nMake it readable, or begin the run anew.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _changed(folder, f"it cannot be read ({type(error).__name__}: {error})") from None
 

@@ -35,12 +35,14 @@ def resource_error(error: BaseException, path: Path) -> ResourceError | None:
 
 
 @contextmanager
-def staged(path: str | Path, *, needed: int = 0, overwrite: bool = False, manifest: str = MANIFEST) -> Iterator[Path]:
+def staged(
+    path: str | Path, *, needed: int = 0, overwrite: bool | None = None, manifest: str = MANIFEST
+) -> Iterator[Path]:
     """A new hidden folder that becomes `path` by one rename when the block ends well, and is removed otherwise.
 
     A lock that the kernel drops with the process keeps a second writer out. `needed` bytes must be free on the disk.
     `overwrite` swaps a complete folder of the same kind for the new one, and replaces nothing else; `manifest` is a
-    file that such a folder has, and that the block writes too.
+    file that such a folder has, and that the block writes too. None: whoever asks has no such option.
 
     Raises:
         UsageError: `path` exists already, or its folder cannot be written.
@@ -75,16 +77,20 @@ def staged(path: str | Path, *, needed: int = 0, overwrite: bool = False, manife
             shutil.rmtree(staging, ignore_errors=True)  # after an exchange: the old content
 
 
-def check_target(target: Path, overwrite: bool, manifest: str = MANIFEST) -> None:
+def check_target(target: Path, overwrite: bool | None, manifest: str = MANIFEST) -> None:
     """Raises UsageError if `staged` could not put a folder there."""
     try:
         exists = os.path.lexists(target)
-        if overwrite and (target / manifest).is_file() and not target.is_symlink():
+        replaceable = (target / manifest).is_file() and not target.is_symlink()
+        if overwrite and replaceable:
             return
         if exists:
             kind = "an Orbax directory" if manifest == MANIFEST else "a saved state"
             state = f"is not {kind} of jvdiff" if overwrite else "exists already"
-            raise UsageError(f"{target}: {state}, and is left as it is.\nRemove it yourself, or choose another target.")
+            advice = "Replace it with overwrite, remove" if overwrite is False and replaceable else "Remove"
+            raise UsageError(
+                f"{target}: {state}, and is left as it is.\n{advice} it yourself, or choose another target."
+            )
         if not target.parent.is_dir():
             raise UsageError(f"{target.parent}: no such folder.\nMake it first, or choose another target.")
     except OSError as error:

@@ -281,6 +281,8 @@ class _Connection(socketserver.StreamRequestHandler):
         rank, name = hello["rank"], hello["name"]
         with hub.lock:
             hub.connections[rank] = self
+            if hub.verdict is not None:  # a process that comes late
+                self.tell({"verdict": hub.verdict})
         try:
             for line in self.rfile:
                 hub.hear(rank, name, json.loads(line))

@@ -12,7 +12,8 @@ from jvdiff import precision as precisions
 from jvdiff.diffusion import schedules
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.pipeline import Repository
-from jvdiff.pipeline.settings import stream_defaults
+from jvdiff.pipeline.repository import check_at_once
+from jvdiff.pipeline.settings import DEFAULTS_FILE, stream_defaults
 from jvdiff.sharding import read_mesh
 from jvdiff.streaming.codec import ImageEncoder, NullEncoder, StreamingVideoDecoder, StreamingVideoEncoder
 from jvdiff.streaming.config import (
@@ -76,7 +77,9 @@ def config_of(path: str | Path | Repository) -> StreamInferencePipelineConfig:
     try:
         return override(config, {"diffusion_model": stream_defaults(repository.path)})
     except (KeyError, TypeError, UsageError) as error:
-        raise CheckpointError(f"{path}: its defaults for streaming are invalid: {error.args[0]}") from None
+        raise CheckpointError(
+            f"{repository.path / DEFAULTS_FILE}: its defaults for streaming are invalid: {error.args[0]}"
+        ) from None
 
 
 def override(config: StreamInferencePipelineConfig, patch: Mapping[str, Any]) -> StreamInferencePipelineConfig:
@@ -121,6 +124,7 @@ def load(
             there are.
     """
     repository = path if isinstance(path, Repository) else pipeline.inspect(path, at_once=False)
+    check_at_once(repository.path, repository.family, False)
     placement, dtypes = pipeline.place(read_mesh(mesh)), precisions.choose(precision)
     config = config or config_of(repository)
     params = pipeline.read_parts(repository, dtypes, placement)

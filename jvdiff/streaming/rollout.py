@@ -239,7 +239,7 @@ class StreamInferencePipeline:
 
     def traced(self, cache: StreamCache, input: Any = None) -> Iterator[tuple[str, jax.stages.Traced]]:
         """(name, traced program) of all that rollouts like this one run. Once these are lowered and compiled,
-        `generate` and `finalize` do not compile.
+        `generate` and `finalize` do not compile. `reencode` is not among them: few rollouts run it.
 
         Args:
             cache: of `initialize_cache`, or abstract.
@@ -250,6 +250,9 @@ class StreamInferencePipeline:
             encode = programs.encode.trace(self._vae, self._everywhere(input), None)
             yield "encode first", encode
             payload = self._placed(encode.out_info[0])
+            if not isinstance(self.config.encoder, NullEncoder):
+                memory = self._placed(encode.out_info[1], pictures=getattr(self.config.encoder, "mode", "") != "stamp")
+                yield "encode next", programs.encode.trace(self._vae, self._next_input(input), memory)
         diffuse = programs.diffuse.trace(network, cache.text, cache.past, cache.key, index, payload)
         yield "diffuse", diffuse
         latents, bad = self._placed(diffuse.out_info)
@@ -311,7 +314,9 @@ class StreamInferencePipeline:
         cfg, weights = self.config.diffusion_model.transformer, self.params["text_encoder"]
         rows = self._net.encode_texts(cfg.text_encoder, weights, self.tokenizer, texts, self.placement)
         if share := nonfinite(np.asarray(rows, np.float32)):
-            raise NumericsError(f"text encoder: {share:.1%} of its output ({rows.dtype}) is NaN or infinite.")
+            raise NumericsError(
+                f"text encoder: {share:.1%} of the numbers of its output ({rows.dtype}) are NaN or infinite."
+            )
         return rows
 
     def _everywhere(self, tree: Any) -> Any:
@@ -324,6 +329,14 @@ class StreamInferencePipeline:
         cfg = self.config.diffusion_model.transformer
         where = self.placement.spread(cfg.height, cfg.width).sharding if pictures else self.placement.everywhere
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+    def _next_input(self, first: Any) -> Any:
+        """What the encoder takes for chunk 1, abstract, where it takes `first` for chunk 0."""
+        encoder = self.config.encoder
+        if not isinstance(encoder, StreamingVideoEncoder):
+            return None
+        frames = encoder.get_input_temporal_size(self.config.diffusion_model.transformer.len_t, 1)
+        return self._placed(jax.ShapeDtypeStruct((len(first), frames, *first.shape[2:]), first.dtype))
 
     def _abstract_input(self, batch: int) -> Any:
         encoder, cfg = self.config.encoder, self.config.diffusion_model.transformer

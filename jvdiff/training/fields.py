@@ -50,8 +50,14 @@ def mesh(loop: ConfigDict, planned: bool = False) -> MeshShape:
         raise UsageError(f"loop.mesh is {shape!r}, which is for sampling; name the axes, for instance fsdp=8.")
     if planned:
         return shape
-    if shape.devices > jax.device_count() or (jax.process_count() > 1 and shape.devices < jax.device_count()):
-        raise UsageError(f"loop.mesh {shape}: it has {shape.devices} devices, and there are {jax.device_count()}.")
+    there, processes = jax.device_count(), jax.process_count()
+    if shape.devices > there:
+        raise UsageError(f"loop.mesh {shape}: it has {shape.devices} devices, and there are {there}; name fewer.")
+    if processes > 1 and shape.devices < there:
+        raise UsageError(
+            f"loop.mesh {shape}: it has {shape.devices} devices; expected all {there} of the {processes} processes, "
+            f"for instance data={there}."
+        )
     return shape
 
 

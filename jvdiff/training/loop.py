@@ -217,7 +217,7 @@ def fit(
       params: to start from, where there is no earlier run; None: `task.init`.
       save_every, log_every, show_every: steps between checkpoints, lines of metrics and samples (None: no samples).
       accumulate: into how many parts a batch is cut for the gradient; the result is that of the whole, but for noise.
-      most_skipped: how many steps in a row may be skipped because their loss or gradient is not finite.
+      most_skipped: how many steps in a row, skipped because their loss or gradient is not finite, end the run.
       log_to: "tensorboard" and "wandb", besides `metrics.jsonl`.
       mesh: of `jvdiff.sharding.make_mesh`, whose devices share every batch, and the state by `task.rules`; None: one
         device. A run may go on under another mesh than it began with.
@@ -279,7 +279,7 @@ class _Run:
     """A training under way.
 
     folder, manager: where its states are saved
-    most_skipped: how many steps in a row may be skipped
+    most_skipped: how many skipped steps in a row end it
     state: after `done` steps
     done: how many steps
     """
@@ -291,11 +291,12 @@ class _Run:
     done: int
 
     def check(self) -> None:
-        """Raises NumericsError if too many steps in a row were skipped."""
+        """Raises NumericsError if `most_skipped` steps in a row were skipped, or more."""
         if (bad := int(self.state.in_a_row)) >= self.most_skipped:
             kept = self.manager.latest_step()
             raise NumericsError(
-                f"{self.folder}: at step {self.done} the loss or its gradient is not finite for {bad} steps in a row.\n"
+                f"{self.folder}: at step {self.done} the loss or its gradient is not finite for {bad} steps in a row;\n"
+                f"{self.most_skipped} end the run (loop.most_skipped). "
                 + (f"The state of step {kept} is kept. " if kept else "Nothing was saved yet. ")
                 + "Try a lower learning_rate, a longer warmup or a lower clip."
             )

@@ -32,11 +32,15 @@ class Metrics(ExitStack):
         self.path = folder / "metrics.jsonl"
         self.steps = steps
         self.clock = (time.perf_counter(), done)
-        self.sinks = [SINKS[name](self, folder, done) for name in also] if peers.writes() else []
         if self.path.exists() and peers.writes():
             with atomic(self.path) as part:
                 lines = self.path.read_text().splitlines()
                 part.write_text("".join(f"{line}\n" for line in lines if _step(line) <= done))
+        try:
+            self.sinks = [SINKS[name](self, folder, done) for name in also] if peers.writes() else []
+        except BaseException:
+            self.close()  # those that were opened before it
+            raise
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """One line; a number that is not finite becomes null, as JSON wants it."""

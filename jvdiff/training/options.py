@@ -49,7 +49,7 @@ class Loop:
     show_every: int | None = option(None, "steps between two samples; none: no samples")
     keep: int = option(2, "how many checkpoints are kept")
     accumulate: int = option(1, "into how many parts a batch is cut, whose gradients are averaged")
-    most_skipped: int = option(10, "how many steps in a row may be skipped because their numbers are not finite")
+    most_skipped: int = option(10, "how many steps in a row, skipped because their numbers are not finite, end the run")
     log_to: tuple[str, ...] = option((), "tensorboard, wandb or both, besides metrics.jsonl")
     mesh: str | dict[str, int] | None = option(None, "devices: data=2,fsdp=4; none: one device")
 

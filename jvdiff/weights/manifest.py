@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jvdiff.errors import CheckpointError, IntegrityError
+from jvdiff.errors import CheckpointError, IntegrityError, UsageError
 from jvdiff.runtime import peers
 from jvdiff.runtime.staging import MANIFEST
 from jvdiff.weights.naming import listed
@@ -59,13 +59,16 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of an Orbax directory.
 
     Raises:
+        UsageError: no such folder.
         IntegrityError: there is no manifest, so nothing can be checked.
         CorruptFile, CheckpointError: it is damaged, or of a later version.
     """
+    if not root.is_dir():
+        raise UsageError(f"{root}: no such folder.\nExpected one that a conversion or a training made.")
     if not (root / MANIFEST).is_file():
         raise IntegrityError(
             f"{root}: no {MANIFEST}, so its files cannot be checked.\n"
-            "Convert it again, or restore with verify=False if you trust the disk."
+            "Convert it again. In Python, restore(..., verify=False) reads it unchecked."
         )
     manifest = read_json(root / MANIFEST)
     if manifest.get("version") != 1 or not all(isinstance(manifest.get(k), dict) for k in ("files", "tensors")):

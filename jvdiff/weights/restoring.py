@@ -150,14 +150,14 @@ def _placed(leaf: Any, sharding: jax.sharding.Sharding | None, load: Callable[..
 
 def _check_orbax(path: Path, wanted: Mapping[str, Any], cast: bool) -> None:
     stored = stored_leaves(path)
-    _check_leaves(path, wanted, stored)
+    check_leaves(path, wanted, stored)
     _tell_casts(path, [(stored[name].dtype, leaf.dtype) for name, leaf in wanted.items()], cast)
 
 
 def _read_orbax(path: Path, wanted: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, jax.Array]:
     item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]) for name, leaf in wanted.items()}
-    with orbax_errors(path):
-        read = ocp.StandardCheckpointer().restore((path / PARAMS).absolute(), unflatten(item))
+    with orbax_errors(path), ocp.StandardCheckpointer() as reader:
+        read = reader.restore((path / PARAMS).absolute(), unflatten(item))
     return {name: jax.device_put(leaf, places[name]) for name, leaf in flatten(read).items()}
 
 
@@ -233,7 +233,8 @@ def _tell_casts(path: Path, kinds: Sequence[tuple[Any, Any]], cast: bool) -> Non
         _log.info("%s: casts %s", path, told)
 
 
-def _check_leaves(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+def check_leaves(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Raises MissingTensor or ShapeMismatch unless the arrays of a folder are those of a model, by path."""
     missing = [name for name in wanted if name not in stored]
     unexpected = [name for name in stored if name not in wanted]
     shapes = [

@@ -1,6 +1,8 @@
 """argv becomes a request: flags in any order, configurations by name, text that stays text, the nearest name."""
 
+import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -163,6 +165,7 @@ def test_a_command_that_is_printed_asks_for_the_same(program):
         (["sample", "--steps.inner=3"], "steps is 20, which has no fields"),
         (["sample", "--checkpoint=digits-classes", "--shift=3"], "--shift is not a field of what is asked for here"),
         (["sample", "--plan", "--distributed"], "a plan is made by one process"),
+        (["sample", "--stop_at=0"], "stop_at is 0; expected 1 or more. The nearest is 1."),
         (["stream", "--num_chunks=3"], "(did you mean --chunks?)"),
         (["train"], "no config. Usage: jvdiff train --config"),
         (["train", "--config=train_digits_vae", "--lr=1"], "(did you mean --schedule.learning_rate?)"),
@@ -179,6 +182,10 @@ def test_a_command_that_is_printed_asks_for_the_same(program):
         (["to_hf", "--source=x"], "--target is missing"),
         (["digits", "--output=x"], "--clips is missing"),
         (["sharding", "--leafs"], "(did you mean --leaves?)"),
+        (
+            ["plan", "--config=train_digits_vae"],
+            "the task 'vae' of train_digits_vae has no plan; those that have one: lat",
+        ),
         (["plan", "--stepz=3"], "(did you mean --steps?)"),
         (["plan", "--config=stream_digits"], "stream_digits is a configuration of jvdiff stream"),
         (["sample", "--config=train_digits_dit"], "train_digits_dit is a configuration of jvdiff train"),
@@ -212,6 +219,24 @@ def test_a_configuration_with_a_mistake(content, message, tmp_path, capsys):
     assert message in refused(["sample", f"--config={tmp_path / 'own.py'}"], capsys)
 
 
+def test_one_end_of_a_range_is_an_end():
+    for low, high, value, message in (
+        (1, None, 0, "x is 0; expected 1 or more. The nearest is 1."),
+        (None, 2.5, 3, "x is 3; expected 2.5 or less. The nearest is 2.5."),
+        (None, 2.5, float("-inf"), "x is -inf; expected 2.5 or less."),
+        (1, 5, float("nan"), "x is nan; expected 1 to 5. The nearest is 1."),
+    ):
+        told = configs.option(None, "", low=low, high=high).metadata
+        configs.check("x", 2, told)
+        with pytest.raises(UsageError, match=re.escape(message) + "$"):
+            configs.check("x", value, told)
+
+
+def test_a_type_is_told_as_what_it_is():
+    with pytest.raises(UsageError, match=r"x is 3; expected a Callable or a dict\."):
+        configs.typed("x", 3, Callable[[int], int] | dict[str, int])
+
+
 def test_a_configuration_may_take_an_argument(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(
@@ -232,6 +257,14 @@ def test_a_configuration_may_say_little(tmp_path):
     assert request.source("steps") == "file" and request.source("output") == "default"
 
 
+def test_a_seed_has_32_bits_wherever_it_stands(tmp_path, capsys):
+    path = tmp_path / "own.py"
+    path.write_text("from ml_collections import ConfigDict\nget_config = lambda: ConfigDict({'seed': 2**32 - 1})\n")
+    assert wanted(f"--config={path}").config.seed == wanted(f"--seed={2**32 - 1}").config.seed == 2**32 - 1
+    said = refused(["train", "--config=train_digits_vae", f"--seed={2**32}"], capsys)
+    assert "seed is 4294967296; expected a whole number from 0 to 4294967295" in said
+
+
 def test_a_training_that_says_how_to_sample_is_sampled(tmp_path):
     words = ["--config=latent_video_digits", f"--folder={tmp_path}", "--class_label=seven", "--steps=7"]
     request = wanted(*words)
@@ -244,9 +277,17 @@ def test_a_training_that_says_how_to_sample_is_sampled(tmp_path):
 def test_a_plan_is_of_whatever_the_configuration_is(monkeypatch):
     asked = []
     monkeypatch.setattr(sample, "run", lambda request: asked.append(request.config) or [])
-    monkeypatch.setattr(train, "main", lambda argv: asked.append(argv) or 0)
+    monkeypatch.setattr(train, "run", lambda request: asked.append(request.config) or [])
     assert main(["jvdiff", "plan", "--steps=3"]) == 0 and asked[0].plan and asked[0].steps == 3
-    assert main(["jvdiff", "plan", "--config", "latent_video_small"]) == 0 and asked[1][-1] == "--plan"
+    assert main(["jvdiff", "plan", "--config", "latent_video_small"]) == 0 and asked[1].plan
+
+
+@pytest.mark.parametrize("command", ["sample", "train", "stream", "plan", "sharding", "convert", "to_hf", "digits"])
+@pytest.mark.parametrize("flag", ["--traceback", "--config.traceback"])
+def test_where_an_error_arose_is_told_by_every_command(command, flag, capsys):
+    assert main(["jvdiff", command, flag, "--xyzzy=1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and "error: " in said.splitlines()[-1] + said.splitlines()[-2]
 
 
 def test_clips_are_written_by_the_command(tmp_path, monkeypatch, capsys):

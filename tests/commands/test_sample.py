@@ -1,5 +1,7 @@
 """The command line, end to end on a tiny random repository: files, resuming, faults and exit status."""
 
+import dataclasses
+import importlib
 import io
 import json
 import os
@@ -221,6 +223,24 @@ def test_the_same_settings_said_again_are_fine(command, state):
     assert sample.main(command(resume=state, steps=4, guidance=3)) == 0
 
 
+@pytest.mark.parametrize("name", ["prompt", "seed", "precision"])
+def test_a_state_without_a_fact_is_refused(command, state, tmp_path, name, capsys, no_weights):
+    whole = run_state.load(state)
+    facts = {key: value for key, value in whole.facts.items() if key != name}
+    folder = run_state.save(tmp_path / "less.state", dataclasses.replace(whole, facts=facts))
+    assert sample.main(command(resume=folder, prompt=None, seed=None)) == 3
+    assert f"the state does not describe a run of this model: it has no {name}." in capsys.readouterr().err
+
+
+def test_a_state_of_another_dtype_is_told_as_such(command, state, tmp_path, capsys):
+    whole = run_state.load(state)
+    arrays = {name: x.astype(np.float16) for name, x in whole.arrays.items()}
+    folder = run_state.save(tmp_path / "half.state", dataclasses.replace(whole, arrays=arrays))
+    assert sample.main(command(resume=folder, prompt=None, seed=None)) == 3
+    said = capsys.readouterr().err
+    assert f"{folder}: the state has x float16[1, 2, 2, 2, 4]" in said and "needs x float32[1, 2, 2, 2, 4]" in said
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "edit", "missing", "not json", "not a folder"])
 def test_a_damaged_state_is_refused(command, state, damage, capsys, no_weights):
     arrays, facts = state / "state.bin", state / "state.json"
@@ -390,6 +410,14 @@ def test_a_config_file_with_fields_of_its_own(tmp_path, capsys):
     )
     assert sample.main(["sample", f"--config={path}"]) == 2
     assert "stepz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program, field", [("sample", "stop_at"), ("stream", "save_every")])
+def test_a_value_of_a_config_file_is_checked_as_a_flag_is(tmp_path, program, field, capsys):
+    path = tmp_path / "own.py"
+    path.write_text(f"import ml_collections\nget_config = lambda: ml_collections.ConfigDict(dict({field}='three'))\n")
+    assert importlib.import_module(f"jvdiff.commands.{program}").main([program, f"--config={path}"]) == 2
+    assert f"{field} is 'three'; expected a whole number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

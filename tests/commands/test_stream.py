@@ -15,8 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from jvdiff import streaming
+from jvdiff import pipeline, streaming
 from jvdiff.commands import stream
+from jvdiff.errors import CheckpointError
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
 from jvdiff.runtime import progress, run_state
@@ -405,6 +406,18 @@ def test_a_repository_may_name_another_scheduler(tiny_causal_repository, tmp_pat
     model = streaming.config_of(root).diffusion_model
     assert model.scheduler == streaming.UniPCSchedulerConfig(num_inference_steps=3)
     assert model.transformer.window_size_t == 3
+    (root / "jvdiff_defaults.json").write_text(json.dumps({"stream": {"transformer": {"window": 3}}}))
+    with pytest.raises(CheckpointError, match=r"other/jvdiff_defaults\.json: its defaults for streaming are invalid"):
+        streaming.config_of(pipeline.inspect(root))
+
+
+def test_an_empty_negative_prompt_is_one(command, tiny_causal_repository, tmp_path):
+    root = shutil.copytree(tiny_causal_repository, tmp_path / "other")
+    defaults = json.loads((root / "jvdiff_defaults.json").read_text())
+    (root / "jvdiff_defaults.json").write_text(json.dumps(defaults | {"negative_prompt": "left"}))
+    for given, expected in ({}, "left"), ({"negative_prompt": ""}, ""):
+        assert stream.main(command(given, checkpoint=root, chunks=1, name=f"x{len(given)}")) == 0
+        assert json.loads((tmp_path / "out" / f"x{len(given)}.json").read_text())["negative_prompt"] == expected
 
 
 def test_a_command_with_prompts_puts_those_of_the_file_aside(tmp_path):

@@ -26,7 +26,7 @@ from jvdiff.models.family import read_weights
 from jvdiff.pipeline.repository import inspect
 from jvdiff.runtime.staging import staged
 from jvdiff.weights import save
-from jvdiff.weights.manifest import array_sha256
+from jvdiff.weights.manifest import array_sha256, read_manifest, write_manifest
 from jvdiff.weights.naming import flatten
 from jvdiff.weights.orbax import stored_leaves
 
@@ -417,8 +417,40 @@ def test_command_line_usage(tiny_repository, orbax, capsys):
         convert(orbax, orbax.with_name("other"))
     with pytest.raises(UsageError, match="Hugging Face folder already"):
         to_hf(tiny_repository, orbax.with_name("other"))
+    (orbax.parent / "empty").mkdir()
+    with pytest.raises(IntegrityError, match=r"no jvdiff\.json, so its files cannot be checked\.\nConvert it again"):
+        verify(orbax.parent / "empty")
+    with pytest.raises(UsageError, match="nowhere: no such folder"):
+        verify(orbax.parent / "nowhere")
     with pytest.raises(UsageError, match="nor is it a repository's name"):
         find("no/such/folder")
+
+
+def test_a_command_that_was_stopped_runs_again_in_the_same_process(tiny_repository, tmp_path, monkeypatch, capsys):
+    command = ["jvdiff convert", f"--source={tiny_repository}", f"--target={tmp_path / 'orbax'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr("jvdiff.models.named", lambda name: signal.raise_signal(signal.SIGTERM))
+        assert main(command) == 5
+    assert main(command) == 0
+    verify(tmp_path / "orbax")
+
+
+def test_a_repository_that_ships_is_converted_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convert(Path("digits"), tmp_path / "orbax")
+    assert inspect(tmp_path / "orbax").models.configs == inspect("digits").models.configs
+
+
+def test_arrays_that_are_not_those_of_the_configuration_are_not_exported(orbax, tmp_path):
+    target = shutil.copytree(orbax, tmp_path / "orbax")
+    config = json.loads((target / "transformer" / "config.json").read_text())
+    (target / "transformer" / "config.json").write_text(json.dumps(config | {"ffn_dim": config["ffn_dim"] * 2}))
+    tensors = read_manifest(target)["tensors"]
+    (target / "jvdiff.json").unlink()
+    write_manifest(target, tensors, {})
+    with pytest.raises(ShapeMismatch, match="transformer: its arrays do not fit the model"):
+        to_hf(target, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_hub_repository_from_the_cache(tiny_repository, tmp_path):  # F22, F64

@@ -1,6 +1,7 @@
 """A user's own family, outside jvdiff/: it samples, plans, shards, saves, resumes and converts, in Python and from
 the command lines."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -14,8 +15,8 @@ from toy.family import TOY
 
 import jvdiff
 from jvdiff import models, pipeline, plan, precision
-from jvdiff.commands import convert, planning, sample
-from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.commands import convert, jobs, planning, sample
+from jvdiff.errors import CheckpointError, NumericsError, UsageError
 from jvdiff.media import video as videos
 from jvdiff.sharding import rules
 from jvdiff.weights.naming import disassemble, flatten, unflatten
@@ -137,6 +138,17 @@ def test_two_experts_are_two_segments_of_one_run(pipe):
         pipe.clip(steps=3)
 
 
+def test_the_part_whose_numbers_went_wrong_is_named(pipe):
+    for part, message in (
+        ("transformer_2", "transformer 2: after step 3 of 4"),
+        ("text_encoder", "or text encoder or"),
+    ):
+        broken = jax.tree.map(lambda x: x * np.nan, pipe.weights[part])
+        other = dataclasses.replace(pipe, weights=pipeline.Weights({**pipe.weights, part: broken}))
+        with pytest.raises(NumericsError, match=message):
+            jvdiff.generate(other, "a red seven", seed=3, image=PICTURE)
+
+
 def test_nothing_is_compiled_again_for_other_values(pipe, clip, compiled):
     jvdiff.generate(
         pipe,
@@ -218,6 +230,13 @@ def test_a_file_of_prompts_and_what_is_made_already(command, tmp_path, capsys):
     assert sample.main(command(prompts=tmp_path / "prompts.jsonl", num_frames=2)) == 0
     assert "2 of 3 videos are already in" in capsys.readouterr().err
     assert sorted(arrays(tmp_path / "out")) == ["blue_seed5", "one", "two-moves_seed4"]
+
+
+def test_a_line_of_a_file_gets_the_picture_at_its_own_size(command, repository, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "two"}\n{"prompt": "seven", "height": 8, "width": 32}')
+    config = sample.parse(command(prompts=tmp_path / "prompts.jsonl")).config
+    made, problems = jobs.make_jobs(config, pipeline.inspect(repository, family=TOY))
+    assert [job.image.shape for job in made] == [(16, 16, 3), (8, 32, 3)] and not problems
 
 
 def test_a_configuration_of_its_own(repository, tmp_path, capsys):

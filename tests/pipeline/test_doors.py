@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import pytest
 import jvdiff
 from jvdiff import pipeline
 from jvdiff.commands import sample
+from jvdiff.errors import UsageError
 from jvdiff.models.family import Request, read_weights
 from jvdiff.models.quantised import Quantised, quantise
 
@@ -127,6 +129,18 @@ def test_renoised_by_what_is_given_in_place_of_what_is_drawn(tiny_repository):
     expected = jvdiff.generate(pipe, PROMPT, **given).latents
     np.testing.assert_allclose(jvdiff.generate(pipe, PROMPT, renoise=drawn, **given).latents, expected, atol=1e-5)
     assert np.abs(jvdiff.generate(pipe, PROMPT, renoise=-drawn, **given).latents - expected).max() > 1e-2
+    for wrong in (drawn[:0], drawn[:, :, :1], np.zeros((1, 2), np.uint32)):
+        with pytest.raises(UsageError, match=r"renoise is .*; this request needs float32\[1, 1, 2, 2, 2, 4\]"):
+            jvdiff.generate(pipe, PROMPT, renoise=wrong, **given)
+
+
+def test_a_part_that_cannot_come_back_is_still_away(monkeypatch):
+    weights, full = pipeline.Weights({"vae": {"w": jax.numpy.ones(2)}}), RuntimeError("RESOURCE_EXHAUSTED")
+    weights.leave("vae")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="RESOURCE"):
+        patch.setattr(jax, "device_put", mock.Mock(side_effect=full))
+        weights["vae"]
+    assert weights.away() == ("vae",) and isinstance(weights["vae"]["w"], jax.Array) and not weights.away()
 
 
 @pytest.mark.parametrize("mesh", [None, "fsdp=2"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jvdiff
-from jvdiff import pipeline, precision
+from jvdiff import pipeline, precision, streaming
 from jvdiff.errors import CheckpointError, NumericsError, UsageError
 from jvdiff.models import wan
 from jvdiff.models.family import Clip, Request
@@ -53,9 +53,22 @@ def test_given_noise_replaces_the_seed(pipe, out):
     noise = np.asarray(pipeline.initial_noise([3], (2, 2, 2, 4)))
     given = jvdiff.generate(pipe, [PROMPT], noise=noise)
     np.testing.assert_array_equal(given.latents, out.latents)
-    assert given.seeds == ()
-    with pytest.raises(UsageError, match=r"float32\[1, 2, 2, 2, 4\]"):
-        jvdiff.generate(pipe, [PROMPT], noise=noise[:, :1])
+    assert len(given.seeds) == 1  # what a solver draws is of the seed
+    for other in (noise[:, :1], noise.tolist()):
+        with pytest.raises(UsageError, match=r"float32\[1, 2, 2, 2, 4\]"):
+            jvdiff.generate(pipe, [PROMPT], noise=other)
+    with pytest.raises(UsageError, match="the solver of this clip draws no noise; leave it out"):
+        jvdiff.generate(pipe, [PROMPT], renoise=np.zeros((3, 1, 2, 2, 2, 4), np.float32))
+
+
+def test_what_inspect_said_is_loaded_as_a_folder_is(tiny_repository, tiny_causal_repository):
+    with pytest.raises(UsageError, match=r"run it with `python -m jvdiff.stream`"):
+        jvdiff.load(pipeline.inspect(tiny_causal_repository))
+    with pytest.raises(UsageError, match=r"run it with `python -m jvdiff.sample`"):
+        streaming.load(pipeline.inspect(tiny_repository))
+    other = dataclasses.replace(pipeline.inspect(tiny_repository).family, name="mine")
+    with pytest.raises(UsageError, match=r"family is 'mine', and .* was inspected as"):
+        jvdiff.load(pipeline.inspect(tiny_repository), family=other)
 
 
 def test_noise_is_standard_normal_and_every_seed_counts():
@@ -223,7 +236,7 @@ def test_nan_in_the_decoder_names_the_frame(pipe, out):
 
 def test_nan_in_the_text_encoder_is_named(pipe):
     weights = dict(pipe.weights) | {"text_encoder": jax.tree.map(lambda x: x * jnp.nan, pipe.weights["text_encoder"])}
-    with pytest.raises(NumericsError, match="text encoder"):
+    with pytest.raises(NumericsError, match=r"text encoder: 18\.8% of the numbers of its output"):
         jvdiff.generate(dataclasses.replace(pipe, weights=pipeline.Weights(weights)), PROMPT)
 
 

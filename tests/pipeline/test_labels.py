@@ -21,6 +21,7 @@ from jvdiff.models import latent_video
 from jvdiff.models.family import Request
 from jvdiff.models.latent_video.family import CLASS_CONDITIONAL, encode_program
 from jvdiff.models.latent_video.settings import SOLVERS, Settings
+from jvdiff.runtime import peers
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "digits-classes"
 DIT = latent_video.DiTConfig(hidden_size=16, depth=1, num_heads=2, num_classes=3, freq_dim=16)
@@ -110,6 +111,16 @@ def test_encoded_clips_are_the_normalised_means(pipe):
         encode_program(VAE)(vae, video[:, :, :, :21])
 
 
+def test_labels_of_numpy(pipe):
+    """Numbers and arrays of them are labels; truth values and fractions are none."""
+    for labels in (np.array([2, 0]), jnp.array([2, 0]), [np.int32(2), np.uint8(0)], np.array(["cow", "ant"])):
+        assert pipeline.check_subjects(pipe.repository, labels=labels) == ("cow", "ant")
+    assert pipeline.check_subjects(pipe.repository, labels=np.int64(1)) == ("bee",)
+    for labels in (np.array([True]), [np.bool_(True)], np.array([1.0]), np.array([[1]])):
+        with pytest.raises(UsageError, match="class_label is"):
+            pipeline.check_subjects(pipe.repository, labels=labels)
+
+
 def test_ddim_is_the_euler_step_and_the_others_are_not(pipe):
     latents = {solver: jvdiff.generate(pipe, labels=1, seed=0, solver=solver).latents for solver in SOLVERS}
     np.testing.assert_array_equal(latents["ddim"], latents["euler"])
@@ -160,11 +171,12 @@ def test_what_cannot_be_is_a_sentence(pipe, labels, given, message):
 def test_nan_is_told_with_its_step(pipe):
     broken = jax.tree.map(lambda x: x * jnp.nan, pipe.weights["transformer"])
     weights = pipeline.Weights({**pipe.weights, "transformer": broken})
-    with pytest.raises(NumericsError, match=r"after step 1 of 3, 100.0% of the latents is NaN or infinite"):
+    with pytest.raises(NumericsError, match=r"after step 1 of 3, 100.0% of the latents are NaN or infinite"):
         jvdiff.generate(dataclasses.replace(pipe, weights=weights), labels=0, seed=0)
     clip = pipe.clip()
-    with pytest.raises(NumericsError, match="of the pixels of latent frame 2 of 2 is NaN or infinite"):
+    with pytest.raises(NumericsError, match="of the pixels of latent frames 1 to 2 of 2 are NaN or infinite") as told:
         pipeline.decode(pipe.context, clip, pipeline.initial_noise([0], clip.latents) * jnp.nan, pipe.run)
+    assert told.value.step == 0
 
 
 @pytest.mark.parametrize(
@@ -191,7 +203,7 @@ def test_damaged_repositories(folder, tmp_path, change, message):
 
 
 @pytest.mark.parametrize("mesh", ["data=2", "fsdp=2", "tensor=2"])
-def test_a_clip_is_the_same_on_a_mesh_and_nothing_is_compiled_twice(pipe, folder, mesh, caplog):
+def test_a_clip_is_the_same_on_a_mesh_and_nothing_is_compiled_twice(pipe, folder, mesh, caplog, monkeypatch):
     alone, spread = jvdiff.generate(pipe, labels=["cow"], seed=3), jvdiff.load(folder, "float32", mesh)
     clip = spread.clip()
     for call in pipeline.trace(spread.context, spread.weights, clip, np.array([2], np.int32)):
@@ -202,6 +214,8 @@ def test_a_clip_is_the_same_on_a_mesh_and_nothing_is_compiled_twice(pipe, folder
     assert "jit(denoise)" not in told and "jit(decode)" not in told
     np.testing.assert_allclose(out.latents, alone.latents, atol=1e-5 * np.abs(alone.latents).max())
     assert np.abs(out.video.astype(int) - alone.video).max() <= 1
+    monkeypatch.setattr(peers, "gather", lambda drawn: [3, drawn])
+    assert jvdiff.generate(spread, labels=["cow"]).seeds == (3,)  # the one that process 0 has drawn
 
 
 def test_the_stages_of_a_clip(pipe):
@@ -260,6 +274,15 @@ def test_stopped_and_finished_is_uninterrupted(command, tmp_path, solver, capsys
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {"cow_seed3.state", "cow_seed3.preview.png"}
     resumed = [flag for flag in command("--save_arrays=true") if not flag.startswith("--seed")]
+    for flag, status, message in (
+        ("--class_label=0", 3, "class_label: the state has 'cow', this run 'ant'"),
+        ("--class_label=('cow', 'ant')", 3, "class_label: the state has 'cow', this run ('cow', 'ant')"),
+        ("--prompt=cow", 2, "prompt is given; this model takes class_label"),
+        ("--prompts=labels.txt", 2, "is the state of one video; leave it out"),
+    ):
+        assert sample.main([*resumed, f"--resume={out / 'cow_seed3.state'}", flag]) == status
+        assert message in capsys.readouterr().err
+    resumed.append("--class_label=2")  # the same, said again
     assert sample.main([*resumed, f"--resume={out / 'cow_seed3.state'}"]) == 0
     with np.load(tmp_path / "whole" / "cow_seed3.npz") as whole, np.load(out / "cow_seed3.npz") as finished:
         np.testing.assert_array_equal(finished["latents"], whole["latents"])

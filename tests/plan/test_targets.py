@@ -1,6 +1,8 @@
 """The compiler for GPUs that are not there: found, installed and lent to one process, by packages that are not real."""
 
+import errno
 import os
+import shutil
 import sys
 import zipfile
 from importlib.metadata import version
@@ -98,6 +100,16 @@ def test_it_is_installed_once_and_whole(index, capfd):
     next(index.glob("nvidia_nvvm*")).unlink()
     assert compiler.main(["--install"]) == 0  # needs no index now
     assert compiler.main(["-c", f"{LOOK}('jax_plugins.xla_cuda13'); raise SystemExit(3)"]) == 3
+
+
+def test_of_two_installers_at_once_the_second_finds_it_there(index, monkeypatch):
+    def rename(part, target):
+        shutil.copytree(part, target)  # the other one, just before
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(targets.Path, "rename", rename)
+    assert targets.install() == targets.compiler_folder()
+    assert len(list(targets.compiler_folder().glob("*.dist-info"))) == len(NAMES)
 
 
 def test_an_installation_that_fails_leaves_nothing(index, capfd):

@@ -3,6 +3,7 @@
 Most of it happens to a small program whose steps are sums over all devices (`PROGRAM`), the rest to a tiny model.
 """
 
+import json
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ import pytest
 import jvdiff
 from jvdiff.commands import sample, train
 from jvdiff.errors import UsageError
-from jvdiff.runtime import peers
+from jvdiff.runtime import peers, verdict
 from jvdiff.sharding import read_mesh
 
 ROOT = Path(__file__).parents[2]
@@ -188,6 +189,22 @@ def test_who_waits_in_vain_says_so(program, rank):
     running = start("done", started=[rank], timeout=3)
     assert running.wait() == [7]
     assert f"error: process {rank} waited 3 s, but not all of 2 processes came" in running.text(rank)
+
+
+def test_who_comes_after_the_verdict_hears_it():
+    hub = verdict.Hub(2, 5.0)
+    port, token = hub.place.split()
+
+    def connected(rank, *messages):
+        lines = [{"token": token, "rank": rank, "name": f"process {rank}"}, *messages]
+        with socket.create_connection(("localhost", int(port)), 5) as connection:
+            connection.sendall(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+            return json.loads(connection.makefile("rb").readline())
+
+    for rank, messages in (0, [{"end": [3, "no weights."]}]), (1, []):
+        assert connected(rank, *messages) == {"verdict": [3, "process 0 failed: no weights."]}
+    hub.shutdown()
+    hub.server_close()
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,15 @@ def write_by_hand(folder, **changes):
     return facts, arrays
 
 
+def test_a_file_that_may_not_be_read_is_not_damaged(saved, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(run_state.Path, "read_bytes", refused)
+    with pytest.raises(CheckpointError, match=r"state.json: cannot be read \(Permission denied\).\nMake it readable"):
+        run_state.load(saved)
+
+
 def test_a_state_of_the_version_before_is_read(tmp_path):
     facts, arrays = write_by_hand(tmp_path / "old.state")
     state = run_state.load(tmp_path / "old.state")

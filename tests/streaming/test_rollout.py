@@ -281,7 +281,9 @@ def test_what_an_encoder_gives_is_seen_by_the_network(name):
     pipe = config.setup(weights(network))
     cache = pipe.initialize_cache(7, text=text(1))
     with Compilations() as names:
+        ahead = [program for program, _ in pipe.compile(cache, inputs[0])]
         _, latents, after = rollout(pipe, cache, range(3), inputs)
+    assert ahead == ["encode first", "encode next", "diffuse", "finalize"]
     assert sorted(names) == ["diffuse", "encode", "encode", "finalize"]
     described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert described(after) == described(pipe.abstract_cache(1))

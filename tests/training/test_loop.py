@@ -19,6 +19,7 @@ import pytest
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, SetupError, UsageError
 from jvdiff.sharding import MeshShape, make_mesh
 from jvdiff.training import loop
+from jvdiff.training.metrics import SINKS
 
 SCHEDULE = loop.Schedule(steps=24, learning_rate=1e-2, warmup=2)
 EVERY = {"save_every": 4, "log_every": 2}
@@ -226,7 +227,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, wher
 
 def test_too_many_such_steps_stop_the_run_and_the_last_good_state_is_kept(tmp_path):
     task = broken_at(range(6, 99))
-    with pytest.raises(NumericsError, match=r"step 10 .* for 4 steps in a row(?s:.*)state of step 8 is kept") as raised:
+    with pytest.raises(
+        NumericsError, match=r"step 10 .* for 4 steps in a row;\n3 end the run(?s:.*)state of step 8 is kept"
+    ) as raised:
         loop.fit(task, SCHEDULE, tmp_path, save_every=2, log_every=100, most_skipped=3)
     assert raised.value.exit_code == 6
     assert all(np.isfinite(array).all() for array in stored(tmp_path, 8).values())
@@ -314,8 +317,11 @@ def test_a_place_that_cannot_be(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="log_to has 'paper'; expected some of tensorboard, wandb"):
         loop.fit(TASK, SCHEDULE, tmp_path, log_to=("paper",))
     monkeypatch.setitem(sys.modules, "wandb", None)
+    closed = []
+    monkeypatch.setitem(SINKS, "tensorboard", lambda stack, *_: stack.callback(closed.append, "tensorboard"))
     with pytest.raises(SetupError, match="pip install wandb"):
-        loop.fit(TASK, SCHEDULE, tmp_path, log_to=("wandb",))
+        loop.fit(TASK, SCHEDULE, tmp_path, log_to=("tensorboard", "wandb"))
+    assert closed == ["tensorboard"]
 
 
 # ------------------------------------------------------------------------------------------------------- optimisation

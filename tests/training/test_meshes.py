@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
+from jvdiff.errors import UsageError
 from jvdiff.models import wan
 from jvdiff.models.text import umt5
 from jvdiff.models.wan import flow_matching
 from jvdiff.sharding import MeshShape, Placement, make_mesh
-from jvdiff.training import loop
+from jvdiff.training import fields, loop
 from jvdiff.weights.naming import flatten
 
 DIT = wan.DiTConfig(
@@ -33,6 +35,14 @@ DIT = wan.DiTConfig(
 TEXT = umt5.Config(vocab_size=256, d_model=192, d_kv=24, d_ff=256, num_layers=2, num_heads=8)
 SCHEDULE = loop.Schedule(steps=4, learning_rate=1e-3, warmup=0, clip=1e3)
 MESHES = [MeshShape(data=2, fsdp=4), MeshShape(fsdp=2, tensor=2, sequence=2)]  # every axis
+
+
+def test_a_mesh_of_other_devices_than_there_are_is_told_with_what_would_fit(monkeypatch):
+    with pytest.raises(UsageError, match=r"loop.mesh data=16: it has 16 devices, and there are 8; name fewer"):
+        fields.mesh(ConfigDict({"mesh": "data=16"}))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UsageError, match=r"expected all 8 of the 2 processes, for instance data=8"):
+        fields.mesh(ConfigDict({"mesh": "data=2"}))
 
 
 def batch(step=0):

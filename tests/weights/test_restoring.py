@@ -83,7 +83,7 @@ def test_save_and_restore(saved):
 
 def test_save_refuses_to_overwrite_unless_told(saved):
     before = content(saved)
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match=r"exists already(?s:.*)Replace it with overwrite, remove it yourself, or"):
         save(saved, {"a": np.zeros(2, np.float32)})
     assert content(saved) == before
     save(saved, {"a": np.zeros(2, np.float32)}, overwrite=True)

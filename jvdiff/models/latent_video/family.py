@@ -6,6 +6,7 @@ B batch · T latent frames · H W latent grid · C latent channels · F pixel fr
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -97,8 +98,9 @@ def label(models: Models, value: Any) -> str:
     classes = _classes(models)
     if isinstance(value, str) and value in classes:
         return value
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    if type(number) is int and 0 <= number < len(classes):
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    number = int(value) if whole or (isinstance(value, str) and value.isdecimal()) else -1
+    if 0 <= number < len(classes):
         return classes[number]
     listed = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:20])) + (", ..." if len(classes) > 20 else "")
     raise UsageError(

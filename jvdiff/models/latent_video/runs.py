@@ -380,8 +380,9 @@ def _with_statistics(cfg: latent_video.VAEConfig, params: Params, shown: list[np
 def _cached(
     path: Path, config: ConfigDict, clips: Clips, vae: Params, encoded: Callable[[int], Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Latents float16 and labels of one epoch, kept in `path` for the same files, settings and encoder."""
+    """Latents float16 and labels of one epoch, kept in `path` for the same files, labels, settings and encoder."""
     total = hashlib.sha256(repr([config[name] for name in ("seed", "num_frames", "height", "stride")]).encode())
+    total.update(repr((clips.labels.tolist(), clips.classes)).encode())
     for file in clips.paths:
         status = file.stat() if file.exists() else None
         total.update(f"{file}\0{status and (status.st_size, status.st_mtime_ns)}\0".encode())

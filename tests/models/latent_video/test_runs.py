@@ -170,7 +170,17 @@ def test_a_killed_run_goes_on_bit_for_bit(trained, config, tmp_path):
     for one, two in zip(parameters(tmp_path / "run", 6), parameters(other, 6), strict=True):
         np.testing.assert_array_equal(one, two)
     assert lines(tmp_path / "run") == lines(other)
-    assert (tmp_path / "run" / "latents.npz").exists()
+    cached = tmp_path / "run" / "latents.npz"
+    before = np.load(cached)["labels"]
+    rows = [
+        f"{tmp_path}/clips/{kind}/{path.name},{label}"
+        for kind, label in (("bird", "bird"), ("cat", "dog"), ("dog", "cat"))
+        for path in sorted((tmp_path / "clips" / kind).iterdir())
+    ]  # the same files in the same order
+    (tmp_path / "clips.csv").write_text("\n".join(["path,label", *rows]))
+    relabelled = [*flags[:-1], f"--config.clips={tmp_path / 'clips.csv'}", "--config.allow_changes=True"]
+    assert train.main(relabelled) == 0
+    np.testing.assert_array_equal(np.load(cached)["labels"], np.array([0, 2, 1])[before])
 
 
 def test_a_mesh_trains_the_same_model(trained, tmp_path):
@@ -218,6 +228,13 @@ def test_a_plan_needs_no_clips(config, tmp_path, capsys):
 def test_bad_configs_are_a_sentence(config, capsys, flags, message):
     assert train.main([*config, *flags]) in (2, 3)
     assert message in capsys.readouterr().err
+
+
+def test_a_value_of_the_file_is_checked_as_a_flag_is(config, capsys):
+    path = Path(config[1].removeprefix("--config="))
+    path.write_text(path.read_text().replace("return config", "config.loss.drop_label = 3.0; return config"))
+    assert train.main(config) == 2
+    assert "loss.drop_label is 3.0; expected 0 to 1" in capsys.readouterr().err
 
 
 def with_short_clips(config, fields):
