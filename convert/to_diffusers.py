@@ -42,7 +42,8 @@ def to_hf(
         vae: a VAE that takes the place of the source's, with the same configuration: one whose decoder was trained on.
 
     Raises:
-        UsageError: `target` exists, `source` is a Hugging Face folder already, or `vae` has another configuration.
+        UsageError: `target` exists, `source` is a Hugging Face folder already, it has no part `vae` to replace, or
+            `vae` has another configuration.
         IntegrityError, CheckpointError: `source` is damaged, or holds numbers too large for `dtype`.
         ResourceError: the disk is full.
     """
@@ -55,6 +56,8 @@ def to_hf(
     verify_files(source)
     folders = {name: source / name for name in configs}
     if vae is not None:
+        if "vae" not in parts:
+            raise UsageError(f"{source}: {repository.family.name} has no part vae; leave --vae out.")
         folders["vae"] = vae
         if not (vae / orbax.PARAMS).is_dir():
             raise UsageError(

@@ -81,6 +81,7 @@ class Command:
     examples: what stands behind `jvdiff NAME`.
     sections: (the configuration, {path: text} of the flags) -> its fields; None: all that there may be.
     fresh: a configuration without a file; None: a file is needed.
+    takes_config: whether it has --config.
     implied: the configuration where neither a file nor a checkpoint is given.
     before: (configuration, paths of the flags) -> None, what flags do to the file's values besides taking their place.
     """
@@ -91,6 +92,7 @@ class Command:
     sections: Callable[[Any, Mapping[str, str]], Sequence[Section]]
     fresh: Callable[[], ConfigDict] | None = None
     implied: str | None = None
+    takes_config: bool = False
     before: Callable[[ConfigDict, Iterable[str]], None] = lambda config, paths: None
 
 

@@ -85,6 +85,7 @@ COMMAND = Command(
     sections=lambda config, flags: [Section(str(group.__doc__), configs.options(group)) for group in options.STREAM],
     fresh=default_config,
     implied="stream_digits",
+    takes_config=True,
     before=_without_prompts,
 )
 

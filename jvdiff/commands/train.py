@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff import config as configs
-from jvdiff import models, plan
+from jvdiff import models
 from jvdiff.commands import arguments, command_line, options
 from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.config import nearest
@@ -74,9 +74,8 @@ def run(request: Request) -> list[Path]:
     if config.get("plan"):
         from jvdiff.plan import training
 
-        if config.get("plan_target"):
-            plan.check_target(config.plan_target)
-        training.show(function(str(kind.programs)), config)
+        for line in training.lines(function(str(kind.programs)), config):
+            print(line, flush=True)
         return []
     from jvdiff.training import record
 
@@ -142,4 +141,5 @@ COMMAND = Command(
     about="trains a model, or goes on training it",
     examples=("--config train_digits_vae", "--config latent_video_small --clips=FOLDER"),
     sections=sections,
+    takes_config=True,
 )

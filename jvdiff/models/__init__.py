@@ -4,6 +4,7 @@ A family is one folder and one word in FAMILIES. Of a family's folder `settings.
 until a repository is found to be of it.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -17,12 +18,14 @@ from jvdiff.lazy import attach
 from jvdiff.weights import safetensors
 
 if TYPE_CHECKING:
-    from jvdiff.models.family import Rollout
+    from jvdiff.models.family import Family, Rollout
 
 FAMILIES = ("wan", "latent_video")
 
 __all__ = [
     "FAMILIES",
+    "defaults",
+    "families",
     "family",
     "layers",
     "named",
@@ -71,6 +74,31 @@ def settings(folder: Path | None = None) -> dict[str, type]:
         package, _ = select(folder, safetensors.read_json(folder / "model_index.json"))
         packages = (package.rsplit(".", 1)[1],)
     return {package: _settings(package).Settings for package in packages}
+
+
+def defaults(settings: type, folder: Path) -> Mapping[str, Any]:
+    """The settings that a repository's own files ask for, for a page of help: what cannot be read is passed over.
+
+    settings: of its family. Beside them stands a function `defaults`, which needs no JAX; jvdiff_defaults.json goes
+        before what it says.
+    """
+    values: dict[str, Any] = {}
+    with contextlib.suppress(CheckpointError):
+        index = safetensors.read_json(folder / "model_index.json")
+        values |= importlib.import_module(settings.__module__).defaults(index, folder)
+    with contextlib.suppress(CheckpointError):
+        values |= safetensors.read_json(folder / "jvdiff_defaults.json")
+    return values
+
+
+def families() -> "list[Family]":
+    """Every family of FAMILIES; they are imported."""
+    values = [
+        getattr(importlib.import_module(f"{__name__}.{package}.family"), name)
+        for package in FAMILIES
+        for name in _settings(package).PIPELINES.values()
+    ]
+    return list(dict.fromkeys(values))
 
 
 def named(text: str | None) -> Any:

@@ -28,11 +28,7 @@ from jvdiff.types import Array, Params
 @functools.lru_cache(maxsize=8)
 def _text_program(cfg: umt5.Config, placement: Placement | None) -> Any:
     """jitted (params, ids int32 [B,S], mask bool [B,S]) -> rows [B,S,D], zero where the mask is false."""
-    return jax.jit(functools.partial(_encode_text, cfg, placement))
-
-
-def _encode_text(cfg: umt5.Config, placement: Placement | None, params: Params, ids: Array, mask: Array) -> Array:
-    return family.encode_text(params, cfg, ids, mask, placement)
+    return jax.jit(lambda params, ids, mask: family.encode_text(params, cfg, ids, mask, placement))
 
 
 def _encode_texts(
