@@ -12,6 +12,11 @@ from jvdiff.runtime.peers import Processes
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+def family() -> Any:
+    """The option of a family that is not one of `jvdiff.models.FAMILIES`."""
+    return option(None, "a family of your own, MODULE:NAME (docs/adding_a_family.md); none: as the files say")
+
+
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
@@ -35,9 +40,7 @@ class Weights:
     checkpoint: str | None = option(
         None, "a Hugging Face (diffusers) folder, what `convert` made of one, or the name of one that ships"
     )
-    family: str | None = option(
-        None, "a family of your own, MODULE:NAME (docs/adding_a_family.md); none: as the files say"
-    )
+    family: str | None = family()
     precision: str | None = option(None, "none: what the device is good at", choices=("float32", "bfloat16"))
     mesh: str | dict[str, int] | None = option(
         None, "several devices: sequence=4,tensor=2, or auto (the smallest that fits); none: one"
@@ -134,9 +137,7 @@ class Convert:
     verify: bool = option(False, "read the target again; without a source that alone")
     allow_nonfinite: bool = option(False, "keep NaN and infinity in the weights")
     follow_symlinks: bool = option(False, "allow links to files elsewhere")
-    family: str | None = option(
-        None, "a family of your own, MODULE:NAME (docs/adding_a_family.md); none: as the files say"
-    )
+    family: str | None = family()
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,7 @@ class ToHf:
     target: Path = option(None, "the folder to write")
     dtype: str | None = option(None, "of all weights; none: as stored", choices=DTYPES)
     vae: Path | None = option(None, "a trained VAE that takes the place of the source's")
-    family: str | None = option(
-        None, "a family of your own, MODULE:NAME (docs/adding_a_family.md); none: as the files say"
-    )
+    family: str | None = family()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Names and defaults as in NVIDIA's flashdreams; what its code leaves mutable and 
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jvdiff import models
+from jvdiff.config import nearest
 from jvdiff.diffusion import Schedule, Solver, renoise, schedules, unipc
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.sharding import Placement
@@ -240,9 +240,8 @@ def _derived(config: Any, patch: Mapping[str, Any], path: str) -> Any:
     for name, value in patch.items():
         where = f"{path}{name}"
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {path}{near[0]}?" if near else f"; {type(config).__name__} has {', '.join(names)}."
-            raise KeyError(f"no field {where}{hint}")
+            hint = nearest(name, names) or f"; {type(config).__name__} has {', '.join(names)}"
+            raise KeyError(f"no field {where}{hint}.")
         old = getattr(config, name)
         if isinstance(value, Mapping):
             if not dataclasses.is_dataclass(old):

@@ -295,7 +295,7 @@ def test_a_state_is_not_resumed_with_other_weights(
         ({"then.0": OTHER}, "a chunk from 1"),
         ({"then.soon": OTHER}, "a chunk from 1"),
         ({"then.4": ""}, "then.4 is empty"),
-        ({f"{TRANSFORMER}.hight": 2}, "did you mean diffusion_model.transformer.height?"),
+        ({f"{TRANSFORMER}.hight": 2}, "no field diffusion_model.transformer.hight (did you mean height?)"),
         ({"pipeline.dekoder.vae": 2}, "did you mean decoder?"),
         ({f"{TRANSFORMER}.height.pixels": 2}, "has no fields"),
         ({f"{TRANSFORMER}.height": 3.5}, "diffusion_model.transformer.height is 3.5; expected int"),
