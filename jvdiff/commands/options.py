@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.config import option
+from jvdiff.models.options import family
 from jvdiff.runtime.peers import Processes
 
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-def family() -> Any:
-    """The option of a family that is not one of `jvdiff.models.FAMILIES`."""
-    return option(None, "a family of your own, MODULE:NAME (docs/adding_a_family.md); none: as the files say")
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -98,6 +94,7 @@ class StreamModel:
     checkpoint: str | None = option(
         None, "a causal repository: a Hugging Face folder, what `convert` made of one, or the name of one that ships"
     )
+    family: str | None = family()
     pipeline: dict[str, Any] | None = option(
         None,
         "other values of the repository's StreamInferencePipelineConfig: --pipeline.PATH=VALUE, for instance PATH "

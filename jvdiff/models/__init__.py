@@ -124,21 +124,28 @@ def named(text: str | None) -> Any:
     return value
 
 
-@functools.cache
 def rollouts() -> "tuple[Rollout, ...]":
     """How the families that make videos chunk by chunk do it; they are imported."""
-    packages = [f"{__name__}.{package}.rollout" for package in FAMILIES]
-    return tuple(importlib.import_module(name).ROLLOUT for name in packages if importlib.util.find_spec(name))
+    return tuple(one for package in FAMILIES for one in _beside(f"{__name__}.{package}"))
+
+
+@functools.cache
+def _beside(package: str) -> "tuple[Rollout, ...]":
+    """The ROLLOUT of a family's folder, where it has one."""
+    name = f"{package}.rollout"
+    return (importlib.import_module(name).ROLLOUT,) if package and importlib.util.find_spec(name) else ()
 
 
 def rollout(cfg: Any) -> "Rollout":
     """The rollout of the family that a configuration of a transformer, a VAE or a text encoder is of.
 
+    That of a family outside FAMILIES is ROLLOUT in rollout.py beside the file of the configuration's type.
+
     Raises:
         UsageError: that family does not make videos chunk by chunk.
     """
-    for one in rollouts():
-        if isinstance(cfg, one.configs):
+    for one in (*rollouts(), *_beside(type(cfg).__module__.rpartition(".")[0])):
+        if type(cfg) in one.configs:
             return one
     raise UsageError(f"{type(cfg).__name__} is not a configuration of a model that makes a video chunk by chunk.")
 

@@ -273,7 +273,9 @@ class Family:
 class Rollout:
     """What streaming needs of a family that makes a video chunk by chunk.
 
-    configs: types of the configurations: transformer, VAE, text encoder; by their names in saved configurations
+    configs: types of the configurations: transformer, VAE, text encoder. Saved configurations name them, and are read
+        with those of their own family
+    config: (name, models) -> StreamInferencePipelineConfig that a repository asks for
     dtype_of: weights of the transformer -> dtype of its keys and values
     span: (latent frames of a chunk, of the window, of the sink, whether positions are relative) -> how much of a video
         a chunk sees
@@ -282,9 +284,15 @@ class Rollout:
     text_keys, init_kv_cache, chunk_velocity, remembered, extend, reencode: of the transformer and its cache
     mesh_sizes: (configuration, (T,H,W), batch, pattern) -> what a mesh must divide
     encode_chunk, decode_chunk, normalize_latents, denormalize_latents: of the causal VAE
+    picture_shape: cache of `encode_chunk` -> shape [B,F,Y,X,3] of frames that it was given
+
+    The parts of such a family are transformer, text_encoder and vae, its files tokenizer. Of the transformer's
+    configuration streaming reads patch_size, in_channels and out_channels; of the VAE's spatial_factor, temporal_factor
+    and latent_channels.
     """
 
     configs: tuple[type, ...]
+    config: Callable[[str, Models], Any]
     dtype_of: Callable[[Params], Any]
     span: Callable[..., Any]
     encode_texts: Callable[..., Array]
@@ -300,6 +308,7 @@ class Rollout:
     decode_chunk: Callable[..., Any]
     normalize_latents: Callable[..., Array]
     denormalize_latents: Callable[..., Array]
+    picture_shape: Callable[[Any], tuple[int, ...]]
 
 
 # ---------------------------------------------------------------------------------------------- parts in their folders

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jvdiff.config import nearest, shipped
 from jvdiff.errors import CheckpointError, ResourceError, UsageError
@@ -71,7 +72,7 @@ def _repository(name: str, ours: list[str]) -> tuple[str, str | None]:
 def _snapshot(repository: str, revision: str | None, download: bool, tell: Callable[[str], None]) -> Path:
     from huggingface_hub import constants, snapshot_download
 
-    patterns = {"allow_patterns": _FILES, "ignore_patterns": _LEFT}
+    patterns: dict[str, Any] = {"allow_patterns": _FILES, "ignore_patterns": _LEFT}
     if download:
         tell(f"{repository}: no folder here, taken from the Hugging Face hub or its cache")
     reason = ""
