@@ -1,7 +1,7 @@
 """What is computed in which dtype, as one explicit table; nothing else in the package chooses a dtype.
 
 Names are those of the `precision` argument. Everything that is not a row below is float32 in both columns: latents,
-noise, timesteps, solver state, guidance, softmax, norms, rotary angles, and the frames that leave the decoder.
+noise, timesteps, solver state, guidance, norms, rotary angles, and the frames that leave the decoder.
 """
 
 import dataclasses
@@ -13,7 +13,10 @@ from jvdiff.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """One column of the table; a dtype name is that of the parameters and of the matrix products made with them."""
+    """One column of the table; a dtype name is that of the parameters and of the matrix products made with them.
+
+    softmax: float32 everywhere; records say so, and no code asks.
+    """
 
     name: str
     transformer: str

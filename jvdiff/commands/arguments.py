@@ -114,15 +114,6 @@ class Request(NamedTuple):
     flags: tuple[tuple[str, str], ...] = ()
     fresh: Any = None
 
-    def source(self, path: str) -> str:
-        """Where a value came from: "flag", "file", "default", or "repository" where nobody has said it before."""
-        if any(name == path or name.startswith(f"{path}.") for name, _ in self.flags):
-            return "flag"
-        value, default = (_at(values, path) for values in (self.config, self.fresh or {}))
-        if value != default:
-            return "file"
-        return "repository" if value is None else "default"
-
     def command(self, **changes: Any) -> str:
         """The command line that asks for the same with other values; None: what flags have said of it is left out."""
         words = [*self.program, *(["--config", self.file] if self.file else [])]
