@@ -68,7 +68,7 @@ def step_of(size: str) -> tuple[Task, Schedule, Any]:
     config = load("latent_video_small")
     if size != "vae":
         config.transformer = size
-    for name, task, schedule, batch in programs(config):
+    for name, task, schedule, batch, _ in programs(config):
         if name == ("vae" if size == "vae" else "transformer"):
             return task, schedule, batch
     raise AssertionError(size)

@@ -73,8 +73,8 @@ def convert(
 
     Args:
         dtype: of the large matrices of transformers and text encoders, a key of DTYPES; the few arrays that the models
-            keep in float32 whatever their dtype become float32. None keeps what is stored. The VAE is always kept as
-            stored: it is small, and pictures show bfloat16 in flat areas.
+            keep in float32 whatever their dtype become float32. None keeps what is stored, and so does
+            `Part.keeps_dtype`: a VAE is small, and pictures show bfloat16 in flat areas.
         overwrite: swap an existing converted directory for the new one, once that is complete.
         allow_nonfinite: keep NaN and infinity, and count them in the manifest.
         follow_symlinks: allow weight files that are links out of the repository.
@@ -93,12 +93,15 @@ def convert(
         raise UsageError(f"{source}: is converted already. Give the Hugging Face folder.")
     kinds, folders, parts = repository.family.parts, {}, {}
     for name, cfg in repository.models.configs.items():
-        ignored = kinds[name].ignored(cfg)
         folders[name] = reader.open_folder(
-            source / name, follow_symlinks=follow_symlinks, allow_nonfinite=allow_nonfinite, ignored=ignored
+            source / name,
+            kinds[name].stem,
+            follow_symlinks=follow_symlinks,
+            allow_nonfinite=allow_nonfinite,
+            ignored=kinds[name].ignored(cfg),
         )
-        stored = kinds[name].precision == "vae"
-        parts[name] = _leaves(source / name, kinds[name], cfg, folders[name], None if stored else dtype)
+        cast = None if kinds[name].keeps_dtype else dtype
+        parts[name] = _leaves(source / name, kinds[name], cfg, folders[name], cast)
     total = sum(leaf.nbytes for part in parts.values() for leaf in part.values())
     with staged(target, needed=total + total // 50 + 2**24, overwrite=overwrite) as staging:
         copy_small_files(repository, staging)

@@ -19,7 +19,7 @@ class Precision:
     transformer: of the denoising network
     text_encoder: of the text encoder
     vae: of the encoder and the decoder of frames
-    softmax: of attention weights
+    softmax: of attention weights; float32 everywhere: records say so, and no code asks
     """
 
     name: str

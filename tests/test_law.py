@@ -16,8 +16,6 @@ TALK = (
     "runtime/progress.py",  # bars and lines of a run under way
     "runtime/interrupts.py",  # what Ctrl-C will do
     "runtime/verdict.py",  # the last words of a process that ends at once
-    "plan/report.py",  # `show`, as that of the next one
-    "plan/training.py",
     "plan/targets.py",  # flushes before another process writes to the same terminal
 )
 STREAMS = ("stdin", "stdout", "stderr", "__stdout__", "__stderr__")

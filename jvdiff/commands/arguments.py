@@ -86,6 +86,7 @@ class Command:
     examples: what stands behind `jvdiff NAME`.
     sections: (the configuration, {path: text} of the flags) -> its fields; None: all that there may be.
     fresh: a configuration without a file; None: a file is needed.
+    takes_config: whether it has --config.
     implied: the configuration where neither a file nor a checkpoint is given.
     before: (configuration, paths of the flags) -> None, what flags do to the file's values besides taking their place.
     """
@@ -96,6 +97,7 @@ class Command:
     sections: Callable[[Any, Mapping[str, str]], Sequence[Section]]
     fresh: Callable[[], ConfigDict] | None = None
     implied: str | None = None
+    takes_config: bool = False
     before: Callable[[ConfigDict, Iterable[str]], None] = lambda config, paths: None
 
 
@@ -116,15 +118,6 @@ class Request(NamedTuple):
     program: tuple[str, ...] = ()
     flags: tuple[tuple[str, str], ...] = ()
     fresh: Any = None
-
-    def source(self, path: str) -> str:
-        """Where a value came from: "flag", "file", "default", or "repository" where nobody has said it before."""
-        if any(name == path or name.startswith(f"{path}.") for name, _ in self.flags):
-            return "flag"
-        value, default = (_at(values, path) for values in (self.config, self.fresh or {}))
-        if value != default:
-            return "file"
-        return "repository" if value is None else "default"
 
     def command(self, **changes: Any) -> str:
         """The command line that asks for the same with other values; None: what flags have said of it is left out."""

@@ -60,7 +60,7 @@ def _convert(values: Mapping[str, Any]) -> None:
     _leave_the_gpu()
     from jvdiff import models
     from jvdiff.commands.command_line import plain_logs
-    from jvdiff.convert.from_diffusers import convert, find, verify
+    from jvdiff.convert.from_diffusers import convert, find, verify  # pyright: ignore[reportMissingImports]
 
     start, target, family = time.monotonic(), values["target"], models.named(values["family"])
     if values["source"]:
@@ -77,7 +77,7 @@ def _convert(values: Mapping[str, Any]) -> None:
 def _to_hf(values: Mapping[str, Any]) -> None:
     _leave_the_gpu()
     from jvdiff import models
-    from jvdiff.convert import to_diffusers
+    from jvdiff.convert import to_diffusers  # pyright: ignore[reportMissingImports]
 
     family = models.named(values["family"])
     to_diffusers.to_hf(values["source"], values["target"], values["dtype"], values["vae"], family=family)

@@ -87,7 +87,7 @@ def _shown(value: Any) -> str:
 
 
 def _also(command: Command) -> Iterable[str]:
-    if command.fresh is not None or command.name == "train":
+    if command.takes_config:
         implied = f" [{command.implied}, unless a checkpoint is given]" if command.implied else ""
         yield f"also: --config=NAME or FILE{implied}; --config.x=VALUE is --x=VALUE"
     yield "also: --traceback (where in the program an error arose), --version, --help"

@@ -13,21 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jvdiff import config as options
 from jvdiff import plan, sharding
 from jvdiff.commands.command_line import say
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.media import video as videos
-from jvdiff.models.family import Clip
+from jvdiff.models.family import SUBJECTS, Clip
 from jvdiff.pipeline import Context, Repository, check_seed, check_subjects, make_request
 from jvdiff.precision import Precision
 from jvdiff.runtime import peers, run_state
 from jvdiff.sharding import MeshShape
 
 MAX_PROMPTS_BYTES = 64 * 2**20
-FIELDS = {"prompts": "prompt", "labels": "class_label"}  # a family's subject: the field that names one
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +85,7 @@ def _lines(path: Path) -> list[bytes]:
 
 def _entry(text: str, is_json: bool, repository: Repository, ids: set[str]) -> dict[str, Any]:
     """One line of a prompts file, checked; its id joins `ids`."""
-    field = FIELDS[repository.family.subject]
+    field = SUBJECTS[repository.family.subject]
     entry = json.loads(text) if is_json else {field: text}
     if not isinstance(entry, dict):
         raise UsageError("not a JSON object")
@@ -105,7 +103,7 @@ def _entry(text: str, is_json: bool, repository: Repository, ids: set[str]) -> d
 def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]]:
     """What to make, checked, before any weight is read; and the problems of single lines of a prompts file."""
     family, problems = repository.family, []
-    field, names = FIELDS[family.subject], options.names(family.settings)
+    field, names = SUBJECTS[family.subject], options.names(family.settings)
     _check_fields(config, field)
     common = {name: config.get(name) for name in names}
     clip = family.clip(repository.models, repository.settings(**common))
@@ -151,7 +149,7 @@ def _check_fields(config: Any, field: str) -> None:
 
 def _check_kind(fields: Any, field: str) -> None:
     """Raises UsageError where subjects of another kind than the model's are named."""
-    other = next((name for name in FIELDS.values() if name != field and fields.get(name) is not None), None)
+    other = next((name for name in SUBJECTS.values() if name != field and fields.get(name) is not None), None)
     if other is not None:
         raise UsageError(f"{other} is given; this model takes {field}.")
 
@@ -212,7 +210,7 @@ def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], r
         UsageError: subjects that the model cannot use, or a file of them.
     """
     folder, saved, family = config.resume, state.facts, repository.family
-    field, (fact, *_) = FIELDS[family.subject], family.facts
+    field, (fact, *_) = SUBJECTS[family.subject], family.facts
     if missing := [name for name in (fact, "seed", "precision") if name not in saved]:
         raise CheckpointError(f"{folder}: the state does not describe a run of this model: it has no {missing[0]}.")
     _check_kind(fields, field)
@@ -244,19 +242,15 @@ def check_attention(context: Context, jobs: Sequence[Job]) -> None:
     """Raises UsageError if an implementation that was asked for cannot compute a job, or not on this machine."""
     for job in jobs:
         try:
-            for segment, choices in zip(job.clip.segments, attention(context, job.clip), strict=True):
-                if "self" in choices and (reason := segment.pattern.unavailable(choices["self"])):
-                    raise NotImplementedError(reason)
+            attention(context, job.clip, job.inputs)
         except NotImplementedError as error:
             raise UsageError(f"{error}.\nLeave --attention out to take the best that can.") from None
 
 
-def attention(context: Context, clip: Clip, inputs: Any = None) -> list[Mapping[str, str]]:
+def attention(context: Context, clip: Clip, inputs: Any) -> list[Mapping[str, str]]:
     """The implementation of each kind of attention that a clip takes, for each segment."""
-    family, rows = context.family, [x.shape[-1] for x in jax.tree.leaves(inputs) if x.ndim == 2]
-    dtype = jnp.dtype(context.precision.transformer)
     return [
-        family.attention(context.models, clip, context.forward(clip, segment), dtype, max(rows, default=512))
+        context.family.attention(context.models, clip, context.forward(clip, segment), inputs)
         for segment in clip.segments
     ]
 

@@ -139,7 +139,7 @@ def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
         done = job.state.done if job.state else 0
         making = _Making(maker, job, base, job.clip.sampler.make(), done, seconds)
         _compile(making)
-        with progress.phase("text", seconds, "text"), stage("text"):
+        with progress.phase("encode", seconds, "encode"), stage("encode"):
             conditions = pipeline.encode(pipe.context, job.clip, job.inputs, pipe.run)
         state = _denoise(making, conditions, _begin(making))
         if maker.asked_to_stop():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.config import option
+from jvdiff.models.options import family
 from jvdiff.runtime.peers import Processes
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -35,9 +36,7 @@ class Weights:
     checkpoint: str | None = option(
         None, "a Hugging Face (diffusers) folder, what `convert` made of one, or the name of one that ships"
     )
-    family: str | None = option(
-        None, "a family of your own, MODULE:NAME (docs/adding_a_family.md); none: as the files say"
-    )
+    family: str | None = family()
     precision: str | None = option(None, "none: what the device is good at", choices=("float32", "bfloat16"))
     mesh: str | dict[str, int] | None = option(
         None, "several devices: sequence=4,tensor=2, or auto (the smallest that fits); none: one"
@@ -95,6 +94,7 @@ class StreamModel:
     checkpoint: str | None = option(
         None, "a causal repository: a Hugging Face folder, what `convert` made of one, or the name of one that ships"
     )
+    family: str | None = family()
     pipeline: dict[str, Any] | None = option(
         None,
         "other values of the repository's StreamInferencePipelineConfig: --pipeline.PATH=VALUE, for instance PATH "
@@ -134,9 +134,7 @@ class Convert:
     verify: bool = option(False, "read the target again; without a source that alone")
     allow_nonfinite: bool = option(False, "keep NaN and infinity in the weights")
     follow_symlinks: bool = option(False, "allow links to files elsewhere")
-    family: str | None = option(
-        None, "a family of your own, MODULE:NAME (docs/adding_a_family.md); none: as the files say"
-    )
+    family: str | None = family()
 
 
 @dataclass(frozen=True)
@@ -147,9 +145,7 @@ class ToHf:
     target: Path = option(None, "the folder to write")
     dtype: str | None = option(None, "of all weights; none: as stored", choices=DTYPES)
     vae: Path | None = option(None, "a trained VAE that takes the place of the source's")
-    family: str | None = option(
-        None, "a family of your own, MODULE:NAME (docs/adding_a_family.md); none: as the files say"
-    )
+    family: str | None = family()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ Exit status: 0 done, or stopped at stop_at · 2 usage · 3 checkpoint or data, o
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from jvdiff import models
 from jvdiff.commands import arguments, command_line, options
 from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.commands.command_line import say
-from jvdiff.config import Option
 from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, ResourceError, UsageError
 from jvdiff.runtime import peers, progress
 from jvdiff.runtime.interrupts import interrupts
@@ -93,7 +91,8 @@ def sections(config: Any, flags: Mapping[str, str]) -> list[Section]:
     for family, settings in families.items():
         every = {p: o._replace(kind=o.kind | None) for p, o in configs.options(settings).items()}
         if len(families) == 1:
-            every = _with_defaults(every, folder)
+            own = models.defaults(settings, folder)
+            every = {path: each._replace(default=own.get(path, each.default)) for path, each in every.items()}
         aside = f" ({family})" if len(families) > 1 else ""
         for title, chosen in (("picture and time", True), ("sampler", False)):
             listed.append(Section(title + aside, {p: o for p, o in every.items() if (p in PICTURE) == chosen}))
@@ -102,16 +101,6 @@ def sections(config: Any, flags: Mapping[str, str]) -> list[Section]:
 
 def _section(group: type) -> Section:
     return Section(str(group.__doc__), configs.options(group))
-
-
-def _with_defaults(every: Mapping[str, Option], folder: Path) -> dict[str, Option]:
-    """A family's options with the defaults of a repository, which are in a file of their own or in its index."""
-    own: dict[str, Any] = {}
-    for name in ("model_index.json", "jvdiff_defaults.json"):
-        with contextlib.suppress(JvdiffError, OSError, ValueError, TypeError):
-            content = json.loads((folder / name).read_bytes())
-            own |= content.get("defaults", {}) if name == "model_index.json" else content
-    return {path: each._replace(default=own.get(path, each.default)) for path, each in every.items()}
 
 
 RESULT = "repository"  # in the folder of a training: the model that it made
@@ -127,6 +116,7 @@ COMMAND = Command(
     sections=sections,
     fresh=default_config,
     implied="digits",
+    takes_config=True,
 )
 
 
@@ -142,7 +132,8 @@ def run(request: Request) -> list[Path]:
     if config.plan:
         from jvdiff import plan  # before jax: it may have to be kept from looking for GPUs
 
-        plan.show(config)
+        for line in plan.sampling(config):
+            print(line, flush=True)
         return []
     from jvdiff import pipeline, precision
     from jvdiff.commands import jobs, one_video

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import config_dict
 
 from jvdiff import config as configs
+from jvdiff import models
 from jvdiff.commands import arguments, command_line, options
 from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.commands.command_line import say
@@ -86,6 +87,7 @@ COMMAND = Command(
     sections=lambda config, flags: [Section(str(group.__doc__), configs.options(group)) for group in options.STREAM],
     fresh=default_config,
     implied="stream_digits",
+    takes_config=True,
     before=_without_prompts,
 )
 
@@ -109,7 +111,9 @@ def run(request: Request, began: float | None = None) -> list[Path]:
     if config.name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", config.name):
         raise UsageError(f"name is {config.name!r:.80}; expected up to 100 letters, digits, '-', '_' or '.'.")
     mesh = sharding.read_mesh(config.mesh)
-    repository = pipeline.inspect(locate(config.checkpoint, tell=say), at_once=False)
+    repository = pipeline.inspect(
+        locate(config.checkpoint, tell=say), at_once=False, family=models.named(config.family)
+    )
     if config.resume is None:
         rollout = _new(config, repository)
     else:
@@ -177,7 +181,7 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
 
     folder, facts, done = Path(config.resume).resolve(), state.facts, state.done
     try:
-        chosen = streaming.config_from_json(facts["pipeline"])
+        chosen = streaming.config_from_json(facts["pipeline"], streaming.rollout_of(repository))
         prompts = {int(i): prompt for i, prompt in facts["prompts"].items()}
         now: dict[str, Any] = {name: given[name] for name in FACTS if given.get(name) is not None}
         now["checkpoint_digest"] = repository.digest
@@ -272,7 +276,7 @@ def _check(rollout: Rollout, repository: Any, mesh: Any) -> None:
     """All that can be known to fail before weights are read."""
     import jax
 
-    from jvdiff import models, sharding
+    from jvdiff import sharding
     from jvdiff.media import video as videos
 
     config, configs = rollout.config, repository.models.configs

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff import config as configs
-from jvdiff import models, plan
+from jvdiff import models
 from jvdiff.commands import arguments, command_line, options
 from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.config import nearest
@@ -38,9 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command_line.main(argv, parse, run, "folder")
 
 
-def tasks() -> dict[str, Kind]:
-    """Everything that can be trained, by the name of the task."""
-    places = ["jvdiff.digits", *(f"{models.__name__}.{family}" for family in models.FAMILIES)]
+def tasks(family: str | None = None) -> dict[str, Kind]:
+    """Everything that can be trained, by the name of the task.
+
+    family: MODULE:NAME of one of a user's own; its folder's trainings.py is asked too.
+    """
+    places = ["jvdiff.digits", *(f"{models.__name__}.{package}" for package in models.FAMILIES)]
+    if models.named(family) is not None:
+        places.append(str(family).partition(":")[0].rpartition(".")[0])
     found = [f"{place}.trainings" for place in places if importlib.util.find_spec(f"{place}.trainings")]
     return {name: kind for module in found for name, kind in importlib.import_module(module).TASKS.items()}
 
@@ -70,13 +75,12 @@ def _shipped(path: str) -> str:
 def run(request: Request) -> list[Path]:
     """Trains what the config asks for and returns the folder of the result."""
     config = request.config
-    kind = tasks()[config.task]
+    kind = tasks(config.get("family"))[config.task]
     if config.get("plan"):
         from jvdiff.plan import training
 
-        if config.get("plan_target"):
-            plan.check_target(config.plan_target)
-        training.show(function(str(kind.programs)), config)
+        for line in training.lines(function(str(kind.programs)), config):
+            print(line, flush=True)
         return []
     from jvdiff.training import record
 
@@ -94,10 +98,10 @@ def _check(config: Any) -> None:
     from jvdiff.pipeline.settings import check_seed
     from jvdiff.training import fields
 
-    name = config.get("task")
-    if name not in tasks():
-        raise UsageError(f"task is {name!r}; expected one of {', '.join(tasks())}{nearest(name, tasks())}.")
-    group = tasks()[name].fields
+    name, known = config.get("task"), tasks(config.get("family"))
+    if name not in known:
+        raise UsageError(f"task is {name!r}; expected one of {', '.join(known)}{nearest(name, known)}.")
+    group = known[name].fields
     declared = configs.options((Training, group))
     first = {path: each for path, each in declared.items() if "." not in path}
     more = configs.options((Going, options.Processes))
@@ -128,8 +132,8 @@ def sections(config: Any, flags: Mapping[str, str]) -> list[Section]:
         inside = {p: o for p, o in every.items() if p == name or p.startswith(f"{name}.")}
         listed.append(Section(f"{name}: {every[name].told['help']}", inside))
     task = flags.get("task") or (config.get("task") if config else None)
-    chosen = {task: tasks()[task]} if task in tasks() else tasks()
-    for name, kind in chosen.items():
+    known = tasks(flags.get("family") or (config.get("family") if config else None))
+    for name, kind in ({task: known[task]} if task in known else known).items():
         listed.append(Section(f"task {name}: {kind.about}", configs.options(kind.fields)))
     listed.append(Section("this command", configs.options(Going)))
     return [*listed, Section(str(options.Processes.__doc__), configs.options(options.Processes))]
@@ -140,4 +144,5 @@ COMMAND = Command(
     about="trains a model, or goes on training it",
     examples=("--config train_digits_vae", "--config latent_video_small --clips=FOLDER"),
     sections=sections,
+    takes_config=True,
 )

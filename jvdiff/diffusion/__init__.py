@@ -6,12 +6,17 @@ velocity = classifier_free(Partial(network, params), text, negative, scale=5.0)
 latents  = denoise(velocity, solver, solver.init(noise)).x        # noise, latents float32 [B,T,H,W,C]
 """
 
-from jvdiff.diffusion import guidance, samplers, sampling, schedules, solvers, variance_preserving
-from jvdiff.diffusion.guidance import classifier_free
-from jvdiff.diffusion.sampling import denoise, denoise_scan
-from jvdiff.diffusion.schedules import Schedule, from_scheduler_config
-from jvdiff.diffusion.solvers import SOLVERS, Solver, add_noise, ddpm, euler, renoise, unipc
-from jvdiff.diffusion.variance_preserving import alphas_cumprod, clean_and_noise, diffuse, v_prediction
+from typing import TYPE_CHECKING
+
+from jvdiff.lazy import attach
+
+if TYPE_CHECKING:
+    from jvdiff.diffusion import guidance, samplers, sampling, schedules, solvers, variance_preserving
+    from jvdiff.diffusion.guidance import classifier_free
+    from jvdiff.diffusion.sampling import denoise, denoise_scan
+    from jvdiff.diffusion.schedules import Schedule, from_scheduler_config
+    from jvdiff.diffusion.solvers import SOLVERS, Solver, add_noise, ddpm, euler, renoise, unipc
+    from jvdiff.diffusion.variance_preserving import alphas_cumprod, clean_and_noise, diffuse, v_prediction
 
 __all__ = [
     "SOLVERS",
@@ -37,3 +42,6 @@ __all__ = [
     "v_prediction",
     "variance_preserving",
 ]
+
+# Schedules come first: a page of help reads them, without JAX.
+__getattr__ = attach(__name__, __all__, ("schedules", "guidance", "sampling", "solvers", "variance_preserving"))

@@ -4,6 +4,7 @@ A family is one folder and one word in FAMILIES. Of a family's folder `settings.
 until a repository is found to be of it.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -17,12 +18,14 @@ from jvdiff.lazy import attach
 from jvdiff.weights import safetensors
 
 if TYPE_CHECKING:
-    from jvdiff.models.family import Rollout
+    from jvdiff.models.family import Family, Rollout
 
 FAMILIES = ("wan", "latent_video")
 
 __all__ = [
     "FAMILIES",
+    "defaults",
+    "families",
     "family",
     "layers",
     "named",
@@ -73,6 +76,31 @@ def settings(folder: Path | None = None) -> dict[str, type]:
     return {package: _settings(package).Settings for package in packages}
 
 
+def defaults(settings: type, folder: Path) -> Mapping[str, Any]:
+    """The settings that a repository's own files ask for, for a page of help: what cannot be read is passed over.
+
+    settings: of its family. Beside them stands a function `defaults`, which needs no JAX; jvdiff_defaults.json goes
+        before what it says.
+    """
+    values: dict[str, Any] = {}
+    with contextlib.suppress(CheckpointError):
+        index = safetensors.read_json(folder / "model_index.json")
+        values |= importlib.import_module(settings.__module__).defaults(index, folder)
+    with contextlib.suppress(CheckpointError):
+        values |= safetensors.read_json(folder / "jvdiff_defaults.json")
+    return values
+
+
+def families() -> "list[Family]":
+    """Every family of FAMILIES; they are imported."""
+    values = [
+        getattr(importlib.import_module(f"{__name__}.{package}.family"), name)
+        for package in FAMILIES
+        for name in _settings(package).PIPELINES.values()
+    ]
+    return list(dict.fromkeys(values))
+
+
 def named(text: str | None) -> Any:
     """The user's own family that MODULE:NAME names; None for None.
 
@@ -96,21 +124,28 @@ def named(text: str | None) -> Any:
     return value
 
 
-@functools.cache
 def rollouts() -> "tuple[Rollout, ...]":
     """How the families that make videos chunk by chunk do it; they are imported."""
-    packages = [f"{__name__}.{package}.rollout" for package in FAMILIES]
-    return tuple(importlib.import_module(name).ROLLOUT for name in packages if importlib.util.find_spec(name))
+    return tuple(one for package in FAMILIES for one in _beside(f"{__name__}.{package}"))
+
+
+@functools.cache
+def _beside(package: str) -> "tuple[Rollout, ...]":
+    """The ROLLOUT of a family's folder, where it has one."""
+    name = f"{package}.rollout"
+    return (importlib.import_module(name).ROLLOUT,) if package and importlib.util.find_spec(name) else ()
 
 
 def rollout(cfg: Any) -> "Rollout":
     """The rollout of the family that a configuration of a transformer, a VAE or a text encoder is of.
 
+    That of a family outside FAMILIES is ROLLOUT in rollout.py beside the file of the configuration's type.
+
     Raises:
         UsageError: that family does not make videos chunk by chunk.
     """
-    for one in rollouts():
-        if isinstance(cfg, one.configs):
+    for one in (*rollouts(), *_beside(type(cfg).__module__.rpartition(".")[0])):
+        if type(cfg) in one.configs:
             return one
     raise UsageError(f"{type(cfg).__name__} is not a configuration of a model that makes a video chunk by chunk.")
 

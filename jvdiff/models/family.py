@@ -49,6 +49,7 @@ class Part:
     ignored: configuration -> patterns of published tensors that nobody uses
     complete: (config.json, tensor names) -> config.json with what only the names of tensors say
     optional: a repository may lack it
+    keeps_dtype: a conversion leaves its weights in the dtype that they are published in, whatever it asks of the others
     """
 
     config: Any
@@ -58,10 +59,11 @@ class Part:
     names: Callable[[Any], Sequence[Rule]] | None
     precision: str
     published: tuple[str, Callable[[Any], str]]
-    stem: str = "diffusion_pytorch_model"
+    stem: str = safetensors.STEM
     ignored: Callable[[Any], tuple[str, ...]] = _nothing
     complete: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Any]] = _as_it_is
     optional: bool = False
+    keeps_dtype: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +94,10 @@ class Models:
     configs: Mapping[str, Any]
     files: Mapping[str, Any]
     index: Mapping[str, Any]
+
+
+# Fields of `Request` with one entry for each clip, and the option of the command line that names one.
+SUBJECTS = {"prompts": "prompt", "labels": "class_label"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +220,7 @@ class Family:
     pipeline: `_class_name` in model_index.json
     parts, files: folders of a repository
     settings: type of what a user may set, a group of `jvdiff.config.option`s
-    subject: the field of `Request` with one entry for each clip: "prompts" or "labels"
+    subject: the field of `Request` with one entry for each clip, of SUBJECTS
     takes: the other fields of `Request` that it takes, "image" for instance
     misfits: models -> what does not fit together, or None
     complete: (models, defaults of the repository, values that are given) -> complete values, with what the
@@ -230,9 +236,11 @@ class Family:
     decode: (models, clip, forward, run, latents [1,T,H,W,C]) -> (uint8 [1,F,Y,X,3], non-finite share, latent frames
         so far), as frames come
     preview: (models, forward) -> Stage of (latents [B,1,H,W,C]) -> float32 [B,1,Y,X,3] in -1..1
-    attention: (models, clip, forward, dtype, rows) -> implementation of each attention by kind
+    attention: (models, clip, forward, inputs) -> implementation of each attention by kind; NotImplementedError where
+        the one that was asked for cannot compute the clip, or not on this machine
     describe: (models, one subject) -> what the record says of it; `facts` of them decide the numbers
-    facts: names in `describe` that say which clip it is
+    facts: names in `describe` that say which clip it is; the first is the subject, as `check_subject` takes it
+    published: what can be planned without a download: name of a published repository -> its models
     at_once: whether it makes a clip at once, rather than chunk by chunk (`jvdiff.models.rollout`)
     """
 
@@ -253,11 +261,12 @@ class Family:
     network: Callable[[Models, Segment, Forward], Callable[[Params, Array, Array, Any], Array]]
     decode: Callable[[Models, Clip, Forward, Run, Any], Iterator[tuple[Any, Any, int]]]
     preview: Callable[[Models, Forward], Stage]
-    attention: Callable[[Models, Clip, Forward, Any, int], Mapping[str, str]]
+    attention: Callable[[Models, Clip, Forward, Any], Mapping[str, str]]
     describe: Callable[[Models, Any], dict[str, Any]]
     finish: Callable[[Clip, Any, tuple[Any, Any], Array], Array] = lambda clip, inputs, conditions, latents: latents
     facts: tuple[str, ...] = ("prompt",)
     takes: tuple[str, ...] = ()
+    published: Mapping[str, Models] = dataclasses.field(default_factory=dict)
     at_once: bool = True
 
 
@@ -268,7 +277,13 @@ class Rollout:
     A cache is the family's own pytree, with `keys` [layers,B,...] and `frames` int32 [], those of the video so far.
     `how` are the keywords text_length, implementation and placement.
 
-    configs: types of the configurations: transformer, VAE, text encoder; by their names in saved configurations
+    The parts of such a family are transformer, text_encoder and vae, its files tokenizer. Of the transformer's
+    configuration streaming reads patch_size, in_channels and out_channels; of the VAE's spatial_factor, temporal_factor
+    and latent_channels.
+
+    configs: types of the configurations: transformer, VAE, text encoder. Saved configurations name them, and are read
+        with those of their own family
+    config: (name, models) -> StreamInferencePipelineConfig that a repository asks for
     dtype_of: weights of the transformer -> dtype of its keys and values
     span: (latent frames of a chunk, of the window, of the sink, whether positions are relative) -> how much of a video
         a chunk sees, with `chunk`, `slots` (frames that are kept) and `pattern`
@@ -288,9 +303,11 @@ class Rollout:
         [B,F,Y,X,3] in -1..1, cache)
     normalize_latents: (configuration, latents) -> latents from the VAE's scale to the transformer's
     denormalize_latents: the inverse
+    picture_shape: cache of `encode_chunk` -> shape [B,F,Y,X,3] of the frames that it was given
     """
 
     configs: tuple[type, ...]
+    config: Callable[[str, Models], Any]
     dtype_of: Callable[[Params], Any]
     span: Callable[..., Any]
     encode_texts: Callable[..., Array]
@@ -306,6 +323,7 @@ class Rollout:
     decode_chunk: Callable[..., Any]
     normalize_latents: Callable[..., Array]
     denormalize_latents: Callable[..., Array]
+    picture_shape: Callable[[Any], tuple[int, ...]]
 
 
 # ---------------------------------------------------------------------------------------------- parts in their folders
@@ -331,7 +349,7 @@ def read_config(folder: Path, parts: Mapping[str, Part] | Part) -> Any:
             f"{' or '.join(classes)}.\nTake all folders from one repository."
         )
     if part.complete is not _as_it_is:
-        config = part.complete(config, safetensors.tensor_names(folder))
+        config = part.complete(config, safetensors.tensor_names(folder, part.stem))
     return part.config.from_json(config)
 
 
@@ -348,4 +366,4 @@ def read_weights(folder: Path, part: Part, cfg: Any, dtype: Any, placement: Plac
     names = part.names(cfg) if part.names else []
     made = transformed(abstract, how.get("transform"))
     where = param_shardings(placement.mesh, made, part.places) if placement else None
-    return restore(folder, abstract, names, where, ignored=part.ignored(cfg), **how)
+    return restore(folder, abstract, names, where, stem=part.stem, ignored=part.ignored(cfg), **how)

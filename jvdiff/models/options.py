@@ -1,8 +1,13 @@
-"""Options that every family's settings have. Without JAX."""
+"""Options that every family's settings have, and the one that names a family. Without JAX."""
 
 from typing import Any
 
 from jvdiff.config import option
+
+
+def family() -> Any:
+    """A family that is not one of FAMILIES."""
+    return option(None, "a family of your own, MODULE:NAME (docs/adding_a_family.md); none: as the files say")
 
 
 def fps(default: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from jvdiff import config
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models.family import Family, Models
+from jvdiff.weights.safetensors import read_json
 
 DEFAULTS_FILE = "jvdiff_defaults.json"
 STREAM = "stream"  # the key in it under which a causal repository keeps what streaming needs (`stream_defaults`)
@@ -62,15 +62,7 @@ def stream_defaults(path: str | Path) -> dict[str, Any]:
 
 def _defaults_file(path: str | Path) -> dict[str, Any]:
     file = Path(path) / DEFAULTS_FILE
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_bytes()[: 2**20])
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-        return values
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}.") from None
+    return read_json(file) if file.is_file() else {}
 
 
 def check_seed(seed: Any) -> int:

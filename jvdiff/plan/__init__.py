@@ -31,7 +31,7 @@ __all__ = [
     "resident",
     "resolved",
     "run_with_compiler",
-    "show",
+    "sampling",
     "smallest_mesh",
     "target_memory",
     "target_mesh",

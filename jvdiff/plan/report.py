@@ -8,7 +8,6 @@ L video tokens.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from jvdiff.plan.targets import check_target, target_memory
 from jvdiff.weights import locate
 
 
-def show(config: Any) -> None:
-    """Prints the plan of a sampling config to stdout.
+def sampling(config: Any) -> Iterator[str]:
+    """The plan of a sampling config, line by line, each as soon as it is known.
 
     Raises:
         UsageError: neither a folder nor a published model, settings or a mesh that they cannot use.
@@ -38,9 +37,8 @@ def show(config: Any) -> None:
     if shape == "auto":
         devices, limit = (8, target_memory(config.plan_target)) if config.plan_target else (None, None)
         shape, sentence = smallest_mesh(context, clip, devices, limit, config.plan_target)
-        print(sentence, flush=True)
-    for line in lines(context, clip, config.plan_target, shape):
-        print(line, flush=True)
+        yield sentence
+    yield from lines(context, clip, config.plan_target, shape)
 
 
 def resolved(config: Any) -> tuple[Any, Any]:
@@ -63,14 +61,16 @@ def describe(checkpoint: str | None, family: str | None = None) -> tuple[Any, An
         folder = locate(checkpoint or "", download=False)
     except (UsageError, CheckpointError) as error:
         folder, reason = None, str(error).splitlines()[0]
+    own = models.named(family)
     if folder is not None:
-        repository = pipeline.inspect(folder, at_once=True, family=models.named(family))
+        repository = pipeline.inspect(folder, at_once=True, family=own)
         return repository.family, repository.models, repository.defaults
-    packages = [importlib.import_module(f"{models.__name__}.{name}.family") for name in models.FAMILIES]
-    published = {name: value for package in packages for name, value in getattr(package, "PUBLISHED", {}).items()}
+    families = models.families() if own is None else [own]
+    published = {name: (each, known) for each in families for name, known in each.published.items()}
     if (name := Path(checkpoint or "").name) not in published:
         raise UsageError(
-            f"{reason}\nWithout a folder there are plans of {', '.join(published)}{nearest(name, published)}."
+            f"{reason}\n"
+            f"Without a folder there are plans of {', '.join(published) or 'no model'}{nearest(name, published)}."
         )
     return *published[name], {}
 
@@ -95,7 +95,7 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
     for part, (count, size) in held.items():
         yield f"  {part:<13}{count:>16,} parameters {gib(size)}"
     patterns = ", ".join(dict.fromkeys(str(segment.pattern) for segment in clip.segments))
-    yield f"video tokens L: {clip.tokens:,}   self-attention: {getattr(clip.settings, 'pattern', patterns)}"
+    yield f"video tokens L: {clip.tokens:,}   self-attention: {patterns}"
     columns = "".join(f"{title:>12}" for title in ("weights", "data", "temporary", "in all"))
     yield f"{'program':<22}{'runs':>5}{'FLOPs':>10}{columns}   compiled in   largest array"
     every = []

@@ -98,7 +98,9 @@ def agree(what: str, value: Any) -> None:
 
 def _check(config: Any) -> None:
     """Raises UsageError where the fields of `fields` do not go together."""
-    addresses = [name for name in list(fields())[1:4] if config.get(name) is not None]
+    addresses = [
+        name for name in ("coordinator_address", "num_processes", "process_id") if config.get(name) is not None
+    ]
     if not config.get("distributed"):
         if addresses:
             raise UsageError(f"{', '.join(addresses)}: only with --distributed=true.")

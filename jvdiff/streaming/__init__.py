@@ -10,7 +10,7 @@ from jvdiff.streaming.config import (
     derive_config,
     to_json,
 )
-from jvdiff.streaming.loading import config_from_json, config_of, load, override
+from jvdiff.streaming.loading import config_from_json, config_of, load, override, rollout_of
 from jvdiff.streaming.rollout import StreamInferencePipeline
 from jvdiff.streaming.state import FinalState, StreamCache, copy, device_memory
 
@@ -34,5 +34,6 @@ __all__ = [
     "device_memory",
     "load",
     "override",
+    "rollout_of",
     "to_json",
 ]

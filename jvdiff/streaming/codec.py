@@ -91,9 +91,10 @@ class StreamingVideoDecoder(_OverVAE):
         Returns:
           float32 frames [B,F,Y,X,3] in [-1,1], and the cache for the next chunk.
         """
-        if latents.ndim != 5 or latents.shape[-1] != self.vae.z_dim or 0 in latents.shape:
+        channels = self.vae.latent_channels
+        if latents.ndim != 5 or latents.shape[-1] != channels or 0 in latents.shape:
             raise UsageError(
-                f"latents of a chunk are [B,T,H,W,{self.vae.z_dim}], each at least 1, found {list(latents.shape)}."
+                f"latents of a chunk are [B,T,H,W,{channels}], each at least 1, found {list(latents.shape)}."
             )
         network = models.rollout(self.vae)
         latents = network.denormalize_latents(self.vae, latents.astype(jnp.float32))
@@ -237,8 +238,8 @@ class ImageEncoder(_Encoder):
             latent = jnp.repeat(cache, latent_frames, axis=1)  # [B,1,H,W,C] -> [B,T,H,W,C]
             shape = (latent.shape[0], latent_frames, 1, 1, 1)
         else:
-            # The VAE remembers two frames of its input, and so the size of the picture.
-            batch, _, height, width, _ = (cache["conv_in"] if frame is None else frame).shape
+            shape = models.rollout(self.vae).picture_shape(cache) if frame is None else frame.shape
+            batch, _, height, width, _ = shape
             grey = jnp.zeros((batch, count - int(begins), height, width, 3), jnp.float32)
             frames = grey if frame is None else jnp.concatenate([frame, grey], axis=1)  # [B,F,Y,X,3]
             latent, cache = _in_turn(models.rollout(self.vae).encode_chunk, params, self.vae, frames, cache, placement)

@@ -6,7 +6,6 @@ Names and defaults as in NVIDIA's flashdreams; what its code leaves mutable and 
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jvdiff import models
+from jvdiff.config import nearest
 from jvdiff.diffusion import Schedule, Solver, renoise, schedules, unipc
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.sharding import Placement
@@ -110,6 +110,8 @@ class TransformerConfig:
 
     network, text_encoder: configurations
     height, width: of the latents
+    text_length: rows of text that the network attends to
+    text_rows: how many of these a prompt may fill; the others are zeros, which cost nothing
     len_t: latent frames of a chunk
     window_size_t, sink_size_t: latent frames that a chunk sees, its own among them, and how many are the video's first
     apply_rope_before_kvcache: keys are kept rotated, by their place in the video; otherwise by their place among those
@@ -117,23 +119,21 @@ class TransformerConfig:
     guidance_scale: weight of classifier-free guidance; 1: none, and half the work
     first_guidance_scale: that of the first chunk, where it differs: that chunk has no past to say what things look
         like. What guidance exaggerates is the next chunk's past, so that a strong one makes a long video drift
-    text_length: rows of text that the network attends to
-    text_rows: how many of these a prompt may fill; the others are zeros, which cost nothing
     attention: an implementation of `jvdiff.kernels.attention`; None: the best
     """
 
     network: Any
     text_encoder: Any
-    height: int = 60
-    width: int = 104
+    height: int
+    width: int
+    text_length: int
+    text_rows: int
     len_t: int = 3
     window_size_t: int = 21
     sink_size_t: int = 0
     apply_rope_before_kvcache: bool = True
     guidance_scale: float = 1.0
     first_guidance_scale: float | None = None
-    text_length: int = 512
-    text_rows: int = 512
     attention: str | None = None
 
     def __post_init__(self):
@@ -203,9 +203,9 @@ class StreamInferencePipelineConfig:
         network, encoder = self.diffusion_model.transformer.network, self.encoder
         more = 0
         if isinstance(encoder, StreamingVideoEncoder):
-            more = encoder.vae.z_dim
+            more = encoder.vae.latent_channels
         elif isinstance(encoder, ImageEncoder) and encoder.mode == "concat":
-            more = encoder.vae.z_dim + encoder.vae.temporal_factor
+            more = encoder.vae.latent_channels + encoder.vae.temporal_factor
         if not isinstance(encoder, NullEncoder) and network.in_channels != network.out_channels + more:
             kind = "no encoder" if encoder is None else f"the encoder {type(encoder).__name__}"
             raise UsageError(
@@ -253,9 +253,8 @@ def _derived(config: Any, patch: Mapping[str, Any], path: str) -> Any:
     for name, value in patch.items():
         where = f"{path}{name}"
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {path}{near[0]}?" if near else f"; {type(config).__name__} has {', '.join(names)}."
-            raise KeyError(f"no field {where}{hint}")
+            hint = nearest(name, names) or f"; {type(config).__name__} has {', '.join(names)}"
+            raise KeyError(f"no field {where}{hint}.")
         old = getattr(config, name)
         if isinstance(value, Mapping):
             if not dataclasses.is_dataclass(old):

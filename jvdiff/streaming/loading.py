@@ -9,8 +9,8 @@ from typing import Any
 
 from jvdiff import models, pipeline
 from jvdiff import precision as precisions
-from jvdiff.diffusion import schedules
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.models.family import Family, Rollout
 from jvdiff.pipeline import Repository
 from jvdiff.pipeline.repository import check_at_once
 from jvdiff.pipeline.settings import DEFAULTS_FILE, stream_defaults
@@ -36,44 +36,41 @@ _CLASSES = {
 }  # fmt: skip
 
 
-def _classes() -> dict[str, type]:
-    """The classes of configurations by their names in JSON, those of the families' networks too."""
-    return _CLASSES | {kind.__name__: kind for one in models.rollouts() for kind in one.configs}
+def _classes(rollout: Rollout) -> dict[str, type]:
+    """The classes of configurations by their names in JSON, those of a family's networks too."""
+    return _CLASSES | {kind.__name__: kind for kind in rollout.configs}
 
 
-def config_from_json(value: Mapping[str, Any]) -> StreamInferencePipelineConfig:
+def config_from_json(value: Mapping[str, Any], rollout: Rollout) -> StreamInferencePipelineConfig:
     """The inverse of `to_json` for a whole configuration.
+
+    rollout: of its family, `jvdiff.models.rollout(network)`; networks of two families may have the same class name.
 
     Raises:
         CheckpointError: an unknown class or field, or an invalid value.
     """
-    config = from_json(value, _classes())
+    config = from_json(value, _classes(rollout))
     if not isinstance(config, StreamInferencePipelineConfig):
         raise CheckpointError(f"this is a configuration of {type(config).__name__}, expected a whole pipeline's.")
     return config
 
 
-def config_of(path: str | Path | Repository) -> StreamInferencePipelineConfig:
-    """The configuration that a causal repository asks for: its networks, and the scheduler of scheduler_config.json.
+def rollout_of(repository: Repository) -> Rollout:
+    """How a causal repository's family makes a video chunk by chunk."""
+    return models.rollout(repository.models.configs["transformer"])
 
-    The object `stream` of its jvdiff_defaults.json goes before both; the rest is Self-Forcing's.
+
+def config_of(path: str | Path | Repository) -> StreamInferencePipelineConfig:
+    """The configuration that a causal repository asks for (`Rollout.config`).
+
+    The object `stream` of its jvdiff_defaults.json goes before what its family says.
 
     Raises:
         CheckpointError: not a repository, or one whose files are invalid.
         UsageError: one that is not causal.
     """
     repository = path if isinstance(path, Repository) else pipeline.inspect(path, at_once=False)
-    configs, published = repository.models.configs, repository.models.files["scheduler"]
-    scheduler: Any
-    if published.get("_class_name") == "SelfForcingFlowMatchScheduler":
-        scheduler = FlowMatchSchedulerConfig(**schedules.from_self_forcing_config(published))
-    else:
-        scheduler = UniPCSchedulerConfig(shift=schedules.from_scheduler_config(published).shift)
-    config = StreamInferencePipelineConfig(
-        repository.path.name,
-        DiffusionModelConfig(TransformerConfig(configs["transformer"], configs["text_encoder"]), scheduler),
-        decoder=StreamingVideoDecoder(configs["vae"]),
-    )
+    config = rollout_of(repository).config(repository.path.name, repository.models)
     try:
         return override(config, {"diffusion_model": stream_defaults(repository.path)})
     except (KeyError, TypeError, UsageError) as error:
@@ -92,7 +89,7 @@ def override(config: StreamInferencePipelineConfig, patch: Mapping[str, Any]) ->
         KeyError, TypeError, UsageError: as `derive_config`.
         CheckpointError: an unknown class or field.
     """
-    classes: dict[str, Any] = _classes()
+    classes: dict[str, Any] = _classes(models.rollout(config.diffusion_model.transformer.network))
     if config.decoder is not None:
         for kind in (StreamingVideoEncoder, ImageEncoder):
             classes[kind.__name__] = partial(kind, config.decoder.vae)
@@ -110,6 +107,8 @@ def load(
     precision: str | None = None,
     mesh: Any = None,
     config: StreamInferencePipelineConfig | None = None,
+    *,
+    family: Family | None = None,
 ) -> StreamInferencePipeline:
     """A pipeline with the weights of a causal repository.
 
@@ -117,13 +116,14 @@ def load(
         path: the folder with model_index.json, a Hugging Face one or what `convert` made of it; or what `inspect` said.
         precision, mesh: see `jvdiff.load`.
         config: one derived from `config_of(path)`, with the same networks; None: that one.
+        family: your own Family, where the repository is of none that jvdiff has; None: as its files say.
 
     Raises:
         CheckpointError: incomplete, damaged or unknown weights or configurations.
         UsageError: no such folder, a model that is not causal, an unknown precision, or a mesh of more devices than
             there are.
     """
-    repository = path if isinstance(path, Repository) else pipeline.inspect(path, at_once=False)
+    repository = path if isinstance(path, Repository) else pipeline.inspect(path, at_once=False, family=family)
     check_at_once(repository.path, repository.family, False)
     placement, dtypes = pipeline.place(read_mesh(mesh)), precisions.choose(precision)
     config = config or config_of(repository)

@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 from jvdiff import models
 from jvdiff.diffusion import Solver, add_noise, denoise_scan
 from jvdiff.models.family import Rollout
-from jvdiff.models.pixels import to_pixels
+from jvdiff.models.pixels import nonfinite_share, to_pixels
 from jvdiff.sharding import Placement
 from jvdiff.streaming.codec import Encoder, StreamingVideoDecoder, StreamingVideoEncoder, concatenated, stamped
 from jvdiff.streaming.config import DiffusionModelConfig, TransformerConfig
@@ -107,7 +107,7 @@ class _Functions:
         latents = denoise_scan(Partial(self._flow, params, text, past, payload, scale), self.solver, state).x
         if not self._concatenates:
             latents = stamped(payload, latents)
-        return self._replicated((latents, _nonfinite(latents)))
+        return self._replicated((latents, nonfinite_share(latents)))
 
     def _flow(self, params: Params, text: Any, past: Any, payload: Any, scale: Array, x: Array, t: Array) -> Array:
         """The velocity of x [B,T,H,W,C] at t [B], guided."""
@@ -122,7 +122,7 @@ class _Functions:
     def decode(self, params: Params, latents: Array, bad: Array, cache: Any) -> tuple[Array, Array, Any]:
         assert self.decoder is not None
         frames, cache = self.decoder.decode(params, latents, cache, placement=self.placement)
-        pixels, bad = self._replicated((to_pixels(frames), jnp.maximum(bad, _nonfinite(frames))))
+        pixels, bad = self._replicated((to_pixels(frames), jnp.maximum(bad, nonfinite_share(frames))))
         return pixels, bad, cache
 
     def finalize(
@@ -178,10 +178,6 @@ class _Functions:
 
     def _replicated(self, tree: Any) -> Any:
         return tree if self.placement is None else self.placement.replicate(tree)
-
-
-def _nonfinite(x: Array) -> Array:
-    return jnp.mean(1.0 - jnp.isfinite(x).astype(jnp.float32))
 
 
 def _rollout_keys(key: Array, batch: int) -> Array:

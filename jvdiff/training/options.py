@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jvdiff.config import option
 from jvdiff.errors import UsageError
+from jvdiff.models.options import family
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,14 @@ class Training:
 class Going:
     """Fields that a command sets, and no configuration has to have."""
 
+    family: str | None = family()
     allow_changes: bool = option(False, "go on in `folder` though fields that decide numbers are other ones now")
     compile_cache: str | None = option(None, 'a folder of your own, or "off"; none: the user\'s cache folder')
 
 
 # Whatever these are, the numbers are the same: a run may go on with others.
 FREE = frozenset({
-    *("folder", "compile_cache", "allow_changes", "plan", "plan_target"),
+    *("folder", "family", "compile_cache", "allow_changes", "plan", "plan_target"),
     *("loop.mesh", "loop.save_every", "loop.log_every", "loop.show_every", "loop.keep", "loop.log_to"),
     *("loop.most_skipped",),
 })  # fmt: skip

@@ -1,19 +1,19 @@
 """What a user gives as a checkpoint becomes a folder: one here, one that comes with jvdiff, or one of the hub's."""
 
-import difflib
 import errno
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from jvdiff.config import shipped
+from jvdiff.config import nearest, shipped
 from jvdiff.errors import CheckpointError, ResourceError, UsageError
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
 _OURS = ("checkpoints", "runs")  # folders of a checkout or of a user; a name that begins so was meant for a folder
-# Of the weights only what `jvdiff.weights.safetensors` opens, and none of the 16-bit copies beside it.
-_FILES = ("*.json", "*/*.model", "*/*.txt", "README.md", "LICENSE*", "NOTICE*")
+_FILES = ["*.json", "*/*.model", "*/*.txt", "*/*.safetensors", "README.md", "LICENSE*", "NOTICE*"]
+_LEFT = ["*/*.*.safetensors"]  # variants beside the weights, NAME.fp16.safetensors for instance
 
 
 def locate(name: str | Path, *, download: bool = True, tell: Callable[[str], None] = lambda line: None) -> Path:
@@ -54,7 +54,7 @@ def _repository(name: str, ours: list[str]) -> tuple[str, str | None]:
     if parts is None:
         raise UsageError(
             f"{name!r:.200}: no such folder, nor is it a repository's name (OWNER/NAME or "
-            f"OWNER/NAME@REVISION){_nearest(name, ours)}.\n"
+            f"OWNER/NAME@REVISION){nearest(name, ours)}.\n"
             f"The checkpoints that come with jvdiff are: {', '.join(ours) or 'none'}."
         )
     first = Path(name.split("/")[0])
@@ -62,30 +62,23 @@ def _repository(name: str, ours: list[str]) -> tuple[str, str | None]:
         there = [str(p) for p in first.iterdir() if p.is_dir()] if os.path.isdir(first) else []
         there += [f"{first}/{one}" for one in ours if str(first) == "checkpoints"]
         raise UsageError(
-            f"{name!r:.200}: no such folder{_nearest(name, there)}.\n"
+            f"{name!r:.200}: no such folder{nearest(name, there)}.\n"
             f"A name that begins with {first}/ is not looked up on the hub, so that a typing error fetches nothing.\n"
             f"Where there is a connection: hf download OWNER/{Path(name).name} --local-dir {name}"
         )
     return parts[1], parts[2]
 
 
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name[:200], names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def _snapshot(repository: str, revision: str | None, download: bool, tell: Callable[[str], None]) -> Path:
     from huggingface_hub import constants, snapshot_download
 
-    from jvdiff.weights.safetensors import STEMS
-
-    files = [*_FILES, *(f"*/{stem}{end}" for stem in STEMS for end in (".safetensors", "-*.safetensors"))]
+    patterns: dict[str, Any] = {"allow_patterns": _FILES, "ignore_patterns": _LEFT}
     if download:
         tell(f"{repository}: no folder here, taken from the Hugging Face hub or its cache")
     reason = ""
     for local in (False, True) if download else (True,):
         try:
-            return Path(snapshot_download(repository, revision=revision, allow_patterns=files, local_files_only=local))
+            return Path(snapshot_download(repository, revision=revision, local_files_only=local, **patterns))
         except Exception as error:  # the hub's, the network's and the system's; their texts may hold a token
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ResourceError(

@@ -55,6 +55,7 @@ def restore(
     names: Sequence[Rule],
     shardings: Any = None,
     *,
+    stem: str = reader.STEM,
     transform: LeafTransform | None = None,
     ignored: Sequence[str] = (),
     verify: bool = True,
@@ -72,6 +73,7 @@ def restore(
         names: the published layout (`jvdiff.weights.naming`); empty for a model that has none. An Orbax directory has
             the tree's own names.
         shardings: one sharding for all leaves, or a tree of them like the result; None is the default device.
+        stem: name of the published file, without suffix.
         transform: applied to every leaf, after the cast to the dtype of `abstract`.
         ignored: see `naming.check`.
         verify: compare the files with the manifest first (Orbax only; safetensors are checked as they are read).
@@ -96,7 +98,7 @@ def restore(
         else:
             leaves = dict(_transformed(transform, wanted, _whole_orbax(path, wanted), shardings))
     else:
-        loads = _open_published(path, abstract, names, ignored, cast)
+        loads = _open_published(path, abstract, names, stem, ignored, cast)
         if transform is None:
             places = _places(wanted, shardings)
             leaves = {name: _placed(wanted[name], places[name], load) for name, load in loads.items()}
@@ -113,7 +115,7 @@ def _places(wanted: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
 
 
 def _open_published(
-    path: Path, abstract: Params, names: Sequence[Rule], ignored: Sequence[str], cast: bool
+    path: Path, abstract: Params, names: Sequence[Rule], stem: str, ignored: Sequence[str], cast: bool
 ) -> dict[str, Callable[..., np.ndarray]]:
     """For each leaf a function that reads it, or with `index=` a part of it; names, shapes and dtypes are checked."""
     if not names:
@@ -122,7 +124,7 @@ def _open_published(
             "Give the folder that a training wrote, whole."
         )
     wanted = flatten(abstract)
-    folder = reader.open_folder(path, ignored=ignored)
+    folder = reader.open_folder(path, stem, ignored=ignored)
     entries = check(names, abstract, folder, where=str(path), ignored=ignored)
     _tell_casts(path, [(folder.tensors[name].dtype, wanted[e.path].dtype) for name, e in entries.items()], cast)
     tensors = by_leaf(entries)

@@ -38,7 +38,7 @@ _OTHER_BITS = {
 _HEADER_LIMIT = 100_000_000  # bytes, the library's own limit
 _JSON_LIMIT = 64 * 2**20  # bytes; the largest published tokenizer.json has 17 MB
 _EXPONENT = {"F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}  # all ones: NaN or infinity
-STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers write them
+STEM = "diffusion_pytorch_model"  # as diffusers writes it
 _UNSAFE = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".msgpack", ".h5"}
 _AGAIN = "Download it again, from a repository that publishes safetensors files."
 
@@ -298,11 +298,16 @@ class Folder:
 
 
 def open_folder(
-    path: Path, *, ignored: Sequence[str] = (), follow_symlinks: bool = False, allow_nonfinite: bool = False
+    path: Path,
+    stem: str = STEM,
+    *,
+    ignored: Sequence[str] = (),
+    follow_symlinks: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Folder:
     """Opens the weights of one component and reads every header; no tensor yet.
 
-    Takes `model.safetensors` or `diffusion_pytorch_model.safetensors`, or those named by their `.index.json`.
+    Takes STEM.safetensors, or the files that STEM.safetensors.index.json names.
     `ignored`: see `naming.check`; such tensors may be of any dtype.
 
     Raises:
@@ -310,13 +315,11 @@ def open_folder(
         UnsafeFormat: only pickles or archives, or a name that points outside the folder.
         CorruptFile, CheckpointError: see `read_header`.
     """
-    single = [path / f"{stem}.safetensors" for stem in STEMS]
-    indices = [path / f"{stem}.safetensors.index.json" for stem in STEMS]
-    index = next((p for p in indices if os.path.lexists(p)), None)
+    single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
     weight_map = {}
-    if found := [p for p in single if os.path.lexists(p)]:
-        files = found[:1]
-    elif index:
+    if os.path.lexists(single):
+        files = [single]
+    elif os.path.lexists(index):
         weight_map = _weight_map(index)
         files = [path / name for name in dict.fromkeys(weight_map.values())]
         if missing := [file for file in files if not file.exists()]:
@@ -326,7 +329,7 @@ def open_folder(
                 f"{path}: {len(missing)} of {len(files)} shards are missing: {listed(counts)}.\n{_AGAIN}"
             )
     else:
-        raise _no_weights(path)
+        raise _no_weights(path, stem)
     for file in files:
         check_link(file, path.parent, follow_symlinks)
 
@@ -348,10 +351,10 @@ def open_folder(
     return Folder(path, tensors, identities, allow_nonfinite)
 
 
-def tensor_names(path: Path) -> set[str]:
+def tensor_names(path: Path, stem: str) -> set[str]:
     """The names of a component's tensors; none where its files are not in order, which `open_folder` tells in full."""
     try:
-        return set(open_folder(path, follow_symlinks=True).tensors)  # only headers are read
+        return set(open_folder(path, stem, follow_symlinks=True).tensors)  # only headers are read
     except (JvdiffError, OSError):
         return set()
 
@@ -370,7 +373,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _no_weights(path: Path) -> CheckpointError:
+def _no_weights(path: Path, stem: str) -> CheckpointError:
     if not path.is_dir():
         return MissingTensor(f"{path}: no such folder.\nExpected a component of a Diffusers repository.")
     names = sorted(p.name for p in path.iterdir())
@@ -381,7 +384,7 @@ def _no_weights(path: Path) -> CheckpointError:
             "Use the repository's safetensors version, usually named OWNER/NAME-Diffusers."
         )
     return MissingTensor(
-        f"{path}: no weights: expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}, or their .index.json.\n"
+        f"{path}: no weights: expected {stem}.safetensors, or {stem}.safetensors.index.json.\n"
         f"Found: {', '.join(map(shown, names[:8])) or 'an empty folder'}."
     )
 

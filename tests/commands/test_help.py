@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -71,6 +72,17 @@ def test_with_a_checkpoint_its_family_and_its_own_defaults_are_listed_else_all(c
             assert set(configs.options(settings)) <= set(listed(text))
 
 
+def test_what_a_scheduler_asks_for_is_the_default(capsys, tmp_path):
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.5}
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    (tmp_path / "jvdiff_defaults.json").write_text('{"steps": 9}')
+    for change, expected in (({}, ("7.5", "euler", "9")), ({"shift": -1}, ("3.0", "unipc", "9"))):
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler | change))
+        fields = listed(page(["sample", "--help", f"--checkpoint={tmp_path}"], capsys))
+        assert tuple(fields[name][1] for name in ("shift", "solver", "steps")) == expected
+
+
 def test_streaming_and_trainings_list_theirs(capsys):
     assert set(listed(page(["stream", "-h"], capsys))) == set(stream.default_config())
     text = page(["train", "-h"], capsys)
@@ -126,6 +138,7 @@ def test_a_config_has_the_fields_that_are_declared():
     [
         ["-m", "jvdiff", "--help"],
         ["-m", "jvdiff.sample", "--help"],
+        ["-m", "jvdiff", "sample", "--help", "--checkpoint=digits"],
         ["-m", "jvdiff", "train", "--help"],
         ["-m", "jvdiff", "convert", "-h"],
         ["-m", "convert", "--help"],

@@ -83,7 +83,7 @@ def test_a_prompt_becomes_a_video_with_its_record(command, tmp_path, tiny_reposi
     record = json.loads((out / f"{STEM}.json").read_text())
     assert record["prompt"] == PROMPT and record["seed"] == 3 and record["steps"] == 4
     assert videos.read_metadata(out / f"{STEM}.mp4").items() <= record.items()
-    assert set(record["seconds"]) == {"load", "text", "compile", "denoise", "decode"}
+    assert set(record["seconds"]) == {"load", "encode", "compile", "denoise", "decode"}
     assert record["attention_chosen"] == {"self": "xla", "cross": "xla"} and record["device"]["backend"] == "cpu"
     assert len(record["sigmas"]) == 5 and record["versions"]["jax"] == jax.__version__
     assert len(record["checkpoint_digest"]) == 64

@@ -20,6 +20,7 @@ from jvdiff.commands import stream
 from jvdiff.errors import CheckpointError
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
+from jvdiff.models.wan.rollout import ROLLOUT
 from jvdiff.runtime import progress, run_state
 
 PROMPT, OTHER = "a red seven moving left", "a blue two moving right"
@@ -130,7 +131,7 @@ def test_chunks_become_a_video_with_statistics_and_a_record(command, tmp_path, t
     assert "prompt_ms" in told[1] and "prompt_ms" not in told[2]
     record = json.loads(Path(f"{base}.json").read_text())
     assert record["prompts"] == {"0": PROMPT, "1": OTHER} and record["seed"] == 3 and record["fps"] == 8
-    assert streaming.config_from_json(record["pipeline"]).digest == pipe.config.digest
+    assert streaming.config_from_json(record["pipeline"], ROLLOUT).digest == pipe.config.digest
     assert record["chunks"] == 3 and record["frames"] == 9 and record["versions"]["jax"] == jax.__version__
     assert (
         record["speed"]["first_frame_ms"] > 0 and record["speed"]["fps"] > 0 and len(record["checkpoint_digest"]) == 64
@@ -296,7 +297,7 @@ def test_a_state_is_not_resumed_with_other_weights(
         ({"then.0": OTHER}, "a chunk from 1"),
         ({"then.soon": OTHER}, "a chunk from 1"),
         ({"then.4": ""}, "then.4 is empty"),
-        ({f"{TRANSFORMER}.hight": 2}, "did you mean diffusion_model.transformer.height?"),
+        ({f"{TRANSFORMER}.hight": 2}, "no field diffusion_model.transformer.hight (did you mean height?)"),
         ({"pipeline.dekoder.vae": 2}, "did you mean decoder?"),
         ({f"{TRANSFORMER}.height.pixels": 2}, "has no fields"),
         ({f"{TRANSFORMER}.height": 3.5}, "diffusion_model.transformer.height is 3.5; expected int"),

@@ -68,7 +68,7 @@ def test_a_latent_video_config_fits_its_models(path, monkeypatch):
     assert set(sampling) == set(sample.default_config()) and sampling.class_label == "seven"
     assert sampling.guidance == config.guidance and sampling.checkpoint == f"{config.folder}/repository"
     with jax.numpy_dtype_promotion("strict"):
-        for _, task, schedule, batch in latent_video_runs.programs(config):
+        for _, task, schedule, batch, _ in latent_video_runs.programs(config):
             state = jax.eval_shape(partial(loop.start, task, schedule, jax.random.key(0)))
             _, metrics = jax.eval_shape(loop.make_step(task, schedule, jax.random.key(0)), state, batch)
             assert metrics["loss"].shape == () and metrics["loss"].dtype == "float32"

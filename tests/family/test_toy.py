@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jvdiff.convert.to_diffusers import to_hf
 from safetensors.numpy import load_file, save_file
 from toy import networks
 from toy.family import TOY
@@ -20,6 +21,7 @@ from jvdiff.errors import CheckpointError, NumericsError, UsageError
 from jvdiff.media import video as videos
 from jvdiff.sharding import rules
 from jvdiff.weights.naming import disassemble, flatten, unflatten
+from jvdiff.weights.orbax import stored_leaves
 
 FAMILY = "--family=toy.family:TOY"
 WORDS = {"tokenizer": ["a", "red", "blue", "seven"], "tokenizer_2": ["seven", "two", "moves"]}
@@ -193,7 +195,7 @@ def test_a_mesh_makes_the_same_clip(repository, clip, mesh, command, tmp_path, m
     assert pipe.weights["transformer_2"]["text"]["kernel"].sharding == place
     again = jvdiff.generate(pipe, "a red seven", seed=3, image=PICTURE)
     np.testing.assert_allclose(again.latents, clip.latents, rtol=0, atol=1e-5)
-    assert sample.main(command(mesh=mesh)) == 0
+    assert sample.main(command(mesh=mesh, preview_every=2)) == 0
     np.testing.assert_array_equal(arrays(tmp_path / "out")["a-red-seven_seed3"], again.latents[0])
 
 
@@ -239,6 +241,11 @@ def test_a_line_of_a_file_gets_the_picture_at_its_own_size(command, repository, 
     assert [job.image.shape for job in made] == [(16, 16, 3), (8, 32, 3)] and not problems
 
 
+def test_help_has_the_defaults_of_its_files(repository, capsys):
+    assert sample.main(["jvdiff sample", "--help", f"--checkpoint={repository}", FAMILY]) == 0
+    assert re.search(r"--boundary +number +\[0\.9\]", capsys.readouterr().out)
+
+
 def test_a_configuration_of_its_own(repository, tmp_path, capsys):
     """The family and its settings may stand in a file; a setting that it lacks is named."""
     lines = (
@@ -264,6 +271,10 @@ def test_the_plan_has_both_experts(command, repository, capsys):
     text = capsys.readouterr().out
     for part in (*KINDS, "denoise transformer", "denoise transformer_2", "picture", "decode"):
         assert re.search(rf"^ *{part} ", text, re.MULTILINE), part
+    assert planning.main(["jvdiff plan", "--checkpoint=owner/Toy-1", FAMILY, "--num_frames=1"]) == 0
+    assert "plan: 16x16, 1 frames" in capsys.readouterr().out
+    assert planning.main(["jvdiff plan", "--checkpoint=nowhere", FAMILY]) == 2
+    assert "Those are Toy-1." in capsys.readouterr().err
     known = pipeline.inspect(repository, family=TOY)
     context = pipeline.Context(TOY, known.models, precision.choose("float32"))
     clip = TOY.clip(known.models, known.settings(solver="euler", steps=7, boundary=0.95))
@@ -314,6 +325,19 @@ def test_there_and_back(repository, clip, tmp_path, capsys):
         for tensor in before:
             np.testing.assert_array_equal(before[tensor], after[tensor])
     assert json.loads((tmp_path / "hf" / "model_index.json").read_text())["boundary_ratio"] == 0.9
+
+
+def test_what_a_conversion_leaves_in_its_dtype(repository, tmp_path, capsys):
+    """The part that says so, whatever its name and its precision; and a family without a VAE has none to replace."""
+    target = tmp_path / "orbax"
+    words = ["jvdiff convert", f"--source={repository}", f"--target={target}", "--dtype=bfloat16", FAMILY]
+    assert convert.main(words) == 0
+    dtypes = {name: {str(leaf.dtype) for leaf in stored_leaves(target / name).values()} for name in KINDS}
+    assert dtypes == {name: {"float32" if name == "vae" else "bfloat16"} for name in KINDS}
+    parts = {name: part for name, part in TOY.parts.items() if name != "vae"}
+    without = dataclasses.replace(TOY, parts=parts, misfits=lambda models: None)
+    with pytest.raises(UsageError, match="the toy has no part vae; leave --vae out"):
+        to_hf(target, tmp_path / "hf", vae=target / "vae", family=without)
 
 
 def test_a_repository_is_saved_without_what_is_optional(repository, pipe, tmp_path):

@@ -214,6 +214,8 @@ def test_a_clip_is_the_same_on_a_mesh_and_nothing_is_compiled_twice(pipe, folder
     assert "jit(denoise)" not in told and "jit(decode)" not in told
     np.testing.assert_allclose(out.latents, alone.latents, atol=1e-5 * np.abs(alone.latents).max())
     assert np.abs(out.video.astype(int) - alone.video).max() <= 1
+    preview = spread.family.preview(spread.models, spread.context.forward(clip))
+    assert spread.run(preview, out.latents[:, :1]).sharding.is_fully_replicated
     monkeypatch.setattr(peers, "gather", lambda drawn: [3, drawn])
     assert jvdiff.generate(spread, labels=["cow"]).seeds == (3,)  # the one that process 0 has drawn
 

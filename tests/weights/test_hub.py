@@ -80,10 +80,10 @@ def test_what_comes_with_an_installed_jvdiff(here):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("checkpoints/digitz", "did you mean 'checkpoints/digits'?"),
+        ("checkpoints/digitz", "did you mean checkpoints/digits?"),
         ("runs/owner", "begins with runs/ is not looked up on the hub"),
-        ("mine/modle", "no such folder; did you mean 'mine/model'?"),
-        ("digit", "did you mean 'digits'?"),
+        ("mine/modle", "no such folder (did you mean mine/model?)"),
+        ("digit", "did you mean digits?"),
         ("no/such/folder", "nor is it a repository's name (OWNER/NAME or OWNER/NAME@REVISION)"),
         ("./owner/name", "no such folder"),
         ("/owner/name", "no such folder"),

@@ -162,7 +162,7 @@ def test_one_shard_is_in_host_memory_at_a_time_and_read_once(tiny_repository, mo
     fill, read, numbers = restoring.fill, reader.Folder.read, []
     monkeypatch.setattr(restoring, "fill", counted)
     monkeypatch.setattr(reader.Folder, "read", lambda *args: numbers.append((array := read(*args)).nbytes) or array)
-    found = flatten(restore(folder, wanted, part.names, shardings))
+    found = flatten(restore(folder, wanted, part.names, shardings, stem="model"))
     total = sum(leaf.nbytes for leaf in found.values())
     assert sum(array.nbytes for array in counts) == sum(numbers) == total  # replicated leaves too are read once
     shards = {leaf.addressable_shards[0].data.nbytes for leaf in found.values()}

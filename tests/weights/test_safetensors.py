@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from jvdiff.errors import CheckpointError, CorruptFile, IntegrityError, MissingTensor, UnsafeFormat
 from jvdiff.weights import safetensors as reader
 
-NAME = "model.safetensors"
+NAME = "diffusion_pytorch_model.safetensors"
 
 
 def entry(dtype="F32", shape=(2,), begin=0, end=8):

@@ -40,7 +40,7 @@ def folder(request, tmp_path_factory):
         save(path, params)
     else:
         path.mkdir()
-        save_file(dict(disassemble(TABLE, params)), path / "model.safetensors")
+        save_file(dict(disassemble(TABLE, params)), path / "diffusion_pytorch_model.safetensors")
     return path
 
 
@@ -166,7 +166,7 @@ def test_one_whole_leaf_is_in_host_memory_at_a_time(folder, monkeypatch):
 
 def test_a_published_tensor_that_nobody_uses_may_be_of_any_dtype(tmp_path):
     tensors = {"a": np.ones(3, np.float32), "position_ids": np.arange(3)}
-    save_file(tensors, tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     wanted, table = {"a": jax.ShapeDtypeStruct((3,), np.float32)}, [Rule("a", "a")]
     assert restore(tmp_path, wanted, table, ignored=["position_ids"])["a"].sum() == 3
     with pytest.raises(CheckpointError, match="'position_ids' is I64"):

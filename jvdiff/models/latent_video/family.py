@@ -21,8 +21,8 @@ from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import latent_video
 from jvdiff.models.family import Clip, Family, Forward, Models, Part, Request, Run, Segment, Stage
 from jvdiff.models.latent_video import places
-from jvdiff.models.latent_video.settings import Settings
-from jvdiff.models.pixels import to_pixels
+from jvdiff.models.latent_video.settings import Settings, trained
+from jvdiff.models.pixels import nonfinite_share, to_pixels
 from jvdiff.sharding import MeshShape, Placement, Sizes
 from jvdiff.sharding.rules import REPLICATED
 from jvdiff.types import Array, Params
@@ -44,6 +44,7 @@ VAE = Part(
     names=None,
     precision="vae",
     published=("jvdiff", lambda cfg: "LatentVideoVAE"),
+    keeps_dtype=True,
 )
 
 
@@ -59,7 +60,7 @@ def _misfits(models: Models) -> str | None:
     if (kind := _noise_schedule(models)) not in vp.NOISE_SCHEDULES:
         return f"its noise_schedule is {kind!r:.40}; expected one of {', '.join(vp.NOISE_SCHEDULES)}."
     try:
-        config.replace(Settings(), _trained(models))
+        config.replace(Settings(), trained(models.index))
     except UsageError as error:
         return f"the defaults in its model_index.json: {error}"
     return None
@@ -79,14 +80,7 @@ def _noise_schedule(models: Models) -> str:
 
 def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
     """The given values, else the repository's defaults, else the settings of the clips that it was trained on."""
-    return {**_trained(models), **defaults, **given}
-
-
-def _trained(models: Models) -> Mapping[str, Any]:
-    trained = models.index.get("defaults", {})
-    if not isinstance(trained, Mapping):
-        raise CheckpointError(f"model_index.json: defaults is {trained!r:.60}; expected an object of settings.")
-    return trained
+    return {**trained(models.index), **defaults, **given}
 
 
 def label(models: Models, value: Any) -> str:
@@ -170,12 +164,12 @@ def _velocity(cfg: latent_video.DiTConfig, noise_schedule: str, forward: Forward
     return network
 
 
-def _attention(models: Models, clip: Clip, forward: Forward, dtype: Any, rows: int) -> Mapping[str, str]:
+def _attention(models: Models, clip: Clip, forward: Forward, inputs: Any) -> Mapping[str, str]:
     dit, (frames, height, width, _) = models.configs["transformer"], clip.latents
     cells, heads = height * width // dit.patch_size**2, (dit.num_heads, dit.hidden_size // dit.num_heads)
 
     def choice(length: int) -> str:
-        operand = jax.ShapeDtypeStruct((1, length, *heads), dtype)
+        operand = jax.ShapeDtypeStruct((1, length, *heads), jnp.dtype(forward.dtype))
         return kernels.choose(operand, operand, operand, implementation=forward.implementation)
 
     return {"spatial": choice(cells), "temporal": choice(frames)}
@@ -195,22 +189,23 @@ def _decode_program(cfg: latent_video.VAEConfig, placement: Placement | None) ->
 
     def decode(params: Params, latents: Array) -> tuple[Array, Array]:
         frames = latent_video.decode(params, cfg, latent_video.denormalize_latents(cfg, latents))
-        result = to_pixels(frames), jnp.mean(1.0 - jnp.isfinite(frames).astype(jnp.float32))
+        result = to_pixels(frames), nonfinite_share(frames)
         return result if placement is None else placement.replicate(result)
 
     return jax.jit(decode)
 
 
 def _preview(models: Models, forward: Forward) -> Stage:
-    return Stage("preview", "vae", _first_frames(models.configs["vae"]))
+    return Stage("preview", "vae", _first_frames(models.configs["vae"], forward.placement))
 
 
 @functools.lru_cache(maxsize=8)
-def _first_frames(cfg: latent_video.VAEConfig) -> Any:
+def _first_frames(cfg: latent_video.VAEConfig, placement: Placement | None) -> Any:
     """jitted (params, normalised latents [B,1,H,W,C]) -> float32 first frames [B,1,Y,X,3] in -1..1, for previews."""
 
     def first(params: Params, latents: Array) -> Array:
-        return latent_video.decode(params, cfg, latent_video.denormalize_latents(cfg, latents))[:, :1]
+        frames = latent_video.decode(params, cfg, latent_video.denormalize_latents(cfg, latents))[:, :1]
+        return frames if placement is None else placement.replicate(frames)
 
     return jax.jit(first)
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from jvdiff.config import names, replace
 from jvdiff.diffusion import variance_preserving
-from jvdiff.errors import CheckpointError, DataError, NumericsError, UsageError
+from jvdiff.errors import CheckpointError, DataError, UsageError
 from jvdiff.media import clips as clip_files
 from jvdiff.media import video as videos
 from jvdiff.media.clips import Clips
@@ -31,6 +31,7 @@ from jvdiff.models.latent_video import places
 from jvdiff.models.latent_video.family import CLASS_CONDITIONAL, encode_program, make_clip
 from jvdiff.models.latent_video.objective import LabelledLatents, latent_video_task, video_vae_task
 from jvdiff.models.latent_video.settings import Settings
+from jvdiff.models.pixels import latent_statistics
 from jvdiff.pipeline import (
     Context,
     Executor,
@@ -283,8 +284,11 @@ def _stages(config: Any, schedule: Schedule, factor: int) -> tuple[Stage, ...]:
 
 def programs(
     config: ConfigDict, mesh_of: Callable[[MeshShape], Mesh] = make_mesh
-) -> Iterator[tuple[str, Task, Schedule, Any]]:
-    """(name, task, schedule, abstract batch) of each part of the run, for a plan; the clips need not be there."""
+) -> Iterator[tuple[str, Task, Schedule, Any, int]]:
+    """(name, task, schedule, abstract batch, into how many parts a batch is cut) of each part of the run, for a plan.
+
+    The clips need not be there.
+    """
     there = Path(config.clips).exists()
     classes = clip_files.find(config.clips).classes if there else [str(i) for i in range(PLANNED_CLASSES)]
     plan = describe(config, classes)
@@ -299,6 +303,7 @@ def programs(
             video_vae_task(plan.models.configs["vae"], none, compute_dtype=plan.dtype, **config.vae.loss.to_dict()),
             plan.vae_schedule,
             jax.ShapeDtypeStruct(video, jnp.uint8),
+            1,
         )
     task = latent_video_task(
         plan.models.configs["transformer"],
@@ -309,7 +314,9 @@ def programs(
         **config.loss.to_dict(),
     )
     latents = jax.ShapeDtypeStruct((config.batch, *plan.clip.latents), jnp.float32)
-    yield "transformer", task, plan.schedule, LabelledLatents(latents, jax.ShapeDtypeStruct((config.batch,), jnp.int32))  # type: ignore[arg-type]
+    labels = jax.ShapeDtypeStruct((config.batch,), jnp.int32)
+    batch: Any = LabelledLatents(latents, labels)  # type: ignore[arg-type]
+    yield "transformer", task, plan.schedule, batch, config.loop.get("accumulate", 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- the VAE
@@ -360,18 +367,11 @@ def _with_statistics(cfg: latent_video.VAEConfig, params: Params, shown: list[np
     """The VAE's configuration with mean and standard deviation of each channel over these clips.
 
     Raises:
-      NumericsError: a channel is the same everywhere, or not finite.
+      NumericsError: see `pixels.latent_statistics`.
     """
     latents = np.concatenate([np.asarray(encode_program(cfg)(params, video)) for video in shown])  # [clips,T,H,W,C]
-    latents = latents.reshape(-1, cfg.latent_channels).astype(np.float64)  # [B,T,H,W,C] -> [BTHW,C]
-    mean, std = latents.mean(axis=0), latents.std(axis=0)
-    if bad := [i for i, v in enumerate(std.tolist()) if not 0 < v < np.inf]:
-        raise NumericsError(
-            f"Latent channels {bad} have standard deviation {std[bad].tolist()}; expected above 0.\n"
-            "The VAE does not use them: train longer, with a smaller kl, or with fewer latent_channels."
-        )
-    values = [tuple(float(f"{v:.5g}") for v in part) for part in (mean.tolist(), std.tolist())]
-    return dataclasses.replace(cfg, latents_mean=values[0], latents_std=values[1])
+    mean, std = latent_statistics(latents, "train longer, with a smaller kl, or with fewer latent_channels")
+    return dataclasses.replace(cfg, latents_mean=mean, latents_std=std)
 
 
 # ------------------------------------------------------------------------------------------------ latents and samples

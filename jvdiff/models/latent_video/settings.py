@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jvdiff.config import option
+from jvdiff.errors import CheckpointError
 from jvdiff.models import options
 
 PIPELINES = {"LatentVideoPipeline": "CLASS_CONDITIONAL"}  # _class_name: name in family.py
@@ -29,3 +31,16 @@ class Settings:
 def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The value in family.py that a repository is made for; None where it is of another family."""
     return PIPELINES.get(str(index.get("_class_name")))
+
+
+def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """The settings that a repository's own files ask for; raises as `trained`."""
+    return trained(index)
+
+
+def trained(index: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the clips that the weights were trained on; CheckpointError for what is not an object."""
+    values = index.get("defaults", {})
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"model_index.json: defaults is {values!r:.60}; expected an object of settings.")
+    return values

@@ -165,6 +165,11 @@ class VAEConfig:
         check("latents_std", all(v > 0 for v in self.latents_std), "positive numbers")
 
     @property
+    def latent_channels(self) -> int:
+        """C, of the latents."""
+        return self.z_dim
+
+    @property
     def spatial_factor(self) -> int:
         """Pixels per latent cell, along height and along width."""
         return 2 ** (len(self.dim_mult) - 1)

@@ -18,16 +18,16 @@ import jax
 import jax.numpy as jnp
 
 from jvdiff.config import multiple
-from jvdiff.diffusion import samplers, schedules
+from jvdiff.diffusion import samplers
 from jvdiff.errors import UsageError
 from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.models import wan
 from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Request, Run, Segment, Stage
-from jvdiff.models.pixels import to_pixels
+from jvdiff.models.pixels import nonfinite_share, to_pixels
 from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5, umt5_names
 from jvdiff.models.wan import names, places
-from jvdiff.models.wan.settings import Settings
+from jvdiff.models.wan.settings import Settings, scheduled
 from jvdiff.sharding import MeshShape, Placement, Sizes
 from jvdiff.sharding.rules import REPLICATED
 from jvdiff.types import Array, Params
@@ -69,6 +69,7 @@ VAE = Part(
     names=names.vae,
     precision="vae",
     published=("diffusers", lambda cfg: "AutoencoderKLWan"),
+    keeps_dtype=True,
 )
 TEXT_ENCODER = Part(
     config=umt5.Config,
@@ -130,7 +131,7 @@ def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, A
     """
     values, scheduler = {**defaults, **given}, models.files.get("scheduler")
     if scheduler is not None and not {"solver", "shift", "grid"} <= values.keys():
-        values = schedules.from_scheduler_config(scheduler)._asdict() | values
+        values = {**scheduled(scheduler), **values}
     listed = samplers.own_steps(str(values.get("solver")))
     return values | ({"steps": listed} if listed and "steps" not in given else {})
 
@@ -271,18 +272,21 @@ def _velocity(cfg: wan.DiTConfig, forward: Forward) -> Callable[..., Array]:
     return network
 
 
-def _attention(models: Models, clip: Clip, forward: Forward, dtype: Any, rows: int) -> Mapping[str, str]:
+def _attention(models: Models, clip: Clip, forward: Forward, inputs: Tokens) -> Mapping[str, str]:
     dit, placement = models.configs["transformer"], forward.placement
     shape = placement and placement.shape
-    return wan.attention_choice(
+    choices = wan.attention_choice(
         dit,
         clip.latents[:3],
         pattern=forward.pattern,
-        text_rows=rows,
-        dtype=dtype,
+        text_rows=inputs.ids.shape[1],
+        dtype=jnp.dtype(forward.dtype),
         implementation=forward.implementation,
         ring=shape is not None and _mesh_sizes(models, clip, 1, shape).ring(shape) > 1,
     )
+    if reason := forward.pattern.unavailable(choices["self"]):
+        raise NotImplementedError(reason)
+    return choices
 
 
 # --------------------------------------------------------------------------------------------------------------- VAE
@@ -309,8 +313,7 @@ def _decode_program(cfg: wan.VAEConfig, placement: Placement | None) -> Any:
     def decode(params: Params, latents: Array, cache: Any) -> tuple[Array, Array, Any]:
         latents = wan.denormalize_latents(cfg, latents)
         frames, cache = wan.decode_chunk(params, cfg, latents, cache, placement=placement)
-        pixels = to_pixels(frames)
-        bad = jnp.mean(1.0 - jnp.isfinite(frames).astype(jnp.float32))
+        pixels, bad = to_pixels(frames), nonfinite_share(frames)
         if placement is not None:
             pixels, bad = placement.replicate((pixels, bad))
         return pixels, bad, cache
@@ -355,18 +358,14 @@ TEXT_TO_VIDEO = Family(
     preview=_preview,
     attention=_attention,
     describe=lambda models, prompt: {"prompt": prompt},
+    published={
+        name: Models({"transformer": dit, "vae": wan.WAN_2_1_VAE, "text_encoder": umt5.UMT5_XXL}, {}, {})
+        for name, dit in (
+            ("Wan2.1-T2V-1.3B-Diffusers", wan.WAN_2_1_T2V_1_3B),
+            ("Wan2.1-T2V-14B-Diffusers", wan.WAN_2_1_T2V_14B),
+        )
+    },
 )
 CAUSAL = dataclasses.replace(
-    TEXT_TO_VIDEO, name="causal Wan 2.1 text-to-video", pipeline="WanCausalDMDPipeline", at_once=False
+    TEXT_TO_VIDEO, name="causal Wan 2.1 text-to-video", pipeline="WanCausalDMDPipeline", published={}, at_once=False
 )
-# What can be planned without a download: the name of the published repository and its models.
-PUBLISHED = {
-    name: (
-        TEXT_TO_VIDEO,
-        Models({"transformer": dit, "vae": wan.WAN_2_1_VAE, "text_encoder": umt5.UMT5_XXL}, {}, {}),
-    )
-    for name, dit in (
-        ("Wan2.1-T2V-1.3B-Diffusers", wan.WAN_2_1_T2V_1_3B),
-        ("Wan2.1-T2V-14B-Diffusers", wan.WAN_2_1_T2V_14B),
-    )
-}

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jvdiff.errors import NumericsError
-from jvdiff.models import wan
+from jvdiff.models import pixels, wan
 from jvdiff.training.loop import Task, each
 from jvdiff.types import Array, Params
 
@@ -59,16 +58,9 @@ def latent_statistics(cfg: wan.VAEConfig, params: Params, clips: np.ndarray) -> 
     """(means, standard deviations) of the latent channels over uint8 clips [B,F,Y,X,3], for the VAE's configuration.
 
     Raises:
-      NumericsError: a channel is the same everywhere, or not finite, and so cannot be normalised.
+      NumericsError: see `pixels.latent_statistics`.
     """
     encode = jax.jit(lambda params, video: wan.encode(params, cfg, video.astype(jnp.float32) / 127.5 - 1.0))
     # [B,F,Y,X,3] -> [B,T,H,W,C]
     latents = np.concatenate([np.asarray(encode(params, clips[i : i + 8])) for i in range(0, len(clips), 8)])
-    latents = latents.reshape(-1, cfg.z_dim).astype(np.float64)  # [B*T*H*W,C]
-    mean, std = latents.mean(axis=0), latents.std(axis=0)
-    if bad := [i for i, v in enumerate(std.tolist()) if not 0 < v < np.inf]:
-        raise NumericsError(
-            f"Latent channels {bad} have standard deviation {std[bad].tolist()}; expected above 0.\n"
-            "The VAE does not use them: train longer, or with a smaller z_dim."
-        )
-    return tuple(tuple(float(f"{v:.5g}") for v in values) for values in (mean.tolist(), std.tolist()))
+    return pixels.latent_statistics(latents, "train longer, or with a smaller z_dim")

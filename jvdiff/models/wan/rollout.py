@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jvdiff.diffusion import schedules
 from jvdiff.models import wan
-from jvdiff.models.family import Rollout
+from jvdiff.models.family import Models, Rollout
 from jvdiff.models.text import umt5
 from jvdiff.models.wan import family
 from jvdiff.sharding import Placement
@@ -21,6 +22,7 @@ from jvdiff.streaming.config import (
     FlowMatchSchedulerConfig,
     StreamInferencePipelineConfig,
     TransformerConfig,
+    UniPCSchedulerConfig,
 )
 from jvdiff.types import Array, Params
 
@@ -28,11 +30,7 @@ from jvdiff.types import Array, Params
 @functools.lru_cache(maxsize=8)
 def _text_program(cfg: umt5.Config, placement: Placement | None) -> Any:
     """jitted (params, ids int32 [B,S], mask bool [B,S]) -> rows [B,S,D], zero where the mask is false."""
-    return jax.jit(functools.partial(_encode_text, cfg, placement))
-
-
-def _encode_text(cfg: umt5.Config, placement: Placement | None, params: Params, ids: Array, mask: Array) -> Array:
-    return family.encode_text(params, cfg, ids, mask, placement)
+    return jax.jit(lambda params, ids, mask: family.encode_text(params, cfg, ids, mask, placement))
 
 
 def _encode_texts(
@@ -48,8 +46,28 @@ def _token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     return np.asarray(family.tokenize(tokenizer, texts).mask).sum(axis=1).tolist()
 
 
+# At the size of the published models, 480x832, with all rows of text.
+_transformer = functools.partial(
+    TransformerConfig, height=60, width=104, text_length=family.TEXT_LENGTH, text_rows=family.TEXT_LENGTH
+)
+
+
+def _config(name: str, models: Models) -> StreamInferencePipelineConfig:
+    """A causal repository's networks, and the scheduler of its scheduler_config.json; the rest is Self-Forcing's."""
+    configs, published = models.configs, models.files["scheduler"]
+    scheduler: Any
+    if published.get("_class_name") == "SelfForcingFlowMatchScheduler":
+        scheduler = FlowMatchSchedulerConfig(**schedules.from_self_forcing_config(published))
+    else:
+        scheduler = UniPCSchedulerConfig(shift=schedules.from_scheduler_config(published).shift)
+    transformer = _transformer(configs["transformer"], configs["text_encoder"])
+    decoder = StreamingVideoDecoder(configs["vae"])
+    return StreamInferencePipelineConfig(name, DiffusionModelConfig(transformer, scheduler), decoder=decoder)
+
+
 ROLLOUT = Rollout(
     configs=(wan.DiTConfig, wan.VAEConfig, umt5.Config),
+    config=_config,
     dtype_of=lambda params: params["blocks"]["self_attn"]["k"]["kernel"].dtype,
     span=wan.Span,
     encode_texts=_encode_texts,
@@ -65,6 +83,7 @@ ROLLOUT = Rollout(
     decode_chunk=wan.decode_chunk,
     normalize_latents=wan.normalize_latents,
     denormalize_latents=wan.denormalize_latents,
+    picture_shape=lambda cache: cache["conv_in"].shape,  # the first convolution remembers two frames of its input
 )
 
 CAUSAL_WAN_2_1_T2V_1_3B = dataclasses.replace(wan.WAN_2_1_T2V_1_3B, causal=True)
@@ -72,8 +91,6 @@ CAUSAL_WAN_2_1_T2V_1_3B = dataclasses.replace(wan.WAN_2_1_T2V_1_3B, causal=True)
 # Self-Forcing's published model (arXiv 2506.08009), at 480x832.
 SELF_FORCING_WAN_2_1_T2V_1_3B = StreamInferencePipelineConfig(
     "self-forcing-wan2.1-t2v-1.3b",
-    DiffusionModelConfig(
-        TransformerConfig(CAUSAL_WAN_2_1_T2V_1_3B, umt5.UMT5_XXL), FlowMatchSchedulerConfig(shift=5.0)
-    ),
+    DiffusionModelConfig(_transformer(CAUSAL_WAN_2_1_T2V_1_3B, umt5.UMT5_XXL), FlowMatchSchedulerConfig(shift=5.0)),
     decoder=StreamingVideoDecoder(wan.WAN_2_1_VAE),
 )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jvdiff.config import option
 from jvdiff.errors import CheckpointError
 from jvdiff.models import options
+from jvdiff.weights.safetensors import read_json
 
 PIPELINES = {"WanPipeline": "TEXT_TO_VIDEO", "WanCausalDMDPipeline": "CAUSAL"}  # _class_name: name in family.py
 
@@ -54,3 +56,20 @@ def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
             "Use a Wan 2.1 text-to-video repository."
         )
     return PIPELINES.get(name)
+
+
+def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """The settings that a repository's own files ask for: solver, shift and grid of its scheduler.
+
+    Raises:
+        CheckpointError: a scheduler that cannot be reproduced.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    return scheduled(read_json(file)) if file.is_file() else {}
+
+
+def scheduled(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings that a scheduler_config.json asks for; raises as `defaults`."""
+    from jvdiff.diffusion import schedules  # has numpy, which no other page of help needs
+
+    return schedules.from_scheduler_config(config)._asdict()

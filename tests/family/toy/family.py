@@ -16,10 +16,10 @@ import numpy as np
 
 from jvdiff.config import multiple
 from jvdiff.diffusion import samplers
-from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.errors import UsageError
 from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Request, Run, Segment, Stage
 from jvdiff.models.layers import product
-from jvdiff.models.pixels import to_pixels
+from jvdiff.models.pixels import nonfinite_share, to_pixels
 from jvdiff.sharding import MeshShape, Placement, Sizes
 from jvdiff.sharding.rules import REPLICATED
 from jvdiff.types import Array, Params
@@ -27,6 +27,7 @@ from jvdiff.weights.safetensors import read_json
 
 from . import names, networks, places
 from .settings import Settings
+from .settings import defaults as defaults_of
 
 TEXT_LENGTH = 8  # rows S of text
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -66,15 +67,8 @@ def _misfits(models: Models) -> str | None:
     for encoder, tokenizer in ENCODERS.items():
         if (count := len(models.files[tokenizer]) + 2) > (rows := models.configs[encoder].words):
             return f"{tokenizer} has {count} words, {encoder} {rows}."
-    _boundary(models)
+    defaults_of(models.index)
     return None
-
-
-def _boundary(models: Models) -> float:
-    value = models.index.get("boundary_ratio")
-    if not isinstance(value, float) or not 0 <= value <= 1:
-        raise CheckpointError(f"model_index.json: boundary_ratio is {value!r:.40}; expected a number from 0 to 1.")
-    return value
 
 
 # -------------------------------------------------------------------------------------------------- what settings mean
@@ -82,7 +76,7 @@ def _boundary(models: Models) -> float:
 
 def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
     """Both, with the boundary of model_index.json; a solver that lists its timesteps says how many steps there are."""
-    values = {"boundary": _boundary(models), "solver": Settings.solver, **defaults, **given}
+    values = {**defaults_of(models.index), "solver": Settings.solver, **defaults, **given}
     listed = samplers.own_steps(str(values["solver"]))
     return values | ({"steps": listed} if listed and "steps" not in given else {})
 
@@ -231,32 +225,32 @@ def _frame(placement: Placement | None) -> Any:
 
     def frame(params: Params, latents: Array) -> tuple[Array, Array]:
         frames = networks.decode(params, latents)
-        bad = jnp.mean(1.0 - jnp.isfinite(frames).astype(jnp.float32))
-        return _everywhere((to_pixels(frames), bad), placement)
+        return _everywhere((to_pixels(frames), nonfinite_share(frames)), placement)
 
     return jax.jit(frame)
 
 
 def _preview(models: Models, forward: Forward) -> Stage:
-    return Stage("preview", "vae", _rough())
+    return Stage("preview", "vae", _rough(forward.placement))
 
 
-@functools.cache
-def _rough() -> Any:
-    return jax.jit(networks.decode)
+@functools.lru_cache(maxsize=8)
+def _rough(placement: Placement | None) -> Any:
+    return jax.jit(lambda params, latents: _everywhere(networks.decode(params, latents), placement))
 
 
+PARTS = {
+    "transformer": TRANSFORMER,
+    "transformer_2": TRANSFORMER,
+    "vae": _part(networks.VAE, names.VAE, "vae", keeps_dtype=True),
+    "text_encoder": TEXT_ENCODER,
+    "text_encoder_2": TEXT_ENCODER,
+    "image_encoder": _part(networks.PICTURE, names.PICTURE, "vae", optional=True),
+}
 TOY = Family(
     name="the toy",
     pipeline="ToyPipeline",
-    parts={
-        "transformer": TRANSFORMER,
-        "transformer_2": TRANSFORMER,
-        "vae": _part(networks.VAE, names.VAE, "vae"),
-        "text_encoder": TEXT_ENCODER,
-        "text_encoder_2": TEXT_ENCODER,
-        "image_encoder": _part(networks.PICTURE, names.PICTURE, "vae", optional=True),
-    },
+    parts=PARTS,
     files=dict.fromkeys(ENCODERS.values(), TOKENIZER),
     settings=Settings,
     subject="prompts",
@@ -273,6 +267,11 @@ TOY = Family(
     finish=_finish,
     decode=_decode,
     preview=_preview,
-    attention=lambda models, clip, forward, dtype, rows: {},
+    attention=lambda models, clip, forward, inputs: {},
     describe=lambda models, prompt: {"prompt": prompt},
+    published={
+        "Toy-1": Models(
+            {name: networks.Config(part.classes[0]) for name, part in PARTS.items()}, {}, {"boundary_ratio": 0.9}
+        )
+    },
 )

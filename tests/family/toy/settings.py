@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jvdiff.config import option
+from jvdiff.errors import CheckpointError
 
 PIPELINES = {"ToyPipeline": "TOY"}  # _class_name: name in family.py
 
@@ -33,3 +35,11 @@ class Settings:
 def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The value in family.py that a repository is made for; None where it is of another family."""
     return PIPELINES.get(str(index.get("_class_name")))
+
+
+def defaults(index: Mapping[str, Any], folder: Path | None = None) -> Mapping[str, Any]:
+    """The settings that a repository's own files ask for; CheckpointError for a boundary that is none."""
+    value = index.get("boundary_ratio")
+    if not isinstance(value, float) or not 0 <= value <= 1:
+        raise CheckpointError(f"model_index.json: boundary_ratio is {value!r:.40}; expected a number from 0 to 1.")
+    return {"boundary": value}
