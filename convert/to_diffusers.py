@@ -45,8 +45,8 @@ def to_hf(
         family: your own Family, where the repository is of none that jvdiff has; None: as its files say.
 
     Raises:
-        UsageError: `target` exists; `source` is a Hugging Face folder already, its family has no published layout, or it
-            has no part `vae` to replace; or `vae` has another configuration.
+        UsageError: `target` exists; `source` is a Hugging Face folder already, its family has no published layout, or
+            it has no part `vae` to replace; or `vae` has another configuration.
         IntegrityError, CheckpointError: `source` is damaged, or holds numbers too large for `dtype`.
         ResourceError: the disk is full.
     """
