@@ -180,14 +180,16 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
     from jvdiff.runtime import run_state
 
     folder, facts, done = Path(config.resume).resolve(), state.facts, state.done
+    if missing := [name for name in ("pipeline", "prompts", "checkpoint_digest", "image", *FACTS) if name not in facts]:
+        raise CheckpointError(f"{folder}: the state does not describe a rollout of a video: it has no {missing[0]}.")
     try:
         chosen = streaming.config_from_json(facts["pipeline"], streaming.rollout_of(repository))
         prompts = {int(i): prompt for i, prompt in facts["prompts"].items()}
         now: dict[str, Any] = {name: given[name] for name in FACTS if given.get(name) is not None}
         now["checkpoint_digest"] = repository.digest
         saved = {name: facts[name] for name in (*FACTS, "checkpoint_digest", "image")} | _flat(facts["pipeline"])
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: the state does not describe a rollout of a video: {error!r}.") from None
+    except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
+        raise CheckpointError(f"{folder}: the state does not describe a rollout of a video: {error.args[0]}.") from None
     if patch := given.get("pipeline"):
         now |= _flat(streaming.to_json(_override(chosen, patch, chosen.enable_sync_and_profile)))
     if given.get("image"):

@@ -440,8 +440,10 @@ def test_non_finite_latents_leave_no_video(command, tmp_path, monkeypatch, capsy
     broken = lambda params, cfg, x, t, *a, **k: velocity(params, cfg, x, t, *a, **k) * jax.numpy.nan  # noqa: E731
     monkeypatch.setattr(wan, "velocity", broken)
     family._velocity.cache_clear()
-    assert sample.main(command()) == 6
-    family._velocity.cache_clear()
+    try:
+        assert sample.main(command()) == 6
+    finally:
+        family._velocity.cache_clear()
     said = capsys.readouterr().err
     assert "after step 1 of 4" in said and f"{STEM}.failed.npz" in said
     assert [p.name for p in (tmp_path / "out").iterdir()] == [f"{STEM}.failed.npz"]

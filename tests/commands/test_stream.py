@@ -1,5 +1,6 @@
 """The streaming command line, end to end on a tiny random causal repository: files, resuming, faults."""
 
+import dataclasses
 import io
 import json
 import os
@@ -238,9 +239,18 @@ def reword(state):
     (state / "state.json").write_text(text.replace(OTHER, PROMPT))
 
 
+def forget(state):
+    """The seed, in a state that is whole otherwise."""
+    whole = run_state.load(state)
+    facts = {name: value for name, value in whole.facts.items() if name != "seed"}
+    shutil.rmtree(state)
+    run_state.save(state, dataclasses.replace(whole, facts=facts))
+
+
 @pytest.mark.parametrize(
     ("damage", "fields", "status", "words"),
     [
+        (forget, {}, 3, "the state does not describe a rollout of a video: it has no seed."),
         (flip, {}, 3, "digest"),
         (cut, {}, 3, "bytes, expected"),
         (reword, {}, 3, "digest"),
