@@ -16,7 +16,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST ?= # more arguments for pytest, for instance -x or a file
-WORKERS ?= -n auto --dist loadfile
+WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 
 # How XLA compiles for tests: soon, and so that a loop has the bits of its steps (no fused multiplications; on x86 only).
 QUICKLY = --xla_backend_optimization_level=0 $(if $(filter x86_64,$(shell uname -m)),--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX)

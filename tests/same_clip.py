@@ -1,11 +1,11 @@
-"""Denoises clips of the digits checkpoint under several meshes and prints, as JSON, how they differ from one device's.
+"""Denoises a clip of the digits checkpoint under several meshes and prints, as JSON, how it differs from one device's.
 
-    python tests/same_clip.py [--eight_bits] CLIPS MESH [MESH ...]
+    python tests/same_clip.py [--eight_bits] MESH [MESH ...]
 
 With --eight_bits the transformer's weights are read through a transform that rounds the kernels of its layers.
 
 A script, because XLA:CPU has to be told before it starts. What its products and sums give, to the last bit, depends on
-how many rows they have, which is what a mesh changes. So that bits can be compared at all, the clips and the prompt are
+how many rows they have, which is what a mesh changes. So that bits can be compared at all, the clip and the prompt are
 large enough for every product on every device to take the same path (about 3 million multiplications), and sums are
 left to XLA's own loops, which know one path only.
 """
@@ -21,7 +21,7 @@ FLAGS = (
 )
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "digits"
 PROMPT = "a red seven moving left " * 60
-SIZES = dict(height=256, width=128, steps=2)
+SIZES = dict(num_frames=21, height=256, width=128, steps=2)
 
 
 def eight_bits(pipe):
@@ -44,7 +44,7 @@ def eight_bits(pipe):
     return dataclasses.replace(pipe, weights=Weights({**pipe.weights, "transformer": params}))
 
 
-def main(clips: int, meshes: list[str], change=lambda pipe: pipe) -> None:
+def main(meshes: list[str], change=lambda pipe: pipe) -> None:
     import jax
     import numpy as np
 
@@ -55,10 +55,10 @@ def main(clips: int, meshes: list[str], change=lambda pipe: pipe) -> None:
     alone, found = None, {}
     for mesh in [None, *meshes]:
         pipe = change(pipeline.load(CHECKPOINT, "float32", mesh))
-        clip = pipe.clip(num_frames=29 if clips == 1 else 13, **SIZES)  # of several, a device has a whole one
-        solver, inputs = clip.sampler.make(), pipe.family.inputs(pipe.models, clip, Request(prompts=(PROMPT,) * clips))
+        clip = pipe.clip(**SIZES)
+        solver, inputs = clip.sampler.make(), pipe.family.inputs(pipe.models, clip, Request(prompts=(PROMPT,)))
         conditions = pipeline.encode(pipe.context, clip, inputs, pipe.run)
-        state = pipeline.begin(clip, solver, pipeline.initial_noise(range(clips), clip.latents), range(clips))
+        state = pipeline.begin(clip, solver, pipeline.initial_noise([0], clip.latents), [0])
         latents = np.array(pipeline.denoise(pipe.context, clip, conditions, state, solver, pipe.run).x)
         if alone is None:
             alone = latents
@@ -70,4 +70,4 @@ def main(clips: int, meshes: list[str], change=lambda pipe: pipe) -> None:
 if __name__ == "__main__":
     os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS=FLAGS)
     words = [word for word in sys.argv[1:] if word != "--eight_bits"]
-    main(int(words[0]), words[1:], *([eight_bits] if words != sys.argv[1:] else []))
+    main(words, *([eight_bits] if words != sys.argv[1:] else []))

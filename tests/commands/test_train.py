@@ -164,7 +164,7 @@ def test_sigterm_exits_5_and_the_same_command_goes_on(command, tmp_path, capsys,
     assert "resuming at step" in capsys.readouterr().err
 
     # With other fields only where they decide no number, or where it is said on purpose.
-    other = {"stages": ((4, 2, 1, 16),), "loss": {"latent_noise": 0.5}, "loop": {"save_every": 3, "mesh": "data=2"}}
+    other = {"stages": ((4, 2, 1, 16),), "loss": {"latent_noise": 0.5}, "loop": {"save_every": 3}}
     assert train.main(command(VAE, **other)) == 2
     said = capsys.readouterr().err
     assert "loss.latent_noise: it began with 0.02, now 0.5" in said and "loop" not in said and "--allow_changes" in said
@@ -271,7 +271,7 @@ def test_an_endless_decoder_sees_digits_that_cross_the_border(command, tmp_path,
     """And nothing but the decoder is changed."""
     known, cut, stream = tmp_path / "known", [], digits.stream
     cfg = wan.VAEConfig(**VAE["vae"])
-    save(known, wan.init_params(jax.random.key(0), cfg), config=cfg.to_json())
+    save(known, jax.jit(wan.init_params, static_argnums=1)(jax.random.key(0), cfg), config=cfg.to_json())
 
     def watched(*args, **options):
         video, texts = stream(*args, **options)
@@ -280,8 +280,8 @@ def test_an_endless_decoder_sees_digits_that_cross_the_border(command, tmp_path,
 
     monkeypatch.setattr(digits, "batch", None)  # digits that stay inside
     monkeypatch.setattr(digits, "stream", watched)
-    assert train.main(command(VAE, decoder_of=str(known), endless=True, schedule={"steps": 2, "warmup": 1})) == 0
-    assert len(cut) >= 12 and any(cut)
+    assert train.main(command(VAE, decoder_of=str(known), endless=True, schedule={"steps": 1, "warmup": 0})) == 0
+    assert len(cut) >= 6 and any(cut)
     old, new = (flatten(restore(path, wan.abstract_params(cfg), ())) for path in (known, tmp_path / "vae_run/vae"))
     changed = {name.split("/")[0] for name in old if np.any(old[name] != new[name])}
     assert changed and changed <= set(wan.DECODER)

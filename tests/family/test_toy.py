@@ -274,7 +274,7 @@ def test_the_plan_has_both_experts(command, repository, capsys):
     assert planning.main(["jvdiff plan", "--checkpoint=owner/Toy-1", FAMILY, "--num_frames=1"]) == 0
     assert "plan: 16x16, 1 frames" in capsys.readouterr().out
     assert planning.main(["jvdiff plan", "--checkpoint=nowhere", FAMILY]) == 2
-    assert "Those are Toy-1." in capsys.readouterr().err
+    assert "there are plans of Toy-1." in capsys.readouterr().err
     known = pipeline.inspect(repository, family=TOY)
     context = pipeline.Context(TOY, known.models, precision.choose("float32"))
     clip = TOY.clip(known.models, known.settings(solver="euler", steps=7, boundary=0.95))

@@ -62,9 +62,9 @@ def test_given_noise_replaces_the_seed(pipe, out):
 
 
 def test_what_inspect_said_is_loaded_as_a_folder_is(tiny_repository, tiny_causal_repository):
-    with pytest.raises(UsageError, match=r"run it with `python -m jvdiff.stream`"):
+    with pytest.raises(UsageError, match=r"run it with `jvdiff stream`"):
         jvdiff.load(pipeline.inspect(tiny_causal_repository))
-    with pytest.raises(UsageError, match=r"run it with `python -m jvdiff.sample`"):
+    with pytest.raises(UsageError, match=r"run it with `jvdiff sample`"):
         streaming.load(pipeline.inspect(tiny_repository))
     other = dataclasses.replace(pipeline.inspect(tiny_repository).family, name="mine")
     with pytest.raises(UsageError, match=r"family is 'mine', and .* was inspected as"):

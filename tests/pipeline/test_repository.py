@@ -114,9 +114,9 @@ def test_a_causal_repository_is_for_the_streaming_program(tiny_causal_repository
     causal = repository.inspect(tiny_causal_repository, at_once=False)
     assert causal.models.files["scheduler"]["shift"] == 5.0 and not causal.family.at_once
     assert not repository.inspect(tiny_repository, at_once=True).models.configs["transformer"].causal
-    with pytest.raises(UsageError, match=r"chunk by chunk; run it with `python -m jvdiff\.stream`"):
+    with pytest.raises(UsageError, match=r"chunk by chunk; run it with `jvdiff stream`"):
         pipeline.load(tiny_causal_repository)
-    with pytest.raises(UsageError, match=r"at once; run it with `python -m jvdiff\.sample`"):
+    with pytest.raises(UsageError, match=r"at once; run it with `jvdiff sample`"):
         repository.inspect(tiny_repository, at_once=False)
 
 
