@@ -89,8 +89,8 @@ class Kind(NamedTuple):
     about: what it trains, in one line.
     fields: the group of its options beside `Training`'s.
     run: MODULE:FUNCTION of (config, folder) -> the result's path.
-    programs: MODULE:FUNCTION of (config, mesh_of) -> (name, task, schedule, abstract batch) of each part; None: no
-        plan.
+    programs: MODULE:FUNCTION of (config, mesh_of) -> (name, task, schedule, abstract batch, into how many parts a batch
+        is cut) of each part of a run; None: no plan
     free: paths of options that decide no number of the training.
     """
 
