@@ -103,7 +103,8 @@ def test_encoded_clips_are_the_normalised_means(pipe):
     """What `decode` takes: the clips' own latents, with the statistics of the configuration taken off."""
     video, vae = np.random.default_rng(0).integers(256, size=(2, 8, 16, 32, 3), dtype=np.uint8), pipe.weights["vae"]
     latents = np.asarray(encode_program(VAE)(vae, video))
-    mean, _ = latent_video.encode(vae, VAE, jnp.asarray(video, jnp.float32) / 127.5 - 1.0)
+    encode = jax.jit(latent_video.encode, static_argnums=1)
+    mean, _ = encode(vae, VAE, jnp.asarray(video, jnp.float32) / 127.5 - 1.0)
     np.testing.assert_allclose(2.0 * latents + np.array([0.1, 0.0, 0.0, -0.2]), mean, rtol=0, atol=1e-5)
     decoded = pipeline.decode(pipe.context, pipe.clip(), latents, pipe.run)
     assert latents.dtype == np.float32 and decoded.shape == video.shape
@@ -133,6 +134,7 @@ def test_guidance_one_is_the_conditional_model(pipe):
     abar = vp.alphas_cumprod()[999]
     noise = pipeline.initial_noise([3], pipe.clip().latents)
 
+    @jax.jit
     def clean(labels):
         v = latent_video.denoise(pipe.weights["transformer"], DIT, noise, jnp.full(1, 999.0), labels)
         return np.sqrt(abar) * noise - np.sqrt(1 - abar) * v

@@ -124,16 +124,16 @@ def test_bytes_are_pixels(params):
 def test_one_device_is_eight(params):
     """A grid that is divided otherwise than the mesh is: 2 by 4 and 4 by 2."""
     placement = Placement(make_mesh(MeshShape(sequence=4, tensor=2)))
-    given = jax.device_put((params, latents(4, H=4, W=4)), placement.everywhere)
+    given = jax.device_put((params, latents(2, H=4, W=4)), placement.everywhere)
 
     def both(placement, params, z):
         decoder, image = StreamingVideoDecoder(SMALL), ImageEncoder(SMALL, "concat")
-        frames = rollout(lambda z, c: decode(decoder, params, z, c, placement=placement), z, (2, 2), None)
+        frames, _ = decode(decoder, params, z, None, placement=placement)
         first, cache = encode_image(image, params, frames[:, 0], None, latent_frames=2, placement=placement)
         later, _ = encode_image(image, params, None, cache, latent_frames=2, placement=placement)
         return frames, first["latent"], later["latent"]
 
-    for eight, one in zip(both(placement, *given), both(None, params, latents(4, H=4, W=4)), strict=True):
+    for eight, one in zip(both(placement, *given), both(None, params, latents(2, H=4, W=4)), strict=True):
         assert error(eight, one) <= 1e-5
 
 
