@@ -93,13 +93,8 @@ def convert(
         raise UsageError(f"{source}: is converted already. Give the Hugging Face folder.")
     kinds, folders, parts = repository.family.parts, {}, {}
     for name, cfg in repository.models.configs.items():
-        folders[name] = reader.open_folder(
-            source / name,
-            kinds[name].stem,
-            follow_symlinks=follow_symlinks,
-            allow_nonfinite=allow_nonfinite,
-            ignored=kinds[name].ignored(cfg),
-        )
+        how = {"follow_symlinks": follow_symlinks, "allow_nonfinite": allow_nonfinite}
+        folders[name] = reader.open_folder(source / name, kinds[name].stem, ignored=kinds[name].ignored(cfg), **how)
         cast = None if kinds[name].keeps_dtype else dtype
         parts[name] = _leaves(source / name, kinds[name], cfg, folders[name], cast)
     total = sum(leaf.nbytes for part in parts.values() for leaf in part.values())
@@ -116,7 +111,7 @@ def convert(
             "source": dict(origin or {"folder": source.resolve().name}),
             "dtype": dtype or "as stored",
             "nonfinite": {name: folder.nonfinite for name, folder in folders.items() if folder.nonfinite},
-            "versions": {"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
+            "versions": _versions(),
         }
         tell("digests of all files")
         manifest.write_manifest(staging, tensors, facts)
@@ -160,11 +155,15 @@ def copy_small_files(repository: Repository, target: Path) -> None:
             shutil.copyfile(file, target / folder / file.name)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str | None]:
+    """The version of Python and of each package that has a part in a conversion; None where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def verify(target: Path, family: Family | None = None) -> None:
