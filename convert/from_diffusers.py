@@ -72,6 +72,8 @@ def convert(
     """Converts a whole Hugging Face folder.
 
     Args:
+        source: a Diffusers repository.
+        target: the folder to write; the folder it lies in must exist.
         dtype: of the large matrices of transformers and text encoders, a key of DTYPES; the few arrays that the models
             keep in float32 whatever their dtype become float32. None keeps what is stored, and so does
             `Part.keeps_dtype`: a VAE is small, and pictures show bfloat16 in flat areas.

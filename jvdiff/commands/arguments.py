@@ -1,4 +1,4 @@
-"""argv becomes a Request: flags in any order, a configuration by name, and every value with where it came from.
+"""argv becomes a Request: flags in any order, a configuration by name, and a command line that goes on.
 
 Two passes: the first finds --config and the checkpoint, which say what fields there are; the second types and checks
 what was given. `--x=value`, `--x value` and `--config.x=value` are the same, for nested fields too (`--loop.mesh=...`).

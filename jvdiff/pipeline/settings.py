@@ -26,7 +26,7 @@ def resolve(family: Family, models: Models, defaults: Mapping[str, Any], given: 
 
     Raises:
         UsageError: an unknown setting, a value of another type, or out of range.
-        CheckpointError: a scheduler that cannot be reproduced.
+        CheckpointError: jvdiff has no equivalent of the scheduler.
     """
     config.check_names("setting", given, config.names(family.settings))
     chosen = {name: value for name, value in given.items() if value is not None}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -330,10 +330,11 @@ def decode(
             that are decoded at once.
     """
     latents = np.asarray(latents, np.float32)
-    total, clips = latents.shape[1], []
+    total, forward, clips = latents.shape[1], context.forward(clip), []
     for b in range(len(latents)):
         frames, before = [], 0
-        for pixels, bad, done in _frames(context, clip, latents[b : b + 1], run):
+        decoded = context.family.decode(context.models, clip, forward, run, latents[b : b + 1])
+        for pixels, bad, done in decoded:
             if share := float(bad):
                 which = f"frame {done}" if done == before + 1 else f"frames {before + 1} to {done}"
                 raise _numerics(
@@ -348,10 +349,6 @@ def decode(
                 callback(b * total + done)
         clips.append(np.concatenate(frames))  # [f,Y,X,3], one after another -> [F,Y,X,3]
     return np.stack(clips)  # B x [F,Y,X,3] -> [B,F,Y,X,3]
-
-
-def _frames(context: Context, clip: Clip, latents: np.ndarray, run: Run) -> Iterator[tuple[Any, Any, int]]:
-    return context.family.decode(context.models, clip, context.forward(clip), run, latents)
 
 
 def _spoken(part: str) -> str:

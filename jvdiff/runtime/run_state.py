@@ -81,7 +81,7 @@ def load(folder: str | Path) -> RunState:
 
     Raises:
         UsageError: no such folder.
-        CheckpointError: another format, or a file that cannot be read.
+        CheckpointError: the state is of another format, or one of its files cannot be read.
         IntegrityError: a file is cut, changed or missing.
     """
     folder = Path(folder)

@@ -86,8 +86,9 @@ class StreamInferencePipeline:
             negative_prompt: what guidance leads away from.
 
         Raises:
-            UsageError: not a key or a seed; not either prompts or text; prompts without a tokenizer, or that cannot be
-                used; text rows of another shape, or beyond text_rows; a mesh that cannot divide the model.
+            UsageError: `key` is neither a key nor a seed; prompts and text are both given, or neither is; a prompt is
+                invalid, or there is no tokenizer for it; text has another shape, or more rows than text_rows; the mesh
+                cannot divide the model.
             NumericsError: the text encoder made NaN or infinity.
         """
         key = self.config.diffusion_model.seed if key is None else key

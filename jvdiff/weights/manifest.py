@@ -60,7 +60,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: no such folder.
-        IntegrityError: there is no manifest, so nothing can be checked.
+        IntegrityError: the folder has no manifest to check its files against.
         CorruptFile, CheckpointError: it is damaged, or of a later version.
     """
     if not root.is_dir():

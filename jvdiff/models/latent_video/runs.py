@@ -66,8 +66,8 @@ def train(config: ConfigDict, folder: Path) -> Path:
 
     The VAE is trained in `folder/vae_run` and kept in `folder/vae`, unless `config.vae` is the folder of one. Its first
     `short_clips.steps` steps, if asked for, see more clips of fewer frames, equally many frames a batch: neighbouring
-    frames teach nearly the same. Then come the latents of the clips, read anew for every batch, or once if
-    `cache_latents`, and the transformer on them. Where `config.initial` is the repository of an earlier training, its
+    frames teach nearly the same. The transformer is then trained on the latents of the clips. They are encoded anew for
+    every batch, or with `cache_latents` once. Where `config.initial` is the repository of an earlier training, its
     VAE is taken as it is, and its transformer trained on.
 
     Samples are in `folder/samples`.

@@ -62,7 +62,7 @@ def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     """The settings that a repository's own files ask for: solver, shift and grid of its scheduler.
 
     Raises:
-        CheckpointError: a scheduler that cannot be reproduced.
+        CheckpointError: jvdiff has no equivalent of the scheduler.
     """
     file = folder / "scheduler" / "scheduler_config.json"
     return scheduled(read_json(file)) if file.is_file() else {}
