@@ -34,7 +34,9 @@ def test_a_ring_that_nobody_waits_for_is_caught(races, monkeypatch):
     """The check of the check: without the wait for a copy, the interpreter must complain."""
     q, k = jnp.ones((1, 64, 1, 64), jnp.bfloat16), jnp.ones((1, 192, 1, 64), jnp.bfloat16)
     lists = np.arange(3, dtype=np.int32).reshape(1, 1, 1, 3), np.full((1, 1, 1), 3, np.int32), np.full(3, 64, np.int32)
-    monkeypatch.setattr(mosaic_gpu.plgpu, "barrier_wait", lambda barrier: None)
+    from jvdiff.kernels.block_sparse import mosaic_kernels
+
+    monkeypatch.setattr(mosaic_kernels.plgpu, "barrier_wait", lambda barrier: None)
     try:
         jax.block_until_ready(kernels.block_sparse_attention(q, k, k, *lists, implementation="mosaic_gpu"))
     except Exception as problem_found:
