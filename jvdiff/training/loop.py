@@ -39,6 +39,11 @@ from jvdiff.types import Array, Params
 
 _log = logging.getLogger("jvdiff.training")
 
+# One device writes what many hold: by default Orbax cuts that into a part for each, by a program for each shape.
+_WHOLE = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False))
+)
+
 
 class State(NamedTuple):
     """All that a run remembers. `average`, the moving average of the parameters, is what is kept."""
@@ -234,12 +239,13 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     init_key, step_key = jax.random.split(jax.random.key(seed))
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_WHOLE)
     states = (folder / "state").absolute()
     shardings = state_shardings(mesh, task, schedule)
     with (
         interrupts() as stopped,
         lock(states) if peers.writes() else nullcontext(),
-        ocp.CheckpointManager(states, item_handlers=ocp.StandardCheckpointHandler(), options=options) as manager,
+        ocp.CheckpointManager(states, item_handlers=handler, options=options) as manager,
     ):
         state = _begun(manager, partial(start, task, schedule, init_key, params, shardings), shardings)
         run = _Run(folder, manager, most_skipped, state, int(state.step))
@@ -335,7 +341,7 @@ class _Run:
         if self.manager.latest_step() != self.done:
             self.check()
             with _disk(self.folder):  # an earlier save may still be under way, and fail here
-                self.manager.save(self.done, args=ocp.args.StandardSave(tuple(self.state)))
+                self.manager.save(self.done, args=ocp.args.PyTreeSave(tuple(self.state)))
 
 
 def _ahead(batches: Generator[Any, None, None], count: int) -> Generator[Any, None, None]:
@@ -360,12 +366,13 @@ def _restore(manager: ocp.CheckpointManager, saved: int, begin: Callable[[], Sta
     lives."""
     abstract = jax.eval_shape(begin)
     like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, shardings)
+    arguments = ocp.checkpoint_utils.construct_restore_args(tuple(like))
     try:
         here, wanted = _shapes(manager.item_metadata(saved).tree[1]), _shapes(like.params)
         if other := sorted(dict(here.items() ^ wanted.items())):
             first = f"{other[0]} is {here.get(other[0])} there, {wanted.get(other[0])} here"
             raise ValueError(f"{len(other)} parameters differ, {first}")
-        restored: Any = manager.restore(saved, args=ocp.args.StandardRestore(tuple(like)))
+        restored: Any = manager.restore(saved, args=ocp.args.PyTreeRestore(tuple(like), restore_args=arguments))
     except Exception as error:  # Orbax and TensorStore raise many types
         raise CheckpointError(
             f"{manager.directory}: step {saved} cannot be restored: {' '.join(str(error).split()):.300}.\n"

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from jvdiff.kernels.block_sparse.lists import Lists, split, transpose
@@ -308,6 +307,8 @@ def _list_specs(lists: Lists) -> list[Any]:
 
 
 def _call(kernel: Any, name: str, shape: Shape, **arguments: Any) -> Any:
+    from jax.experimental.pallas import triton as plt  # 0.1 s, which most processes never need
+
     return pl.pallas_call(
         kernel,
         name=f"block_sparse_{name}",
