@@ -1,8 +1,9 @@
 """Denoises a clip of the digits checkpoint under several meshes and prints, as JSON, how it differs from one device's.
 
-    python tests/same_clip.py [--eight_bits] MESH [MESH ...]
+    python tests/same_clip.py MESH [MESH ...] --eight_bits MESH [MESH ...]
 
-With --eight_bits the transformer's weights are read through a transform that rounds the kernels of its layers.
+Prints two dictionaries: of the weights as they are, and read through a transform that rounds the kernels of the
+transformer's layers. Each has, for each mesh, the latents' largest difference relative to the largest latent.
 
 A script, because XLA:CPU has to be told before it starts. What its products and sums give, to the last bit, depends on
 how many rows they have, which is what a mesh changes. So that bits can be compared at all, the clip and the prompt are
@@ -44,7 +45,7 @@ def eight_bits(pipe):
     return dataclasses.replace(pipe, weights=Weights({**pipe.weights, "transformer": params}))
 
 
-def main(meshes: list[str], change=lambda pipe: pipe) -> None:
+def differences(meshes: list[str], change=lambda pipe: pipe) -> dict[str, float]:
     import jax
     import numpy as np
 
@@ -64,10 +65,10 @@ def main(meshes: list[str], change=lambda pipe: pipe) -> None:
             alone = latents
         else:
             found[mesh] = float(np.abs(latents - alone).max() / np.abs(alone).max())
-    print(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":
     os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS=FLAGS)
-    words = [word for word in sys.argv[1:] if word != "--eight_bits"]
-    main(words, *([eight_bits] if words != sys.argv[1:] else []))
+    at = sys.argv.index("--eight_bits")
+    print(json.dumps([differences(sys.argv[1:at]), differences(sys.argv[at + 1 :], eight_bits)]))
