@@ -1,4 +1,6 @@
-"""Strict by default: 8 fake CPU devices, no implicit promotion, full float32 products, warnings are errors."""
+"""Strict by default: 8 fake CPU devices, no implicit promotion, full float32 products, warnings are errors.
+
+The environment says so, and child processes inherit it."""
 
 import atexit
 import gc
@@ -9,6 +11,9 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what one process has compiled serves the others of this run
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jvdiff_compiled_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
@@ -18,9 +23,6 @@ import jax
 
 gc.freeze()  # tracing makes millions of small objects; to look through them all each time is a tenth of the time
 gc.set_threshold(50_000, 20, 50)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_default_matmul_precision", "highest")
 
 import json  # noqa: E402
 

@@ -26,6 +26,7 @@ from jvdiff.media import video as videos
 from jvdiff.models import wan
 from jvdiff.models.wan import family
 from jvdiff.runtime import progress, run_state
+from tests.forks import Process
 
 PROMPT = "a red seven moving left"
 STEM = "a-red-seven-moving-left_seed3"
@@ -121,8 +122,7 @@ def test_no_seed_draws_one_and_says_which(command, tmp_path, capsys):
 
 def test_a_converted_repository_gives_the_same_clip(command, tmp_path, tiny_repository):
     target = tmp_path / "orbax"
-    convert = [sys.executable, "-m", "convert", "--source", str(tiny_repository), "--target", str(target)]
-    subprocess.run(convert, check=True, capture_output=True)
+    assert Process("-m", "convert", "--source", tiny_repository, "--target", target).wait() == 0
     pipe = jvdiff.load(target)
     assert pipe.settings().steps == 4  # the defaults came along
     same = jvdiff.generate(jvdiff.load(tiny_repository), PROMPT, seed=3)
@@ -147,18 +147,13 @@ def test_stopped_on_purpose_and_finished_is_uninterrupted(command, tmp_path, cap
 
 
 def test_ctrl_c_saves_a_state_that_another_process_finishes(command, tmp_path):
-    # The same flags in both processes, as conftest sets them in this one.
-    environment = os.environ | {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    argv = [sys.executable, "-m", "jvdiff.sample", *command(steps=1000)[1:]]
-    child = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=environment)
-    assert child.stderr is not None
-    for line in child.stderr:
-        if line.startswith("denoise"):
-            child.send_signal(signal.SIGINT)
-            break
-    _, rest = child.communicate(timeout=120)
-    assert child.returncode == 5, rest
-    assert re.search(r"interrupted after step \d+ of 1000", rest) and "Traceback" not in rest
+    child = Process("-m", "jvdiff.sample", *command(steps=1000)[1:])
+    while "denoise" not in child.err:
+        assert child.poll() is None, child.err
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    assert child.wait() == 5, child.err
+    assert re.search(r"interrupted after step \d+ of 1000", child.err) and "Traceback" not in child.err
     state = tmp_path / "out" / f"{STEM}.state"
     assert 0 < run_state.load(state).done < 1000
     assert not list((tmp_path / "out").glob("*.mp4")) and not list((tmp_path / "out").glob("*.json"))

@@ -3,11 +3,9 @@
 import dataclasses
 import io
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
 from jvdiff.models.wan.rollout import ROLLOUT
 from jvdiff.runtime import progress, run_state
+from tests.forks import Process
 
 PROMPT, OTHER = "a red seven moving left", "a blue two moving right"
 STEM = "a-red-seven-moving-left_seed3"
@@ -204,18 +203,16 @@ def test_a_rollout_on_a_mesh_is_resumed_on_it(command, resume, tmp_path, written
 def test_ctrl_c_saves_a_state_that_another_process_goes_on_from_bit_for_bit(command, resume, tmp_path, capsys):
     argv = command(chunks=0)
     base = tmp_path / "out" / STEM
-    env = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    process = subprocess.Popen([sys.executable, "-m", "jvdiff.stream", *argv[1:]], stderr=subprocess.PIPE, env=env)
+    process = Process("-m", "jvdiff.stream", *argv[1:])
     while process.poll() is None and not (Path(f"{base}.jsonl").exists() and lines(base)):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    said = process.communicate()[1].decode()
-    assert process.returncode == 5, said
+    assert process.wait() == 5, process.err
     state = run_state.load(f"{base}.state")
     done = len(lines(base))
     assert state.done == done and len(videos.read_video(f"{base}.mp4")) == 4 * done - 3
     assert Path(f"{base}.png").exists() and json.loads(Path(f"{base}.json").read_text())["chunks"] == done
-    assert f"--config.chunks=0 --config.compile_cache=off --config.resume={base}.state" in said
+    assert f"--config.chunks=0 --config.compile_cache=off --config.resume={base}.state" in process.err
     assert stream.main(resume(f"{base}.state", chunks=done + 2, save_every=1)) == 0
     assert stream.main(command(chunks=done + 2, save_every=done + 2, name="whole")) == 0
     one, other = (run_state.load(tmp_path / "out" / f"{name}.state").arrays for name in (STEM, "whole"))

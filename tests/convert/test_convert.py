@@ -29,6 +29,7 @@ from jvdiff.weights import save
 from jvdiff.weights.manifest import array_sha256, read_manifest, write_manifest
 from jvdiff.weights.naming import flatten
 from jvdiff.weights.orbax import stored_leaves
+from tests.forks import Process
 
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
@@ -37,21 +38,16 @@ WEIGHTS = {
 }
 
 
-def start(*arguments, setup="", **options):
+def start(*arguments, setup="", **environment):
     """The command line in a process of its own; it must not import torch."""
-    program = (
-        f"import runpy, sys\n{setup}\ntry:\n"
-        "    runpy.run_module('convert', run_name='__main__', alter_sys=True)\n"
-        "finally:\n    assert 'torch' not in sys.modules\n"
-    )
-    command = [sys.executable, "-W", "error", "-c", program, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    last = "import atexit, sys; atexit.register(lambda: 'torch' in sys.modules and os._exit(9))"
+    setup = f"import os, warnings; warnings.simplefilter('error')\n{last}\n{setup}"
+    return Process("-m", "convert", *arguments, setup=setup, environment=environment)
 
 
 def run(*arguments, **options):
     process = start(*arguments, **options)
-    out, err = process.communicate(timeout=300)
-    return SimpleNamespace(code=process.returncode, out=out, err=err)
+    return SimpleNamespace(code=process.wait(), out=process.out, err=process.err)
 
 
 def content(folder):
@@ -275,9 +271,8 @@ def test_source_replaced_during_conversion(copy, tmp_path):  # F25
 
 def test_disk_full(tiny_repository, tmp_path):  # F33
     # Without bytecode: Python would cut that at the limit too, without a word, and fail to read it ever after.
-    limit = (
-        "import resource; sys.dont_write_bytecode = True\nresource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
-    )
+    limit = "import resource, sys; sys.dont_write_bytecode = True\n"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
     done = run("--source", tiny_repository, "--target", tmp_path / "orbax", setup=limit)
     assert done.code == 4, done.err
     message = done.err[done.err.index("error: ") :]  # TensorStore's threads may have spoken before
@@ -295,7 +290,7 @@ def test_no_space_for_it(tiny_repository, tmp_path, monkeypatch):  # F34
 def wait_for(process, found):
     """Polls until `found()`; fails if the process ends before."""
     while not found():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.err
         time.sleep(0.001)
 
 
@@ -304,7 +299,6 @@ def test_kill_leaves_no_target(tiny_repository, tmp_path, moment):  # F35
     process = start("--source", tiny_repository, "--target", tmp_path / "orbax")
     wait_for(process, lambda: list(tmp_path.glob(f".orbax.staging-*/{moment}")))
     process.kill()
-    process.communicate()
     if (tmp_path / "orbax").exists():  # the rename may have come before the signal; then it is complete
         verify(tmp_path / "orbax")
         return
@@ -320,18 +314,16 @@ def test_stopped_on_request(tiny_repository, tmp_path, number):  # F36
     process = start("--source", tiny_repository, "--target", tmp_path / "orbax", setup=slow)
     wait_for(process, lambda: list(tmp_path.glob(".orbax.staging-*/transformer/params*")))
     process.send_signal(number)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 5, err
-    assert "interrupted" in err
+    assert process.wait() == 5, process.err
+    assert "interrupted" in process.err
     assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_never_mix(tiny_repository, tmp_path):  # F37
     commands = ["--source", tiny_repository, "--target", tmp_path / "orbax"]
     both = [start(*commands), start(*commands, "--dtype", "bfloat16")]
-    errors = [process.communicate(timeout=300)[1] for process in both]
-    codes = [process.returncode for process in both]
-    assert sorted(codes) in ([0, 2], [0, 3]), errors  # 2: it came when the other was done
+    codes = [process.wait() for process in both]
+    assert sorted(codes) in ([0, 2], [0, 3]), [process.err for process in both]  # 2: it came when the other was done
     verify(tmp_path / "orbax")
     won = json.loads((tmp_path / "orbax" / "jvdiff.json").read_text())["dtype"]
     assert won == ("as stored", "bfloat16")[codes.index(0)]
@@ -463,17 +455,12 @@ def test_hub_repository_from_the_cache(tiny_repository, tmp_path):  # F22, F64
         link = cache / "snapshots" / commit / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(cache / "blobs" / str(i), link.parent))
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_TOKEN": "hf_secret",
-    }
-    done = run("--source", "owner/name", "--target", tmp_path / "orbax", env=environment)
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN": "hf_secret"}
+    done = run("--source", "owner/name", "--target", tmp_path / "orbax", **environment)
     assert done.code == 0, done.err
     manifest = json.loads((tmp_path / "orbax" / "jvdiff.json").read_text())
     assert manifest["source"] == {"repository": "owner/name", "commit": commit}
-    done = run("--source", "owner/other", "--revision", "v1", "--target", tmp_path / "other", env=environment)
+    done = run("--source", "owner/other", "--revision", "v1", "--target", tmp_path / "other", **environment)
     assert done.code == 3
     assert "run: hf download owner/other --revision v1" in done.err
     assert "hf_secret" not in done.out + done.err and "Traceback" not in done.err

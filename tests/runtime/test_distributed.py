@@ -23,6 +23,7 @@ from jvdiff.commands import sample, train
 from jvdiff.errors import UsageError
 from jvdiff.runtime import peers, verdict
 from jvdiff.sharding import read_mesh
+from tests.forks import Process
 
 ROOT = Path(__file__).parents[2]
 STEM = "a-red-seven-moving-left_seed3"
@@ -74,33 +75,30 @@ sys.exit(command_line.main([], lambda argv: request, work, "folder"))
 
 
 class Team:
-    """Processes started together; their output goes to files."""
+    """Processes started together, by rank."""
 
-    def __init__(self, folder, words, count=2, started=(0, 1), timeout=60):
+    def __init__(self, words, count=2, started=(0, 1), timeout=60):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
-        environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-        self.logs, self.processes = folder, []
+        self.processes = {}
         for rank in started:
             own = ["distributed=true", f"coordinator_address={address}", f"num_processes={count}"]
             own += [f"process_id={rank}", f"distributed_timeout={timeout}"]
-            command = [sys.executable, *words, *(f"--config.{field}" for field in own)]
-            with open(folder / f"out{rank}", "w") as out, open(folder / f"err{rank}", "w") as err:
-                self.processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=ROOT))
+            given = [f"--config.{field}" for field in own]
+            self.processes[rank] = Process(*words, *given, environment={"XLA_FLAGS": flags})
 
     def wait(self, timeout=300):
         """The exit status of each."""
-        return [process.wait(timeout) for process in self.processes]
+        return [process.wait(timeout) for process in self.processes.values()]
 
     def end(self):
-        for process in self.processes:
+        for process in self.processes.values():
             process.kill()
-            process.wait()
 
     def text(self, rank, stream="err"):
-        return (self.logs / f"{stream}{rank}").read_text()
+        return getattr(self.processes[rank], stream)
 
     def wait_for(self, words, seconds=300):
         until = time.monotonic() + seconds
@@ -110,12 +108,12 @@ class Team:
 
 
 @pytest.fixture
-def team(tmp_path):
+def team():
     """start(words of the command line) -> a Team; what is left of it is ended with the test."""
     teams = []
 
     def start(words, **more):
-        teams.append(Team(tmp_path, words, **more))
+        teams.append(Team(words, **more))
         return teams[-1]
 
     yield start

@@ -8,8 +8,6 @@ import dataclasses
 import functools
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -29,6 +27,7 @@ from jvdiff.runtime import run_state
 from jvdiff.sharding import Placement, make_mesh, param_shardings, read_mesh
 from jvdiff.streaming import derive_config
 from jvdiff.streaming.codec import concatenated, stamped
+from tests.forks import Process
 
 NETWORK = wan.DiTConfig(
     num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=16,
@@ -467,10 +466,9 @@ def test_a_saved_rollout_goes_on_bit_for_bit_in_a_new_process(story, tmp_path):
         arrays = run_state.flatten(story.caches["one"][done])
         state = run_state.RunState({"config": PIXELS.digest}, done, arrays)
         run_state.save(tmp_path / f"{done}.state", state)
-    code = "import sys; sys.path[:0] = sys.argv[1:3]; import conftest, test_rollout as t; t.resume(sys.argv[3])"
-    command = [sys.executable, "-c", code, *map(str, (*Path(__file__).parents[:2], tmp_path))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_rollout; test_rollout.resume(sys.argv[2])"
+    process = Process("-c", code, Path(__file__).parent, tmp_path)
+    assert process.wait() == 0, process.err
     for at in range(CHUNKS):
         frames = np.load(tmp_path / f"{at}.npz")
         same([frames[name] for name in frames.files], story.frames["one"][at:])

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -20,6 +19,7 @@ from jvdiff.errors import CheckpointError, Interrupted, NumericsError, SetupErro
 from jvdiff.sharding import MeshShape, make_mesh
 from jvdiff.training import loop
 from jvdiff.training.metrics import SINKS
+from tests.forks import Process
 
 SCHEDULE = loop.Schedule(steps=24, learning_rate=1e-2, warmup=2)
 EVERY = {"save_every": 4, "log_every": 2}
@@ -81,7 +81,7 @@ def assert_same_bits(one, other):
 
 def in_new_process(folder, task):
     code = (
-        "import sys; sys.path.insert(0, 'tests/training')\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import os, pathlib, signal, time, warnings; warnings.simplefilter('error')\n"
         "from test_loop import *\n"
         f"folder = pathlib.Path({str(folder)!r})\n"
@@ -92,11 +92,7 @@ def in_new_process(folder, task):
         f"try: loop.fit({task}, SCHEDULE, folder, seed=1, **EVERY)\n"
         "except Interrupted as error: print(error, file=sys.stderr); sys.exit(error.exit_code)\n"
     )
-    strict = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
-    strict["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
-    root = Path(__file__).parents[2]
-    environment = os.environ | strict | {"PYTHONPATH": str(root)}
-    return subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    return Process("-c", code)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +107,7 @@ def whole(tmp_path_factory):
 
 def test_a_killed_run_goes_on_bit_for_bit_in_another_process(whole, tmp_path):
     died = in_new_process(tmp_path, "at(7, die)")
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert died.wait() == -signal.SIGKILL, died.err
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')  # as a kill in the middle of a line leaves it
     assert (tmp_path / "state" / "4").is_dir() and not (tmp_path / "state" / "8").exists()
@@ -183,9 +179,9 @@ def test_given_parameters_are_copied_and_begin_the_run(tmp_path):
 
 def test_sigterm_saves_and_exits_5_and_the_next_run_goes_on(whole, tmp_path):
     stopped = in_new_process(tmp_path, "at(5, terminate)")
-    assert stopped.returncode == 5, stopped.stderr
+    assert stopped.wait() == 5, stopped.err
     saved = int(max(p.name for p in (tmp_path / "state").iterdir()))
-    assert saved in (4, 5, 6) and f"stopped after step {saved}, state saved; the same command" in stopped.stderr
+    assert saved in (4, 5, 6) and f"stopped after step {saved}, state saved; the same command" in stopped.err
     loop.fit(TASK, SCHEDULE, tmp_path, seed=1, **EVERY)
     assert_same_bits(stored(tmp_path, 24), stored(whole[0], 24))
     assert lines(tmp_path) == lines(whole[0])

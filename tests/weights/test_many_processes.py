@@ -4,8 +4,6 @@ same as in one process."""
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -23,6 +21,7 @@ from jvdiff.sharding import MeshShape, make_mesh
 from jvdiff.training import loop
 from jvdiff.weights import manifest, orbax, restore, save
 from jvdiff.weights.naming import flatten
+from tests.forks import Process
 
 ROOT = Path(__file__).parents[2]
 SCHEDULE = loop.Schedule(steps=4, learning_rate=1e-3, warmup=0, clip=1e3)
@@ -36,7 +35,7 @@ from jvdiff.runtime import peers, verdict
 config, (_, address, rank, *folders) = ConfigDict(peers.fields()), sys.argv
 config.update(distributed=True, coordinator_address=address, num_processes=2, process_id=int(rank))
 peers.join(config)
-sys.path.insert(0, "tests/weights")
+sys.path.insert(0, "FOLDER")
 code, message = 0, ""
 try:
     __import__("test_many_processes").work(rank, *folders)
@@ -44,7 +43,7 @@ except Exception as error:
     traceback.print_exc()
     code, message = getattr(error, "exit_code", 1), str(error)
 sys.exit(verdict.leave(code, message))
-"""
+""".replace("FOLDER", str(Path(__file__).parent))
 
 
 def init(key):
@@ -131,30 +130,18 @@ def test_two_processes(tiny_repository, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    strict = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_PLATFORMS": "cpu"}
     # Compiled as this process is: where a gradient is mere rounding, Adam takes its sign for a step.
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-    strict |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_FLAGS": flags}
-    environment = os.environ | strict | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", WORKER, address]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(tiny_repository), str(tmp_path)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    words = ["-c", WORKER, address]
+    environment = {"XLA_FLAGS": flags}
+    workers = [Process(*words, rank, tiny_repository, tmp_path, environment=environment) for rank in range(2)]
     try:
-        said = [worker.communicate(timeout=240) for worker in workers]
+        codes = [worker.wait(240) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
-    for worker, (_, error) in zip(workers, said, strict=True):  # all end as process 0 did, and know why
-        assert worker.returncode == UsageError.exit_code and "is not an Orbax directory of jvdiff" in error, error
+    for worker, code in zip(workers, codes, strict=True):  # all end as process 0 did, and know why
+        assert code == UsageError.exit_code and "is not an Orbax directory of jvdiff" in worker.err, worker.err
     one, two = (json.loads((tmp_path / f"told_{rank}.json").read_text()) for rank in range(2))
     assert one["hf"] == one["held"] and two["hf"] == two["held"]  # no more than the devices hold, and once
     weights = tiny_repository / "transformer" / "diffusion_pytorch_model.safetensors"

@@ -1,11 +1,8 @@
 """A folder of labelled clips becomes a model and samples, by the command lines; stopped, damaged and planned too."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -18,6 +15,7 @@ from jvdiff.commands import sample, train
 from jvdiff.media import video as videos
 from jvdiff.models import latent_video
 from jvdiff.models.latent_video import runs as latent_video_runs
+from tests.forks import Process
 
 ROOT = Path(__file__).parents[3]
 SMALLEST = """
@@ -162,10 +160,8 @@ def test_a_killed_run_goes_on_bit_for_bit(trained, config, tmp_path):
         "sys.exit(train.main(sys.argv))"
     )
     flags.append(f"--config.folder={other}")
-    strict = {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": str(ROOT)}
-    how = {"cwd": ROOT, "env": os.environ | strict, "capture_output": True, "text": True}
-    died = subprocess.run([sys.executable, "-c", code, *flags[1:]], **how)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    died = Process("-c", code, *flags[1:])
+    assert died.wait() == -signal.SIGKILL, died.err
     assert train.main(flags) == 0
     for one, two in zip(parameters(tmp_path / "run", 6), parameters(other, 6), strict=True):
         np.testing.assert_array_equal(one, two)
