@@ -10,8 +10,8 @@ held-out glyphs moving by the same prompts: what the judge makes of them is the 
 counted from 1.
 
 The digit reader sees some digit in a stripe too. So the shape is judged beside it (`jvdiff.digits.judge.shapes`): a
-rollout is right at a chunk if digit, colour and direction are, and it is neither closed to a stripe nor too long, and
-not lost: still like its own second chunk.
+rollout is right at a chunk if digit, colour and direction are, and it is neither closed to a stripe nor too long. It is
+kept if it is right and not lost, which is to say still like its own second chunk.
 
 B rollouts · F pixel frames · Y X pixel height, width.
 """
@@ -151,7 +151,9 @@ def held_at(
         "too_long": [shape.too_long for _, shape, _ in cells],
         "lost": [shape.lost for _, shape, _ in cells],
     }
-    ways["right"] = [all(row[:3]) and not any(row[3:]) for row in zip(*ways.values(), strict=True)]
+    rows = list(zip(*ways.values(), strict=True))
+    ways["right"] = [all(row[:3]) and not any(row[3:5]) for row in rows]
+    ways["kept"] = [all(row[:3]) and not any(row[3:]) for row in rows]
     return {way: {"rollouts": sum(found), "of": len(found)} | _interval(found) for way, found in ways.items()}
 
 

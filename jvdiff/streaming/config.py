@@ -180,7 +180,7 @@ class DiffusionModelConfig:
     def __post_init__(self):
         for name in ("context_noise", "sink_noise"):
             value = getattr(self, name)
-            if value is not None and not (0 <= value <= 1000 and self.scheduler.noise_level(value) <= 1):
+            if value and not (0 <= value <= 1000 and self.scheduler.noise_level(value) <= 1):
                 raise UsageError(f"{name} is {value}; expected a timestep from 0 to 1000, of a sigma from 0 to 1.")
 
 
