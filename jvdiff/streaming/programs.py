@@ -6,6 +6,7 @@ B rollouts · T latent frames of a chunk · H W latent grid · C latent channels
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -136,21 +137,36 @@ class _Functions:
         latents: Array,
         payload: Any,
     ) -> tuple[Any, Array]:
-        cfg, noise = self._cfg, self.model.context_noise
-        if level := self.model.scheduler.noise_level(noise) if noise else 0.0:
+        cfg = self._cfg
+        first = past.frames + jnp.arange(cfg.span.chunk) < cfg.span.sink
+        if self.model.context_noise or self.model.sink_noise:
             key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
-            latents = add_noise(latents, level, jax.random.fold_in(key, len(self.solver) + 1))
+            sigma = self._of_frames(first, lambda t: self.model.scheduler.noise_level(t) if t else 0.0)
+            latents = add_noise(
+                latents, sigma[None, :, None, None, None], jax.random.fold_in(key, len(self.solver) + 1)
+            )
         sample = concatenated(payload, latents) if self._concatenates else latents
-        t = jnp.full(past.keys.shape[1], noise, jnp.float32)
         history = self._net.remembered(cfg.span, history, sample, past.frames)
         sample = self._branches(sample)
+        t = self._told(len(sample), first)
         past = self._net.extend(params, cfg.network, cfg.span, sample, t, text, past, **self._forward)
         return past, self._replicated(history)
 
     def reencode(self, params: Params, text: Any, past: Any, history: Array) -> Any:
         cfg, history = self._cfg, self._branches(history)
-        t = jnp.full(past.keys.shape[1], self.model.context_noise, jnp.float32)
+        t = self._told(len(history), jnp.arange(cfg.span.slots) < cfg.span.sink)
         return self._net.reencode(params, cfg.network, cfg.span, history, t, text, past, **self._forward)
+
+    def _of_frames(self, first: Array, level: Callable[[float], float]) -> Array:
+        """float32 [F]: the level at which frames are remembered; `first` bool [F]: which of them stay for ever."""
+        ring, sink = self.model.context_noise, self.model.sink_noise
+        return jnp.where(first, jnp.float32(level(ring if sink is None else sink)), jnp.float32(level(ring)))
+
+    def _told(self, batch: int, first: Array) -> Array:
+        """The timesteps of frames that are remembered: float32 [B], or [B,F] where they differ."""
+        if self.model.sink_noise in (None, self.model.context_noise):
+            return jnp.full(batch, self.model.context_noise, jnp.float32)
+        return jnp.broadcast_to(self._of_frames(first, float), (batch, first.size))
 
     @property
     def _cfg(self) -> TransformerConfig:
