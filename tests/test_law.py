@@ -13,6 +13,7 @@ FILES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 # Besides doors (at the top, and the __main__ of a room) only these talk to a terminal.
 TALK = (
     "commands/",
+    "runtime/rescue.py",  # asks for space
     "runtime/progress.py",  # bars and lines of a run under way
     "runtime/claims.py",  # what is waited for
     "runtime/interrupts.py",  # what Ctrl-C will do
