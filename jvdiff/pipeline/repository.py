@@ -150,7 +150,9 @@ def _small_files(path: Path, family: Family) -> dict[str, Path]:
 
 def _read_files(path: Path, family: Family, models: Models) -> dict[str, Path]:
     """Every file that is read of a Hugging Face folder, and no other, by its name in it."""
-    weights = [file for name in models.configs for file in safetensors.weight_files(path / name, family.parts[name].stem)]
+    weights = [
+        file for name in models.configs for file in safetensors.weight_files(path / name, family.parts[name].stem)
+    ]
     return _small_files(path, family) | {file.relative_to(path).as_posix(): file for file in weights}
 
 

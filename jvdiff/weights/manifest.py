@@ -53,9 +53,9 @@ def digests(files: Mapping[str, Path]) -> dict[str, str]:
     return {name: digest for share in peers.gather(found) for name, digest in share.items()}
 
 
-def write_manifest(root: Path, tensors: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Writes jvdiff.json: `facts`, the arrays, and size and sha256 of every file below `root`."""
-    found = _files(root)
+def write_manifest(root: Path, tensors: Mapping[str, Any], facts: Mapping[str, Any], folder: str = "") -> None:
+    """Writes jvdiff.json: `facts`, the arrays, and size and sha256 of every file below `root`, or of its `folder`."""
+    found = {name: file for name, file in _files(root).items() if name.startswith(folder)}
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_sha256, found.values()))
     files = {
