@@ -28,8 +28,9 @@ from jvdiff.errors import CheckpointError, Interrupted, NumericsError, ResourceE
 from jvdiff.media import video as videos
 from jvdiff.models.family import Clip
 from jvdiff.pipeline import Pipeline
-from jvdiff.runtime import peers, progress, run_state
+from jvdiff.runtime import environment, peers, progress, run_state
 from jvdiff.runtime.files import atomic, claim
+from jvdiff.runtime.records import signed
 from jvdiff.streaming import StreamInferencePipeline
 
 
@@ -74,6 +75,8 @@ class Maker:
         )
 
 
+# What stands in the record alone, and not in the video's and picture's metadata.
+_OF_THE_RECORD = ("sigmas", "seconds", "versions", "device", "environment", "autotuning")
 # Fields that a state holds itself, or that were about the run that it stopped.
 _OF_ONE_RUN = ("prompt", "prompts", "class_label", "seed", "stop_at")
 
@@ -116,7 +119,8 @@ class _Making:
         arrays = {name: np.asarray(array) for name, array in zip(state._fields, state, strict=True)}
         if not peers.writes():
             return folder
-        identity = facts(self.job, pipe.repository, pipe.precision.name) | {"versions": versions()}
+        identity = facts(self.job, pipe.repository, pipe.precision.name)
+        identity |= {"environment": environment.numerics(), "versions": versions()}
         return run_state.save(folder, run_state.RunState(identity, self.done, arrays))
 
     def interrupted(self, state: Any) -> Interrupted:
@@ -268,6 +272,8 @@ def _record(making: _Making) -> dict[str, Any]:
             "dtypes": dataclasses.asdict(pipe.precision),
             "sigmas": samplers.sigmas(making.solver),
             "attention_chosen": chosen[0] if len(chosen) == 1 else chosen,
+            "environment": environment.numerics(),
+            "autotuning": environment.autotuning(),
             "device": device(pipe),
             "versions": versions(),
             "resumed_at_step": job.state.done if job.state else None,
@@ -307,7 +313,7 @@ def write_files(
     if not peers.writes():
         return Path(f"{base}.mp4")
     fps = record["fps"]
-    metadata = {name: x for name, x in record.items() if name not in ("sigmas", "seconds", "versions", "device")}
+    metadata = {name: x for name, x in record.items() if name not in _OF_THE_RECORD}
     try:
         if no_mp4 is None:
             path = videos.write_mp4(f"{base}.mp4", video, fps, metadata)
@@ -318,7 +324,7 @@ def write_files(
             with atomic(f"{base}.npz") as part, open(part, "wb") as file:
                 np.savez(file, latents=latents, video=video)
         with atomic(f"{base}.json") as part:
-            part.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
+            part.write_text(json.dumps(signed(base, record), indent=2, ensure_ascii=False), encoding="utf-8")
         return path
     except ResourceError as error:
         folder = Path(tempfile.mkdtemp(prefix="jvdiff-"))

@@ -50,7 +50,7 @@ class Repository:
         of the names and digests of its files. Read when it is first asked for, by all processes together."""
         if self.kind == "orbax" and (self.path / MANIFEST).is_file():
             return manifest.file_sha256(self.path / MANIFEST)
-        return _fingerprint(_read_files(self.path, self.family, self.models))
+        return _fingerprint(read_files(self))
 
     def settings(self, **given: Any) -> Any:
         """`resolve` with what this repository says."""
@@ -148,8 +148,9 @@ def _small_files(path: Path, family: Family) -> dict[str, Path]:
     return {file.relative_to(path).as_posix(): file for file in files if file.is_file()}
 
 
-def _read_files(path: Path, family: Family, models: Models) -> dict[str, Path]:
+def read_files(repository: Repository) -> dict[str, Path]:
     """Every file that is read of a Hugging Face folder, and no other, by its name in it."""
+    path, family, models = repository.path, repository.family, repository.models
     weights = [
         file for name in models.configs for file in safetensors.weight_files(path / name, family.parts[name].stem)
     ]

@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
-from jvdiff.runtime import peers
+from jvdiff.runtime import draws, peers
 from jvdiff.runtime.interrupts import interrupts
 from jvdiff.runtime.staging import MANIFEST, lock, resource_error
 from jvdiff.sharding import MeshShape, make_mesh, param_shardings
@@ -235,10 +235,12 @@ def fit(
     _check_counts(**counts, accumulate=accumulate, most_skipped=most_skipped)
     mesh = make_mesh(MeshShape()) if mesh is None else mesh
     folder.mkdir(parents=True, exist_ok=True)
-    init_key, step_key = jax.random.split(jax.random.key(seed))
+    with draws.pinned():
+        init_key, step_key = jax.random.split(draws.key(seed))
     states = (folder / "state").absolute()
     shardings = state_shardings(mesh, task, schedule)
     with (
+        draws.pinned(),
         interrupts() as stopped,
         lock(states) if peers.writes() else nullcontext(),
         _manager(states, keep) as manager,
