@@ -56,6 +56,7 @@ class Process:
         return self._process.exitcode
 
     def send_signal(self, number):
+        assert self._process.pid is not None
         os.kill(self._process.pid, number)
 
     def kill(self):

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-import sys
-import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jvdiff
 from jvdiff import config as configs
 from jvdiff.config import Option
-from jvdiff.errors import JvdiffError, UsageError
+from jvdiff.errors import UsageError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -198,21 +196,6 @@ def values(command: Command, argv: Sequence[str]) -> dict[str, Any]:
             if each.required and chosen[path] is None:
                 raise UsageError(f"--{path} is missing: {each.told['help']}. --help lists all flags.")
     return chosen
-
-
-def told(work: Callable[[], None], argv: Sequence[str]) -> int:
-    """Runs a command that has no configuration; its exit status, errors as sentences on stderr."""
-    try:
-        work()
-        return 0
-    except Told as page:
-        print(page)
-        return 0
-    except JvdiffError as error:
-        if traced(argv):
-            traceback.print_exception(error)
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
 
 
 def traced(argv: Sequence[str]) -> bool:

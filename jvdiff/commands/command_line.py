@@ -7,6 +7,7 @@ Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.commands.arguments import Request, Told, traced
-from jvdiff.errors import JvdiffError, ResourceError
-from jvdiff.runtime import cache, peers, progress, verdict
+from jvdiff.errors import JvdiffError, ResourceError, SetupError
+from jvdiff.runtime import cache, environment, foreign, peers, progress, verdict
 from jvdiff.runtime.interrupts import command
 
 STOPPED = 130, "stopped at once; nothing more was saved."
@@ -39,33 +40,124 @@ def main(
     return the same status, and process 0 prints the paths.
     """
     argv = list(sys.argv if argv is None else argv)
-    place, shown, code, message = None, None, 0, ""
-    try:
-        try:
-            request = parse(argv)
-        except Told as told:  # --help, --version
-            print(told, flush=True)
-            return 0
-        place = request.config.get(folder)
+    place: list[Any] = []
+
+    def run() -> int | None:
+        request = parse(argv)
+        place.append(request.config.get(folder))
+        environment.check_flags()
         if (status := _plan_elsewhere(request, argv)) is not None:
             return status
         peers.join(request.config)
         for path in work(request):
             if peers.writes():
-                print(path)
-        sys.stdout.flush()
+                with _output():
+                    print(path, flush=True)
+        return None
+
+    return ended(run, argv, place)
+
+
+def ended(work: Callable[[], int | None], argv: Sequence[str], place: Sequence[Any] = ()) -> int:
+    """Runs the work of any command and returns its exit status; errors, others' too, become one message on stderr.
+
+    `place`: holds the folder that gets the traceback of a bug, once it is known. Ctrl-C is 130 where `work` does not
+    catch it.
+    """
+    code, message, shown = 0, "", None
+    _standard_streams()
+    try:
+        with _compiling_as_before():
+            try:
+                code = work() or 0
+            except Told as told:  # --help, --version
+                print(told)
+        with _output():
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except KeyboardInterrupt:
         code, message = STOPPED
     except BrokenPipeError:  # who reads our output, `head` for instance, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as raised:
-        shown = verdict.explained(raised)
-        code, message = _sentence(shown, place)
-    if code:
+        _drop_output()
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as raised:  # a panic in Rust is no Exception
+        shown = verdict.explained(raised) if isinstance(raised, Exception) else raised
+        code, message = _sentence(shown, place[0] if place else None)
+    if message:
         if shown is not None and traced(argv):
             traceback.print_exception(shown)
-        progress.tell(f"error: {message}\n", sys.stderr)
+        say_always(f"error: {message}")
     return verdict.leave(code, message)
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[None]:
+    """Turns what a full disk behind the standard output raises into a sentence."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise ResourceError(f"cannot write to the standard output: {error.strerror}; what was made is kept.") from error
+
+
+def _drop_output() -> None:
+    """What is still to be printed goes nowhere, at the end of Python too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+class _Lossy(io.FileIO):
+    """Standard error: what cannot be written there, to a full disk or a closed terminal, is lost, and nothing else."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
+def _standard_streams() -> None:
+    """Makes the standard streams bear what there is: closed ones, a full disk, names that are not in their encoding.
+
+    Where one is closed, the next file that is opened would take its number, and get what is printed.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stderr is None or (sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper)):
+        raw = io.BufferedWriter(_Lossy(2, "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, errors="backslashreplace", line_buffering=True)
+
+
+def say_always(message: str) -> None:
+    """A line on standard error, from every process."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _compiling_as_before() -> Iterator[None]:
+    """Afterwards JAX keeps compiled programs where it did before, for a program that calls commands as functions."""
+    if "jax" not in sys.modules:
+        yield
+        return
+    import jax
+
+    config: Any = jax.config
+    before = config.jax_compilation_cache_dir, config.jax_enable_compilation_cache
+    try:
+        yield
+    finally:
+        if before != (config.jax_compilation_cache_dir, config.jax_enable_compilation_cache):
+            config.update("jax_compilation_cache_dir", before[0])
+            cache.compile_into(Path(before[0]) if before[0] and before[1] else None)
 
 
 def _plan_elsewhere(request: Request, argv: Sequence[str]) -> int | None:
@@ -149,36 +241,42 @@ def plain_logs(room: str = "jvdiff") -> Iterator[None]:
 def compile_cache(where: str | None) -> None:
     """Turns on JAX's compilation cache, in a folder that nobody else can write: what it holds is run as code.
 
-    `where`: a folder, "off", or None for the user's cache folder.
+    `where`: a folder, "off" (JAX_COMPILATION_CACHE_DIR too), or None for what that names, else the user's cache folder.
+    That one is done without, with a notice, where others can write into a folder above it.
 
     Raises:
-        SetupError: the folder is another user's, or its group or others may write into it.
+        SetupError: the folder that was named is another user's, or others may write into it or replace it.
     """
     import jax
 
     if where == "off":
+        cache.compile_into(None)
         return
     chosen = where or jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    folder = Path(chosen or cache.folder("compiled"))
+    folder = Path(chosen or cache.folder("compiled")).expanduser()
+    problem = None
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         cache.check_private(folder, "the compilation cache", ", or choose --compile_cache=FOLDER, or off")
+        problem = None if os.access(folder, os.W_OK) else f"{folder} cannot be written"
+    except SetupError as error:
+        if chosen:
+            raise
+        problem = str(error).splitlines()[0]
     except OSError as error:
-        say(f"notice: no compilation cache, {folder} cannot be used: {error.strerror}")
-        return
-    if not os.access(folder, os.W_OK):
-        say(f"notice: no compilation cache, {folder} cannot be written")
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        problem = f"{folder} cannot be used: {error.strerror}"
+    if problem:
+        say(f"notice: no compilation cache, {problem}")
+    else:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    cache.compile_into(None if problem else folder)
 
 
-def _sentence(error: Exception, folder: Any) -> tuple[int, str]:
+def _sentence(error: BaseException, folder: Any) -> tuple[int, str]:
     """(exit status, what to say) of an error; the traceback of a bug goes to a file."""
-    if isinstance(error, JvdiffError):
-        return error.exit_code, str(error)
-    if isinstance(error, MemoryError):
-        return ResourceError.exit_code, "not enough memory on this machine."
+    known = error if isinstance(error, JvdiffError) else foreign.explained(error)
+    if known is not None:
+        return known.exit_code, str(known)
     where = _log_traceback(error, folder)
     return 1, f"{type(error).__name__}: {str(error)[:500]}\nThis is a bug; please report it with {where}."
 

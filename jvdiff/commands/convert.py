@@ -11,15 +11,14 @@ from __future__ import annotations
 import logging
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jvdiff import config as configs
-from jvdiff.commands import arguments, options
+from jvdiff.commands import arguments, command_line, options
 from jvdiff.commands.arguments import Command, Section
 from jvdiff.errors import Interrupted, UsageError
-from jvdiff.runtime import interrupts
+from jvdiff.runtime import environment, interrupts
 
 
 def _sections(group: type) -> Any:
@@ -58,14 +57,13 @@ def _convert(values: Mapping[str, Any]) -> None:
         raise UsageError("give --source to convert, or --verify to read the target again. --help lists all flags.")
     _leave_the_gpu()
     from jvdiff import models
-    from jvdiff.commands.command_line import plain_logs
     from jvdiff.convert.from_diffusers import convert, find, verify  # pyright: ignore[reportMissingImports]
 
     start, target, family = time.monotonic(), values["target"], models.named(values["family"])
     if values["source"]:
         source, origin = find(values["source"], values["revision"], _tell)
         options = {name: values[name] for name in ("dtype", "overwrite", "allow_nonfinite", "follow_symlinks")}
-        with plain_logs("jvdiff.weights"):  # tensors that nobody uses are counted in one
+        with command_line.plain_logs("jvdiff.weights"):  # tensors that nobody uses are counted in one
             convert(source, target, origin=origin, family=family, tell=_tell, **options)
     if values["verify"]:
         verify(target, family)
@@ -103,14 +101,15 @@ def _tell(line: str) -> None:
 @interrupts.command(Interrupted.exit_code, _STOPPED)
 def _run(command: Command, work: Callable[[Mapping[str, Any]], None], argv: Sequence[str] | None) -> int:
     """Reads a command line and does what it says; errors become one message and an exit status."""
+
+    def told() -> None:
+        values = arguments.values(command, words)
+        environment.check_flags()
+        try:
+            work(values)
+        except KeyboardInterrupt:
+            raise Interrupted(_STOPPED) from None
+
     words = [f"jvdiff {command.name}", *(sys.argv if argv is None else argv)[1:]]
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads log what is raised here anyway
-    try:
-        return arguments.told(lambda: work(arguments.values(command, words)), words)
-    except KeyboardInterrupt:
-        print(_STOPPED, file=sys.stderr)
-        return Interrupted.exit_code
-    except Exception:
-        traceback.print_exc()
-        print("error: this is a mistake in jvdiff; please report it with the lines above.", file=sys.stderr)
-        return 1
+    return command_line.ended(told, words)

@@ -22,7 +22,7 @@ from jvdiff.media import video as videos
 from jvdiff.models.family import SUBJECTS, Clip
 from jvdiff.pipeline import Context, Repository, check_seed, check_subjects, make_request
 from jvdiff.precision import Precision
-from jvdiff.runtime import peers, run_state
+from jvdiff.runtime import environment, peers, run_state
 from jvdiff.sharding import MeshShape
 
 MAX_PROMPTS_BYTES = 64 * 2**20
@@ -223,7 +223,8 @@ def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], r
     if (named := fields.get(field)) is not None:
         subjects = check_subjects(repository, **{family.subject: named})
         now[field] = subjects[0] if len(subjects) == 1 else subjects
-    run_state.check_same({**saved, field: saved[fact]}, now, folder)
+    saved_there, there = environment.compared(saved)
+    run_state.check_same({**saved, field: saved[fact], **saved_there}, now | there, folder)
     try:
         settings = {name: saved[name] for name in options.names(family.settings) if name in saved}
         clip = family.clip(repository.models, repository.settings(**settings, fps=config.get("fps")))

@@ -25,8 +25,9 @@ from jvdiff.commands.one_video import device, versions
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
-from jvdiff.runtime import progress, run_state
+from jvdiff.runtime import environment, progress, run_state
 from jvdiff.runtime.files import atomic, claim
+from jvdiff.runtime.records import signed
 from jvdiff.streaming import (
     ImageEncoder,
     StreamCache,
@@ -135,7 +136,8 @@ class _Making:
         if self.saved == self.done:
             return
         self.film.close()  # so that the disk has all that the state goes on from
-        facts = self.rollout.facts() | {"frames": self.film.frames, "versions": versions()}
+        facts = self.rollout.facts() | {"frames": self.film.frames, "video": self.film.kept()}
+        facts |= {"environment": environment.numerics(), "versions": versions()}
         arrays = run_state.flatten(self.cache) | {f"{_SHEET}{i}": frame for i, frame in self.sheet.items()}
         run_state.save(self.state, run_state.RunState(facts, self.done, arrays), overwrite=True)
         self.saved = self.done
@@ -166,7 +168,8 @@ def make(
             for _ in pipe.compile(cache, _first_input(rollout)):
                 pass
         frames = rollout.state.facts["frames"] if rollout.state else 0
-        film = FragmentedMP4(f"{base}.mp4", rollout.fps, rollout.facts(), frames=frames)
+        kept = rollout.state.facts.get("video") if rollout.state else None
+        film = FragmentedMP4(f"{base}.mp4", rollout.fps, rollout.facts(), frames=frames, kept=kept)
         saved = rollout.done if rollout.state else None
         making = _Making(pipe, rollout, base, film, cache, sheet, rollout.done, saved)
         _make_chunks(making, config, asked_to_stop, began)
@@ -256,12 +259,14 @@ def _write_record(making: _Making, checkpoint: str, seconds: Mapping[str, float]
     rollout, done = making.rollout, making.done
     record = rollout.facts() | {"chunks": done, "frames": making.film.frames, "checkpoint": checkpoint}
     record |= {"device": device(making.pipe), "versions": versions(), "resumed_at_chunk": rollout.done or None}
+    record |= {"environment": environment.numerics(), "autotuning": environment.autotuning()}
     record |= {"seconds": {name: round(value, 3) for name, value in seconds.items()}}
     record |= {"speed": {name: round(value, 3) for name, value in _rates(making.totals).items()}}
     shown = {**making.sheet, done - 1: making.frame}
     videos.write_png(f"{making.base}.png", videos.contact_sheet(np.stack(list(shown.values()))), rollout.facts())
     with atomic(f"{making.base}.json") as part:
-        part.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(signed(making.base, record, (".mp4", ".png", ".jsonl")), indent=2, ensure_ascii=False)
+        part.write_text(text, encoding="utf-8")
 
 
 def _begin(pipe: StreamInferencePipeline, rollout: Rollout) -> tuple[StreamCache, dict[int, np.ndarray]]:

@@ -29,9 +29,10 @@ from jvdiff.errors import CheckpointError, Interrupted, NumericsError, ResourceE
 from jvdiff.media import video as videos
 from jvdiff.models.family import Clip
 from jvdiff.pipeline import Pipeline
-from jvdiff.runtime import peers, progress, rescue, run_state
+from jvdiff.runtime import environment, peers, progress, rescue, run_state
 from jvdiff.runtime.files import atomic, claim
 from jvdiff.runtime.interrupts import deferred
+from jvdiff.runtime.records import signed
 from jvdiff.streaming import StreamInferencePipeline
 
 
@@ -76,6 +77,8 @@ class Maker:
         )
 
 
+# What stands in the record alone, and not in the video's and picture's metadata.
+_OF_THE_RECORD = ("sigmas", "seconds", "versions", "device", "environment", "autotuning")
 # Fields that a state holds itself, or that were about the run that it stopped.
 _OF_ONE_RUN = ("prompt", "prompts", "class_label", "seed", "stop_at")
 
@@ -126,7 +129,8 @@ class _Making:
         arrays = {name: np.asarray(array) for name, array in zip(state._fields, state, strict=True)}
         if not peers.writes():
             return Path(f"{self.base}.state")
-        identity = facts(self.job, pipe.repository, pipe.precision.name) | {"versions": versions()}
+        identity = facts(self.job, pipe.repository, pipe.precision.name)
+        identity |= {"environment": environment.numerics(), "versions": versions()}
         saved = run_state.RunState(identity, self.done, arrays)
         return rescue.kept(lambda base: run_state.save(f"{base}.state", saved), self.bases)
 
@@ -314,6 +318,8 @@ def _record(making: _Making) -> dict[str, Any]:
             "dtypes": dataclasses.asdict(pipe.precision),
             "sigmas": samplers.sigmas(making.solver),
             "attention_chosen": chosen[0] if len(chosen) == 1 else chosen,
+            "environment": environment.numerics(),
+            "autotuning": environment.autotuning(),
             "device": device(pipe),
             "versions": versions(),
             "resumed_at_step": job.state.done if job.state else None,
@@ -352,7 +358,7 @@ def write_files(making: _Making, latents: np.ndarray, record: dict[str, Any], no
     if not peers.writes():
         return Path(f"{base}.mp4")
     assert video is not None
-    metadata = {name: x for name, x in record.items() if name not in ("sigmas", "seconds", "versions", "device")}
+    metadata = {name: x for name, x in record.items() if name not in _OF_THE_RECORD}
     if no_mp4 is None:
         path = videos.write_mp4(f"{base}.mp4", video, fps, metadata)
     else:
@@ -361,7 +367,7 @@ def write_files(making: _Making, latents: np.ndarray, record: dict[str, Any], no
     if making.maker.config.save_arrays:
         _write_arrays(base, suffix=".npz", latents=latents, video=video)
     with atomic(f"{base}.json") as part:
-        part.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
+        part.write_text(json.dumps(signed(base, record), indent=2, ensure_ascii=False), encoding="utf-8")
     return path
 
 

@@ -177,7 +177,7 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
     """The rollout that `state` is the beginning of; refuses what differs from it."""
     from jvdiff import streaming
     from jvdiff.commands.one_stream import FACTS, Rollout
-    from jvdiff.runtime import run_state
+    from jvdiff.runtime import environment, run_state
 
     folder, facts, done = Path(config.resume).resolve(), state.facts, state.done
     if missing := [name for name in ("pipeline", "prompts", "checkpoint_digest", "image", *FACTS) if name not in facts]:
@@ -198,7 +198,8 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
     past = {i: prompt for i, prompt in prompts.items() if i < done}
     saved |= {f"the prompt from chunk {i} on": past.get(i, "no change there") for i in wanted if i < done}
     now |= {f"the prompt from chunk {i} on": prompt for i, prompt in wanted.items() if i < done}
-    run_state.check_same(saved, now, config.resume)
+    saved_there, there = environment.compared(facts)
+    run_state.check_same(saved | saved_there, now | there, config.resume)
     to_come = wanted if given.get("then") else prompts
     if given.get("output") and Path(given["output"]).resolve() != folder.parent:
         raise UsageError(f"output is {config.output}; a rollout goes on where it is, in {folder.parent}.")

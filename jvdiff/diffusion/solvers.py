@@ -18,6 +18,7 @@ import numpy as np
 
 from jvdiff.diffusion.schedules import Schedule
 from jvdiff.errors import UsageError
+from jvdiff.runtime import draws
 from jvdiff.types import Array
 
 
@@ -143,7 +144,7 @@ def add_noise(clean: Array, sigma: Any, key: Array) -> Array:
 
     sigma: a number, or an array that has clean's rank and broadcasts; that of a timestep is timestep / 1000.
     """
-    return (1 - sigma) * clean.astype(jnp.float32) + sigma * jax.random.normal(key, clean.shape, jnp.float32)
+    return (1 - sigma) * clean.astype(jnp.float32) + sigma * draws.normal(key, clean.shape)
 
 
 def _solver(schedule, table, init, advance) -> Solver:
@@ -191,7 +192,7 @@ def _drawn(noise: Array, step: Array, shape: tuple[int, ...]) -> Array:
         return noise[step - 1]  # [N-1,B,...] -> [B,...]
 
     def draw(key: Array) -> Array:
-        return jax.random.normal(jax.random.fold_in(jax.random.wrap_key_data(key), step), shape[1:], jnp.float32)
+        return draws.normal(jax.random.fold_in(draws.key_of(key), step), shape[1:])
 
     return jax.vmap(draw)(noise)  # [B,2] -> [B,...]
 

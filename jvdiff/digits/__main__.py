@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from jvdiff import config as configs
-from jvdiff.commands import arguments, options
+from jvdiff.commands import arguments, command_line, options
 from jvdiff.commands.arguments import Command, Section
 
 COMMAND = Command(
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_clips(values["output"], values["clips"], values["frames"], values["seed"])
         print(values["output"])
 
-    return arguments.told(work, words)
+    return command_line.ended(work, words)
 
 
 if __name__ == "__main__":

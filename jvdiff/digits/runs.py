@@ -32,10 +32,10 @@ from jvdiff.models.wan.flow_matching import Batch, text_to_video_task
 from jvdiff.models.wan.teacher_forcing import teacher_forcing_task
 from jvdiff.pipeline import repository, resolve
 from jvdiff.runtime import peers
-from jvdiff.runtime.files import atomic
 from jvdiff.runtime.staging import check_target
 from jvdiff.sharding import MeshShape, Placement, Sizes, check_mesh, make_mesh
 from jvdiff.training import fields
+from jvdiff.training.kept import kept
 from jvdiff.training.loop import State, Task, fit
 from jvdiff.types import Params
 from jvdiff.weights import save
@@ -405,12 +405,23 @@ def encoded_clips(
     total = hashlib.sha256(f"{cfg} {clips} {seed}{kind}".encode())
     for leaf in jax.tree.leaves({name: part for name, part in params.items() if name not in wan.DECODER}):
         total.update(np.asarray(leaf).tobytes())
-    key = total.hexdigest()
-    if path.is_file():
-        with np.load(path) as stored:
-            if "key" in stored and stored["key"] == key:
-                return stored["latents"], stored["prompts"]
 
+    def make() -> dict[str, np.ndarray]:
+        return _encoded(cfg, params, draw, clips, seed, mesh)
+
+    arrays = kept(path, total.hexdigest(), make)
+    return arrays["latents"], arrays["prompts"]
+
+
+def _encoded(
+    cfg: wan.VAEConfig,
+    params: Any,
+    draw: Callable[[np.random.Generator, int], tuple[np.ndarray, Sequence[Any]]],
+    clips: int,
+    seed: int,
+    mesh: Mesh,
+) -> dict[str, np.ndarray]:
+    """The latents and prompts of `encoded_clips`, computed."""
     devices, everywhere = mesh.size, NamedSharding(mesh, PartitionSpec())
     shared = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     params = jax.device_put(params, everywhere)
@@ -429,8 +440,4 @@ def encoded_clips(
         texts += [text for _, prompts in drawn for text in prompts]
         if len(parts) % 50 == 1:
             _log.info("encoding clips: %d of %d", 16 * start, clips)
-    latents, prompts = np.concatenate(parts)[:clips], np.array(texts[:clips])
-    if peers.writes():
-        with atomic(path) as part, open(part, "wb") as file:
-            np.savez(file, latents=latents, prompts=prompts, key=key)
-    return latents, prompts
+    return {"latents": np.concatenate(parts)[:clips], "prompts": np.array(texts[:clips])}

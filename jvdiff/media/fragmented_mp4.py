@@ -4,6 +4,7 @@ F pixel frames · Y X pixel height, width.
 """
 
 import contextlib
+import hashlib
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from jvdiff.errors import CorruptFile, ResourceError, UsageError
+from jvdiff.errors import CorruptFile, IntegrityError, ResourceError, UsageError
 from jvdiff.media.video import check_fps, check_mp4, checked_frames, encode, import_av
 
 
@@ -25,24 +26,37 @@ class FragmentedMP4:
 
     Every fragment begins with a key frame and is encoded by itself, so that another process can continue the file:
     FragmentedMP4(path, fps, frames=100) keeps its first 100 frames (and metadata), and its first `append` cuts off what
-    comes after them. Otherwise the file must not exist; it appears with the first fragment. H.264 and tags are those of
+    comes after them; `kept`, what the method of that name gave then, says whether they are what was written. Otherwise
+    the file must not exist; it appears with the first fragment. H.264 and tags are those of
     `write_mp4`.
 
     Errors, which leave the file as it was: UsageError (shape, dtype, odd size, fps; a file that is there; one to
     continue that is not there, or is of another size or rate), CorruptFile (none of its fragments ends with that
-    frame), SetupError (no av), ResourceError (disk).
+    frame), IntegrityError (not what was written), SetupError (no av), ResourceError (disk).
     """
 
     def __init__(
-        self, path: str | os.PathLike, fps: float, metadata: Mapping[str, Any] | None = None, *, frames: int = 0
+        self,
+        path: str | os.PathLike,
+        fps: float,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        frames: int = 0,
+        kept: Mapping[str, Any] | None = None,
     ) -> None:
         check_fps(fps)
         import_av()
         self.path, self.fps, self.metadata, self.frames = Path(path), fps, metadata, frames
         self._fragments = self._end = 0
-        self._header = b""
+        self._header, self._digest = b"", hashlib.sha256()
         if frames:
             self._header, self._fragments, self._end = _fragments_until(self.path, frames)
+            self._digest = _digest_of(self.path, self._end)
+            if kept is not None and kept != self.kept():
+                raise IntegrityError(
+                    f"{self.path}: its first {frames} frames are not what was written, and are not continued.\n"
+                    "Restore the video from a copy, or begin it anew."
+                )
         elif os.path.lexists(path):
             raise UsageError(
                 f"{path}: exists already, and is left as it is; remove it yourself, or choose another name"
@@ -77,8 +91,14 @@ class FragmentedMP4:
                 raise
         self._header = self._header or header
         self._end += len(new) + len(fragment)
+        for data in (new, fragment):
+            self._digest.update(data)
         self._fragments += 1
         self.frames += len(video)
+
+    def kept(self) -> dict[str, Any]:
+        """Bytes and sha256 of the frames so far, as JSON values: with them a later process continues just these."""
+        return {"bytes": self._end, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
         """Waits until the disk has everything."""
@@ -151,6 +171,16 @@ def _fragments_until(path: Path, frames: int) -> tuple[bytes, int, int]:
         f"{path}: it has no fragment that ends with frame {frames} (the last whole one ends with {found}), "
         "so that it cannot be continued there"
     )
+
+
+def _digest_of(path: Path, end: int) -> Any:
+    """sha256, to be continued, of the first `end` bytes of a file."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while end and (piece := file.read(min(end, 2**22))):
+            total.update(piece)
+            end -= len(piece)
+    return total
 
 
 def _within(file: BinaryIO, start: int, end: int, kind: bytes) -> list[tuple[int, int]]:

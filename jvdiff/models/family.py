@@ -74,12 +74,20 @@ class Files:
     read: folder -> what inputs or schedules are made with
     published: (library, what was read -> class) in model_index.json
     optional: a repository may lack it
+    opened: names of which `read` opens the first that is there; (): every file of `patterns`
     """
 
     patterns: tuple[str, ...]
     read: Callable[[Path], Any]
     published: tuple[str, Callable[[Any], str]]
     optional: bool = False
+    opened: tuple[str, ...] = ()
+
+    def files(self, folder: Path) -> list[Path]:
+        """The files of a folder that `read` opens, those that are there."""
+        named = [folder / name for name in self.opened]
+        there = named or sorted(file for pattern in self.patterns for file in folder.glob(pattern))
+        return [file for file in there if file.is_file() and not file.name.startswith(".")][: 1 if named else None]
 
 
 @dataclass(frozen=True, eq=False)

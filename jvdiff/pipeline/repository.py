@@ -6,6 +6,7 @@ its family; what differs is how a part holds its weights: safetensors files, or 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
@@ -35,9 +36,6 @@ class Repository:
     family: what it is made for
     models: configurations, and what inputs are made with
     defaults: content of jvdiff_defaults.json, settings that suit its weights
-    digest: names the weights: of an Orbax directory the sha256 of its manifest, and so of everything; of a Hugging Face
-        folder that of the files in the folders of its parts, but not of those beside them (model_index.json): whole up
-        to 64 MiB, of larger ones the size and 64 samples
     """
 
     path: Path
@@ -45,7 +43,14 @@ class Repository:
     family: Family
     models: Models
     defaults: Mapping[str, Any]
-    digest: str
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Names all that is read of it: of an Orbax directory the sha256 of its manifest, of a Hugging Face folder that
+        of the names and digests of its files. Read when it is first asked for, by all processes together."""
+        if self.kind == "orbax" and (self.path / MANIFEST).is_file():
+            return manifest.file_sha256(self.path / MANIFEST)
+        return _fingerprint(read_files(self))
 
     def settings(self, **given: Any) -> Any:
         """`resolve` with what this repository says."""
@@ -65,10 +70,14 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         UsageError: no such folder, or a repository of the other kind.
         UnsafeFormat: a file of pickles instead of a folder, or a repository that wants its own code run.
         CheckpointError: incomplete, damaged, or a model that jvdiff does not have.
+        IntegrityError: a small file of a converted directory (a configuration, a tokenizer) is not what was written.
     """
     path = locate(path)
     index = _model_index(path)
     family = family or _family(path, index)
+    converted = (path / next(iter(family.parts)) / orbax.PARAMS).is_dir()
+    if converted and (path / MANIFEST).is_file():
+        manifest.verify_small(path, _small_files(path, family))
     models = _models(path, family, index)
     if (problem := family.misfits(models)) is not None:
         raise CheckpointError(
@@ -76,15 +85,12 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         )
     if at_once is not None:
         check_at_once(path, family, at_once)
-    converted = (path / next(iter(family.parts)) / orbax.PARAMS).is_dir()
-    known = converted and (path / MANIFEST).is_file()
     return Repository(
         path=path,
         kind="orbax" if converted else "hf",
         family=family,
         models=models,
         defaults=read_defaults(path, family),
-        digest=manifest.file_sha256(path / MANIFEST) if known else _fingerprint(path, (*family.parts, *family.files)),
     )
 
 
@@ -134,20 +140,28 @@ def _models(path: Path, family: Family, index: Mapping[str, Any]) -> Models:
     return Models(configs, files, index)
 
 
-def _fingerprint(path: Path, folders: tuple[str, ...]) -> str:
-    """A digest of these folders of a Hugging Face folder that takes the same short time for 20 MB and for 60 GB.
+def _small_files(path: Path, family: Family) -> dict[str, Path]:
+    """The files besides weights that are read of a repository, those that are there, by their names in it."""
+    files = [path / "model_index.json", path / DEFAULTS_FILE]
+    files += [path / name / "config.json" for name in family.parts]
+    files += [file for name, kind in family.files.items() for file in kind.files(path / name)]
+    return {file.relative_to(path).as_posix(): file for file in files if file.is_file()}
 
-    Saved states are compared with it: with other files in it, those of earlier versions could not be resumed.
-    """
+
+def read_files(repository: Repository) -> dict[str, Path]:
+    """Every file that is read of a Hugging Face folder, and no other, by its name in it."""
+    path, family, models = repository.path, repository.family, repository.models
+    weights = [
+        file for name in models.configs for file in safetensors.weight_files(path / name, family.parts[name].stem)
+    ]
+    return _small_files(path, family) | {file.relative_to(path).as_posix(): file for file in weights}
+
+
+def _fingerprint(files: Mapping[str, Path]) -> str:
+    """A digest of files, names and content: it reads all of them, several at a time, as loading will do again."""
     total = hashlib.sha256()
-    for name in folders:
-        for file in sorted(p for p in (path / name).glob("*") if p.is_file()):
-            size = file.stat().st_size
-            total.update(f"{name}/{file.name}\0{size}\0".encode())
-            with open(file, "rb") as data:
-                for place in [0] if size <= 2**26 else [i * (size - 2**20) // 63 for i in range(64)]:
-                    data.seek(place)
-                    total.update(data.read(min(size, 2**26 if size <= 2**26 else 2**20)))
+    for name, digest in sorted(manifest.digests(files).items()):
+        total.update(f"{name}\0{digest}\n".encode())
     return total.hexdigest()
 
 

@@ -24,6 +24,7 @@ from jvdiff.errors import NumericsError, UsageError
 from jvdiff.models.family import Clip, Family, Forward, Models, Run, Segment, Stage
 from jvdiff.pipeline.lending import Weights
 from jvdiff.precision import Precision
+from jvdiff.runtime import draws
 from jvdiff.sharding import Placement, param_shardings
 from jvdiff.types import Array, Params
 
@@ -187,7 +188,7 @@ def initial_noise(seeds: Any, shape: Any) -> Array:
 
     So a clip depends neither on what else is in the batch nor on how arrays are spread over devices.
     """
-    return jnp.stack([jax.random.normal(jax.random.key(np.uint32(seed)), tuple(shape), jnp.float32) for seed in seeds])
+    return jnp.stack([draws.normal(draws.key(seed), tuple(shape)) for seed in seeds])
 
 
 def begin(clip: Clip, solver: Solver, noise: Array, seeds: Any, renoise: Any = None) -> Any:
@@ -200,9 +201,7 @@ def begin(clip: Clip, solver: Solver, noise: Array, seeds: Any, renoise: Any = N
     Raises:
         UsageError: `renoise` has another shape, or the solver draws nothing.
     """
-    keys = jnp.stack(
-        [jax.random.key_data(jax.random.fold_in(jax.random.key(np.uint32(seed)), 0)) for seed in seeds]
-    )  # uint32 [B,2]
+    keys = jnp.stack([jax.random.key_data(jax.random.fold_in(draws.key(seed), 0)) for seed in seeds])  # uint32 [B,2]
     state = solver.init(clip.sampler.begin(jnp.asarray(noise)), keys)
     if renoise is None:
         return state

@@ -1,11 +1,16 @@
-"""Folders of the user's cache whose files are run as code: nobody else may write into them."""
+"""Folders of the user's cache whose files are run as code: nobody else may write into them, and none is damaged."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import os
 import shlex
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jvdiff.errors import SetupError
 
@@ -17,7 +22,10 @@ def folder(name: str) -> Path:
 
 
 def check_private(path: Path, what: str, advice: str = "") -> None:
-    """Checks that a folder is this user's, and that its group and others cannot write into it.
+    """Checks that nobody but this user can write into a folder, or put another in its place.
+
+    It is this user's, its group and others cannot write into it, and neither can they into a folder that it lies in,
+    unless that has the sticky bit.
 
     Args:
         what: it holds, for the message: "the compilation cache".
@@ -28,9 +36,89 @@ def check_private(path: Path, what: str, advice: str = "") -> None:
         OSError: no such folder.
     """
     status = path.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if status.st_uid != os.getuid() or _open(status):
         raise SetupError(
             f"{what} {path} can be written by others, and what is in it is run as code.\n"
             f"Expected: yours, mode 0700. Found: owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}.\n"
             f"Run chmod 700 {shlex.quote(str(path))}{advice}."
         )
+    for parent in dict.fromkeys((*path.absolute().parents, *path.resolve().parents)):
+        status = parent.stat()
+        found = f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}"
+        if status.st_uid not in (0, os.getuid()) or (_open(status) and not status.st_mode & stat.S_ISVTX):
+            raise SetupError(
+                f"{what} {path} lies in {parent}, where others can put another folder in its place;\n"
+                f"what is in it is run as code. Found: {found}.\n"
+                f"Run chmod go-w {shlex.quote(str(parent))}{advice}."
+            )
+
+
+def _open(status: os.stat_result) -> bool:
+    return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def compile_into(path: Path | None) -> None:
+    """From now on JAX keeps compiled programs in a folder, and takes none from elsewhere; None: it keeps none."""
+    import jax
+    from jax._src import compilation_cache  # nothing public lets an entry be compared before it is run
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    jax.config.update("jax_enable_compilation_cache", path is not None)
+    if path is not None:
+        jax.config.update("jax_compilation_cache_dir", str(path))
+    reset_cache()
+    real = compilation_cache.get_file_cache
+    if not isinstance(real, functools.partial):
+        compilation_cache.get_file_cache = functools.partial(_whole_entries, real)
+
+
+def _whole_entries(real: Callable[[str], tuple[Any, str] | None], path: str) -> tuple[Any, str] | None:
+    """JAX's `get_file_cache`, whose entries are compared with their digests."""
+    made = real(path)
+    return made and (_WholeEntries(made[0], Path(path)), made[1])
+
+
+class _WholeEntries:
+    """JAX's cache of compiled programs, in which a damaged entry is as good as none, and is removed.
+
+    JAX itself would warn at every start, compile, and keep the damaged entry. Beside NAME-cache is NAME-sha256; an
+    entry that another program wrote has none, and must decompress.
+    """
+
+    def __init__(self, files: Any, path: Path):
+        self.files, self._path = files, path
+
+    def get(self, key: str) -> bytes | None:
+        mark = self._path / f"{key}-sha256"
+        try:
+            value = self.files.get(key)
+            written = mark.read_bytes() if mark.exists() else None
+        except OSError:
+            return None
+        if value is None:
+            return None
+        if _decompresses(value) if written is None else written == _sha256(value):
+            return value
+        for path in (self._path / f"{key}-cache", mark):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        return None
+
+    def put(self, key: str, value: bytes) -> None:
+        with contextlib.suppress(OSError):  # a full disk: it is compiled again next time
+            self.files.put(key, value)
+            (self._path / f"{key}-sha256").write_bytes(_sha256(value))
+
+
+def _sha256(value: bytes) -> bytes:
+    return hashlib.sha256(value).hexdigest().encode()
+
+
+def _decompresses(value: bytes) -> bool:
+    from jax._src.compilation_cache import decompress_executable
+
+    try:
+        decompress_executable(value)
+    except Exception:  # of zlib or of one of two packages for zstd, each with a type of its own
+        return False
+    return True

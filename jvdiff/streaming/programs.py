@@ -18,6 +18,7 @@ from jvdiff import models
 from jvdiff.diffusion import Solver, add_noise, denoise_scan
 from jvdiff.models.family import Rollout
 from jvdiff.models.pixels import nonfinite_share, to_pixels
+from jvdiff.runtime import draws
 from jvdiff.sharding import Placement
 from jvdiff.streaming.codec import Encoder, StreamingVideoDecoder, StreamingVideoEncoder, concatenated, stamped
 from jvdiff.streaming.config import DiffusionModelConfig, TransformerConfig
@@ -95,12 +96,12 @@ class _Functions:
         self, params: Params, text: Any, past: Any, key: Array, index: Array, payload: Any
     ) -> tuple[Array, Array]:
         cfg = self._cfg
-        key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
+        key = jax.random.fold_in(draws.key_of(key), index)
         batch = past.keys.shape[1] // (2 if cfg.guided else 1)
         shape = (cfg.span.chunk, cfg.height, cfg.width, cfg.network.out_channels)
         keys = _rollout_keys(key, batch)  # [B,2]
-        noise = jax.vmap(lambda one: jax.random.normal(jax.random.fold_in(one, 0), shape, jnp.float32))(
-            jax.random.wrap_key_data(keys)
+        noise = jax.vmap(lambda one: draws.normal(jax.random.fold_in(one, 0), shape))(
+            draws.key_of(keys)
         )  # [B] -> [B,T,H,W,C]
         state = self._replicated(self.solver.init(noise, keys))
         first = cfg.guidance_scale if cfg.first_guidance_scale is None else cfg.first_guidance_scale
@@ -140,7 +141,7 @@ class _Functions:
         cfg = self._cfg
         first = past.frames + jnp.arange(cfg.span.chunk) < cfg.span.sink
         if self.model.context_noise or self.model.sink_noise:
-            key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
+            key = jax.random.fold_in(draws.key_of(key), index)
             sigma = self._of_frames(first, lambda t: self.model.scheduler.noise_level(t) if t else 0.0)
             latents = add_noise(
                 latents, sigma[None, :, None, None, None], jax.random.fold_in(key, len(self.solver) + 1)

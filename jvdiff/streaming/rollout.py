@@ -34,7 +34,7 @@ from jvdiff.errors import NumericsError, UsageError
 from jvdiff.models.text.tokenizer import check_prompt
 from jvdiff.pipeline.settings import check_seed
 from jvdiff.pipeline.stages import nonfinite
-from jvdiff.runtime import run_state
+from jvdiff.runtime import draws, run_state
 from jvdiff.sharding import Placement
 from jvdiff.streaming import guards
 from jvdiff.streaming import programs as stream_programs
@@ -92,7 +92,7 @@ class StreamInferencePipeline:
             NumericsError: the text encoder made NaN or infinity.
         """
         key = self.config.diffusion_model.seed if key is None else key
-        key = jax.random.key(np.uint32(check_seed(key))) if isinstance(key, int | np.integer) else key
+        key = draws.key(check_seed(key)) if isinstance(key, int | np.integer) else key
         data: Any = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
         if data.shape != (2,) or data.dtype != jnp.uint32:
             raise UsageError(f"key is {key.dtype}{list(key.shape)}; expected one key of jax.random.key, or a seed.")

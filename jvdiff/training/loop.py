@@ -12,6 +12,7 @@ Where there are many processes, all call `fit` with one mesh of all their device
 
 import itertools
 import logging
+import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
@@ -28,14 +29,15 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
-from jvdiff.runtime import peers
+from jvdiff.runtime import draws, peers
 from jvdiff.runtime.interrupts import deferred, interrupts
-from jvdiff.runtime.staging import lock, resource_error
+from jvdiff.runtime.staging import MANIFEST, lock, resource_error
 from jvdiff.sharding import MeshShape, make_mesh, param_shardings
 from jvdiff.sharding.rules import REPLICATED, Rules
 from jvdiff.training.metrics import Metrics
 from jvdiff.training.options import Schedule
 from jvdiff.types import Array, Params
+from jvdiff.weights.manifest import verify_files, write_manifest
 
 _log = logging.getLogger("jvdiff.training")
 
@@ -218,7 +220,8 @@ def fit(
     """Trains, or goes on training, until `schedule.steps` steps are done.
 
     Args:
-      folder: gets `state/` (Orbax checkpoints, the last `keep`) and `metrics.jsonl`; an earlier run there is resumed.
+      folder: gets `state/` (Orbax checkpoints with their digests, the last `keep`) and `metrics.jsonl`; an earlier run
+        there is resumed, from the last state that is what was written.
       params: to start from, where there is no earlier run; None: `task.init`.
       save_every, log_every, show_every: steps between checkpoints, lines of metrics and samples (None: no samples).
       accumulate: into how many parts a batch is cut for the gradient; the result is that of the whole, but for noise.
@@ -230,22 +233,22 @@ def fit(
     Raises:
       Interrupted: SIGINT or SIGTERM came; the state after the last whole step is saved.
       NumericsError: too many steps in a row were skipped. The last checkpoint is kept; nothing after it is saved.
-      CheckpointError: the run in `folder` is of another model, or another process is at it.
+      CheckpointError: the run in `folder` is of another model, another process is at it, or all its states are damaged.
       ResourceError: the disk is full.
     """
     counts = {"save_every": save_every, "log_every": log_every, "show_every": show_every, "keep": keep}
     _check_counts(**counts, accumulate=accumulate, most_skipped=most_skipped)
     mesh = make_mesh(MeshShape()) if mesh is None else mesh
     folder.mkdir(parents=True, exist_ok=True)
-    init_key, step_key = jax.random.split(jax.random.key(seed))
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_WHOLE)
+    with draws.pinned():
+        init_key, step_key = jax.random.split(draws.key(seed))
     states = (folder / "state").absolute()
     shardings = state_shardings(mesh, task, schedule)
     with (
+        draws.pinned(),
         interrupts() as stopped,
         lock(states) if peers.writes() else nullcontext(),
-        ocp.CheckpointManager(states, item_handlers=handler, options=options) as manager,
+        _manager(states, keep) as manager,
     ):
         state = _begun(manager, partial(start, task, schedule, init_key, params, shardings), shardings)
         run = _Run(folder, manager, most_skipped, state, int(state.step))
@@ -354,6 +357,65 @@ def _ahead(batches: Generator[Any, None, None], count: int) -> Generator[Any, No
             batch = upcoming.result()
             upcoming = reader.submit(next, batches) if left else None
             yield batch
+
+
+def _manager(states: Path, keep: int) -> ocp.CheckpointManager:
+    """Orbax's manager of a run's states, the last of which is what was written; digests are written with each."""
+    _set_damaged_aside(states)
+    signed = ocp.AsyncOptions(post_finalization_callback=partial(_sign, states))
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=signed)
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_WHOLE)
+    return ocp.CheckpointManager(states, item_handlers=handler, options=options)
+
+
+def _sign(states: Path) -> None:
+    """Writes the manifest of a state that is complete and has not its name yet; in Orbax's own thread."""
+    if peers.writes():
+        for unnamed in states.glob("*.orbax-checkpoint-tmp*"):
+            write_manifest(unnamed, {}, {}, "default/")  # what Orbax itself writes beside it changes once more
+
+
+def saved_steps(states: Path) -> list[int]:
+    """The steps whose states are in a run's folder `state`, the last one first."""
+    return sorted(
+        (int(path.name) for path in states.glob("*") if path.name.isdecimal() and path.is_dir()), reverse=True
+    )
+
+
+def _set_damaged_aside(states: Path) -> None:
+    """Renames the states after the last one that is what was written, with a warning that says so.
+
+    A run of a version that wrote no digests goes on as it is, with a warning.
+
+    Raises:
+      CheckpointError: none is what was written. Nothing is renamed.
+    """
+    steps = saved_steps(states)
+    if steps and not any((states / str(step) / MANIFEST).exists() for step in steps):
+        _log.warning("%s: saved without digests, by an earlier version; it is used as it is", states)
+        return
+    problems: dict[int, CheckpointError] = {}
+    for step in steps:
+        try:
+            verify_files(states / str(step))
+            break
+        except CheckpointError as error:
+            problems[step] = error
+    if problems and len(problems) == len(steps):
+        first = problems[steps[0]]
+        raise CheckpointError(
+            f"{_first_line(first)}\nNo earlier state is whole; restore one from a copy, or remove {states}."
+        ) from first
+    for step, error in problems.items():
+        aside = states.with_name(f"damaged-{step}-{secrets.token_hex(2)}")
+        _log.warning("%s\nIt is now %s; the run goes on from an earlier state.", _first_line(error), aside)
+        if peers.writes():
+            (states / str(step)).rename(aside)
+    peers.gather(None)  # nobody looks before they are gone
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def _begun(manager: ocp.CheckpointManager, begin: Callable[[], State], shardings: State) -> State:

@@ -1,12 +1,13 @@
 """The manifest of an Orbax directory, `jvdiff.json`: the sha256 of every file and of every array.
 
 Orbax itself does not notice a flipped bit, so files are compared with it before any of their numbers is used. With
-many processes, each compares its share of the files, and all know what any of them found.
+many processes, each compares its share of the files, and all know what any of them found. Files that nobody reads
+(those that begin with a dot, a README beside the weights) may come and go.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jvdiff.runtime.staging import MANIFEST
 from jvdiff.weights.naming import listed
 from jvdiff.weights.safetensors import read_json
 
+PARAMS = "params"  # the folder of a component that Orbax writes and reads
 _PIECE = 4 * 2**20  # bytes of a file that are hashed at once
 
 
@@ -42,9 +44,18 @@ def _files(root: Path) -> dict[str, Path]:
     return {str(p.relative_to(root)): p for p in sorted(root.rglob("*")) if not p.is_dir()}
 
 
-def write_manifest(root: Path, tensors: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Writes jvdiff.json: `facts`, the arrays, and size and sha256 of every file below `root`."""
-    found = _files(root)
+def digests(files: Mapping[str, Path]) -> dict[str, str]:
+    """sha256 of each file by name, several at a time; of many processes, all call this, and each reads a share."""
+    first, processes = (jax.process_index(), jax.process_count()) if peers.several() else (0, 1)
+    mine = sorted(files, key=lambda name: (files[name].stat().st_size, name))[first::processes]
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(mine, pool.map(lambda name: file_sha256(files[name]), mine), strict=True))
+    return {name: digest for share in peers.gather(found) for name, digest in share.items()}
+
+
+def write_manifest(root: Path, tensors: Mapping[str, Any], facts: Mapping[str, Any], folder: str = "") -> None:
+    """Writes jvdiff.json: `facts`, the arrays, and size and sha256 of every file below `root`, or of its `folder`."""
+    found = {name: file for name, file in _files(root).items() if name.startswith(folder)}
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_sha256, found.values()))
     files = {
@@ -79,32 +90,40 @@ def read_manifest(root: Path) -> dict[str, Any]:
 def verify_files(path: Path) -> None:
     """Compares every file below `path` (a component, or a whole directory) with the manifest beside or above it.
 
-    With several processes, each reads a share, and all know what any of them found. Raises IntegrityError that names
-    the files that differ, are missing, or should not be there.
+    A file that no manifest knows counts where Orbax would read it. With several processes, each reads a share, and all
+    know what any of them found. Raises IntegrityError that names the files that differ, are missing, or should not be
+    there.
     """
     root = path if (path / MANIFEST).is_file() or not (path.parent / MANIFEST).is_file() else path.parent
     prefix = "" if root == path else f"{path.name}/"
-    recorded = {name: entry for name, entry in read_manifest(root)["files"].items() if name.startswith(prefix)}
-    found = {prefix + name: file for name, file in _files(path).items() if prefix + name != MANIFEST}
+    _verify(path, root, lambda name: name.startswith(prefix), {n for n in _files(root) if _of_orbax(n)})
 
-    by_size = sorted(recorded, key=lambda name: (recorded[name]["size"], name))
-    first, processes = (jax.process_index(), jax.process_count()) if peers.several() else (0, 1)
-    mine = set(by_size[first::processes])
 
-    def problem(name: str) -> str | None:
-        if name not in found:
-            return f"{name} is missing"
-        if name not in recorded:
-            return f"{name} is not in the manifest"
-        size, expected = found[name].stat().st_size, recorded[name]["size"]
-        if size != expected:
-            return f"{name} has {size:,} bytes instead of {expected:,}"
-        if name in mine and file_sha256(found[name]) != recorded[name]["sha256"]:
-            return f"{name} has other content"
-        return None
+def verify_small(root: Path, read: Collection[str]) -> None:
+    """Compares all that a manifest knows but the arrays; `read`: names of files that are read, which it must know.
 
-    with ThreadPoolExecutor() as pool:
-        problems = [text for text in pool.map(problem, sorted(recorded.keys() | found.keys())) if text]
+    Raises: as `verify_files`.
+    """
+    _verify(root, root, lambda name: not _of_orbax(name), read)
+
+
+def _of_orbax(name: str) -> bool:
+    """Whether a file, by its name below the root, lies where Orbax reads, and Orbax would look at it."""
+    folders = name.split("/")[:-1]
+    return PARAMS in folders and not any(part.startswith(".") for part in name.split("/"))
+
+
+def _verify(path: Path, root: Path, within: Callable[[str], bool], read: Collection[str]) -> None:
+    """Compares what the manifest of `root` records, where `within`; of `read` nothing may be unknown to it."""
+    recorded = {name: entry for name, entry in read_manifest(root)["files"].items() if within(name)}
+    there = {name: root / name for name in recorded if (root / name).is_file()}
+    sizes = {name: (file.stat().st_size, recorded[name]["size"]) for name, file in there.items()}
+    problems = [f"{name} is missing" for name in recorded if name not in there]
+    problems += [f"{name} is not in the manifest" for name in read if within(name) and name not in recorded]
+    problems += [f"{name} has {size:,} bytes instead of {was:,}" for name, (size, was) in sizes.items() if size != was]
+    same_size = {name: file for name, file in there.items() if sizes[name][0] == sizes[name][1]}
+    found = digests(same_size)
+    problems += [f"{name} has other content" for name in same_size if found[name] != recorded[name]["sha256"]]
     problems = sorted({text for texts in peers.gather(problems) for text in texts})
     if problems or not recorded:
         raise IntegrityError(

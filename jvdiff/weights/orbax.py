@@ -25,10 +25,9 @@ from jvdiff.errors import CorruptFile, IntegrityError, UsageError
 from jvdiff.runtime import peers
 from jvdiff.runtime.staging import staged
 from jvdiff.types import Params
-from jvdiff.weights.manifest import array_sha256, write_manifest
+from jvdiff.weights.manifest import PARAMS, array_sha256, write_manifest
 from jvdiff.weights.naming import flatten, listed, unflatten
 
-PARAMS = "params"
 _CHUNK = 64 * 2**20  # bytes of one chunk in an Orbax array
 _GROUP = 64 * 2**20  # bytes of small arrays that are read or written together
 

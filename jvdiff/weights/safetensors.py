@@ -359,6 +359,18 @@ def tensor_names(path: Path, stem: str) -> set[str]:
         return set()
 
 
+def weight_files(path: Path, stem: str = STEM) -> list[Path]:
+    """The files that `open_folder` reads of a component, those that are there.
+
+    Raises: as `open_folder`, of the index.
+    """
+    single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    shards = [path / name for name in dict.fromkeys(_weight_map(index).values())]
+    return [index, *(file for file in shards if file.is_file())]
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> shard file name; names are judged as text, and no file is touched."""
     weight_map = read_json(index).get("weight_map")

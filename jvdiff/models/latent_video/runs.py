@@ -45,10 +45,10 @@ from jvdiff.pipeline import (
 )
 from jvdiff.precision import TABLE
 from jvdiff.runtime import peers
-from jvdiff.runtime.files import atomic
 from jvdiff.runtime.staging import check_target
 from jvdiff.sharding import MeshShape, Placement, check_mesh, make_mesh, param_shardings
 from jvdiff.training import fields
+from jvdiff.training.kept import kept
 from jvdiff.training.loop import Schedule, Task, fit
 from jvdiff.types import Params
 from jvdiff.weights import restore, save
@@ -388,23 +388,21 @@ def _cached(
         total.update(f"{file}\0{status and (status.st_size, status.st_mtime_ns)}\0".encode())
     for leaf in jax.tree.leaves(vae["encoder"]):
         total.update(np.asarray(leaf).tobytes())
-    key = total.hexdigest()
-    if path.is_file():
-        with np.load(path) as stored:
-            if "key" in stored and stored["key"] == key:
-                return stored["latents"], stored["labels"]
-    parts = []
-    with closing(encoded(0)) as batches:
-        for number in range(-(-len(clips.paths) // config.batch)):
-            if number % 50 == 0:
-                _log.info("encoding clips: %d of %d", number * config.batch, len(clips.paths))
-            parts.append(next(batches))
-    latents = np.concatenate([part.latents for part in parts]).astype(np.float16)  # [clips,T,H,W,C]
-    labels = np.concatenate([part.labels for part in parts])  # [clips]
-    if peers.writes():
-        with atomic(path) as part, open(part, "wb") as file:
-            np.savez(file, latents=latents, labels=labels, key=key)
-    return latents, labels
+
+    def make() -> dict[str, np.ndarray]:
+        parts = []
+        with closing(encoded(0)) as batches:
+            for number in range(-(-len(clips.paths) // config.batch)):
+                if number % 50 == 0:
+                    _log.info("encoding clips: %d of %d", number * config.batch, len(clips.paths))
+                parts.append(next(batches))
+        return {
+            "latents": np.concatenate([part.latents for part in parts]).astype(np.float16),  # [clips,T,H,W,C]
+            "labels": np.concatenate([part.labels for part in parts]),  # [clips]
+        }
+
+    arrays = kept(path, total.hexdigest(), make)
+    return arrays["latents"], arrays["labels"]
 
 
 def _shower(models: Models, plan: Plan, vae: Params, folder: Path) -> Callable[[Params, int], None]:

@@ -19,6 +19,7 @@ from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models.text import spiece
 
 PAD, EOS = 0, 1
+FILES = ("tokenizer.json", "spiece.model")  # of which `load` takes the first that is there
 PROMPT_CHARACTERS = 100_000
 _LONE_SURROGATE = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
 
@@ -43,7 +44,7 @@ def load(folder: str | Path) -> Tokenizer:
         CheckpointError: the files are missing or broken, or not a T5 tokenizer (a prompt must end with eos, id 1).
     """
     folder = Path(folder)
-    file = next((f for f in (folder / "tokenizer.json", folder / "spiece.model") if f.is_file()), None)
+    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
         raise _unusable(folder, "neither tokenizer.json nor spiece.model is there")
     try:

@@ -82,7 +82,10 @@ TEXT_ENCODER = Part(
     stem="model",
 )
 TOKENIZER = Files(
-    ("*.json", "*.model", "*.txt"), tokenizers.load, ("transformers", lambda tokenizer: "T5TokenizerFast")
+    ("*.json", "*.model", "*.txt"),
+    tokenizers.load,
+    ("transformers", lambda tokenizer: "T5TokenizerFast"),
+    opened=tokenizers.FILES,
 )
 SCHEDULER = Files(
     ("scheduler_config.json",),

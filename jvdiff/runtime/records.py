@@ -1,0 +1,39 @@
+"""Records that say whether they, and the files that they tell of, are what was written.
+
+A record is JSON; `files` in it has size and sha256 of each file that was written before it, by suffix, and `sha256` is
+that of all the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".mp4", ".apng", ".png", ".npz", ".jsonl")
+
+
+def signed(base: Path, record: Mapping[str, Any], suffixes: Iterable[str] = SUFFIXES) -> dict[str, Any]:
+    """A record with the digests of the files beside it, `base` with each suffix, and its own."""
+    paths = {suffix: Path(f"{base}{suffix}") for suffix in suffixes}
+    files = {
+        suffix: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for suffix, path in paths.items()
+        if path.is_file()
+    }
+    body = {**record, "files": files}
+    return body | {"sha256": digest(body)}
+
+
+def digest(record: Mapping[str, Any]) -> str:
+    """That of a record, its own entry apart."""
+    body = {name: value for name, value in record.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """That of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
