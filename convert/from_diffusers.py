@@ -79,7 +79,7 @@ def convert(
             `Part.keeps_dtype`: a VAE is small, and pictures show bfloat16 in flat areas.
         overwrite: swap an existing converted directory for the new one, once that is complete.
         allow_nonfinite: keep NaN and infinity, and count them in the manifest.
-        follow_symlinks: allow weight files that are links out of the repository.
+        follow_symlinks: allow files that are links out of the repository.
         origin: where the source came from, for the manifest.
         family: your own Family, where the repository is of none that jvdiff has; None: as its files say.
         tell: called with a line on the progress now and then.
@@ -89,7 +89,7 @@ def convert(
             `jvdiff.weights.naming.check`, `jvdiff.runtime.staging.staged`.
     """
     check_target(target.absolute(), overwrite)
-    repository = inspect(source, family=family)
+    repository = inspect(source, family=family, follow_symlinks=follow_symlinks)
     source = repository.path  # where `source` is a name, the folder that it names
     if repository.kind == "orbax":
         raise UsageError(f"{source}: is converted already. Give the Hugging Face folder.")
@@ -153,7 +153,7 @@ def copy_small_files(repository: Repository, target: Path) -> None:
     for folder, patterns in folders.items():
         (target / folder).mkdir(exist_ok=True)
         for file in sorted(p for pattern in patterns for p in (source / folder).glob(pattern)):
-            reader.check_link(file, source)
+            reader.check_link(file, source, repository.follow_symlinks)
             shutil.copyfile(file, target / folder / file.name)
 
 

@@ -34,6 +34,7 @@ def to_hf(
     vae: Path | None = None,
     *,
     family: Family | None = None,
+    follow_symlinks: bool = False,
 ) -> None:
     """Writes the folder, complete or not at all.
 
@@ -43,6 +44,7 @@ def to_hf(
         dtype: a key of DTYPES for all weights; None keeps them as they are.
         vae: a VAE that takes the place of the source's, with the same configuration: one whose decoder was trained on.
         family: your own Family, where the repository is of none that jvdiff has; None: as its files say.
+        follow_symlinks: allow files that are links out of the repository.
 
     Raises:
         UsageError: `target` exists; `source` is a Hugging Face folder already, its family has no published layout, or
@@ -50,7 +52,7 @@ def to_hf(
         IntegrityError, CheckpointError: `source` is damaged, or holds numbers too large for `dtype`.
         ResourceError: the disk is full.
     """
-    repository = inspect(source, family=family)
+    repository = inspect(source, family=family, follow_symlinks=follow_symlinks)
     source = repository.path  # where `source` is a name, the folder that it names
     configs, parts = repository.models.configs, repository.family.parts
     if unpublished := [name for name in configs if parts[name].names is None]:

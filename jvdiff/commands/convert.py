@@ -80,7 +80,8 @@ def _to_hf(values: Mapping[str, Any]) -> None:
     from jvdiff.convert import to_diffusers  # pyright: ignore[reportMissingImports]
 
     family = models.named(values["family"])
-    to_diffusers.to_hf(values["source"], values["target"], values["dtype"], values["vae"], family=family)
+    how = {"family": family, "follow_symlinks": values["follow_symlinks"]}
+    to_diffusers.to_hf(values["source"], values["target"], values["dtype"], values["vae"], **how)
     print(f"{values['target']}: complete")
 
 

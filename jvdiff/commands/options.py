@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.config import option
-from jvdiff.models.options import family
+from jvdiff.models.options import family, follow_symlinks
 from jvdiff.runtime.peers import Processes
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -42,6 +42,7 @@ class Weights:
         None, "several devices: sequence=4,tensor=2, or auto (the smallest that fits); none: one"
     )
     compile_cache: str | None = option(None, 'a folder of your own, or "off"; none: the user\'s cache folder')
+    follow_symlinks: bool = follow_symlinks()
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class StreamModel:
     mesh: str | dict[str, int] | None = option(None, "several devices: sequence=4,tensor=2; none: one")
     profile: bool = option(True, "milliseconds of each stage, for which each is waited for; false: a little faster")
     compile_cache: str | None = option(None, 'a folder of your own, or "off"; none: the user\'s cache folder')
+    follow_symlinks: bool = follow_symlinks()
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Convert:
     overwrite: bool = option(False, "replace a directory that was converted before")
     verify: bool = option(False, "read the target again; without a source that alone")
     allow_nonfinite: bool = option(False, "keep NaN and infinity in the weights")
-    follow_symlinks: bool = option(False, "allow links to files elsewhere")
+    follow_symlinks: bool = follow_symlinks()
     family: str | None = family()
 
 
@@ -145,6 +147,7 @@ class ToHf:
     target: Path = option(None, "the folder to write")
     dtype: str | None = option(None, "of all weights; none: as stored", choices=DTYPES)
     vae: Path | None = option(None, "a trained VAE that takes the place of the source's")
+    follow_symlinks: bool = follow_symlinks()
     family: str | None = family()
 
 

@@ -38,6 +38,7 @@ class Repository:
     digest: names the weights: of an Orbax directory the sha256 of its manifest, and so of everything; of a Hugging Face
         folder that of the files in the folders of its parts, but not of those beside them (model_index.json): whole up
         to 64 MiB, of larger ones the size and 64 samples
+    follow_symlinks: whether its files may be links to elsewhere
     """
 
     path: Path
@@ -46,13 +47,16 @@ class Repository:
     models: Models
     defaults: Mapping[str, Any]
     digest: str
+    follow_symlinks: bool = False
 
     def settings(self, **given: Any) -> Any:
         """`resolve` with what this repository says."""
         return resolve(self.family, self.models, self.defaults, given)
 
 
-def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | None = None) -> Repository:
+def inspect(
+    path: str | Path, *, at_once: bool | None = None, family: Family | None = None, follow_symlinks: bool = False
+) -> Repository:
     """Reads every configuration of a repository, in either layout, and checks that they fit together.
 
     Args:
@@ -60,6 +64,7 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
             chunk by chunk; None takes both.
         family: your own Family, where the repository is of none that jvdiff has; None: one of `jvdiff.models.FAMILIES`,
             as its files say.
+        follow_symlinks: let files be links to elsewhere (`jvdiff.weights.safetensors.check_link`).
 
     Raises:
         UsageError: no such folder, or a repository of the other kind.
@@ -67,6 +72,8 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         CheckpointError: incomplete, damaged, or a model that jvdiff does not have.
     """
     path = locate(path)
+    if path.is_dir():
+        safetensors.check_links(path, follow_symlinks)
     index = _model_index(path)
     family = family or _family(path, index)
     models = _models(path, family, index)
@@ -85,6 +92,7 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         models=models,
         defaults=read_defaults(path, family),
         digest=manifest.file_sha256(path / MANIFEST) if known else _fingerprint(path, (*family.parts, *family.files)),
+        follow_symlinks=follow_symlinks,
     )
 
 
@@ -130,6 +138,8 @@ def _models(path: Path, family: Family, index: Mapping[str, Any]) -> Models:
     configs = {
         name: read_config(path / name, part) for name, part in family.parts.items() if there(name, part.optional)
     }
+    for name in configs:
+        safetensors.weight_sets(path / name, family.parts[name].stem)  # raises where there are two
     files = {name: kind.read(path / name) for name, kind in family.files.items() if there(name, kind.optional)}
     return Models(configs, files, index)
 
@@ -144,7 +154,7 @@ def _fingerprint(path: Path, folders: tuple[str, ...]) -> str:
         for file in sorted(p for p in (path / name).glob("*") if p.is_file()):
             size = file.stat().st_size
             total.update(f"{name}/{file.name}\0{size}\0".encode())
-            with open(file, "rb") as data:
+            with safetensors.readable(file), open(file, "rb") as data:
                 for place in [0] if size <= 2**26 else [i * (size - 2**20) // 63 for i in range(64)]:
                     data.seek(place)
                     total.update(data.read(min(size, 2**26 if size <= 2**26 else 2**20)))
