@@ -10,7 +10,9 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib.machinery
+import logging
 import math
 import numbers
 import types
@@ -19,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from jvdiff.errors import UsageError
+from jvdiff.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _COMPOUND = {tuple: "a tuple", list: "a list", dict: "a dict", Path: "a path"}
+# What diffusers and transformers stamp on every file that they write.
+_STAMPS = ("_class_name", "_diffusers_version", "_name_or_path", "_commit_hash", "_attn_implementation_autoset")
+_log = logging.getLogger("jvdiff")
 _TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}  # as absl has it
 
 
@@ -252,6 +257,34 @@ def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
         raise UsageError(
             f"unknown {what} {unknown[0]}{nearest(unknown[0], known)}; expected some of {', '.join(known)}."
         )
+
+
+def known_fields(where: str, given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """The fields of a file that are known: one rule for whatever describes a model, its scheduler or its defaults.
+
+    An unknown field passes, and is told once, where it can ask for nothing: it is null or false, or begins with `_`.
+
+    Raises:
+        CheckpointError: any other unknown field, since what it asks for would not be done.
+    """
+    known = tuple(known)
+    unknown = {name: value for name, value in given.items() if name not in known}
+    passed = [name for name, value in unknown.items() if value is None or value is False or name.startswith("_")]
+    for name in unknown.keys() - {*passed}:
+        raise CheckpointError(
+            f"{where}: unknown field {name!r:.80} = {unknown[name]!r:.80}{nearest(name, known)}.\n"
+            "What it asks for is not known here. Compare the file with the repository that it came from,\n"
+            "or remove the field if it has no effect."
+        )
+    if names := [name for name in passed if name not in _STAMPS]:
+        tell_once(f"{where}: passed over, since they ask for nothing: {', '.join(names):.200}")
+    return {name: value for name, value in given.items() if name in known}
+
+
+@functools.cache
+def tell_once(line: str) -> None:
+    """Logs a line about what a user's files say, the first time that it comes up."""
+    _log.warning("%s", line)
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import jax
 
 from jvdiff import models as families
 from jvdiff.errors import CheckpointError, UnsafeFormat, UsageError
+from jvdiff.models import layouts
 from jvdiff.models.family import Family, Models, read_config
 from jvdiff.pipeline.settings import DEFAULTS_FILE, read_defaults, resolve
 from jvdiff.runtime.staging import MANIFEST, staged
@@ -81,6 +83,7 @@ def inspect(
         raise CheckpointError(
             f"{path}: its components do not fit together: {problem}\nTake all folders from one repository."
         )
+    _check_classes(path, (*models.configs, *models.files), index)
     if at_once is not None:
         check_at_once(path, family, at_once)
     converted = (path / next(iter(family.parts)) / orbax.PARAMS).is_dir()
@@ -106,14 +109,11 @@ def check_at_once(path: Path, family: Family, at_once: bool) -> None:
 
 def _model_index(path: Path) -> dict[str, Any]:
     """model_index.json of a folder, which names classes of known libraries only; jvdiff never imports them."""
-    if path.is_file():
-        raise UnsafeFormat(
-            f"{path}: a single file; files such as .pth or .ckpt can run code and are not opened.\n"
-            "Give the folder of a Diffusers repository, the one that holds model_index.json."
-        )
-    if not path.is_dir():
+    if not path.exists():
         raise UsageError(f"{path}: no such folder.\nExpected a Diffusers repository or a converted one.")
-    index = safetensors.read_json(path / "model_index.json")
+    if not os.path.lexists(path / layouts.INDEX):
+        raise layouts.misread(path, [f"{families.__name__}.{package}" for package in families.FAMILIES])
+    index = safetensors.read_json(path / layouts.INDEX)
     for name, value in index.items():
         component = isinstance(value, list) and (path / name).is_dir()  # other lists are data, names of labels for one
         if component and (len(value) != 2 or value[0] not in ("diffusers", "transformers", "jvdiff", None)):
@@ -133,7 +133,13 @@ def _models(path: Path, family: Family, index: Mapping[str, Any]) -> Models:
     """The configuration of each part, and what is read of each folder without weights."""
 
     def there(name: str, optional: bool) -> bool:
-        return not optional or ((path / name).is_dir() and (index.get(name) or [None])[0] is not None)
+        named = isinstance(index.get(name), list) and index[name][:1] not in ([], [None])
+        if named and not (path / name).is_dir():
+            raise CheckpointError(
+                f"{path}: model_index.json names {name}, and there is no such folder: a copy or a download was not "
+                f"finished.{layouts.half(path)}\nCopy or download it again."
+            )
+        return not optional or ((path / name).is_dir() and named)
 
     configs = {
         name: read_config(path / name, part) for name, part in family.parts.items() if there(name, part.optional)
@@ -142,6 +148,20 @@ def _models(path: Path, family: Family, index: Mapping[str, Any]) -> Models:
         safetensors.weight_sets(path / name, family.parts[name].stem)  # raises where there are two
     files = {name: kind.read(path / name) for name, kind in family.files.items() if there(name, kind.optional)}
     return Models(configs, files, index)
+
+
+def _check_classes(path: Path, folders: Iterable[str], index: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where model_index.json and a folder's own file name two classes."""
+    for name in folders:
+        said = index.get(name)
+        for file in (path / name / "config.json", path / name / f"{name}_config.json"):
+            own = safetensors.read_json(file).get("_class_name") if file.is_file() else None
+            if own is not None and isinstance(said, list) and said[1] not in (own, None):
+                raise CheckpointError(
+                    f"{path}: model_index.json says that {name} is a {said[1]!r:.80}, {name}/{file.name} that it is a "
+                    f"{own!r:.80}.\nWhich of the two is meant cannot be told: diffusers takes the first, with the "
+                    "second's values. Change one of the files, so that both say the same."
+                )
 
 
 def _fingerprint(path: Path, folders: tuple[str, ...]) -> str:

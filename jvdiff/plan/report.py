@@ -53,9 +53,7 @@ def resolved(config: Any) -> tuple[Any, Any]:
     return pipeline.Context(family, known, dtypes), clip
 
 
-def describe(
-    checkpoint: str | None, family: str | None = None, follow_symlinks: bool = False
-) -> tuple[Any, Any, Any]:
+def describe(checkpoint: str | None, family: str | None = None, follow_symlinks: bool = False) -> tuple[Any, Any, Any]:
     """(family, models, defaults) of a repository, or of a published one that is not downloaded."""
     from jvdiff import pipeline
 

@@ -23,8 +23,9 @@ def locate(name: str | Path, *, download: bool = True, tell: Callable[[str], Non
     What is there already is not downloaded again; where the hub cannot be reached, the cached commit is taken.
 
     Args:
-        name: in this order a folder (of a repository in the hub's cache, models--OWNER--NAME, its snapshot); a checkpoint that comes with jvdiff ("digits", or "checkpoints/digits" where no
-            such folder is); a repository of the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION.
+        name: in this order a folder (of a repository in the hub's cache, models--OWNER--NAME: its snapshot); a
+            checkpoint that comes with jvdiff ("digits", or "checkpoints/digits" where no such folder is); a repository
+            of the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION.
         download: False takes from the hub's cache alone.
         tell: called with a line before the hub is asked; a progress bar comes with huggingface_hub.
 
