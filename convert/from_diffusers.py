@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jvdiff.config import expanded
 from jvdiff.errors import UsageError
 from jvdiff.models.family import Family, Part
 from jvdiff.pipeline.repository import Repository, inspect
@@ -48,6 +49,7 @@ def find(
     source: str, revision: str | None = None, tell: Callable[[str], None] = lambda line: None
 ) -> tuple[Path, dict[str, Any]]:
     """The source's folder (`jvdiff.weights.locate`), and what the manifest says of where it came from."""
+    source = expanded("source", source)
     there = Path(source).exists()
     folder = locate(source if there or not revision else f"{source}@{revision}", tell=tell)
     name = folder.resolve().name
@@ -88,6 +90,7 @@ def convert(
         JvdiffError: see `jvdiff.pipeline.repository.inspect`, `jvdiff.weights.safetensors`,
             `jvdiff.weights.naming.check`, `jvdiff.runtime.staging.staged`.
     """
+    target = Path(expanded("target", target))
     check_target(target.absolute(), overwrite)
     repository = inspect(source, family=family, follow_symlinks=follow_symlinks)
     source = repository.path  # where `source` is a name, the folder that it names

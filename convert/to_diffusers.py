@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jvdiff.config import expanded
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models.family import Family, Part, read_config
 from jvdiff.pipeline.repository import inspect
@@ -62,6 +63,7 @@ def to_hf(
     verify_files(source)
     folders = {name: source / name for name in configs}
     if vae is not None:
+        vae = Path(expanded("vae", vae))
         if "vae" not in parts:
             raise UsageError(f"{source}: {repository.family.name} has no part vae; leave --vae out.")
         folders["vae"] = vae

@@ -15,6 +15,8 @@ import importlib.machinery
 import logging
 import math
 import numbers
+import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -45,6 +47,7 @@ def option(
     note: str = "",
     check: Callable[[str, Any], None] | None = None,
     prose: bool = False,
+    path: bool = False,
 ) -> Any:
     """A field of a group of options.
 
@@ -58,9 +61,10 @@ def option(
         note: what the message about a value out of range adds.
         check: (name, value) raises UsageError for what type, range and choices do not tell.
         prose: the value is a person's words: on a command line `none` is one of them.
+        path: text is a path, or a name that may be one (see `expanded`); options of type Path are so anyway.
     """
     told = {"help": help, "low": low, "high": high, "choices": choices, "note": note, "check": check, "prose": prose}
-    return dataclasses.field(default=default, metadata=told)
+    return dataclasses.field(default=default, metadata=told | {"path": path})
 
 
 def names(group: Any) -> tuple[str, ...]:
@@ -86,6 +90,12 @@ class Option(NamedTuple):
     def kinds(self) -> tuple[Any, ...]:
         """The types that a value may have, None apart."""
         return _kinds(self.kind)
+
+    def expanded(self, value: Any) -> Any:
+        """The value, where it is a path as `expanded` gives it."""
+        if isinstance(value, str | Path) and (self.told.get("path") or Path in self.kinds):
+            return type(value)(expanded(self.path, value))
+        return value
 
     @property
     def required(self) -> bool:
@@ -293,6 +303,42 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+# --------------------------------------------------------------------------------------------------------------- paths
+
+
+def expanded(name: str, given: str | os.PathLike) -> str:
+    """What a user typed as a path; name: of the option, for messages.
+
+    `~` and `~USER` at its beginning are home folders, whether a shell has seen it or not (behind `=`, in quotes, in a
+    configuration, in Python); `./~` is a folder of that name. Variables stay as they are. What is relative is so to the
+    working directory.
+
+    Raises:
+        UsageError: it is empty, an address, or of a user who has no home folder here.
+    """
+    text = os.fspath(given)
+    if not text or "\0" in text:
+        raise UsageError(f"{name} is {text!r:.80}; expected a path.")
+    if address := re.match(r"(?i)(file:/*(?=/)|[a-z][a-z0-9+.-]*://|https?:/)", text):
+        hub = re.match(r"https?:/+(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", text)
+        meant = hub[1] if hub else text[address.end() :] if address[0].lower().startswith("file") else ""
+        hint = f", for instance {meant:.200}" if meant else ""
+        raise UsageError(f"{name} is {text!r:.200}, an address; expected a path on this machine, or a name{hint}.")
+    path = os.path.expanduser(text)
+    if text.startswith("~") and path == text:
+        user = text[1:].partition("/")[0]
+        whose = f"a home folder of {user!r:.80}" if user else "your home folder (HOME is not set)"
+        raise UsageError(f"{name} is {text!r:.200}, and {whose} is not known; ./{text:.100} is a folder of that name.")
+    return os.path.abspath(path) if str(Path(path)).startswith("~") else path  # a Path has no ./ any more
+
+
+def root_of_shipped(text: str) -> str:
+    """`checkpoints/...` as a path of what ships with jvdiff; other text, and what does not ship, as it is."""
+    first, *rest = Path(text).parts or ("",)
+    there = shipped("checkpoints").joinpath(*rest)
+    return str(there) if first == "checkpoints" and rest and there.exists() else text
+
+
 # ------------------------------------------------------------------------------------------------------ configurations
 
 
@@ -302,8 +348,8 @@ def find(name: str) -> Path:
     Raises:
         UsageError: there is no such file; the message has the nearest name.
     """
-    if (path := Path(name)).is_file():
-        return path
+    if os.path.isfile(name := expanded("config", name)):
+        return Path(name)
     folder = shipped("configs")
     stem = name.removeprefix("configs/").removesuffix(".py")
     known = sorted(path.stem for path in folder.glob("*.py"))
@@ -324,7 +370,7 @@ def load(name: str) -> ConfigDict:
     """
     from ml_collections import ConfigDict
 
-    stem, *argument = (name,) if Path(name).is_file() else name.split(":", 1)
+    stem, *argument = (name,) if os.path.isfile(expanded("config", name)) else name.split(":", 1)
     path = find(stem)
     loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
     module = types.ModuleType(path.stem)

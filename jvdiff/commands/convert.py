@@ -20,6 +20,7 @@ from typing import Any
 from jvdiff import config as configs
 from jvdiff.commands import arguments, options
 from jvdiff.commands.arguments import Command, Section
+from jvdiff.commands.command_line import plain_logs
 from jvdiff.errors import Interrupted, UsageError
 
 
@@ -59,7 +60,6 @@ def _convert(values: Mapping[str, Any]) -> None:
         raise UsageError("give --source to convert, or --verify to read the target again. --help lists all flags.")
     _leave_the_gpu()
     from jvdiff import models
-    from jvdiff.commands.command_line import plain_logs
     from jvdiff.convert.from_diffusers import convert, find, verify  # pyright: ignore[reportMissingImports]
 
     start, target, family = time.monotonic(), values["target"], models.named(values["family"])
@@ -80,7 +80,7 @@ def _to_hf(values: Mapping[str, Any]) -> None:
     from jvdiff.convert import to_diffusers  # pyright: ignore[reportMissingImports]
 
     family = models.named(values["family"])
-    how = {"family": family, "follow_symlinks": values["follow_symlinks"]}
+    how: dict[str, Any] = {"family": family, "follow_symlinks": values["follow_symlinks"]}
     to_diffusers.to_hf(values["source"], values["target"], values["dtype"], values["vae"], **how)
     print(f"{values['target']}: complete")
 
@@ -107,6 +107,7 @@ def _tell(line: str) -> None:
     print(line, flush=True)
 
 
+@plain_logs(level=logging.WARNING)
 def _run(command: Command, work: Callable[[Mapping[str, Any]], None], argv: Sequence[str] | None) -> int:
     """Reads a command line and does what it says; errors become one message and an exit status, SIGTERM is Ctrl-C."""
     _asked_to_stop.clear()

@@ -142,7 +142,7 @@ def run(request: Request) -> list[Path]:
     if config.checkpoint is None:
         raise UsageError("no checkpoint; give --checkpoint=FOLDER.")
     output = command_line.writable(config.output, "output")
-    how = {"family": models.named(config.family), "follow_symlinks": config.follow_symlinks}
+    how: dict[str, Any] = {"family": models.named(config.family), "follow_symlinks": config.follow_symlinks}
     repository = pipeline.inspect(_folder(config.checkpoint), at_once=True, **how)
     problems: list[str] = []
     if config.resume is not None:

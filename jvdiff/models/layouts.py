@@ -133,7 +133,7 @@ def _single_files(path: Path, names: Sequence[str]) -> str | None:
     if below and not any((p.parent / "config.json").is_file() for p in below):
         return (
             f"single files of weights ({below[0].name}), as ComfyUI takes them.\n"
-            "Expected the folder of a Diffusers repository; one of the same model is usually called OWNER/NAME-Diffusers."
+            "Expected the folder of a Diffusers repository; that of the same model is usually OWNER/NAME-Diffusers."
         )
     if any(Path(name).suffix in _PICKLES for name in names):
         return (

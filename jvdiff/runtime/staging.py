@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jvdiff.config import expanded
 from jvdiff.errors import CheckpointError, JvdiffError, ResourceError, UsageError
 from jvdiff.runtime.verdict import unfinished
 
@@ -49,7 +50,7 @@ def staged(
         CheckpointError: another process is writing it.
         ResourceError: disk or memory are full.
     """
-    target = Path(os.path.abspath(path))
+    target = Path(os.path.abspath(expanded("target", path)))
     check_target(target, overwrite, manifest)
     _check_space(target, needed)
     with lock(target):

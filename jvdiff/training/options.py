@@ -60,7 +60,7 @@ class Training:
     """Fields of every training."""
 
     task: str = option(None, "what is trained; each task has fields of its own")
-    folder: str = option(None, "where the run lives: config.json, state/, metrics.jsonl, and the result")
+    folder: str = option(None, "where the run lives: config.json, state/, metrics.jsonl, and the result", path=True)
     seed: int = option(None, "of weights, data and noise")
     schedule: Schedule = option(None, "optimisation")
     loop: Loop = option(None, "mesh, saving, logging")
@@ -72,7 +72,9 @@ class Going:
 
     family: str | None = family()
     allow_changes: bool = option(False, "go on in `folder` though fields that decide numbers are other ones now")
-    compile_cache: str | None = option(None, 'a folder of your own, or "off"; none: the user\'s cache folder')
+    compile_cache: str | None = option(
+        None, 'a folder of your own, or "off"; none: the user\'s cache folder', path=True
+    )
     follow_symlinks: bool = follow_symlinks()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jvdiff.config import nearest, shipped
+from jvdiff.config import expanded, nearest, shipped
 from jvdiff.errors import CheckpointError, ResourceError, UsageError
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
@@ -35,6 +35,8 @@ def locate(name: str | Path, *, download: bool = True, tell: Callable[[str], Non
         CheckpointError: not in the hub's cache, and the hub cannot be reached or has no such repository.
         ResourceError: the disk is full.
     """
+    if name and "\0" not in str(name):
+        name = type(name)(expanded("checkpoint", name))
     if name and os.path.exists(name):  # where Path.exists raises, for instance on a name too long, this is False
         return _stands_for(Path(name))
     ours = _ours()

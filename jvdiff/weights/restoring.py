@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jvdiff.config import expanded
 from jvdiff.errors import MissingTensor, ShapeMismatch, UsageError
 from jvdiff.types import Params
 from jvdiff.weights import safetensors as reader
@@ -90,7 +91,7 @@ def restore(
         CheckpointError: damaged or unusable files; see `jvdiff.weights.safetensors`.
         UsageError: the transform gives something other than its `abstract` says.
     """
-    path, wanted = Path(folder), flatten(abstract)
+    path, wanted = Path(expanded("folder", folder)), flatten(abstract)
     reader.weight_sets(path, stem)  # raises where there are two
     if (path / PARAMS).is_dir():
         if verify:

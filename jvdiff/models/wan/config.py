@@ -194,7 +194,8 @@ class VAEConfig:
                 )
         names, derived = cls.__dataclass_fields__, ("decoder_base_dim", *_SCALES)
         known = known_fields("vae config.json", fields, (*names, *supported, *derived, "dropout"))
-        cfg = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items() if k in names})
+        own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items() if k in names}
+        cfg = cls(**own)
         sizes = {"decoder_base_dim": cfg.base_dim, **cfg._scales()}
         for key in derived:
             if known.get(key, None) not in (sizes[key], None):
