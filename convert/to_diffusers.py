@@ -14,6 +14,7 @@ import numpy as np
 
 from jvdiff.config import expanded
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.models import layouts
 from jvdiff.models.family import Family, Part, read_config
 from jvdiff.pipeline.repository import inspect
 from jvdiff.runtime.staging import staged
@@ -70,6 +71,7 @@ def to_hf(
         if not (vae / orbax.PARAMS).is_dir():
             raise UsageError(
                 f"{vae}: is not an Orbax directory of a VAE. Give the result of training one (its `vae` folder)."
+                f"{layouts.inside(vae, 'vae')}"
             )
         if read_config(vae, parts["vae"]) != configs["vae"]:
             raise UsageError(

@@ -23,7 +23,7 @@ from jvdiff.digits import tokenizer as digits_tokenizer
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.kernels import BlockCausal, VideoSparse, sparsity_schedule
 from jvdiff.kernels.patterns import read as read_pattern
-from jvdiff.models import wan
+from jvdiff.models import layouts, wan
 from jvdiff.models.family import Models, read_config, read_weights
 from jvdiff.models.text import tokenizer, umt5
 from jvdiff.models.wan import reconstruction
@@ -323,7 +323,7 @@ def _patterns(config: Any, heads: int) -> Callable[[int], wan.Pattern]:
     return at
 
 
-def _links(config: Any) -> dict[str, bool]:
+def _links(config: Any) -> dict[str, Any]:
     return {"follow_symlinks": bool(config.get("follow_symlinks"))}
 
 
@@ -348,7 +348,8 @@ def _initial(config: Any, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config, placeme
 def _vae_config(folder: Path) -> wan.VAEConfig:
     """The configuration of a VAE: the result of a training, or the `vae` folder of a repository."""
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder}: no trained VAE there; run configs/train_digits_vae.py first.")
+        hint = layouts.inside(folder, "vae")
+        raise UsageError(f"{folder}: no trained VAE there; run configs/train_digits_vae.py first.{hint}")
     return read_config(folder, VAE)
 
 

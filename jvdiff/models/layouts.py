@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jvdiff.errors import CheckpointError, JvdiffError, UnsafeFormat
+from jvdiff.errors import CheckpointError, JvdiffError, UnsafeFormat, UsageError
 
 INDEX = "model_index.json"
 _UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")  # suffixes that programs give to half a download
 _PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".pickle")
+
+
+def check(path: Path, families: Sequence[str] = ()) -> None:
+    """Raises UsageError where there is nothing, and `misread` where there is something else than a repository."""
+    if not path.exists():
+        raise UsageError(f"{path}: no such folder.\nExpected a Diffusers repository or a converted one.")
+    if not os.path.lexists(path / INDEX):
+        raise misread(path, families)
+
+
+def inside(folder: Path, part: str) -> str:
+    """A sentence, where a part was asked for and the folder is what holds it; else empty."""
+    there = folder / part
+    return f" The {part} in it is {there}; give that." if (there / "config.json").is_file() else ""
 
 
 def misread(path: Path, families: Sequence[str] = ()) -> JvdiffError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -109,10 +108,7 @@ def check_at_once(path: Path, family: Family, at_once: bool) -> None:
 
 def _model_index(path: Path) -> dict[str, Any]:
     """model_index.json of a folder, which names classes of known libraries only; jvdiff never imports them."""
-    if not path.exists():
-        raise UsageError(f"{path}: no such folder.\nExpected a Diffusers repository or a converted one.")
-    if not os.path.lexists(path / layouts.INDEX):
-        raise layouts.misread(path, [f"{families.__name__}.{package}" for package in families.FAMILIES])
+    layouts.check(path, [f"{families.__name__}.{package}" for package in families.FAMILIES])
     index = safetensors.read_json(path / layouts.INDEX)
     for name, value in index.items():
         component = isinstance(value, list) and (path / name).is_dir()  # other lists are data, names of labels for one
