@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jvdiff.config import expanded
 from jvdiff.errors import UsageError
 from jvdiff.models.family import Family, Part
 from jvdiff.pipeline.repository import Repository, inspect
@@ -48,6 +49,7 @@ def find(
     source: str, revision: str | None = None, tell: Callable[[str], None] = lambda line: None
 ) -> tuple[Path, dict[str, Any]]:
     """The source's folder (`jvdiff.weights.locate`), and what the manifest says of where it came from."""
+    source = expanded("source", source)
     there = Path(source).exists()
     folder = locate(source if there or not revision else f"{source}@{revision}", tell=tell)
     name = folder.resolve().name
@@ -79,7 +81,7 @@ def convert(
             `Part.keeps_dtype`: a VAE is small, and pictures show bfloat16 in flat areas.
         overwrite: swap an existing converted directory for the new one, once that is complete.
         allow_nonfinite: keep NaN and infinity, and count them in the manifest.
-        follow_symlinks: allow weight files that are links out of the repository.
+        follow_symlinks: allow files that are links out of the repository.
         origin: where the source came from, for the manifest.
         family: your own Family, where the repository is of none that jvdiff has; None: as its files say.
         tell: called with a line on the progress now and then.
@@ -88,8 +90,9 @@ def convert(
         JvdiffError: see `jvdiff.pipeline.repository.inspect`, `jvdiff.weights.safetensors`,
             `jvdiff.weights.naming.check`, `jvdiff.runtime.staging.staged`.
     """
+    target = Path(expanded("target", target))
     check_target(target.absolute(), overwrite)
-    repository = inspect(source, family=family)
+    repository = inspect(source, family=family, follow_symlinks=follow_symlinks)
     source = repository.path  # where `source` is a name, the folder that it names
     if repository.kind == "orbax":
         raise UsageError(f"{source}: is converted already. Give the Hugging Face folder.")
@@ -153,7 +156,7 @@ def copy_small_files(repository: Repository, target: Path) -> None:
     for folder, patterns in folders.items():
         (target / folder).mkdir(exist_ok=True)
         for file in sorted(p for pattern in patterns for p in (source / folder).glob(pattern)):
-            reader.check_link(file, source)
+            reader.check_link(file, source, repository.follow_symlinks)
             shutil.copyfile(file, target / folder / file.name)
 
 

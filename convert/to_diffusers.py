@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from jvdiff.config import expanded
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.models import layouts
 from jvdiff.models.family import Family, Part, read_config
 from jvdiff.pipeline.repository import inspect
 from jvdiff.runtime.staging import staged
@@ -34,6 +36,7 @@ def to_hf(
     vae: Path | None = None,
     *,
     family: Family | None = None,
+    follow_symlinks: bool = False,
 ) -> None:
     """Writes the folder, complete or not at all.
 
@@ -43,6 +46,7 @@ def to_hf(
         dtype: a key of DTYPES for all weights; None keeps them as they are.
         vae: a VAE that takes the place of the source's, with the same configuration: one whose decoder was trained on.
         family: your own Family, where the repository is of none that jvdiff has; None: as its files say.
+        follow_symlinks: allow files that are links out of the repository.
 
     Raises:
         UsageError: `target` exists; `source` is a Hugging Face folder already, its family has no published layout, or
@@ -50,7 +54,7 @@ def to_hf(
         IntegrityError, CheckpointError: `source` is damaged, or holds numbers too large for `dtype`.
         ResourceError: the disk is full.
     """
-    repository = inspect(source, family=family)
+    repository = inspect(source, family=family, follow_symlinks=follow_symlinks)
     source = repository.path  # where `source` is a name, the folder that it names
     configs, parts = repository.models.configs, repository.family.parts
     if unpublished := [name for name in configs if parts[name].names is None]:
@@ -60,12 +64,14 @@ def to_hf(
     verify_files(source)
     folders = {name: source / name for name in configs}
     if vae is not None:
+        vae = Path(expanded("vae", vae))
         if "vae" not in parts:
             raise UsageError(f"{source}: {repository.family.name} has no part vae; leave --vae out.")
         folders["vae"] = vae
         if not (vae / orbax.PARAMS).is_dir():
             raise UsageError(
                 f"{vae}: is not an Orbax directory of a VAE. Give the result of training one (its `vae` folder)."
+                f"{layouts.inside(vae, 'vae')}"
             )
         if read_config(vae, parts["vae"]) != configs["vae"]:
             raise UsageError(

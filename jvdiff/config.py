@@ -10,16 +10,20 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib.machinery
+import logging
 import math
 import numbers
+import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from jvdiff.errors import UsageError
+from jvdiff.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _COMPOUND = {tuple: "a tuple", list: "a list", dict: "a dict", Path: "a path"}
+# What diffusers and transformers stamp on every file that they write.
+_STAMPS = ("_class_name", "_diffusers_version", "_name_or_path", "_commit_hash", "_attn_implementation_autoset")
+_log = logging.getLogger("jvdiff")
 _TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}  # as absl has it
 
 
@@ -40,6 +47,7 @@ def option(
     note: str = "",
     check: Callable[[str, Any], None] | None = None,
     prose: bool = False,
+    path: bool = False,
 ) -> Any:
     """A field of a group of options.
 
@@ -53,9 +61,10 @@ def option(
         note: what the message about a value out of range adds.
         check: (name, value) raises UsageError for what type, range and choices do not tell.
         prose: the value is a person's words: on a command line `none` is one of them.
+        path: text is a path, or a name that may be one (see `expanded`); options of type Path are so anyway.
     """
     told = {"help": help, "low": low, "high": high, "choices": choices, "note": note, "check": check, "prose": prose}
-    return dataclasses.field(default=default, metadata=told)
+    return dataclasses.field(default=default, metadata=told | {"path": path})
 
 
 def names(group: Any) -> tuple[str, ...]:
@@ -81,6 +90,12 @@ class Option(NamedTuple):
     def kinds(self) -> tuple[Any, ...]:
         """The types that a value may have, None apart."""
         return _kinds(self.kind)
+
+    def expanded(self, value: Any) -> Any:
+        """The value, where it is a path as `expanded` gives it."""
+        if isinstance(value, str | Path) and (self.told.get("path") or Path in self.kinds):
+            return type(value)(expanded(self.path, value))
+        return value
 
     @property
     def required(self) -> bool:
@@ -254,10 +269,74 @@ def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
         )
 
 
+def known_fields(where: str, given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """The fields of a file that are known: one rule for whatever describes a model, its scheduler or its defaults.
+
+    An unknown field passes, and is told once, where it can ask for nothing: it is null or false, or begins with `_`.
+
+    Raises:
+        CheckpointError: any other unknown field, since what it asks for would not be done.
+    """
+    known = tuple(known)
+    unknown = {name: value for name, value in given.items() if name not in known}
+    passed = [name for name, value in unknown.items() if value is None or value is False or name.startswith("_")]
+    for name in unknown.keys() - {*passed}:
+        raise CheckpointError(
+            f"{where}: unknown field {name!r:.80} = {unknown[name]!r:.80}{nearest(name, known)}.\n"
+            "What it asks for is not known here. Compare the file with the repository that it came from,\n"
+            "or remove the field if it has no effect."
+        )
+    if names := [name for name in passed if name not in _STAMPS]:
+        tell_once(f"{where}: passed over, since they ask for nothing: {', '.join(names):.200}")
+    return {name: value for name, value in given.items() if name in known}
+
+
+@functools.cache
+def tell_once(line: str) -> None:
+    """Logs a line about what a user's files say, the first time that it comes up."""
+    _log.warning("%s", line)
+
+
 def nearest(name: Any, known: Iterable[str]) -> str:
     """The middle of a sentence about an unknown name: which of those that are known may be meant, if any."""
     close = difflib.get_close_matches(str(name), list(known), 1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+# --------------------------------------------------------------------------------------------------------------- paths
+
+
+def expanded(name: str, given: str | os.PathLike) -> str:
+    """What a user typed as a path; name: of the option, for messages.
+
+    `~` and `~USER` at its beginning are home folders, whether a shell has seen it or not (behind `=`, in quotes, in a
+    configuration, in Python); `./~` is a folder of that name. Variables stay as they are. What is relative is so to the
+    working directory.
+
+    Raises:
+        UsageError: it is empty, an address, or of a user who has no home folder here.
+    """
+    text = os.fspath(given)
+    if not text or "\0" in text:
+        raise UsageError(f"{name} is {text!r:.80}; expected a path.")
+    if address := re.match(r"(?i)(file:/*(?=/)|[a-z][a-z0-9+.-]*://|https?:/)", text):
+        hub = re.match(r"https?:/+(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", text)
+        meant = hub[1] if hub else text[address.end() :] if address[0].lower().startswith("file") else ""
+        hint = f", for instance {meant:.200}" if meant else ""
+        raise UsageError(f"{name} is {text!r:.200}, an address; expected a path on this machine, or a name{hint}.")
+    path = os.path.expanduser(text)
+    if text.startswith("~") and path == text:
+        user = text[1:].partition("/")[0]
+        whose = f"a home folder of {user!r:.80}" if user else "your home folder (HOME is not set)"
+        raise UsageError(f"{name} is {text!r:.200}, and {whose} is not known; ./{text:.100} is a folder of that name.")
+    return os.path.abspath(path) if str(Path(path)).startswith("~") else path  # a Path has no ./ any more
+
+
+def root_of_shipped(text: str) -> str:
+    """`checkpoints/...` as a path of what ships with jvdiff; other text, and what does not ship, as it is."""
+    first, *rest = Path(text).parts or ("",)
+    there = shipped("checkpoints").joinpath(*rest)
+    return str(there) if first == "checkpoints" and rest and there.exists() else text
 
 
 # ------------------------------------------------------------------------------------------------------ configurations
@@ -269,8 +348,8 @@ def find(name: str) -> Path:
     Raises:
         UsageError: there is no such file; the message has the nearest name.
     """
-    if (path := Path(name)).is_file():
-        return path
+    if os.path.isfile(name := expanded("config", name)):
+        return Path(name)
     folder = shipped("configs")
     stem = name.removeprefix("configs/").removesuffix(".py")
     known = sorted(path.stem for path in folder.glob("*.py"))
@@ -291,7 +370,7 @@ def load(name: str) -> ConfigDict:
     """
     from ml_collections import ConfigDict
 
-    stem, *argument = (name,) if Path(name).is_file() else name.split(":", 1)
+    stem, *argument = (name,) if os.path.isfile(expanded("config", name)) else name.split(":", 1)
     path = find(stem)
     loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
     module = types.ModuleType(path.stem)

@@ -7,6 +7,7 @@ what was given. `--x=value`, `--x value` and `--config.x=value` are the same, fo
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
 import typing
@@ -167,6 +168,8 @@ def parse(command: Command, argv: Sequence[str]) -> Request:
         with config.unlocked():
             config.update({name: value for name, value in fresh.items() if name not in config})
     sections = command.sections(config, line.texts)
+    if file and configs.find(file).is_relative_to(configs.shipped("configs")):
+        _root(config, sections)
     flags = _known_flags(command, line, sections, config)
     command.before(config, [path for path, _ in flags])
     given: dict[str, Any] = {}
@@ -277,6 +280,16 @@ def _known_flags(command: Command, line: Line, sections: Sequence[Section], conf
     return typing.cast("tuple[tuple[str, str], ...]", line.flags)
 
 
+def _root(config: Any, sections: Sequence[Section]) -> None:
+    """Paths in a configuration that ships are of what ships beside it, wherever the command was started."""
+    for section in sections:
+        for path, each in section.options.items():
+            if isinstance(value := _at(config, path), str) and each.told.get("path"):
+                place = configs.root_of_shipped(value)
+                if not (os.path.exists(value) and os.path.exists(place) and os.path.samefile(value, place)):
+                    _put(config, path, place)
+
+
 def _closed(each: Option) -> bool:
     """Whether the names inside a field are known beforehand."""
     return any(dataclasses.is_dataclass(kind) for kind in each.kinds) and dict not in {
@@ -306,7 +319,7 @@ def _value(path: str, text: str, sections: Sequence[Section], config: Any) -> An
         value = configs.read(path, text, each.kind, each.told["prose"])
         if value is not None:
             configs.check(path, value, each.told)
-        return value
+        return each.expanded(value)
     parents = [options[p] for p in (path.rsplit(".", n)[0] for n in range(1, path.count(".") + 1)) if p in options]
     inner = [typing.get_args(kind) for each in parents[:1] for kind in each.kinds if typing.get_origin(kind) is dict]
     if inner and inner[0][1] is str:
@@ -356,13 +369,18 @@ def merged(old: Any, new: Any) -> dict[str, Any]:
 
 
 def check_values(config: Any, options: Mapping[str, Option]) -> None:
-    """Raises UsageError for a value of another type, out of range or not among the choices, whoever has set it."""
+    """Raises UsageError for a value of another type, out of range or not among the choices, whoever has set it.
+
+    Paths that a configuration has set are expanded, as those of flags are when they are read.
+    """
     for path, each in options.items():
         value = _at(config, path)
         if value is None or any(map(dataclasses.is_dataclass, each.kinds)):
             continue
         value = dict(value) if _is_dict(value) else tuple(value) if isinstance(value, list) else value
         configs.check(path, configs.typed(path, value, each.kind), each.told)
+        if (place := each.expanded(value)) != value:
+            _put(config, path, place)
 
 
 # Fields that say which command a configuration is for.

@@ -27,6 +27,22 @@ STOPPED = 130, "stopped at once; nothing more was saved."
 LARGE = 500_000_000  # parameters; on a CPU such models take hours
 
 
+@contextlib.contextmanager
+def plain_logs(room: str = "jvdiff", level: int = logging.INFO) -> Iterator[None]:
+    """Shows what jvdiff, or a room of it, logs as plain lines on stderr, whatever format other packages have set."""
+    logger = logging.getLogger(room)
+    before = logger.handlers, logger.level, logger.propagate
+    logger.handlers = [logging.StreamHandler()]
+    logger.setLevel(level if peers.writes() else logging.ERROR)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.handlers, _, logger.propagate = before
+        logger.setLevel(before[1])
+
+
+@plain_logs(level=logging.WARNING)
 @command(*STOPPED)
 def main(
     argv: Sequence[str] | None,
@@ -220,22 +236,6 @@ def say_device(params: Any, mesh: Any) -> None:
     say(f"device: {several}{device.device_kind} ({jax.default_backend()}){shared}, jax {jax.__version__}")
     if jax.default_backend() == "cpu" and count >= LARGE:
         say("warning: no GPU was found; a model of this size takes hours on a CPU (see docs for the GPU extras)")
-
-
-@contextlib.contextmanager
-def plain_logs(room: str = "jvdiff") -> Iterator[None]:
-    """Shows what jvdiff, or a room of it, logs as plain lines on stderr, whatever format other packages have set."""
-    logger, handler = logging.getLogger(room), logging.StreamHandler()
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO if peers.writes() else logging.ERROR)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
 
 
 def compile_cache(where: str | None) -> None:

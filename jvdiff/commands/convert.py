@@ -77,7 +77,8 @@ def _to_hf(values: Mapping[str, Any]) -> None:
     from jvdiff.convert import to_diffusers  # pyright: ignore[reportMissingImports]
 
     family = models.named(values["family"])
-    to_diffusers.to_hf(values["source"], values["target"], values["dtype"], values["vae"], family=family)
+    how: dict[str, Any] = {"family": family, "follow_symlinks": values["follow_symlinks"]}
+    to_diffusers.to_hf(values["source"], values["target"], values["dtype"], values["vae"], **how)
     print(f"{values['target']}: complete")
 
 
@@ -98,6 +99,7 @@ def _tell(line: str) -> None:
     print(line, flush=True)
 
 
+@command_line.plain_logs(level=logging.WARNING)
 @interrupts.command(Interrupted.exit_code, _STOPPED)
 def _run(command: Command, work: Callable[[Mapping[str, Any]], None], argv: Sequence[str] | None) -> int:
     """Reads a command line and does what it says; errors become one message and an exit status."""

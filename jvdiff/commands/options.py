@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.config import option
-from jvdiff.models.options import family
+from jvdiff.models.options import family, follow_symlinks
 from jvdiff.runtime.peers import Processes
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -22,10 +22,10 @@ class Content:
 
     prompt: str | tuple[str, ...] | None = option(None, "a text, or a tuple of them: ('one', 'two')", prose=True)
     prompts: str | None = option(
-        None, "a file, one video a line: text, or JSONL objects with prompt, id, seed and settings"
+        None, "a file, one video a line: text, or JSONL objects with prompt, id, seed and settings", path=True
     )
     class_label: int | str | tuple[Any, ...] | None = option(None, "a class by name or number, or a tuple of them")
-    image: str | None = option(None, "a picture's file, for models that take one")
+    image: str | None = option(None, "a picture's file, for models that take one", path=True)
     seed: int | None = option(None, "video i gets seed + i; none draws one and prints it")
 
 
@@ -34,23 +34,26 @@ class Weights:
     """weights and devices"""
 
     checkpoint: str | None = option(
-        None, "a Hugging Face (diffusers) folder, what `convert` made of one, or the name of one that ships"
+        None, "a Hugging Face (diffusers) folder, what `convert` made of one, or the name of one that ships", path=True
     )
     family: str | None = family()
     precision: str | None = option(None, "none: what the device is good at", choices=("float32", "bfloat16"))
     mesh: str | dict[str, int] | None = option(
         None, "several devices: sequence=4,tensor=2, or auto (the smallest that fits); none: one"
     )
-    compile_cache: str | None = option(None, 'a folder of your own, or "off"; none: the user\'s cache folder')
+    compile_cache: str | None = option(
+        None, 'a folder of your own, or "off"; none: the user\'s cache folder', path=True
+    )
+    follow_symlinks: bool = follow_symlinks()
 
 
 @dataclass(frozen=True)
 class Output:
     """output"""
 
-    output: str = option("out", "the folder of the files")
+    output: str = option("out", "the folder of the files", path=True)
     save_arrays: bool = option(False, "NAME.npz too: latents float32 [T,H,W,C] and video uint8 [F,Y,X,3]")
-    resume: str | None = option(None, "a .state folder, to go on with")
+    resume: str | None = option(None, "a .state folder, to go on with", path=True)
     stop_at: int | None = option(None, "stop after this step and save the state", low=1)
     preview_every: int = option(0, "write NAME.preview.png, a rough strip of all latent frames, every N steps", low=0)
 
@@ -81,7 +84,7 @@ class StreamContent:
     )
     negative_prompt: str | None = option(None, "what guidance leads away from", prose=True)
     reencode: bool = option(False, "at a change of the prompt, see the past as if it had been made under the new one")
-    image: str | None = option(None, "a picture's file to begin with, for a pipeline with an ImageEncoder")
+    image: str | None = option(None, "a picture's file to begin with, for a pipeline with an ImageEncoder", path=True)
     seed: int | None = option(None, "none draws one and prints it")
     chunks: int = option(0, "how many in all; 0: until Ctrl-C", low=0)
     fps: int | None = option(None, "frames a second; only written into the file", low=1, high=240)
@@ -92,7 +95,9 @@ class StreamModel:
     """pipeline, weights and devices"""
 
     checkpoint: str | None = option(
-        None, "a causal repository: a Hugging Face folder, what `convert` made of one, or the name of one that ships"
+        None,
+        "a causal repository: a Hugging Face folder, what `convert` made of one, or the name of one that ships",
+        path=True,
     )
     family: str | None = family()
     pipeline: dict[str, Any] | None = option(
@@ -103,16 +108,19 @@ class StreamModel:
     precision: str | None = option(None, "none: what the device is good at", choices=("float32", "bfloat16"))
     mesh: str | dict[str, int] | None = option(None, "several devices: sequence=4,tensor=2; none: one")
     profile: bool = option(True, "milliseconds of each stage, for which each is waited for; false: a little faster")
-    compile_cache: str | None = option(None, 'a folder of your own, or "off"; none: the user\'s cache folder')
+    compile_cache: str | None = option(
+        None, 'a folder of your own, or "off"; none: the user\'s cache folder', path=True
+    )
+    follow_symlinks: bool = follow_symlinks()
 
 
 @dataclass(frozen=True)
 class StreamOutput:
     """output"""
 
-    output: str = option("out", "the folder of the files")
+    output: str = option("out", "the folder of the files", path=True)
     name: str | None = option(None, "of the files; none: from prompt and seed")
-    resume: str | None = option(None, "a .state folder; goes on in its video, up to `chunks` in all")
+    resume: str | None = option(None, "a .state folder; goes on in its video, up to `chunks` in all", path=True)
     save_every: int = option(0, "save the state every N chunks and at the end; 0: when interrupted only", low=0)
 
 
@@ -126,14 +134,14 @@ STREAM = (StreamContent, StreamModel, StreamOutput)
 class Convert:
     """what to convert"""
 
-    source: str | None = option(None, "a Diffusers folder, or a repository on the hub (OWNER/NAME)")
+    source: str | None = option(None, "a Diffusers folder, or a repository on the hub (OWNER/NAME)", path=True)
     revision: str | None = option(None, "branch, tag or commit of a repository on the hub")
     target: Path = option(None, "the Orbax directory to write")
     dtype: str | None = option(None, "of the large parts; none: as stored", choices=DTYPES)
     overwrite: bool = option(False, "replace a directory that was converted before")
     verify: bool = option(False, "read the target again; without a source that alone")
     allow_nonfinite: bool = option(False, "keep NaN and infinity in the weights")
-    follow_symlinks: bool = option(False, "allow links to files elsewhere")
+    follow_symlinks: bool = follow_symlinks()
     family: str | None = family()
 
 
@@ -145,6 +153,7 @@ class ToHf:
     target: Path = option(None, "the folder to write")
     dtype: str | None = option(None, "of all weights; none: as stored", choices=DTYPES)
     vae: Path | None = option(None, "a trained VAE that takes the place of the source's")
+    follow_symlinks: bool = follow_symlinks()
     family: str | None = family()
 
 

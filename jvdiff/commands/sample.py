@@ -142,7 +142,8 @@ def run(request: Request) -> list[Path]:
     if config.checkpoint is None:
         raise UsageError("no checkpoint; give --checkpoint=FOLDER.")
     output = command_line.writable(config.output, "output")
-    repository = pipeline.inspect(_folder(config.checkpoint), at_once=True, family=models.named(config.family))
+    how: dict[str, Any] = {"family": models.named(config.family), "follow_symlinks": config.follow_symlinks}
+    repository = pipeline.inspect(_folder(config.checkpoint), at_once=True, **how)
     problems: list[str] = []
     if config.resume is not None:
         state = run_state.load(config.resume)

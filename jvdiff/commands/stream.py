@@ -111,9 +111,8 @@ def run(request: Request, began: float | None = None) -> list[Path]:
     if config.name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", config.name):
         raise UsageError(f"name is {config.name!r:.80}; expected up to 100 letters, digits, '-', '_' or '.'.")
     mesh = sharding.read_mesh(config.mesh)
-    repository = pipeline.inspect(
-        locate(config.checkpoint, tell=say), at_once=False, family=models.named(config.family)
-    )
+    how: dict[str, Any] = {"family": models.named(config.family), "follow_symlinks": config.follow_symlinks}
+    repository = pipeline.inspect(locate(config.checkpoint, tell=say), at_once=False, **how)
     if config.resume is None:
         rollout = _new(config, repository)
     else:

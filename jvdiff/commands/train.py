@@ -60,16 +60,9 @@ def parse(argv: Sequence[str]) -> Request:
     request = arguments.parse(COMMAND, argv)
     _check(request.config)
     for name in TRAINED:
-        if isinstance(request.config.get(name), str):
-            request.config[name] = _shipped(request.config[name])
+        if isinstance(given := request.config.get(name), str) and not Path(given).exists():
+            request.config[name] = configs.root_of_shipped(given)
     return request
-
-
-def _shipped(path: str) -> str:
-    """A checkpoint that comes with jvdiff, or a part of one, where there is no folder checkpoints."""
-    first, *rest = Path(path).parts or ("",)
-    there = configs.shipped("checkpoints").joinpath(*rest)
-    return str(there) if first == "checkpoints" and not Path(path).exists() and there.is_dir() else path
 
 
 def run(request: Request) -> list[Path]:

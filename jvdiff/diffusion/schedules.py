@@ -6,13 +6,13 @@ the only places that apply it.
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jvdiff.config import known_fields, tell_once
 from jvdiff.errors import CheckpointError, UsageError
 
 GRIDS = ("diffusers", "training")
@@ -246,6 +246,16 @@ _EULER = {
     "time_shift_type": ("exponential", ("exponential", "linear")),
     "stochastic_sampling": (False, (False,)),
 }
+# Arguments of diffusers' other schedulers. `CLASS.from_config(other.config)`, the documented way to change a scheduler,
+# leaves them in the file that it writes, and the class, which has no such argument, does not see them.
+_OTHERS = frozenset({
+    *_UNIPC, *_EULER,
+    *("algorithm_type", "block_length", "clip_sample", "clip_sample_range", "eta", "euler_at_final", "gamma"),
+    *("interpolation_type", "lambda_min_clipped", "num_inference_steps", "original_inference_steps", "rho"),
+    *("s_churn", "s_max", "s_min", "s_noise", "scale_factors", "scaler", "set_alpha_to_one", "sigma_data"),
+    *("sigma_schedule", "skip_prk_steps", "snr_shift_scale", "stage_range", "stages", "timestep_scaling"),
+    *("timestep_type", "tau_func", "upscale_mode", "use_lu_lambdas", "variance_type"),
+})  # fmt: skip
 _SELF_FORCING_NAME = "SelfForcingFlowMatchScheduler"
 _SELF_FORCING = {
     "num_inference_steps": (100, (1000,)),  # the length of its table, not of a run
@@ -267,8 +277,10 @@ _CLASSES = {  # _class_name: (solver, key of the shift, table)
 def from_scheduler_config(config: Mapping[str, Any]) -> Defaults:
     """Solver, shift and grid of a scheduler_config.json, read as diffusers reads it (absent keys: class defaults).
 
+    Keys that diffusers leaves there of the scheduler before (`from_config`) do nothing, as in diffusers, and are told.
+
     Raises CheckpointError naming the key and its value where diffusers would sample in a way that we do not
-    reproduce, and for a key that neither class has, so that nothing is dropped silently.
+    reproduce, and for a key that no scheduler has, so that nothing is dropped silently.
     """
     name = config.get("_class_name")
     if name not in _CLASSES:
@@ -278,8 +290,21 @@ def from_scheduler_config(config: Mapping[str, Any]) -> Defaults:
             "Use a repository with one of these, or give solver, shift and grid yourself."
         )
     solver, shift_key, table = _CLASSES[name]
-    _check_config(config, table)
-    return Defaults(solver, float(config.get(shift_key, table[shift_key][0])), "diffusers")
+    others = _check_config(config, table)
+    shift = config.get(shift_key, table[shift_key][0])
+    elsewhere = {key: config[key] for _, key, _ in _CLASSES.values() if key in others and config[key] != shift}
+    if elsewhere and shift_key not in config:
+        (key, value), *_ = elsewhere.items()
+        raise CheckpointError(
+            f"{_WHERE}: {key} is {value!r:.80}, and a {name} reads {shift_key} alone, which is not there (1.0).\n"
+            f"Which of the two is meant cannot be told. Write {shift_key} into the file, or give shift yourself."
+        )
+    if others:
+        tell_once(
+            f"{_WHERE}: a {name} does not read {', '.join(others)}, of the scheduler before, and neither does jvdiff; "
+            f"its shift is {shift}"
+        )
+    return Defaults(solver, float(shift), "diffusers")
 
 
 def from_self_forcing_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,17 +322,11 @@ def from_self_forcing_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return numbers | {"extra_one_step": given["extra_one_step"]}
 
 
-def _check_config(config: Mapping[str, Any], table: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raises CheckpointError for a key that the table does not have, or a value that it does not allow."""
+def _check_config(config: Mapping[str, Any], table: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """The keys that other schedulers have; CheckpointError for one that none has, or a value that is not allowed."""
     name = config["_class_name"]
-    for key in config:
-        if not key.startswith("_") and key not in table:
-            near = difflib.get_close_matches(key, table, n=1)
-            raise CheckpointError(
-                f"{_WHERE}: unknown key {key!r} = {config[key]!r} for {name}."
-                + (f" Did you mean {near[0]!r}?" if near else "")
-                + "\nRemove it if it has no effect, or give solver, shift and grid yourself."
-            )
+    others = [key for key in config if key in _OTHERS and key not in table]
+    known_fields(f"{_WHERE} of a {name}", config, (*table, *others))
     for key, (default, allowed) in table.items():
         value = config.get(key, default)
         if allowed is _ANY:
@@ -325,6 +344,7 @@ def _check_config(config: Mapping[str, Any], table: Mapping[str, tuple[Any, Any]
                 f"Expected {expected}; jvdiff samples flow-matching models only.\n"
                 "Use a repository with a supported scheduler, or give solver, shift and grid yourself."
             )
+    return others
 
 
 def _is_number(value: Any) -> bool:

@@ -23,7 +23,7 @@ from jvdiff.digits import tokenizer as digits_tokenizer
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.kernels import BlockCausal, VideoSparse, sparsity_schedule
 from jvdiff.kernels.patterns import read as read_pattern
-from jvdiff.models import wan
+from jvdiff.models import layouts, wan
 from jvdiff.models.family import Models, read_config, read_weights
 from jvdiff.models.text import tokenizer, umt5
 from jvdiff.models.wan import reconstruction
@@ -70,7 +70,7 @@ def train_vae(config: ConfigDict, folder: Path) -> Path:
     trained = None
     if config.get("decoder_of"):
         cfg = _same_sizes(cfg, Path(config.decoder_of))
-        trained = read_weights(Path(config.decoder_of), VAE, cfg, jnp.float32)
+        trained = read_weights(Path(config.decoder_of), VAE, cfg, jnp.float32, **_links(config))
     task = reconstruction.vae_task(cfg, clips, trained, **config.loss.to_dict())
     params = {**(trained or {}), **_fit(task, config, folder, make_mesh(shape)).average}
     if trained is None:
@@ -258,8 +258,8 @@ def _start(config: ConfigDict, folder: Path, models: _Models, shape: MeshShape, 
     mesh, placement = _mesh(shape, sizes)
     result = _result(folder / "repository")
     dit_cfg, vae_cfg, text_cfg = models.configs
-    params = _initial(Path(config.initial), dit_cfg, text_cfg, placement) if config.get("initial") else None
-    vae = read_weights(Path(config.vae), VAE, vae_cfg, jnp.float32, placement)
+    params = _initial(config, dit_cfg, text_cfg, placement) if config.get("initial") else None
+    vae = read_weights(Path(config.vae), VAE, vae_cfg, jnp.float32, placement, **_links(config))
     return _Run(result, mesh, placement, vae, params)
 
 
@@ -323,15 +323,20 @@ def _patterns(config: Any, heads: int) -> Callable[[int], wan.Pattern]:
     return at
 
 
-def _initial(folder: Path, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config, placement: Placement) -> Params:
-    """Float32 parameters of the repository `folder`, for models of these configurations, on a mesh."""
-    stored = repository.inspect(folder).models.configs
+def _links(config: Any) -> dict[str, Any]:
+    return {"follow_symlinks": bool(config.get("follow_symlinks"))}
+
+
+def _initial(config: Any, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config, placement: Placement) -> Params:
+    """Float32 parameters of the repository `config.initial`, for models of these configurations, on a mesh."""
+    there = repository.inspect(config.initial, **_links(config))
+    folder, stored = there.path, there.models.configs
     gated = dit_cfg.gate_compress or stored["transformer"].gate_compress
     same = dataclasses.replace(stored["transformer"], gate_compress=gated, causal=dit_cfg.causal)
     for name, cfg, known in (("transformer", dit_cfg, same), ("text_encoder", text_cfg, stored["text_encoder"])):
         fields.check_sizes(f"{name}: not that of initial, {folder}", cfg, known)
     params = {
-        name: read_weights(folder / name, part, stored[name], jnp.float32, placement)
+        name: read_weights(folder / name, part, stored[name], jnp.float32, placement, **_links(config))
         for name, part in (("transformer", TRANSFORMER), ("text_encoder", TEXT_ENCODER))
     }
     if dit_cfg.gate_compress and not stored["transformer"].gate_compress:
@@ -343,7 +348,8 @@ def _initial(folder: Path, dit_cfg: wan.DiTConfig, text_cfg: umt5.Config, placem
 def _vae_config(folder: Path) -> wan.VAEConfig:
     """The configuration of a VAE: the result of a training, or the `vae` folder of a repository."""
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder}: no trained VAE there; run configs/train_digits_vae.py first.")
+        hint = layouts.inside(folder, "vae")
+        raise UsageError(f"{folder}: no trained VAE there; run configs/train_digits_vae.py first.{hint}")
     return read_config(folder, VAE)
 
 

@@ -25,7 +25,7 @@ class Autoencoder:
     vae: dict[str, Any] = option(None, "fields of the VAE's config.json")
     stages: tuple[tuple[int, ...], ...] = option(None, "((until step, batch, frames, crop in pixels), ...)")
     loss: AutoencoderLoss = option(None, "weights of the errors")
-    decoder_of: str | None = option(None, "the folder of a trained VAE whose decoder alone is trained on")
+    decoder_of: str | None = option(None, "the folder of a trained VAE whose decoder alone is trained on", path=True)
     endless: bool = option(False, "digits move on across the border")
 
 
@@ -42,7 +42,7 @@ class FlowLoss:
 class OnLatents:
     """What both trainings on the VAE's latents have."""
 
-    vae: str = option(None, "the folder of a trained VAE")
+    vae: str = option(None, "the folder of a trained VAE", path=True)
     clips: int = option(None, "clips to train on")
     batch: int = option(None, "clips in a step")
     tokens: int = option(None, "text tokens in a batch; a prompt has six")
@@ -51,7 +51,7 @@ class OnLatents:
     text_encoder: dict[str, Any] = option(None, "fields of the text encoder's config.json")
     scheduler: dict[str, Any] = option(None, "the scheduler_config.json of the result")
     defaults: dict[str, Any] = option(None, "the jvdiff_defaults.json of the result")
-    initial: str | None = option(None, "a repository whose transformer and text encoder are trained on")
+    initial: str | None = option(None, "a repository whose transformer and text encoder are trained on", path=True)
 
 
 @dataclass(frozen=True)

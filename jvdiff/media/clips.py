@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jvdiff.config import within
+from jvdiff.config import expanded, within
 from jvdiff.errors import CheckpointError, CorruptFile, DataError, SetupError, UsageError
 from jvdiff.media import video
 
@@ -60,7 +60,7 @@ def find(source: str | os.PathLike) -> Clips:
       DataError: it holds no clip, or a class holds none; a line of the CSV lacks path or label.
       CorruptFile: it is not a CSV.
     """
-    source = Path(source)
+    source = Path(expanded("clips", source))
     if not source.exists():
         raise UsageError(f"{source}: no such folder or file; expected class_name/clip.mp4 in it, or a CSV.")
     rows = _of_folder(source) if source.is_dir() else _of_csv(source)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jvdiff.config import expanded
 from jvdiff.errors import CheckpointError, CorruptFile, SetupError, UsageError
 from jvdiff.runtime.files import atomic
 
@@ -60,7 +61,7 @@ def write_mp4(
     Untagged video would be taken for BT.601 by some players and BT.709 by others, up to 25/255 apart.
     Errors: UsageError (shape, dtype, odd size, fps), SetupError (no av), ResourceError (disk); no file is left then.
     """
-    video = checked_frames(video)
+    path, video = expanded("path", path), checked_frames(video)
     check_mp4(*video.shape[1:3])
     check_fps(fps)
     av = import_av()
@@ -110,6 +111,7 @@ def write_apng(path: str | os.PathLike, video: np.ndarray, fps: float) -> Path:
     """Write uint8 RGB frames [F,Y,X,3] as an animated PNG, which needs no package beyond Pillow; browsers play it."""
     from PIL import Image
 
+    path = expanded("path", path)
     first, *rest = [Image.fromarray(frame) for frame in checked_frames(video)]
     with atomic(path) as part:
         first.save(part, format="png", save_all=True, append_images=rest, duration=1000 / fps, loop=0)
@@ -132,7 +134,7 @@ def read_video(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> np.n
     CorruptFile for what is not a readable video, CheckpointError over the limit, SetupError without av.
     """
     av = import_av()
-    path = Path(path)
+    path = Path(expanded("path", path))
     frames: list[np.ndarray] = []
     with open_video(path) as (file, stream):
         height, width = stream.codec_context.height, stream.codec_context.width
@@ -254,6 +256,7 @@ def read_picture(path: str | os.PathLike, height: int, width: int) -> np.ndarray
     """
     from PIL import Image, ImageOps
 
+    path = expanded("image", path)
     if not Path(path).is_file():
         raise UsageError(f"{path}: there is no such file; expected a picture")
     try:
@@ -269,7 +272,7 @@ def write_png(path: str | os.PathLike, image: np.ndarray, metadata: Mapping[str,
     """Write a picture uint8 [Y,X,3]; `metadata` becomes JSON in a text chunk named jvdiff."""
     from PIL import Image, PngImagePlugin
 
-    image = checked_frames(np.asarray(image)[None])[0]
+    path, image = expanded("path", path), checked_frames(np.asarray(image)[None])[0]
     chunks = PngImagePlugin.PngInfo()
     if metadata is not None:
         chunks.add_itxt("jvdiff", json.dumps(metadata, ensure_ascii=False))

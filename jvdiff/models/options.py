@@ -10,6 +10,11 @@ def family() -> Any:
     return option(None, "a family of your own, MODULE:NAME (docs/adding_a_family.md); none: as the files say")
 
 
+def follow_symlinks() -> Any:
+    """Links out of a repository."""
+    return option(False, "let a repository's files be links to elsewhere; into a cache of the hub they may be anyway")
+
+
 def fps(default: int) -> Any:
     """Frames a second of the file."""
     return option(default, "frames a second; only written into the file", low=1, high=240)

@@ -99,7 +99,12 @@ def abstract_params(family: Family, models: Models, dtypes: precisions.Precision
 
 
 def load(
-    path: str | Path | Repository, precision: str | None = None, mesh: Any = None, *, family: Family | None = None
+    path: str | Path | Repository,
+    precision: str | None = None,
+    mesh: Any = None,
+    *,
+    family: Family | None = None,
+    follow_symlinks: bool = False,
 ) -> Pipeline:
     """Reads a whole repository: a Hugging Face (diffusers) folder, or what `convert` or a training made.
 
@@ -110,6 +115,7 @@ def load(
             `jvdiff.sharding.MeshShape`. None: one device.
         family: your own Family, where the repository is of none that jvdiff has (docs/adding_a_family.md); None: as its
             files say.
+        follow_symlinks: let files be links to elsewhere; those into a cache of the hub are files anyway.
 
     Raises:
         CheckpointError: incomplete, damaged or unknown weights or configurations.
@@ -118,7 +124,7 @@ def load(
     """
     placement, dtypes = place(read_mesh(mesh)), precisions.choose(precision)
     if not isinstance(path, Repository):
-        path = inspect(path, at_once=True, family=family)
+        path = inspect(path, at_once=True, family=family, follow_symlinks=follow_symlinks)
     elif family is not None and family is not path.family:
         raise UsageError(
             f"family is {family.name!r}, and {path.path} was inspected as {path.family.name!r}; leave it out."
@@ -129,15 +135,13 @@ def load(
 
 def read_parts(repository: Repository, dtypes: precisions.Precision, placement: Placement | None) -> Weights:
     """The weights of every part, where they live."""
-    parts = repository.family.parts
-    return Weights(
-        {
-            name: read_weights(
-                repository.path / name, parts[name], cfg, jnp.dtype(getattr(dtypes, parts[name].precision)), placement
-            )
-            for name, cfg in repository.models.configs.items()
-        }
-    )
+
+    def read(name: str, cfg: Any) -> Params:
+        part = repository.family.parts[name]
+        dtype, follow = jnp.dtype(getattr(dtypes, part.precision)), repository.follow_symlinks
+        return read_weights(repository.path / name, part, cfg, dtype, placement, follow_symlinks=follow)
+
+    return Weights({name: read(name, cfg) for name, cfg in repository.models.configs.items()})
 
 
 def place(shape: MeshShape | str | None) -> Placement | None:

@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import jax
 
 from jvdiff import models as families
 from jvdiff.errors import CheckpointError, UnsafeFormat, UsageError
+from jvdiff.models import layouts
 from jvdiff.models.family import Family, Models, read_config
 from jvdiff.pipeline.settings import DEFAULTS_FILE, read_defaults, resolve
 from jvdiff.runtime.staging import MANIFEST, staged
@@ -36,6 +37,7 @@ class Repository:
     family: what it is made for
     models: configurations, and what inputs are made with
     defaults: content of jvdiff_defaults.json, settings that suit its weights
+    follow_symlinks: whether its files may be links to elsewhere
     """
 
     path: Path
@@ -43,6 +45,7 @@ class Repository:
     family: Family
     models: Models
     defaults: Mapping[str, Any]
+    follow_symlinks: bool = False
 
     @functools.cached_property
     def digest(self) -> str:
@@ -57,7 +60,9 @@ class Repository:
         return resolve(self.family, self.models, self.defaults, given)
 
 
-def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | None = None) -> Repository:
+def inspect(
+    path: str | Path, *, at_once: bool | None = None, family: Family | None = None, follow_symlinks: bool = False
+) -> Repository:
     """Reads every configuration of a repository, in either layout, and checks that they fit together.
 
     Args:
@@ -65,6 +70,7 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
             chunk by chunk; None takes both.
         family: your own Family, where the repository is of none that jvdiff has; None: one of `jvdiff.models.FAMILIES`,
             as its files say.
+        follow_symlinks: let files be links to elsewhere (`jvdiff.weights.safetensors.check_link`).
 
     Raises:
         UsageError: no such folder, or a repository of the other kind.
@@ -73,6 +79,8 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         IntegrityError: a small file of a converted directory (a configuration, a tokenizer) is not what was written.
     """
     path = locate(path)
+    if path.is_dir():
+        safetensors.check_links(path, follow_symlinks)
     index = _model_index(path)
     family = family or _family(path, index)
     converted = (path / next(iter(family.parts)) / orbax.PARAMS).is_dir()
@@ -83,6 +91,7 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         raise CheckpointError(
             f"{path}: its components do not fit together: {problem}\nTake all folders from one repository."
         )
+    _check_classes(path, (*models.configs, *models.files), index)
     if at_once is not None:
         check_at_once(path, family, at_once)
     return Repository(
@@ -91,6 +100,7 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         family=family,
         models=models,
         defaults=read_defaults(path, family),
+        follow_symlinks=follow_symlinks,
     )
 
 
@@ -104,14 +114,8 @@ def check_at_once(path: Path, family: Family, at_once: bool) -> None:
 
 def _model_index(path: Path) -> dict[str, Any]:
     """model_index.json of a folder, which names classes of known libraries only; jvdiff never imports them."""
-    if path.is_file():
-        raise UnsafeFormat(
-            f"{path}: a single file; files such as .pth or .ckpt can run code and are not opened.\n"
-            "Give the folder of a Diffusers repository, the one that holds model_index.json."
-        )
-    if not path.is_dir():
-        raise UsageError(f"{path}: no such folder.\nExpected a Diffusers repository or a converted one.")
-    index = safetensors.read_json(path / "model_index.json")
+    layouts.check(path, [f"{families.__name__}.{package}" for package in families.FAMILIES])
+    index = safetensors.read_json(path / layouts.INDEX)
     for name, value in index.items():
         component = isinstance(value, list) and (path / name).is_dir()  # other lists are data, names of labels for one
         if component and (len(value) != 2 or value[0] not in ("diffusers", "transformers", "jvdiff", None)):
@@ -131,13 +135,35 @@ def _models(path: Path, family: Family, index: Mapping[str, Any]) -> Models:
     """The configuration of each part, and what is read of each folder without weights."""
 
     def there(name: str, optional: bool) -> bool:
-        return not optional or ((path / name).is_dir() and (index.get(name) or [None])[0] is not None)
+        named = isinstance(index.get(name), list) and index[name][:1] not in ([], [None])
+        if named and not (path / name).is_dir():
+            raise CheckpointError(
+                f"{path}: model_index.json names {name}, and there is no such folder: a copy or a download was not "
+                f"finished.{layouts.half(path)}\nCopy or download it again."
+            )
+        return not optional or ((path / name).is_dir() and named)
 
     configs = {
         name: read_config(path / name, part) for name, part in family.parts.items() if there(name, part.optional)
     }
+    for name in configs:
+        safetensors.weight_sets(path / name, family.parts[name].stem)  # raises where there are two
     files = {name: kind.read(path / name) for name, kind in family.files.items() if there(name, kind.optional)}
     return Models(configs, files, index)
+
+
+def _check_classes(path: Path, folders: Iterable[str], index: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where model_index.json and a folder's own file name two classes."""
+    for name in folders:
+        said = index.get(name)
+        for file in (path / name / "config.json", path / name / f"{name}_config.json"):
+            own = safetensors.read_json(file).get("_class_name") if file.is_file() else None
+            if own is not None and isinstance(said, list) and said[1] not in (own, None):
+                raise CheckpointError(
+                    f"{path}: model_index.json says that {name} is a {said[1]!r:.80}, {name}/{file.name} that it is a "
+                    f"{own!r:.80}.\nWhich of the two is meant cannot be told: diffusers takes the first, with the "
+                    "second's values. Change one of the files, so that both say the same."
+                )
 
 
 def _small_files(path: Path, family: Family) -> dict[str, Path]:

@@ -37,10 +37,11 @@ def read_defaults(path: str | Path, family: Family) -> dict[str, Any]:
     """The repository's `jvdiff_defaults.json` without its object `stream`; {} without the file.
 
     Raises:
-        CheckpointError: not an object of the family's settings.
+        CheckpointError: not an object of the family's settings: an unknown one, or a value that cannot be.
     """
     values = _defaults_file(path)
     values.pop(STREAM, None)
+    values = config.known_fields(str(Path(path) / DEFAULTS_FILE), values, config.names(family.settings))
     try:
         config.replace(family.settings(), values)
     except UsageError as error:

@@ -46,14 +46,14 @@ def resolved(config: Any) -> tuple[Any, Any]:
     from jvdiff import pipeline, precision
     from jvdiff.config import names
 
-    family, known, defaults = describe(config.checkpoint, config.get("family"))
+    family, known, defaults = describe(config.checkpoint, config.get("family"), bool(config.get("follow_symlinks")))
     given = {name: config.get(name) for name in names(family.settings)}
     clip = family.clip(known, pipeline.resolve(family, known, defaults, given))
     dtypes = precision.choose(config.precision, "gpu" if config.plan_target else None)
     return pipeline.Context(family, known, dtypes), clip
 
 
-def describe(checkpoint: str | None, family: str | None = None) -> tuple[Any, Any, Any]:
+def describe(checkpoint: str | None, family: str | None = None, follow_symlinks: bool = False) -> tuple[Any, Any, Any]:
     """(family, models, defaults) of a repository, or of a published one that is not downloaded."""
     from jvdiff import pipeline
 
@@ -63,7 +63,7 @@ def describe(checkpoint: str | None, family: str | None = None) -> tuple[Any, An
         folder, reason = None, str(error).splitlines()[0]
     own = models.named(family)
     if folder is not None:
-        repository = pipeline.inspect(folder, at_once=True, family=own)
+        repository = pipeline.inspect(folder, at_once=True, family=own, follow_symlinks=follow_symlinks)
         return repository.family, repository.models, repository.defaults
     families = models.families() if own is None else [own]
     published = {name: (each, known) for each in families for name, known in each.published.items()}

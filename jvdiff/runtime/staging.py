@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from jvdiff.config import expanded
 from jvdiff.errors import JvdiffError, ResourceError, UsageError
 from jvdiff.runtime import claims
 from jvdiff.runtime.files import hidden, sync
@@ -51,7 +52,7 @@ def staged(
         InUse: another process is writing it.
         ResourceError: disk or memory are full.
     """
-    target = Path(os.path.abspath(path))
+    target = Path(os.path.abspath(expanded("target", path)))
     check_target(target, overwrite, manifest)
     _check_space(target, needed)
     with lock(target) as claim:

@@ -109,6 +109,7 @@ def load(
     config: StreamInferencePipelineConfig | None = None,
     *,
     family: Family | None = None,
+    follow_symlinks: bool = False,
 ) -> StreamInferencePipeline:
     """A pipeline with the weights of a causal repository.
 
@@ -116,14 +117,17 @@ def load(
         path: the folder with model_index.json, a Hugging Face one or what `convert` made of it; or what `inspect` said.
         precision, mesh: see `jvdiff.load`.
         config: one derived from `config_of(path)`, with the same networks; None: that one.
-        family: your own Family, where the repository is of none that jvdiff has; None: as its files say.
+        family, follow_symlinks: see `jvdiff.load`.
 
     Raises:
         CheckpointError: incomplete, damaged or unknown weights or configurations.
         UsageError: no such folder, a model that is not causal, an unknown precision, or a mesh of more devices than
             there are.
     """
-    repository = path if isinstance(path, Repository) else pipeline.inspect(path, at_once=False, family=family)
+    if isinstance(path, Repository):
+        repository = path
+    else:
+        repository = pipeline.inspect(path, at_once=False, family=family, follow_symlinks=follow_symlinks)
     check_at_once(repository.path, repository.family, False)
     placement, dtypes = pipeline.place(read_mesh(mesh)), precisions.choose(precision)
     config = config or config_of(repository)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jvdiff.config import option
 from jvdiff.errors import UsageError
-from jvdiff.models.options import family
+from jvdiff.models.options import family, follow_symlinks
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Training:
     """Fields of every training."""
 
     task: str = option(None, "what is trained; each task has fields of its own")
-    folder: str = option(None, "where the run lives: config.json, state/, metrics.jsonl, and the result")
+    folder: str = option(None, "where the run lives: config.json, state/, metrics.jsonl, and the result", path=True)
     seed: int = option(None, "of weights, data and noise")
     schedule: Schedule = option(None, "optimisation")
     loop: Loop = option(None, "mesh, saving, logging")
@@ -72,12 +72,15 @@ class Going:
 
     family: str | None = family()
     allow_changes: bool = option(False, "go on in `folder` though fields that decide numbers are other ones now")
-    compile_cache: str | None = option(None, 'a folder of your own, or "off"; none: the user\'s cache folder')
+    compile_cache: str | None = option(
+        None, 'a folder of your own, or "off"; none: the user\'s cache folder', path=True
+    )
+    follow_symlinks: bool = follow_symlinks()
 
 
 # Whatever these are, the numbers are the same: a run may go on with others.
 FREE = frozenset({
-    *("folder", "family", "compile_cache", "allow_changes", "plan", "plan_target"),
+    *("folder", "family", "compile_cache", "allow_changes", "plan", "plan_target", "follow_symlinks"),
     *("loop.mesh", "loop.save_every", "loop.log_every", "loop.show_every", "loop.keep", "loop.log_to"),
     *("loop.most_skipped",),
 })  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jvdiff.config import nearest, shipped
+from jvdiff.config import expanded, nearest, shipped
 from jvdiff.errors import CheckpointError, ResourceError, UsageError
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
@@ -23,8 +23,9 @@ def locate(name: str | Path, *, download: bool = True, tell: Callable[[str], Non
     What is there already is not downloaded again; where the hub cannot be reached, the cached commit is taken.
 
     Args:
-        name: in this order a folder; a checkpoint that comes with jvdiff ("digits", or "checkpoints/digits" where no
-            such folder is); a repository of the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION.
+        name: in this order a folder (of a repository in the hub's cache, models--OWNER--NAME: its snapshot); a
+            checkpoint that comes with jvdiff ("digits", or "checkpoints/digits" where no such folder is); a repository
+            of the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION.
         download: False takes from the hub's cache alone.
         tell: called with a line before the hub is asked; a progress bar comes with huggingface_hub.
 
@@ -34,13 +35,46 @@ def locate(name: str | Path, *, download: bool = True, tell: Callable[[str], Non
         CheckpointError: not in the hub's cache, and the hub cannot be reached or has no such repository.
         ResourceError: the disk is full.
     """
+    if name and "\0" not in str(name):
+        name = type(name)(expanded("checkpoint", name))
     if name and os.path.exists(name):  # where Path.exists raises, for instance on a name too long, this is False
-        return Path(name)
+        return _stands_for(Path(name))
     ours = _ours()
     *parents, last = Path(name).parts or ("",)
     if parents in ([], ["checkpoints"]) and last in ours:
         return ours[last]
     return _snapshot(*_repository(str(name), list(ours)), download, tell)
+
+
+def _stands_for(path: Path) -> Path:
+    """The folder that a path means: of a repository in a cache of the hub its snapshot, else the path itself."""
+    real = path.resolve()
+    root = path / ".." if real.name == "snapshots" else path
+    if not root.resolve().name.startswith("models--") or not (root / "snapshots").is_dir():
+        return path
+    snapshots = _snapshots(root)
+    if (main := _cached(root, "main")) or len(snapshots) == 1:
+        return main or snapshots[0]
+    name = root.resolve().name.removeprefix("models--").replace("--", "/", 1)
+    if snapshots:
+        known = ", ".join(f"{name}@{snapshot.name}" for snapshot in snapshots[:4])
+        raise UsageError(f"{path}: holds several snapshots of a repository of the hub. Name one of them: {known}.")
+    raise CheckpointError(
+        f"{path}: a repository in the hub's cache, without a snapshot: its download was not finished.\n"
+        f"Where there is a connection, run: hf download {name}"
+    )
+
+
+def _snapshots(root: Path) -> list[Path]:
+    """The snapshots of a repository's folder in a cache, models--OWNER--NAME."""
+    return sorted(p for p in (root / "snapshots").glob("*") if p.is_dir())
+
+
+def _cached(root: Path, revision: str) -> Path | None:
+    """The snapshot of a branch, tag or commit in a repository's folder in a cache; None: it is not there."""
+    ref = root / "refs" / revision
+    commit = ref.read_text(encoding="ascii", errors="replace").strip() if ref.is_file() else revision
+    return next((snapshot for snapshot in _snapshots(root) if snapshot.name == commit), None)
 
 
 def _ours() -> dict[str, Path]:
@@ -86,8 +120,12 @@ def _snapshot(repository: str, revision: str | None, download: bool, tell: Calla
                     "Free some space, or let HF_HUB_CACHE name a folder with more, then start again."
                 ) from None
             reason = reason or (f", and not downloaded ({type(error).__name__})" if download else "")
+    root = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    if snapshot := _cached(root, revision or "main"):
+        return snapshot  # not whole, as the hub's library knows; what is missing, who reads it says
+    there = "".join(f"\nThe cache has {repository}@{other.name}." for other in _snapshots(root)[:1])
     wanted = f" --revision {revision}" if revision else ""
     raise CheckpointError(
-        f"{repository}: not in the local cache{reason}.\n"
+        f"{repository}: not in the local cache{reason}.{there}\n"
         f"Where there is a connection, run: hf download {repository}{wanted}"
     )

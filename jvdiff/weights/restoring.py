@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jvdiff.config import expanded
 from jvdiff.errors import MissingTensor, ShapeMismatch, UsageError
 from jvdiff.types import Params
 from jvdiff.weights import safetensors as reader
@@ -60,6 +61,7 @@ def restore(
     ignored: Sequence[str] = (),
     verify: bool = True,
     cast: bool = True,
+    follow_symlinks: bool = False,
 ) -> dict[str, Any]:
     """Reads one component onto devices, from a published (safetensors) folder or from an Orbax directory.
 
@@ -78,6 +80,7 @@ def restore(
         ignored: see `naming.check`.
         verify: compare the files with the manifest first (Orbax only; safetensors are checked as they are read).
         cast: convert to the dtypes of `abstract`, and log it; False refuses another dtype.
+        follow_symlinks: see `jvdiff.weights.safetensors.check_link`.
 
     Returns:
         A nested dict of jax.Arrays with the shapes and dtypes of `transformed(abstract, transform)`.
@@ -88,7 +91,8 @@ def restore(
         CheckpointError: damaged or unusable files; see `jvdiff.weights.safetensors`.
         UsageError: the transform gives something other than its `abstract` says.
     """
-    path, wanted = Path(folder), flatten(abstract)
+    path, wanted = Path(expanded("folder", folder)), flatten(abstract)
+    reader.weight_sets(path, stem)  # raises where there are two
     if (path / PARAMS).is_dir():
         if verify:
             verify_files(path)
@@ -98,7 +102,7 @@ def restore(
         else:
             leaves = dict(_transformed(transform, wanted, _whole_orbax(path, wanted), shardings))
     else:
-        loads = _open_published(path, abstract, names, stem, ignored, cast)
+        loads = _open_published(path, abstract, names, stem, ignored, cast, follow_symlinks)
         if transform is None:
             places = _places(wanted, shardings)
             leaves = {name: _placed(wanted[name], places[name], load) for name, load in loads.items()}
@@ -115,7 +119,13 @@ def _places(wanted: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
 
 
 def _open_published(
-    path: Path, abstract: Params, names: Sequence[Rule], stem: str, ignored: Sequence[str], cast: bool
+    path: Path,
+    abstract: Params,
+    names: Sequence[Rule],
+    stem: str,
+    ignored: Sequence[str],
+    cast: bool,
+    follow_symlinks: bool,
 ) -> dict[str, Callable[..., np.ndarray]]:
     """For each leaf a function that reads it, or with `index=` a part of it; names, shapes and dtypes are checked."""
     if not names:
@@ -124,7 +134,7 @@ def _open_published(
             "Give the folder that a training wrote, whole."
         )
     wanted = flatten(abstract)
-    folder = reader.open_folder(path, stem, ignored=ignored)
+    folder = reader.open_folder(path, stem, ignored=ignored, follow_symlinks=follow_symlinks)
     entries = check(names, abstract, folder, where=str(path), ignored=ignored)
     _tell_casts(path, [(folder.tensors[name].dtype, wanted[e.path].dtype) for name, e in entries.items()], cast)
     tensors = by_leaf(entries)

@@ -5,13 +5,15 @@ are checked in full before any tensor is read: what the safetensors library refu
 (repeated names, empty tensors, NaN and infinity). The format: https://github.com/huggingface/safetensors#format
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
 import re
 import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,22 +45,50 @@ _UNSAFE = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".
 _AGAIN = "Download it again, from a repository that publishes safetensors files."
 
 
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns what the system says of a file that cannot be read into a CheckpointError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        lines = [f"{path}: cannot be read ({error.strerror})."]
+        if isinstance(error, FileNotFoundError) and path.is_symlink():
+            lines = [
+                f"{path}: a link to {os.readlink(path)}, which is not there.",
+                "A download was not finished, or its cache was cleaned: download it again (hf download OWNER/NAME).",
+            ]
+        elif isinstance(error, PermissionError):
+            lines += [
+                f"{_whose(path)}Ask its owner for `chmod -R a+rX FOLDER`, or download a copy of your own "
+                "(HF_HOME=FOLDER names another cache)."
+            ]
+        raise CheckpointError("\n".join(lines)) from error
+
+
+def _whose(path: Path) -> str:
+    """Whose a file is that cannot be read, as a sentence; empty where that cannot be told either."""
+    with contextlib.suppress(OSError, KeyError):
+        real = path.resolve()
+        return f"The file is of {real.owner()}, mode {stat.S_IMODE(real.stat().st_mode):04o}. "
+    return ""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """One JSON object from a file of at most 64 MiB; refuses repeated keys, NaN and infinity.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: there is no such file, or it cannot be read.
         CorruptFile: it is too large, or not one JSON object.
     """
-    try:
+    with readable(path):
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > _JSON_LIMIT:
             raise CorruptFile(
                 f"{path}: expected a JSON file of at most {_JSON_LIMIT:,} bytes, found {status.st_size:,}.\n{_AGAIN}"
             )
         text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    if real := what_it_is(text[:64]):
+        raise CorruptFile(f"{path}: this is {real}.\nExpected a JSON file.")
     return _parse_json(text, str(path))
 
 
@@ -104,13 +134,13 @@ class Tensor:
         return DTYPES[self.stored]
 
 
-def _what_it_is(start: bytes) -> str | None:
-    """What a file that is not safetensors really is, and what to do, judged by its first bytes."""
+def what_it_is(start: bytes) -> str | None:
+    """What a file under another's name really is, and what to do, judged by its first bytes."""
     text = start.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page, saved instead of the weights (log in or accept the licence, then download again)"
+        return "a web page, saved instead of the file (log in or accept the licence, then download again)"
     if text.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the weights themselves (run `git lfs pull`)"
+        return "a Git LFS pointer, not the file itself (run `git lfs pull`)"
     if start.startswith(b"PK\x03\x04"):
         return "a zip archive (a PyTorch or NumPy file under another name)"
     if start.startswith(b"\x80") and start[1:2] in b"\x02\x03\x04\x05" and start[2:8] != bytes(6):
@@ -127,10 +157,10 @@ def read_header(path: Path, ignored: Sequence[str] = ()) -> dict[str, Tensor]:
         CorruptFile: truncated, malformed, or something else under that name.
         CheckpointError: well-formed, with a tensor that cannot be used (empty, fp8, whole numbers).
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    with readable(path), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(64)
-        if real := _what_it_is(start):
+        if real := what_it_is(start):
             raise CorruptFile(f"{path}: this is {real}.\nExpected a safetensors file.")
         if size < 8:
             raise CorruptFile(f"{path}: {size} bytes, too short for a safetensors file.\n{_AGAIN}")
@@ -274,7 +304,7 @@ class Folder:
         shape, places, run = _runs(tensor, index)
         array = np.empty(shape, tensor.dtype)
         view = array.reshape(-1).view(np.uint8).data
-        with open(tensor.file, "rb", buffering=0) as file:
+        with readable(tensor.file), open(tensor.file, "rb", buffering=0) as file:
             for number, place in enumerate(places):
                 done, end = number * run, (number + 1) * run
                 while done < end:
@@ -307,27 +337,31 @@ def open_folder(
 ) -> Folder:
     """Opens the weights of one component and reads every header; no tensor yet.
 
-    Takes STEM.safetensors, or the files that STEM.safetensors.index.json names.
+    Takes STEM.safetensors, or the files that STEM.safetensors.index.json names; variants beside them
+    (STEM.fp16.safetensors) are not the weights.
     `ignored`: see `naming.check`; such tensors may be of any dtype.
+    `follow_symlinks`: see `check_link`.
 
     Raises:
         MissingTensor: no weights, a shard is missing, or the index and the shards disagree.
         UnsafeFormat: only pickles or archives, or a name that points outside the folder.
-        CorruptFile, CheckpointError: see `read_header`.
+        CorruptFile, CheckpointError: see `read_header`; or the folder holds two sets of weights.
     """
+    sets = weight_sets(path, stem)
     single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
     weight_map = {}
-    if os.path.lexists(single):
-        files = [single]
-    elif os.path.lexists(index):
+    if sets and os.path.lexists(index):
+        check_link(index, path.parent, follow_symlinks)
         weight_map = _weight_map(index)
         files = [path / name for name in dict.fromkeys(weight_map.values())]
-        if missing := [file for file in files if not file.exists()]:
+        if missing := [file for file in files if _is_gone(file)]:
             names = list(weight_map.values())
             counts = [f"{file.name} ({names.count(file.name)} tensors)" for file in missing]
             raise MissingTensor(
                 f"{path}: {len(missing)} of {len(files)} shards are missing: {listed(counts)}.\n{_AGAIN}"
             )
+    elif sets:
+        files = [single]
     else:
         raise _no_weights(path, stem)
     for file in files:
@@ -349,6 +383,40 @@ def open_folder(
             f"{index}: disagrees with its shards ({len(problems)} times): {listed(problems)}.\n{_AGAIN}"
         )
     return Folder(path, tensors, identities, allow_nonfinite)
+
+
+def _is_gone(file: Path) -> bool:
+    """Whether there is no such file, or it is a link to none; one that cannot be reached is there."""
+    try:
+        file.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def weight_sets(path: Path, stem: str) -> tuple[str, ...]:
+    """The published weights that a component's folder holds, as words: one set, or none.
+
+    A single file that the index itself names is of the index's set.
+
+    Raises:
+        CheckpointError: it holds several, a converted one (`params`) counted too.
+    """
+    single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
+    found = {single: single.name, index: f"{index.name} with its shards"}
+    found = {file: words for file, words in found.items() if os.path.lexists(file)}
+    if len(found) == 2 and single.name in _weight_map(index).values():
+        del found[single]
+    words = (*found.values(), *(["params/ of a conversion"] if found and (path / "params").is_dir() else []))
+    if len(words) > 1:
+        raise CheckpointError(
+            f"{path}: holds two sets of weights: {' and '.join(words)}.\n"
+            "Which of them is meant cannot be told: some programs read the first, others the second.\n"
+            "Move the one that is out of date elsewhere."
+        )
+    return words
 
 
 def tensor_names(path: Path, stem: str) -> set[str]:
@@ -404,19 +472,38 @@ def _no_weights(path: Path, stem: str) -> CheckpointError:
 def check_link(file: Path, root: Path, follow_symlinks: bool = False) -> None:
     """Refuses what is not a regular file, and symbolic links out of the repository `root`.
 
-    Links of the Hugging Face cache (snapshots/COMMIT/... -> blobs/...) are as good as files.
+    Links that end where a cache of the hub or git-annex keeps the content of files (`models--OWNER--NAME/blobs`,
+    `.git/annex`) are as good as files.
+
+    Raises:
+        UnsafeFormat: not a regular file, or a link to elsewhere without `follow_symlinks`.
+        CheckpointError: a link to what is not there, or cannot be reached.
     """
-    if not stat.S_ISREG(file.stat().st_mode):
+    with readable(file):
+        mode = file.stat().st_mode
+    if not stat.S_ISREG(mode):
         raise UnsafeFormat(f"{file}: not a regular file.\nExpected weights or JSON.")
     real = file.resolve()
-    if follow_symlinks or real.is_relative_to(root.resolve()):
+    if follow_symlinks or real.is_relative_to(root.resolve()) or _is_stored(real):
         return
-    parts = root.absolute().parts
-    if "snapshots" in parts:
-        cache = Path(*parts[: len(parts) - 1 - parts[::-1].index("snapshots")])
-        if real.is_relative_to(cache.resolve() / "blobs"):
-            return
     raise UnsafeFormat(
         f"{file}: a link to {real}, outside the repository.\n"
-        "Copy the file into the folder, or convert with --follow_symlinks if you made the link yourself."
+        "Copy the file into the folder, or give --follow_symlinks if the link is to be trusted."
+    )
+
+
+def check_links(root: Path, follow_symlinks: bool = False) -> None:
+    """`check_link` for each small file of a repository: JSON, tokenizers. Weights are checked as they are opened."""
+    for pattern in ("*.json", "*/*.json", "*/*.model", "*/*.txt"):
+        for file in sorted(root.glob(pattern)):
+            if not file.relative_to(root).parts[0].startswith(".") and file.exists():
+                check_link(file, root, follow_symlinks)
+
+
+def _is_stored(real: Path) -> bool:
+    """Whether a file lies where the hub's cache or git-annex keep the content of files that are links to it."""
+    names = [parent.name for parent in real.parents]
+    return any(
+        (name == "blobs" and above.startswith("models--")) or (name == "annex" and above == ".git")
+        for name, above in itertools.pairwise(names)
     )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jvdiff.config import known_fields
 from jvdiff.errors import CheckpointError
 
 PREDICTIONS = ("v_prediction", "epsilon", "sample")  # diffusers' names
@@ -154,15 +155,11 @@ _CLASS_NAMES: dict[type, str] = {VAEConfig: "LatentVideoVAE", DiTConfig: "Latent
 
 
 def _read(cls: type[VAEConfig] | type[DiTConfig], mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a `config.json` gives; other keys that begin with an underscore are bookkeeping."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in mapping.items() if not k.startswith("_")}
+    """The fields that a `config.json` gives."""
     if (name := mapping.get("_class_name", _CLASS_NAMES[cls])) != _CLASS_NAMES[cls]:
         raise _error(cls, "_class_name", name, repr(_CLASS_NAMES[cls]))
-    known = [f.name for f in dataclasses.fields(cls)]
-    for field, value in fields.items():
-        if field not in known:
-            raise _error(cls, field, value, f"one of the known fields: {', '.join(known)}")
-    return fields
+    fields = known_fields(f"{_CLASS_NAMES[cls]} configuration", mapping, [f.name for f in dataclasses.fields(cls)])
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _check_integers(cfg: VAEConfig | DiTConfig) -> None:

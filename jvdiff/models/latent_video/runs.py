@@ -25,7 +25,7 @@ from jvdiff.errors import CheckpointError, DataError, UsageError
 from jvdiff.media import clips as clip_files
 from jvdiff.media import video as videos
 from jvdiff.media.clips import Clips
-from jvdiff.models import latent_video
+from jvdiff.models import latent_video, layouts
 from jvdiff.models.family import Clip, Models
 from jvdiff.models.latent_video import places
 from jvdiff.models.latent_video.family import CLASS_CONDITIONAL, encode_program, make_clip
@@ -350,13 +350,15 @@ def _vae(config: ConfigDict, plan: Plan, read: Callable[..., Any], folder: Path,
 def _given_vae(config: Any) -> Path | None:
     """The folder of a VAE that is there already; None: it is to be trained."""
     if config.get("initial"):
+        layouts.check(Path(config.initial))
         return Path(config.initial) / "vae"
     return Path(config.vae) if isinstance(config.vae, str) else None
 
 
 def _trained_vae(folder: Path) -> latent_video.VAEConfig:
     if not (folder / "config.json").is_file():
-        raise UsageError(f"vae: {folder} holds no trained VAE; expected its folder, or the fields to train one.")
+        hint = layouts.inside(folder, "vae")
+        raise UsageError(f"vae: {folder} holds no trained VAE; expected its folder, or the fields to train one.{hint}")
     try:
         return latent_video.VAEConfig.from_json(reader.read_json(folder / "config.json"))
     except CheckpointError as error:

@@ -22,7 +22,7 @@ class Loss:
 class Fields:
     """Task latent_video."""
 
-    clips: str = option(None, "a folder of class_name/clip.mp4, or a CSV with the columns path and label")
+    clips: str = option(None, "a folder of class_name/clip.mp4, or a CSV with the columns path and label", path=True)
     num_frames: int = option(None, "of a clip")
     height: int = option(None, "pixels; as the width")
     width: int = option(None, "pixels")
@@ -31,7 +31,9 @@ class Fields:
     most_bad: float = option(None, "the share of clips that may be unreadable", low=0, high=1)
     cache_latents: bool = option(None, "encode every clip once, instead of anew in every epoch, cut out elsewhere")
     vae: str | dict[str, Any] = option(
-        None, "the folder of a trained VAE; or model, batch, loss, schedule and, if wanted, short_clips, to train one"
+        None,
+        "the folder of a trained VAE; or model, batch, loss, schedule and, if wanted, short_clips, to train one",
+        path=True,
     )
     transformer: str | dict[str, Any] = option(None, "small, medium, large or xl; or fields of its config.json")
     prediction: str = option(None, "what the network predicts: epsilon, sample or v_prediction")
@@ -43,12 +45,12 @@ class Fields:
     steps: int = option(None, "of the samples, and the default of the result")
     guidance: float = option(None, "of the samples, and the default of the result")
     solver: str = option(None, "of the samples, and the default of the result")
-    initial: str | None = option(None, "a repository to train on: its transformer, with its VAE as it is")
+    initial: str | None = option(None, "a repository to train on: its transformer, with its VAE as it is", path=True)
     plan: bool = option(False, "print what a step takes, without data, and exit")
     plan_target: str | None = option(None, "h200, a100: plan for that instead of the devices at hand")
-    checkpoint: str | None = option(None, "for jvdiff sample alone; none: what the training made")
+    checkpoint: str | None = option(None, "for jvdiff sample alone; none: what the training made", path=True)
     class_label: int | str | tuple[Any, ...] | None = option(None, "for jvdiff sample alone: a class, or a tuple")
-    output: str = option("out", "for jvdiff sample alone")
+    output: str = option("out", "for jvdiff sample alone", path=True)
     save_arrays: bool = option(False, "for jvdiff sample alone")
 
 

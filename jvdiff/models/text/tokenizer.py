@@ -15,8 +15,10 @@ import ftfy
 import numpy as np
 from tokenizers import Tokenizer
 
+from jvdiff.config import tell_once
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models.text import spiece
+from jvdiff.weights.safetensors import what_it_is
 
 PAD, EOS = 0, 1
 FILES = ("tokenizer.json", "spiece.model")  # of which `load` takes the first that is there
@@ -38,7 +40,9 @@ class Tokens(NamedTuple):
 
 
 def load(folder: str | Path) -> Tokenizer:
-    """Reads `tokenizer.json`, or without it `spiece.model`, of a repository's tokenizer folder.
+    """Reads `tokenizer.json`, or without it `spiece.model`, of a repository's tokenizer folder, as transformers does.
+
+    Where both are there and differ, that is told once.
 
     Raises:
         CheckpointError: the files are missing or broken, or not a T5 tokenizer (a prompt must end with eos, id 1).
@@ -48,6 +52,9 @@ def load(folder: str | Path) -> Tokenizer:
     if file is None:
         raise _unusable(folder, "neither tokenizer.json nor spiece.model is there")
     try:
+        with open(file, "rb") as data:
+            if real := what_it_is(data.read(64)):
+                raise ValueError(f"this is {real}")
         is_json = file.suffix == ".json"
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8")) if is_json else spiece.load(file)
         tokenizer.no_truncation()
@@ -59,7 +66,18 @@ def load(folder: str | Path) -> Tokenizer:
         raise _unusable(file, f"{type(error).__name__}: {error}") from error
     if not ids or ids[-1] != EOS:
         raise _unusable(file, f"a prompt's ids end with {ids[-1:]}, expected eos [{EOS}] as T5 tokenizers have it")
+    if is_json and (other := folder / "spiece.model").is_file() and not _same(tokenizer, other):
+        tell_once(f"{folder}: tokenizer.json and spiece.model differ; tokenizer.json is used, as transformers does")
     return tokenizer
+
+
+def _same(tokenizer: Tokenizer, file: Path) -> bool:
+    """Whether every piece of a spiece.model has its number in the tokenizer; a file that is none differs."""
+    ids = tokenizer.get_vocab()
+    try:
+        return all(ids.get(text) == number for number, text in enumerate(spiece.pieces(file)))
+    except (OSError, ValueError, LookupError):
+        return False
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:

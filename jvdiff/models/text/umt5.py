@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jvdiff.config import known_fields
 from jvdiff.errors import CheckpointError
 from jvdiff.models.layers import Linear, as_array, compute_dtype
 from jvdiff.sharding import Placement
@@ -28,6 +29,21 @@ from jvdiff.types import Array, Params
 
 # What a config.json may say besides sizes, and the only value of it that this encoder computes.
 _FIXED = {"model_type": "umt5", "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new"}
+# What transformers writes besides: the decoder, training, generation, bookkeeping. Nothing in an encoder's numbers.
+_PASSED = (
+    "add_cross_attention", "architectures", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+    "chunk_size_feed_forward", "classifier_dropout", "cross_attention_hidden_size", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "dropout_rate", "dtype", "early_stopping", "encoder_no_repeat_ngram_size",
+    "eos_token_id", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+    "forced_eos_token_id", "id2label", "initializer_factor", "is_decoder", "is_encoder_decoder", "is_gated_act",
+    "label2id", "length_penalty", "max_length", "min_length", "n_positions", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_decoder_layers", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_past", "output_scores", "pad_token_id", "prefix", "problem_type",
+    "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "scalable_attention",
+    "scale_decoder_outputs", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p",
+    "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache",
+)  # fmt: skip
 _HIGHEST = {"num_layers": 1000, "vocab_size": 2**24}
 
 # Where the weights live; `layers` has the layers in axis 0.
@@ -63,8 +79,12 @@ class Config:
         Keys that change nothing in the encoder (decoder, dropout, bookkeeping) are passed over.
 
         Raises:
-            CheckpointError: a field is out of range, of the wrong type, or names another architecture.
+            CheckpointError: a field is unknown, out of range, of the wrong type, or names another architecture.
         """
+        sizes = [f.name for f in dataclasses.fields(cls)]
+        mapping = known_fields("text_encoder config.json", mapping, (*sizes, *_FIXED, *_PASSED, "pruned_heads"))
+        if mapping.get("pruned_heads"):
+            raise _bad_field("pruned_heads", mapping["pruned_heads"], "none")
         for name, only in _FIXED.items():
             if mapping.get(name, only) != only:
                 raise _bad_field(name, mapping[name], repr(only))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jvdiff.config import known_fields
 from jvdiff.errors import CheckpointError
 
 # Field -> smallest and largest value that can be meant; a file that says more is damaged or hostile.
@@ -27,6 +28,7 @@ _FIXED = {
     "added_kv_proj_dim": None,
     "pos_embed_seq_len": None,
 }
+_SCALES = ("scale_factor_temporal", "scale_factor_spatial")  # of the VAE, which follow from its other fields
 _CLASSES = {"WanTransformer3DModel": False, "CausalWanTransformer3DModel": True}  # _class_name: DiTConfig.causal
 
 
@@ -65,16 +67,13 @@ class DiTConfig:
 
         Raises CheckpointError with the field, the value found and the allowed range.
         """
-        fields = {k: v for k, v in mapping.items() if not k.startswith("_")}
+        names = [f.name for f in dataclasses.fields(cls) if f.name != "causal"]
+        fields = known_fields("transformer config.json", mapping, (*names, *_FIXED))
         if (name := mapping.get("_class_name", "WanTransformer3DModel")) not in _CLASSES:
             raise _error("_class_name", name, " or ".join(map(repr, _CLASSES)))
         for field, only in _FIXED.items():
             if (value := fields.pop(field, only)) != only:
                 raise _error(field, value, f"{only!r} (Wan 2.1 text-to-video)")
-        names = [f.name for f in dataclasses.fields(cls) if f.name != "causal"]
-        for field in fields:
-            if field not in names:
-                raise _error(field, fields[field], f"one of the known fields: {', '.join([*names, *_FIXED])}")
         if fields.get("out_channels", 0) is None:
             fields["out_channels"] = fields.get("in_channels", cls.in_channels)
         for field, (low, high) in _INT_RANGES.items():
@@ -184,7 +183,8 @@ class VAEConfig:
         """From diffusers' `vae/config.json`; absent keys take the class's defaults.
 
         Raises:
-          CheckpointError: a value out of range, or a variant (Wan 2.2's residual VAE) that this class is not.
+          CheckpointError: a value out of range, an unknown field, or a variant (Wan 2.2's residual VAE) that this class
+            is not.
         """
         supported = {"is_residual": False, "attn_scales": [], "in_channels": 3, "out_channels": 3, "patch_size": None}
         for key, value in supported.items():
@@ -192,15 +192,25 @@ class VAEConfig:
                 raise CheckpointError(
                     f"VAE configuration: {key} is {fields[key]!r}, but only {value!r} (the Wan 2.1 VAE) is supported."
                 )
-        names = cls.__dataclass_fields__
-        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in names}
-        return cls(**known)
+        names, derived = cls.__dataclass_fields__, ("decoder_base_dim", *_SCALES)
+        known = known_fields("vae config.json", fields, (*names, *supported, *derived, "dropout"))
+        own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items() if k in names}
+        cfg = cls(**own)
+        sizes = {"decoder_base_dim": cfg.base_dim, **cfg._scales()}
+        for key in derived:
+            if known.get(key, None) not in (sizes[key], None):
+                raise CheckpointError(
+                    f"VAE configuration: {key} is {known[key]!r:.80}, but the other fields make it {sizes[key]}."
+                )
+        return cfg
 
     def to_json(self) -> dict[str, Any]:
         """The `config.json` that diffusers' AutoencoderKLWan loads."""
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        scales = {"scale_factor_temporal": self.temporal_factor, "scale_factor_spatial": self.spatial_factor}
-        return {"_class_name": "AutoencoderKLWan", **fields, "attn_scales": [], "dropout": 0.0, **scales}
+        return {"_class_name": "AutoencoderKLWan", **fields, "attn_scales": [], "dropout": 0.0, **self._scales()}
+
+    def _scales(self) -> dict[str, int]:
+        return dict(zip(_SCALES, (self.temporal_factor, self.spatial_factor), strict=True))
 
 
 WAN_2_1_VAE = VAEConfig()

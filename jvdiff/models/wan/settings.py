@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,37 @@ class Settings:
     )
 
 
+# Files of the authors' own program, and a tensor of their naming.
+_AUTHORS = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth")
+_TENSOR = b'"blocks.0.self_attn.q.weight"'
+_WIDTHS = {1536: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 5120: "Wan-AI/Wan2.1-T2V-14B-Diffusers"}
+
+
+def foreign(path: Path, names: Sequence[str]) -> str | None:
+    """What to say of a folder in the layout of the Wan authors' program (Wan-AI/Wan2.1-T2V-1.3B for one); else None."""
+    config: Mapping[str, Any] = {}
+    with contextlib.suppress(CheckpointError):
+        config = read_json(path / "config.json") if "config.json" in names else {}
+    weights = [path / name for name in names if name.startswith("diffusion_pytorch_model") and name.endswith("tensors")]
+    if not ({*_AUTHORS} & {*names} or config.get("_class_name") == "WanModel" or any(map(_of_authors, weights))):
+        return None
+    known = _WIDTHS.get(config.get("dim", 0), " or ".join(_WIDTHS.values()))
+    return (
+        "the layout of the Wan authors' own program; expected that of diffusers.\n"
+        f"The same weights are published so: {known}.\n"
+        "Give that name, or what `hf download NAME --local-dir FOLDER` makes of it."
+    )
+
+
+def _of_authors(file: Path) -> bool:
+    """Whether a file of weights has the authors' names of tensors; its header alone is looked at."""
+    try:
+        with open(file, "rb") as data:
+            return _TENSOR in data.read(2**20)
+    except OSError:
+        return False
+
+
 def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The value in family.py that a repository is made for; None where it is of another family.
 
@@ -50,7 +82,8 @@ def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
         CheckpointError: it is of this family, and jvdiff does not run it.
     """
     name = str(index.get("_class_name"))
-    if (index.get("transformer_2") or [None])[0] is not None and name.startswith("Wan"):
+    second = index.get("transformer_2")
+    if isinstance(second, list) and second[:1] not in ([], [None]) and name.startswith("Wan"):
         raise CheckpointError(
             "holds two transformers (Wan 2.2 A14B), which jvdiff does not run yet.\n"
             "Use a Wan 2.1 text-to-video repository."

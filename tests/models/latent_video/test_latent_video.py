@@ -110,7 +110,7 @@ def test_a_configuration_survives_its_file(cfg):
     ("cls", "fields", "words"),
     [
         (DiTConfig, {"_class_name": "WanTransformer3DModel"}, "_class_name.*LatentVideoTransformer"),
-        (DiTConfig, {"hidden": 8}, "hidden is 8.*hidden_size"),
+        (DiTConfig, {"hidden": 8}, "unknown field 'hidden' = 8.*hidden_size"),
         (DiTConfig, {"depth": 0}, "depth is 0.*1 to 1024"),
         (DiTConfig, {"depth": True}, "depth is True"),
         (DiTConfig, {"hidden_size": 100}, "num_heads is 12.*divisor of hidden_size 100"),

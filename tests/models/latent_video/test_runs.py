@@ -136,7 +136,7 @@ def test_a_trained_model_is_trained_on(trained, config, tmp_path, capsys):
     assert train.main([*flags, "--config.noise_schedule=linear", f"--config.folder={tmp_path / 'other'}"]) == 2
     assert "noise_schedule is 'linear'; " in (said := capsys.readouterr().err) and "has learnt 'cosine'" in said
     assert train.main([*flags[:-2], "--config.initial=nowhere", f"--config.folder={tmp_path / 'other'}"]) == 2
-    assert "nowhere/vae holds no trained VAE" in capsys.readouterr().err
+    assert "nowhere: no such folder" in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on_bit_for_bit(trained, config, tmp_path):
