@@ -46,6 +46,10 @@ class IntegrityError(CheckpointError):
     """Bytes that differ from the recorded digest, or changed while they were read."""
 
 
+class InUse(CheckpointError):
+    """Another process writes there."""
+
+
 class ResourceError(JvdiffError):
     """Not enough device memory, host memory or disk."""
 
