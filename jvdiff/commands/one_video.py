@@ -54,6 +54,7 @@ class Maker:
     config, request: what was asked for
     output: folder of the files
     asked_to_stop: whether Ctrl-C was pressed
+    again: the command that goes on with a batch; None where there is one video, whose state goes on
     compiled: keys of the programs that were compiled ahead
     """
 
@@ -62,6 +63,7 @@ class Maker:
     request: Request
     output: Path
     asked_to_stop: Callable[[], bool]
+    again: str | None = None
     compiled: set[Any] = dataclasses.field(default_factory=set)
 
     def command(self, state: Path) -> str:
@@ -75,7 +77,7 @@ class Maker:
 
 
 # Fields that a state holds itself, or that were about the run that it stopped.
-_OF_ONE_RUN = ("prompt", "prompts", "class_label", "seed", "stop_at")
+_OF_ONE_RUN = ("prompt", "prompts", "class_label", "seed", "seeds", "part", "stop_at")
 
 
 @dataclasses.dataclass(eq=False)
@@ -121,7 +123,8 @@ class _Making:
 
     def interrupted(self, state: Any) -> Interrupted:
         """The error that ends a run that Ctrl-C stopped, its state saved."""
-        command = self.maker.command(self.save(state))
+        folder = self.save(state)
+        command = self.maker.again or self.maker.command(folder)
         return Interrupted(f"interrupted after step {self.done} of {self.steps}; go on with:\n  {command}")
 
 
@@ -151,6 +154,8 @@ def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
             return [folder]
         latents = np.array(pipe.family.finish(job.clip, job.inputs, conditions, state.x))
         video = _decode(making, state, latents)
+        if job.claim is not None:
+            job.claim.check()
         return [write_files(base, video, latents[0], _record(making), maker.config.save_arrays, notice)]
 
 
@@ -185,8 +190,9 @@ def _begin(making: _Making) -> Any:
         content = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in arrays.items())
         needed = ", ".join(f"{name} {dtype}{list(shape)}" for name, (shape, dtype) in expected.items())
         raise CheckpointError(
-            f"{making.maker.config.resume}: the state has {content}\nafter step {making.done} of {making.steps}; "
-            f"this run needs {needed}.\nResume it with the version that wrote it, or begin anew."
+            f"{making.maker.config.resume or job.stem}: the state has {content}\n"
+            f"after step {making.done} of {making.steps}; this run needs {needed}.\n"
+            "Resume it with the version that wrote it, or begin anew."
         )
     return type(state)(**arrays)
 
@@ -307,7 +313,8 @@ def write_files(
     if not peers.writes():
         return Path(f"{base}.mp4")
     fps = record["fps"]
-    metadata = {name: x for name, x in record.items() if name not in ("sigmas", "seconds", "versions", "device")}
+    apart = ("sigmas", "seconds", "versions", "device", "resumed_at_step")
+    metadata = {name: x for name, x in record.items() if name not in apart}
     try:
         if no_mp4 is None:
             path = videos.write_mp4(f"{base}.mp4", video, fps, metadata)
