@@ -60,7 +60,7 @@ class Batch:
         for named in (True, False):
             for i in order:
                 fits = (n for n in fitting[self._keys[i]] if n not in taken)
-                found = next((n for n in fits if not named or done[n][0] == self.jobs[i].stem), None)
+                found = next((n for n in fits if not named or _named(done[n], self.jobs[i])), None)
                 if found is not None and i not in made:
                     taken.add(found)
                     made.add(i)
@@ -105,25 +105,25 @@ class Batch:
                     return claim, {"job": i, "states": states}
         return None, {"others": [*others]} if left else None
 
-    def _claim(self, stack: contextlib.ExitStack, name: str, what: str) -> claims.Claim | None:
-        """The claim of this name in the output folder, until the stack closes; None where another has it."""
+    def _claim(self, stack: contextlib.ExitStack, path: Path, what: str) -> claims.Claim | None:
+        """The claim, until the stack closes; None where another has it."""
         try:
-            return stack.enter_context(claims.held(self.output / name, what, watch=False))
+            return stack.enter_context(claims.held(path, what, watch=False))
         except InUse:
             return None
         except OSError as error:
             raise ResourceError(f"cannot write to {self.output}: {error.strerror}.") from error
 
-    def _slot(self, i: int) -> str:
-        """The name of a job's claim; of equal jobs each has one."""
+    def _slot(self, i: int) -> Path:
+        """The file of a job's claim; of equal jobs each has one."""
         digest = hashlib.sha256(self._keys[i].encode()).hexdigest()[:24]
-        return f".{digest}-{self._keys[:i].count(self._keys[i])}.claim"
+        return self.output / f".{digest}-{self._keys[:i].count(self._keys[i])}.claim"
 
     def _is_left(self, i: int) -> bool:
         """Whether a job is to make, now that it is claimed: some process may have made it since, and of several equal
         ones those that others make count too."""
         equal = [j for j, key in enumerate(self._keys) if key == self._keys[i]]
-        others = sum(claims.holder(self.output / self._slot(j)) is not None for j in equal if j != i)
+        others = sum(claims.holder(self._slot(j)) is not None for j in equal if j != i)
         left = self.left()
         return i in left and len({*equal} & {*left}) > others
 
@@ -135,7 +135,7 @@ class Batch:
                 continue
             names = [name for name in state if name != "versions"]
             made = _key(names, state) in {_key(names, record) for _, record in self._records()}
-            if not made and self._claim(stack, f".{folder}.resumed.claim", folder):
+            if not made and self._claim(stack, self.output / f".{folder}.resumed.claim", folder):
                 found.append((-steps, f"{self.output / folder}.state"))
         return [path for _, path in sorted(found)]
 
@@ -175,6 +175,12 @@ class Batch:
                     told = content.items() if isinstance(content, dict) else ()
                     self._seen[path] = which, {name: value for name, value in told if name in names}
                 yield path, self._seen[path][1]
+
+
+def _named(made: tuple[str, Mapping[str, Any]], job: Job) -> bool:
+    """Whether a clip, as (name, record), is called as the job's would be."""
+    name, record = made
+    return name == dataclasses.replace(job, seed=record.get("seed")).stem
 
 
 def _key(names: Iterable[str], values: Mapping[str, Any]) -> str:
