@@ -135,7 +135,7 @@ class Batch:
                 continue
             names = [name for name in state if name != "versions"]
             made = _key(names, state) in {_key(names, record) for _, record in self._records()}
-            if not made and self._claim(stack, self.output / f".{folder}.resumed.claim", folder):
+            if not made and self._claim(stack, self.output / f".{folder}.state.claim", folder):
                 found.append((-steps, f"{self.output / folder}.state"))
         return [path for _, path in sorted(found)]
 
