@@ -13,7 +13,9 @@ FILES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 # Besides doors (at the top, and the __main__ of a room) only these talk to a terminal.
 TALK = (
     "commands/",
+    "runtime/rescue.py",  # asks for space
     "runtime/progress.py",  # bars and lines of a run under way
+    "runtime/claims.py",  # what is waited for
     "runtime/interrupts.py",  # what Ctrl-C will do
     "runtime/verdict.py",  # the last words of a process that ends at once
     "plan/targets.py",  # flushes before another process writes to the same terminal

@@ -19,11 +19,14 @@ from typing import Any
 
 from jvdiff.commands.arguments import Request, Told, traced
 from jvdiff.errors import JvdiffError, ResourceError
-from jvdiff.runtime import cache, peers, verdict
+from jvdiff.runtime import cache, peers, progress, verdict
+from jvdiff.runtime.interrupts import command
 
+STOPPED = 130, "stopped at once; nothing more was saved."
 LARGE = 500_000_000  # parameters; on a CPU such models take hours
 
 
+@command(*STOPPED)
 def main(
     argv: Sequence[str] | None,
     parse: Callable[[Sequence[str]], Request],
@@ -52,7 +55,7 @@ def main(
                 print(path)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        code, message = 130, "stopped at once; nothing more was saved."
+        code, message = STOPPED
     except BrokenPipeError:  # who reads our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as raised:
@@ -61,7 +64,7 @@ def main(
     if code:
         if shown is not None and traced(argv):
             traceback.print_exception(shown)
-        print(f"error: {message}", file=sys.stderr)
+        progress.tell(f"error: {message}\n", sys.stderr)
     return verdict.leave(code, message)
 
 
@@ -111,7 +114,7 @@ def device_memory(what: str, advice: str) -> Iterator[None]:
 def say(message: str) -> None:
     """A line for the person at the terminal; of several processes the first speaks."""
     if peers.writes():
-        print(message, file=sys.stderr, flush=True)
+        progress.tell(f"{message}\n", sys.stderr)
 
 
 def say_device(params: Any, mesh: Any) -> None:

@@ -9,9 +9,7 @@ Exit status: 0 done · 2 usage · 3 checkpoint · 4 disk or memory · 5 interrup
 from __future__ import annotations
 
 import logging
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +19,7 @@ from jvdiff import config as configs
 from jvdiff.commands import arguments, options
 from jvdiff.commands.arguments import Command, Section
 from jvdiff.errors import Interrupted, UsageError
+from jvdiff.runtime import interrupts
 
 
 def _sections(group: type) -> Any:
@@ -91,36 +90,27 @@ def _leave_the_gpu() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-_asked_to_stop = threading.Event()
-
-
-def _stop(number: int, frame: Any) -> None:
-    _asked_to_stop.set()
-    raise KeyboardInterrupt
+_STOPPED = "interrupted: the target is as it was before; run the same command to start again."
 
 
 def _tell(line: str) -> None:
-    """Shows the progress; and stops, if Orbax's event loop has swallowed what `_stop` raised."""
-    if _asked_to_stop.is_set():
+    """Shows the progress; and stops, if Orbax's event loop has swallowed what a signal raised."""
+    if interrupts.asked():
         raise KeyboardInterrupt
     print(line, flush=True)
 
 
+@interrupts.command(Interrupted.exit_code, _STOPPED)
 def _run(command: Command, work: Callable[[Mapping[str, Any]], None], argv: Sequence[str] | None) -> int:
-    """Reads a command line and does what it says; errors become one message and an exit status, SIGTERM is Ctrl-C."""
-    _asked_to_stop.clear()
+    """Reads a command line and does what it says; errors become one message and an exit status."""
     words = [f"jvdiff {command.name}", *(sys.argv if argv is None else argv)[1:]]
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads log what is raised here anyway
     try:
         return arguments.told(lambda: work(arguments.values(command, words)), words)
     except KeyboardInterrupt:
-        print("interrupted: the target is as it was before; run the same command to start again.", file=sys.stderr)
+        print(_STOPPED, file=sys.stderr)
         return Interrupted.exit_code
     except Exception:
         traceback.print_exc()
         print("error: this is a mistake in jvdiff; please report it with the lines above.", file=sys.stderr)
         return 1
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import platform
-import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from jvdiff.commands.arguments import Request
 from jvdiff.commands.command_line import say
 from jvdiff.commands.jobs import Job, attention, facts
 from jvdiff.diffusion import Solver, samplers
-from jvdiff.errors import CheckpointError, Interrupted, NumericsError, ResourceError, SetupError
+from jvdiff.errors import CheckpointError, Interrupted, InUse, NumericsError, ResourceError, SetupError
 from jvdiff.media import video as videos
 from jvdiff.models.family import Clip
 from jvdiff.pipeline import Pipeline
-from jvdiff.runtime import peers, progress, run_state
+from jvdiff.runtime import peers, progress, rescue, run_state
 from jvdiff.runtime.files import atomic, claim
+from jvdiff.runtime.interrupts import deferred
 from jvdiff.streaming import StreamInferencePipeline
 
 
@@ -90,6 +92,7 @@ class _Making:
     solver: of the clip's sampler
     done: steps that are computed
     seconds: how long each phase took
+    video: uint8 [F,Y,X,3], once it is decoded
     """
 
     maker: Maker
@@ -98,6 +101,7 @@ class _Making:
     solver: Solver
     done: int
     seconds: dict[str, float]
+    video: np.ndarray | None = None
 
     @property
     def clip(self) -> Clip:
@@ -112,20 +116,58 @@ class _Making:
         """The step after which this run stops."""
         return max(self.done, min(self.steps, self.maker.config.stop_at or self.steps))
 
+    @property
+    def bases(self) -> list[Path]:
+        """Where the state is saved, the first place first; without suffix."""
+        earlier = self.maker.config.resume
+        return [self.base, *([Path(earlier).absolute().parent / self.base.name] if earlier else [])]
+
     def save(self, state: Any) -> Path:
-        """Saves the solver's state and returns the folder."""
-        pipe, folder = self.maker.pipe, Path(f"{self.base}.state")
+        """Saves the solver's state, somewhere, and returns the folder; raises ResourceError where nobody takes it."""
+        pipe = self.maker.pipe
         arrays = {name: np.asarray(array) for name, array in zip(state._fields, state, strict=True)}
         if not peers.writes():
-            return folder
+            return Path(f"{self.base}.state")
         identity = facts(self.job, pipe.repository, pipe.precision.name) | {"versions": versions()}
-        return run_state.save(folder, run_state.RunState(identity, self.done, arrays))
+        saved = run_state.RunState(identity, self.done, arrays)
+        return rescue.kept(lambda base: run_state.save(f"{base}.state", saved), self.bases)
 
     def interrupted(self, state: Any) -> Interrupted:
         """The error that ends a run that Ctrl-C stopped, its state saved."""
         folder = self.save(state)
         command = self.maker.again or self.maker.command(folder)
         return Interrupted(f"interrupted after step {self.done} of {self.steps}; go on with:\n  {command}")
+
+    @contextlib.contextmanager
+    def keeping(self, state: Any) -> Iterator[None]:
+        """Saves what is done, whatever is raised inside, and says where: the state, and the frames if there are any.
+
+        Raises:
+            ResourceError: nothing could be saved anywhere; or as the block, where the file system refuses.
+            Interrupted: a second Ctrl-C; the state is saved.
+        """
+        try:
+            yield
+        except (Interrupted, NumericsError, InUse):  # whose state is saved already, or not worth it
+            raise
+        except BaseException as error:
+            self._keep(state, error)
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted(f"interrupted after step {self.done} of {self.steps}.") from None
+            if isinstance(error, OSError | MemoryError):
+                raise ResourceError(f"{self.base}: {error}") from error
+            raise
+
+    def _keep(self, state: Any, error: BaseException) -> None:
+        try:
+            command = self.maker.command(self.save(state))
+        except ResourceError as refused:
+            raise ResourceError(f"{error}\n{refused}") from error
+        if self.video is not None and peers.writes():
+            with contextlib.suppress(ResourceError):  # the state has all that they are made of
+                frames = functools.partial(_write_arrays, suffix=".frames.npz", video=self.video)
+                say(f"The frames are in {rescue.kept(frames, self.bases, wait=False)}.")
+        say(f"All steps are done; their result is kept. Go on with:\n  {command}")
 
 
 def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
@@ -144,19 +186,20 @@ def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
         _compile(making)
         with progress.phase("encode", seconds, "encode"), stage("encode"):
             conditions = pipeline.encode(pipe.context, job.clip, job.inputs, pipe.run)
-        state = _denoise(making, conditions, _begin(making))
-        if maker.asked_to_stop():
-            raise making.interrupted(state)
-        if making.done < making.steps:
-            folder = making.save(state)
-            command = maker.command(folder)
-            say(f"stopped after step {making.done} of {making.steps}; finish it with:\n  {command}")
-            return [folder]
-        latents = np.array(pipe.family.finish(job.clip, job.inputs, conditions, state.x))
-        video = _decode(making, state, latents)
-        if job.claim is not None:
-            job.claim.check()
-        return [write_files(base, video, latents[0], _record(making), maker.config.save_arrays, notice)]
+        start = _begin(making)
+        with deferred():
+            state = _denoise(making, conditions, start)
+            if maker.asked_to_stop():
+                raise making.interrupted(state)
+            if making.done < making.steps:
+                folder = making.save(state)
+                command = maker.command(folder)
+                say(f"stopped after step {making.done} of {making.steps}; finish it with:\n  {command}")
+                return [folder]
+            with making.keeping(state):
+                latents = np.array(pipe.family.finish(job.clip, job.inputs, conditions, state.x))
+                making.video = _decode(making, state, latents)
+                return [write_files(making, latents[0], _record(making), notice)]
 
 
 def _description(pipe: Pipeline, job: Job) -> str:
@@ -207,12 +250,15 @@ def _denoise(making: _Making, conditions: Any, state: Any) -> Any:
         making.done = now
         show(now)
         if preview and ((every and now % every == 0) or now == making.last):
-            preview(state, Path(f"{making.base}.preview.png"))
+            try:
+                preview(state, Path(f"{making.base}.preview.png"))
+            except ResourceError as error:  # no reason to lose the clip
+                say(f"notice: no preview. {error}")
         return maker.asked_to_stop()
 
     last = making.last
     with (
-        _rescued_latents(making.base),
+        _rescued_latents(making),
         progress.timed(making.seconds, "denoise"),
         stage("denoise"),
         progress.bar("denoise", making.steps, start=making.done) as show,
@@ -239,7 +285,7 @@ def _preview(pipe: Pipeline, clip: Clip) -> Callable[[Any, Path], None]:
 
 
 def _decode(making: _Making, state: Any, latents: np.ndarray) -> np.ndarray:
-    """The video uint8 [F,Y,X,3]; where it is stopped or memory is not enough, the state is saved."""
+    """The video uint8 [F,Y,X,3]; where it is stopped, the state is saved."""
     maker, pipe = making.maker, making.maker.pipe
 
     def after_frame(now: int) -> None:
@@ -249,7 +295,7 @@ def _decode(making: _Making, state: Any, latents: np.ndarray) -> np.ndarray:
 
     try:
         with (
-            _rescued_latents(making.base),
+            _rescued_latents(making),
             progress.timed(making.seconds, "decode"),
             progress.bar("decode", making.clip.latents[0]) as show,
             stage("decode"),
@@ -257,8 +303,6 @@ def _decode(making: _Making, state: Any, latents: np.ndarray) -> np.ndarray:
             return pipeline.decode(pipe.context, making.clip, latents, pipe.run, callback=after_frame)[0]
     except _Stop:
         raise making.interrupted(state) from None
-    except ResourceError as error:
-        raise ResourceError(f"{error}\nAll steps are done; resume with --resume={making.save(state)}") from error
 
 
 def _record(making: _Making) -> dict[str, Any]:
@@ -283,16 +327,16 @@ def _record(making: _Making) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _rescued_latents(base: Path) -> Iterator[None]:
+def _rescued_latents(making: _Making) -> Iterator[None]:
     """Saves the last good latents in NAME.failed.npz when numbers become NaN or infinite, and says so; no video is
     written."""
     try:
         yield
     except NumericsError as error:
         if hasattr(error, "latents") and peers.writes():
-            path = Path(f"{base}.failed.npz")
-            with atomic(path) as part, open(part, "wb") as file:
-                np.savez(file, latents=error.latents, step=error.step)  # type: ignore[attr-defined]
+            arrays = {"latents": error.latents, "step": error.step}  # type: ignore[attr-defined]
+            failed = functools.partial(_write_arrays, suffix=".failed.npz", **arrays)
+            path = rescue.kept(failed, making.bases)
             raise NumericsError(f"{error}\nThe last good latents are in {path}; no video was written.") from error
         raise
 
@@ -306,31 +350,35 @@ def video_writer(settings: Any) -> str | None:
         return str(error)
 
 
-def write_files(
-    base: Path, video: np.ndarray, latents: np.ndarray, record: dict, arrays: bool, no_mp4: str | None
-) -> Path:
+def write_files(making: _Making, latents: np.ndarray, record: dict[str, Any], no_mp4: str | None) -> Path:
     """Writes the files of one video, the record last, and returns the video's path."""
+    base, video, fps = making.base, making.video, record["fps"]
     if not peers.writes():
         return Path(f"{base}.mp4")
-    fps = record["fps"]
+    assert video is not None
+    if making.job.claim is not None:
+        making.job.claim.check()
     apart = ("sigmas", "seconds", "versions", "device", "resumed_at_step")
     metadata = {name: x for name, x in record.items() if name not in apart}
-    try:
-        if no_mp4 is None:
-            path = videos.write_mp4(f"{base}.mp4", video, fps, metadata)
-        else:
-            path = videos.write_apng(f"{base}.apng", video, fps)
-        videos.write_png(f"{base}.png", videos.contact_sheet(video), metadata)
-        if arrays:
-            with atomic(f"{base}.npz") as part, open(part, "wb") as file:
-                np.savez(file, latents=latents, video=video)
-        with atomic(f"{base}.json") as part:
-            part.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
-        return path
-    except ResourceError as error:
-        folder = Path(tempfile.mkdtemp(prefix="jvdiff-"))
-        np.savez(folder / "video.npz", latents=latents, video=video)
-        raise ResourceError(f"{error}\nThe frames are in {folder / 'video.npz'}.") from error
+    if no_mp4 is None:
+        path = videos.write_mp4(f"{base}.mp4", video, fps, metadata)
+    else:
+        path = videos.write_apng(f"{base}.apng", video, fps)
+    videos.write_png(f"{base}.png", videos.contact_sheet(video), metadata)
+    if making.maker.config.save_arrays:
+        _write_arrays(base, suffix=".npz", latents=latents, video=video)
+    with atomic(f"{base}.json") as part:
+        part.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def _write_arrays(base: Path, *, suffix: str, **arrays: Any) -> Path:
+    """Writes arrays as NumPy's .npz, as np.savez does, which says more than once that a disk is full; its path."""
+    with atomic(f"{base}{suffix}") as part, zipfile.ZipFile(part, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
+    return Path(f"{base}{suffix}")
 
 
 def versions() -> dict[str, str]:

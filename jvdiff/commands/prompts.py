@@ -257,8 +257,8 @@ def _check_id(name: Any, ids: dict[str, str]) -> None:
     if (size := len(name.encode())) > ID_BYTES:
         raise UsageError(f"id {name!r:.40} has {size} bytes; a name of files has at most {ID_BYTES}.")
     plain = unicodedata.normalize("NFC", name).casefold()
-    if plain.endswith((".preview", ".failed")):
-        raise UsageError(f"id {name!r} ends in what names other files; leave .preview and .failed out.")
+    if plain.endswith((".preview", ".failed", ".frames")):
+        raise UsageError(f"id {name!r} ends in what names other files: .preview, .failed, .frames; choose another.")
     if (earlier := ids.get(plain)) is not None:
         aside = "" if earlier == name else f" as {earlier!r}, and not every file system tells them apart"
         raise UsageError(f"id {name!r} was used on an earlier line{aside}.")

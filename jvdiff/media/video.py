@@ -64,11 +64,16 @@ def write_mp4(
     check_mp4(*video.shape[1:3])
     check_fps(fps)
     av = import_av()
-    with (
-        atomic(path) as part,
-        av.open(str(part), "w", format="mp4", options={"movflags": "+faststart+use_metadata_tags"}) as file,
-    ):
-        encode(av, file, video, fps, metadata)
+    options = {"movflags": "+faststart+use_metadata_tags"}
+    # FFmpeg gets files, never names, in which it would look for protocols. For faststart it reads what it has written.
+    with atomic(path) as part, open(part, "wb") as written, open(part, "rb") as again:
+
+        def reopen(*_: Any) -> Any:
+            written.flush()
+            return again
+
+        with av.open(written, "w", format="mp4", options=options, io_open=reopen) as file:
+            encode(av, file, video, fps, metadata)
     return Path(path)
 
 

@@ -2,6 +2,6 @@
 
 from jvdiff.lazy import attach
 
-__all__ = ["claims", "files", "interrupts", "peers", "progress", "run_state", "staging", "verdict"]
+__all__ = ["claims", "files", "interrupts", "peers", "progress", "rescue", "run_state", "staging", "verdict"]
 
 __getattr__ = attach(__name__, __all__)

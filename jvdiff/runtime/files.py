@@ -1,14 +1,40 @@
 """Files that appear complete or not at all, under names that no other process takes. Folders are in `staging`."""
 
 import contextlib
+import errno
+import hashlib
 import itertools
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jvdiff.errors import ResourceError
+from jvdiff.errors import InUse, ResourceError
+from jvdiff.runtime import claims
 from jvdiff.runtime.verdict import unfinished
+
+LONGEST = 255 - 40  # bytes of a hidden name, to which a few more letters are added
+
+
+def hidden(path: Path, suffix: str) -> Path:
+    """A hidden name beside `path`, made of its name, or of the name's digest where that is long."""
+    name = path.name
+    if len(os.fsencode(name)) + len(suffix) > LONGEST:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return path.with_name(f".{name}{suffix}")
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk; where a file system cannot tell, it is not
+    asked."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -21,17 +47,16 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         ResourceError: the file system refuses (no space, no permission, not a folder).
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = hidden(path, f".{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished(part):
             yield part
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
+            sync(part)
             os.replace(part, path)
     except OSError as error:
         raise ResourceError(
-            f"cannot write {path}: {error.strerror or error}\n"
+            f"cannot write {path!s:.300}: {error.strerror or error}\n"
             "nothing was left there; free some space or choose another folder"
         ) from error
     finally:
@@ -40,38 +65,47 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def claim(folder: str | os.PathLike, stem: str, suffix: str = ".json") -> Iterator[Path]:
-    """Yields `folder/name`, where name is the first of `stem`, `stem-2`, `stem-3` .. that no other process has.
+def claim(folder: str | os.PathLike, stem: str, suffixes: Sequence[str] = (".json",)) -> Iterator[Path]:
+    """Yields `folder/name`, where name is the first of `stem`, `stem-2`, `stem-3` .. that nobody has.
 
-    `name + suffix` is created empty and thereby taken, so that samplers that share a folder never overwrite each
-    other. Write that file last: it marks the others beside it as complete. If it is still empty when the block ends,
-    it is removed. Append suffixes with `Path(f"{base}.mp4")`: a stem may hold dots.
+    A name is taken as long as another process holds its claim (see `claims`), and for good where there is a file of
+    that name with one of `suffixes` that is not empty. So samplers that share a folder never overwrite each other, and
+    what a killed process had half done is done again. Of several files write that with the suffix last: it marks the
+    others as complete. Append suffixes with `Path(f"{base}.mp4")`: a stem may hold dots.
 
     Raises:
         ResourceError: the folder is a file, or the file system refuses.
     """
-    base, mark = _take(Path(folder), stem, suffix)
-    try:
-        with unfinished(mark):
-            yield base
-    finally:
-        with contextlib.suppress(OSError):
-            if mark.stat().st_size == 0:
-                mark.unlink()
+    with contextlib.ExitStack() as stack:
+        yield _take(stack, Path(folder), stem, suffixes)
 
 
-def _take(folder: Path, stem: str, suffix: str) -> tuple[Path, Path]:
-    """Creates the first free name's mark with O_EXCL; the name without `suffix`, and the mark."""
+def _take(stack: contextlib.ExitStack, folder: Path, stem: str, suffixes: Sequence[str]) -> Path:
+    """The first free name, whose claim the stack gives back."""
     for number in itertools.count(1):
         base = folder / (stem if number == 1 else f"{stem}-{number}")
-        mark = Path(f"{base}{suffix}")
+        files = [Path(f"{base}{suffix}") for suffix in suffixes]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            mark.open("xb").close()
-            return base, mark
+            if any(map(_is_there, files)):
+                continue
+            with contextlib.ExitStack() as held:
+                held.enter_context(claims.held(hidden(base, ".claim"), base, watch=False))
+                if not any(map(_is_there, files)):  # since
+                    stack.push(held.pop_all())
+                    return base
+        except InUse:
+            continue
         except FileExistsError:
-            if not folder.is_dir():
-                raise ResourceError(f"cannot write to {folder}: it is a file; choose another folder") from None
+            raise ResourceError(f"cannot write to {folder}: it is a file; choose another folder") from None
         except OSError as error:
             raise ResourceError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
     raise AssertionError("unreachable")
+
+
+def _is_there(file: Path) -> bool:
+    """Whether a file has content; without, it is what a process of an earlier version left."""
+    try:
+        return file.stat().st_size > 0
+    except FileNotFoundError:
+        return False

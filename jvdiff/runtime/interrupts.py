@@ -1,35 +1,142 @@
-"""Ctrl-C and SIGTERM (preemption): they come at any moment; all processes obey them after the same step."""
+"""Ctrl-C, SIGTERM (preemption) and SIGHUP (a closed terminal): one mechanism for every command.
+
+As long as a run has nothing to lose, a signal ends it at once, by KeyboardInterrupt in the main thread. Inside
+`deferred` it is noted instead, `asked` tells of it, and all processes obey after the same step. A signal that was
+ignored when the program began (`nohup`, `&`) stays ignored.
+
+Python runs handlers when the main thread is back from what it computes, and a compiler keeps it for minutes. So a
+command has a second thread, which hears of signals through a pipe and ends the process if the main thread does not.
+"""
 
 import contextlib
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jvdiff.runtime import peers
+from jvdiff.runtime import peers, verdict
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE = 0.9  # seconds that the main thread has to leave
+
+
+class _Signals:
+    """What came, and what is to be done then.
+
+    obeyed: handlers are installed
+    watched: a command's thread ends the process
+    came: numbers of the signals
+    stakes: of each `deferred` that is open, what tells whether there is something to lose yet
+    shielded: something is being saved that nothing may end
+    leaving: KeyboardInterrupt is on its way, or was
+    """
+
+    def __init__(self) -> None:
+        self.obeyed = self.watched = self.leaving = self.shielded = False
+        self.came: list[int] = []
+        self.stakes: list[Callable[[], bool]] = []
+
+    def at_once(self) -> bool:
+        """Whether a signal that came ends the process."""
+        return not self.shielded and (self.leaving or not self.stakes or not self.stakes[-1]())
+
+
+_now = _Signals()
+
+
+def _handle(number: int, frame: Any) -> None:
+    del frame
+    _now.came.append(number)
+    again = number == signal.SIGINT and len(_now.came) > 1
+    if not _now.shielded and (again or not _now.stakes):
+        if not (_now.leaving and _now.watched):  # what is being cleaned up is cleaned up
+            _now.leaving = True
+            raise KeyboardInterrupt
+    elif len(_now.came) == 1:
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # no terminal; or it was just being written to
+            print("\nstopping after this step; Ctrl-C to stop at once", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Yields asked(): whether Ctrl-C or SIGTERM has come. A second Ctrl-C raises KeyboardInterrupt at once.
-
-    Several processes must ask equally often. The answer is the same for all: whether a signal came to any of them.
-    """
-    signals: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        del frame
-        if signals and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        signals.append(number)
-        print("\nstopping after this step; Ctrl-C to stop at once", file=sys.stderr, flush=True)
-
+    """Obeys signals inside the block, and yields `asked`. Inside another such block: that one's."""
+    global _now
+    if _now.obeyed or threading.current_thread() is not threading.main_thread():  # which alone receives signals
+        yield asked
+        return
+    _now = _Signals()
+    _now.obeyed = True
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread, which alone receives signals
-        before = {}
-    try:
-        yield lambda: any(peers.gather(bool(signals)))
+        for number in before:
+            signal.signal(number, _handle)
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _now.obeyed = False
+
+
+@contextlib.contextmanager
+def command(code: int, message: str) -> Iterator[None]:
+    """What a command line does inside: `interrupts`, and the process ends with `code` where its main thread is stuck.
+
+    What is half written is removed then, see `verdict.unfinished`.
+    """
+    with interrupts():
+        if _now.watched or not _now.obeyed or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        left, (reading, writing) = threading.Event(), os.pipe()
+        os.set_blocking(writing, False)
+        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        _now.watched = True
+        threading.Thread(target=_watch, args=(reading, left, code, message), daemon=True).start()
+        try:
+            yield
+        finally:
+            left.set()
+            signal.set_wakeup_fd(before)
+            os.close(writing)
+            _now.watched = False
+
+
+def _watch(reading: int, left: threading.Event, code: int, message: str) -> None:
+    with open(reading, "rb", buffering=0) as pipe:
+        while number := pipe.read(1):
+            if number[0] in SIGNALS and not left.wait(GRACE) and _now.at_once():
+                verdict.end_now(code, message)
+
+
+def asked() -> bool:
+    """Whether a signal has come to any of the processes, which must ask equally often: all get the same answer."""
+    return any(peers.gather(bool(_now.came)))
+
+
+@contextlib.contextmanager
+def deferred(at_stake: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Inside, a signal is noted and obeyed by who asks; a second Ctrl-C raises KeyboardInterrupt.
+
+    at_stake: whether there is something to lose yet; until then a process whose main thread is stuck is ended.
+    """
+    _now.stakes.append(at_stake)
+    try:
+        yield
+    finally:
+        _now.stakes.remove(at_stake)
+
+
+@contextlib.contextmanager
+def shielded(on: bool = True) -> Iterator[None]:
+    """Inside, no signal ends anything: finished work is being saved. `on=False`: a wait in between, which one ends."""
+    before = _now.shielded, _now.stakes[:]
+    _now.shielded = on
+    if not on:
+        _now.stakes.clear()
+    try:
+        yield
+    finally:
+        _now.shielded, _now.stakes[:] = before

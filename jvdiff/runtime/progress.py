@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,13 +37,12 @@ def bar(
         now = time.monotonic()
         line = f"{label}  {_bar(done, total, live)}{_left(now - began, done, total, start)}"
         if live:
-            out.write(f"\r\x1b[K{line}")
+            tell(f"\r\x1b[K{line}", out)
         elif done == total or now - last >= PLAIN_SECONDS:
-            out.write(line + "\n")
+            tell(line + "\n", out)
         else:
             return
         last = now
-        out.flush()
 
     if live:
         show(start)
@@ -50,8 +50,7 @@ def bar(
         yield show
     finally:
         if live:
-            out.write("\n")
-            out.flush()
+            tell("\n", out)
 
 
 @contextlib.contextmanager
@@ -60,15 +59,13 @@ def phase(label: str, seconds: dict[str, float], key: str, *, stream: TextIO | N
     out = stream or _terminal()
     live, before = out.isatty(), seconds.get(key, 0.0)
     if live:
-        out.write(f"{label} ...")
-        out.flush()
+        tell(f"{label} ...", out)
     try:
         with timed(seconds, key):
             yield
     finally:
         took = seconds[key] - before
-        out.write(f"{chr(13) + chr(27) + '[K' if live else ''}{label}: {took:.1f} s\n")
-        out.flush()
+        tell(f"{chr(13) + chr(27) + '[K' if live else ''}{label}: {took:.1f} s\n", out)
 
 
 @contextlib.contextmanager
@@ -79,6 +76,19 @@ def timed(seconds: dict[str, float], key: str) -> Iterator[None]:
         yield
     finally:
         seconds[key] = seconds.get(key, 0.0) + time.monotonic() - began
+
+
+def tell(text: str, out: TextIO) -> None:
+    """Writes text where somebody reads it. Where nobody can any more, work goes on, and what follows goes nowhere.
+
+    A terminal that was closed, a program behind a pipe that ended, a log file on a full disk.
+    """
+    try:
+        out.write(text)
+        out.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), out.fileno())
 
 
 def _terminal() -> TextIO:

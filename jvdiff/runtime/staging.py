@@ -1,19 +1,21 @@
 """Folders that appear whole or not at all.
 
-Each is written into a hidden folder beside its target, under a lock, and then renamed. Files are in `files`.
+Each is written into a hidden folder beside its target, under a claim, and then renamed. Files are in `files`.
 """
 
 import ctypes
 import errno
-import fcntl
+import glob
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from jvdiff.errors import CheckpointError, JvdiffError, ResourceError, UsageError
+from jvdiff.errors import JvdiffError, ResourceError, UsageError
+from jvdiff.runtime import claims
+from jvdiff.runtime.files import hidden, sync
 from jvdiff.runtime.verdict import unfinished
 
 MANIFEST = "jvdiff.json"  # its presence says that a folder is a complete one of ours, which may be overwritten
@@ -40,33 +42,36 @@ def staged(
 ) -> Iterator[Path]:
     """A new hidden folder that becomes `path` by one rename when the block ends well, and is removed otherwise.
 
-    A lock that the kernel drops with the process keeps a second writer out. `needed` bytes must be free on the disk.
+    A claim keeps a second writer out. `needed` bytes must be free on the disk.
     `overwrite` swaps a complete folder of the same kind for the new one, and replaces nothing else; `manifest` is a
     file that such a folder has, and that the block writes too. None: whoever asks has no such option.
 
     Raises:
         UsageError: `path` exists already, or its folder cannot be written.
-        CheckpointError: another process is writing it.
+        InUse: another process is writing it.
         ResourceError: disk or memory are full.
     """
     target = Path(os.path.abspath(path))
     check_target(target, overwrite, manifest)
     _check_space(target, needed)
-    with lock(target):
-        check_target(target, overwrite, manifest)  # the lock's owner before us may have written it
-        for stale in target.parent.glob(f".{target.name}.staging-*"):  # of a process that was killed
+    with lock(target) as claim:
+        check_target(target, overwrite, manifest)  # the claim's holder before us may have written it
+        prefix = hidden(target, ".staging-")
+        for stale in target.parent.glob(f"{glob.escape(prefix.name)}*"):  # of a process that was killed
             shutil.rmtree(stale, ignore_errors=True)
-        staging = target.with_name(f".{target.name}.staging-{os.getpid()}-{secrets.token_hex(4)}")
+        staging = prefix.with_name(f"{prefix.name}{os.getpid()}-{secrets.token_hex(4)}")
         try:
             with unfinished(staging):
                 staging.mkdir()
                 yield staging
-                _sync(staging)
+                for path in (staging, *staging.rglob("*")):
+                    sync(path)
+                claim.check()
                 if target.exists():
                     _exchange(staging, target)
                 else:
                     staging.rename(target)
-                _sync_one(target.parent)
+                sync(target.parent)
         except JvdiffError:
             raise
         except Exception as error:
@@ -106,41 +111,23 @@ def _check_space(target: Path, needed: int) -> None:
 
 
 @contextmanager
-def lock(target: Path) -> Iterator[None]:
-    """Holds `.NAME.lock` beside the target.
+def lock(target: Path) -> Iterator[claims.Claim]:
+    """Holds `.NAME.lock` beside the target, a claim.
 
     Raises:
-        CheckpointError: another process holds it.
+        InUse: another process holds it.
+        ResourceError: the disk is full.
         UsageError: the folder cannot be written.
     """
-    file = target.with_name(f".{target.name}.lock")
-    try:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise UsageError(f"{target!s:.200}: cannot be written ({error.strerror}).\nChoose another target.") from error
-    try:
-        _take(handle, file, target)
+    with ExitStack() as stack:
         try:
-            with unfinished(file):
-                yield
-        finally:
-            file.unlink(missing_ok=True)
-    finally:
-        os.close(handle)
-
-
-def _take(handle: int, file: Path, target: Path) -> None:
-    """Locks an open file and writes this process's number into it; CheckpointError if another process has it."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        taken = os.path.samestat(os.fstat(handle), os.stat(file))  # not a file that its owner has just removed
-    except (BlockingIOError, FileNotFoundError):
-        taken = False
-    if not taken:
-        owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip() or "unknown"
-        raise CheckpointError(f"{target}: is being written by process {owner}.\nWait for it, or choose another target.")
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, str(os.getpid()).encode(), 0)
+            claim = stack.enter_context(claims.held(hidden(target, ".lock"), target))
+        except OSError as error:
+            if resource := resource_error(error, target):
+                raise resource from error
+            reason = error.strerror
+            raise UsageError(f"{target!s:.200}: cannot be written ({reason}).\nChoose another target.") from error
+        yield claim
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -149,16 +136,3 @@ def _exchange(new: Path, old: Path) -> None:
     folder, exchange = -100, 2  # AT_FDCWD (the paths are absolute), RENAME_EXCHANGE
     if rename is None or rename(folder, os.fsencode(new), folder, os.fsencode(old), exchange) != 0:
         raise UsageError(f"{old}: this system cannot swap folders in one step.\nRemove it yourself, then start again.")
-
-
-def _sync(root: Path) -> None:
-    for path in (root, *root.rglob("*")):
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

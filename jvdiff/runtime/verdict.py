@@ -108,19 +108,24 @@ def unfinished(path: Path) -> Iterator[None]:
 
 def end_now(code: int, message: str = "") -> None:
     """Ends the process from any thread, whatever the others do; removes what is half written."""
-    for path in list(_unfinished):
-        _remove(path)
-    if message:
-        print(f"error: {message}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        if member is not None:
+            member.tell({"end": [code, message]})
+        for path in list(_unfinished):
+            _remove(path)
+        if message:
+            print(f"error: {message}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+            for _ in range(5):  # another thread may still be writing there
+                shutil.rmtree(path, ignore_errors=True)
         elif path.name.startswith(".") or path.stat().st_size == 0:
             path.unlink()
 

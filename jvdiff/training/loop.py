@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
 from jvdiff.runtime import peers
-from jvdiff.runtime.interrupts import interrupts
+from jvdiff.runtime.interrupts import deferred, interrupts
 from jvdiff.runtime.staging import lock, resource_error
 from jvdiff.sharding import MeshShape, make_mesh, param_shardings
 from jvdiff.sharding.rules import REPLICATED, Rules
@@ -244,12 +244,13 @@ def fit(
         state = _begun(manager, partial(start, task, schedule, init_key, params, shardings), shardings)
         run = _Run(folder, manager, most_skipped, state, int(state.step))
         step = make_step(task, schedule, step_key, shardings, accumulate)
-        every = _Every(save_every, log_every, show_every)
-        with Metrics(folder, run.done, schedule.steps, log_to) as metrics:
-            run.train(task, schedule.steps, step, mesh, every, metrics, stopped)
-        run.save()
-        with _disk(folder):
-            manager.wait_until_finished()
+        every, begun = _Every(save_every, log_every, show_every), run.done
+        with deferred(lambda: run.done > begun):
+            with Metrics(folder, run.done, schedule.steps, log_to) as metrics:
+                run.train(task, schedule.steps, step, mesh, every, metrics, stopped)
+            run.save()
+            with _disk(folder):
+                manager.wait_until_finished()
     if run.done < schedule.steps:
         raise Interrupted(f"{folder}: stopped after step {run.done}, state saved; the same command goes on.")
     return run.state

@@ -16,6 +16,7 @@ from jvdiff import pipeline
 from jvdiff.commands import batches, jobs, one_video, sample
 from jvdiff.errors import CheckpointError, NumericsError, ResourceError
 from jvdiff.runtime import claims
+from jvdiff.runtime.interrupts import deferred
 
 RED, BLUE = "a red seven", "a blue two"
 
@@ -52,7 +53,8 @@ def made(monkeypatch):
     made = Made()
 
     def make(maker, job, seconds):
-        made.before(job)
+        with deferred():  # as what makes a clip does
+            made.before(job)
         path = maker.output / f"{job.stem}.json"
         number = 1
         while path.exists():

@@ -113,7 +113,7 @@ BAD = {
     '{"prompt": "a", "solver": {"a": 1}}': "solver is {'a': 1}",
     '{"prompt": "a", "prompt": "b"}': "says prompt more than once",
     '{"prompt": "a", "id": "%s"}' % ("漢" * 100): "has 300 bytes; a name of files has at most 200",
-    '{"prompt": "a", "id": "X.Preview"}': "leave .preview and .failed out",
+    '{"prompt": "a", "id": "X.Preview"}': "ends in what names other files: .preview",
     '{"prompt": "a", "id": "GOOD"}': "was used on an earlier line as 'good', and not every file system",
     '{"prompt": "a", "id": "good"}': "id 'good' was used on an earlier line.",
     '{"prompt": "a\\ud800"}': "half a surrogate pair",

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -476,11 +475,11 @@ def test_a_disk_that_fills_up_while_writing_keeps_the_frames(command, tmp_path, 
         raise ResourceError(f"cannot write {path}: No space left on device")
 
     monkeypatch.setattr(videos, "write_mp4", full)
-    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(tmp_path))
     assert sample.main(command(steps=1)) == 4
-    assert str(tmp_path / "video.npz") in capsys.readouterr().err
-    assert read(tmp_path / "video.npz")["video"].shape == (5, 16, 16, 3)
-    assert not list((tmp_path / "out").iterdir())
+    said, frames = capsys.readouterr().err, tmp_path / "out" / f"{STEM}.frames.npz"
+    assert f"The frames are in {frames}." in said and "their result is kept. Go on with:" in said
+    assert read(frames)["video"].shape == (5, 16, 16, 3)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {f"{STEM}.frames.npz", f"{STEM}.state"}
 
 
 def test_without_av_the_video_is_an_animated_png(command, tmp_path, monkeypatch, capsys):

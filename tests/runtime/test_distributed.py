@@ -278,7 +278,7 @@ def test_a_killed_process_leaves_no_half_written_file(sampling, tiny_repository)
     start, clips = sampling
     running = start(tiny_repository, num_frames=1, steps=500)
     running.wait_for("denoise  ")
-    assert [path.name for path in clips.iterdir()] == [f"{STEM}.json"]  # claimed
+    assert [path.name for path in clips.iterdir()] == [f".{STEM}.claim"]
     running.processes[1].kill()
     assert running.wait() == [7, -signal.SIGKILL], running.text(0)
     assert "error: process 1 (" in running.text(0) and "Traceback" not in running.text(0)

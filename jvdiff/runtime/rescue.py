@@ -1,0 +1,80 @@
+"""Work that is done is kept: where it belongs, else on another disk, else in memory until there is room."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from jvdiff.errors import JvdiffError, ResourceError
+from jvdiff.runtime import progress
+from jvdiff.runtime.interrupts import shielded
+
+T = TypeVar("T")
+
+
+def kept(save: Callable[[Path], T], bases: Sequence[Path], *, wait: bool = True) -> T:
+    """What `save(base)` returns for the first base that takes it; base: path of the files, without suffix.
+
+    Tried are `bases`, then a new folder in the temporary one, there also under a short name. Where all refuse and
+    somebody sits at a terminal, who may free some space or name another folder, that is waited for, until a signal
+    comes. Signals end nothing else here.
+
+    Raises:
+        ResourceError: nobody took it; all reasons.
+    """
+    with shielded():
+        reasons: list[str] = []
+        for base in dict.fromkeys(bases):
+            if (found := _tried(save, base, reasons)) is not None:
+                return found[0]
+        for base in _temporary(bases[0].name, reasons):
+            if (found := _tried(save, base, reasons)) is not None:
+                return found[0]
+        while wait and (folder := _another_folder(reasons)) is not None:
+            reasons.clear()
+            if (found := _tried(save, (folder or bases[0].parent) / bases[0].name, reasons)) is not None:
+                return found[0]
+    raise ResourceError("nothing could be saved anywhere:\n" + "\n".join(reasons[:4]))
+
+
+def _tried(save: Callable[[Path], T], base: Path, reasons: list[str]) -> tuple[T] | None:
+    try:
+        return (save(base),)
+    except (JvdiffError, OSError, MemoryError) as error:
+        line = str(error).partition("\n")[0] or type(error).__name__
+        reasons.append(line if str(base) in line else f"{base}: {line}")
+        progress.tell(f"notice: {reasons[-1]}\n", sys.stderr)
+        return None
+
+
+def _temporary(name: str, reasons: list[str]) -> Iterator[Path]:
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="jvdiff-"))
+    except OSError as error:
+        reasons.append(f"temporary folder: {error.strerror or error}")
+        return
+    yield folder / name
+    yield folder / "clip"
+    with contextlib.suppress(OSError):
+        folder.rmdir()  # nothing was written there
+
+
+def _another_folder(reasons: Sequence[str]) -> Path | None:
+    """What somebody at the terminal answers: a folder, "" for the same as before; None without somebody."""
+    try:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            return None
+        told = "\n".join(reasons[:4])
+        progress.tell(
+            f"{told}\nThe work that is done is kept in memory. Free some space and press Enter, or type another\n"
+            "folder and press Enter; Ctrl-C gives it up: ",
+            sys.stderr,
+        )
+        with shielded(False):
+            line = sys.stdin.readline()
+    except (KeyboardInterrupt, OSError, ValueError, AttributeError):
+        return None
+    return Path(os.path.expanduser(line.strip())) if line else None
