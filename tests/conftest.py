@@ -5,6 +5,7 @@ The environment says so, and child processes inherit it."""
 import atexit
 import gc
 import os
+import shlex
 import shutil
 import tempfile
 
@@ -123,3 +124,40 @@ def tiny_causal_repository(tiny_repository, tmp_path_factory):
     }.items():
         (root / file).write_text(json.dumps(content))
     return root
+
+
+@pytest.fixture(scope="session")
+def same_files():
+    """same_files(one, other): asserts that every file of the folder `one` is in `other`, byte for byte.
+
+    Apart: times, memory, and where a run was resumed, which only records tell.
+    """
+
+    def told(path):
+        if path.suffix == ".json":
+            apart = ("seconds", "speed", "resumed_at_step", "resumed_at_chunk")
+            return {name: value for name, value in json.loads(path.read_text()).items() if name not in apart}
+        if path.suffix == ".jsonl":
+            lines = map(json.loads, path.read_text().splitlines())
+            return [{name: line[name] for name in ("chunk", "prompt", "frames")} for line in lines]
+        return path.read_bytes()
+
+    def same(one, other):
+        names = sorted(path.name for path in one.iterdir() if path.is_file())
+        assert any(name.endswith(".mp4") for name in names)
+        for name in names:
+            assert told(one / name) == told(other / name), name
+
+    return same
+
+
+@pytest.fixture
+def printed(capsys):
+    """printed(): the command to go on that was printed last, as argv of the command's `main`."""
+
+    def command():
+        words = shlex.split(capsys.readouterr().err.rsplit("with:\n", 1)[1].splitlines()[0])
+        program = 3 if words[:2] == ["python", "-m"] else 2  # python -m jvdiff.sample, or jvdiff sample
+        return [" ".join(words[:program]).removeprefix("python -m jvdiff."), *words[program:]]
+
+    return command

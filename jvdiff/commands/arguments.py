@@ -56,8 +56,8 @@ WORDS = {
     "gradient_accumulation_steps": "accumulate",
     "checkpointing_steps": "save_every",
     "dataloader_num_workers": "workers",
-    "num_videos_per_prompt": "a tuple of prompts, --prompt=\"('a', 'a')\", whose seeds count up, or --prompts=FILE",
-    "num_images_per_prompt": "a tuple of prompts, --prompt=\"('a', 'a')\", whose seeds count up, or --prompts=FILE",
+    "num_videos_per_prompt": "a range of seeds, --seeds=0:4",
+    "num_images_per_prompt": "a range of seeds, --seeds=0:4",
 }
 
 
@@ -303,7 +303,7 @@ def meant(name: str, known: Iterable[str]) -> str:
     plain = name.replace("-", "_")
     word = WORDS.get(plain.rsplit(".", 1)[-1], "")
     if " " in word:
-        return f" (here it is {word})" if "prompts" in known else ""
+        return f" (here it is {word})" if "seeds" in known else ""
     for wanted in filter(None, (plain, word, plain.rsplit(".", 1)[-1])):
         for path in known:
             if wanted in (path, path.rsplit(".", 1)[-1]):

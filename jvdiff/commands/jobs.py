@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,15 +15,17 @@ import jax
 from jvdiff import config as options
 from jvdiff import plan, sharding
 from jvdiff.commands.command_line import say
+from jvdiff.commands.prompts import Entry, read_subjects
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.media import video as videos
 from jvdiff.models.family import SUBJECTS, Clip
 from jvdiff.pipeline import Context, Repository, check_seed, check_subjects, make_request
 from jvdiff.precision import Precision
 from jvdiff.runtime import environment, peers, run_state
+from jvdiff.runtime.claims import Claim
 from jvdiff.sharding import MeshShape
 
-MAX_PROMPTS_BYTES = 64 * 2**20
+MAX_SEEDS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,108 +36,122 @@ class Job:
     seed: of its noise
     clip: what its settings mean
     inputs: arrays of its request, made once
-    stem: name of its files
+    name: of its files
     image: uint8 [Y,X,3] of the first frame, where there is one
+    numbered: whether the seed stands behind the name
     seed_given: somebody asked for this seed
     state: where an earlier run stopped
+    claim: what keeps other processes from making it, where they may
     """
 
     subject: Any
     seed: int
     clip: Clip
     inputs: Any
-    stem: str
+    name: str
     image: Any = None
+    numbered: bool = False
     seed_given: bool = True
     state: run_state.RunState | None = None
+    claim: Claim | None = None
 
-
-def read_subjects(path: str | Path, repository: Repository) -> tuple[list[dict[str, Any]], list[str]]:
-    """The lines of a prompts file as (objects that name a subject, one sentence for each line that is unusable).
-
-    A .jsonl file holds one JSON object a line: prompt (or class_label), and optionally id (the file name), seed, and
-    any setting. Any other file holds one prompt, or class, a line. Blank lines are passed over.
-
-    Raises:
-        UsageError: the file cannot be read or is empty.
-    """
-    path, entries, problems, ids = Path(path), [], [], set()
-    for number, line in enumerate(_lines(path), 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if text:
-                entries.append(_entry(text, path.suffix == ".jsonl", repository, ids) | {"line": number})
-        except (UsageError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            problems.append(f"{path} line {number}: {str(error).splitlines()[0]}")
-    if not entries and not problems:
-        raise UsageError(f"prompts: {path} holds no prompt.")
-    return entries, problems
-
-
-def _lines(path: Path) -> list[bytes]:
-    try:
-        if path.stat().st_size > MAX_PROMPTS_BYTES:
-            raise UsageError(f"prompts: {path} is larger than {MAX_PROMPTS_BYTES >> 20} MiB; split it.")
-        return path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UsageError(f"prompts: cannot read {path}: {error.strerror}.") from None
-
-
-def _entry(text: str, is_json: bool, repository: Repository, ids: set[str]) -> dict[str, Any]:
-    """One line of a prompts file, checked; its id joins `ids`."""
-    field = SUBJECTS[repository.family.subject]
-    entry = json.loads(text) if is_json else {field: text}
-    if not isinstance(entry, dict):
-        raise UsageError("not a JSON object")
-    options.check_names("key", entry, (field, "id", "seed", *options.names(repository.family.settings)))
-    entry[field] = repository.family.check_subject(repository.models, entry.get(field))
-    if (name := entry.get("id")) is not None:
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,99}", name):
-            raise UsageError(f"id is {name!r:.80}; expected up to 100 letters, digits, '-', '_' or '.'")
-        if name in ids:
-            raise UsageError(f"id {name!r} was used on an earlier line")
-        ids.add(name)
-    return entry
+    @property
+    def stem(self) -> str:
+        """The name of its files, complete."""
+        return f"{self.name}_seed{self.seed}" if self.numbered else self.name
 
 
 def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]]:
-    """What to make, checked, before any weight is read; and the problems of single lines of a prompts file."""
-    family, problems = repository.family, []
-    field, names = SUBJECTS[family.subject], options.names(family.settings)
+    """What to make, checked, before any weight is read; and the problems of single entries of a prompts file.
+
+    Entry i has the seed `config.seed` + i, whether the entries before it can be used or not.
+    """
+    family, jobs, problems = repository.family, [], []
+    field = SUBJECTS[family.subject]
     _check_fields(config, field)
-    common = {name: config.get(name) for name in names}
+    common = {name: config.get(name) for name in options.names(family.settings)}
     clip = family.clip(repository.models, repository.settings(**common))
     picture = functools.cache(lambda height, width: _picture(config, height, width))
     picture(*clip.frames[1:])  # a file that cannot be read is told once, not line by line
-    if config.prompts is not None:
-        entries, problems = read_subjects(config.prompts, repository)
-    else:
-        named = config[field]
-        subjects = list(named) if isinstance(named, tuple | list) else named
-        entries = [{field: subject} for subject in check_subjects(repository, **{family.subject: subjects})]
+    seeds, (part, parts) = _seeds(config), _part(config.part)
     first = peers.gather(check_seed(config.seed))[0]  # of several processes each would draw its own
-    jobs = []
-    for i, entry in enumerate(entries):
+    for i, entry in enumerate(_entries(config, field, repository)):
+        every = seeds or [(first + i) % 2**32]
+        if not (chosen := [seed for j, seed in enumerate(every, i * len(every)) if j % parts == part - 1]):
+            continue
         try:
-            seed = check_seed(entry["seed"]) if entry.get("seed") is not None else (first + i) % 2**32
-            changes = {name: entry[name] for name in names if entry.get(name) is not None}
-            subject = entry[field]
-            stem = entry.get("id") or f"{slug(subject)}_seed{seed}"
-            asked = config.seed is not None or entry.get("seed") is not None
-            chosen = family.clip(repository.models, repository.settings(**common | changes)) if changes else clip
-            image = picture(*chosen.frames[1:])
-            jobs.append(make_job(repository, subject, seed, chosen, stem, image, seed_given=asked))
+            job = _job(entry, common, clip, picture, repository)
+            if seeds and job.seed_given:
+                raise UsageError(f"seed is {job.seed}, and --seeds={config.seeds}; leave one of them out.")
+            if job.seed_given:
+                jobs.append(job)
+                continue
+            given, numbered = bool(seeds) or config.seed is not None, job.numbered or bool(seeds)
+            jobs += [dataclasses.replace(job, seed=seed, seed_given=given, numbered=numbered) for seed in chosen]
         except UsageError as error:
-            if "line" not in entry:
+            if config.prompts is None:
                 raise
-            problems.append(f"{config.prompts} line {entry['line']}: {str(error).splitlines()[0]}")
+            problems.append(f"{entry.where}: {str(error).splitlines()[0]}")
     return jobs, problems
 
 
-def make_job(repository: Repository, subject: Any, seed: int, clip: Clip, stem: str, image: Any, **more: Any) -> Job:
+def _entries(config: Any, field: str, repository: Repository) -> list[Entry]:
+    """The subjects that a config names, or those of its prompts file."""
+    if config.prompts is not None:
+        return read_subjects(config.prompts, repository)
+    named = config[field]
+    subjects = list(named) if isinstance(named, tuple | list) else named
+    checked = check_subjects(repository, **{repository.family.subject: subjects})
+    return [Entry(f"{field} {i}", {field: subject}) for i, subject in enumerate(checked)]
+
+
+def _job(entry: Entry, common: dict[str, Any], clip: Clip, picture: Any, repository: Repository) -> Job:
+    """The job of an entry, whose seed is 0 where it has none; UsageError where it cannot be made."""
+    if entry.problem is not None:
+        raise UsageError(entry.problem)
+    family, values = repository.family, entry.values
+    changes = {name: values[name] for name in common if values.get(name) is not None}
+    if changes:
+        clip = family.clip(repository.models, repository.settings(**common | changes))
+    subject, seed, name = values[SUBJECTS[family.subject]], values.get("seed"), values.get("id")
+    told = {"seed_given": seed is not None, "numbered": name is None}
+    seed, image = 0 if seed is None else check_seed(seed), picture(*clip.frames[1:])
+    return make_job(repository, subject, seed, clip, name or slug(subject), image, **told)
+
+
+def _seeds(config: Any) -> list[int]:
+    """The field `seeds`: 0:16 are sixteen, 3,5,8 are three; [] where it is None.
+
+    Raises:
+        UsageError: it is neither, too much, or there is `seed` too.
+    """
+    if config.seeds is None:
+        return []
+    if config.seed is not None:
+        raise UsageError(f"seed is {config.seed}, and seeds {config.seeds}; leave one of them out (--seed=none).")
+    if match := re.fullmatch(r"(\d{1,10}):(\d{1,10})", config.seeds):
+        seeds = range(int(match[1]), int(match[2]))
+    elif re.fullmatch(r"\d{1,10}(,\d{1,10})+", config.seeds):
+        seeds = [int(each) for each in config.seeds.split(",")]
+    else:
+        raise UsageError(f"seeds is {config.seeds!r:.80}; expected 0:16 for sixteen from 0 to 15, or a list: 3,5,8.")
+    if not 1 <= len(seeds) <= MAX_SEEDS or len({*seeds}) < len(seeds):
+        raise UsageError(f"seeds is {config.seeds!r:.80}; expected 1 to {MAX_SEEDS} of them, each once.")
+    return [check_seed(seed) for seed in seeds]
+
+
+def _part(text: str | None) -> tuple[int, int]:
+    """The field `part` as (which, of how many), from 1; (1, 1) where it is None."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", "1/1" if text is None else text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UsageError(f"part is {text!r:.80}; expected 1/16 for the first of sixteen, up to 16/16 for the last.")
+    return int(match[1]), int(match[2])
+
+
+def make_job(repository: Repository, subject: Any, seed: int, clip: Clip, name: str, image: Any, **more: Any) -> Job:
     """A job and the arrays of its request."""
     request = make_request(repository.family, clip, (subject,), image=image)
-    return Job(subject, seed, clip, repository.family.inputs(repository.models, clip, request), stem, image, **more)
+    return Job(subject, seed, clip, repository.family.inputs(repository.models, clip, request), name, image, **more)
 
 
 def _check_fields(config: Any, field: str) -> None:
@@ -180,25 +194,6 @@ def facts(job: Job, repository: Repository, precision: str) -> dict[str, Any]:
     }
 
 
-def without_done(jobs: Sequence[Job], output: Path, repository: Repository, precision: str) -> list[Job]:
-    """The jobs that no record in `output` describes; each record stands for one of them."""
-    records = []
-    for path in sorted(output.glob("*.json")):
-        with contextlib.suppress(OSError, ValueError):
-            record = json.loads(path.read_bytes())
-            if isinstance(record, dict):
-                records.append(record)
-    left = []
-    for job in jobs:
-        asked = {k: v for k, v in facts(job, repository, precision).items() if k != "seed" or job.seed_given}
-        match = next((record for record in records if all(record.get(k) == v for k, v in asked.items())), None)
-        if match is None:
-            left.append(job)
-        else:
-            records.remove(match)
-    return left
-
-
 def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], repository: Repository) -> Job:
     """The job that `state` is half of.
 
@@ -214,8 +209,9 @@ def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], r
     if missing := [name for name in (fact, "seed", "precision") if name not in saved]:
         raise CheckpointError(f"{folder}: the state does not describe a run of this model: it has no {missing[0]}.")
     _check_kind(fields, field)
-    if fields.get("prompts") is not None:
-        raise UsageError(f"prompts is {fields['prompts']}, and {folder} is the state of one video; leave it out.")
+    for name in ("prompts", "seeds", "part"):
+        if fields.get(name) is not None:
+            raise UsageError(f"{name} is {fields[name]}, and {folder} is the state of one video; leave it out.")
     now: dict[str, Any] = {"checkpoint_digest": repository.digest}
     for name, value in fields.items():
         if name in saved and value is not None and name != "image":  # a state has its digest, compared below
@@ -232,9 +228,9 @@ def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], r
         if image is not None or "image" in saved:
             digest = None if image is None else hashlib.sha256(image.tobytes()).hexdigest()
             run_state.check_same({"image": saved.get("image")}, {"image": digest}, folder)
-        stem = Path(folder).resolve().name.removesuffix(".state")
+        name = Path(folder).resolve().name.removesuffix(".state")
         subject = family.check_subject(repository.models, saved[fact])
-        return make_job(repository, subject, saved["seed"], clip, stem, image, state=state)
+        return make_job(repository, subject, saved["seed"], clip, name, image, state=state)
     except UsageError as error:
         raise CheckpointError(f"{folder}: the state does not describe a run of this model: {error}") from None
 

@@ -25,7 +25,7 @@ from jvdiff.commands.arguments import Request
 from jvdiff.commands.command_line import say
 from jvdiff.commands.jobs import Job, attention, facts
 from jvdiff.diffusion import Solver, samplers
-from jvdiff.errors import CheckpointError, Interrupted, NumericsError, ResourceError, SetupError
+from jvdiff.errors import CheckpointError, Interrupted, InUse, NumericsError, ResourceError, SetupError
 from jvdiff.media import video as videos
 from jvdiff.models.family import Clip
 from jvdiff.pipeline import Pipeline
@@ -57,6 +57,7 @@ class Maker:
     config, request: what was asked for
     output: folder of the files
     asked_to_stop: whether Ctrl-C was pressed
+    again: the command that goes on with a batch; None where there is one video, whose state goes on
     compiled: keys of the programs that were compiled ahead
     """
 
@@ -65,6 +66,7 @@ class Maker:
     request: Request
     output: Path
     asked_to_stop: Callable[[], bool]
+    again: str | None = None
     compiled: set[Any] = dataclasses.field(default_factory=set)
 
     def command(self, state: Path) -> str:
@@ -78,9 +80,9 @@ class Maker:
 
 
 # What stands in the record alone, and not in the video's and picture's metadata.
-_OF_THE_RECORD = ("sigmas", "seconds", "versions", "device", "environment", "autotuning")
+_OF_THE_RECORD = ("sigmas", "seconds", "versions", "device", "environment", "autotuning", "resumed_at_step")
 # Fields that a state holds itself, or that were about the run that it stopped.
-_OF_ONE_RUN = ("prompt", "prompts", "class_label", "seed", "stop_at")
+_OF_ONE_RUN = ("prompt", "prompts", "class_label", "seed", "seeds", "part", "stop_at")
 
 
 @dataclasses.dataclass(eq=False)
@@ -136,7 +138,8 @@ class _Making:
 
     def interrupted(self, state: Any) -> Interrupted:
         """The error that ends a run that Ctrl-C stopped, its state saved."""
-        command = self.maker.command(self.save(state))
+        folder = self.save(state)
+        command = self.maker.again or self.maker.command(folder)
         return Interrupted(f"interrupted after step {self.done} of {self.steps}; go on with:\n  {command}")
 
     @contextlib.contextmanager
@@ -149,7 +152,7 @@ class _Making:
         """
         try:
             yield
-        except (Interrupted, NumericsError):  # whose state is saved already, or not worth it
+        except (Interrupted, NumericsError, InUse):  # whose state is saved already, or not worth it
             raise
         except BaseException as error:
             self._keep(state, error)
@@ -234,8 +237,9 @@ def _begin(making: _Making) -> Any:
         content = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in arrays.items())
         needed = ", ".join(f"{name} {dtype}{list(shape)}" for name, (shape, dtype) in expected.items())
         raise CheckpointError(
-            f"{making.maker.config.resume}: the state has {content}\nafter step {making.done} of {making.steps}; "
-            f"this run needs {needed}.\nResume it with the version that wrote it, or begin anew."
+            f"{making.maker.config.resume or job.stem}: the state has {content}\n"
+            f"after step {making.done} of {making.steps}; this run needs {needed}.\n"
+            "Resume it with the version that wrote it, or begin anew."
         )
     return type(state)(**arrays)
 
@@ -358,6 +362,8 @@ def write_files(making: _Making, latents: np.ndarray, record: dict[str, Any], no
     if not peers.writes():
         return Path(f"{base}.mp4")
     assert video is not None
+    if making.job.claim is not None:
+        making.job.claim.check()
     metadata = {name: x for name, x in record.items() if name not in _OF_THE_RECORD}
     if no_mp4 is None:
         path = videos.write_mp4(f"{base}.mp4", video, fps, metadata)

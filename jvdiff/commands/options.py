@@ -22,11 +22,15 @@ class Content:
 
     prompt: str | tuple[str, ...] | None = option(None, "a text, or a tuple of them: ('one', 'two')", prose=True)
     prompts: str | None = option(
-        None, "a file, one video a line: text, or JSONL objects with prompt, id, seed and settings", path=True
+        None,
+        "a file of them: text, JSONL, a JSON array or CSV, with id, seed and settings (docs/sampling.md)",
+        path=True,
     )
     class_label: int | str | tuple[Any, ...] | None = option(None, "a class by name or number, or a tuple of them")
     image: str | None = option(None, "a picture's file, for models that take one", path=True)
     seed: int | None = option(None, "video i gets seed + i; none draws one and prints it")
+    seeds: str | None = option(None, "in place of seed: 0:16 makes sixteen videos of each prompt; or a list, 3,5,8")
+    part: str | None = option(None, "3/16 makes the third of sixteen equal parts of the videos")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from jvdiff import models
 from jvdiff.commands import arguments, command_line, options
 from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.commands.command_line import say
-from jvdiff.errors import CheckpointError, Interrupted, JvdiffError, ResourceError, UsageError
+from jvdiff.errors import CheckpointError, JvdiffError, NumericsError, UsageError
 from jvdiff.runtime import peers, progress
 from jvdiff.runtime.interrupts import interrupts
 from jvdiff.weights import locate
@@ -136,7 +136,7 @@ def run(request: Request) -> list[Path]:
             print(line, flush=True)
         return []
     from jvdiff import pipeline, precision
-    from jvdiff.commands import jobs, one_video
+    from jvdiff.commands import batches, jobs, one_video
     from jvdiff.runtime import run_state
 
     if config.checkpoint is None:
@@ -144,7 +144,7 @@ def run(request: Request) -> list[Path]:
     output = command_line.writable(config.output, "output")
     how: dict[str, Any] = {"family": models.named(config.family), "follow_symlinks": config.follow_symlinks}
     repository = pipeline.inspect(_folder(config.checkpoint), at_once=True, **how)
-    problems: list[str] = []
+    batch, problems = None, []
     if config.resume is not None:
         state = run_state.load(config.resume)
         wanted = [jobs.resumed(config, state, request.given, repository)]
@@ -152,8 +152,9 @@ def run(request: Request) -> list[Path]:
     else:
         dtypes = precision.choose(config.precision)
         wanted, problems = jobs.make_jobs(config, repository)
-        if config.prompts is not None:
-            wanted = _left(wanted, output, repository, dtypes.name)
+        if config.prompts is not None or config.seeds is not None:
+            batch = batches.Batch(wanted, repository, dtypes.name, output, config.stop_at)
+            wanted = _left(batch)
     for problem in problems:
         say(f"error: {problem}")
     peers.agree("what to make, of which weights", [jobs.facts(job, repository, dtypes.name) for job in wanted])
@@ -169,27 +170,34 @@ def run(request: Request) -> list[Path]:
         command_line.say_device(pipeline.abstract_params(repository.family, repository.models, dtypes), mesh)
         with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_video.stage("load"):
             pipe = pipeline.load(repository, dtypes.name, mesh)
-        maker = one_video.Maker(pipe, config, request, output, asked_to_stop)
-        return _summed(problems, _made(maker, wanted, problems, seconds))
+        again = None if batch is None else request.command(stop_at=None)
+        maker = one_video.Maker(pipe, config, request, output, asked_to_stop, again)
+        every = wanted if batch is None else batch.jobs
+        return _summed(problems, _made(maker, every, batch, problems, seconds))
 
 
-def _made(maker: Any, wanted: Sequence[Any], problems: list[str], seconds: Mapping[str, float]) -> list[Path]:
-    """The videos of the jobs, one after another; of several, one that fails joins the problems."""
+def _made(maker: Any, jobs: Sequence[Any], batch: Any, problems: list[str], seconds: Mapping[str, float]) -> list[Path]:
+    """The videos of the jobs, one after another; of several, or of a batch, one that fails joins the problems.
+
+    What is wrong with one job alone fails it. No memory, a full disk, a lost device or a bug would fail all.
+    """
     from jvdiff.commands import one_video
 
     paths: list[Path] = []
-    for number, job in enumerate(wanted, 1):
-        if len(wanted) > 1:
-            say(f"video {number} of {len(wanted)}")
-        try:
-            paths += one_video.make(maker, job, dict(seconds))
-        except (ResourceError, Interrupted):
-            raise
-        except JvdiffError as error:
-            if len(wanted) + len(problems) == 1 or peers.several():  # where others wait for this one
-                raise
-            problems.append(f"{job.stem}: {error}")
-            say(f"error: {problems[-1]}")
+    turns = (each for each in enumerate(jobs)) if batch is None else batch.turns(maker.asked_to_stop, maker.again)
+    with contextlib.closing(turns):
+        for number, job in turns:
+            if len(jobs) > 1:
+                say(f"video {number + 1} of {len(jobs)}")
+            try:
+                paths += one_video.make(maker, job, dict(seconds))
+            except (UsageError, CheckpointError, NumericsError) as error:
+                if (batch is None and len(jobs) == 1) or peers.several():  # where others wait for this one
+                    raise
+                if batch is not None:
+                    batch.failed.add(number)
+                problems.append(f"{job.stem}: {error}")
+                say(f"error: {problems[-1]}")
     return paths
 
 
@@ -200,15 +208,12 @@ def _folder(checkpoint: str) -> Path:
     return locate(checkpoint, tell=say)
 
 
-def _left(wanted: list[Any], output: Path, repository: Any, precision: str) -> list[Any]:
-    """The jobs without those whose records are in the output folder, as process 0 sees it."""
-    from jvdiff.commands import jobs
-
-    left = set(map(id, jobs.without_done(wanted, output, repository, precision)))
-    numbers = peers.gather([i for i, job in enumerate(wanted) if id(job) in left])[0]
-    if len(numbers) < len(wanted):
-        say(f"{len(wanted) - len(numbers)} of {len(wanted)} videos are already in {output}")
-    return [wanted[i] for i in numbers]
+def _left(batch: Any) -> list[Any]:
+    """The jobs of a batch that are left, as process 0 sees the output folder."""
+    numbers = peers.gather(batch.left())[0]
+    if len(numbers) < len(batch.jobs):
+        say(f"{len(batch.jobs) - len(numbers)} of {len(batch.jobs)} videos are already in {batch.output}")
+    return [batch.jobs[i] for i in numbers]
 
 
 def _summed(problems: Sequence[str], paths: list[Path]) -> list[Path]:

@@ -137,7 +137,7 @@ def test_a_command_that_is_printed_asks_for_the_same(program):
         (["sample", "--guidance-scale", "3"], "(did you mean --guidance?)"),
         (["sample", "--config.negative-prompt=x"], "(did you mean --negative_prompt?)"),
         (["sample", "--generator=3"], "(did you mean --seed?)"),
-        (["sample", "--num_videos_per_prompt=3"], "a tuple of prompts"),
+        (["sample", "--num_videos_per_prompt=3"], "a range of seeds, --seeds=0:4"),
         (["sample", "--xyzzy=3"], "unknown flag --xyzzy; --help lists all"),
         (["sample", "--confg=digits"], "(did you mean --config?)"),
         (["sample", "--config=digitz"], "no configuration 'digitz' (did you mean digits?)"),

@@ -221,6 +221,27 @@ def test_ctrl_c_saves_a_state_that_another_process_goes_on_from_bit_for_bit(comm
         np.testing.assert_array_equal(array.reshape(-1).view(np.uint8), other[name].reshape(-1).view(np.uint8), name)
 
 
+def test_the_command_that_is_printed_makes_every_file_of_the_whole_run(
+    command, tmp_path, monkeypatch, printed, same_files
+):
+    """Byte for byte; it says all that the command line said, but what the state holds."""
+    held = {"then.1": OTHER, "negative_prompt": "red", "fps": 5, f"{SCHEDULER}.shift": 4.0}
+    kept = {"profile": "false", "save_every": 2}
+    assert stream.main(command(held | kept, output=tmp_path / "whole")) == 0
+    append = FragmentedMP4.append
+    monkeypatch.setattr(
+        FragmentedMP4, "append", lambda film, x: append(film, x) or os.kill(os.getpid(), signal.SIGTERM)
+    )
+    assert stream.main(command(held | kept)) == 5
+    monkeypatch.undo()
+    again = printed()
+    state = tmp_path / "out" / f"{STEM}.state"
+    said = command({"prompt": None, "seed": None, "resume": state} | kept)
+    assert sorted(again[3:]) == sorted(said[2:])  # behind --config and its file
+    assert run_state.load(state).done == 1 and stream.main(again) == 0
+    same_files(tmp_path / "whole", tmp_path / "out")
+
+
 def flip(state):
     data = bytearray((state / "state.bin").read_bytes())
     data[len(data) // 2] ^= 1

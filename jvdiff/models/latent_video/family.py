@@ -93,7 +93,8 @@ def label(models: Models, value: Any) -> str:
     if isinstance(value, str) and value in classes:
         return value
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    number = int(value) if whole or (isinstance(value, str) and value.isdecimal()) else -1
+    decimal = isinstance(value, str) and value.isdecimal() and len(value) < 10
+    number = int(value) if whole or decimal else -1
     if 0 <= number < len(classes):
         return classes[number]
     listed = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:20])) + (", ..." if len(classes) > 20 else "")
