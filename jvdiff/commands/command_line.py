@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.commands.arguments import Request, Told, traced
-from jvdiff.errors import JvdiffError, ResourceError, SetupError
+from jvdiff.errors import JvdiffError, ResourceError, SetupError, UsageError
 from jvdiff.runtime import cache, environment, foreign, peers, progress, verdict
 from jvdiff.runtime.interrupts import command
 
 STOPPED = 130, "stopped at once; nothing more was saved."
+FILES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".apng", ".jpg", ".npz", ".json", ".jsonl")
 LARGE = 500_000_000  # parameters; on a CPU such models take hours
 
 
@@ -191,7 +192,17 @@ def _plan_elsewhere(request: Request, argv: Sequence[str]) -> int | None:
 
 
 def writable(folder: str, field: str) -> Path:
-    """The folder that a field of the config names, made if need be; asked before minutes of work."""
+    """The folder that a field of the config names, made if need be; asked before minutes of work.
+
+    Raises:
+        ResourceError: nothing can be written there.
+        UsageError: it looks like the name of a file.
+    """
+    if Path(folder).suffix.lower() in FILES and not Path(folder).is_dir():
+        raise UsageError(
+            f"{field} is {folder}, which looks like a file; expected a folder, in which files get their names\n"
+            f"from what they show: for instance --{field}={Path(folder).with_suffix('')}."
+        )
     if not peers.writes():
         return Path(folder)
     try:
