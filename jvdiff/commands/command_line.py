@@ -25,6 +25,10 @@ from jvdiff.runtime.interrupts import command
 
 STOPPED = 130, "stopped at once; nothing more was saved."
 FILES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".apng", ".jpg", ".npz", ".json", ".jsonl")
+SHARED = (
+    "Another process on it leaves none: JAX takes most of a GPU's memory when it starts. Give each process a GPU of\n"
+    "its own, with CUDA_VISIBLE_DEVICES=0, 1 and so on (docs/clusters.md)."
+)
 LARGE = 500_000_000  # parameters; on a CPU such models take hours
 
 
@@ -214,8 +218,10 @@ def writable(folder: str, field: str) -> Path:
 
 
 @contextlib.contextmanager
-def device_memory(what: str, advice: str) -> Iterator[None]:
+def device_memory(what: str, advice: str, *, first: bool = False) -> Iterator[None]:
     """Turns the device's out-of-memory error into a sentence: what was being done, and what to try.
+
+    first: nothing has been computed yet, so that another process may have taken the memory.
 
     Raises:
         ResourceError: the device has not enough memory.
@@ -225,9 +231,10 @@ def device_memory(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "ALLOC_FAILED")):
             raise
-        raise ResourceError(f"{what}: the device has not enough memory.\n{advice}") from error
+        shared = f"{SHARED}\n" if first else ""
+        raise ResourceError(f"{what}: the device has not enough memory.\n{shared}{advice}") from error
 
 
 def say(message: str) -> None:

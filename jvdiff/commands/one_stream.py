@@ -111,6 +111,7 @@ def stage(name: str) -> contextlib.AbstractContextManager[None]:
         name,
         "Try a shorter window (--pipeline.diffusion_model.transformer.window_size_t), a smaller picture (its\n"
         "height and width), or --precision=bfloat16. The chunks before it can be played.",
+        first=name in ("load", "compiling"),
     )
 
 

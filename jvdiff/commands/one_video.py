@@ -42,6 +42,7 @@ def stage(name: str) -> contextlib.AbstractContextManager[None]:
         f"stage {name}",
         "Try fewer frames (--num_frames), a smaller picture (--height, --width),\n"
         "or --precision=bfloat16; --plan=true prints what each stage needs.",
+        first=name in ("load", "compile", "encode"),
     )
 
 
