@@ -98,8 +98,7 @@ LAYOUTS = {
     lambda x, _: put(x, "state/0/x", "metrics.jsonl", "config.json"): "has made no repository yet",
     lambda x, _: put(x / "clip.state", "state.json"): "a saved state. Give it to --resume",
     lambda x, _: put(x, "models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers/refs/main"): "Wan-AI/Wan2.1-T2V-1.3B-Diffusers.",
-    cut_short: "a copy or a download was not finished.\nCopy or download it again, whole.\n"
-    "A download was not finished: ",
+    cut_short: "was not finished.\nCopy or download it again, whole.\nA download was not finished: ",
     lora: "a LoRA, and jvdiff has none yet",
     lambda x, _: put(x, "clip.mp4"): "no model_index.json in it; expected the folder of a Diffusers repository",
     lambda x, _: x.mkdir() or x: "Found: an empty folder",
