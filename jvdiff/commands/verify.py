@@ -2,8 +2,9 @@
 
     jvdiff verify runs/digits_dit out checkpoints/wan_1_3b out/a-red-seven-moving-left_seed3.json
 
-Each PATH is a repository, published or converted, a component of one, the folder of a training, a saved state, the record
-of a clip or a stream (NAME.json; NAME.mp4 means the same), or a folder that holds such things. There is a line for each.
+Each PATH is a repository, published or converted, a component of one, the folder of a training, a saved state, the
+record of a clip or a stream (NAME.json; NAME.mp4 means the same), or a folder that holds such things. There is a line
+for each.
 
 Exit status: 0 all are what was written · 2 usage · 3 something differs, is missing, or cannot be read.
 """
@@ -71,9 +72,7 @@ def _verify(words: Sequence[str]) -> None:
                 line, wrong = f"{thing.path}: {thing.kind}, DIFFERS: {' '.join(str(error).split())}", wrong + 1
             print(line, flush=True)
     if wrong:
-        raise IntegrityError(
-            f"{wrong} of them {'is' if wrong == 1 else 'are'} not what was written, or cannot be read."
-        )
+        raise IntegrityError(f"not what was written, or not to be read: {wrong} of the above, marked DIFFERS.")
 
 
 def found_in(path: Path) -> Iterator[Thing]:
@@ -89,9 +88,7 @@ def found_in(path: Path) -> Iterator[Thing]:
         yield Thing(path, "saved state", lambda: _state(path))
     elif (path / "model_index.json").is_file():
         yield Thing(path, "repository", lambda: _repository(path))
-    elif (path / MANIFEST).is_file():
-        yield Thing(path, "component", lambda: _component(path))
-    elif (path / "config.json").is_file() and (path.parent / MANIFEST).is_file():
+    elif (path / MANIFEST).is_file() or ((path / "config.json").is_file() and (path.parent / MANIFEST).is_file()):
         yield Thing(path, "component", lambda: _component(path))
     else:
         yield from _inside(path)
@@ -132,7 +129,7 @@ def _is_record(path: Path) -> bool:
 
 def _record(path: Path) -> str:
     record = _json(path)
-    if "files" not in record and "checkpoint_digest" in record:
+    if not {"files", "sha256"} & set(record) and "checkpoint_digest" in record:
         return "written by a version without digests; nothing to compare"
     if record.get("sha256") != records.digest(record) or not isinstance(record.get("files"), dict):
         raise IntegrityError("its content does not match its digest.")

@@ -59,8 +59,8 @@ def compared(facts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     saved = facts.get("environment")
     if not isinstance(saved, dict):
         return {}, {}
-    now = numerics()
-    return tuple({f"environment.{name}": x.get(name) for name in now if name in saved} for x in (saved, now))
+    now = {name: value for name, value in numerics().items() if name in saved}
+    return {f"environment.{name}": saved[name] for name in now}, {f"environment.{name}": now[name] for name in now}
 
 
 def autotuning() -> str | None:
