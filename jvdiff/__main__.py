@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": ("jvdiff.commands.planning:main", "what a run of sample or train would take, without weights"),
     "convert": ("jvdiff.commands.convert:main", "a Hugging Face repository becomes an Orbax directory"),
     "to_hf": ("jvdiff.commands.convert:to_hf", "a converted or trained repository becomes a Diffusers folder"),
+    "verify": ("jvdiff.commands.verify:main", "whether checkpoints, runs, states and clips are what was written"),
     "sharding": ("jvdiff.commands.sharding:main", "where weights would live on a mesh"),
     "digits": ("jvdiff.digits.__main__:main", "moving digits as MP4 files"),
 }

@@ -16,6 +16,7 @@ __all__ = [
     "sharding",
     "stream",
     "train",
+    "verify",
 ]
 
 __getattr__ = attach(__name__, __all__)

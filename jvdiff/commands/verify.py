@@ -72,9 +72,7 @@ def _verify(words: Sequence[str]) -> None:
                 line, wrong = f"{thing.path}: {thing.kind}, DIFFERS: {' '.join(str(error).split())}", wrong + 1
             print(line, flush=True)
     if wrong:
-        raise IntegrityError(
-            f"{wrong} of them {'is' if wrong == 1 else 'are'} not what was written, or cannot be read."
-        )
+        raise IntegrityError(f"not what was written, or not to be read: {wrong} of the above, marked DIFFERS.")
 
 
 def found_in(path: Path) -> Iterator[Thing]:
@@ -131,7 +129,7 @@ def _is_record(path: Path) -> bool:
 
 def _record(path: Path) -> str:
     record = _json(path)
-    if "files" not in record and "checkpoint_digest" in record:
+    if not {"files", "sha256"} & set(record) and "checkpoint_digest" in record:
         return "written by a version without digests; nothing to compare"
     if record.get("sha256") != records.digest(record) or not isinstance(record.get("files"), dict):
         raise IntegrityError("its content does not match its digest.")

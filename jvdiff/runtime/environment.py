@@ -59,9 +59,8 @@ def compared(facts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     saved = facts.get("environment")
     if not isinstance(saved, dict):
         return {}, {}
-    now = numerics()
-    known = {f"environment.{name}": name for name in now if name in saved}
-    return {label: saved[name] for label, name in known.items()}, {label: now[name] for label, name in known.items()}
+    now = {name: value for name, value in numerics().items() if name in saved}
+    return {f"environment.{name}": saved[name] for name in now}, {f"environment.{name}": now[name] for name in now}
 
 
 def autotuning() -> str | None:

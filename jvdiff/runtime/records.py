@@ -17,12 +17,8 @@ SUFFIXES = (".mp4", ".apng", ".png", ".npz", ".jsonl")
 
 def signed(base: Path, record: Mapping[str, Any], suffixes: Iterable[str] = SUFFIXES) -> dict[str, Any]:
     """A record with the digests of the files beside it, `base` with each suffix, and its own."""
-    paths = {suffix: Path(f"{base}{suffix}") for suffix in suffixes}
-    files = {
-        suffix: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for suffix, path in paths.items()
-        if path.is_file()
-    }
+    there = {suffix: path for suffix in suffixes if (path := Path(f"{base}{suffix}")).is_file()}
+    files = {suffix: {"bytes": path.stat().st_size, "sha256": sha256(path)} for suffix, path in there.items()}
     body = {**record, "files": files}
     return body | {"sha256": digest(body)}
 
