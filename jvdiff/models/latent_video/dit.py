@@ -88,7 +88,7 @@ def mesh_sizes(cfg: DiTConfig, shape: tuple[int, ...]) -> Sizes:
 
 def abstract_params(cfg: DiTConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The parameter tree as ShapeDtypeStructs; linear kernels are [in,out], `blocks` has the layers in axis 0."""
-    leaves = jax.eval_shape(partial(_init, cfg=cfg), jax.random.key(0))
+    leaves = jax.eval_shape(partial(init_params, cfg=cfg), jax.random.key(0))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), leaves)
 
 

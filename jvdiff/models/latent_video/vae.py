@@ -91,7 +91,7 @@ def _statistic(values: tuple[float, ...], latents: Array) -> Array:
 
 def abstract_params(cfg: VAEConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The parameter tree as ShapeDtypeStructs."""
-    leaves = jax.eval_shape(partial(_init, cfg=cfg), jax.random.key(0))
+    leaves = jax.eval_shape(partial(init_params, cfg=cfg), jax.random.key(0))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), leaves)
 
 

@@ -228,8 +228,13 @@ def _gathered(placement: Placement, layer: Params) -> Params:
 
 def init_params(key: Array, cfg: Config) -> Params:
     """Float32 parameters to train from, at T5's own scales (transformers' UMT5 `_init_weights`)."""
+    return jax.jit(_init, static_argnames="cfg")(key, cfg=cfg)
+
+
+def _init(key: Array, cfg: Config) -> Params:
     ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-    return jax.jit(_Encoder(cfg, jnp.dtype(jnp.float32)).init)(key, ids, mask)["params"]
+    variables: Any = _Encoder(cfg, jnp.dtype(jnp.float32)).init(key, ids, mask)
+    return variables["params"]
 
 
 def abstract_params(cfg: Config, dtype: jax.typing.DTypeLike = jnp.float32) -> Params:

@@ -122,7 +122,7 @@ def abstract_params(cfg: DiTConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
 
     With a lower `dtype`, the text embedding and the linear layers of the blocks have it; the rest stays float32.
     """
-    leaves: dict[Any, Any] = traverse_util.flatten_dict(jax.eval_shape(lambda: _init(jax.random.key(0), cfg)))
+    leaves: dict[Any, Any] = traverse_util.flatten_dict(jax.eval_shape(lambda: init_params(jax.random.key(0), cfg)))
 
     def dtype_of(path: tuple[str, ...]) -> Any:
         lower = path[0] in ("blocks", "text_embed") and path[-1] in ("kernel", "bias") and path[1] != "cross_norm"

@@ -35,11 +35,16 @@ DECODER = ("post_quant_conv", "decoder")  # the parts of the parameters that dec
 
 def abstract_params(cfg: VAEConfig, dtype=jnp.float32) -> Params:
     """The parameter tree as ShapeDtypeStructs: what initialisation, conversion, restore and sharding all read."""
-    return jax.eval_shape(partial(init_params, cfg=cfg, dtype=dtype), jax.random.key(0))
+    leaves = jax.eval_shape(partial(init_params, cfg=cfg), jax.random.key(0))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), leaves)
 
 
-def init_params(key: Array, cfg: VAEConfig, dtype=jnp.float32) -> Params:
-    """Random parameters to train from. Variance-preserving kernels, each temporal one a per-frame one at first."""
+def init_params(key: Array, cfg: VAEConfig) -> Params:
+    """Float32 parameters to train from: variance-preserving kernels, each temporal one a per-frame one at first."""
+    return jax.jit(_init, static_argnames="cfg")(key, cfg=cfg)  # traced once for all trees of a configuration
+
+
+def _init(key: Array, cfg: VAEConfig) -> Params:
     encoder_key, decoder_key, quant_key, post_key = jax.random.split(key, 4)
     cell = cfg.spatial_factor
     normal = nn.initializers.lecun_normal()
@@ -47,13 +52,12 @@ def init_params(key: Array, cfg: VAEConfig, dtype=jnp.float32) -> Params:
     def dense(key, width):
         return {"kernel": normal(key, (width, width)), "bias": jnp.zeros(width)}
 
-    params = {
+    return {
         "encoder": Encoder(cfg).init(encoder_key, jnp.zeros((1, 1, cell, cell, 3)), None)["params"],
         "quant_conv": dense(quant_key, 2 * cfg.z_dim),
         "post_quant_conv": dense(post_key, cfg.z_dim),
         "decoder": Decoder(cfg).init(decoder_key, jnp.zeros((1, 1, 1, 1, cfg.z_dim)), None)["params"],
     }
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def encode_chunk(
