@@ -135,8 +135,10 @@ def same_files():
 
     def told(path):
         if path.suffix == ".json":
-            apart = ("seconds", "speed", "resumed_at_step", "resumed_at_chunk")
-            return {name: value for name, value in json.loads(path.read_text()).items() if name not in apart}
+            apart = ("seconds", "speed", "resumed_at_step", "resumed_at_chunk", "sha256")
+            record = {name: value for name, value in json.loads(path.read_text()).items() if name not in apart}
+            record["files"].pop(".jsonl", None)  # lines with times
+            return record
         if path.suffix == ".jsonl":
             lines = map(json.loads, path.read_text().splitlines())
             return [{name: line[name] for name in ("chunk", "prompt", "frames")} for line in lines]
