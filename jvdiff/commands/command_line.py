@@ -20,9 +20,8 @@ from typing import Any
 from jvdiff.commands.arguments import Request, Told, traced
 from jvdiff.errors import JvdiffError, ResourceError, UsageError
 from jvdiff.runtime import cache, peers, progress, verdict
-from jvdiff.runtime.interrupts import command
+from jvdiff.runtime.interrupts import STOPPED, command
 
-STOPPED = 130, "stopped at once; nothing more was saved."
 FILES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".apng", ".jpg", ".npz", ".json", ".jsonl")
 LARGE = 500_000_000  # parameters; on a CPU such models take hours
 

@@ -22,6 +22,7 @@ from typing import Any
 from jvdiff.runtime import peers, verdict
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPED = 130, "stopped at once; nothing more was saved."
 GRACE = 0.9  # seconds that the main thread has to leave
 
 
