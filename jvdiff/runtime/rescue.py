@@ -20,9 +20,9 @@ MORE = ("/var/tmp",)  # often on another disk than the temporary folder
 def kept(save: Callable[[Path], T], bases: Sequence[Path], *, wait: bool = True) -> T:
     """What `save(base)` returns for the first base that takes it; base: path of the files, without suffix.
 
-    Tried are `bases`, then a new folder in the temporary one and in /var/tmp, there also under a short name. Where all refuse and
-    somebody sits at a terminal, who may free some space or name another folder, that is waited for, until a signal
-    comes. Signals end nothing else here.
+    Tried are `bases`, then a new folder in the temporary one and in /var/tmp, there also under a short name. Where all
+    refuse and somebody sits at a terminal, who may free some space or name another folder, that is waited for, until a
+    signal comes. Signals end nothing else here.
 
     Raises:
         ResourceError: nobody took it; all reasons.
