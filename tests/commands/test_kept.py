@@ -1,6 +1,7 @@
 """Whatever happens after the last step or chunk, what was made is on some disk, and a command goes on from it."""
 
 import errno
+import io
 import os
 import re
 import shlex
@@ -15,7 +16,7 @@ from jvdiff import pipeline
 from jvdiff.commands import sample, stream, train
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
-from jvdiff.runtime import claims, run_state, staging
+from jvdiff.runtime import claims, progress, run_state, staging
 
 PROMPT, STEM = "a red seven moving left", "a-red-seven-moving-left_seed3"
 
@@ -143,6 +144,16 @@ def test_a_stream_keeps_the_chunk_that_the_disk_refused(streaming, tmp_path, tem
     whole = videos.read_video(tmp_path / "out" / "whole.mp4")
     np.testing.assert_array_equal(videos.read_video(f"{base}.mp4"), whole)
     assert len(Path(f"{base}.jsonl").read_text().splitlines()) == 2 and Path(f"{base}.json").exists()
+
+
+def test_a_log_that_cannot_be_written_any_more_loses_nothing(capsys):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with progress.bar("denoise", 2, stream=Gone()) as show:
+        show(1)
+        show(2)
 
 
 # ------------------------------------------------------------------------------------------------------------ signals
