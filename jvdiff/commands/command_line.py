@@ -21,9 +21,8 @@ from typing import Any
 from jvdiff.commands.arguments import Request, Told, traced
 from jvdiff.errors import JvdiffError, ResourceError, SetupError, UsageError
 from jvdiff.runtime import cache, environment, foreign, peers, progress, verdict
-from jvdiff.runtime.interrupts import command
+from jvdiff.runtime.interrupts import STOPPED, command
 
-STOPPED = 130, "stopped at once; nothing more was saved."
 FILES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".apng", ".jpg", ".npz", ".json", ".jsonl")
 SHARED = (
     "Another process on it leaves none: JAX takes most of a GPU's memory when it starts. Give each process a GPU of\n"
@@ -48,7 +47,6 @@ def plain_logs(room: str = "jvdiff", level: int = logging.INFO) -> Iterator[None
 
 
 @plain_logs(level=logging.WARNING)
-@command(*STOPPED)
 def main(
     argv: Sequence[str] | None,
     parse: Callable[[Sequence[str]], Request],
@@ -79,6 +77,7 @@ def main(
     return ended(run, argv, place)
 
 
+@command(*STOPPED)
 def ended(work: Callable[[], int | None], argv: Sequence[str], place: Sequence[Any] = ()) -> int:
     """Runs the work of any command and returns its exit status; errors, others' too, become one message on stderr.
 

@@ -14,14 +14,15 @@ from jvdiff.runtime import progress
 from jvdiff.runtime.interrupts import shielded
 
 T = TypeVar("T")
+MORE = ("/var/tmp",)  # often on another disk than the temporary folder
 
 
 def kept(save: Callable[[Path], T], bases: Sequence[Path], *, wait: bool = True) -> T:
     """What `save(base)` returns for the first base that takes it; base: path of the files, without suffix.
 
-    Tried are `bases`, then a new folder in the temporary one, there also under a short name. Where all refuse and
-    somebody sits at a terminal, who may free some space or name another folder, that is waited for, until a signal
-    comes. Signals end nothing else here.
+    Tried are `bases`, then a new folder in the temporary one and in /var/tmp, there also under a short name. Where all
+    refuse and somebody sits at a terminal, who may free some space or name another folder, that is waited for, until a
+    signal comes. Signals end nothing else here.
 
     Raises:
         ResourceError: nobody took it; all reasons.
@@ -64,15 +65,16 @@ def _files_of_any_size() -> Iterator[None]:
 
 
 def _temporary(name: str, reasons: list[str]) -> Iterator[Path]:
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="jvdiff-"))
-    except OSError as error:
-        reasons.append(f"temporary folder: {error.strerror or error}")
-        return
-    yield folder / name
-    yield folder / "clip"
-    with contextlib.suppress(OSError):
-        folder.rmdir()  # nothing was written there
+    for place in (None, *MORE):
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="jvdiff-", dir=place))
+        except OSError as error:
+            reasons.append(f"{place or 'the temporary folder'}: {error.strerror or error}")
+            continue
+        yield folder / name
+        yield folder / "clip"
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # nothing was written there
 
 
 def _another_folder(reasons: Sequence[str]) -> str | None:

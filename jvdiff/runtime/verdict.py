@@ -110,6 +110,7 @@ def end_now(code: int, message: str = "") -> None:
     try:
         if member is not None:
             member.tell({"end": [code, message]})
+            member.failure(0.5)  # until all know
         for path in list(_unfinished):
             _remove(path)
         if message:

@@ -11,6 +11,7 @@ import tempfile
 import pytest
 
 from jvdiff.errors import ResourceError
+from jvdiff.runtime import rescue
 from jvdiff.runtime.interrupts import interrupts
 from jvdiff.runtime.rescue import kept
 
@@ -24,6 +25,7 @@ class Terminal(io.StringIO):
 def temporary(tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(rescue, "MORE", [])
     return tmp_path / "temporary"
 
 
