@@ -75,12 +75,13 @@ class Maker:
             checkpoint=self.config.checkpoint,
             output=self.config.output,
             resume=state,
+            stop_at=self.request.unset("stop_at"),
             **dict.fromkeys(_OF_ONE_RUN),
         )
 
 
 # Fields that a state holds itself, or that were about the run that it stopped.
-_OF_ONE_RUN = ("prompt", "prompts", "class_label", "seed", "seeds", "part", "stop_at")
+_OF_ONE_RUN = ("prompt", "prompts", "class_label", "seed", "seeds", "part")
 
 
 @dataclasses.dataclass(eq=False)

@@ -142,6 +142,7 @@ def test_a_bad_line_fails_alone_and_keeps_its_seed(asked):
     ("name", "content", "message"),
     [
         ("p.txt", b"un sept \xe9l\xe9gant\n" + RED.encode(), "p.txt line 1: holds the byte 0xe9"),
+        ("p", json.dumps(ROWS[0]) + f"\n{RED}", "p line 1: is a JSON object in a file of texts; name the file .jsonl"),
         ("p.csv", f'prompt,steps\n"a"b,3\n{RED},\n', "line 2: is not CSV"),
         ("p.csv", f"prompt,steps\na,3,4\n{RED},\n", "line 2: has 3 cells, the header 2"),
         ("p.csv", f"prompt,steps\na,{DIGITS}\n{RED},none\n", "line 2: steps is '111"),
