@@ -20,6 +20,7 @@ import jvdiff
 from jvdiff import config as configs
 from jvdiff.config import Option
 from jvdiff.errors import JvdiffError, UsageError
+from jvdiff.runtime import interrupts
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -204,6 +205,7 @@ def values(command: Command, argv: Sequence[str]) -> dict[str, Any]:
     return chosen
 
 
+@interrupts.command(*interrupts.STOPPED)
 def told(work: Callable[[], None], argv: Sequence[str]) -> int:
     """Runs a command that has no configuration; its exit status, errors as sentences on stderr."""
     try:

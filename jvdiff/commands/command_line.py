@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.commands.arguments import Request, Told, traced
-from jvdiff.errors import JvdiffError, ResourceError
+from jvdiff.errors import JvdiffError, ResourceError, UsageError
 from jvdiff.runtime import cache, peers, progress, verdict
-from jvdiff.runtime.interrupts import command
+from jvdiff.runtime.interrupts import STOPPED, command
 
-STOPPED = 130, "stopped at once; nothing more was saved."
 SHARED = (
     "Another process on it leaves none: JAX takes most of a GPU's memory when it starts. Give each process a GPU of\n"
     "its own, with CUDA_VISIBLE_DEVICES=0, 1 and so on (docs/clusters.md)."
 )
 _CONTROL = {i: f"\\x{i:02x}" for i in (*range(9), *range(11, 32), *range(127, 160))}  # all but tab and line feed
+FILES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".apng", ".jpg", ".npz", ".json", ".jsonl")
 LARGE = 500_000_000  # parameters; on a CPU such models take hours
 
 
@@ -88,7 +88,17 @@ def _plan_elsewhere(request: Request, argv: Sequence[str]) -> int | None:
 
 
 def writable(folder: str, field: str) -> Path:
-    """The folder that a field of the config names, made if need be; asked before minutes of work."""
+    """The folder that a field of the config names, made if need be; asked before minutes of work.
+
+    Raises:
+        ResourceError: nothing can be written there.
+        UsageError: it looks like the name of a file.
+    """
+    if Path(folder).suffix.lower() in FILES and not Path(folder).is_dir():
+        raise UsageError(
+            f"{field} is {folder}, which looks like a file; expected a folder, in which files get their names\n"
+            f"from what they show: for instance --{field}={Path(folder).with_suffix('')}."
+        )
     if not peers.writes():
         return Path(folder)
     try:

@@ -17,16 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jvdiff.commands import command_line
 from jvdiff.commands.command_line import say
 from jvdiff.commands.one_video import device, versions
-from jvdiff.errors import CheckpointError, Interrupted, NumericsError
+from jvdiff.errors import CheckpointError, Interrupted, NumericsError, ResourceError
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
-from jvdiff.runtime import progress, run_state
-from jvdiff.runtime.files import atomic, claim
+from jvdiff.runtime import progress, rescue, run_state
+from jvdiff.runtime.files import alone, atomic, claim
+from jvdiff.runtime.interrupts import deferred
 from jvdiff.streaming import (
     ImageEncoder,
     StreamCache,
@@ -39,6 +41,8 @@ from jvdiff.streaming import (
 FACTS = ("negative_prompt", "seed", "fps", "precision", "reencode")  # of a rollout, which a state holds as they are
 SHEET = 16  # frames that are kept for the contact sheet, at most
 _SHEET = "sheet "  # what their names in a state begin with
+_UNWRITTEN = "unwritten"  # in a state: the frames of its last chunk, where the video could not take them
+ELSEWHERE = "files"  # of a state that is not beside its video: the path of the video's files, without suffix
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +94,16 @@ class Rollout:
         }
 
 
+def is_whole(rollout: Rollout) -> bool:
+    """Whether the files of a rollout that goes on have all of its chunks, and its record says so."""
+    assert rollout.state is not None
+    try:
+        record = json.loads(Path(f"{rollout.folder / rollout.stem}.json").read_bytes())
+        return _UNWRITTEN not in rollout.state.arrays and record["chunks"] == rollout.done
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def stage(name: str) -> contextlib.AbstractContextManager[None]:
     """Names the stage where the device's memory was not enough."""
     return command_line.device_memory(
@@ -111,8 +125,11 @@ class _Making:
     sheet: frames uint8 [Y,X,3] for the contact sheet, by chunk
     done: how many chunks the video has
     saved: how many the saved state has; None without a state
+    state: the folder of that state
     frame: uint8 [Y,X,3], the last of the last chunk
     totals: sums of the statistics of the chunks after the first; of that one, how long it took
+    latest: while a chunk is written: its frames, the cache after it, and what `finalize` needs where it is to come
+    unwritten: uint8 [F,Y,X,3], the frames of the last chunk, where the video could not take them
     """
 
     pipe: StreamInferencePipeline
@@ -123,23 +140,44 @@ class _Making:
     sheet: dict[int, np.ndarray]
     done: int
     saved: int | None
+    state: Path
     frame: np.ndarray | None = None
     totals: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def state(self) -> Path:
-        """The folder of the saved state."""
-        return Path(f"{self.base}.state")
+    latest: tuple[np.ndarray, StreamCache, Any] | None = None
+    unwritten: np.ndarray | None = None
 
     def save(self) -> None:
-        """Saves what the rollout goes on from, where it is not saved yet."""
+        """Saves what the rollout goes on from, where it is not saved yet: beside the video, or where there is room."""
         if self.saved == self.done:
             return
-        self.film.close()  # so that the disk has all that the state goes on from
         facts = self.rollout.facts() | {"frames": self.film.frames, "versions": versions()}
         arrays = run_state.flatten(self.cache) | {f"{_SHEET}{i}": frame for i, frame in self.sheet.items()}
-        run_state.save(self.state, run_state.RunState(facts, self.done, arrays), overwrite=True)
-        self.saved = self.done
+        if self.unwritten is not None:
+            arrays[_UNWRITTEN] = self.unwritten
+
+        def save(base: Path) -> Path:
+            where = {} if base == self.base else {ELSEWHERE: str(self.base.absolute())}
+            return run_state.save(f"{base}.state", run_state.RunState(facts | where, self.done, arrays), overwrite=True)
+
+        try:
+            self.film.close()  # so that the disk has all that the state goes on from
+        finally:
+            self.state = rescue.kept(save, [self.base])
+            self.saved = self.done
+
+    def take_back(self) -> None:
+        """Makes the chunk that could not be written a part of the state."""
+        assert self.latest is not None
+        pixels, cache, final = self.latest
+        if cache.finalized <= self.done:
+            cache, _ = self.pipe.finalize(self.done, cache, final)
+        self.count(pixels, cache)
+        self.unwritten = pixels
+
+    def count(self, pixels: np.ndarray, cache: StreamCache) -> None:
+        """Counts a chunk as done."""
+        self.sheet = _thinned(self.sheet | {self.done: pixels[-1]})
+        self.cache, self.frame, self.done, self.latest = cache, pixels[-1], self.done + 1, None
 
 
 def make(
@@ -163,21 +201,24 @@ def make(
     """
     with _claimed(rollout) as base:
         with progress.phase("compiling", seconds, "compile"), stage("compiling"):
-            cache, sheet = _begin(pipe, rollout)
+            cache, sheet, unwritten = _begin(pipe, rollout)
             for _ in pipe.compile(cache, _first_input(rollout)):
                 pass
         frames = rollout.state.facts["frames"] if rollout.state else 0
         film = FragmentedMP4(f"{base}.mp4", rollout.fps, rollout.facts(), frames=frames)
         saved = rollout.done if rollout.state else None
-        making = _Making(pipe, rollout, base, film, cache, sheet, rollout.done, saved)
-        _make_chunks(making, config, asked_to_stop, began)
-        stopped = not config.chunks or making.done < config.chunks
-        if not making.done:
-            raise KeyboardInterrupt  # there is nothing to keep
-        if making.done > rollout.done:
-            if stopped:
-                making.save()
-            _write_record(making, config.checkpoint, seconds)
+        making = _Making(pipe, rollout, base, film, cache, sheet, rollout.done, saved, Path(config.resume or ""))
+        with deferred(), _kept(making, again):
+            if unwritten is not None:
+                _catch_up(making, unwritten)
+            _make_chunks(making, config, asked_to_stop, began)
+            stopped = not config.chunks or making.done < config.chunks
+            if not making.done:
+                raise KeyboardInterrupt  # there is nothing to keep
+            if making.done > rollout.done or (rollout.state is not None and not is_whole(rollout)):
+                if stopped:
+                    making.save()
+                _write_record(making, config.checkpoint, seconds)
     say(_summary(making))
     if stopped:
         command = again(resume=making.state)
@@ -202,6 +243,17 @@ def _make_chunks(making: _Making, config: Any, asked_to_stop: Callable[[], bool]
             show(making.done)
             if config.save_every and (making.done % config.save_every == 0 or making.done == config.chunks):
                 making.save()
+                if making.state != Path(f"{making.base}.state"):
+                    raise ResourceError(f"{making.base}.state: cannot be saved there.")
+
+
+def _catch_up(making: _Making, pixels: np.ndarray) -> None:
+    """Writes the chunk that the disk did not take when it was made, and a line without times."""
+    making.film.append(pixels)
+    prompts, i = making.rollout.prompts, making.done - 1
+    line = {"chunk": i, "prompt": prompts[max(k for k in prompts if k <= i)], "frames": len(pixels)}
+    with open(f"{making.base}.jsonl", "a", encoding="utf-8") as lines:
+        lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _make_chunk(making: _Making) -> tuple[dict[str, Any], float]:
@@ -224,13 +276,13 @@ def _make_chunk(making: _Making) -> tuple[dict[str, Any], float]:
     shown = time.perf_counter()
     if share := float(final.nonfinite):
         raise NumericsError(f"chunk {i}: {share:.1%} of its latents or pixels are NaN or infinite.")
+    making.latest = pixels, cache, final
     making.film.append(pixels)
     written = time.perf_counter()
     if profile:
         cache, statistics = pipe.finalize(i, cache, final)
     ended = time.perf_counter()
-    making.cache, making.frame, making.done = cache, pixels[-1], i + 1
-    making.sheet = _thinned(making.sheet | {i: pixels[-1]})
+    making.count(pixels, cache)
     line |= {"frames": len(pixels), **statistics}
     line.setdefault("total_ms", (ended - written + shown - begun) * 1000)
     line |= {"write_ms": (written - shown) * 1000, "wall_ms": (ended - begun) * 1000}
@@ -259,24 +311,29 @@ def _write_record(making: _Making, checkpoint: str, seconds: Mapping[str, float]
     record |= {"device": device(making.pipe), "versions": versions(), "resumed_at_chunk": rollout.done or None}
     record |= {"seconds": {name: round(value, 3) for name, value in seconds.items()}}
     record |= {"speed": {name: round(value, 3) for name, value in _rates(making.totals).items()}}
-    shown = {**making.sheet, done - 1: making.frame}
+    shown = making.sheet if making.frame is None else {**making.sheet, done - 1: making.frame}
     videos.write_png(f"{making.base}.png", videos.contact_sheet(np.stack(list(shown.values()))), rollout.facts())
     with atomic(f"{making.base}.json") as part:
         part.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def _begin(pipe: StreamInferencePipeline, rollout: Rollout) -> tuple[StreamCache, dict[int, np.ndarray]]:
-    """The state of a rollout, from its seed or as it was saved, and the frames for its contact sheet."""
+def _begin(
+    pipe: StreamInferencePipeline, rollout: Rollout
+) -> tuple[StreamCache, dict[int, np.ndarray], np.ndarray | None]:
+    """The state of a rollout, from its seed or as it was saved; the frames for its contact sheet; and those that the
+    video lacks."""
     if rollout.state is None:
-        return pipe.initialize_cache(rollout.seed, [rollout.prompts[0]], negative_prompt=rollout.negative_prompt), {}
+        against = rollout.negative_prompt
+        return pipe.initialize_cache(rollout.seed, [rollout.prompts[0]], negative_prompt=against), {}, None
     arrays = dict(rollout.state.arrays)
     sheet = {int(name.removeprefix(_SHEET)): arrays.pop(name) for name in list(arrays) if name.startswith(_SHEET)}
+    unwritten = arrays.pop(_UNWRITTEN, None)
     cache = pipe.restore_cache(arrays)
     if not cache.generated == cache.finalized == rollout.done:
         raise CheckpointError(
             f"the saved state has {rollout.done} chunks; its cache has {cache.generated}, {cache.finalized} finalized."
         )
-    return cache, sheet
+    return cache, sheet, unwritten
 
 
 def _first_input(rollout: Rollout) -> Any:
@@ -292,15 +349,37 @@ def _first_input(rollout: Rollout) -> Any:
 def _claimed(rollout: Rollout) -> Iterator[Path]:
     """The path of the files without their suffixes: a name that nobody has, or that of the rollout that goes on."""
     if rollout.state is None:
-        with claim(rollout.folder, rollout.stem, ".jsonl") as base:
+        with claim(rollout.folder, rollout.stem, (".jsonl", ".mp4")) as base:
             yield base
         return
     base = rollout.folder / rollout.stem
     path = Path(f"{base}.jsonl")
     if path.exists():  # without lines of chunks after the state was saved, and one that was cut
         with atomic(path) as part, open(path, "rb") as lines:
-            part.write_bytes(b"".join(itertools.islice(lines, rollout.done)))
-    yield base
+            part.write_bytes(b"".join(line for line in itertools.islice(lines, rollout.done) if line.endswith(b"\n")))
+    with alone(base) if ELSEWHERE in rollout.state.facts else contextlib.nullcontext():  # otherwise it is held
+        yield base
+
+
+@contextlib.contextmanager
+def _kept(making: _Making, again: Callable[..., str]) -> Iterator[None]:
+    """Saves the state after the last chunk that was made, whatever is raised inside, and says how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, NumericsError):
+        raise
+    except BaseException as error:
+        if making.latest is not None:
+            making.take_back()
+        lost = any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(making.cache))
+        if making.done and not lost:
+            making.save()
+        if making.saved is not None:
+            command = again(resume=making.state)
+            say(f"The state after chunk {making.saved - 1} is kept. Go on with:\n  {command}")
+        if isinstance(error, OSError):
+            raise ResourceError(f"cannot write {making.base}: {error.strerror or error}.") from error
+        raise
 
 
 @contextlib.contextmanager

@@ -179,6 +179,8 @@ def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
     a taken name.
     """
     pipe = maker.pipe
+    if maker.asked_to_stop():  # while the files of the one before were written
+        raise KeyboardInterrupt
     say(f"{_description(pipe, job)}   seed: {job.seed}")
     notice = video_writer(job.clip.settings)
     claimed = claim if peers.writes() else lambda folder, stem: contextlib.nullcontext(folder / stem)

@@ -27,6 +27,7 @@ from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.commands.command_line import say
 from jvdiff.errors import CheckpointError, JvdiffError, NumericsError, UsageError
 from jvdiff.runtime import peers, progress
+from jvdiff.runtime.files import alone
 from jvdiff.runtime.interrupts import interrupts
 from jvdiff.weights import locate
 
@@ -128,6 +129,12 @@ def run(request: Request) -> list[Path]:
 
     On resuming, the state's own values hold, and a field that was given on purpose and differs is an error.
     """
+    state = request.config.resume
+    with alone(Path(state).resolve()) if state is not None and Path(state).is_dir() else contextlib.nullcontext():
+        return _run(request)
+
+
+def _run(request: Request) -> list[Path]:
     config = request.config
     if config.plan:
         from jvdiff import plan  # before jax: it may have to be kept from looking for GPUs

@@ -32,6 +32,7 @@ from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.commands.command_line import say
 from jvdiff.errors import CheckpointError, JvdiffError, UsageError
 from jvdiff.runtime import progress
+from jvdiff.runtime.files import alone
 from jvdiff.runtime.interrupts import interrupts
 from jvdiff.weights import locate
 
@@ -101,7 +102,16 @@ def run(request: Request, began: float | None = None) -> list[Path]:
     On resuming, the state's own values hold, and a field that was set on purpose and differs is an error. began:
     time.perf_counter() when the program began.
     """
-    began, config, given = began or time.perf_counter(), request.config, request.given
+    began = began or time.perf_counter()
+    if request.config.resume is None or not Path(request.config.resume).is_dir():
+        return _run(request, began)
+    folder = Path(request.config.resume).resolve()
+    with alone(folder.with_name(folder.name.removesuffix(".state"))):  # before the state is read: it may change
+        return _run(request, began)
+
+
+def _run(request: Request, began: float) -> list[Path]:
+    config, given = request.config, request.given
     from jvdiff import pipeline, precision, sharding, streaming
     from jvdiff.commands import one_stream
     from jvdiff.runtime import run_state
@@ -118,7 +128,7 @@ def run(request: Request, began: float | None = None) -> list[Path]:
         rollout = _new(config, repository)
     else:
         rollout = _resumed(config, run_state.load(config.resume), given, repository)
-    if rollout.done and config.chunks and rollout.done >= config.chunks:
+    if rollout.done and config.chunks and rollout.done >= config.chunks and one_stream.is_whole(rollout):
         raise UsageError(
             f"chunks is {config.chunks}, and {config.resume} has {rollout.done}; ask for more in all, or 0: no end."
         )
@@ -176,13 +186,14 @@ def _first(*values: Any) -> Any:
 def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository: Any) -> Rollout:
     """The rollout that `state` is the beginning of; refuses what differs from it."""
     from jvdiff import streaming
-    from jvdiff.commands.one_stream import FACTS, Rollout
+    from jvdiff.commands.one_stream import ELSEWHERE, FACTS, Rollout
     from jvdiff.runtime import run_state
 
     folder, facts, done = Path(config.resume).resolve(), state.facts, state.done
     if missing := [name for name in ("pipeline", "prompts", "checkpoint_digest", "image", *FACTS) if name not in facts]:
         raise CheckpointError(f"{folder}: the state does not describe a rollout of a video: it has no {missing[0]}.")
     try:
+        base = Path(facts.get(ELSEWHERE, folder.with_name(folder.name.removesuffix(".state"))))
         chosen = streaming.config_from_json(facts["pipeline"], streaming.rollout_of(repository))
         prompts = {int(i): prompt for i, prompt in facts["prompts"].items()}
         now: dict[str, Any] = {name: given[name] for name in FACTS if given.get(name) is not None}
@@ -200,16 +211,16 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
     now |= {f"the prompt from chunk {i} on": prompt for i, prompt in wanted.items() if i < done}
     run_state.check_same(saved, now, config.resume)
     to_come = wanted if given.get("then") else prompts
-    if given.get("output") and Path(given["output"]).resolve() != folder.parent:
-        raise UsageError(f"output is {config.output}; a rollout goes on where it is, in {folder.parent}.")
+    if given.get("output") and Path(given["output"]).resolve() != base.parent:
+        raise UsageError(f"output is {config.output}; a rollout goes on where it is, in {base.parent}.")
     return Rollout(
         config=_override(chosen, {}, config.profile),
         prompts=past | {i: prompt for i, prompt in sorted(to_come.items()) if i >= done},
         image=None,
         image_digest=facts["image"],
         checkpoint_digest=repository.digest,
-        folder=folder.parent,
-        stem=folder.name.removesuffix(".state"),
+        folder=base.parent,
+        stem=base.name,
         state=state,
         **{name: facts[name] for name in FACTS},
     )

@@ -28,6 +28,7 @@ from jvdiff.commands import arguments, command_line, options
 from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.config import nearest
 from jvdiff.errors import UsageError
+from jvdiff.runtime.files import alone
 from jvdiff.training.options import Going, Kind, Training, function
 
 TRAINED = ("vae", "initial", "decoder_of")  # fields that may name a checkpoint that ships, or a part of one
@@ -86,11 +87,12 @@ def run(request: Request) -> list[Path]:
 
     folder = command_line.writable(config.folder, "folder")
     fields, processes = config.to_dict(), configs.names(options.Processes)
-    record.begin(folder, fields, kind, bool(config.get("allow_changes")), processes)
-    command_line.compile_cache(config.get("compile_cache"))  # type: ignore[arg-type]
-    advice = "Try a smaller batch or model; what was saved before is kept."
-    with command_line.device_memory(str(folder), advice), command_line.plain_logs():
-        return [function(kind.run)(config, folder)]
+    with alone(folder / "run", folder):
+        record.begin(folder, fields, kind, bool(config.get("allow_changes")), processes)
+        command_line.compile_cache(config.get("compile_cache"))  # type: ignore[arg-type]
+        advice = "Try a smaller batch or model; what was saved before is kept."
+        with command_line.device_memory(str(folder), advice), command_line.plain_logs():
+            return [function(kind.run)(config, folder)]
 
 
 def _check(config: Any) -> None:

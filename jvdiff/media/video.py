@@ -7,6 +7,7 @@ B batch · T latent frames · H W latent grid · C latent channels · F pixel fr
 """
 
 import contextlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -65,15 +66,14 @@ def write_mp4(
     check_fps(fps)
     av = import_av()
     options = {"movflags": "+faststart+use_metadata_tags"}
-    # FFmpeg gets files, never names, in which it would look for protocols. For faststart it reads what it has written.
-    with atomic(path) as part, open(part, "wb") as written, open(part, "rb") as again:
-
-        def reopen(*_: Any) -> Any:
-            written.flush()
-            return again
-
-        with av.open(written, "w", format="mp4", options=options, io_open=reopen) as file:
-            encode(av, file, video, fps, metadata)
+    # FFmpeg gets memory, never names, in which it would look for protocols, nor files: of a full disk PyAV prints
+    # tracebacks. For faststart it reads what it has written.
+    memory = io.BytesIO()
+    again = lambda *_: io.BytesIO(memory.getvalue())  # noqa: E731
+    with av.open(memory, "w", format="mp4", options=options, io_open=again) as file:
+        encode(av, file, video, fps, metadata)
+    with atomic(path) as part:
+        part.write_bytes(memory.getbuffer())
     return Path(path)
 
 

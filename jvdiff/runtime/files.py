@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jvdiff.errors import InUse, ResourceError
-from jvdiff.runtime import claims
+from jvdiff.runtime import claims, peers
 from jvdiff.runtime.verdict import unfinished
 
 LONGEST = 255 - 40  # bytes of a hidden name, to which a few more letters are added
@@ -78,6 +78,27 @@ def claim(folder: str | os.PathLike, stem: str, suffixes: Sequence[str] = (".jso
     """
     with contextlib.ExitStack() as stack:
         yield _take(stack, Path(folder), stem, suffixes)
+
+
+@contextlib.contextmanager
+def alone(path: Path, what: object = None) -> Iterator[None]:
+    """This process alone works on `path` inside the block: a saved state, or the files whose name this begins.
+
+    Of several processes of one run the first holds that claim. Where nothing can be written, nothing is held.
+
+    Raises:
+        InUse: another process works on `what`, by default `path`.
+        ResourceError: the file system refuses.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            if peers.writes():
+                stack.enter_context(claims.held(hidden(path, ".claim"), path if what is None else what))
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                reason = error.strerror or error
+                raise ResourceError(f"cannot write beside {path!s:.300}: {reason}; free some space.") from error
+        yield
 
 
 def _take(stack: contextlib.ExitStack, folder: Path, stem: str, suffixes: Sequence[str]) -> Path:

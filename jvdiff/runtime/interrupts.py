@@ -5,7 +5,9 @@ As long as a run has nothing to lose, a signal ends it at once, by KeyboardInter
 ignored when the program began (`nohup`, `&`) stays ignored.
 
 Python runs handlers when the main thread is back from what it computes, and a compiler keeps it for minutes. So a
-command has a second thread, which hears of signals through a pipe and ends the process if the main thread does not.
+command has a second thread, which hears of signals through a pipe and ends the process if the main thread does not. In
+a process of our own it does so at once as long as there is nothing to lose: an exception in the middle of an import of
+JAX's modules is a crash.
 """
 
 import contextlib
@@ -14,11 +16,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from jvdiff.runtime import peers, verdict
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPED = 130, "stopped at once; nothing more was saved."
 GRACE = 0.9  # seconds that the main thread has to leave
 
 
@@ -30,17 +34,23 @@ class _Signals:
     came: numbers of the signals
     stakes: of each `deferred` that is open, what tells whether there is something to lose yet
     shielded: something is being saved that nothing may end
+    waiting: a person is asked, until a signal comes
     leaving: KeyboardInterrupt is on its way, or was
+    ours: the whole process is the command, and nothing else
     """
 
     def __init__(self) -> None:
-        self.obeyed = self.watched = self.leaving = self.shielded = False
+        self.obeyed = self.watched = self.leaving = self.shielded = self.waiting = self.ours = False
         self.came: list[int] = []
         self.stakes: list[Callable[[], bool]] = []
 
     def at_once(self) -> bool:
         """Whether a signal that came ends the process."""
-        return not self.shielded and (self.leaving or not self.stakes or not self.stakes[-1]())
+        return not self.shielded and not self.waiting and (self.leaving or not self.stakes or not self.stakes[-1]())
+
+    def grace(self) -> float:
+        """Seconds that the main thread has to leave."""
+        return 0.0 if self.ours and not self.stakes else GRACE
 
 
 _now = _Signals()
@@ -50,8 +60,10 @@ def _handle(number: int, frame: Any) -> None:
     del frame
     _now.came.append(number)
     again = number == signal.SIGINT and len(_now.came) > 1
+    if _now.waiting:
+        raise KeyboardInterrupt
     if not _now.shielded and (again or not _now.stakes):
-        if not (_now.leaving and _now.watched):  # what is being cleaned up is cleaned up
+        if not (_now.leaving and _now.watched) and not (_now.ours and not _now.stakes):  # else: the other thread does
             _now.leaving = True
             raise KeyboardInterrupt
     elif len(_now.came) == 1:
@@ -93,7 +105,7 @@ def command(code: int, message: str) -> Iterator[None]:
         left, (reading, writing) = threading.Event(), os.pipe()
         os.set_blocking(writing, False)
         before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        _now.watched = True
+        _now.watched, _now.ours = True, _is_ours()
         threading.Thread(target=_watch, args=(reading, left, code, message), daemon=True).start()
         try:
             yield
@@ -107,8 +119,14 @@ def command(code: int, message: str) -> Iterator[None]:
 def _watch(reading: int, left: threading.Event, code: int, message: str) -> None:
     with open(reading, "rb", buffering=0) as pipe:
         while number := pipe.read(1):
-            if number[0] in SIGNALS and not left.wait(GRACE) and _now.at_once():
+            if number[0] in SIGNALS and not left.wait(_now.grace()) and _now.at_once():
                 verdict.end_now(code, message)
+
+
+def _is_ours() -> bool:
+    """Whether this process is a command of jvdiff, and not a program that calls one."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return (spec.name if spec else Path(sys.argv[0]).name).partition(".")[0] in ("jvdiff", "convert")
 
 
 def asked() -> bool:
@@ -132,11 +150,9 @@ def deferred(at_stake: Callable[[], bool] = lambda: True) -> Iterator[None]:
 @contextlib.contextmanager
 def shielded(on: bool = True) -> Iterator[None]:
     """Inside, no signal ends anything: finished work is being saved. `on=False`: a wait in between, which one ends."""
-    before = _now.shielded, _now.stakes[:]
-    _now.shielded = on
-    if not on:
-        _now.stakes.clear()
+    before = _now.shielded, _now.waiting
+    _now.shielded, _now.waiting = on, not on
     try:
         yield
     finally:
-        _now.shielded, _now.stakes[:] = before
+        _now.shielded, _now.waiting = before

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -13,29 +14,31 @@ from jvdiff.runtime import progress
 from jvdiff.runtime.interrupts import shielded
 
 T = TypeVar("T")
+MORE = ("/var/tmp",)  # often on another disk than the temporary folder
 
 
 def kept(save: Callable[[Path], T], bases: Sequence[Path], *, wait: bool = True) -> T:
     """What `save(base)` returns for the first base that takes it; base: path of the files, without suffix.
 
-    Tried are `bases`, then a new folder in the temporary one, there also under a short name. Where all refuse and
-    somebody sits at a terminal, who may free some space or name another folder, that is waited for, until a signal
-    comes. Signals end nothing else here.
+    Tried are `bases`, then a new folder in the temporary one and in /var/tmp, there also under a short name. Where all
+    refuse and somebody sits at a terminal, who may free some space or name another folder, that is waited for, until a
+    signal comes. Signals end nothing else here.
 
     Raises:
         ResourceError: nobody took it; all reasons.
     """
-    with shielded():
-        reasons: list[str] = []
+    reasons: list[str] = []
+    with shielded(), contextlib.ExitStack() as stack:
         for base in dict.fromkeys(bases):
             if (found := _tried(save, base, reasons)) is not None:
                 return found[0]
+            stack.enter_context(_files_of_any_size())
         for base in _temporary(bases[0].name, reasons):
             if (found := _tried(save, base, reasons)) is not None:
                 return found[0]
         while wait and (folder := _another_folder(reasons)) is not None:
             reasons.clear()
-            if (found := _tried(save, (folder or bases[0].parent) / bases[0].name, reasons)) is not None:
+            if (found := _tried(save, Path(folder or bases[0].parent) / bases[0].name, reasons)) is not None:
                 return found[0]
     raise ResourceError("nothing could be saved anywhere:\n" + "\n".join(reasons[:4]))
 
@@ -50,19 +53,31 @@ def _tried(save: Callable[[Path], T], base: Path, reasons: list[str]) -> tuple[T
         return None
 
 
-def _temporary(name: str, reasons: list[str]) -> Iterator[Path]:
+@contextlib.contextmanager
+def _files_of_any_size() -> Iterator[None]:
+    """Inside, `ulimit -S -f` does not hold, which would refuse everywhere."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before[1], before[1]))
     try:
-        folder = Path(tempfile.mkdtemp(prefix="jvdiff-"))
-    except OSError as error:
-        reasons.append(f"temporary folder: {error.strerror or error}")
-        return
-    yield folder / name
-    yield folder / "clip"
-    with contextlib.suppress(OSError):
-        folder.rmdir()  # nothing was written there
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def _another_folder(reasons: Sequence[str]) -> Path | None:
+def _temporary(name: str, reasons: list[str]) -> Iterator[Path]:
+    for place in (None, *MORE):
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="jvdiff-", dir=place))
+        except OSError as error:
+            reasons.append(f"{place or 'the temporary folder'}: {error.strerror or error}")
+            continue
+        yield folder / name
+        yield folder / "clip"
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # nothing was written there
+
+
+def _another_folder(reasons: Sequence[str]) -> str | None:
     """What somebody at the terminal answers: a folder, "" for the same as before; None without somebody."""
     try:
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -77,4 +92,4 @@ def _another_folder(reasons: Sequence[str]) -> Path | None:
             line = sys.stdin.readline()
     except (KeyboardInterrupt, OSError, ValueError, AttributeError):
         return None
-    return Path(os.path.expanduser(line.strip())) if line else None
+    return os.path.expanduser(line.strip()) if line else None

@@ -89,8 +89,7 @@ def leave(code: int, message: str) -> int:
 def unfinished(path: Path) -> Iterator[None]:
     """Inside the block `path` is half written, and is removed if the process has to end at once.
 
-    A folder, a hidden file, or a file that is a mark as long as it is empty. Where process 0 dies outright and the
-    others see its files, they remove it.
+    A folder, or a hidden file. Where process 0 dies outright and the others see its files, they remove it.
     """
 
     def tell() -> None:
@@ -111,6 +110,7 @@ def end_now(code: int, message: str = "") -> None:
     try:
         if member is not None:
             member.tell({"end": [code, message]})
+            member.failure(0.5)  # until all know
         for path in list(_unfinished):
             _remove(path)
         if message:
@@ -126,7 +126,7 @@ def _remove(path: Path) -> None:
         if path.is_dir():
             for _ in range(5):  # another thread may still be writing there
                 shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith(".") or path.stat().st_size == 0:
+        elif path.name.startswith("."):
             path.unlink()
 
 

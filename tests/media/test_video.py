@@ -114,6 +114,13 @@ def test_f54_unwritable_target(tmp_path, noise):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.mp4"]
 
 
+def test_f54_ffmpeg_takes_no_name_for_a_protocol(tmp_path, noise, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run:1", "2026-11-29T12:30:00", "file:x", "100%d", "a b#c?d"):
+        assert video.read_video(video.write_mp4(f"{folder}/a.mp4", noise, 16)).shape == noise.shape
+        assert [path.name for path in Path(folder).iterdir()] == ["a.mp4"]
+
+
 def test_f55_without_av(tmp_path, noise, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     for ask in (lambda: video.write_mp4(tmp_path / "a.mp4", noise, 16), lambda: video.check_mp4(32, 48)):

@@ -1,10 +1,13 @@
 """Files that are whole or absent, under names that are taken once."""
 
+import json
+import subprocess
 import threading
 
 import pytest
 
 from jvdiff.errors import ResourceError
+from jvdiff.runtime import claims
 from jvdiff.runtime.files import atomic, claim
 
 
@@ -38,6 +41,35 @@ def test_f58_concurrent_samplers_never_share_a_name(tmp_path):
         thread.join(30)
     assert len(set(names)) == 40 and "a.red_seven" in names and "a.red_seven-40" in names
     assert {p.name for p in tmp_path.iterdir()} == {f"{name}.json" for name in names}
+
+
+def test_what_a_killed_process_claimed_is_free_again(tmp_path):
+    (tmp_path / "clip.json").touch()  # the mark of a version before
+    child = subprocess.Popen(["true"])
+    child.wait()
+    with claims.held(tmp_path / ".clip.claim"):
+        content = json.loads((tmp_path / ".clip.claim").read_text())
+    (tmp_path / ".clip.claim").write_text(json.dumps(content | {"pid": child.pid}))
+    with claim(tmp_path, "clip") as base:
+        assert base.name == "clip"
+        with claim(tmp_path, "clip") as other:
+            assert other.name == "clip-2"
+    (tmp_path / "clip.json").write_text("{}")
+    with claim(tmp_path, "clip") as base:
+        assert base.name == "clip-2"
+    with claim(tmp_path, "stream", (".jsonl", ".mp4")) as base, atomic(f"{base}.mp4") as part:
+        part.write_text("a first chunk, whose line was not written")
+    with claim(tmp_path, "stream", (".jsonl", ".mp4")) as base:
+        assert base.name == "stream-2"
+
+
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path):
+    for name in ("a" * 255, "漢" * 85):
+        with atomic(tmp_path / name) as part:
+            part.write_text("whole")
+        assert (tmp_path / name).read_text() == "whole"
+        with claim(tmp_path / "names", name[:-5]) as base:
+            assert base.name == name[:-5]
 
 
 def test_f58_a_claim_that_fails_is_given_back(tmp_path):

@@ -1,0 +1,190 @@
+"""Whatever happens after the last step or chunk, what was made is on some disk, and a command goes on from it."""
+
+import errno
+import os
+import re
+import shlex
+import signal
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jvdiff import pipeline
+from jvdiff.commands import sample, stream, train
+from jvdiff.media import video as videos
+from jvdiff.media.fragmented_mp4 import FragmentedMP4
+from jvdiff.runtime import claims, run_state, staging
+
+PROMPT, STEM = "a red seven moving left", "a-red-seven-moving-left_seed3"
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """argv of a run with these fields into tmp_path/out; None leaves one out."""
+
+    def build(checkpoint, **fields):
+        given = {"checkpoint": checkpoint, "output": tmp_path / "out", "prompt": PROMPT, "seed": 3} | fields
+        given |= {"compile_cache": "off"}
+        return ["jvdiff", *(f"--{name}={value}" for name, value in given.items() if value is not None)]
+
+    return build
+
+
+@pytest.fixture
+def command(flags, tiny_repository):
+    return lambda **fields: flags(tiny_repository, **{"steps": 1} | fields)
+
+
+@pytest.fixture
+def streaming(flags, tiny_causal_repository):
+    return lambda **fields: flags(tiny_causal_repository, **{"chunks": 3} | fields)
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "temporary"
+
+
+def going_on(said):
+    """The words of the command that is said to go on."""
+    return ["jvdiff", *shlex.split(re.findall(r"(?:[Gg]o on|finish it) with:\n  (.*)", said)[-1])[3:]]
+
+
+def system(code):
+    def refuse(*args, **options):
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
+def raising(error):
+    def fail(*args, **options):
+        raise error
+
+    return fail
+
+
+FAULTS = {
+    "disk full": (videos, "write_mp4", system(errno.ENOSPC), 4),
+    "input or output error": (os, "replace", system(errno.EIO), 4),
+    "memory": (videos, "contact_sheet", raising(MemoryError()), 4),
+    "a bug": (videos, "encode", raising(RuntimeError("no such encoder")), 1),
+    "a second Ctrl-C": (videos, "write_png", raising(KeyboardInterrupt()), 5),
+    "another bug": (pipeline, "decode", raising(ZeroDivisionError()), 1),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_is_raised_after_the_last_step_the_state_is_kept(command, tmp_path, monkeypatch, capsys, fault):
+    module, name, broken, status = FAULTS[fault]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, broken)
+        assert sample.main(command()) == status
+    said, state = capsys.readouterr().err, tmp_path / "out" / f"{STEM}.state"
+    assert run_state.load(state).done == 1 and f"--config.resume={state}" in going_on(said)
+    assert not any(path.name.startswith(".") for path in (tmp_path / "out").iterdir())
+    if fault == "disk full":
+        assert sample.main(going_on(said)) == 0
+        assert len(videos.read_video(tmp_path / "out" / f"{STEM}.mp4")) == 5
+
+
+def test_a_state_that_its_place_refuses_is_saved_elsewhere(command, tmp_path, temporary, monkeypatch, capsys):
+    usage = staging.shutil.disk_usage
+
+    def full(path):
+        found = usage(path)
+        return found._replace(free=0) if Path(path) == tmp_path / "out" else found
+
+    monkeypatch.setattr(staging.shutil, "disk_usage", full)
+    assert sample.main(command(steps=2, stop_at=1)) == 0
+    said = capsys.readouterr()
+    (state,) = temporary.glob(f"jvdiff-*/{STEM}.state")
+    assert said.out.splitlines() == [str(state)] and f"notice: {tmp_path / 'out' / STEM}" in said.err
+    assert sample.main(going_on(said.err)) == 0
+    assert (tmp_path / "out" / f"{STEM}.mp4").exists()
+
+
+@pytest.mark.parametrize("main", [sample.main, stream.main])
+def test_an_output_that_names_a_file_is_refused_before_anything_is_made(main, command, streaming, tmp_path, capsys):
+    argv = (command if main is sample.main else streaming)(output=tmp_path / "clip.mp4")
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert "expected a folder" in said and f"--output={tmp_path / 'clip'}." in said
+    assert not (tmp_path / "clip.mp4").exists()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_stream_keeps_the_chunk_that_the_disk_refused(streaming, tmp_path, temporary, monkeypatch, capsys, elsewhere):
+    real, base = FragmentedMP4.append, tmp_path / "out" / STEM
+
+    def append(self, video):
+        if self.frames:
+            system(errno.ENOSPC)()
+        return real(self, video)
+
+    def refuse(target, needed):
+        if elsewhere and target.parent == base.parent:
+            system(errno.ENOSPC)()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FragmentedMP4, "append", append)
+        patch.setattr(staging, "_check_space", refuse)
+        assert stream.main(streaming(chunks=2)) == 4
+    said = capsys.readouterr().err
+    state = next(temporary.glob("*/*.state")) if elsewhere else Path(f"{base}.state")
+    saved = run_state.load(state)
+    assert saved.done == 2 and len(saved.arrays["unwritten"]) == 4 and len(videos.read_video(f"{base}.mp4")) == 1
+    assert stream.main(going_on(said)) == 0
+    assert stream.main(streaming(chunks=2, name="whole")) == 0
+    whole = videos.read_video(tmp_path / "out" / "whole.mp4")
+    np.testing.assert_array_equal(videos.read_video(f"{base}.mp4"), whole)
+    assert len(Path(f"{base}.jsonl").read_text().splitlines()) == 2 and Path(f"{base}.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_loading_ends_at_once(command, tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(pipeline, "load", lambda *_: signal.raise_signal(number))
+    assert sample.main(command()) == 130
+    assert capsys.readouterr().err.endswith("error: stopped at once; nothing more was saved.\n")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_closed_terminal_saves_the_state(command, tmp_path, monkeypatch):
+    denoise = pipeline.denoise
+
+    def hung_up(*args, callback, **options):
+        signal.raise_signal(signal.SIGHUP)
+        return denoise(*args, callback=callback, **options)
+
+    monkeypatch.setattr(pipeline, "denoise", hung_up)
+    assert sample.main(command(steps=3)) == 5
+    assert run_state.load(tmp_path / "out" / f"{STEM}.state").done == 1
+
+
+# --------------------------------------------------------------------------------------------------------- one writer
+
+
+def test_one_writer_for_a_state_and_for_a_stream(command, streaming, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "load", raising(AssertionError("weights were read")))
+    state = tmp_path / "out" / "clip.state"
+    state.mkdir(parents=True)
+    by = rf"is being written by process {os.getpid()} on "
+    for main, argv, path in ((sample.main, command, ".clip.state"), (stream.main, streaming, ".clip")):
+        with claims.held(tmp_path / "out" / f"{path}.claim"):
+            assert main(argv(resume=state, prompt=None, seed=None, output=None)) == 3
+        assert re.search(by, capsys.readouterr().err)
+
+
+def test_one_writer_for_the_folder_of_a_training(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    with claims.held(tmp_path / "run" / ".run.claim"):
+        assert train.main(["train", "--config", "train_digits_vae", f"--folder={tmp_path / 'run'}"]) == 3
+    assert f"{tmp_path / 'run'}: is being written by process" in capsys.readouterr().err
+    assert list((tmp_path / "run").iterdir()) == []

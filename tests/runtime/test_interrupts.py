@@ -1,0 +1,77 @@
+"""Signals: at once as long as there is nothing to lose, after the step otherwise, and never where they were ignored."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jvdiff.runtime.interrupts import SIGNALS, command, deferred, interrupts, shielded
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_with_nothing_to_lose_a_signal_ends_at_once(number):
+    with pytest.raises(KeyboardInterrupt), interrupts():
+        signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_later_it_is_noted_and_a_second_ctrl_c_ends_at_once(number, capsys):
+    with interrupts() as asked, interrupts() as inner, deferred():
+        assert not asked()
+        signal.raise_signal(number)
+        assert asked() and inner()
+        signal.raise_signal(signal.SIGTERM)
+        with shielded():
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert capsys.readouterr().err.count("stopping after this step") == 1
+    with interrupts() as asked:
+        assert not asked()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_was_ignored_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with command(130, ""):
+            signal.raise_signal(number)
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+PROGRAM = """
+import hashlib, sys
+from pathlib import Path
+from jvdiff.runtime.interrupts import command, deferred
+from jvdiff.runtime.verdict import unfinished
+
+folder = Path(sys.argv[1])
+with command(130, "stopped at once."), unfinished(folder / ".half"):
+    (folder / ".half").touch()
+    with deferred(lambda: False):  # the first step, say, which is being compiled
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes, in which no handler of Python's runs
+"""
+
+
+def test_a_process_whose_main_thread_is_stuck_ends_within_two_seconds_and_leaves_nothing(tmp_path):
+    root = Path(__file__).parents[2]
+    child = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    while not (tmp_path / ".half").exists() and child.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    began = time.monotonic()
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130 and time.monotonic() - began < 2
+    assert said == "error: stopped at once.\n" and list(tmp_path.iterdir()) == []
