@@ -126,6 +126,10 @@ class Request(NamedTuple):
         kept |= {name: value for name, value in changes.items() if value is not None}
         return shlex.join(words + [f"{dash}{name}={value}" for name, value in kept.items()])
 
+    def unset(self, name: str) -> str | None:
+        """What `command` is to say of a field so that it is None: nothing, unless the configuration's file sets it."""
+        return "none" if self.config.get(name) is not None and name not in self.given else None
+
 
 class Line(NamedTuple):
     """A command line, cut into words.

@@ -23,6 +23,7 @@ from jvdiff.commands.jobs import Job, facts
 from jvdiff.errors import Interrupted, InUse, JvdiffError, ResourceError
 from jvdiff.pipeline import Repository
 from jvdiff.runtime import claims, peers, run_state
+from jvdiff.runtime.files import hidden
 
 PAUSE = 1.0  # seconds between two looks at what other processes make
 
@@ -95,6 +96,8 @@ class Batch:
         makes the others, or None where none is left."""
         others, left = {}, self.left()
         for i in left:
+            # A killed process of another machine had the name's claim too, which is to be watched as long as the job's.
+            claims.holder(hidden(self.output / self.jobs[i].stem, ".claim"))
             with contextlib.ExitStack() as stack:
                 claim = self._claim(stack, self._slot(i), self.jobs[i].stem)
                 if claim is None:
@@ -135,7 +138,7 @@ class Batch:
                 continue
             names = [name for name in state if name != "versions"]
             made = _key(names, state) in {_key(names, record) for _, record in self._records()}
-            if not made and self._claim(stack, self.output / f".{folder}.state.claim", folder):
+            if not made and self._claim(stack, hidden(self.output / f"{folder}.state", ".claim"), folder):
                 found.append((-steps, f"{self.output / folder}.state"))
         return [path for _, path in sorted(found)]
 

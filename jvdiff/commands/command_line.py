@@ -23,11 +23,12 @@ from jvdiff.errors import JvdiffError, ResourceError, SetupError, UsageError
 from jvdiff.runtime import cache, environment, foreign, peers, progress, verdict
 from jvdiff.runtime.interrupts import STOPPED, command
 
-FILES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".apng", ".jpg", ".npz", ".json", ".jsonl")
 SHARED = (
     "Another process on it leaves none: JAX takes most of a GPU's memory when it starts. Give each process a GPU of\n"
     "its own, with CUDA_VISIBLE_DEVICES=0, 1 and so on (docs/clusters.md)."
 )
+_CONTROL = {i: f"\\x{i:02x}" for i in (*range(9), *range(11, 32), *range(127, 160))}  # all but tab and line feed
+FILES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".apng", ".jpg", ".npz", ".json", ".jsonl")
 LARGE = 500_000_000  # parameters; on a CPU such models take hours
 
 
@@ -237,9 +238,9 @@ def device_memory(what: str, advice: str, *, first: bool = False) -> Iterator[No
 
 
 def say(message: str) -> None:
-    """A line for the person at the terminal; of several processes the first speaks."""
+    """A line for the person at the terminal, which no prompt commands; of several processes the first speaks."""
     if peers.writes():
-        progress.tell(f"{message}\n", sys.stderr)
+        progress.tell(f"{message.translate(_CONTROL)}\n", sys.stderr)
 
 
 def say_device(params: Any, mesh: Any) -> None:

@@ -76,6 +76,7 @@ class Maker:
             checkpoint=self.config.checkpoint,
             output=self.config.output,
             resume=state,
+            stop_at=self.request.unset("stop_at"),
             **dict.fromkeys(_OF_ONE_RUN),
         )
 
@@ -83,7 +84,7 @@ class Maker:
 # What stands in the record alone, and not in the video's and picture's metadata.
 _OF_THE_RECORD = ("sigmas", "seconds", "versions", "device", "environment", "autotuning", "resumed_at_step")
 # Fields that a state holds itself, or that were about the run that it stopped.
-_OF_ONE_RUN = ("prompt", "prompts", "class_label", "seed", "seeds", "part", "stop_at")
+_OF_ONE_RUN = ("prompt", "prompts", "class_label", "seed", "seeds", "part")
 
 
 @dataclasses.dataclass(eq=False)

@@ -113,11 +113,26 @@ def _text(text: str, repository: Repository) -> _Pieces:
         if f"{line} ".startswith("# "):
             comments += 1
         else:
-            yield place, lambda line=line: {field: _proper(line).strip()}
+            yield place, functools.partial(_plain, line, field)
     if comments:
         lines = "1 line that begins" if comments == 1 else f"{comments} lines that begin"
         verb = "is a comment; it was a prompt" if comments == 1 else "are comments; they were prompts"
         say(f"notice: {lines} with '# ' {verb} until now")
+
+
+def _plain(line: str, field: str) -> dict[str, Any]:
+    """A line that is a subject; UsageError where it is an object of a JSONL file."""
+    line = _proper(line).strip()
+    if line.startswith("{") and field in _maybe_json(line):
+        raise UsageError("is a JSON object in a file of texts; name the file .jsonl.")
+    return {field: line}
+
+
+def _maybe_json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return ()
 
 
 def _jsonl(text: str, repository: Repository) -> _Pieces:

@@ -177,7 +177,7 @@ def _run(request: Request) -> list[Path]:
         command_line.say_device(pipeline.abstract_params(repository.family, repository.models, dtypes), mesh)
         with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_video.stage("load"):
             pipe = pipeline.load(repository, dtypes.name, mesh)
-        again = None if batch is None else request.command(stop_at=None)
+        again = None if batch is None else request.command(stop_at=request.unset("stop_at"))
         maker = one_video.Maker(pipe, config, request, output, asked_to_stop, again)
         every = wanted if batch is None else batch.jobs
         return _summed(problems, _made(maker, every, batch, problems, seconds))

@@ -125,6 +125,15 @@ def test_a_command_that_is_printed_asks_for_the_same(program):
     assert again.config.steps == 20 and again.file == "digits"
 
 
+def test_what_the_file_says_is_unset_by_a_flag_and_a_flag_by_leaving_it_out(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import ml_collections\nget_config = lambda: ml_collections.ConfigDict(dict(stop_at=3))"
+    )
+    file = f"--config={tmp_path / 'own.py'}"
+    assert wanted(file).unset("stop_at") == "none" and wanted("--stop_at=3").unset("stop_at") is None
+    assert wanted(file, "--stop_at=none").config.stop_at is None
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 

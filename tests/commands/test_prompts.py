@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jvdiff import pipeline
-from jvdiff.commands import one_video, sample
+from jvdiff.commands import command_line, one_video, sample
 
 RED, BLUE = "a red seven", "a blue two"
 ROWS = [{"prompt": RED, "seed": 5}, {"prompt": BLUE, "id": "b", "steps": 2}]
@@ -142,6 +142,7 @@ def test_a_bad_line_fails_alone_and_keeps_its_seed(asked):
     ("name", "content", "message"),
     [
         ("p.txt", b"un sept \xe9l\xe9gant\n" + RED.encode(), "p.txt line 1: holds the byte 0xe9"),
+        ("p", json.dumps(ROWS[0]) + f"\n{RED}", "p line 1: is a JSON object in a file of texts; name the file .jsonl"),
         ("p.csv", f'prompt,steps\n"a"b,3\n{RED},\n', "line 2: is not CSV"),
         ("p.csv", f"prompt,steps\na,3,4\n{RED},\n", "line 2: has 3 cells, the header 2"),
         ("p.csv", f"prompt,steps\na,{DIGITS}\n{RED},none\n", "line 2: steps is '111"),
@@ -151,6 +152,11 @@ def test_a_bad_line_fails_alone_and_keeps_its_seed(asked):
 def test_a_bad_line_of_other_formats(asked, name, content, message):
     code, jobs, said = asked(name, content, seed=3)
     assert code == 3 and [job[:2] for job in jobs] == [(RED, 4)] and message in said
+
+
+def test_a_prompt_does_not_command_the_terminal(capsys):
+    command_line.say("prompt: \x1b]0;title\x07 猫\n")
+    assert capsys.readouterr().err == "prompt: \\x1b]0;title\\x07 猫\n\n"
 
 
 def test_seeds_make_every_line_that_often(asked):
