@@ -153,4 +153,6 @@ def test_python_takes_the_same_paths(home, tiny_repository):
     assert video.read_video("~/v.mp4").shape == (1, 16, 16, 3) and video.read_metadata("~/v.mp4") is not None
     shutil.copytree(home, home / "c" / "red", ignore=shutil.ignore_patterns("c", "m", "tree", "*png"))
     assert len(clips.find("~/c").paths) == 1
+    (home / "c.csv").write_text("path,label\n~/v.mp4,red\nc/red/v.mp4,red\n")
+    assert clips.find("~/c.csv").paths == (home / "v.mp4", home / "c" / "red" / "v.mp4")
     assert not os.listdir()
