@@ -280,7 +280,7 @@ def known_fields(where: str, given: Mapping[str, Any], known: Iterable[str]) -> 
     known = tuple(known)
     unknown = {name: value for name, value in given.items() if name not in known}
     passed = [name for name, value in unknown.items() if value is None or value is False or name.startswith("_")]
-    for name in unknown.keys() - {*passed}:
+    for name in (name for name in unknown if name not in passed):
         raise CheckpointError(
             f"{where}: unknown field {name!r:.80} = {unknown[name]!r:.80}{nearest(name, known)}.\n"
             "What it asks for is not known here. Compare the file with the repository that it came from,\n"

@@ -1,5 +1,6 @@
 """What a user types as a path means the same in every command and in Python (B)."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from jvdiff.training.options import Going, Training
 from jvdiff.weights import save
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints"
-GROUPS = (*options.BEFORE, *options.AFTER, *options.STREAM, options.Convert, options.ToHf, options.Digits)
+GROUPS = [group for group in vars(options).values() if dataclasses.is_dataclass(group)]
 
 
 @pytest.fixture
