@@ -77,12 +77,14 @@ def _above(path: Path) -> Path | None:
 def _run_folder(path: Path, names: Sequence[str]) -> str | None:
     if (path / "repository" / INDEX).is_file():
         return f"the folder of a training. The model that it made is {path / 'repository'}; give that."
-    if "state" in names and {"metrics.jsonl", "config.json"} & {*names}:
-        return (
-            "the folder of a training that has made no repository yet.\n"
-            "Run the same `jvdiff train` again: it goes on, and writes one at the end."
-        )
-    return None
+    if "state" not in names or not {"metrics.jsonl", "config.json"} & {*names}:
+        return None
+    if (path / "vae" / "config.json").is_file():
+        return f"the folder of a training that made one part, {path / 'vae'}, and not a repository."
+    return (
+        "the folder of a training that has made no repository yet.\n"
+        "Run the same `jvdiff train` again: it goes on, and writes one at the end."
+    )
 
 
 def _state(path: Path, names: Sequence[str]) -> str | None:

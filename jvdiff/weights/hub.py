@@ -40,6 +40,8 @@ def locate(name: str | Path, *, download: bool = True, tell: Callable[[str], Non
         name = type(name)(expanded("checkpoint", name))
     if name and os.path.exists(name):  # where Path.exists raises, for instance on a name too long, this is False
         return _stands_for(Path(name))
+    if name and os.path.islink(name):
+        raise CheckpointError(f"{name}: a link to {os.readlink(name)}, which is not there. Make it anew.")
     ours = _ours()
     *parents, last = Path(name).parts or ("",)
     if parents in ([], ["checkpoints"]) and last in ours:
@@ -101,9 +103,11 @@ def _repository(name: str, ours: list[str]) -> tuple[str, str | None]:
     """OWNER/NAME and the revision, None where none is given; raises UsageError where a folder was meant."""
     parts = _NAME.fullmatch(name)
     if parts is None:
+        cached = Path(name).name.removeprefix("models--").replace("--", "/", 1)
+        meant = f" (did you mean {cached}?)" if "models--" in name else nearest(name, ours)
         raise UsageError(
             f"{name!r:.200}: no such folder, nor is it a repository's name (OWNER/NAME or "
-            f"OWNER/NAME@REVISION){nearest(name, ours)}.\n"
+            f"OWNER/NAME@REVISION){meant}.\n"
             f"The checkpoints that come with jvdiff are: {', '.join(ours) or 'none'}."
         )
     first = Path(name.split("/")[0])

@@ -172,6 +172,8 @@ def test_links_to_nowhere_and_files_of_others_are_sentences(cache, tiny_reposito
     def refuse(file, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(file))
 
+    with pytest.raises(CheckpointError, match="gone: a link to nowhere, which is not there"):
+        locate(linked("nowhere", tmp_path / "gone"))
     monkeypatch.setattr(safetensors, "open", refuse, raising=False)
     with pytest.raises(CheckpointError, match=r"Permission denied\).\nThe file is of \w+, mode 0\d+. Ask its owner"):
         safetensors.open_folder(tiny_repository / "vae")
