@@ -101,7 +101,7 @@ def _ours() -> dict[str, Path]:
 
 def _repository(name: str, ours: list[str]) -> tuple[str, str | None]:
     """OWNER/NAME and the revision, None where none is given; raises UsageError where a folder was meant."""
-    parts = _NAME.fullmatch(name)
+    parts = None if "models--" in name else _NAME.fullmatch(name)  # a folder of a cache that is not here
     if parts is None:
         cached = Path(name).name.removeprefix("models--").replace("--", "/", 1)
         meant = f" (did you mean {cached}?)" if "models--" in name else nearest(name, ours)
