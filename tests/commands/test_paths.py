@@ -124,6 +124,9 @@ def test_paths_of_a_shipped_configuration_do_not_depend_on_the_working_directory
             for field in ("checkpoint", "vae", "initial", "decoder_of"):
                 if isinstance(config.get(field), str):
                     assert Path(config[field]).is_relative_to(SHIPPED), (name, field)
+    os.symlink(configs.shipped("configs"), "configs")  # by its path, too
+    config = sample.parse(["sample", "--config=configs/digits.py"]).config
+    assert Path(config.checkpoint).is_relative_to(SHIPPED)
     given = train.parse(["train", "--config=train_digits_dit", "--vae=checkpoints/digits/vae"]).config
     assert given.vae == "checkpoints/digits/vae"  # a command line's is against the working directory
     shutil.rmtree("checkpoints")
