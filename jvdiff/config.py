@@ -280,7 +280,7 @@ def known_fields(where: str, given: Mapping[str, Any], known: Iterable[str]) -> 
     known = tuple(known)
     unknown = {name: value for name, value in given.items() if name not in known}
     passed = [name for name, value in unknown.items() if value is None or value is False or name.startswith("_")]
-    for name in unknown.keys() - {*passed}:
+    for name in (name for name in unknown if name not in passed):
         raise CheckpointError(
             f"{where}: unknown field {name!r:.80} = {unknown[name]!r:.80}{nearest(name, known)}.\n"
             "What it asks for is not known here. Compare the file with the repository that it came from,\n"
@@ -370,8 +370,7 @@ def load(name: str) -> ConfigDict:
     """
     from ml_collections import ConfigDict
 
-    stem, *argument = (name,) if os.path.isfile(expanded("config", name)) else name.split(":", 1)
-    path = find(stem)
+    path, *argument = _found(name)
     loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
     module = types.ModuleType(path.stem)
     try:
@@ -387,6 +386,17 @@ def load(name: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UsageError(f"{path}: get_config returns {type(config).__name__}; expected a ConfigDict.")
     return config
+
+
+def ships(name: str) -> bool:
+    """Whether a configuration is one that ships with jvdiff; name, raises: as in `load`."""
+    return _found(name)[0].resolve().is_relative_to(shipped("configs").resolve())
+
+
+def _found(name: str) -> list[Any]:
+    """The file of a configuration, and what stands behind a colon."""
+    stem, *argument = (name,) if os.path.isfile(expanded("config", name)) else name.split(":", 1)
+    return [find(stem), *argument]
 
 
 def shipped(folder: str) -> Path:

@@ -172,7 +172,7 @@ def parse(command: Command, argv: Sequence[str]) -> Request:
         with config.unlocked():
             config.update({name: value for name, value in fresh.items() if name not in config})
     sections = command.sections(config, line.texts)
-    if file and configs.find(file).is_relative_to(configs.shipped("configs")):
+    if file and configs.ships(file):
         _root(config, sections)
     flags = _known_flags(command, line, sections, config)
     command.before(config, [path for path, _ in flags])

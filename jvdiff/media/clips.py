@@ -95,7 +95,9 @@ def _of_csv(file: Path) -> list[tuple[Path, str]]:
     for number, line in lines:
         if not (line["path"] and line["label"]):
             raise DataError(f"{file}, line {number}: path is {line['path']!r}, label {line['label']!r}; expected both.")
-    return [(file.parent / line["path"], line["label"]) for _, line in lines]
+    named = {number: line["path"] for number, line in lines}
+    named |= {n: expanded(f"{file}, line {n}", path) for n, path in named.items() if path.startswith("~")}
+    return [(file.parent / named[number], line["label"]) for number, line in lines]
 
 
 def read(

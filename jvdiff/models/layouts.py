@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jvdiff.errors import CheckpointError, JvdiffError, UnsafeFormat, UsageError
+from jvdiff.weights.hub import unfinished
+from jvdiff.weights.safetensors import readable
 
 INDEX = "model_index.json"
-_UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")  # suffixes that programs give to half a download
 _PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".pickle")
 
 
@@ -36,31 +37,18 @@ def misread(path: Path, families: Sequence[str] = ()) -> JvdiffError:
     """
     if path.is_file():
         return _a_file(path)
-    names = sorted(entry.name for entry in path.iterdir())
+    with readable(path):
+        names = sorted(entry.name for entry in path.iterdir())
     own = [importlib.import_module(f"{package}.settings") for package in families]
     looks = [module.foreign for module in own if hasattr(module, "foreign")]
     for look in (*_INSIDE, *looks, *_LOOKS):
         if (sentence := look(path, names)) is not None:
-            return CheckpointError(f"{path}: {sentence}{half(path)}")
+            return CheckpointError(f"{path}: {sentence}{unfinished(path)}")
     found = ", ".join(map(repr, names[:8])) or "an empty folder"
     return CheckpointError(
         f"{path}: no {INDEX} in it; expected the folder of a Diffusers repository, or of a converted one.\n"
-        f"Found: {found:.300}.{half(path)}"
+        f"Found: {found:.300}.{unfinished(path)}"
     )
-
-
-def half(path: Path) -> str:
-    """A line about downloads in a repository's folder, or in its cache, that were not finished; else empty."""
-    real = path.resolve()
-    places = [path, *(p for p in path.glob("*") if p.is_dir()), path / ".cache" / "huggingface" / "download"]
-    places += [p for p in places[-1].glob("*") if p.is_dir()]
-    if real.parent.name == "snapshots":
-        places.append(real.parents[1] / "blobs")
-    left = [file for place in places for file in place.glob("*") if file.suffix in _UNFINISHED]
-    if not left:
-        return ""
-    more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-    return f"\nA download was not finished: {left[0]}{more}. Run the same download again."
 
 
 def _a_file(path: Path) -> JvdiffError:
@@ -89,12 +77,14 @@ def _above(path: Path) -> Path | None:
 def _run_folder(path: Path, names: Sequence[str]) -> str | None:
     if (path / "repository" / INDEX).is_file():
         return f"the folder of a training. The model that it made is {path / 'repository'}; give that."
-    if "state" in names and {"metrics.jsonl", "config.json"} & {*names}:
-        return (
-            "the folder of a training that has made no repository yet.\n"
-            "Run the same `jvdiff train` again: it goes on, and writes one at the end."
-        )
-    return None
+    if "state" not in names or not {"metrics.jsonl", "config.json"} & {*names}:
+        return None
+    if (path / "vae" / "config.json").is_file():
+        return f"the folder of a training that made one part, {path / 'vae'}, and not a repository."
+    return (
+        "the folder of a training that has made no repository yet.\n"
+        "Run the same `jvdiff train` again: it goes on, and writes one at the end."
+    )
 
 
 def _state(path: Path, names: Sequence[str]) -> str | None:

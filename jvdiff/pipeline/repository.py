@@ -25,7 +25,7 @@ from jvdiff.models.family import Family, Models, read_config
 from jvdiff.pipeline.settings import DEFAULTS_FILE, read_defaults, resolve
 from jvdiff.runtime.staging import MANIFEST, staged
 from jvdiff.types import Params
-from jvdiff.weights import locate, manifest, orbax, safetensors
+from jvdiff.weights import hub, locate, manifest, orbax, safetensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ def _models(path: Path, family: Family, index: Mapping[str, Any]) -> Models:
         if named and not (path / name).is_dir():
             raise CheckpointError(
                 f"{path}: model_index.json names {name}, and there is no such folder: a copy or a download was not "
-                f"finished.{layouts.half(path)}\nCopy or download it again."
+                f"finished.{hub.unfinished(path)}\nCopy or download it again."
             )
         return not optional or ((path / name).is_dir() and named)
 

@@ -13,6 +13,7 @@ from jvdiff.errors import CheckpointError, ResourceError, UsageError
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
 _OURS = ("checkpoints", "runs")  # folders of a checkout or of a user; a name that begins so was meant for a folder
 _FILES = ["*.json", "*/*.model", "*/*.txt", "*/*.safetensors", "README.md", "LICENSE*", "NOTICE*"]
+_UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")  # suffixes that programs give to half a download
 _LEFT = ["*/*.*.safetensors"]  # variants beside the weights, NAME.fp16.safetensors for instance
 
 
@@ -39,6 +40,8 @@ def locate(name: str | Path, *, download: bool = True, tell: Callable[[str], Non
         name = type(name)(expanded("checkpoint", name))
     if name and os.path.exists(name):  # where Path.exists raises, for instance on a name too long, this is False
         return _stands_for(Path(name))
+    if name and os.path.islink(name):
+        raise CheckpointError(f"{name}: a link to {os.readlink(name)}, which is not there. Make it anew.")
     ours = _ours()
     *parents, last = Path(name).parts or ("",)
     if parents in ([], ["checkpoints"]) and last in ours:
@@ -77,6 +80,20 @@ def _cached(root: Path, revision: str) -> Path | None:
     return next((snapshot for snapshot in _snapshots(root) if snapshot.name == commit), None)
 
 
+def unfinished(path: Path) -> str:
+    """A line about downloads in a repository's folder, or in its cache, that were not finished; else empty."""
+    real = path.resolve()
+    places = [path, *(p for p in path.glob("*") if p.is_dir()), path / ".cache" / "huggingface" / "download"]
+    places += [p for p in places[-1].glob("*") if p.is_dir()]
+    if real.parent.name == "snapshots":
+        places.append(real.parents[1] / "blobs")
+    left = [file for place in places for file in place.glob("*") if file.suffix in _UNFINISHED]
+    if not left:
+        return ""
+    more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+    return f"\nA download was not finished: {left[0]}{more}. Run the same download again."
+
+
 def _ours() -> dict[str, Path]:
     """The checkpoints that come with jvdiff, by name: those inside the package, or beside it in a checkout."""
     return {file.parent.name: file.parent for file in sorted(shipped("checkpoints").glob("*/model_index.json"))}
@@ -84,11 +101,13 @@ def _ours() -> dict[str, Path]:
 
 def _repository(name: str, ours: list[str]) -> tuple[str, str | None]:
     """OWNER/NAME and the revision, None where none is given; raises UsageError where a folder was meant."""
-    parts = _NAME.fullmatch(name)
+    parts = None if "models--" in name else _NAME.fullmatch(name)  # a folder of a cache that is not here
     if parts is None:
+        cached = Path(name).name.removeprefix("models--").replace("--", "/", 1)
+        meant = f" (did you mean {cached}?)" if "models--" in name else nearest(name, ours)
         raise UsageError(
             f"{name!r:.200}: no such folder, nor is it a repository's name (OWNER/NAME or "
-            f"OWNER/NAME@REVISION){nearest(name, ours)}.\n"
+            f"OWNER/NAME@REVISION){meant}.\n"
             f"The checkpoints that come with jvdiff are: {', '.join(ours) or 'none'}."
         )
     first = Path(name.split("/")[0])
@@ -120,10 +139,13 @@ def _snapshot(repository: str, revision: str | None, download: bool, tell: Calla
                     "Free some space, or let HF_HUB_CACHE name a folder with more, then start again."
                 ) from None
             reason = reason or (f", and not downloaded ({type(error).__name__})" if download else "")
-    root = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
-    if snapshot := _cached(root, revision or "main"):
-        return snapshot  # not whole, as the hub's library knows; what is missing, who reads it says
-    there = "".join(f"\nThe cache has {repository}@{other.name}." for other in _snapshots(root)[:1])
+    root, there = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}", ""
+    try:
+        if snapshot := _cached(root, revision or "main"):
+            return snapshot  # not whole, as the hub's library knows; what is missing, who reads it says
+        there = "".join(f"\nThe cache has {repository}@{other.name}." for other in _snapshots(root)[:1])
+    except OSError as error:
+        there = f"\n{root}: cannot be read ({error.strerror})."
     wanted = f" --revision {revision}" if revision else ""
     raise CheckpointError(
         f"{repository}: not in the local cache{reason}.{there}\n"

@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from jvdiff.errors import CheckpointError, CorruptFile, IntegrityError, JvdiffError, MissingTensor, UnsafeFormat
+from jvdiff.weights.hub import unfinished
 from jvdiff.weights.naming import is_ignored, listed, shown
 
 DTYPES = {
@@ -57,6 +58,8 @@ def readable(path: Path) -> Iterator[None]:
                 f"{path}: a link to {os.readlink(path)}, which is not there.",
                 "A download was not finished, or its cache was cleaned: download it again (hf download OWNER/NAME).",
             ]
+        elif isinstance(error, FileNotFoundError):
+            lines += filter(None, [(unfinished(path.parent) or unfinished(path.parent.parent)).strip()])
         elif isinstance(error, PermissionError):
             lines += [
                 f"{_whose(path)}Ask its owner for `chmod -R a+rX FOLDER`, or download a copy of your own "
@@ -359,6 +362,7 @@ def open_folder(
             counts = [f"{file.name} ({names.count(file.name)} tensors)" for file in missing]
             raise MissingTensor(
                 f"{path}: {len(missing)} of {len(files)} shards are missing: {listed(counts)}.\n{_AGAIN}"
+                f"{unfinished(path.parent)}"
             )
     elif sets:
         files = [single]
@@ -465,7 +469,7 @@ def _no_weights(path: Path, stem: str) -> CheckpointError:
         )
     return MissingTensor(
         f"{path}: no weights: expected {stem}.safetensors, or {stem}.safetensors.index.json.\n"
-        f"Found: {', '.join(map(shown, names[:8])) or 'an empty folder'}."
+        f"Found: {', '.join(map(shown, names[:8])) or 'an empty folder'}.{unfinished(path.parent)}"
     )
 
 

@@ -1,5 +1,6 @@
 """What a user types as a path means the same in every command and in Python (B)."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from jvdiff.training.options import Going, Training
 from jvdiff.weights import save
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints"
-GROUPS = (*options.BEFORE, *options.AFTER, *options.STREAM, options.Convert, options.ToHf, options.Digits)
+GROUPS = [group for group in vars(options).values() if dataclasses.is_dataclass(group)]
 
 
 @pytest.fixture
@@ -123,6 +124,9 @@ def test_paths_of_a_shipped_configuration_do_not_depend_on_the_working_directory
             for field in ("checkpoint", "vae", "initial", "decoder_of"):
                 if isinstance(config.get(field), str):
                     assert Path(config[field]).is_relative_to(SHIPPED), (name, field)
+    os.symlink(configs.shipped("configs"), "configs")  # by its path, too
+    config = sample.parse(["sample", "--config=configs/digits.py"]).config
+    assert Path(config.checkpoint).is_relative_to(SHIPPED)
     given = train.parse(["train", "--config=train_digits_dit", "--vae=checkpoints/digits/vae"]).config
     assert given.vae == "checkpoints/digits/vae"  # a command line's is against the working directory
     shutil.rmtree("checkpoints")
@@ -153,4 +157,6 @@ def test_python_takes_the_same_paths(home, tiny_repository):
     assert video.read_video("~/v.mp4").shape == (1, 16, 16, 3) and video.read_metadata("~/v.mp4") is not None
     shutil.copytree(home, home / "c" / "red", ignore=shutil.ignore_patterns("c", "m", "tree", "*png"))
     assert len(clips.find("~/c").paths) == 1
+    (home / "c.csv").write_text("path,label\n~/v.mp4,red\nc/red/v.mp4,red\n")
+    assert clips.find("~/c.csv").paths == (home / "v.mp4", home / "c" / "red" / "v.mp4")
     assert not os.listdir()

@@ -59,6 +59,17 @@ def test_an_unknown_field_that_asks_for_nothing_passes_with_a_line_and_others_ar
         assert f"unknown field 'use_rope_v3' = {value!r}" in str(error.value) and len(str(error.value).splitlines()) < 6
 
 
+def test_options_of_the_pipeline_in_model_index_follow_the_rule(copy, told):
+    """Wan 2.2's: an expert boundary, a timestep for each token."""
+    change(copy / "model_index.json", boundary_ratio=None, expand_timesteps=False)
+    assert repository.inspect(copy) and not told()
+    for name, value in {"boundary_ratio": 0.875, "expand_timesteps": True, "sampling": {"a": 1}}.items():
+        off = {"boundary_ratio": None, "expand_timesteps": False, "sampling": None}
+        change(copy / "model_index.json", **(off | {name: value}))
+        with pytest.raises(CheckpointError, match=f"model_index.json: unknown field '{name}'"):
+            repository.inspect(copy)
+
+
 @pytest.mark.parametrize("kind", [latent_video.DiTConfig, latent_video.VAEConfig])
 def test_the_rule_holds_for_the_other_family(kind, told):
     plain = kind().to_json()

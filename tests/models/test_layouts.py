@@ -96,6 +96,9 @@ LAYOUTS = {
     converted_part: "one part alone, as a conversion or a training writes it",
     run_folder: "The model that it made is FOLDER/repository; give that",
     lambda x, _: put(x, "state/0/x", "metrics.jsonl", "config.json"): "has made no repository yet",
+    lambda x, _: put(
+        x, "state/0/x", "config.json", "vae/config.json"
+    ): "made one part, FOLDER/vae, and not a repository",
     lambda x, _: put(x / "clip.state", "state.json"): "a saved state. Give it to --resume",
     lambda x, _: put(x, "models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers/refs/main"): "Wan-AI/Wan2.1-T2V-1.3B-Diffusers.",
     cut_short: "was not finished.\nCopy or download it again, whole.\nA download was not finished: ",

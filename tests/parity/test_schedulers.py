@@ -1,5 +1,7 @@
 """Schedules and solvers against diffusers, live: in float64, and as its float32 pipeline runs them."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.tree_util import Partial
 
 from jvdiff.diffusion import denoise, schedules, solvers, variance_preserving
+from jvdiff.errors import CheckpointError
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -170,3 +173,45 @@ def test_ancestral(kind, name):
         drawn = torch.randn(x.shape, generator=torch.manual_seed(i), dtype=torch.float64).numpy()
         noise = 0.0 if i == 19 else float(scheduler._get_variance(t) ** 0.5)
         np.testing.assert_allclose(found - noise * z, wanted.numpy() - noise * drawn, rtol=0, atol=5e-6)
+
+
+WAN = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+def swapped():
+    """(name, scheduler) as people make them from one another with `CLASS.from_config(other.config)`."""
+    unipc, euler = diffusers.UniPCMultistepScheduler, diffusers.FlowMatchEulerDiscreteScheduler
+    u, e = unipc(**WAN), euler(shift=3.0)
+    yield "UniPC with another shift", unipc.from_config(u.config, flow_shift=5.0)
+    yield "Euler, whose own shift is 1", euler.from_config(u.config)
+    yield "Euler with the shift", euler.from_config(u.config, shift=3.0)
+    yield "UniPC from Euler", unipc.from_config(e.config, **WAN)
+    yield "there and back", unipc.from_config(euler.from_config(u.config, shift=8.0).config)
+    for name in (n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax")):
+        try:
+            config = getattr(diffusers, name)().config
+        except (TypeError, ValueError, ImportError):  # abstract, or with a package of its own
+            continue
+        if "num_train_timesteps" in config and config["num_train_timesteps"] == 1000:
+            yield f"UniPC from {name}", unipc.from_config(config, **WAN)
+            yield f"Euler from {name}", euler.from_config(config, shift=3.0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of schedulers whose numbers nobody uses here
+def test_swapped_schedulers_have_the_sigmas_that_diffusers_gives_them(tmp_path):
+    """What `save_pretrained` writes after a swap has keys that the class does not read; neither do we."""
+    taken, refused = 0, {}
+    for name, scheduler in swapped():
+        scheduler.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "scheduler_config.json").read_text())
+        again = type(scheduler).from_pretrained(tmp_path)
+        try:
+            found = schedules.from_scheduler_config(config)
+        except CheckpointError as error:
+            refused[name] = str(error)
+            continue
+        again.set_timesteps(20)
+        ours = schedules.make(20, shift=found.shift, grid=found.grid, solver=found.solver)
+        np.testing.assert_allclose(ours.sigmas, again.sigmas.numpy(), atol=1e-6, err_msg=name)
+        taken += 1
+    assert taken > 30 and not any("unknown field" in text for text in refused.values()), refused

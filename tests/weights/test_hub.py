@@ -84,6 +84,7 @@ def test_what_comes_with_an_installed_jvdiff(here):
         ("runs/owner", "begins with runs/ is not looked up on the hub"),
         ("mine/modle", "no such folder (did you mean mine/model?)"),
         ("digit", "did you mean digits?"),
+        ("hub/models--Wan-AI--Wan2.1", "did you mean Wan-AI/Wan2.1?"),
         ("no/such/folder", "nor is it a repository's name (OWNER/NAME or OWNER/NAME@REVISION)"),
         ("./owner/name", "no such folder"),
         ("/owner/name", "no such folder"),

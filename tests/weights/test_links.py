@@ -1,6 +1,7 @@
 """The shapes that the hub's cache and its relatives give to a repository: all read as the folder they stand for (K)."""
 
 import hashlib
+import json
 import os
 import shutil
 import threading
@@ -156,13 +157,23 @@ def test_links_to_nowhere_and_files_of_others_are_sentences(cache, tiny_reposito
     (cache / "blobs" / "0123.incomplete").touch()
     with pytest.raises(CheckpointError, match=r"a link to \.\./\.\./\.\./blobs/.*, which is not there.\nA download"):
         jvdiff.load(snapshot(cache))
+    index = {"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    text_encoder = snapshot(cache) / "text_encoder"
+    (text_encoder / "model.safetensors").rename(text_encoder / "model-1.safetensors")
+    (text_encoder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError) as error:
+        safetensors.open_folder(text_encoder, "model")
+    assert "1 of 2 shards are missing: model-2.safetensors (1 tensors)." in str(error.value)
+    assert "A download was not finished: " in str(error.value) and "0123.incomplete" in str(error.value)
     (snapshot(cache) / "vae" / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"vae/config.json: cannot be read \(No such file"):
+    with pytest.raises(CheckpointError, match=r"vae/config.json: cannot be read .*\nA download was not finished"):
         repository.inspect(snapshot(cache))
 
     def refuse(file, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(file))
 
+    with pytest.raises(CheckpointError, match="gone: a link to nowhere, which is not there"):
+        locate(linked("nowhere", tmp_path / "gone"))
     monkeypatch.setattr(safetensors, "open", refuse, raising=False)
     with pytest.raises(CheckpointError, match=r"Permission denied\).\nThe file is of \w+, mode 0\d+. Ask its owner"):
         safetensors.open_folder(tiny_repository / "vae")

@@ -6,6 +6,7 @@ Files are read by the `tokenizers` library alone: importing transformers would t
 """
 
 import html
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer
 from jvdiff.config import tell_once
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models.text import spiece
-from jvdiff.weights.safetensors import what_it_is
+from jvdiff.weights.safetensors import readable, what_it_is
 
 PAD, EOS = 0, 1
 FILES = ("tokenizer.json", "spiece.model")  # of which `load` takes the first that is there
@@ -48,13 +49,13 @@ def load(folder: str | Path) -> Tokenizer:
         CheckpointError: the files are missing or broken, or not a T5 tokenizer (a prompt must end with eos, id 1).
     """
     folder = Path(folder)
-    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    file = next((folder / name for name in FILES if os.path.lexists(folder / name)), None)
     if file is None:
         raise _unusable(folder, "neither tokenizer.json nor spiece.model is there")
+    with readable(file), open(file, "rb") as data:
+        if real := what_it_is(data.read(64)):
+            raise _unusable(file, f"this is {real}")
     try:
-        with open(file, "rb") as data:
-            if real := what_it_is(data.read(64)):
-                raise ValueError(f"this is {real}")
         is_json = file.suffix == ".json"
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8")) if is_json else spiece.load(file)
         tokenizer.no_truncation()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jvdiff.config import multiple
+from jvdiff.config import known_fields, multiple
 from jvdiff.diffusion import samplers
 from jvdiff.errors import UsageError
 from jvdiff.kernels.patterns import read as read_pattern
@@ -38,6 +38,7 @@ log = logging.getLogger("jvdiff")
 GRIDS = {"diffusers": "diffusers", "wan": "training"}  # the setting `grid`: what `diffusion.schedules` calls it
 TEXT_LENGTH = 512  # rows of text that the DiT attends to; those beyond the prompt are zeros (Wan pads, without a mask)
 TEXT_BUCKETS = (32, 64, 128, 256, TEXT_LENGTH)
+_PIPELINE_OPTIONS = ("boundary_ratio", "expand_timesteps")  # of Wan 2.2; diffusers writes that they are off
 _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler")
 
 
@@ -108,6 +109,9 @@ def _misfits(models: Models) -> str | None:
             f"model_index.json describes a {pipeline}, transformer/config.json a {dit.to_json()['_class_name']}; "
             f"expected {expected} with that."
         )
+    values = {name: value for name, value in models.index.items() if not isinstance(value, list)}
+    off = [name for name in _PIPELINE_OPTIONS if values.get(name) in (None, False)]
+    known_fields("model_index.json", values, ("_class_name", *off))
     if "tokenizer" in models.files:
         tokenizers.check_vocabulary(models.files["tokenizer"], text.vocab_size)
     scheduler = models.files.get("scheduler")
