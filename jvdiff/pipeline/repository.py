@@ -73,11 +73,14 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         IntegrityError: a small file of a converted directory (a configuration, a tokenizer) is not what was written.
     """
     path = locate(path)
+    signed = (path / MANIFEST).is_file() and any(path.glob(f"*/{orbax.PARAMS}"))
+    if signed:
+        manifest.verify_small(path)
     index = _model_index(path)
     family = family or _family(path, index)
     converted = (path / next(iter(family.parts)) / orbax.PARAMS).is_dir()
-    if converted and (path / MANIFEST).is_file():
-        manifest.verify_small(path, _small_files(path, family))
+    if signed:
+        manifest.check_known(path, _small_files(path, family))
     models = _models(path, family, index)
     if (problem := family.misfits(models)) is not None:
         raise CheckpointError(
