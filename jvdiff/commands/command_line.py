@@ -7,6 +7,7 @@ Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import math
@@ -71,8 +72,7 @@ def main(
         peers.join(request.config)
         for path in work(request):
             if peers.writes():
-                with _output():
-                    print(path, flush=True)
+                print(path)
         return None
 
     return ended(run, argv, place)
@@ -93,13 +93,9 @@ def ended(work: Callable[[], int | None], argv: Sequence[str], place: Sequence[A
                 code = work() or 0
             except Told as told:  # --help, --version
                 print(told)
-        with _output():
-            if sys.stdout is not None:
-                sys.stdout.flush()
+        _check_output()
     except KeyboardInterrupt:
         code, message = STOPPED
-    except BrokenPipeError:  # who reads our output, `head` for instance, has seen enough
-        _drop_output()
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as raised:  # a panic in Rust is no Exception
@@ -112,33 +108,23 @@ def ended(work: Callable[[], int | None], argv: Sequence[str], place: Sequence[A
     return verdict.leave(code, message)
 
 
-@contextlib.contextmanager
-def _output() -> Iterator[None]:
-    """Turns what a full disk behind the standard output raises into a sentence."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _drop_output()
-        raise ResourceError(f"cannot write to the standard output: {error.strerror}; what was made is kept.") from error
-
-
-def _drop_output() -> None:
-    """What is still to be printed goes nowhere, at the end of Python too."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-
-
 class _Lossy(io.FileIO):
-    """Standard error: what cannot be written there, to a full disk or a closed terminal, is lost, and nothing else."""
+    """A standard stream: what cannot be written there, to a full disk or a reader that has gone, is lost, and no more.
+
+    failed: why, the last time
+    """
+
+    failed: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data) or 0
-        except OSError:
+        except OSError as error:
+            self.failed = error
             return len(data)
+
+
+_lossy: dict[int, _Lossy] = {}  # by number, of the streams that are wrapped
 
 
 def _standard_streams() -> None:
@@ -151,11 +137,23 @@ def _standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    if sys.stderr is None or (sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper)):
-        raw = io.BufferedWriter(_Lossy(2, "w", closefd=False))
-        sys.stderr = io.TextIOWrapper(raw, errors="backslashreplace", line_buffering=True)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None or (stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper)):
+            if stream is not None:
+                stream.flush()
+            _lossy[number] = _Lossy(number, "w", closefd=False)
+            buffered = io.BufferedWriter(_lossy[number])
+            setattr(sys, name, io.TextIOWrapper(buffered, errors="backslashreplace", line_buffering=True))
+
+
+def _check_output() -> None:
+    """Raises ResourceError where something that was printed could not be written, and somebody still listens."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    error = _lossy[1].failed if 1 in _lossy else None
+    if error is not None and error.errno != errno.EPIPE:  # `head`, for instance, has seen enough
+        raise ResourceError(f"cannot write to the standard output: {error.strerror}; what was made is kept.")
 
 
 def say_always(message: str) -> None:

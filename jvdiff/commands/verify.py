@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from jvdiff.commands import command_line
 from jvdiff.commands.arguments import Told
-from jvdiff.errors import CheckpointError, IntegrityError, UsageError
+from jvdiff.errors import IntegrityError, JvdiffError, UsageError
 from jvdiff.runtime import records
 from jvdiff.runtime.staging import MANIFEST
 from jvdiff.weights.hub import locate
@@ -67,8 +67,8 @@ def _verify(words: Sequence[str]) -> None:
         for thing in things:
             try:
                 line = f"{thing.path}: {thing.kind}, {thing.check()}"
-            except (CheckpointError, OSError) as raised:
-                error = raised if isinstance(raised, CheckpointError) else foreign.explained(raised)
+            except (JvdiffError, OSError) as raised:
+                error = raised if isinstance(raised, JvdiffError) else foreign.explained(raised)
                 line, wrong = f"{thing.path}: {thing.kind}, DIFFERS: {' '.join(str(error).split())}", wrong + 1
             print(line, flush=True)
     if wrong:

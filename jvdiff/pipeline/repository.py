@@ -81,11 +81,14 @@ def inspect(
     path = locate(path)
     if path.is_dir():
         safetensors.check_links(path, follow_symlinks)
+    signed = (path / MANIFEST).is_file() and any(path.glob(f"*/{orbax.PARAMS}"))
+    if signed:
+        manifest.verify_small(path)
     index = _model_index(path)
     family = family or _family(path, index)
     converted = (path / next(iter(family.parts)) / orbax.PARAMS).is_dir()
-    if converted and (path / MANIFEST).is_file():
-        manifest.verify_small(path, _small_files(path, family))
+    if signed:
+        manifest.check_known(path, _small_files(path, family))
     models = _models(path, family, index)
     if (problem := family.misfits(models)) is not None:
         raise CheckpointError(

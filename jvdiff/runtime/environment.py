@@ -30,8 +30,6 @@ SETTINGS = (
     "jax_memory_fitting_level",
     "jax_memory_fitting_effort",
     "jax_allow_f16_reductions",
-    "jax_debug_nans",
-    "jax_debug_infs",
 )
 VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "TF_ENABLE_ONEDNN_OPTS")
 # Flags of XLA that decide no number: how many devices there seem to be, and what is written for people to read.
@@ -43,7 +41,8 @@ def numerics() -> dict[str, Any]:
     """What of the environment decides numbers, as JSON values, by name."""
     import jax
 
-    values = {name: getattr(jax.config, name, None) for name in SETTINGS}
+    stored = jax.config.values  # the same for all threads; an attribute, where there is one, knows of contexts too
+    values = {name: getattr(jax.config, name, stored.get(name)) for name in SETTINGS}
     told = {
         name: value if isinstance(value, bool | int | float | None) else str(value) for name, value in values.items()
     }

@@ -7,7 +7,7 @@ many processes, each compares its share of the files, and all know what any of t
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,10 @@ def array_sha256(array: np.ndarray) -> str:
 def _files(root: Path) -> dict[str, Path]:
     """Every file below a folder, by its name relative to it."""
     return {str(p.relative_to(root)): p for p in sorted(root.rglob("*")) if not p.is_dir()}
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, dict) and type(value.get("size")) is int and isinstance(value.get("sha256"), str)
 
 
 def digests(files: Mapping[str, Path]) -> dict[str, str]:
@@ -82,7 +86,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
             "Convert it again. In Python, restore(..., verify=False) reads it unchecked."
         )
     manifest = read_json(root / MANIFEST)
-    if manifest.get("version") != 1 or not all(isinstance(manifest.get(k), dict) for k in ("files", "tensors")):
+    whole = all(isinstance(manifest.get(k), dict) for k in ("files", "tensors"))
+    if manifest.get("version") != 1 or not whole or not all(map(_is_entry, manifest["files"].values())):
         raise CheckpointError(f"{root / MANIFEST}: expected a manifest of version 1.\nUpdate jvdiff, or convert again.")
     return manifest
 
@@ -96,15 +101,20 @@ def verify_files(path: Path) -> None:
     """
     root = path if (path / MANIFEST).is_file() or not (path.parent / MANIFEST).is_file() else path.parent
     prefix = "" if root == path else f"{path.name}/"
-    _verify(path, root, lambda name: name.startswith(prefix), {n for n in _files(root) if _of_orbax(n)})
+    there = {prefix + name for name in _files(path) if _of_orbax(prefix + name)}
+    _verify(path, root, lambda name: name.startswith(prefix), there)
 
 
-def verify_small(root: Path, read: Collection[str]) -> None:
-    """Compares all that a manifest knows but the arrays; `read`: names of files that are read, which it must know.
+def verify_small(root: Path) -> None:
+    """Compares all that a manifest knows but the arrays of Orbax. Raises: as `verify_files`."""
+    _verify(root, root, lambda name: not _of_orbax(name), ())
 
-    Raises: as `verify_files`.
-    """
-    _verify(root, root, lambda name: not _of_orbax(name), read)
+
+def check_known(root: Path, read: Collection[str]) -> None:
+    """Raises IntegrityError where a file that is read, by its name in `root`, is unknown to the manifest."""
+    known = read_manifest(root)["files"]
+    if unknown := sorted(set(read) - set(known)):
+        raise _differs(root, [f"{name} is not in the manifest" for name in unknown])
 
 
 def _of_orbax(name: str) -> bool:
@@ -115,18 +125,23 @@ def _of_orbax(name: str) -> bool:
 
 def _verify(path: Path, root: Path, within: Callable[[str], bool], read: Collection[str]) -> None:
     """Compares what the manifest of `root` records, where `within`; of `read` nothing may be unknown to it."""
-    recorded = {name: entry for name, entry in read_manifest(root)["files"].items() if within(name)}
+    known = read_manifest(root)["files"]
+    recorded = {name: entry for name, entry in known.items() if within(name)}
     there = {name: root / name for name in recorded if (root / name).is_file()}
     sizes = {name: (file.stat().st_size, recorded[name]["size"]) for name, file in there.items()}
     problems = [f"{name} is missing" for name in recorded if name not in there]
-    problems += [f"{name} is not in the manifest" for name in read if within(name) and name not in recorded]
+    problems += [f"{name} is not in the manifest" for name in read if name not in known]
     problems += [f"{name} has {size:,} bytes instead of {was:,}" for name, (size, was) in sizes.items() if size != was]
     same_size = {name: file for name, file in there.items() if sizes[name][0] == sizes[name][1]}
     found = digests(same_size)
     problems += [f"{name} has other content" for name in same_size if found[name] != recorded[name]["sha256"]]
     problems = sorted({text for texts in peers.gather(problems) for text in texts})
     if problems or not recorded:
-        raise IntegrityError(
-            f"{path}: differs from what was written: {listed(problems or ['the manifest lists nothing of it'])}.\n"
-            "The disk or a copy damaged it. Convert it again, or copy it again from a good place."
-        )
+        raise _differs(path, problems or ["the manifest lists nothing of it"])
+
+
+def _differs(path: Path, problems: Sequence[str]) -> IntegrityError:
+    return IntegrityError(
+        f"{path}: differs from what was written: {listed(problems)}.\n"
+        "The disk or a copy damaged it. Convert it again, or copy it again from a good place."
+    )

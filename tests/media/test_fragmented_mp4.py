@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from jvdiff.errors import CorruptFile, ResourceError, UsageError
+from jvdiff.errors import CorruptFile, IntegrityError, ResourceError, UsageError
 from jvdiff.media import video
 from jvdiff.media.fragmented_mp4 import FragmentedMP4, _boxes
 
@@ -93,6 +93,23 @@ def test_another_process_continues_a_growing_file(tmp_path, moving):
             assert path.read_bytes() == damaged
             file.append(moving[12:20])
         same_pictures(path, moving[:20])
+
+
+def test_frames_that_are_not_what_was_written_are_not_continued(tmp_path, moving):
+    path = tmp_path / "a.mp4"
+    with FragmentedMP4(path, 16) as file:
+        file.append(moving[:4])
+        kept = file.kept()
+        file.append(moving[4:8])  # after the state was saved
+    data = bytearray(path.read_bytes())
+    data[kept["bytes"] + 50] ^= 1
+    path.write_bytes(data)
+    assert FragmentedMP4(path, 16, frames=4, kept=kept).kept() == kept
+    data[kept["bytes"] - 50] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match="its first 4 frames are not what was written"):
+        FragmentedMP4(path, 16, frames=4, kept=kept)
+    assert path.read_bytes() == data
 
 
 def test_what_is_half_written_is_not_played(tmp_path, moving):

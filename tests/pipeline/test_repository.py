@@ -11,7 +11,7 @@ import pytest
 
 from convert.from_diffusers import convert
 from jvdiff import pipeline
-from jvdiff.errors import CheckpointError, CorruptFile, UnsafeFormat, UsageError
+from jvdiff.errors import CheckpointError, CorruptFile, IntegrityError, UnsafeFormat, UsageError
 from jvdiff.models.family import read_weights
 from jvdiff.pipeline import repository, settings
 
@@ -41,6 +41,70 @@ def test_digests_tell_weights_apart(copy, orbax, tmp_path):
     data[-1] ^= 1
     file.write_bytes(data)
     assert repository.inspect(copy).digest != first
+
+
+READ = [
+    "model_index.json",
+    "jvdiff_defaults.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer.json",
+    "text_encoder/config.json",
+    "vae/config.json",
+]
+NOBODYS = [
+    ".DS_Store",
+    "transformer/.DS_Store",
+    ".gitattributes",
+    "README.md",
+    "transformer/README.md",
+    "transformer/diffusion_pytorch_model.fp16.safetensors",
+    "vae/config.json~",
+    "tokenizer/.tokenizer.json.swp",
+    ".git/config",
+]
+
+
+def test_what_is_read_is_under_the_digest_and_nothing_else(copy):
+    first = repository.inspect(copy).digest
+    for name in NOBODYS:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(b"nobody reads this")
+        assert repository.inspect(copy).digest == first, name
+    for name in READ:
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content + b" ")
+        assert repository.inspect(copy).digest != first, name
+        (copy / name).write_bytes(content)
+    assert repository.inspect(copy).digest == first
+
+
+def test_small_files_of_a_converted_directory_are_compared_with_the_manifest(orbax, tmp_path):
+    folder = shutil.copytree(orbax, tmp_path / "orbax")
+    first = repository.inspect(folder).digest
+    for name in NOBODYS:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"nobody reads this")
+    shutil.copy(folder / ".DS_Store", folder / "vae" / "params" / ".DS_Store")
+    assert repository.inspect(folder).digest == first
+    pipeline.load(folder, "float32")
+    for name in READ:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content.replace(b"a", b"e", 1))
+        with pytest.raises(IntegrityError, match=f"{name} has other content"):
+            repository.inspect(folder)
+        (folder / name).unlink()
+        with pytest.raises(IntegrityError, match=f"{name} is missing"):
+            repository.inspect(folder)
+        (folder / name).write_bytes(content)
+
+
+def test_a_file_that_would_be_read_and_that_the_manifest_does_not_know(orbax, tmp_path):
+    folder = shutil.copytree(orbax, tmp_path / "orbax")
+    manifest = json.loads((folder / "jvdiff.json").read_text())
+    del manifest["files"]["jvdiff_defaults.json"]
+    (folder / "jvdiff.json").write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match=r"jvdiff_defaults.json is not in the manifest"):
+        repository.inspect(folder)
 
 
 @pytest.mark.parametrize(

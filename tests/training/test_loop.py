@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import types
@@ -126,6 +127,39 @@ def test_the_state_comes_back_as_it_was(whole):
     for new, old in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
         assert new.dtype == old.dtype and new.weak_type == old.weak_type
         np.testing.assert_array_equal(new, old)
+
+
+def flip(folder, step):
+    """Changes one bit of the numbers of a saved state."""
+    file = max((folder / "state" / str(step) / "default").rglob("d/*"), key=lambda file: file.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_flipped_bit_in_a_state_is_noticed_and_the_run_goes_on_from_the_state_before(whole, tmp_path, caplog):
+    folder, state = whole
+    shutil.copytree(folder / "state", tmp_path / "state")
+    flip(tmp_path, 24)
+    again = loop.fit(TASK, SCHEDULE, tmp_path, seed=1, **EVERY)
+    assert "state/24: differs from what was written" in caplog.text
+    for new, old in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(new, old)
+    (aside,) = tmp_path.glob("damaged-24-*")
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["20", "24"] and aside.is_dir()
+    for step in (20, 24):
+        flip(tmp_path, step)
+    with pytest.raises(CheckpointError, match="No earlier state is whole"):
+        loop.fit(TASK, SCHEDULE, tmp_path, seed=1, **EVERY)
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["20", "24"]
+
+
+def test_a_state_of_a_version_without_digests_goes_on_with_a_warning(whole, tmp_path, caplog):
+    shutil.copytree(whole[0] / "state", tmp_path / "state")
+    for manifest in tmp_path.glob("state/*/jvdiff.json"):
+        manifest.unlink()
+    loop.fit(TASK, SCHEDULE, tmp_path, seed=1, **EVERY)
+    assert "saved without digests" in caplog.text
 
 
 def test_the_layout_on_the_disk_is_a_contract(whole):

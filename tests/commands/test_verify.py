@@ -1,0 +1,110 @@
+"""`jvdiff verify`: a line for each thing, 0 or 3."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from convert.from_diffusers import convert
+from jvdiff.commands import verify
+from jvdiff.commands.one_video import write_files
+from jvdiff.media.fragmented_mp4 import FragmentedMP4
+from jvdiff.runtime import run_state
+from jvdiff.training.kept import kept
+from jvdiff.weights.manifest import write_manifest
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_repository, tmp_path_factory):
+    convert(tiny_repository, tmp_path_factory.mktemp("converted") / "orbax")
+    return next(tmp_path_factory.getbasetemp().glob("converted*/orbax"))
+
+
+@pytest.fixture
+def things(tmp_path):
+    """A folder with one of each thing that is no repository: {what is damaged: the file}."""
+    root, rng = tmp_path / "things", np.random.default_rng(0)
+    video = rng.integers(255, size=(2, 16, 16, 3), dtype=np.uint8)
+    record = {"prompt": "a red seven", "fps": 8, "checkpoint_digest": "0" * 64}
+    write_files(root / "out" / "clip", video, np.zeros(3, np.float32), record, True, None)
+    facts = {"seed": 3}
+    with FragmentedMP4(root / "out" / "s.mp4", 8) as film:
+        film.append(video)
+        facts = {"fps": 8, "frames": film.frames, "video": film.kept()}
+        film.append(video)  # after the state was saved: cut off on resuming
+    run_state.save(root / "out" / "s.state", run_state.RunState(facts, 2, {"x": np.arange(3.0)}))
+    step = root / "run" / "state" / "4"
+    (step / "default").mkdir(parents=True)
+    (step / "default" / "d").write_bytes(b"numbers")
+    write_manifest(step, {}, {}, "default/")
+    kept(root / "run" / "latents.npz", "key", lambda: {"latents": np.ones(3)})
+    return root
+
+
+DAMAGED = [
+    "out/clip.mp4",
+    "out/clip.png",
+    "out/clip.npz",
+    "out/clip.json",
+    "out/s.mp4",
+    "out/s.state/state.json",
+    "out/s.state/state.bin",
+    "run/state/4/default/d",
+    "run/state/4/jvdiff.json",
+    "run/latents.npz",
+]
+
+
+def test_what_is_as_written_is_said_so_and_what_is_not_is_named(things, capsys):
+    assert verify.main(["jvdiff verify", str(things)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all("as written" in line for line in lines)
+    for name in DAMAGED:
+        content = (things / name).read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 2
+        (things / name).write_bytes(flipped)
+        assert verify.main(["jvdiff verify", str(things)]) == 3, name
+        told = capsys.readouterr()
+        wrong = [line for line in told.out.splitlines() if "DIFFERS" in line]
+        assert len(wrong) == 1 and "marked DIFFERS" in told.err and "Traceback" not in told.err, name
+        (things / name).unlink()
+        assert verify.main(["jvdiff verify", str(things)]) in (0, 3)
+        capsys.readouterr()
+        (things / name).write_bytes(content)
+    assert verify.main(["jvdiff verify", str(things / "out" / "clip.mp4"), str(things / "run")]) == 0
+
+
+def test_repositories_in_both_layouts(converted, tiny_repository, tmp_path, capsys):
+    assert verify.main(["jvdiff verify", str(converted), str(tiny_repository), str(converted / "vae")]) == 0
+    assert "has no digests of its own" in capsys.readouterr().out
+    copy = shutil.copytree(converted, tmp_path / "copy")
+    (copy / ".DS_Store").write_text("nobody's")
+    assert verify.main(["jvdiff verify", str(copy)]) == 0
+    (copy / "tokenizer" / "tokenizer.json").write_text(json.dumps({}))
+    assert verify.main(["jvdiff verify", str(copy)]) == 3
+    assert "tokenizer/tokenizer.json has" in capsys.readouterr().out
+
+
+def test_a_blob_of_the_cache_is_compared_with_its_name(tiny_repository, tmp_path, capsys):
+    root = tmp_path / "models--me--tiny"
+    snapshot = shutil.copytree(tiny_repository, root / "snapshots" / ("0" * 40))
+    (root / "blobs").mkdir()
+    file = snapshot / "vae" / "diffusion_pytorch_model.safetensors"
+    blob = root / "blobs" / verify.records.sha256(file)
+    file.rename(blob)
+    file.symlink_to(blob)
+    assert verify.main(["jvdiff verify", str(snapshot)]) == 0
+    assert "1 of 10 files compared" in capsys.readouterr().out
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    assert verify.main(["jvdiff verify", str(snapshot)]) == 3
+
+
+def test_usage(tmp_path, capsys):
+    for words in ([], ["--deep", "x"], [str(tmp_path)], [str(tmp_path / "nothing")]):
+        assert verify.main(["jvdiff verify", *words]) == 2, words
+    assert verify.main(["jvdiff verify", "--help"]) == 0
+    assert "Each PATH is" in capsys.readouterr().out
