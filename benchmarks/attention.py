@@ -197,7 +197,7 @@ def expected(problem: Problem, coarse: bool) -> tuple[np.ndarray, list[np.ndarra
     n, ids, scale = problem.lists.kv_sizes.size, problem.place // problem.block, problem.shape.head_dim**-0.5
     sizes = problem.lists.kv_sizes.astype(np.float64)[:, None]
     with jax.enable_x64(True):
-        head = lambda x: jnp.asarray(np.asarray(x[0, :, problem.head], np.float64))  # noqa: E731
+        head = lambda x: np.asarray(np.asarray(x)[0, :, problem.head], np.float64)  # noqa: E731
         operands, dout = [head(x) for x in problem.operands], head(problem.dout)
 
         def tile(rows: np.ndarray, q: Any, k: Any, v: Any, gate: Any = None) -> Any:
@@ -212,10 +212,14 @@ def expected(problem: Problem, coarse: bool) -> tuple[np.ndarray, list[np.ndarra
                 out += (weights @ mean(v))[None] * gate[rows]
             return out
 
-        rows = np.concatenate(problem.rows)
-        out, pull = jax.vjp(lambda *x: jnp.concatenate([tile(r, *x) for r in problem.rows]), *operands)
-        dq, dk, dv, *_ = pull(dout[rows])
-        return np.asarray(out), [np.asarray(x) for x in (dq[rows], dk, dv)]
+        @jax.jit
+        def checked(operands: Any, dout: Any) -> Any:
+            rows = np.concatenate(problem.rows)
+            out, pull = jax.vjp(lambda *x: jnp.concatenate([tile(r, *x) for r in problem.rows]), *operands)
+            dq, dk, dv, *_ = pull(dout[rows])
+            return out, [dq[rows], dk, dv]
+
+        return jax.tree.map(np.asarray, checked(operands, dout))
 
 
 # ----------------------------------------------------------------------------------------------------- who computes

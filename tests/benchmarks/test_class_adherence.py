@@ -3,7 +3,6 @@
 import importlib
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -22,12 +21,11 @@ def benchmark(monkeypatch):
     return importlib.import_module("class_adherence")
 
 
-def model(folder, classes):
+def model(folder, classes, random_params):
     vae = latent_video.VAEConfig(width=4, groups=2, blocks=1, multipliers=(1, 1, 1, 1))
     dit = latent_video.DiTConfig(16, depth=1, num_heads=2, num_classes=len(classes), freq_dim=16)
-    keys = jax.random.split(jax.random.key(0))
-    parts = {"transformer": (dit, latent_video.init_params(keys[0], dit))}
-    parts |= {"vae": (vae, latent_video.init_params(keys[1], vae))}
+    configs = {"transformer": dit, "vae": vae}
+    parts = {name: (cfg, random_params(latent_video.abstract_params(cfg))) for name, cfg in configs.items()}
     index = {"classes": list(classes), "defaults": {"num_frames": 4, "height": 64, "width": 64, "steps": 2}}
     pipeline.save(folder, CLASS_CONDITIONAL, parts, files={}, index=index)
     return jvdiff.load(folder, "float32")
@@ -55,9 +53,11 @@ def test_spread_is_within_classes_and_beside_that_of_real_clips(benchmark):
     assert benchmark.score(seen, narrow, wanted, wide)["spread"] == pytest.approx(0.25, abs=0.01)
 
 
-def test_clips_of_each_class_are_made_for_each_weight_and_shown(benchmark, tmp_path, monkeypatch, capsys):
+def test_clips_of_each_class_are_made_for_each_weight_and_shown(
+    benchmark, tmp_path, monkeypatch, capsys, random_params
+):
     monkeypatch.setattr(benchmark.digits_judge, "look", lambda judge, videos: [Seen("red", 7, "left")] * len(videos))
-    trained = model(tmp_path / "digits", ("one", "seven"))
+    trained = model(tmp_path / "digits", ("one", "seven"), random_params)
     report, picture = benchmark.measure({}, trained, (1.0, 7.5), 4, batch=2, seed=5)
     assert list(report["measured"]) == ["real", "real, through the VAE", "guidance 1", "guidance 7.5"]
     assert {row["digit"]["percent"] for row in report["measured"].values()} == {50.0}
@@ -71,9 +71,9 @@ def test_clips_of_each_class_are_made_for_each_weight_and_shown(benchmark, tmp_p
         benchmark.measure({}, trained, (1.0,), 5, batch=5, seed=0)
 
 
-def test_only_classes_that_are_digits_are_judged(benchmark, tmp_path):
+def test_only_classes_that_are_digits_are_judged(benchmark, tmp_path, random_params):
     with pytest.raises(UsageError, match="of the classes cat, dog; expected 64x64 and digits in words"):
-        benchmark.measure({}, model(tmp_path / "pets", ("cat", "dog")), (1.0,), 4, batch=4, seed=0)
+        benchmark.measure({}, model(tmp_path / "pets", ("cat", "dog"), random_params), (1.0,), 4, batch=4, seed=0)
 
 
 def test_real_clips_show_the_digits_by_held_out_glyphs_in_combinations_of_the_training(benchmark, monkeypatch):
