@@ -22,7 +22,7 @@ import numpy as np
 
 from jvdiff.commands import command_line
 from jvdiff.commands.command_line import say
-from jvdiff.commands.one_video import device, versions
+from jvdiff.commands.one_video import device, printable, versions
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, ResourceError
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
@@ -306,7 +306,7 @@ def _count(totals: dict[str, float], line: dict[str, Any], cold: float) -> None:
 def _write_record(making: _Making, checkpoint: str, seconds: Mapping[str, float]) -> None:
     """Writes the contact sheet, and then the record of the run."""
     rollout, done = making.rollout, making.done
-    record = rollout.facts() | {"chunks": done, "frames": making.film.frames, "checkpoint": checkpoint}
+    record = rollout.facts() | {"chunks": done, "frames": making.film.frames, "checkpoint": printable(checkpoint)}
     record |= {"device": device(making.pipe), "versions": versions(), "resumed_at_chunk": rollout.done or None}
     record |= {"seconds": {name: round(value, 3) for name, value in seconds.items()}}
     record |= {"speed": {name: round(value, 3) for name, value in _rates(making.totals).items()}}
