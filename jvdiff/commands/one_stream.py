@@ -354,8 +354,9 @@ def _claimed(rollout: Rollout) -> Iterator[Path]:
     base = rollout.folder / rollout.stem
     path = Path(f"{base}.jsonl")
     if path.exists():  # without lines of chunks after the state was saved, and one that was cut
+        count = rollout.done - (_UNWRITTEN in rollout.state.arrays)
         with atomic(path) as part, open(path, "rb") as lines:
-            part.write_bytes(b"".join(line for line in itertools.islice(lines, rollout.done) if line.endswith(b"\n")))
+            part.write_bytes(b"".join(line for line in itertools.islice(lines, count) if line.endswith(b"\n")))
     with alone(base) if ELSEWHERE in rollout.state.facts else contextlib.nullcontext():  # otherwise it is held
         yield base
 
