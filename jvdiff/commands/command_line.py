@@ -57,7 +57,7 @@ def main(
         peers.join(request.config)
         for path in work(request):
             if peers.writes():
-                print(path)
+                print(os.fsencode(path).decode(sys.stdout.encoding or "utf-8", "backslashreplace"))
         sys.stdout.flush()
     except KeyboardInterrupt:
         code, message = STOPPED

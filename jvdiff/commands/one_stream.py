@@ -22,7 +22,7 @@ import numpy as np
 
 from jvdiff.commands import command_line
 from jvdiff.commands.command_line import say
-from jvdiff.commands.one_video import device, versions
+from jvdiff.commands.one_video import device, printable, versions
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, ResourceError
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
@@ -307,7 +307,7 @@ def _count(totals: dict[str, float], line: dict[str, Any], cold: float) -> None:
 def _write_record(making: _Making, checkpoint: str, seconds: Mapping[str, float]) -> None:
     """Writes the contact sheet, and then the record of the run."""
     rollout, done = making.rollout, making.done
-    record = rollout.facts() | {"chunks": done, "frames": making.film.frames, "checkpoint": checkpoint}
+    record = rollout.facts() | {"chunks": done, "frames": making.film.frames, "checkpoint": printable(checkpoint)}
     record |= {"device": device(making.pipe), "versions": versions(), "resumed_at_chunk": rollout.done or None}
     record |= {"seconds": {name: round(value, 3) for name, value in seconds.items()}}
     record |= {"speed": {name: round(value, 3) for name, value in _rates(making.totals).items()}}
@@ -355,8 +355,9 @@ def _claimed(rollout: Rollout) -> Iterator[Path]:
     base = rollout.folder / rollout.stem
     path = Path(f"{base}.jsonl")
     if path.exists():  # without lines of chunks after the state was saved, and one that was cut
+        count = rollout.done - (_UNWRITTEN in rollout.state.arrays)
         with atomic(path) as part, open(path, "rb") as lines:
-            part.write_bytes(b"".join(line for line in itertools.islice(lines, rollout.done) if line.endswith(b"\n")))
+            part.write_bytes(b"".join(line for line in itertools.islice(lines, count) if line.endswith(b"\n")))
     with alone(base) if ELSEWHERE in rollout.state.facts else contextlib.nullcontext():  # otherwise it is held
         yield base
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 import zipfile
 from collections.abc import Callable, Iterator
@@ -122,7 +123,7 @@ class _Making:
     def bases(self) -> list[Path]:
         """Where the state is saved, the first place first; without suffix."""
         earlier = self.maker.config.resume
-        return [self.base, *([Path(earlier).absolute().parent / self.base.name] if earlier else [])]
+        return [self.base, *([Path(earlier).parent / self.base.name] if earlier else [])]
 
     def save(self, state: Any) -> Path:
         """Saves the solver's state, somewhere, and returns the folder; raises ResourceError where nobody takes it."""
@@ -318,7 +319,7 @@ def _record(making: _Making) -> dict[str, Any]:
         | pipe.family.describe(pipe.models, job.subject)
         | {
             "fps": job.clip.settings.fps,
-            "checkpoint": str(pipe.repository.path),
+            "checkpoint": printable(pipe.repository.path),
             "dtypes": dataclasses.asdict(pipe.precision),
             "sigmas": samplers.sigmas(making.solver),
             "attention_chosen": chosen[0] if len(chosen) == 1 else chosen,
@@ -383,6 +384,11 @@ def _write_arrays(base: Path, *, suffix: str, **arrays: Any) -> Path:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
     return Path(f"{base}{suffix}")
+
+
+def printable(path: str | Path) -> str:
+    """A path as text that a file can hold: of another encoding than UTF-8 some letters are lost."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,9 @@ import errno
 import hashlib
 import itertools
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -113,6 +115,7 @@ def _take(stack: contextlib.ExitStack, folder: Path, stem: str, suffixes: Sequen
             with contextlib.ExitStack() as held:
                 held.enter_context(claims.held(hidden(base, ".claim"), base, watch=False))
                 if not any(map(_is_there, files)):  # since
+                    _tidy(base)
                     stack.push(held.pop_all())
                     return base
         except InUse:
@@ -122,6 +125,18 @@ def _take(stack: contextlib.ExitStack, folder: Path, stem: str, suffixes: Sequen
         except OSError as error:
             raise ResourceError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
     raise AssertionError("unreachable")
+
+
+def _tidy(base: Path) -> None:
+    """Removes what a killed process had half written of the files named `base`, which are this one's now."""
+    name = re.escape(base.name)
+    part = re.compile(rf"\.{name}(\.preview|\.frames|\.failed)?\.\w+\.[0-9a-f]{{8}}\.part")
+    staging = re.compile(rf"\.{name}\.state\.staging-\d+-[0-9a-f]{{8}}")
+    for file in [file for file in base.parent.iterdir() if file.name.startswith(".")]:
+        if part.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+        elif staging.fullmatch(file.name):
+            shutil.rmtree(file, ignore_errors=True)
 
 
 def _is_there(file: Path) -> bool:

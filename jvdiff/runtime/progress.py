@@ -87,8 +87,8 @@ def tell(text: str, out: TextIO) -> None:
         out.write(text)
         out.flush()
     except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), out.fileno())
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), out.fileno())
 
 
 def _terminal() -> TextIO:

@@ -121,7 +121,7 @@ def lock(target: Path) -> Iterator[claims.Claim]:
     """
     with ExitStack() as stack:
         try:
-            claim = stack.enter_context(claims.held(hidden(target, ".lock"), target))
+            claim = stack.enter_context(claims.held(target.with_name(f".{target.name}.lock"), target))
         except OSError as error:
             if resource := resource_error(error, target):
                 raise resource from error

@@ -1,9 +1,11 @@
 """Whatever happens after the last step or chunk, what was made is on some disk, and a command goes on from it."""
 
 import errno
+import io
 import os
 import re
 import shlex
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -15,7 +17,7 @@ from jvdiff import pipeline
 from jvdiff.commands import sample, stream, train
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
-from jvdiff.runtime import claims, run_state, staging
+from jvdiff.runtime import claims, progress, run_state, staging
 
 PROMPT, STEM = "a red seven moving left", "a-red-seven-moving-left_seed3"
 
@@ -34,7 +36,7 @@ def flags(tmp_path):
 
 @pytest.fixture
 def command(flags, tiny_repository):
-    return lambda **fields: flags(tiny_repository, **{"steps": 1} | fields)
+    return lambda checkpoint=tiny_repository, **fields: flags(checkpoint, **{"steps": 1} | fields)
 
 
 @pytest.fixture
@@ -143,6 +145,22 @@ def test_a_stream_keeps_the_chunk_that_the_disk_refused(streaming, tmp_path, tem
     whole = videos.read_video(tmp_path / "out" / "whole.mp4")
     np.testing.assert_array_equal(videos.read_video(f"{base}.mp4"), whole)
     assert len(Path(f"{base}.jsonl").read_text().splitlines()) == 2 and Path(f"{base}.json").exists()
+
+
+def test_names_that_are_no_utf8(command, tiny_repository, tmp_path):
+    checkpoint = shutil.copytree(tiny_repository, tmp_path / "caf\udce9")
+    assert sample.main(command(checkpoint=checkpoint, output=tmp_path / "v\udceddeos")) == 0
+    assert (tmp_path / "v\udceddeos" / f"{STEM}.json").exists()
+
+
+def test_a_log_that_cannot_be_written_any_more_loses_nothing(capsys):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with progress.bar("denoise", 2, stream=Gone()) as show:
+        show(1)
+        show(2)
 
 
 # ------------------------------------------------------------------------------------------------------------ signals

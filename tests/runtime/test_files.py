@@ -45,6 +45,9 @@ def test_f58_concurrent_samplers_never_share_a_name(tmp_path):
 
 def test_what_a_killed_process_claimed_is_free_again(tmp_path):
     (tmp_path / "clip.json").touch()  # the mark of a version before
+    for name in (".clip.mp4.0123abcd.part", ".clip.preview.png.0123abcd.part", ".clip.x.mp4.0123abcd.part"):
+        (tmp_path / name).touch()
+    (tmp_path / ".clip.state.staging-12-0123abcd").mkdir()
     child = subprocess.Popen(["true"])
     child.wait()
     with claims.held(tmp_path / ".clip.claim"):
@@ -52,6 +55,8 @@ def test_what_a_killed_process_claimed_is_free_again(tmp_path):
     (tmp_path / ".clip.claim").write_text(json.dumps(content | {"pid": child.pid}))
     with claim(tmp_path, "clip") as base:
         assert base.name == "clip"
+        hidden = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+        assert hidden == {".clip.claim", ".clip.x.mp4.0123abcd.part"}  # what is another clip's stays
         with claim(tmp_path, "clip") as other:
             assert other.name == "clip-2"
     (tmp_path / "clip.json").write_text("{}")
