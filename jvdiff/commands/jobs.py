@@ -235,13 +235,20 @@ def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], r
         raise CheckpointError(f"{folder}: the state does not describe a run of this model: {error}") from None
 
 
-def check_attention(context: Context, jobs: Sequence[Job]) -> None:
-    """Raises UsageError if an implementation that was asked for cannot compute a job, or not on this machine."""
-    for job in jobs:
-        try:
-            attention(context, job.clip, job.inputs)
-        except NotImplementedError as error:
-            raise UsageError(f"{error}.\nLeave --attention out to take the best that can.") from None
+def check_mesh(job: Job, repository: Repository, mesh: MeshShape | None) -> None:
+    """Raises UsageError if the mesh is not on this machine, or does not divide what the job computes."""
+    if mesh is not None:
+        sharding.check_mesh(
+            mesh, repository.family.mesh_sizes(repository.models, job.clip, 1, mesh), jax.device_count()
+        )
+
+
+def check_attention(job: Job, context: Context) -> None:
+    """Raises UsageError if an implementation that was asked for cannot compute the job, or not on this machine."""
+    try:
+        attention(context, job.clip, job.inputs)
+    except NotImplementedError as error:
+        raise UsageError(f"{error}.\nLeave --attention out to take the best that can.") from None
 
 
 def attention(context: Context, clip: Clip, inputs: Any) -> list[Mapping[str, str]]:
@@ -256,7 +263,7 @@ def choose_mesh(jobs: Sequence[Job], repository: Repository, dtypes: Precision, 
     """The mesh that a config names or, for "auto", the smallest that the largest job fits; None for one device.
 
     Raises:
-        UsageError: invalid, not on this machine, or not for one of the jobs.
+        UsageError: invalid, or not of all devices of all processes.
         ResourceError: "auto", and none fits.
     """
     shape = sharding.read_mesh(mesh)
@@ -272,7 +279,4 @@ def choose_mesh(jobs: Sequence[Job], repository: Repository, dtypes: Precision, 
         largest = max((job.clip for job in jobs), key=lambda clip: clip.tokens)
         shape, sentence = plan.smallest_mesh(context, largest)
         say(sentence)
-    for job in jobs:
-        sizes = repository.family.mesh_sizes(repository.models, job.clip, 1, shape)
-        sharding.check_mesh(shape, sizes, jax.device_count())
     return shape

@@ -14,7 +14,7 @@ Exit status: 0 done, or stopped at stop_at · 2 usage · 3 checkpoint or data, o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +166,9 @@ def _run(request: Request) -> list[Path]:
         say(f"error: {problem}")
     peers.agree("what to make, of which weights", [jobs.facts(job, repository, dtypes.name) for job in wanted])
     mesh = jobs.choose_mesh(wanted, repository, dtypes, config.mesh)
+    _sift(wanted, batch, problems, lambda job: jobs.check_mesh(job, repository, mesh))
     context = pipeline.Context(repository.family, repository.models, dtypes, pipeline.place(mesh))
-    jobs.check_attention(context, wanted)
+    _sift(wanted, batch, problems, lambda job: jobs.check_attention(job, context))
     if not wanted:
         return _summed(problems, [])
 
@@ -181,6 +182,27 @@ def _run(request: Request) -> list[Path]:
         maker = one_video.Maker(pipe, config, request, output, asked_to_stop, again)
         every = wanted if batch is None else batch.jobs
         return _summed(problems, _made(maker, every, batch, problems, seconds))
+
+
+def _sift(wanted: list[Any], batch: Any, problems: list[str], check: Callable[[Any], None]) -> None:
+    """Takes the jobs of a batch that a check refuses out of those that are wanted, into the problems.
+
+    Raises:
+        UsageError: as the check, where it refuses all, or there is no batch: what was asked for is wrong, not a line.
+    """
+    refused = []
+    for job in wanted:
+        try:
+            check(job)
+        except UsageError as error:
+            refused.append((job, error))
+    if refused and (batch is None or len(refused) == len(wanted)):
+        raise refused[0][1]
+    for job, error in refused:
+        wanted.remove(job)
+        batch.failed.add(batch.jobs.index(job))
+        problems.append(f"{job.stem}: {str(error).splitlines()[0]}")
+        say(f"error: {problems[-1]}")
 
 
 def _made(maker: Any, jobs: Sequence[Any], batch: Any, problems: list[str], seconds: Mapping[str, float]) -> list[Path]:

@@ -7,15 +7,17 @@ import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
 
-from jvdiff import pipeline
+from jvdiff import kernels, pipeline
 from jvdiff.commands import batches, jobs, one_video, sample
 from jvdiff.errors import CheckpointError, NumericsError, ResourceError
 from jvdiff.runtime import claims
+from jvdiff.runtime.files import claim
 from jvdiff.runtime.interrupts import deferred
 
 RED, BLUE = "a red seven", "a blue two"
@@ -53,13 +55,10 @@ def made(monkeypatch):
     made = Made()
 
     def make(maker, job, seconds):
-        with deferred():  # as what makes a clip does
+        with deferred(), claim(maker.output, job.stem) as base:  # as what makes a clip does
             made.before(job)
-        path = maker.output / f"{job.stem}.json"
-        number = 1
-        while path.exists():
-            path = maker.output / f"{job.stem}-{(number := number + 1)}.json"
-        path.write_text(json.dumps(jobs.facts(job, maker.pipe.repository, maker.pipe.precision)))
+            path = Path(f"{base}.json")
+            path.write_text(json.dumps(jobs.facts(job, maker.pipe.repository, maker.pipe.precision)))
         made.append((path.stem, job.seed))
         return [path]
 
@@ -121,6 +120,19 @@ def test_what_fails_alone_and_what_stops_the_batch(command, made, tmp_path, erro
     assert not hidden(tmp_path / "out")
 
 
+def test_a_line_that_this_machine_cannot_compute_fails_alone(command, made, monkeypatch, capsys):
+    """Its attention, or a size that the mesh does not divide; where no line can be computed, the command is wrong."""
+    monkeypatch.setattr(kernels.block_sparse.reference, "unavailable", lambda: "needs a GPU")
+    sparse = {"prompt": BLUE, "pattern": "video_sparse:1x1x1:0.5", "attention": "reference"}
+    assert sample.main(command({"prompt": RED}, sparse, {"prompt": "left"}, seed=0)) == 3
+    assert [seed for _, seed in made] == [0, 2] and "'reference': needs a GPU" in capsys.readouterr().err
+    assert sample.main(command(sparse, sparse, seed=0)) == 2 and len(made) == 2
+    made.clear()
+    argv = command({"prompt": RED}, {"prompt": RED, "num_frames": 1}, seed=5, mesh="sequence=2")
+    assert sample.main(argv) == 3 and [seed for _, seed in made] == [5]
+    assert "sequence" in capsys.readouterr().err.split("a-red-seven_seed6: ")[1]
+
+
 def test_seeds_of_one_prompt_are_a_batch_too(command, made):
     argv = command(prompts=None, prompt=RED, seeds="0:3")
     made.before = lambda job: job.seed == 1 and (_ for _ in ()).throw(NumericsError("NaN"))
@@ -152,7 +164,7 @@ def test_what_another_process_makes_is_waited_for_and_made_if_it_dies(command, m
     """The claim of a process that was killed is nobody's; that of a living one is respected."""
     claimed = {}
     made.before = lambda job: claimed.update(
-        {path: path.read_text() for path in (tmp_path / "out").glob(".*.claim") if path not in claimed}
+        {path: path.read_text() for path in (tmp_path / "out").glob(".*-0.claim") if path not in claimed}
     )
     argv = command({"prompt": RED}, {"prompt": BLUE}, seed=0)
     assert sample.main(argv) == 0 and len(claimed) == 2
@@ -164,6 +176,20 @@ def test_what_another_process_makes_is_waited_for_and_made_if_it_dies(command, m
     made.clear()
     assert sample.main(argv) == 0 and made == [("a-red-seven_seed0", 0)]
     assert f"waiting for videos that others make: process {child.pid} on" in capsys.readouterr().err
+
+
+def test_what_a_process_of_another_machine_left_is_made_under_its_name(command, made, tmp_path, monkeypatch):
+    """Its claims of the clip and of the name end together, after a minute without change."""
+    monkeypatch.setattr(claims, "SILENT", 0.4)
+    left = {}
+    made.before = lambda job: left.update({path: path.read_text() for path in (tmp_path / "out").glob(".*.claim")})
+    argv = command({"prompt": RED, "id": "red"})
+    assert sample.main(argv) == 0 and len(left) == 2
+    (tmp_path / "out" / "red.json").unlink()
+    for path, content in left.items():
+        path.write_text(json.dumps(json.loads(content) | {"host": "elsewhere"}))
+    made.before = lambda job: None
+    assert sample.main(argv) == 0 and [name for name, _ in made] == ["red", "red"]
 
 
 def test_a_signal_ends_the_waiting_with_the_command_that_goes_on(command, made, tmp_path, printed):
