@@ -378,9 +378,9 @@ def test_an_implementation_for_another_machine_is_refused(command, capsys, monke
     assert "'reference': needs a GPU" in capsys.readouterr().err
 
 
-def test_a_prompt_that_is_cut_is_told_before_weights_are_read(command, caplog, no_weights):
+def test_a_prompt_that_is_cut_is_told_before_weights_are_read(command, capsys, no_weights):
     assert sample.main(command(prompt="red " * 2500)) == 1  # no_weights stops it
-    assert "the last 1989 of its 2501 tokens are cut" in caplog.text
+    assert "the last 1989 of its 2501 tokens are cut" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
