@@ -54,10 +54,11 @@ def readable(path: Path) -> Iterator[None]:
     except OSError as error:
         lines = [f"{path}: cannot be read ({error.strerror})."]
         if isinstance(error, FileNotFoundError) and path.is_symlink():
-            lines = [
-                f"{path}: a link to {os.readlink(path)}, which is not there.",
-                "A download was not finished, or its cache was cleaned: download it again (hf download OWNER/NAME).",
-            ]
+            lines = [f"{path}: a link to {os.readlink(path)}, which is not there."]
+            if ".git/annex" in os.readlink(path):
+                lines += ["Its content was not fetched: run `git annex get` in that folder."]
+            else:
+                lines += ["A download was not finished, or its cache was cleaned: run hf download OWNER/NAME again."]
         elif isinstance(error, FileNotFoundError):
             lines += filter(None, [(unfinished(path.parent) or unfinished(path.parent.parent)).strip()])
         elif isinstance(error, PermissionError):

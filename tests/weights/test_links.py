@@ -172,6 +172,9 @@ def test_links_to_nowhere_and_files_of_others_are_sentences(cache, tiny_reposito
     def refuse(file, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(file))
 
+    linked("../.git/annex/objects/KEY", tmp_path / "annexed" / NAME)
+    with pytest.raises(CheckpointError, match="run `git annex get`"):
+        safetensors.open_folder(tmp_path / "annexed")
     with pytest.raises(CheckpointError, match="gone: a link to nowhere, which is not there"):
         locate(linked("nowhere", tmp_path / "gone"))
     monkeypatch.setattr(safetensors, "open", refuse, raising=False)
