@@ -112,6 +112,9 @@ def numbers(*folders: Path) -> list[tuple[str, ...]]:
             record = path.with_suffix(".json")
             said = json.loads(record.read_bytes()).get("checkpoint_digest", "") if record.is_file() else ""
             found.append((path.name, total.hexdigest(), said))
+        for path in sorted(folder.glob("*.mp4")):
+            if not path.with_suffix(".npz").is_file():  # a stream's, which a resumed run has continued
+                found.append((path.name, hashlib.sha256(path.read_bytes()).hexdigest(), ""))
     return found
 
 
@@ -233,7 +236,7 @@ def run(name: str, kind: Kind, count: int, rng: random.Random, root: Path) -> li
     output.mkdir()
     status, said = trial(kind, folder, output)
     assert status == 0, f"{name}: undamaged, it gives {status}: {said[-500:]}"
-    before, faults, seen = numbers(output), [], collections.Counter[int]()
+    before, faults, seen = numbers(output, folder), [], collections.Counter[int]()
     for number in range(count):
         for path in (folder, output):
             shutil.rmtree(path)
@@ -245,7 +248,7 @@ def run(name: str, kind: Kind, count: int, rng: random.Random, root: Path) -> li
         print(f"{name} {number}: {file}", end="\r", file=sys.stderr)
         status, said = trial(kind, folder, output)
         seen[status] += 1
-        if wrong := fault(status, said, before, numbers(output)):
+        if wrong := fault(status, said, before, numbers(output, folder)):
             kept = Path(tempfile.mkdtemp(prefix=f"jvdiff-{name}-{number}-"))
             shutil.copytree(folder, kept, dirs_exist_ok=True)
             faults.append(f"{name} {number}: {file}: {wrong}; it is in {kept}: {said.strip()[-200:]}")
