@@ -177,6 +177,7 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
     """The rollout that `state` is the beginning of; refuses what differs from it."""
     from jvdiff import streaming
     from jvdiff.commands.one_stream import FACTS, Rollout
+    from jvdiff.media.fragmented_mp4 import FragmentedMP4
     from jvdiff.runtime import environment, run_state
 
     folder, facts, done = Path(config.resume).resolve(), state.facts, state.done
@@ -200,6 +201,9 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
     now |= {f"the prompt from chunk {i} on": prompt for i, prompt in wanted.items() if i < done}
     saved_there, there = environment.compared(facts)
     run_state.check_same(saved | saved_there, now | there, config.resume)
+    if facts.get("video"):  # told before weights are read, and before a line of the statistics is cut off
+        film = folder.with_suffix(".mp4")
+        FragmentedMP4(film, facts["fps"], frames=facts["frames"], kept=facts["video"])
     to_come = wanted if given.get("then") else prompts
     if given.get("output") and Path(given["output"]).resolve() != folder.parent:
         raise UsageError(f"output is {config.output}; a rollout goes on where it is, in {folder.parent}.")
