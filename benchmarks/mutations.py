@@ -6,7 +6,7 @@
 Files of tiny repositories, states, runs, prompts and clips are changed at random (bits, bytes, cuts, insertions, values
 of JSON) and read through the command lines, in this process, one after another. A fault is: exit status 1, a traceback,
 a hang of 90 s (the process ends by SIGALRM, its last line says where), or other numbers with status 0 where a digest
-was recorded: of a published repository, where none is, the digest in the record has to be another one.
+was recorded: of a published repository or a prompts file, where none is, the record has to be another one.
 
 Exit status: 0 no fault · 1 faults, listed.
 """
@@ -26,12 +26,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 90  # of one reading, at most
+ASIDE = ("seconds", "files", "sha256", "checkpoint", "resumed_at_step")  # in a record, what decides no number
 VALUES = (
     *("null", "true", "-1", "0", "1e308", "NaN", "1" + "0" * 30, "3.5", '"x"', "[]", "{}", "[[[[]]]]", "1e-320"),
     *('"../../../etc/passwd"', '"\\u0000"', '"\\ud800"', "9" * 5000, "[" * 20_000),
@@ -103,15 +104,18 @@ class Kind(NamedTuple):
 
 
 def numbers(*folders: Path) -> list[tuple[str, ...]]:
-    """What a command made of the numbers, and what its records say: equal for equal runs."""
+    """What a command made: name, digest of its numbers, and what its record says of what decided them."""
     found = []
     for folder in folders:
         for path in sorted(folder.rglob("*.npz")):
             with np.load(path) as arrays:
                 total = hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays)))
             record = path.with_suffix(".json")
-            said = json.loads(record.read_bytes()).get("checkpoint_digest", "") if record.is_file() else ""
-            found.append((path.name, total.hexdigest(), said))
+            said = json.loads(record.read_bytes()) if record.is_file() else {}
+            deciding = {name: value for name, value in said.items() if name not in ASIDE}
+            found.append((path.name, total.hexdigest(), json.dumps(deciding, sort_keys=True)))
+        if (path := folder / "s.mp4").is_file():  # a stream's, which a resumed run has continued
+            found.append((path.name, hashlib.sha256(path.read_bytes()).hexdigest(), ""))
     return found
 
 
@@ -124,7 +128,7 @@ def fault(status: int, said: str, before: Sequence[tuple[str, ...]], now: Sequen
     if status == 0 and [name for name, *_ in now] == [name for name, *_ in before]:
         for (name, one, digest), (_, other, another) in zip(before, now, strict=True):
             if one != other and digest == another:
-                return f"other numbers in {name}, and the same digest"
+                return f"other numbers in {name}, and the same record"
     return None
 
 
@@ -141,7 +145,10 @@ def _words(**fields: object) -> list[str]:
 def kinds(repository: Path) -> dict[str, Kind]:
     """Every kind, made of a tiny repository in the published layout."""
     from convert.from_diffusers import convert
-    from jvdiff.commands import sample, stream, verify
+    from jvdiff.commands import command_line, sample, stream, verify
+    from jvdiff.media import clips as clip_files
+    from jvdiff.media import video as videos
+    from jvdiff.training import loop
 
     def clip(checkpoint: Path, output: Path, **more: object) -> int:
         fields = {**SMALL, "prompt": "a red seven", **more}
@@ -170,6 +177,28 @@ def kinds(repository: Path) -> dict[str, Kind]:
     def begun(folder: Path) -> None:
         rollout(folder, prompt="a red seven", chunks=2, save_every=1, seed=1, name="s")
 
+    def fit(folder: Path) -> Any:
+        task = loop.Task(lambda key: {"kernel": np.ones((3, 5), np.float32)}, _loss, loop.each(_batch))
+        return loop.fit(task, loop.Schedule(steps=6, learning_rate=1e-2, warmup=1), folder, save_every=2)
+
+    def trained(folder: Path) -> None:
+        fit(folder)
+
+    def going_on(folder: Path, output: Path) -> int:
+        def work() -> None:
+            np.savez(output / "x.npz", kernel=np.asarray(fit(folder).average["kernel"]))
+
+        return command_line.ended(work, ["jvdiff"])
+
+    def filmed(folder: Path) -> None:
+        video = np.random.default_rng(0).integers(255, size=(9, 32, 40, 3), dtype=np.uint8)
+        videos.write_mp4(folder / "clip.mp4", video, 8)
+
+    def read_clip(folder: Path, _: Path) -> int:
+        return command_line.ended(
+            lambda: _ignore(clip_files.read(folder / "clip.mp4", 4, 32, 1, 0.5, (0.5, 0.5))), ["jvdiff"]
+        )
+
     def checked(folder: Path, _: Path) -> int:
         return verify.main(["jvdiff verify", str(folder)])
 
@@ -179,6 +208,8 @@ def kinds(repository: Path) -> dict[str, Kind]:
         "state": Kind(lambda folder: _ignore(clip(repository, folder, stop_at=2)), resumed),
         "prompts": Kind(prompts, listed),
         "stream": Kind(begun, lambda folder, _: rollout(folder, resume=folder / "s.state", chunks=3)),
+        "run": Kind(trained, going_on),
+        "video": Kind(filmed, read_clip),
         "clip": Kind(lambda folder: _ignore(clip(repository, folder)), checked),
     }
 
@@ -187,7 +218,15 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copytree(source, target, dirs_exist_ok=True)
 
 
-def _ignore(_: int) -> None: ...
+def _ignore(_: object) -> None: ...
+
+
+def _loss(params: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+    return ((batch @ params["kernel"] - 1.0) ** 2).mean(), {}
+
+
+def _batch(step: int) -> np.ndarray:
+    return np.random.default_rng(step).standard_normal((4, 3), np.float32)
 
 
 def repositories(folder: Path) -> Path:
@@ -233,7 +272,7 @@ def run(name: str, kind: Kind, count: int, rng: random.Random, root: Path) -> li
     output.mkdir()
     status, said = trial(kind, folder, output)
     assert status == 0, f"{name}: undamaged, it gives {status}: {said[-500:]}"
-    before, faults, seen = numbers(output), [], collections.Counter[int]()
+    before, faults, seen = numbers(output, folder), [], collections.Counter[int]()
     for number in range(count):
         for path in (folder, output):
             shutil.rmtree(path)
@@ -245,7 +284,7 @@ def run(name: str, kind: Kind, count: int, rng: random.Random, root: Path) -> li
         print(f"{name} {number}: {file}", end="\r", file=sys.stderr)
         status, said = trial(kind, folder, output)
         seen[status] += 1
-        if wrong := fault(status, said, before, numbers(output)):
+        if wrong := fault(status, said, before, numbers(output, folder)):
             kept = Path(tempfile.mkdtemp(prefix=f"jvdiff-{name}-{number}-"))
             shutil.copytree(folder, kept, dirs_exist_ok=True)
             faults.append(f"{name} {number}: {file}: {wrong}; it is in {kept}: {said.strip()[-200:]}")

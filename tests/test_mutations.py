@@ -69,5 +69,5 @@ def test_a_fault_is_told_from_what_is_right():
     one, other = [("a.npz", "1", "d")], [("a.npz", "2", "d")]
     assert mutations.fault(0, "", one, one) is None and mutations.fault(3, "error: x", one, []) is None
     assert mutations.fault(0, "", one, [("a.npz", "2", "e")]) is None
-    assert "same digest" in str(mutations.fault(0, "", one, other))
+    assert "same record" in str(mutations.fault(0, "", one, other))
     assert mutations.fault(1, "", one, one) and mutations.fault(3, "Traceback", one, [])

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -105,6 +106,8 @@ def ended(work: Callable[[], int | None], argv: Sequence[str], place: Sequence[A
         if shown is not None and traced(argv):
             traceback.print_exception(shown)
         say_always(f"error: {message}")
+        if 2 in _lossy:  # a process of ours alone: what threads of other packages still raise comes of the same error
+            threading.excepthook = sys.unraisablehook = lambda _: None
     return verdict.leave(code, message)
 
 
@@ -143,8 +146,8 @@ def _standard_streams() -> None:
             if stream is not None:
                 stream.flush()
             _lossy[number] = _Lossy(number, "w", closefd=False)
-            buffered = io.BufferedWriter(_lossy[number])
-            setattr(sys, name, io.TextIOWrapper(buffered, errors="backslashreplace", line_buffering=True))
+            how = {"encoding": getattr(stream, "encoding", None), "errors": "backslashreplace", "line_buffering": True}
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(_lossy[number]), **how))
 
 
 def _check_output() -> None:

@@ -150,6 +150,14 @@ class Convert:
 
 
 @dataclass(frozen=True)
+class Verify:
+    """how repositories are read"""
+
+    follow_symlinks: bool = option(False, "allow links to files elsewhere")
+    family: str | None = family()
+
+
+@dataclass(frozen=True)
 class ToHf:
     """what to export"""
 

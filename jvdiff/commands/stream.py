@@ -186,6 +186,7 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
     """The rollout that `state` is the beginning of; refuses what differs from it."""
     from jvdiff import streaming
     from jvdiff.commands.one_stream import ELSEWHERE, FACTS, Rollout
+    from jvdiff.media.fragmented_mp4 import FragmentedMP4
     from jvdiff.runtime import environment, run_state
 
     folder, facts, done = Path(config.resume).resolve(), state.facts, state.done
@@ -210,6 +211,11 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
     now |= {f"the prompt from chunk {i} on": prompt for i, prompt in wanted.items() if i < done}
     saved_there, there = environment.compared(facts)
     run_state.check_same(saved | saved_there, now | there, config.resume)
+    if (
+        facts.get("video") and facts["frames"]
+    ):  # told before weights are read, and before a line of the statistics is cut off
+        film = Path(f"{base}.mp4")
+        FragmentedMP4(film, facts["fps"], frames=facts["frames"], kept=facts["video"])
     to_come = wanted if given.get("then") else prompts
     if given.get("output") and Path(given["output"]).resolve() != base.parent:
         raise UsageError(f"output is {config.output}; a rollout goes on where it is, in {base.parent}.")

@@ -1,6 +1,6 @@
 """The command line that says whether what is on a disk is what was written.
 
-    jvdiff verify runs/digits_dit out checkpoints/wan_1_3b out/a-red-seven-moving-left_seed3.json
+    jvdiff verify out runs/digits_dit checkpoints/NAME
 
 Each PATH is a repository, published or converted, a component of one, the folder of a training, a saved state, the
 record of a clip or a stream (NAME.json; NAME.mp4 means the same), or a folder that holds such things. There is a line
@@ -19,14 +19,26 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jvdiff.commands import command_line
-from jvdiff.commands.arguments import Told
+from jvdiff import config as configs
+from jvdiff.commands import arguments, command_line, options
+from jvdiff.commands.arguments import Command, Section
 from jvdiff.errors import IntegrityError, JvdiffError, UsageError
 from jvdiff.runtime import records
 from jvdiff.runtime.staging import MANIFEST
 from jvdiff.weights.hub import locate
 
 _HASHED = re.compile(r"[0-9a-f]{64}")
+
+
+class How(NamedTuple):
+    """How repositories are read.
+
+    family: a user's own; None: as their files say
+    follow_symlinks: weights may be links to files elsewhere
+    """
+
+    family: Any
+    follow_symlinks: bool
 
 
 class Thing(NamedTuple):
@@ -42,26 +54,33 @@ class Thing(NamedTuple):
     check: Callable[[], str]
 
 
+COMMAND = Command(
+    name="verify",
+    about="whether checkpoints, runs, states and clips are what was written",
+    examples=("PATH ...", "out runs/digits_dit checkpoints/NAME"),
+    sections=lambda config, flags: [Section(str(options.Verify.__doc__), configs.options(options.Verify))],
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status; errors are sentences on stderr."""
     words = list(sys.argv if argv is None else argv)
-    return command_line.ended(lambda: _verify(words[1:]), words)
+    return command_line.ended(lambda: _verify(words), words)
 
 
 def _verify(words: Sequence[str]) -> None:
-    flags = [word for word in words if word.startswith("-") and word != "--traceback"]
-    names = [word for word in words if not word.startswith("-")]
-    if {"--help", "-h"} & set(flags):
-        raise Told(__doc__)
-    if flags or not names:
-        found = f"unknown flag {flags[0]}" if flags else "no path"
-        raise UsageError(f"{found}. Usage: jvdiff verify PATH ... (a checkpoint, a run, a state, a clip, or a folder).")
+    names = [word for word in words[1:] if not word.startswith("-")]
+    values = arguments.values(COMMAND, [words[0], *(word for word in words[1:] if word.startswith("-"))])
+    if not names:
+        raise UsageError("no path. Usage: jvdiff verify PATH ... (a checkpoint, a run, a state, a clip, or a folder).")
+    from jvdiff import models
     from jvdiff.runtime import foreign
 
+    how = How(models.named(values["family"]), values["follow_symlinks"])
     wrong = 0
     for name in names:
         path = Path(name).expanduser()
-        things = list(found_in(path if path.exists() else locate(name, download=False)))
+        things = list(found_in(path if path.exists() else locate(name, download=False), how))
         if not things:
             raise UsageError(f"{name}: nothing there that jvdiff writes or reads: no checkpoint, run, state or record.")
         for thing in things:
@@ -75,7 +94,7 @@ def _verify(words: Sequence[str]) -> None:
         raise IntegrityError(f"not what was written, or not to be read: {wrong} of the above, marked DIFFERS.")
 
 
-def found_in(path: Path) -> Iterator[Thing]:
+def found_in(path: Path, how: How) -> Iterator[Thing]:
     """The things at a path, or below a folder; what is inside a thing is part of it."""
     if path.is_file():
         record = path if path.suffix == ".json" else path.with_suffix(".json")
@@ -87,21 +106,21 @@ def found_in(path: Path) -> Iterator[Thing]:
     if (path / "state.json").is_file():
         yield Thing(path, "saved state", lambda: _state(path))
     elif (path / "model_index.json").is_file():
-        yield Thing(path, "repository", lambda: _repository(path))
+        yield Thing(path, "repository", lambda: _repository(path, how))
     elif (path / MANIFEST).is_file() or ((path / "config.json").is_file() and (path.parent / MANIFEST).is_file()):
         yield Thing(path, "component", lambda: _component(path))
     else:
-        yield from _inside(path)
+        yield from _inside(path, how)
 
 
-def _inside(path: Path) -> Iterator[Thing]:
+def _inside(path: Path, how: How) -> Iterator[Thing]:
     """The things in a folder that is none itself: an output folder, or that of a training."""
     for inner in sorted(path.iterdir()):
         step = path.name == "state" and inner.name.isdecimal()
         if inner.is_dir() and step:
             yield Thing(inner, "training state", lambda inner=inner: _training_state(inner))
         elif inner.is_dir() and not inner.is_symlink():
-            yield from found_in(inner)
+            yield from found_in(inner, how)
         elif inner.suffix == ".json" and inner.with_suffix(".npz").is_file() and set(_json(inner)) == {"key", "sha256"}:
             kept = inner.with_suffix(".npz")
             yield Thing(kept, "kept arrays", lambda kept=kept: _kept(kept))
@@ -152,7 +171,7 @@ def _state(path: Path) -> str:
     if isinstance(video, dict):
         from jvdiff.media.fragmented_mp4 import FragmentedMP4
 
-        film = path.with_suffix(".mp4")
+        film = Path(f"{state.facts.get('files', path.with_suffix(''))}.mp4")
         FragmentedMP4(film, state.facts["fps"], frames=state.facts["frames"], kept=video)
         return f"as written after {state.done} chunks, with {film.name} so far"
     return f"as written after {state.done} steps or chunks"
@@ -177,25 +196,26 @@ def _kept(path: Path) -> str:
     return "as written"
 
 
-def _repository(path: Path) -> str:
+def _repository(path: Path, how: How) -> str:
     from jvdiff.pipeline import repository
 
     if (path / MANIFEST).is_file():
         _component(path)
-        repository.inspect(path)
+        repository.inspect(path, family=how.family)
         return "as written"
-    return _published(path)
+    return _published(path, how)
 
 
-def _published(path: Path) -> str:
+def _published(path: Path, how: How) -> str:
     """What can be said of a published folder: its own digests are those that the hub's cache and git-annex name."""
     from jvdiff.pipeline import repository
     from jvdiff.weights import safetensors
 
-    said = repository.inspect(path)
+    said = repository.inspect(path, family=how.family)
     for name in said.models.configs:
         part = said.family.parts[name]
-        safetensors.open_folder(path / name, part.stem, ignored=part.ignored(said.models.configs[name]))
+        ignored = part.ignored(said.models.configs[name])
+        safetensors.open_folder(path / name, part.stem, ignored=ignored, follow_symlinks=how.follow_symlinks)
     files = repository.read_files(said)
     named = {name: digest for name, file in files.items() if (digest := _named_digest(path, file))}
     for name, digest in named.items():

@@ -19,12 +19,12 @@ import pytest
 
 import jvdiff
 from jvdiff import kernels, pipeline
-from jvdiff.commands import command_line, sample
+from jvdiff.commands import command_line, sample, verify
 from jvdiff.errors import NumericsError, ResourceError, SetupError
 from jvdiff.media import video as videos
 from jvdiff.models import wan
 from jvdiff.models.wan import family
-from jvdiff.runtime import progress, run_state
+from jvdiff.runtime import environment, progress, run_state
 from tests.forks import Process
 
 PROMPT = "a red seven moving left"
@@ -86,7 +86,9 @@ def test_a_prompt_becomes_a_video_with_its_record(command, tmp_path, tiny_reposi
     assert set(record["seconds"]) == {"load", "encode", "compile", "denoise", "decode"}
     assert record["attention_chosen"] == {"self": "xla", "cross": "xla"} and record["device"]["backend"] == "cpu"
     assert len(record["sigmas"]) == 5 and record["versions"]["jax"] == jax.__version__
-    assert len(record["checkpoint_digest"]) == 64
+    assert len(record["checkpoint_digest"]) == 64 and record["environment"] == environment.numerics()
+    assert verify.main(["jvdiff verify", str(out)]) == 0
+    assert "json: record, as written, with .mp4, .png, .npz" in capsys.readouterr().out
 
 
 def test_a_sparse_pattern_is_in_the_record_and_decides_the_clip(command, tmp_path, tiny_repository):
@@ -212,6 +214,14 @@ def test_other_settings_or_weights_are_refused_one_by_one(
     for difference in ("seed: the state has 3, this run 4", "solver: the state has 'unipc'", "checkpoint_digest"):
         assert difference in said
     assert "prompt:" not in said
+
+
+def test_a_state_of_another_environment_is_refused(command, state, tmp_path, capsys, no_weights):
+    whole = run_state.load(state)
+    facts = {**whole.facts, "environment": {**whole.facts["environment"], "jax_enable_x64": True}}
+    folder = run_state.save(tmp_path / "other.state", dataclasses.replace(whole, facts=facts))
+    assert sample.main(command(resume=folder, prompt=None, seed=None)) == 3
+    assert "environment.jax_enable_x64: the state has True, this run False" in capsys.readouterr().err
 
 
 def test_the_same_settings_said_again_are_fine(command, state):

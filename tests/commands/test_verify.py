@@ -107,4 +107,4 @@ def test_usage(tmp_path, capsys):
     for words in ([], ["--deep", "x"], [str(tmp_path)], [str(tmp_path / "nothing")]):
         assert verify.main(["jvdiff verify", *words]) == 2, words
     assert verify.main(["jvdiff verify", "--help"]) == 0
-    assert "Each PATH is" in capsys.readouterr().out
+    assert "jvdiff verify: " in capsys.readouterr().out

@@ -45,7 +45,7 @@ from jvdiff.pipeline import (
 )
 from jvdiff.precision import TABLE
 from jvdiff.runtime import peers
-from jvdiff.runtime.staging import check_target
+from jvdiff.runtime.staging import MANIFEST, check_target
 from jvdiff.sharding import MeshShape, Placement, check_mesh, make_mesh, param_shardings
 from jvdiff.training import fields
 from jvdiff.training.kept import kept
@@ -53,6 +53,7 @@ from jvdiff.training.loop import Schedule, Task, fit
 from jvdiff.types import Params
 from jvdiff.weights import restore, save
 from jvdiff.weights import safetensors as reader
+from jvdiff.weights.manifest import verify_small
 
 SHOWN = 8  # clips in a grid of samples, and classes that they show
 STATISTICS = 256  # clips, or a few more, that the latents' mean and deviation are taken of
@@ -236,6 +237,8 @@ def describe(config: Any, classes: Sequence[str]) -> Plan:
         chosen = config.transformer
     cfg = fields.model("transformer", latent_video.DiTConfig, chosen, **sized)
     if config.get("initial"):
+        if (Path(config.initial) / MANIFEST).is_file():
+            verify_small(Path(config.initial))
         known = latent_video.DiTConfig.from_json(reader.read_json(Path(config.initial) / "transformer" / "config.json"))
         fields.check_sizes(f"transformer: not that of initial, {config.initial}", cfg, known)
         learnt = reader.read_json(Path(config.initial) / "model_index.json").get("noise_schedule")
