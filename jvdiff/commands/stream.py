@@ -213,7 +213,7 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
     run_state.check_same(saved | saved_there, now | there, config.resume)
     if (
         facts.get("video") and facts["frames"]
-    ):  # told before weights are read, and before a line of the statistics is cut off
+    ):  # told before a line of the statistics is cut off
         film = Path(f"{base}.mp4")
         FragmentedMP4(film, facts["fps"], frames=facts["frames"], kept=facts["video"])
     to_come = wanted if given.get("then") else prompts
