@@ -49,7 +49,6 @@ def plain_logs(room: str = "jvdiff", level: int = logging.INFO) -> Iterator[None
         logger.setLevel(before[1])
 
 
-@plain_logs(level=logging.WARNING)
 def main(
     argv: Sequence[str] | None,
     parse: Callable[[Sequence[str]], Request],
@@ -79,24 +78,28 @@ def main(
     return ended(run, argv, place)
 
 
-@command(*STOPPED)
-def ended(work: Callable[[], int | None], argv: Sequence[str], place: Sequence[Any] = ()) -> int:
+def ended(
+    work: Callable[[], int | None],
+    argv: Sequence[str],
+    place: Sequence[Any] = (),
+    stopped: tuple[int, str] = STOPPED,
+) -> int:
     """Runs the work of any command and returns its exit status; errors, others' too, become one message on stderr.
 
-    `place`: holds the folder that gets the traceback of a bug, once it is known. Ctrl-C is 130 where `work` does not
-    catch it.
+    place: holds the folder that gets the traceback of a bug, once it is known
+    stopped: status and message where a signal ends it
     """
     code, message, shown = 0, "", None
     _standard_streams()
     try:
-        with _compiling_as_before():
+        with plain_logs(level=logging.WARNING), command(*stopped), _compiling_as_before():
             try:
                 code = work() or 0
             except Told as told:  # --help, --version
                 print(told)
         _check_output()
     except KeyboardInterrupt:
-        code, message = STOPPED
+        code, message = stopped
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as raised:  # a panic in Rust is no Exception

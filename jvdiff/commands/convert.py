@@ -100,19 +100,14 @@ def _tell(line: str) -> None:
     print(line, flush=True)
 
 
-@command_line.plain_logs(level=logging.WARNING)
-@interrupts.command(Interrupted.exit_code, _STOPPED)
 def _run(command: Command, work: Callable[[Mapping[str, Any]], None], argv: Sequence[str] | None) -> int:
     """Reads a command line and does what it says; errors become one message and an exit status."""
 
     def told() -> None:
         values = arguments.values(command, words)
         environment.check_flags()
-        try:
-            work(values)
-        except KeyboardInterrupt:
-            raise Interrupted(_STOPPED) from None
+        work(values)
 
     words = [f"jvdiff {command.name}", *(sys.argv if argv is None else argv)[1:]]
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads log what is raised here anyway
-    return command_line.ended(told, words)
+    return command_line.ended(told, words, stopped=(Interrupted.exit_code, _STOPPED))

@@ -211,9 +211,7 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
     now |= {f"the prompt from chunk {i} on": prompt for i, prompt in wanted.items() if i < done}
     saved_there, there = environment.compared(facts)
     run_state.check_same(saved | saved_there, now | there, config.resume)
-    if (
-        facts.get("video") and facts["frames"]
-    ):  # told before a line of the statistics is cut off
+    if facts.get("video") and facts["frames"]:  # told before a line of the statistics is cut off
         film = Path(f"{base}.mp4")
         FragmentedMP4(film, facts["fps"], frames=facts["frames"], kept=facts["video"])
     to_come = wanted if given.get("then") else prompts

@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from convert.from_diffusers import convert
 from jvdiff.commands import verify
-from jvdiff.commands.one_video import write_files
+from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
 from jvdiff.runtime import run_state
+from jvdiff.runtime.records import signed
 from jvdiff.training.kept import kept
 from jvdiff.weights.manifest import write_manifest
 
@@ -27,7 +29,11 @@ def things(tmp_path):
     root, rng = tmp_path / "things", np.random.default_rng(0)
     video = rng.integers(255, size=(2, 16, 16, 3), dtype=np.uint8)
     record = {"prompt": "a red seven", "fps": 8, "checkpoint_digest": "0" * 64}
-    write_files(root / "out" / "clip", video, np.zeros(3, np.float32), record, True, None)
+    clip = root / "out" / "clip"
+    videos.write_mp4(f"{clip}.mp4", video, 8, record)
+    videos.write_png(f"{clip}.png", videos.contact_sheet(video), record)
+    np.savez(f"{clip}.npz", video=video)
+    Path(f"{clip}.json").write_text(json.dumps(signed(clip, record)))
     facts = {"seed": 3}
     with FragmentedMP4(root / "out" / "s.mp4", 8) as film:
         film.append(video)
