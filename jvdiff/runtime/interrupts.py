@@ -32,6 +32,7 @@ class _Signals:
     obeyed: handlers are installed
     watched: a command's thread ends the process
     came: numbers of the signals
+    noted: how many of them came when there was something to lose, and are left to who asks
     stakes: of each `deferred` that is open, what tells whether there is something to lose yet
     shielded: something is being saved that nothing may end
     waiting: a person is asked, until a signal comes
@@ -42,6 +43,7 @@ class _Signals:
     def __init__(self) -> None:
         self.obeyed = self.watched = self.leaving = self.shielded = self.waiting = self.ours = False
         self.came: list[int] = []
+        self.noted = 0
         self.stakes: list[Callable[[], bool]] = []
 
     def at_once(self) -> bool:
@@ -66,7 +68,9 @@ def _handle(number: int, frame: Any) -> None:
         if not (_now.leaving and _now.watched) and not (_now.ours and not _now.stakes):  # else: the other thread does
             _now.leaving = True
             raise KeyboardInterrupt
-    elif len(_now.came) == 1:
+        return
+    _now.noted += not _now.at_once()
+    if len(_now.came) == 1:
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # no terminal; or it was just being written to
             print("\nstopping after this step; Ctrl-C to stop at once", file=sys.stderr, flush=True)
 
@@ -117,9 +121,13 @@ def command(code: int, message: str) -> Iterator[None]:
 
 
 def _watch(reading: int, left: threading.Event, code: int, message: str) -> None:
+    heard = 0
     with open(reading, "rb", buffering=0) as pipe:
         while number := pipe.read(1):
-            if number[0] in SIGNALS and not left.wait(_now.grace()) and _now.at_once():
+            heard += number[0] in SIGNALS
+            if number[0] not in SIGNALS or left.wait(_now.grace()):
+                continue
+            if _now.at_once() and (_now.leaving or _now.noted < heard):  # else who obeys it is slow to leave
                 verdict.end_now(code, message)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from jvdiff.runtime import interrupts as interrupts_module
+from jvdiff.runtime import verdict
 from jvdiff.runtime.interrupts import SIGNALS, command, deferred, interrupts, shielded
 
 
@@ -43,6 +45,23 @@ def test_what_was_ignored_stays_ignored(number):
         assert signal.getsignal(number) == signal.SIG_IGN
     finally:
         signal.signal(number, before)
+
+
+def test_who_obeys_a_signal_may_be_slow_to_leave(monkeypatch):
+    """Its state is saved, and its status is not that of a process that was stuck."""
+    ended = []
+    monkeypatch.setattr(interrupts_module, "GRACE", 0.05)
+    monkeypatch.setattr(verdict, "end_now", lambda *args: ended.append(args))
+    with command(130, "") as _, interrupts() as asked:
+        with deferred():
+            signal.raise_signal(signal.SIGTERM)
+            assert asked()
+        time.sleep(0.3)
+        assert not ended
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert ended
 
 
 PROGRAM = """
