@@ -145,10 +145,7 @@ def _words(**fields: object) -> list[str]:
 def kinds(repository: Path) -> dict[str, Kind]:
     """Every kind, made of a tiny repository in the published layout."""
     from convert.from_diffusers import convert
-    from jvdiff.commands import command_line, sample, stream, verify
-    from jvdiff.media import clips as clip_files
-    from jvdiff.media import video as videos
-    from jvdiff.training import loop
+    from jvdiff.commands import sample, stream, verify
 
     def clip(checkpoint: Path, output: Path, **more: object) -> int:
         fields = {**SMALL, "prompt": "a red seven", **more}
@@ -177,28 +174,6 @@ def kinds(repository: Path) -> dict[str, Kind]:
     def begun(folder: Path) -> None:
         rollout(folder, prompt="a red seven", chunks=2, save_every=1, seed=1, name="s")
 
-    def fit(folder: Path) -> Any:
-        task = loop.Task(lambda key: {"kernel": np.ones((3, 5), np.float32)}, _loss, loop.each(_batch))
-        return loop.fit(task, loop.Schedule(steps=6, learning_rate=1e-2, warmup=1), folder, save_every=2)
-
-    def trained(folder: Path) -> None:
-        fit(folder)
-
-    def going_on(folder: Path, output: Path) -> int:
-        def work() -> None:
-            np.savez(output / "x.npz", kernel=np.asarray(fit(folder).average["kernel"]))
-
-        return command_line.ended(work, ["jvdiff"])
-
-    def filmed(folder: Path) -> None:
-        video = np.random.default_rng(0).integers(255, size=(9, 32, 40, 3), dtype=np.uint8)
-        videos.write_mp4(folder / "clip.mp4", video, 8)
-
-    def read_clip(folder: Path, _: Path) -> int:
-        return command_line.ended(
-            lambda: _ignore(clip_files.read(folder / "clip.mp4", 4, 32, 1, 0.5, (0.5, 0.5))), ["jvdiff"]
-        )
-
     def checked(folder: Path, _: Path) -> int:
         return verify.main(["jvdiff verify", str(folder)])
 
@@ -208,10 +183,40 @@ def kinds(repository: Path) -> dict[str, Kind]:
         "state": Kind(lambda folder: _ignore(clip(repository, folder, stop_at=2)), resumed),
         "prompts": Kind(prompts, listed),
         "stream": Kind(begun, lambda folder, _: rollout(folder, resume=folder / "s.state", chunks=3)),
-        "run": Kind(trained, going_on),
-        "video": Kind(filmed, read_clip),
+        "run": Kind(lambda folder: _ignore(_fit(folder)), _going_on),
+        "video": Kind(_film, _read_clip),
         "clip": Kind(lambda folder: _ignore(clip(repository, folder)), checked),
     }
+
+
+def _fit(folder: Path) -> Any:
+    from jvdiff.training import loop
+
+    task = loop.Task(lambda key: {"kernel": np.ones((3, 5), np.float32)}, _loss, loop.each(_batch))
+    return loop.fit(task, loop.Schedule(steps=6, learning_rate=1e-2, warmup=1), folder, save_every=2)
+
+
+def _going_on(folder: Path, output: Path) -> int:
+    from jvdiff.commands import command_line
+
+    def work() -> None:
+        np.savez(output / "x.npz", kernel=np.asarray(_fit(folder).average["kernel"]))
+
+    return command_line.ended(work, ["jvdiff"])
+
+
+def _film(folder: Path) -> None:
+    from jvdiff.media import video as videos
+
+    video = np.random.default_rng(0).integers(255, size=(9, 32, 40, 3), dtype=np.uint8)
+    videos.write_mp4(folder / "clip.mp4", video, 8)
+
+
+def _read_clip(folder: Path, _: Path) -> int:
+    from jvdiff.commands import command_line
+    from jvdiff.media import clips
+
+    return command_line.ended(lambda: _ignore(clips.read(folder / "clip.mp4", 4, 32, 1, 0.5, (0.5, 0.5))), ["jvdiff"])
 
 
 def _copy(source: Path, target: Path) -> None:

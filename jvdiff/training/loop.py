@@ -240,8 +240,6 @@ def fit(
     _check_counts(**counts, accumulate=accumulate, most_skipped=most_skipped)
     mesh = make_mesh(MeshShape()) if mesh is None else mesh
     folder.mkdir(parents=True, exist_ok=True)
-    with draws.pinned():
-        init_key, step_key = jax.random.split(draws.key(seed))
     states = (folder / "state").absolute()
     shardings = state_shardings(mesh, task, schedule)
     with (
@@ -250,6 +248,7 @@ def fit(
         lock(states) if peers.writes() else nullcontext(),
         _manager(states, keep) as manager,
     ):
+        init_key, step_key = jax.random.split(draws.key(seed))
         state = _begun(manager, partial(start, task, schedule, init_key, params, shardings), shardings)
         run = _Run(folder, manager, most_skipped, state, int(state.step))
         step = make_step(task, schedule, step_key, shardings, accumulate)

@@ -249,6 +249,14 @@ def flip(state):
     (state / "state.bin").write_bytes(data)
 
 
+def blur(state):
+    """A bit of the video that the state goes on from."""
+    film = state.with_suffix(".mp4")
+    data = bytearray(film.read_bytes())
+    data[run_state.load(state).facts["video"]["bytes"] - 9] ^= 1
+    film.write_bytes(data)
+
+
 def cut(state):
     (state / "state.bin").write_bytes((state / "state.bin").read_bytes()[:-1])
 
@@ -272,6 +280,7 @@ def forget(state):
         (forget, {}, 3, "the state does not describe a rollout of a video: it has no seed."),
         (flip, {}, 3, "digest"),
         (cut, {}, 3, "bytes, expected"),
+        (blur, {}, 3, "frames are not what was written"),
         (reword, {}, 3, "digest"),
         (lambda state: shutil.rmtree(state), {}, 2, "not a folder"),
         (None, {"prompt": OTHER}, 3, "the prompt from chunk 0 on: the state has 'a red seven moving left'"),
