@@ -5,7 +5,8 @@
         --then.10="a blue two moving right" --seed=0 --chunks=20
 
 Runs the checkpoint that ships with the project, trained by configs/train_digits_stream.py; its folder holds window,
-steps, guidance and the noise of the past. Without --chunks it goes on until Ctrl-C. Memory: well under 1 GB.
+steps, guidance and the noise of the past. Without --chunks it goes on until Ctrl-C. Memory: well under 1 GB, on any
+CPU.
 """
 
 from ml_collections import ConfigDict
