@@ -28,7 +28,6 @@ from jvdiff.media.fragmented_mp4 import FragmentedMP4
 from jvdiff.runtime import progress, run_state
 from jvdiff.runtime.files import atomic, claim
 from jvdiff.streaming import (
-    ImageEncoder,
     StreamCache,
     StreamInferencePipeline,
     StreamInferencePipelineConfig,
@@ -280,11 +279,10 @@ def _begin(pipe: StreamInferencePipeline, rollout: Rollout) -> tuple[StreamCache
 
 def _first_input(rollout: Rollout) -> Any:
     """What chunk 0 is given, or something like it."""
-    encoder, cfg = rollout.config.encoder, rollout.config.diffusion_model.transformer
-    if rollout.image is not None or not isinstance(encoder, ImageEncoder):
+    encoder, shape = rollout.config.encoder, rollout.config.diffusion_model.transformer.latent_shape
+    if rollout.image is not None or encoder is None:
         return rollout.image
-    ratio = encoder.spatial_compression_ratio
-    return np.zeros((1, cfg.height * ratio, cfg.width * ratio, 3), np.uint8)
+    return encoder.abstract_input(1, shape, 0)
 
 
 @contextlib.contextmanager

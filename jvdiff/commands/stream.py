@@ -280,32 +280,30 @@ def _check(rollout: Rollout, repository: Any, mesh: Any) -> None:
 
     from jvdiff import sharding
     from jvdiff.media import video as videos
+    from jvdiff.streaming.text import FamilyTextEncoder, text_encoder_of
 
     config, configs = rollout.config, repository.models.configs
-    cfg, scheduler = config.diffusion_model.transformer, config.diffusion_model.scheduler
+    cfg = config.diffusion_model.transformer
     if config.decoder is None:
         raise UsageError("pipeline.decoder is None; a video needs one. For latents use jvdiff.streaming in Python.")
-    for name, found, weights in (
-        ("diffusion_model.transformer.network", cfg.network, configs["transformer"]),
-        ("diffusion_model.transformer.text_encoder", cfg.text_encoder, configs["text_encoder"]),
-        ("decoder.vae", config.decoder.vae, configs["vae"]),
+    for component, name, part in (
+        (cfg, "diffusion_model.transformer.network", "transformer"),
+        (cfg, "diffusion_model.transformer.text_encoder", "text_encoder"),
+        (config.decoder, "decoder.vae", "vae"),
     ):
-        if found != weights:
+        found = getattr(component, name.rpartition(".")[2], None)
+        if type(found) is type(configs[part]) and found != configs[part]:
             raise UsageError(f"pipeline.{name} is not that of the weights; leave it as the repository has it.")
-    ratio = config.decoder.spatial_compression_ratio
-    videos.check_mp4(cfg.height * ratio, cfg.width * ratio)
-    try:
-        scheduler.solver()
-    except ValueError as error:
-        raise UsageError(f"pipeline.diffusion_model.scheduler: {error}") from None
-    texts = [*rollout.prompts.values(), rollout.negative_prompt]
-    net = models.rollout(cfg.network)
-    for text, tokens in zip(texts, net.token_counts(repository.models.files["tokenizer"], texts), strict=True):
-        if tokens > cfg.text_rows:
-            raise UsageError(f"the prompt {text!r:.60} has {tokens} tokens; text_rows is {cfg.text_rows}. Shorten it.")
+    ratio, (_, height, width, *_) = config.decoder.spatial_compression_ratio, cfg.latent_shape
+    videos.check_mp4(height * ratio, width * ratio)
+    texts, rows = [*rollout.prompts.values(), rollout.negative_prompt], cfg.text_shape[0]
+    encoder = text_encoder_of(cfg.text_encoder)
+    if isinstance(encoder, FamilyTextEncoder):  # what another one makes of a prompt is known once it has weights
+        counts = encoder.token_counts(repository.models.files["tokenizer"], texts)
+        for text, tokens in zip(texts, counts, strict=True):
+            if tokens > rows:
+                raise UsageError(f"the prompt {text!r:.60} has {tokens} tokens; text_rows is {rows}. Shorten it.")
     if isinstance(mesh, str):
         raise UsageError(f"mesh is {mesh!r}; name its axes here, for instance --mesh=sequence=4.")
-    if mesh is not None:
-        branches = 1 + cfg.guided
-        sizes = net.mesh_sizes(cfg.network, (cfg.len_t, cfg.height, cfg.width), branches, cfg.span.pattern)
-        sharding.check_mesh(mesh, sizes, jax.device_count())
+    if mesh is not None and (sizes := getattr(cfg, "mesh_sizes", None)):
+        sharding.check_mesh(mesh, sizes(1), jax.device_count())
