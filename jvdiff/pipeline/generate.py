@@ -180,6 +180,8 @@ def generate(
         UsageError: subjects, sizes or settings that the models cannot use.
         NumericsError: NaN or infinity, see `stages.denoise` and `stages.decode`.
     """
+    if not isinstance(pipe, Pipeline):
+        raise UsageError(f"pipe is {pipe!r:.80}; expected what jvdiff.load returns.")
     subjects = check_subjects(pipe.repository, prompts=prompts, labels=labels)
     clip = pipe.clip(**settings)
     check_fits(pipe.context, clip, len(subjects))

@@ -336,6 +336,9 @@ class DiffusionModelConfig:
         object.__setattr__(self, "seed", check_seed(self.seed))
         check("transformer", self.transformer, Transformer)
         check("scheduler", self.scheduler, Scheduler)
+        shape = self.transformer.latent_shape
+        if len(shape) != 4 or not all(type(size) is int and size > 0 for size in shape):
+            raise UsageError(f"latent_shape of {type(self.transformer).__name__} is {shape!r:.60}; expected (T,H,W,C).")
         if not 0 <= self.context_noise <= 1000:
             raise UsageError(f"context_noise is {self.context_noise}; expected a timestep from 0 to 1000.")
 

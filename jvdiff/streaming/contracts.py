@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -177,14 +178,18 @@ class Reencoding(Protocol):
 COMPONENTS = (Encoder, Decoder, TextEncoder, Scheduler, Transformer)
 
 
+def members(protocol: type) -> dict[str, Any]:
+    """The properties and functions of a protocol."""
+    kinds = property | types.FunctionType
+    return {name: x for name, x in vars(protocol).items() if isinstance(x, kinds) and not name.startswith("_")}
+
+
 @functools.cache
 def lacking(kind: type, protocol: type) -> tuple[str, ...]:
     """What of a protocol a class lacks: members that are not there, and methods that cannot be called as it says."""
     fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
     found = []
-    for name, wanted in vars(protocol).items():
-        if name.startswith("_") or not (isinstance(wanted, property) or inspect.isfunction(wanted)):
-            continue
+    for name, wanted in members(protocol).items():
         if name not in fields and not hasattr(kind, name):
             found.append(name)
         elif inspect.isfunction(wanted) and not _called_alike(kind, name, wanted):

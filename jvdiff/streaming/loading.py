@@ -26,7 +26,7 @@ from jvdiff.streaming.config import (
     TransformerConfig,
     UniPCSchedulerConfig,
 )
-from jvdiff.streaming.contracts import COMPONENTS, DOCS, lacking
+from jvdiff.streaming.contracts import COMPONENTS, DOCS, lacking, members
 from jvdiff.streaming.rollout import StreamInferencePipeline
 from jvdiff.streaming.values import CLASSES, derive_config, from_json
 from jvdiff.types import Params
@@ -57,18 +57,25 @@ def register(name: str, cls: type) -> None:
         raise UsageError(f"register: {name} is a class of jvdiff's own; take another name.")
     if name in CLASSES:
         raise UsageError(f"register: {name} is registered already, for {_told(CLASSES[name])}; take another name.")
-    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls) or not _is_value(cls):
-        raise UsageError(f"register: {name} is {cls!r:.80}; expected a class with @dataclass(frozen=True).")
+    if not isinstance(cls, type):
+        raise UsageError(f"register: {name} is {cls!r:.80}; expected a class.")
     if known := [other for other, kind in CLASSES.items() if kind is cls]:
         raise UsageError(f"register: {_told(cls)} has the name {known[0]} already.")
-    gaps = {protocol: lacking(cls, protocol) for protocol in COMPONENTS}
-    if all(gaps.values()):
-        nearest = sorted(gaps, key=lambda protocol: len(gaps[protocol]))[:2]
-        told = "".join(f"\n  as {protocol.__name__} it lacks {', '.join(gaps[protocol])}" for protocol in nearest)
-        raise UsageError(
-            f"register: {name}, {_told(cls)}, is no component of a stream:{told}\n{DOCS} has the contracts."
-        )
+    if told := _lacks(cls):
+        raise UsageError(f"register: {_told(cls)} is no component of a stream ({DOCS}):{told}")
+    if not dataclasses.is_dataclass(cls) or not _is_value(cls):
+        raise UsageError(f"register: {_told(cls)} is no value; expected a class with @dataclass(frozen=True).")
     CLASSES[name] = cls
+
+
+def _lacks(cls: type) -> str:
+    """Lines that say what a class lacks as that which it is most like; nothing where it is a component."""
+    gaps = {protocol: lacking(cls, protocol) for protocol in COMPONENTS}
+    if not all(gaps.values()):
+        return ""
+    has = {protocol: len(members(protocol)) - len(gap) for protocol, gap in gaps.items()}
+    alike = [protocol for protocol in COMPONENTS if has[protocol] == max(has.values())]
+    return "".join(f"\n  as {protocol.__name__} it lacks {', '.join(gaps[protocol])}" for protocol in alike)
 
 
 def _told(kind: type) -> str:
@@ -133,19 +140,21 @@ def override(config: StreamInferencePipelineConfig, patch: Mapping[str, Any]) ->
     """`derive_config` of values as JSON and command lines have them.
 
     A list is a tuple. An object that names its class, as those of `to_json` do, takes the place of what was there; the
-    fields that it leaves out have their defaults. What has a field `vae` gets the decoder's.
+    fields that it leaves out have their defaults. Where they have none, `vae` is the decoder's, and `network` and the
+    like are the transformer's; a class derived from the transformer's keeps all of its values.
 
     Raises:
         KeyError, TypeError, UsageError: as `derive_config`.
         CheckpointError: an unknown class or field.
     """
-    transformer, decoder = config.diffusion_model.transformer, config.decoder
+    decoder, transformer = config.decoder, config.diffusion_model.transformer
     network = getattr(transformer, "network", None) or getattr(decoder, "vae", None)
     classes: dict[str, Any] = dict(CLASSES) if network is None else _classes(models.rollout(network))
-    if (vae := getattr(decoder, "vae", None)) is not None:
-        for name, kind in classes.items():
-            if "vae" in (field.name for field in dataclasses.fields(kind)):
-                classes[name] = partial(kind, vae=vae)
+    known = {"vae": getattr(decoder, "vae", None)} | vars(transformer)
+    for name, kind in classes.items():
+        derived = type(transformer) in kind.__mro__[1:]
+        fields = [field.name for field in dataclasses.fields(kind) if derived or field.default is dataclasses.MISSING]
+        classes[name] = partial(kind, **{field: known[field] for field in fields if known.get(field) is not None})
 
     def read(value: Any) -> Any:
         if isinstance(value, Mapping) and "class" not in value:

@@ -114,7 +114,7 @@ class StreamInferencePipeline:
         keys, image = self._text_keys(rows, image, batch)
         past, history = self._past(batch), self._transformer.initialize_history(batch) if self._reencodes else None
         data, history = self._everywhere((jnp.array(data), history))
-        encoder, decoder = (c and self._held(c, c.initialize_cache()) for c in (config.encoder, config.decoder))
+        encoder, decoder = self._begun(config.encoder), self._begun(config.decoder)
         return StreamCache(zero, zero, data, keys, image, past, history, encoder, decoder, batch, config.digest)
 
     def set_prompts(
@@ -233,7 +233,7 @@ class StreamInferencePipeline:
         text = jax.eval_shape(programs.text_keys, network, rows, image)
         past = jax.eval_shape(lambda: self._past(batch))
         history = jax.eval_shape(lambda: transformer.initialize_history(batch)) if self._reencodes else None
-        encoder, decoder = (c and jax.eval_shape(c.initialize_cache) for c in (config.encoder, config.decoder))
+        encoder, decoder = (jax.eval_shape(lambda c=c: self._begun(c)) for c in (config.encoder, config.decoder))
         if begun and config.encoder is not None:
             given = config.encoder.abstract_input(batch, transformer.latent_shape, 0)
             encoder = jax.eval_shape(programs.encode, self._weights(config.encoder), given, encoder)[1]
@@ -257,8 +257,10 @@ class StreamInferencePipeline:
         if self.placement is not None:
             places = self._past(1)
             past = jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), state.past, places)
-            components = (self.config.encoder, state.encoder), (self.config.decoder, state.decoder)
-            encoder, decoder = (component and self._held(component, held) for component, held in components)
+            encoder, decoder = (
+                self._held(self.config.encoder, state.encoder),
+                self._held(self.config.decoder, state.decoder),
+            )
             rest = self._everywhere(dataclasses.replace(state, past=None, encoder=None, decoder=None))
             state = dataclasses.replace(rest, past=past, encoder=encoder, decoder=decoder)
         return dataclasses.replace(state, generated=cache.generated, finalized=cache.finalized)
@@ -275,8 +277,7 @@ class StreamInferencePipeline:
         network = self._weights(self._transformer)
         if (encoder := config.encoder) is not None:
             weights = self._weights(encoder)
-            begin = self._held(encoder, encoder.initialize_cache())
-            encode = programs.encode.trace(weights, self._placed(input), begin)
+            encode = programs.encode.trace(weights, self._placed(input), self._begun(encoder))
             yield "encode first", encode
             payload = self._placed(encode.out_info[0])
             if jax.tree.leaves(encode.out_info[1]):  # with nothing to remember there is one program for all chunks
@@ -289,11 +290,11 @@ class StreamInferencePipeline:
         yield "diffuse", diffuse
         latents, bad = self._placed(diffuse.out_info)
         if (decoder := config.decoder) is not None:
-            weights, begin = self._weights(decoder), self._held(decoder, decoder.initialize_cache())
+            weights, begin = self._weights(decoder), self._begun(decoder)
             first = programs.decode.trace(weights, latents, bad, begin)
             yield "decode first", first
             memory = self._placed(first.out_info[2], decoder)
-            if self._placed(begin) != memory:
+            if self._placed(begin, decoder) != memory:
                 yield "decode next", programs.decode.trace(weights, latents, bad, memory)
         arguments = (cache.text, cache.past, cache.history, cache.key, index, latents, payload)
         yield "finalize", programs.finalize.trace(network, *arguments)
@@ -370,6 +371,10 @@ class StreamInferencePipeline:
 
     def _everywhere(self, tree: Any) -> Any:
         return tree if self.placement is None else jax.device_put(tree, self.placement.everywhere)
+
+    def _begun(self, component: Any) -> Any:
+        """What an encoder or a decoder remembers before chunk 0; None where there is none."""
+        return None if component is None else self._held(component, component.initialize_cache())
 
     def _held(self, component: Any, cache: Any) -> Any:
         """What a component remembers, where it will be."""
