@@ -66,6 +66,8 @@ def inspect(path: str | Path, *, at_once: bool | None = None, family: Family | N
         UnsafeFormat: a file of pickles instead of a folder, or a repository that wants its own code run.
         CheckpointError: incomplete, damaged, or a model that jvdiff does not have.
     """
+    if not isinstance(path, str | Path):
+        raise UsageError(f"the repository is {path!r:.80}; expected the path of a folder, or OWNER/NAME of the hub.")
     path = locate(path)
     index = _model_index(path)
     family = family or _family(path, index)

@@ -43,6 +43,9 @@ class _OverVAE:
     vae: Any
     setup = bind
 
+    def __post_init__(self):
+        models.rollout(self.vae)  # refuses what is no VAE of a family
+
     def __str__(self) -> str:
         return tree(self)
 
@@ -255,6 +258,7 @@ class ImageEncoder(_Encoder):
     mode: Literal["stamp", "concat"] = "stamp"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.mode not in ("stamp", "concat"):
             raise UsageError(f"ImageEncoder: mode is {self.mode!r}, expected 'stamp' or 'concat'.")
 
@@ -411,8 +415,8 @@ def _pixel_frames(vae: Any, latent_frames: int, index: int) -> int:
 
 
 def _latent_frames(vae: Any, pixel_frames: int, index: int) -> int:
-    if index < 0:
-        _check_size(1, index)
+    if not isinstance(pixel_frames, int) or not isinstance(index, int) or index < 0:
+        _check_size(pixel_frames, index)
     ratio, missing = vae.temporal_factor, vae.temporal_factor - 1 if index == 0 else 0
     total = pixel_frames + missing
     nearest = max(1, (2 * total + ratio) // (2 * ratio))
@@ -424,8 +428,10 @@ def _latent_frames(vae: Any, pixel_frames: int, index: int) -> int:
 
 
 def _check_size(frames: int, index: int) -> None:
-    if index < 0:
-        raise UsageError(f"chunks are counted from 0, found {index}.")
+    if not isinstance(index, int) or index < 0:
+        raise UsageError(f"chunks are counted from 0, found {index!r:.60}.")
+    if not isinstance(frames, int):
+        raise UsageError(f"{_which(index)} has a whole number of frames, found {frames!r:.60}.")
     if frames < 1:
         raise UsageError(f"{_which(index)} has at least 1 frame, found {frames}; the nearest is 1.")
 

@@ -147,6 +147,8 @@ def override(config: StreamInferencePipelineConfig, patch: Mapping[str, Any]) ->
         KeyError, TypeError, UsageError: as `derive_config`.
         CheckpointError: an unknown class or field.
     """
+    if not isinstance(config, StreamInferencePipelineConfig) or not isinstance(patch, Mapping):
+        raise UsageError(f"override was given {config!r:.60} and {patch!r:.60}; expected a configuration and a dict.")
     decoder, transformer = config.decoder, config.diffusion_model.transformer
     network = getattr(transformer, "network", None) or getattr(decoder, "vae", None)
     classes: dict[str, Any] = dict(CLASSES) if network is None else _classes(models.rollout(network))
@@ -191,7 +193,10 @@ def load(
     repository = path if isinstance(path, Repository) else pipeline.inspect(path, at_once=False, family=family)
     check_at_once(repository.path, repository.family, False)
     placement, dtypes = pipeline.place(read_mesh(mesh)), precisions.choose(precision)
-    config = config or config_of(repository)
+    config = config_of(repository) if config is None else config
+    for name, value, kind in (("config", config, StreamInferencePipelineConfig), ("weights", weights or {}, Mapping)):
+        if not isinstance(value, kind):
+            raise UsageError(f"{name} is {value!r:.60}; expected a {kind.__name__}.")
     params = pipeline.read_parts(repository, dtypes, placement)
     if weights:
         params = Weights({**params, **weights})

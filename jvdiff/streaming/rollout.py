@@ -225,6 +225,8 @@ class StreamInferencePipeline:
 
     def abstract_cache(self, batch: int, begun: bool = True) -> StreamCache:
         """The cache of `batch` rollouts as ShapeDtypeStructs, before the first chunk or (`begun`) after one."""
+        if not isinstance(batch, int) or batch < 1:
+            raise UsageError(f"batch is {batch!r:.60}; expected how many rollouts, at least 1.")
         config, transformer, struct = self.config, self._transformer, jax.ShapeDtypeStruct
         network, programs = self._weights(transformer), self.programs
         number, key = struct((), np.int32), struct((2,), jnp.uint32)
@@ -273,17 +275,20 @@ class StreamInferencePipeline:
             cache: of `initialize_cache`, or abstract.
             input: what the first chunk is given, or the like of it (`abstract_input` of the encoder).
         """
+        guards.check_cache(self.config, cache)
         config, programs, payload, index = self.config, self.programs, None, np.int32(0)
         network = self._weights(self._transformer)
         if (encoder := config.encoder) is not None:
             weights = self._weights(encoder)
-            encode = programs.encode.trace(weights, self._placed(input), self._begun(encoder))
+            begin = self._begun(encoder)
+            encode = programs.encode.trace(weights, self._placed(input), begin)
             yield "encode first", encode
             payload = self._placed(encode.out_info[0])
             if jax.tree.leaves(encode.out_info[1]):  # with nothing to remember there is one program for all chunks
                 following = self._placed(encoder.abstract_input(cache.rollouts, self._transformer.latent_shape, 1))
                 memory = self._placed(encode.out_info[1], encoder)
-                yield "encode next", programs.encode.trace(weights, following, memory)
+                if (following, memory) != (self._placed(input), self._placed(begin, encoder)):
+                    yield "encode next", programs.encode.trace(weights, following, memory)
         diffuse = programs.diffuse.trace(
             network, cache.text, cache.past, cache.key, index, payload, batch=cache.rollouts
         )

@@ -154,7 +154,7 @@ def test_a_pipeline_of_nothing_but_ones_own():
     pipe = OWN.setup(WEIGHTS)
     begun = pipe.initialize_cache(7, ["two words"], image=IMAGE)
     assert [name for name, _ in pipe.traced(begun, np.float32([1]))] == [
-        "encode first", "encode next", "diffuse", "decode first", "finalize",
+        "encode first", "diffuse", "decode first", "finalize",
     ]  # fmt: skip
     latents, frames, after = made(pipe, begun, [3.0, 4.0])
 
