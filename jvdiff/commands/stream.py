@@ -187,7 +187,8 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
         prompts = {int(i): prompt for i, prompt in facts["prompts"].items()}
         now: dict[str, Any] = {name: given[name] for name in FACTS if given.get(name) is not None}
         now["checkpoint_digest"] = repository.digest
-        saved = {name: facts[name] for name in (*FACTS, "checkpoint_digest", "image")} | _flat(facts["pipeline"])
+        saved = {name: facts[name] for name in (*FACTS, "checkpoint_digest", "image")}
+        saved |= _flat(streaming.to_json(chosen))
     except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
         raise CheckpointError(f"{folder}: the state does not describe a rollout of a video: {error.args[0]}.") from None
     if patch := given.get("pipeline"):
@@ -280,7 +281,7 @@ def _check(rollout: Rollout, repository: Any, mesh: Any) -> None:
 
     from jvdiff import sharding
     from jvdiff.media import video as videos
-    from jvdiff.streaming.text import FamilyTextEncoder, text_encoder_of
+    from jvdiff.streaming import FamilyTextEncoder
 
     config, configs = rollout.config, repository.models.configs
     cfg = config.diffusion_model.transformer
@@ -288,18 +289,17 @@ def _check(rollout: Rollout, repository: Any, mesh: Any) -> None:
         raise UsageError("pipeline.decoder is None; a video needs one. For latents use jvdiff.streaming in Python.")
     for component, name, part in (
         (cfg, "diffusion_model.transformer.network", "transformer"),
-        (cfg, "diffusion_model.transformer.text_encoder", "text_encoder"),
+        (cfg.text_encoder, "diffusion_model.transformer.text_encoder.network", "text_encoder"),
         (config.decoder, "decoder.vae", "vae"),
     ):
         found = getattr(component, name.rpartition(".")[2], None)
-        if type(found) is type(configs[part]) and found != configs[part]:
+        if component is not None and component.part == part and found != configs[part]:
             raise UsageError(f"pipeline.{name} is not that of the weights; leave it as the repository has it.")
     ratio, (_, height, width, *_) = config.decoder.spatial_compression_ratio, cfg.latent_shape
     videos.check_mp4(height * ratio, width * ratio)
     texts, rows = [*rollout.prompts.values(), rollout.negative_prompt], cfg.text_shape[0]
-    encoder = text_encoder_of(cfg.text_encoder)
-    if isinstance(encoder, FamilyTextEncoder):  # what another one makes of a prompt is known once it has weights
-        counts = encoder.token_counts(repository.models.files["tokenizer"], texts)
+    if isinstance(cfg.text_encoder, FamilyTextEncoder):  # what another one makes of a prompt, its weights say
+        counts = cfg.text_encoder.token_counts(repository.models.files["tokenizer"], texts)
         for text, tokens in zip(texts, counts, strict=True):
             if tokens > rows:
                 raise UsageError(f"the prompt {text!r:.60} has {tokens} tokens; text_rows is {rows}. Shorten it.")

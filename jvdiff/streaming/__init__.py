@@ -12,12 +12,14 @@ from jvdiff.streaming.contracts import Decoder, Encoder, Reencoding, Scheduler, 
 from jvdiff.streaming.loading import config_from_json, config_of, load, override, register, rollout_of
 from jvdiff.streaming.rollout import StreamInferencePipeline
 from jvdiff.streaming.state import FinalState, StreamCache, copy, device_memory
+from jvdiff.streaming.text import FamilyTextEncoder
 from jvdiff.streaming.values import derive_config, to_json
 
 __all__ = [
     "Decoder",
     "DiffusionModelConfig",
     "Encoder",
+    "FamilyTextEncoder",
     "FinalState",
     "FlowMatchSchedulerConfig",
     "ImageEncoder",

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jvdiff import models
 from jvdiff.errors import UsageError
 from jvdiff.sharding import Placement
-from jvdiff.streaming.contracts import bind
+from jvdiff.streaming.contracts import bind, check_network
 from jvdiff.streaming.values import tree
 from jvdiff.types import Array, Params
 
@@ -44,7 +44,7 @@ class _OverVAE:
     setup = bind
 
     def __post_init__(self):
-        models.rollout(self.vae)  # refuses what is no VAE of a family
+        check_network("vae", self.vae, 1)
 
     def __str__(self) -> str:
         return tree(self)

@@ -21,7 +21,7 @@ from jvdiff.models.family import Rollout
 from jvdiff.pipeline.settings import check_seed
 from jvdiff.sharding import Placement, Sizes
 from jvdiff.streaming.codec import concatenated, stamped
-from jvdiff.streaming.contracts import Decoder, Encoder, Scheduler, Transformer, bind, check
+from jvdiff.streaming.contracts import Decoder, Encoder, Scheduler, TextEncoder, Transformer, bind, check, check_network
 from jvdiff.streaming.text import text_encoder_of
 from jvdiff.streaming.values import check_fields, to_json, tree
 from jvdiff.types import Array, Params
@@ -146,7 +146,8 @@ class TransformerConfig:
     One of your own may be derived from it, and have another `finalize_kv_cache` or `postprocess_clean_latent`.
 
     network: configuration, of a family that makes a video chunk by chunk
-    text_encoder: configuration of the family's, or a TextEncoder; None: prompts are rows of text
+    text_encoder: a TextEncoder, for instance FamilyTextEncoder, which the configuration of a family's network becomes;
+        None: rows of text are given in place of prompts
     height, width: of the latents
     text_length: rows of text that the network attends to
     text_rows: how many of these a prompt may fill; the others are zeros, which cost nothing
@@ -180,7 +181,9 @@ class TransformerConfig:
 
     def __post_init__(self):
         check_fields(self)
-        _ = self.span, text_encoder_of(self.text_encoder)  # refuses what is invalid
+        check_network("network", self.network, 0)
+        _ = self.span  # refuses what is invalid
+        object.__setattr__(self, "text_encoder", text_encoder_of(self.text_encoder))
         for name, patch in zip(("height", "width"), self.network.patch_size[1:], strict=True):
             value = getattr(self, name)
             if value < patch or value % patch:
@@ -336,6 +339,8 @@ class DiffusionModelConfig:
         object.__setattr__(self, "seed", check_seed(self.seed))
         check("transformer", self.transformer, Transformer)
         check("scheduler", self.scheduler, Scheduler)
+        if self.transformer.text_encoder is not None:
+            check("text_encoder", self.transformer.text_encoder, TextEncoder)
         shape = self.transformer.latent_shape
         if len(shape) != 4 or not all(type(size) is int and size > 0 for size in shape):
             raise UsageError(f"latent_shape of {type(self.transformer).__name__} is {shape!r:.60}; expected (T,H,W,C).")

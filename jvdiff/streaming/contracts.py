@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from jvdiff import models
 from jvdiff.diffusion import Solver
 from jvdiff.errors import UsageError
 from jvdiff.sharding import Placement
@@ -105,7 +106,7 @@ class Transformer(Protocol):
     """The network with what it remembers of the video, chunk by chunk.
 
     part: name of its weights
-    text_encoder: of its prompts; None: it is given rows of text
+    text_encoder: a TextEncoder for its prompts; None: it is given rows of text
     latent_shape: of a chunk of one rollout, (T,H,W,C)
     text_shape: (S,D) of the rows of text that it takes
     image_shape: of the image embeddings of one rollout that travel beside the text; None: it takes none
@@ -220,6 +221,14 @@ def check(where: str, value: Any, protocol: type) -> None:
             f"{where} is {value!r:.80}, which is no {protocol.__name__}: it lacks {', '.join(missing)}.\n"
             f"{DOCS} has the contract."
         )
+
+
+def check_network(where: str, config: Any, place: int) -> None:
+    """Raises UsageError unless it is the configuration of a transformer (place 0), VAE (1) or text encoder (2), of a
+    family that makes videos chunk by chunk (`jvdiff.models.rollout`)."""
+    kind = models.rollout(config).configs[place]
+    if type(config) is not kind:
+        raise UsageError(f"{where} is a {type(config).__name__}; expected a {kind.__name__}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,14 +26,15 @@ from jvdiff.streaming.config import (
     TransformerConfig,
     UniPCSchedulerConfig,
 )
-from jvdiff.streaming.contracts import COMPONENTS, DOCS, lacking, members
+from jvdiff.streaming.contracts import COMPONENTS, DOCS, Transformer, lacking, members
 from jvdiff.streaming.rollout import StreamInferencePipeline
+from jvdiff.streaming.text import FamilyTextEncoder
 from jvdiff.streaming.values import CLASSES, derive_config, from_json
 from jvdiff.types import Params
 
 _OWN = (
     StreamInferencePipelineConfig, DiffusionModelConfig, TransformerConfig, FlowMatchSchedulerConfig,
-    UniPCSchedulerConfig, StreamingVideoDecoder, StreamingVideoEncoder, ImageEncoder, NullEncoder,
+    UniPCSchedulerConfig, FamilyTextEncoder, StreamingVideoDecoder, StreamingVideoEncoder, ImageEncoder, NullEncoder,
 )  # fmt: skip
 CLASSES.update({kind.__name__: kind for kind in _OWN})
 
@@ -140,8 +141,8 @@ def override(config: StreamInferencePipelineConfig, patch: Mapping[str, Any]) ->
     """`derive_config` of values as JSON and command lines have them.
 
     A list is a tuple. An object that names its class, as those of `to_json` do, takes the place of what was there; the
-    fields that it leaves out have their defaults. Where they have none, `vae` is the decoder's, and `network` and the
-    like are the transformer's; a class derived from the transformer's keeps all of its values.
+    fields that it leaves out have their defaults. Where they have none, `vae` is the decoder's, and those of a
+    transformer are those of the one that was there; a class derived from that one's keeps all of its values.
 
     Raises:
         KeyError, TypeError, UsageError: as `derive_config`.
@@ -152,8 +153,9 @@ def override(config: StreamInferencePipelineConfig, patch: Mapping[str, Any]) ->
     decoder, transformer = config.decoder, config.diffusion_model.transformer
     network = getattr(transformer, "network", None) or getattr(decoder, "vae", None)
     classes: dict[str, Any] = dict(CLASSES) if network is None else _classes(models.rollout(network))
-    known = {"vae": getattr(decoder, "vae", None)} | vars(transformer)
+    vae = {"vae": getattr(decoder, "vae", None)}
     for name, kind in classes.items():
+        known = vae if lacking(kind, Transformer) else vars(transformer)
         derived = type(transformer) in kind.__mro__[1:]
         fields = [field.name for field in dataclasses.fields(kind) if derived or field.default is dataclasses.MISSING]
         classes[name] = partial(kind, **{field: known[field] for field in fields if known.get(field) is not None})

@@ -39,7 +39,6 @@ from jvdiff.streaming.config import StreamInferencePipelineConfig
 from jvdiff.streaming.contracts import Reencoding, lacking
 from jvdiff.streaming.programs import Programs
 from jvdiff.streaming.state import Clock, FinalState, StreamCache
-from jvdiff.streaming.text import text_encoder_of
 from jvdiff.types import Array, Params
 
 # ----------------------------------------------------------------------------------------------------------- pipeline
@@ -351,7 +350,7 @@ class StreamInferencePipeline:
         texts = guards.check_prompts(prompts, negative_prompt)
         if self._branches == 2:
             texts += [negative_prompt] * len(texts)
-        encoder = text_encoder_of(self._transformer.text_encoder)
+        encoder = self._transformer.text_encoder
         if encoder is None:
             raise UsageError("this pipeline has no text encoder; give text rows in place of prompts.")
         if encoder.part is not None and encoder.part not in self.params:

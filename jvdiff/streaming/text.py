@@ -12,7 +12,7 @@ from typing import Any
 from jvdiff import models
 from jvdiff.errors import UsageError
 from jvdiff.sharding import Placement
-from jvdiff.streaming.contracts import TextEncoder, bind, check, lacking
+from jvdiff.streaming.contracts import TextEncoder, bind, check, check_network, lacking
 from jvdiff.types import Array, Params
 
 
@@ -25,6 +25,9 @@ class FamilyTextEncoder:
 
     network: Any
     setup = bind
+
+    def __post_init__(self):
+        check_network("text_encoder", self.network, 2)
 
     @property
     def part(self) -> str:
@@ -52,8 +55,6 @@ def text_encoder_of(config: Any) -> TextEncoder | None:
     """
     if config is None or not lacking(type(config), TextEncoder):
         return config
-    try:
-        models.rollout(config)
-    except UsageError:
+    if not hasattr(type(config), "from_json"):  # as the configurations of networks have it
         check("text_encoder", config, TextEncoder)
     return FamilyTextEncoder(config)

@@ -135,6 +135,9 @@ def from_json(value: Any, classes: Mapping[str, Any]) -> Any:
             "A class of your own is known once it is registered: jvdiff.streaming.register(name, cls)."
         )
     try:
-        return classes[name](**fields)
+        made = classes[name](**fields)
+        return (
+            made.from_json(made.to_json()) if hasattr(made, "from_json") else made
+        )  # a network's says what is invalid
     except (TypeError, ValueError) as error:  # UsageError is one
         raise CheckpointError(f"a configuration of {name} cannot be read: {error}") from None

@@ -4,6 +4,7 @@ B rollouts · T latent frames of a chunk · H W latent grid · C latent channels
 """
 
 import dataclasses
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from jvdiff import diffusion, streaming
 from jvdiff.diffusion import schedules
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import wan
-from jvdiff.models.wan.rollout import ROLLOUT
+from jvdiff.models.text import umt5
+from jvdiff.models.wan.rollout import ROLLOUT, SELF_FORCING_WAN_2_1_T2V_1_3B
 from jvdiff.runtime import run_state
 from jvdiff.streaming import contracts, derive_config, values
 
@@ -201,6 +203,10 @@ def test_components_alone():
     )
     np.testing.assert_array_equal(flow, np.full((1, 2, 2, 3, 4), -2.0))
     assert isinstance(streaming.FlowMatchSchedulerConfig().setup(), diffusion.Solver)
+    published = SELF_FORCING_WAN_2_1_T2V_1_3B.diffusion_model.transformer
+    assert published.text_encoder == streaming.FamilyTextEncoder(umt5.UMT5_XXL)
+    for component in (published, published.text_encoder, decoder, streaming.ImageEncoder(vae)):
+        assert component.setup("weights").params == "weights"
     latents = OWN.diffusion_model.setup(WEIGHTS)
     assert latents.config.decoder is None and latents.config.diffusion_model == OWN.diffusion_model
 
@@ -271,6 +277,29 @@ def test_json_names_what_was_registered_and_nothing_else(registry):
         streaming.config_from_json(written | {"encoder": {"class": "os.system"}}, ROLLOUT)
     Impostor = dataclass(frozen=True)(type("NullEncoder", (Push,), {}))
     assert streaming.to_json(Impostor())["class"].endswith("test_components.NullEncoder")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            "diffusion_model.transformer.network",
+            {"class": "NullEncoder"},
+            "NullEncoder is not a configuration of a model",
+        ),
+        ("diffusion_model.transformer.network.patch_size", [1, 0, 0], "patch_size"),
+        ("diffusion_model.transformer.text_encoder.network", None, "not a configuration of a model"),
+        ("diffusion_model.transformer.len_t", "3", "len_t is '3'; expected int"),
+        ("decoder", {"class": "UniPCSchedulerConfig"}, "is no Decoder: it lacks part, spatial"),
+        ("decoder.vae", 5, "int is not a configuration of a model"),
+    ],
+)
+def test_json_whose_parts_are_in_the_wrong_places_is_refused(path, value, message):
+    written = json.loads(json.dumps(streaming.to_json(SELF_FORCING_WAN_2_1_T2V_1_3B)))
+    *parents, name = path.split(".")
+    functools.reduce(lambda value, key: value[key], parents, written)[name] = value
+    with pytest.raises(CheckpointError, match=message):
+        streaming.config_from_json(written, ROLLOUT)
 
 
 def without(cls, name):
