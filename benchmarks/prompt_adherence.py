@@ -4,7 +4,7 @@
     python benchmarks/prompt_adherence.py --checkpoint checkpoints/digits  # and 200 clips generated from it
     python benchmarks/prompt_adherence.py --vae checkpoints/digits         # and the VAE's round trip of held-out clips
     python benchmarks/prompt_adherence.py --clips-from out                 # and the .mp4 files of a folder, or one .npz
-    python benchmarks/prompt_adherence.py --stream checkpoints/digits-stream  # and streams of 40 chunks that turn
+    python benchmarks/prompt_adherence.py --stream checkpoints/digits-stream  # and streams that turn
     python benchmarks/prompt_adherence.py --classes runs/latent_video_digits/repository  # and clips by class
 
 The prompts are the 32 combinations that training never shows, in turn, each clip with a seed of its own. The judge is
@@ -48,6 +48,10 @@ def main() -> int:
     parser.add_argument("--clips-from", help="judge the .mp4 files of this folder, or this .npz")
     parser.add_argument("--stream", help="generate streams from this checkpoint of a causal model")
     parser.add_argument("--rollouts", type=int, default=64, help="how many streams to generate")
+    parser.add_argument("--chunks", type=int, default=stream_adherence.LATE, help="of each stream, 40 or more")
+    parser.add_argument("--straight", action="store_true", help="streams whose prompts never change")
+    parser.add_argument("--context-noise", type=float, help="of streams; default: the checkpoint's")
+    parser.add_argument("--sink-noise", type=float, help="of streams; default: the checkpoint's")
     parser.add_argument("--classes", help="generate clips of each class from this folder of a class-conditional model")
     parser.add_argument(
         "--guidances", type=float, nargs="+", default=[1, 3.5, 7.5, 15], help="which --classes compares"
@@ -58,7 +62,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="clips (default: 10) or streams (default: 16) generated at a time")
     parser.add_argument("--steps", type=int, help="default: the checkpoint's")
     parser.add_argument("--guidance", type=float, help="default: the checkpoint's")
-    parser.add_argument("--save", help="write the generated clips, or streams, to this .npz as well")
+    parser.add_argument("--save", help="write the generated clips, or 40 chunks of streams, to this .npz")
     parser.add_argument("--output", type=Path, default=RESULTS / "prompt_adherence.json")
     args = parser.parse_args()
 
@@ -103,11 +107,19 @@ def main() -> int:
     if args.stream:
         from jvdiff import streaming
 
-        pipe = streaming.load(args.stream)
-        found, videos = stream_adherence.measure(judge, pipe, args.rollouts, args.batch or 16, args.seed)
-        report["stream"] = {"checkpoint": Path(args.stream).name} | found | common
+        noise = {"context_noise": args.context_noise, "sink_noise": args.sink_noise}
+        noise = {name: value for name, value in noise.items() if value is not None}
+        chosen = streaming.derive_config(streaming.config_of(args.stream), diffusion_model=noise)
+        pipe = streaming.load(args.stream, config=chosen)
+        found, videos = stream_adherence.measure(
+            judge, pipe, args.rollouts, args.batch or 16, args.seed, args.chunks, args.straight
+        )
+        report["stream_straight" if args.straight else "stream"] = (
+            {"checkpoint": Path(args.stream).name} | noise | found | common
+        )
         stream_adherence.show("real streams", found["judge_on_real_streams"])
         stream_adherence.show("generated streams", found["generated"])
+        stream_adherence.show_held(found["rollouts_at"])
         print("goals: " + ", ".join(f"{name} {'met' if met else 'missed'}" for name, met in found["met"].items()))
         if args.save:
             np.savez_compressed(args.save, video=videos)

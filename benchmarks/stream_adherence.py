@@ -1,16 +1,23 @@
-"""Does a stream show what its prompt says, now and forty chunks later? The part --stream of prompt_adherence.py.
+"""Does a stream show what its prompt says, now and 400 chunks later? The part --stream of prompt_adherence.py.
 
     python benchmarks/prompt_adherence.py --stream checkpoints/digits-stream
+    python benchmarks/prompt_adherence.py --stream checkpoints/digits-stream --chunks 400 [--straight]
 
-Every rollout is one digit whose prompt changes its direction every few chunks. Each chunk is judged by itself: digit
-and colour in all chunks, direction in those after the one in which it changed (a digit cannot turn before it is told
-to, and may do so anywhere in that chunk). Beside the generated rollouts stand real ones, held-out glyphs moving by the
-same prompts: what the judge makes of them is the most that can be reached. Chunks are counted from 1.
+Every rollout is one digit whose prompt changes its direction every few chunks, or never (--straight). Each chunk is
+judged by itself: digit and colour in all chunks, direction in those after the one in which it changed (a digit cannot
+turn before it is told to, and may do so anywhere in that chunk). Beside the generated rollouts stand real ones,
+held-out glyphs moving by the same prompts: what the judge makes of them is the most that can be reached. Chunks are
+counted from 1.
+
+The digit reader sees some digit in a stripe too. So the shape is judged beside it (`jvdiff.digits.judge.shapes`): a
+rollout is right at a chunk if digit, colour and direction are, and it is neither closed to a stripe nor too long. It is
+kept if it is right and not lost, which is to say still like its own second chunk.
 
 B rollouts · F pixel frames · Y X pixel height, width.
 """
 
 import itertools
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +29,7 @@ import numpy as np
 from jvdiff.digits import clips as digits
 from jvdiff.digits import judge as digits_judge
 from jvdiff.digits.clips import Combo
-from jvdiff.digits.judge import Seen
+from jvdiff.digits.judge import Seen, Shape
 from jvdiff.errors import UsageError
 from jvdiff.types import Params
 
@@ -31,31 +38,50 @@ PAUSES = (3, 9)  # chunks from one change of direction to the next, fewest and m
 GOALS = {"digit": 85.0, "colour": 95.0, "direction": 90.0, "drift": 5.0}  # percent, and points
 EARLY, LATE = 5, 40  # the chunks between which there may be no drift
 AROUND = {EARLY: (3, 7), LATE: (36, 40)}  # and, as one chunk is few clips, windows of five
+HELD_AT = (5, 40, 120, 400)  # chunks at which rollouts are counted
 
 
-def measure(judge: Params, pipe: Any, rollouts: int, batch: int, seed: int) -> tuple[dict[str, Any], np.ndarray]:
-    """The report on rollouts of 40 chunks, and the video uint8 [B,F,Y,X,3] that it is about."""
-    real, wanted = streams(rollouts, LATE, seed)
-    began = time.perf_counter()
-    videos = np.concatenate([generate(pipe, w, seed + i) for i, w in _parts(wanted, batch)])
-    seconds = time.perf_counter() - began
-    generated = report_on(seen_in(judge, videos), wanted)
+def measure(
+    judge: Params, pipe: Any, rollouts: int, batch: int, seed: int, chunks: int = LATE, straight: bool = False
+) -> tuple[dict[str, Any], np.ndarray]:
+    """The report on rollouts of so many chunks, at least 40, and the video of the first 40, uint8 [B,F,Y,X,3].
+
+    straight: prompts never change.
+    """
+    if chunks < LATE:
+        raise UsageError(f"chunks is {chunks}; expected {LATE} or more.")
+    real, wanted = streams(rollouts, chunks, seed)
+    shown = [stream[:LATE] for stream in wanted]
+    if straight:
+        wanted = [stream[:1] * chunks for stream in wanted]
+    seen: list[list[Seen]] = []
+    shapes: list[list[Shape]] = []
+    videos, began, seconds = [], time.perf_counter(), 0.0
+    for i, part in _parts(wanted, batch):
+        video = generate(pipe, part, seed + i)
+        seconds += time.perf_counter() - began
+        seen, shapes = seen + seen_in(judge, video), shapes + shapes_in(video)
+        videos.append(video[:, : _start(LATE)].copy())
+        began = time.perf_counter()
+    generated = report_on(seen, wanted)
     report = {
         "rollouts": rollouts,
-        "chunks": LATE,
+        "chunks": chunks,
+        "turning": not straight,
         "seed": seed,
         "seconds": round(seconds, 1),
-        "seconds_per_chunk_of_a_batch": round(seconds / LATE / -(-rollouts // batch), 3),
-        "judge_on_real_streams": report_on(seen_in(judge, real), wanted),
+        "seconds_per_chunk_of_a_batch": round(seconds / chunks / -(-rollouts // batch), 3),
+        "judge_on_real_streams": report_on(seen_in(judge, real), shown),
         "generated": generated,
+        "rollouts_at": {f"chunk {n}": held_at(seen, shapes, wanted, n) for n in HELD_AT if n <= chunks},
         "goals": GOALS,
         "met": goals_met(generated),
     }
-    return report, videos
+    return report, np.concatenate(videos)
 
 
 def streams(rollouts: int, chunks: int, seed: int) -> tuple[np.ndarray, list[list[Combo]]]:
-    """Real streams of held-out glyphs, uint8 [B,F,64,64,3], and what each chunk of each should show.
+    """Real streams of held-out glyphs, at most 40 chunks of each, uint8 [B,F,64,64,3], and what each chunk should show.
 
     A direction lasts PAUSES chunks, the first one any number up to that, so that chunks of all numbers are equally far
     from a change. All combinations appear, also those that training never shows.
@@ -68,7 +94,7 @@ def streams(rollouts: int, chunks: int, seed: int) -> tuple[np.ndarray, list[lis
         changes = at[at < chunks]
         video, prompts = digits.stream(rng, _start(chunks), [_start(c) for c in changes.tolist()], "test", "all")
         combos = [digits.parse_prompt(p) for p in prompts]
-        videos.append(video)
+        videos.append(video[: _start(LATE)].copy())  # 400 chunks of 64 streams are 4 GB
         wanted.append([combos[n] for n in np.searchsorted(changes, np.arange(chunks), side="right")])
     return np.stack(videos), wanted
 
@@ -96,10 +122,48 @@ def generate(pipe: Any, wanted: Sequence[Sequence[Combo]], seed: int) -> np.ndar
 
 def seen_in(judge: Params, videos: np.ndarray) -> list[list[Seen]]:
     """What each chunk of each stream uint8 [B,F,Y,X,3] shows."""
-    starts = [_start(i) for i in range(videos.shape[1] // CHUNK_FRAMES[1] + 2)]
-    chunks = [videos[:, a:b] for a, b in itertools.pairwise(starts) if b <= videos.shape[1]]
-    by_chunk = [digits_judge.look(judge, chunk, torus=True) for chunk in chunks]
+    by_chunk = [digits_judge.look(judge, chunk, torus=True) for chunk in _chunks(videos)]
     return [list(stream) for stream in zip(*by_chunk, strict=True)]
+
+
+def shapes_in(videos: np.ndarray) -> list[list[Shape]]:
+    """The shape in each chunk of each stream uint8 [B,F,Y,X,3], beside its own second chunk."""
+    chunks = _chunks(videos)
+    by_chunk = [digits_judge.shapes(chunk, chunks[1]) for chunk in chunks]
+    return [list(stream) for stream in zip(*by_chunk, strict=True)]
+
+
+def held_at(
+    seen: Sequence[Sequence[Seen]], shapes: Sequence[Sequence[Shape]], wanted: Sequence[Sequence[Combo]], chunk: int
+) -> dict[str, dict[str, Any]]:
+    """How many rollouts are right at a chunk, counted from 1, and how many wrong in which way, each with its interval.
+
+    A rollout that is told to turn in this very chunk may move as it likes.
+    """
+    i = chunk - 1
+    cells = [(s[i], shape[i], w[max(i - 1, 0) : chunk]) for s, shape, w in zip(seen, shapes, wanted, strict=True)]
+    settled = [s.direction == w[-1].direction or w[0] != w[-1] for s, _, w in cells]
+    ways = {
+        "digit": [s.digit == w[-1].digit for s, _, w in cells],
+        "colour": [s.colour == w[-1].colour for s, _, w in cells],
+        "direction": settled,
+        "closed": [shape.closed for _, shape, _ in cells],
+        "too_long": [shape.too_long for _, shape, _ in cells],
+        "lost": [shape.lost for _, shape, _ in cells],
+    }
+    rows = list(zip(*ways.values(), strict=True))
+    ways["right"] = [all(row[:3]) and not any(row[3:5]) for row in rows]
+    ways["kept"] = [all(row[:3]) and not any(row[3:]) for row in rows]
+    return {way: {"rollouts": sum(found), "of": len(found)} | _interval(found) for way, found in ways.items()}
+
+
+def _interval(found: Sequence[bool]) -> dict[str, Any]:
+    """Wilson's interval of 95 % for the share of what is true, in percent."""
+    n, z = len(found), 1.96
+    share = sum(found) / n
+    middle, scale = share + z * z / (2 * n), 1 + z * z / n
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return {"interval_percent": [round(100 * (middle + sign * half) / scale, 1) for sign in (-1, 1)]}
 
 
 def report_on(seen: Sequence[Sequence[Seen]], wanted: Sequence[Sequence[Combo]]) -> dict[str, Any]:
@@ -160,12 +224,29 @@ def show(what: str, report: dict[str, Any]) -> None:
         print(f"  points lost, {pair}: " + ", ".join(f"{field} {points}" for field, points in lost.items()))
 
 
+def show_held(report: dict[str, dict[str, Any]]) -> None:
+    """Prints `held_at` of some chunks."""
+    for name, ways in report.items():
+        counts = (
+            f"{way.replace('_', ' ')} {row['rollouts']}/{row['of']} ({row['interval_percent'][0]:.0f} to "
+            f"{row['interval_percent'][1]:.0f} %)"
+            for way, row in ways.items()
+        )
+        print(f"  rollouts at {name}: {', '.join(counts)}")
+
+
 def goals_met(report: dict[str, Any]) -> dict[str, bool]:
     """Whether generated streams reach GOALS; drift is judged over the windows of chunks."""
     whole = next(iter(report.values()))
     met = {field: whole[field]["percent"] >= GOALS[field] for field in ("digit", "colour", "direction")}
     drift = list(report["drift_points"].values())[-1]
     return met | {"drift": all(drift[field] <= GOALS["drift"] for field in Combo._fields)}
+
+
+def _chunks(videos: np.ndarray) -> list[np.ndarray]:
+    """The chunks of streams uint8 [B,F,Y,X,3]."""
+    starts = [_start(i) for i in range(videos.shape[1] // CHUNK_FRAMES[1] + 2)]
+    return [videos[:, a:b] for a, b in itertools.pairwise(starts) if b <= videos.shape[1]]
 
 
 def _start(chunk: int) -> int:

@@ -179,11 +179,11 @@ def self_forcing(
 
 
 def nearest_sigma(t: float, timesteps: np.ndarray, sigmas: np.ndarray) -> float:
-    """The sigma of the entry whose timestep is nearest to t, the first of two that are equally near: what noise of
-    level t is, to a sampler that knows these entries only. timesteps [N], sigmas [N] or longer.
+    """The sigma of the entry whose timestep is nearest to t, the first of two that are equally near. timesteps [N],
+    sigmas [N] or longer.
 
-    Self-Forcing's samplers know the whole `training` table, UniPC's the steps of its own schedule: t = 128 at shift 5
-    is 0.129928 to the first, and 0.0925 to 50 steps of UniPC on the grid "training".
+    For a step that has to be an entry of a table. To noise to the level that a network is told, take t / 1000 instead:
+    the nearest entry of few steps may be far away.
 
     Raises UsageError for a t that is not a finite number.
     """

@@ -141,8 +141,7 @@ def ddpm(schedule: Schedule) -> Solver:
 def add_noise(clean: Array, sigma: Any, key: Array) -> Array:
     """(1 - sigma) clean + sigma * noise, float32 [B,...]; noise float32 at the (global) shape of `clean`, from `key`.
 
-    sigma: a number, or an array that has clean's rank and broadcasts. `schedules.nearest_sigma` gives that of a
-    timestep.
+    sigma: a number, or an array that has clean's rank and broadcasts; that of a timestep is timestep / 1000.
     """
     return (1 - sigma) * clean.astype(jnp.float32) + sigma * jax.random.normal(key, clean.shape, jnp.float32)
 

@@ -21,6 +21,9 @@ from jvdiff.types import Array, Params
 WINDOW = 40  # pixels around the centroid that are shown to the network ..
 INPUT = 20  # .. after 2 x 2 averaging, so that a 32-pixel digit becomes 16 pixels tall
 FAINT = 48  # levels of 255 below which a pixel counts as background
+OCCUPIED = 96  # the sum of light above which a row or a column shows something
+CLOSED, TOO_LONG = 0.93, 0.65  # shares of rows or columns: a stripe across the picture, and what becomes one
+LOST = 0.775  # likeness below which a shape is another
 
 
 class Seen(NamedTuple):
@@ -29,6 +32,32 @@ class Seen(NamedTuple):
     colour: str | None
     digit: int | None
     direction: str | None
+
+
+class Shape(NamedTuple):
+    """What the light of a part of a stream looks like, which the digit reader does not ask.
+
+    occupied: the greater of the shares of columns and of rows that show something; of real digits at most 0.56
+    likeness: to another part of the stream, wherever the digit is, 0..1
+    """
+
+    occupied: float
+    likeness: float
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is a stripe that meets itself across the border."""
+        return self.occupied >= CLOSED
+
+    @property
+    def too_long(self) -> bool:
+        """Whether it is longer than any digit."""
+        return self.occupied >= TOO_LONG
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is another shape."""
+        return self.likeness < LOST
 
 
 def train(seed: int = 0, steps: int = 600, batch: int = 128) -> Params:
@@ -106,8 +135,7 @@ def look(params: Params, videos: np.ndarray, *, torus: bool = False) -> list[See
 
     `torus` says that the clips are parts of streams: what is cut by the border goes on at the opposite one.
     """
-    light = videos.max(-1)
-    light = np.where(light < FAINT, 0, light).astype(np.float32)  # [B,F,Y,X]
+    light = _light(videos)  # [B,F,Y,X]
     mass = light.sum((2, 3))  # [B,F]
     if torus:
         centre = np.stack([_circular_mean(light.sum(axis)) for axis in (3, 2)], -1)  # [B,F,2]
@@ -124,6 +152,32 @@ def look(params: Params, videos: np.ndarray, *, torus: bool = False) -> list[See
         Seen(_colour(video), int(vote.argmax()) if m.any() else None, _direction(c, m, period))
         for video, vote, c, m in zip(videos, votes, centre, mass, strict=True)
     ]
+
+
+def shapes(videos: np.ndarray, before: np.ndarray) -> list[Shape]:
+    """The shape that each part of a stream on the torus shows, and how like it is to that of an earlier part.
+
+    Three frames of each, the first, the middle and the last, stand for it: their shares are averaged, and each frame's
+    likeness is the greatest cosine of its light with that of the earlier part's middle frame, moved anywhere.
+
+    videos: uint8 [B,F,Y,X,3].
+    before: the earlier parts, uint8 [B,F',Y,X,3].
+    """
+    light = _light(videos[:, [0, videos.shape[1] // 2, -1]])  # [B,3,Y,X]
+    shares = [(light.sum(axis) > OCCUPIED).mean(-1) for axis in (2, 3)]  # of columns and of rows, [B,3]
+    occupied = np.maximum(*shares).mean(1)
+    earlier = _light(before[:, before.shape[1] // 2])[:, None]  # [B,1,Y,X]
+    spectrum = np.fft.rfft2(light) * np.fft.rfft2(earlier).conj()
+    match = np.fft.irfft2(spectrum, s=light.shape[2:]).max((2, 3))  # [B,3]
+    size = np.sqrt(np.square(light).sum((2, 3)) * np.square(earlier).sum((2, 3)))
+    likeness = (match / np.maximum(size, 1)).mean(1)
+    return [Shape(float(o), float(s)) for o, s in zip(occupied, likeness, strict=True)]
+
+
+def _light(frames: np.ndarray) -> np.ndarray:
+    """The brightest of the colours of each pixel, float32 [...,Y,X] in 0..255, and 0 where it is faint."""
+    light = frames.max(-1)
+    return np.where(light < FAINT, 0, light).astype(np.float32)
 
 
 @jax.jit

@@ -80,9 +80,8 @@ class FlowMatchSchedulerConfig:
         return renoise(self.schedule())
 
     def noise_level(self, timestep: float) -> float:
-        """The sigma of a timestep, to the network that was trained at `num_train_timesteps` levels."""
-        levels = schedules.training(**self._table())
-        return schedules.nearest_sigma(timestep, levels.timesteps, levels.sigmas)
+        """The sigma of a timestep, between 0 and `num_train_timesteps`."""
+        return timestep / self.num_train_timesteps
 
     def _table(self) -> dict[str, Any]:
         names = ("shift", "sigma_max", "sigma_min", "extra_one_step")
@@ -124,9 +123,8 @@ class UniPCSchedulerConfig:
         return unipc(self.schedule())
 
     def noise_level(self, timestep: float) -> float:
-        """The sigma of the step whose timestep is nearest."""
-        steps = self.schedule()
-        return schedules.nearest_sigma(timestep, steps.timesteps, steps.sigmas)
+        """The sigma of a timestep, which need not be one of the steps."""
+        return timestep / self.num_train_timesteps
 
 
 def _check_scheduler(config: Scheduler) -> None:
@@ -322,14 +320,16 @@ class DiffusionModelConfig:
     transformer: the network, and how much of a video it sees
     scheduler: the steps of a chunk
     seed: of rollouts that are given no key; None draws one, once, which is the field's value from then on
-    context_noise: timestep, 0..1000, at which a finished chunk goes into the cache; above 0 it is noised to that level
-        first
+    context_noise: timestep, 0..1000, which the network is told of a finished chunk when it goes into the cache; above 0
+        it is noised first, to the sigma that the scheduler's `noise_level` has for that timestep
+    sink_noise: the same for the frames that stay for ever, the first `sink_size_t` of the video; None: context_noise
     """
 
     transformer: Transformer
     scheduler: Scheduler = FlowMatchSchedulerConfig()
     seed: int | None = 0
     context_noise: float = 0
+    sink_noise: float | None = None
 
     def __str__(self) -> str:
         return tree(self)
@@ -344,8 +344,10 @@ class DiffusionModelConfig:
         shape = self.transformer.latent_shape
         if len(shape) != 4 or not all(type(size) is int and size > 0 for size in shape):
             raise UsageError(f"latent_shape of {type(self.transformer).__name__} is {shape!r:.60}; expected (T,H,W,C).")
-        if not 0 <= self.context_noise <= 1000:
-            raise UsageError(f"context_noise is {self.context_noise}; expected a timestep from 0 to 1000.")
+        for name in ("context_noise", "sink_noise"):
+            value = getattr(self, name)
+            if value and not (0 <= value <= 1000 and self.scheduler.noise_level(value) <= 1):
+                raise UsageError(f"{name} is {value}; expected a timestep from 0 to 1000, of a sigma from 0 to 1.")
 
     def setup(
         self, params: Mapping[str, Params], tokenizer: Any = None, placement: Placement | None = None

@@ -151,14 +151,15 @@ class Transformer(Protocol):
         self, params: Any, noisy_latent: Array, timestep: Array, cache: Any, input: Any, *,
         text: Any, autoregressive_index: Array, placement: Placement | None,
     ) -> Any:  # fmt: skip
-        """The past with this chunk, as the network sees it at this timestep: 0 where it is clean."""
+        """The past with this chunk, as the network sees it at this timestep: 0 where it is clean. Where the transformer
+        has a `sink_size_t`, whose frames have another noise (`sink_noise`), it is [B,T]."""
         ...
 
 
 class Reencoding(Protocol):
     """What a transformer has besides where its past can be made anew under another prompt (`set_prompts`).
 
-    A history is a pytree of arrays [B,...] of fixed shapes: what the network was given for the frames in the past.
+    A history is a pytree of arrays [B,F,...] of fixed shapes: what the network was given for the frames in the past.
     """
 
     def initialize_history(self, batch: int) -> Any:
@@ -172,7 +173,7 @@ class Reencoding(Protocol):
     def reencode(
         self, params: Any, history: Any, timestep: Array, cache: Any, *, text: Any, placement: Placement | None
     ) -> Any:
-        """The past of the same frames under this text; timestep [B]."""
+        """The past of the same frames under this text; timestep [B], or [B,F] as in `finalize_kv_cache`."""
         ...
 
 

@@ -6,6 +6,7 @@ B rollouts · T latent frames of a chunk · H W latent grid · C latent channels
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -133,21 +134,40 @@ class _Functions:
         latents: Array,
         payload: Any,
     ) -> tuple[Any, Array]:
-        transformer, noise = self._transformer, self.model.context_noise
-        if level := self.model.scheduler.noise_level(noise) if noise else 0.0:
+        first = index * len(latents[0]) + jnp.arange(len(latents[0])) < self._sink
+        if self.model.context_noise or self.model.sink_noise:
             key = jax.random.fold_in(jax.random.wrap_key_data(key), index)
-            latents = add_noise(latents, level, jax.random.fold_in(key, len(self.solver) + 1))
-        t = jnp.full(len(latents), noise, jnp.float32)
+            sigma = self._of_frames(first, lambda t: self.model.scheduler.noise_level(t) if t else 0.0)
+            latents = add_noise(
+                latents, sigma[None, :, None, None, None], jax.random.fold_in(key, len(self.solver) + 1)
+            )
         if history is not None:
-            history = transformer.remember(history, latents, past, payload)
-        how = dict(text=text, autoregressive_index=index, placement=self.placement)
-        after = transformer.finalize_kv_cache(params, latents, t, past, payload, **how)
-        _expect(transformer, "finalize_kv_cache", after, past)
+            history = self._transformer.remember(history, latents, past, payload)
+        t, how = self._told(len(latents), first), dict(autoregressive_index=index, placement=self.placement)
+        after = self._transformer.finalize_kv_cache(params, latents, t, past, payload, text=text, **how)
+        _expect(self._transformer, "finalize_kv_cache", after, past)
         return after, self._replicated(history)
 
     def reencode(self, params: Params, text: Any, past: Any, history: Any) -> Any:
-        t = jnp.full(len(jax.tree.leaves(history)[0]), self.model.context_noise, jnp.float32)
+        batch, slots = jax.tree.leaves(history)[0].shape[:2]
+        t = self._told(batch, jnp.arange(slots) < self._sink)
         return self._transformer.reencode(params, history, t, past, text=text, placement=self.placement)
+
+    @property
+    def _sink(self) -> int:
+        """How many frames, the first of the video, stay for ever."""
+        return getattr(self._transformer, "sink_size_t", 0)
+
+    def _of_frames(self, first: Array, level: Callable[[float], float]) -> Array:
+        """float32 [F]: the level at which frames are remembered; `first` bool [F]: which of them stay for ever."""
+        ring, sink = self.model.context_noise, self.model.sink_noise
+        return jnp.where(first, jnp.float32(level(ring if sink is None else sink)), jnp.float32(level(ring)))
+
+    def _told(self, batch: int, first: Array) -> Array:
+        """The timesteps of frames that are remembered: float32 [B], or [B,F] where they differ."""
+        if not self._sink or self.model.sink_noise in (None, self.model.context_noise):
+            return jnp.full(batch, self.model.context_noise, jnp.float32)
+        return jnp.broadcast_to(self._of_frames(first, float), (batch, first.size))
 
     @property
     def _transformer(self) -> Any:

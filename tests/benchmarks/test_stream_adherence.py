@@ -9,7 +9,7 @@ import pytest
 
 from jvdiff.digits import clips as digits
 from jvdiff.digits.clips import Combo
-from jvdiff.digits.judge import Seen
+from jvdiff.digits.judge import Seen, Shape
 
 
 @pytest.fixture
@@ -91,3 +91,27 @@ def test_real_streams_reach_the_goals_and_drift_is_seen(benchmark):
     report = benchmark.report_on(seen, wanted)
     assert report["drift_points"]["chunk 5 to 40"] == {"colour": 0.0, "digit": 20.0, "direction": 0.0, "all": 20.0}
     assert benchmark.goals_met(report) == {"digit": True, "colour": True, "direction": True, "drift": False}
+
+
+def test_a_rollout_is_right_at_a_chunk_if_its_shape_is_too(benchmark):
+    left, up = Combo("red", 7, "left"), Combo("red", 7, "up")
+    good, stripe, bar, drawn_anew = Shape(0.5, 0.9), Shape(1.0, 0.3), Shape(0.7, 0.8), Shape(0.5, 0.6)
+    seen = [[Seen("red", 7, "left")] * 2] * 6 + [[Seen("red", 7, "left"), Seen("red", 1, "left")]]
+    shapes = [[good, shape] for shape in (good, stripe, bar, drawn_anew, good, good, good)]
+    wanted = [[left] * 2] * 4 + [[left, up], [up, up], [left] * 2]
+    result = benchmark.held_at(seen, shapes, wanted, 2)
+    counts = {way: row["rollouts"] for way, row in result.items()}
+    assert counts == {
+        "digit": 6, "colour": 7, "direction": 6, "closed": 1, "too_long": 2, "lost": 2, "right": 3, "kept": 2,
+    }  # fmt: skip
+    assert result["kept"] == {"rollouts": 2, "of": 7, "interval_percent": [8.2, 64.1]}
+    assert benchmark.held_at(seen, shapes, wanted, 1)["right"]["rollouts"] == 6
+
+
+def test_the_shape_of_each_chunk_is_compared_with_the_second(benchmark):
+    videos, _ = benchmark.streams(2, 5, seed=3)
+    videos[0, 33:45] = videos[0, 33:34]  # chunk 4 stands still
+    videos[1, 45:] = 255
+    shapes = benchmark.shapes_in(videos)
+    assert [[shape.lost for shape in stream] for stream in shapes] == [[False] * 5, [False] * 4 + [True]]
+    assert [[shape.closed for shape in stream] for stream in shapes] == [[False] * 5, [False] * 4 + [True]]

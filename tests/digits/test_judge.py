@@ -75,3 +75,53 @@ def test_score_counts_each_property_and_all_together():
     result = digits_judge.score(seen, [Combo("red", 7, "left"), Combo("red", 7, "left")])
     assert [result[k]["right"] for k in ("colour", "digit", "direction", "all")] == [2, 1, 1, 1]
     assert result["digit"]["percent"] == 50.0
+
+
+def test_shapes_of_real_streams_are_accepted():
+    made = [digits.stream(np.random.default_rng(i), 60, [20, 41], "test", "all")[0] for i in range(40)]
+    first, *later = np.split(np.stack(made), 5, axis=1)
+    seen = [shape for part in later for shape in digits_judge.shapes(part, first)]
+    assert max(shape.occupied for shape in seen) <= 0.56 and min(shape.likeness for shape in seen) > 0.9
+    assert not any(shape.closed or shape.too_long or shape.lost for shape in seen)
+
+
+def drawn():
+    """(part of a stream, whether it is closed, too long, lost) by name; the stream was a seven."""
+    seven, nought = (
+        digits.render_stream(digits.glyphs("test")[digit, 0], "red", ["left"] * 12, 1.25, (20.3, 28.7))
+        for digit in (7, 0)
+    )
+    y, x = np.mgrid[:64, :64]
+    paint = lambda where: np.where(where, np.uint8(255), np.uint8(0))[None, :, :, None].repeat(3, 3).repeat(12, 0)  # noqa: E731
+    fading = (seven * np.linspace(1, 0, 12)[:, None, None, None]).astype(np.uint8)
+    bar = abs(y - 30) < 3
+    return seven, {
+        "as it was": (seven, False, False, False),
+        "anywhere": (np.roll(seven, (40, 23), axis=(1, 2)), False, False, False),
+        "dim": (seven // 2, False, False, False),
+        "a jump": (np.concatenate([seven[:6], np.roll(seven[6:], (20, 13), axis=(1, 2))]), False, False, False),
+        "backwards": (seven[::-1], False, False, False),
+        "a horizontal stripe": (paint(bar), True, True, True),
+        "a vertical stripe": (paint(bar.T), True, True, True),
+        "a diagonal stripe": (paint((x - y) % 64 < 6), True, True, True),
+        "a thin stripe": (paint(y == 30), True, True, True),
+        "a stripe with a small gap": (paint(bar & (x > 3)), True, True, True),
+        "a seven that grew a stripe": (np.maximum(seven, paint(bar)), True, True, True),
+        "a bar that is about to close": (np.maximum(seven, paint(bar & (x > 12))), False, True, True),
+        "light all over": (paint(x >= 0), True, True, True),
+        "two digits": (np.maximum(seven, np.roll(seven, (24, 24), axis=(1, 2))), False, True, True),
+        "a blob": (paint((y - 30) ** 2 + (x - 30) ** 2 < 150), False, False, True),
+        "a dot": (paint((y - 30) ** 2 + (x - 30) ** 2 < 9), False, False, True),
+        "another digit": (nought, False, False, True),
+        "a fade": (fading, False, False, True),
+        "nothing but what is faint": (seven // 6, False, False, True),
+        "nothing": (0 * seven, False, False, True),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", drawn()[1])
+def test_drawn_stripes_blobs_fades_and_jumps_are_told_apart(name):
+    seven, cases = drawn()
+    part, *expected = cases[name]
+    shape = digits_judge.shapes(part[None], seven[None])[0]
+    assert [shape.closed, shape.too_long, shape.lost] == expected, shape

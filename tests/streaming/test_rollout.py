@@ -167,6 +167,13 @@ def test_derived_configurations():
         (dict(transformer=dict(first_guidance_scale=0.5)), "first_guidance_scale is 0.5; expected 1 .none. to 100"),
         (dict(scheduler=dict(num_inference_steps=3)), "num_inference_steps is 3, and there are 2 denoising_timesteps"),
         (dict(context_noise=1001.0), "context_noise is 1001.0; expected a timestep from 0 to 1000"),
+        (dict(sink_noise=-1.0), "sink_noise is -1.0; expected a timestep from 0 to 1000"),
+        (
+            dict(
+                scheduler=streaming.FlowMatchSchedulerConfig(1, 5.0, (100,), num_train_timesteps=100), sink_noise=101.0
+            ),
+            "sink_noise is 101.0; expected a timestep from 0 to 1000, of a sigma from 0 to 1",
+        ),
         (
             dict(transformer=dict(network=dataclasses.replace(NETWORK, in_channels=8))),
             "takes 8 channels; with no encoder",
@@ -176,6 +183,19 @@ def test_derived_configurations():
 def test_a_configuration_that_cannot_be_is_refused(patch, message):
     with pytest.raises(UsageError, match=message):
         derive_config(LATENTS, diffusion_model=patch)
+
+
+@pytest.mark.parametrize("scheduler", [streaming.FlowMatchSchedulerConfig(), streaming.UniPCSchedulerConfig(3)])
+def test_the_noise_of_a_timestep_depends_on_no_step(scheduler):
+    for timestep in (0, 25, 128, 300, 999, 1000):
+        assert scheduler.noise_level(timestep) == timestep / 1000
+
+
+def test_a_configuration_saved_without_noise_of_the_sink_has_that_of_the_ring():
+    value = streaming.to_json(derive_config(LATENTS, diffusion_model=dict(context_noise=128.0)))
+    del value["diffusion_model"]["sink_noise"]
+    model = streaming.config_from_json(value, ROLLOUT).diffusion_model
+    assert (model.context_noise, model.sink_noise) == (128, None)
 
 
 def test_a_configuration_in_json_that_cannot_be_is_refused():
@@ -231,12 +251,13 @@ def by_hand(config, seed, texts, payloads=None, chunks=3):
                     x = (1 - after) * x + after * noise
         x = x if concatenates else stamped(payload, x)
         out.append(np.asarray(x))
-        if t := model.context_noise:
-            assert (t, shift) == (128, 5)
-            noise = jax.random.normal(jax.random.fold_in(key, len(sigmas) + 1), shape)
-            x = (1 - 0.129928) * x + 0.129928 * noise  # the entry of the training table nearest to 128
+        sink = model.context_noise if model.sink_noise is None else model.sink_noise
+        frames = range(i * cfg.len_t, (i + 1) * cfg.len_t)
+        t = jnp.array([[sink if frame < cfg.sink_size_t else model.context_noise for frame in frames]], jnp.float32)
+        noise = jax.random.normal(jax.random.fold_in(key, model.scheduler.num_inference_steps + 1), shape)
+        sigma = t[:, :, None, None, None] / 1000
+        x = (1 - sigma) * x + sigma * noise
         given = concatenated(payload, x) if concatenates else x
-        t = jnp.full(1, t, jnp.float32)
         pasts = [extend(given, t, key, past) for key, past in zip(keys, pasts, strict=True)]
     return out
 
@@ -244,15 +265,19 @@ def by_hand(config, seed, texts, payloads=None, chunks=3):
 @pytest.mark.parametrize(
     "patch",
     [
-        dict(transformer=dict(guidance_scale=3.0, apply_rope_before_kvcache=False), context_noise=128.0),
+        dict(
+            transformer=dict(guidance_scale=3.0, apply_rope_before_kvcache=False), context_noise=600.0, sink_noise=25.0
+        ),
         dict(transformer=dict(window_size_t=2, sink_size_t=0), scheduler=streaming.UniPCSchedulerConfig(3)),
-        dict(transformer=dict(first_guidance_scale=4.0)),
+        dict(
+            transformer=dict(first_guidance_scale=4.0), scheduler=streaming.UniPCSchedulerConfig(2), context_noise=128.0
+        ),
     ],
-    ids=["guided, noised context, relative rotation", "UniPC, no past", "guided at first"],
+    ids=["guided, ring and sink noised, relative rotation", "UniPC, no past", "UniPC, guided at first, noised context"],
 )
 def test_a_rollout_is_what_the_papers_say(patch):
     config = derive_config(LATENTS, diffusion_model=patch)
-    texts = [text(1), text(2)][: 1 if "UniPC" in str(patch) else 2]
+    texts = [text(1), text(2)][: 2 if "guidance_scale" in str(patch) else 1]
     pipe = config.setup(weights())
     cache = pipe.initialize_cache(jax.random.key(5), text=np.concatenate(texts))
     frames, latents, _ = rollout(pipe, cache, range(3))
@@ -431,7 +456,8 @@ def test_a_prompt_that_comes_back_changed_nothing(story):
 
 def test_a_past_that_is_reencoded():
     """Under the same prompt it is what it was; under another, as if the same latents had been made under that one."""
-    pipe = derive_config(LATENTS, diffusion_model=dict(transformer=dict(window_size_t=8))).setup(weights())
+    patch = dict(transformer=dict(window_size_t=8), context_noise=600.0, sink_noise=25.0)
+    pipe = derive_config(LATENTS, diffusion_model=patch).setup(weights())
     begun = [pipe.initialize_cache(4, text=text(words)) for words in (1, 2)]
     for i in range(2):  # both finalize the latents of the first
         _, begun[0], final = pipe.generate(i, begun[0])
