@@ -210,7 +210,7 @@ def _called_alike(kind: type, name: str, wanted: Any) -> bool:
     named = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     try:
         inspect.signature(method).bind(*parameters[: len(parameters) - len(named)], **dict.fromkeys(named))
-    except TypeError:
+    except (TypeError, ValueError):  # other arguments; a builtin, which does not tell its own
         return False
     return True
 

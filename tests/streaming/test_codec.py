@@ -277,6 +277,11 @@ def test_stamped_and_concatenated():
     mask = jax.random.uniform(jax.random.key(1), (2, 3, 2, 3, 4))
     got = concatenated({"latent": latent, "mask": mask}, x)
     np.testing.assert_array_equal(got, np.concatenate([x, mask, latent], axis=-1))
+    np.testing.assert_array_equal(concatenated(latent, x), np.concatenate([x, latent], axis=-1))
+    with pytest.raises(UsageError, match="gives no mask; this network takes a latent only where a mask says so"):
+        stamped(latent, x)
+    with pytest.raises(UsageError, match=r"gives \[2, 2, 2, 3, 4\]; chunks here are \[2, 3, 2, 3, 4\], their channels"):
+        concatenated(latent[:, :2], x)
     assert stamped(None, x) is x and concatenated(None, x) is x
 
 
