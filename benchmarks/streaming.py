@@ -130,17 +130,17 @@ def random_pipeline(config: streaming.StreamInferencePipelineConfig) -> streamin
 
 def abstract_params(config: streaming.StreamInferencePipelineConfig, dtypes: precision.Precision) -> dict[str, Any]:
     """The trees transformer and vae as ShapeDtypeStructs."""
-    assert config.decoder is not None
+    transformer: Any = config.diffusion_model.transformer
+    decoder: Any = config.decoder
     return {
-        "transformer": wan.abstract_params(config.diffusion_model.transformer.network, jnp.dtype(dtypes.transformer)),
-        "vae": wan.abstract_params(config.decoder.vae, jnp.dtype(dtypes.vae)),
+        "transformer": wan.abstract_params(transformer.network, jnp.dtype(dtypes.transformer)),
+        "vae": wan.abstract_params(decoder.vae, jnp.dtype(dtypes.vae)),
     }
 
 
 def random_text(config: streaming.StreamInferencePipelineConfig) -> jax.Array:
     """Text rows of one rollout: 60 of noise, the others zeros."""
-    cfg = config.diffusion_model.transformer
-    rows = np.zeros((1, cfg.text_rows, cfg.network.text_dim), np.float32)
+    rows = np.zeros((1, *config.diffusion_model.transformer.text_shape), np.float32)
     rows[:, :60] = np.random.default_rng(0).standard_normal(rows[:, :60].shape)
     return jnp.asarray(rows)
 

@@ -31,7 +31,6 @@ from jvdiff.runtime.files import alone, atomic, claim
 from jvdiff.runtime.interrupts import deferred
 from jvdiff.runtime.records import signed
 from jvdiff.streaming import (
-    ImageEncoder,
     StreamCache,
     StreamInferencePipeline,
     StreamInferencePipelineConfig,
@@ -343,11 +342,10 @@ def _begin(
 
 def _first_input(rollout: Rollout) -> Any:
     """What chunk 0 is given, or something like it."""
-    encoder, cfg = rollout.config.encoder, rollout.config.diffusion_model.transformer
-    if rollout.image is not None or not isinstance(encoder, ImageEncoder):
+    encoder, shape = rollout.config.encoder, rollout.config.diffusion_model.transformer.latent_shape
+    if rollout.image is not None or encoder is None:
         return rollout.image
-    ratio = encoder.spatial_compression_ratio
-    return np.zeros((1, cfg.height * ratio, cfg.width * ratio, 3), np.uint8)
+    return encoder.abstract_input(1, shape, 0)
 
 
 @contextlib.contextmanager

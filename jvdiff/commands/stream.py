@@ -198,7 +198,8 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
         prompts = {int(i): prompt for i, prompt in facts["prompts"].items()}
         now: dict[str, Any] = {name: given[name] for name in FACTS if given.get(name) is not None}
         now["checkpoint_digest"] = repository.digest
-        saved = {name: facts[name] for name in (*FACTS, "checkpoint_digest", "image")} | _flat(facts["pipeline"])
+        saved = {name: facts[name] for name in (*FACTS, "checkpoint_digest", "image")}
+        saved |= _flat(streaming.to_json(chosen))
     except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
         raise CheckpointError(f"{folder}: the state does not describe a rollout of a video: {error.args[0]}.") from None
     if patch := given.get("pipeline"):
@@ -295,32 +296,29 @@ def _check(rollout: Rollout, repository: Any, mesh: Any) -> None:
 
     from jvdiff import sharding
     from jvdiff.media import video as videos
+    from jvdiff.streaming import FamilyTextEncoder
 
     config, configs = rollout.config, repository.models.configs
-    cfg, scheduler = config.diffusion_model.transformer, config.diffusion_model.scheduler
+    cfg = config.diffusion_model.transformer
     if config.decoder is None:
         raise UsageError("pipeline.decoder is None; a video needs one. For latents use jvdiff.streaming in Python.")
-    for name, found, weights in (
-        ("diffusion_model.transformer.network", cfg.network, configs["transformer"]),
-        ("diffusion_model.transformer.text_encoder", cfg.text_encoder, configs["text_encoder"]),
-        ("decoder.vae", config.decoder.vae, configs["vae"]),
+    for component, name, part in (
+        (cfg, "diffusion_model.transformer.network", "transformer"),
+        (cfg.text_encoder, "diffusion_model.transformer.text_encoder.network", "text_encoder"),
+        (config.decoder, "decoder.vae", "vae"),
     ):
-        if found != weights:
+        found = getattr(component, name.rpartition(".")[2], None)
+        if component is not None and component.part == part and found != configs[part]:
             raise UsageError(f"pipeline.{name} is not that of the weights; leave it as the repository has it.")
-    ratio = config.decoder.spatial_compression_ratio
-    videos.check_mp4(cfg.height * ratio, cfg.width * ratio)
-    try:
-        scheduler.solver()
-    except ValueError as error:
-        raise UsageError(f"pipeline.diffusion_model.scheduler: {error}") from None
-    texts = [*rollout.prompts.values(), rollout.negative_prompt]
-    net = models.rollout(cfg.network)
-    for text, tokens in zip(texts, net.token_counts(repository.models.files["tokenizer"], texts), strict=True):
-        if tokens > cfg.text_rows:
-            raise UsageError(f"the prompt {text!r:.60} has {tokens} tokens; text_rows is {cfg.text_rows}. Shorten it.")
+    ratio, (_, height, width, *_) = config.decoder.spatial_compression_ratio, cfg.latent_shape
+    videos.check_mp4(height * ratio, width * ratio)
+    texts, rows = [*rollout.prompts.values(), rollout.negative_prompt], cfg.text_shape[0]
+    if isinstance(cfg.text_encoder, FamilyTextEncoder):  # what another one makes of a prompt, its weights say
+        counts = cfg.text_encoder.token_counts(repository.models.files["tokenizer"], texts)
+        for text, tokens in zip(texts, counts, strict=True):
+            if tokens > rows:
+                raise UsageError(f"the prompt {text!r:.60} has {tokens} tokens; text_rows is {rows}. Shorten it.")
     if isinstance(mesh, str):
         raise UsageError(f"mesh is {mesh!r}; name its axes here, for instance --mesh=sequence=4.")
-    if mesh is not None:
-        branches = 1 + cfg.guided
-        sizes = net.mesh_sizes(cfg.network, (cfg.len_t, cfg.height, cfg.width), branches, cfg.span.pattern)
-        sharding.check_mesh(mesh, sizes, jax.device_count())
+    if mesh is not None and (sizes := getattr(cfg, "mesh_sizes", None)):
+        sharding.check_mesh(mesh, sizes(1), jax.device_count())

@@ -66,6 +66,7 @@ def make(
     Raises UsageError for steps < 1, a shift that is not a positive finite number, or an unknown name.
     """
     _check_count("steps", steps)
+    _check_count("train_steps", train_steps)
     _check_shift(shift)
     if grid not in GRIDS:
         raise UsageError(f"grid must be one of {', '.join(GRIDS)}; found {grid!r}")
@@ -85,6 +86,22 @@ def make(
         sigmas = _shifted(np.linspace(1, _shifted(1 / train_steps, shift), steps), shift)
         timesteps = sigmas * train_steps
     return _schedule(sigmas, timesteps)
+
+
+def karras(
+    steps: int, *, sigma_max: float = 200.0, sigma_min: float = 0.01, rho: float = 7.0, train_steps: int = 1000
+) -> Schedule:
+    """The noise levels of Karras et al. (arXiv:2206.00364) as flow-matching sigmas s / (1 + s), from sigma_max to
+    sigma_min, both ends kept; timesteps truncated. With the authors' programs' `use_karras_sigmas` (Cosmos) n steps
+    are n + 1 of these.
+
+    Raises UsageError for steps < 1 or train_steps < 1.
+    """
+    _check_count("steps", steps)
+    _check_count("train_steps", train_steps)
+    levels = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho
+    sigmas = levels / (1 + levels)
+    return _schedule(sigmas, np.trunc(sigmas * train_steps))
 
 
 def training(

@@ -133,7 +133,8 @@ def rollouts() -> "tuple[Rollout, ...]":
 def _beside(package: str) -> "tuple[Rollout, ...]":
     """The ROLLOUT of a family's folder, where it has one."""
     name = f"{package}.rollout"
-    return (importlib.import_module(name).ROLLOUT,) if package and importlib.util.find_spec(name) else ()
+    found = package and importlib.util.find_spec(name) and getattr(importlib.import_module(name), "ROLLOUT", None)
+    return (found,) if found else ()
 
 
 def rollout(cfg: Any) -> "Rollout":

@@ -286,11 +286,11 @@ class Rollout:
     `how` are the keywords text_length, implementation and placement.
 
     The parts of such a family are transformer, text_encoder and vae, its files tokenizer. Of the transformer's
-    configuration streaming reads patch_size, in_channels and out_channels; of the VAE's spatial_factor, temporal_factor
-    and latent_channels.
+    configuration streaming reads patch_size, in_channels, out_channels and text_dim; of the VAE's spatial_factor,
+    temporal_factor and latent_channels.
 
-    configs: types of the configurations: transformer, VAE, text encoder. Saved configurations name them, and are read
-        with those of their own family
+    configs: types of the configurations, in this order: transformer, VAE, text encoder. Saved configurations name them,
+        and are read with those of their own family
     config: (name, models) -> StreamInferencePipelineConfig that a repository asks for
     dtype_of: weights of the transformer -> dtype of its keys and values
     span: (latent frames of a chunk, of the window, of the sink, whether positions are relative) -> how much of a video

@@ -184,6 +184,10 @@ def generate(
         UsageError: subjects, sizes or settings that the models cannot use.
         NumericsError: NaN or infinity, see `stages.denoise` and `stages.decode`.
     """
+    if not isinstance(pipe, Pipeline):
+        raise UsageError(f"pipe is {pipe!r:.80}; expected what jvdiff.load returns.")
+    if callback is not None and not callable(callback):
+        raise UsageError(f"callback is {callback!r:.80}; expected a function of (steps done, state).")
     subjects = check_subjects(pipe.repository, prompts=prompts, labels=labels)
     clip = pipe.clip(**settings)
     check_fits(pipe.context, clip, len(subjects))

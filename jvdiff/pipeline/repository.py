@@ -78,6 +78,8 @@ def inspect(
         CheckpointError: incomplete, damaged, or a model that jvdiff does not have.
         IntegrityError: a small file of a converted directory (a configuration, a tokenizer) is not what was written.
     """
+    if not isinstance(path, str | Path):
+        raise UsageError(f"the repository is {path!r:.80}; expected the path of a folder, or OWNER/NAME of the hub.")
     path = locate(path)
     if path.is_dir():
         safetensors.check_links(path, follow_symlinks)

@@ -7,26 +7,35 @@ from jvdiff.streaming.config import (
     StreamInferencePipelineConfig,
     TransformerConfig,
     UniPCSchedulerConfig,
-    derive_config,
-    to_json,
 )
-from jvdiff.streaming.loading import config_from_json, config_of, load, override, rollout_of
+from jvdiff.streaming.contracts import Decoder, Encoder, Reencoding, Scheduler, TextEncoder, Transformer, bind
+from jvdiff.streaming.loading import config_from_json, config_of, load, override, register, rollout_of
 from jvdiff.streaming.rollout import StreamInferencePipeline
 from jvdiff.streaming.state import FinalState, StreamCache, copy, device_memory
+from jvdiff.streaming.text import FamilyTextEncoder
+from jvdiff.streaming.values import derive_config, to_json
 
 __all__ = [
+    "Decoder",
     "DiffusionModelConfig",
+    "Encoder",
+    "FamilyTextEncoder",
     "FinalState",
     "FlowMatchSchedulerConfig",
     "ImageEncoder",
     "NullEncoder",
+    "Reencoding",
+    "Scheduler",
     "StreamCache",
     "StreamInferencePipeline",
     "StreamInferencePipelineConfig",
     "StreamingVideoDecoder",
     "StreamingVideoEncoder",
+    "TextEncoder",
+    "Transformer",
     "TransformerConfig",
     "UniPCSchedulerConfig",
+    "bind",
     "config_from_json",
     "config_of",
     "copy",
@@ -34,6 +43,7 @@ __all__ = [
     "device_memory",
     "load",
     "override",
+    "register",
     "rollout_of",
     "to_json",
 ]

@@ -3,26 +3,30 @@
     B batch · T latent frames · H W latent grid · C latent channels · F pixel frames · Y X pixel height, width
 
 Each is a frozen value, part of a rollout's configuration, with pure methods, all of which may be jitted (`self` is
-static). The `cache` that a method returns is all that it remembers; None means that the rollout begins (chunk 0).
+static): an Encoder or a Decoder of `jvdiff.streaming.contracts`. The `cache` that a method returns is all that it
+remembers; None means that the rollout begins (chunk 0).
 
 With a temporal ratio of 4 the first latent frame stands for one pixel frame and every later one for four. T latent
 frames are 1 + 4 (T - 1) pixel frames in chunk 0, and 4 T afterwards. Names as in NVIDIA's flashdreams.
 
-An encoder's `encode` takes (params of the VAE, input, cache, *, latent_frames of the chunk, placement). It returns what
-the diffusion model is given, and the new cache. Each of a placement's devices has a part of the pixels and of what the
-VAE remembers, and all of the latents. All arguments lie on the placement's mesh.
+Each of a placement's devices has a part of the pixels and of what the VAE remembers, and all of the latents. All
+arguments lie on the placement's mesh.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from jvdiff import models
 from jvdiff.errors import UsageError
 from jvdiff.sharding import Placement
+from jvdiff.streaming.contracts import bind, check_network
+from jvdiff.streaming.values import tree
 from jvdiff.types import Array, Params
 
 # latent float32 [B,T,H,W,C], normalised, and mask float32 that broadcasts to it or goes with it: 1 where it is given.
@@ -37,6 +41,23 @@ class _OverVAE:
     """
 
     vae: Any
+    setup = bind
+
+    def __post_init__(self):
+        check_network("vae", self.vae, 1)
+
+    def __str__(self) -> str:
+        return tree(self)
+
+    @property
+    def part(self) -> str:
+        """The VAE's weights."""
+        return "vae"
+
+    @property
+    def divided(self) -> bool:
+        """Whether the devices of a mesh share what is remembered, as they share pictures."""
+        return True
 
     @property
     def spatial_compression_ratio(self) -> int:
@@ -57,26 +78,31 @@ class _OverVAE:
 class _Encoder(_OverVAE):
     """Pixel frames in, latent frames out."""
 
-    def get_output_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
+    def get_output_temporal_size(self, *, autoregressive_index: int, input_temporal_size: int) -> int:
         """Latent frames that these pixel frames become. UsageError with the nearest number that works."""
-        return _latent_frames(self.vae, pixel_frames, autoregressive_index)
+        return _latent_frames(self.vae, input_temporal_size, autoregressive_index)
 
-    def get_input_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
+    def get_input_temporal_size(self, *, autoregressive_index: int, output_temporal_size: int) -> int:
         """Pixel frames that become these latent frames in the chunk of this index (from 0)."""
-        return _pixel_frames(self.vae, latent_frames, autoregressive_index)
+        return _pixel_frames(self.vae, output_temporal_size, autoregressive_index)
+
+    def _picture(self, batch: int, latent_shape: tuple[int, ...], *frames: int) -> jax.ShapeDtypeStruct:
+        """Pixels for latents (T,H,W,C), uint8 [B,*frames,Y,X,3]."""
+        size = (n * self.spatial_compression_ratio for n in latent_shape[1:3])
+        return jax.ShapeDtypeStruct((batch, *frames, *size, 3), jnp.uint8)
 
 
 @dataclass(frozen=True)
 class StreamingVideoDecoder(_OverVAE):
     """Latents of a chunk -> its pixel frames."""
 
-    def get_output_temporal_size(self, latent_frames: int, autoregressive_index: int) -> int:
+    def get_output_temporal_size(self, *, autoregressive_index: int, input_temporal_size: int) -> int:
         """Pixel frames that these latent frames become in the chunk of this index (from 0)."""
-        return _pixel_frames(self.vae, latent_frames, autoregressive_index)
+        return _pixel_frames(self.vae, input_temporal_size, autoregressive_index)
 
-    def get_input_temporal_size(self, pixel_frames: int, autoregressive_index: int) -> int:
+    def get_input_temporal_size(self, *, autoregressive_index: int, output_temporal_size: int) -> int:
         """Latent frames that become these pixel frames. UsageError with the nearest number that works."""
-        return _latent_frames(self.vae, pixel_frames, autoregressive_index)
+        return _latent_frames(self.vae, output_temporal_size, autoregressive_index)
 
     def decode(
         self, params: Params, latents: Array, cache: Any, *, placement: Placement | None = None
@@ -105,6 +131,19 @@ class StreamingVideoDecoder(_OverVAE):
 class StreamingVideoEncoder(_Encoder):
     """Pixel frames of a chunk -> its latents."""
 
+    @property
+    def channels(self) -> int:
+        """Those of the latents."""
+        return self.vae.latent_channels
+
+    def abstract_input(
+        self, batch: int, latent_shape: tuple[int, ...], autoregressive_index: int
+    ) -> jax.ShapeDtypeStruct:
+        """A video uint8 [B,F,Y,X,3] for every chunk."""
+        index = autoregressive_index
+        frames = self.get_input_temporal_size(autoregressive_index=index, output_temporal_size=latent_shape[0])
+        return self._picture(batch, latent_shape, frames)
+
     def encode(
         self,
         params: Params,
@@ -127,20 +166,32 @@ class StreamingVideoEncoder(_Encoder):
         frames = _pixels(self.vae, video, "video", "[B,F,Y,X,3]")
         index = 0 if cache is None else 1
         if latent_frames is not None:
-            count = self.get_input_temporal_size(latent_frames, index)
+            count = self.get_input_temporal_size(autoregressive_index=index, output_temporal_size=latent_frames)
             if frames.shape[1] != count:
                 raise UsageError(
                     f"{_which(index)} of {latent_frames} latent frames takes {count} pixel frames, "
                     f"found {frames.shape[1]}."
                 )
-        self.get_output_temporal_size(frames.shape[1], index)
+        self.get_output_temporal_size(autoregressive_index=index, input_temporal_size=frames.shape[1])
         latents, cache = _in_turn(models.rollout(self.vae).encode_chunk, params, self.vae, frames, cache, placement)
         return _normalized(self.vae, latents, placement), cache
 
 
 @dataclass(frozen=True)
 class NullEncoder:
-    """For inputs that are encoded already: they pass as they are."""
+    """For what needs no encoding: an array, or a pytree of them, passes to the transformer as it is."""
+
+    setup = bind
+
+    @property
+    def part(self) -> None:
+        """It has no weights."""
+        return None
+
+    @property
+    def channels(self) -> None:
+        """Not known."""
+        return None
 
     @property
     def spatial_compression_ratio(self) -> int:
@@ -152,19 +203,25 @@ class NullEncoder:
         """1: what goes in comes out."""
         return 1
 
-    def get_output_temporal_size(self, frames: int, autoregressive_index: int) -> int:
+    def get_output_temporal_size(self, *, autoregressive_index: int, input_temporal_size: int) -> int:
         """The same number."""
-        _check_size(frames, autoregressive_index)
-        return frames
+        _check_size(input_temporal_size, autoregressive_index)
+        return input_temporal_size
 
-    def get_input_temporal_size(self, frames: int, autoregressive_index: int) -> int:
+    def get_input_temporal_size(self, *, autoregressive_index: int, output_temporal_size: int) -> int:
         """The same number."""
-        _check_size(frames, autoregressive_index)
-        return frames
+        _check_size(output_temporal_size, autoregressive_index)
+        return output_temporal_size
 
     def initialize_cache(self) -> None:
         """Nothing is remembered."""
         return None
+
+    def abstract_input(
+        self, batch: int, latent_shape: tuple[int, ...], autoregressive_index: int
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """{}: anything."""
+        return {}
 
     def encode(
         self,
@@ -201,8 +258,25 @@ class ImageEncoder(_Encoder):
     mode: Literal["stamp", "concat"] = "stamp"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.mode not in ("stamp", "concat"):
             raise UsageError(f"ImageEncoder: mode is {self.mode!r}, expected 'stamp' or 'concat'.")
+
+    @property
+    def channels(self) -> int:
+        """Those of mask and latents where they are concatenated; otherwise 0."""
+        return self.vae.latent_channels + self.vae.temporal_factor if self.mode == "concat" else 0
+
+    @property
+    def divided(self) -> bool:
+        """Whether the devices of a mesh share what is remembered: the VAE's cache, and not a latent frame."""
+        return self.mode == "concat"
+
+    def abstract_input(
+        self, batch: int, latent_shape: tuple[int, ...], autoregressive_index: int
+    ) -> jax.ShapeDtypeStruct | None:
+        """A picture uint8 [B,Y,X,3] for chunk 0; None for the others."""
+        return None if autoregressive_index else self._picture(batch, latent_shape)
 
     def encode(
         self,
@@ -224,7 +298,8 @@ class ImageEncoder(_Encoder):
           dict(latent normalised float32 [B,T,H,W,C], mask float32), and the cache for the next chunk.
         """
         begins = cache is None
-        count = self.get_input_temporal_size(latent_frames, 0 if begins else 1)
+        index = 0 if begins else 1
+        count = self.get_input_temporal_size(autoregressive_index=index, output_temporal_size=latent_frames)
         if begins and image is None:
             raise UsageError("chunk 0 takes a picture [B,Y,X,3], found None.")
         if not begins and image is not None:
@@ -249,21 +324,50 @@ class ImageEncoder(_Encoder):
         return {"latent": latent, "mask": mask.at[:, 0].set(1.0) if begins else mask}, cache
 
 
-Encoder = StreamingVideoEncoder | ImageEncoder | NullEncoder
+def stamped(payload: Any, x: Array) -> Array:
+    """x [B,T,H,W,C] with the payload's latent where its mask is 1; x itself without a payload.
 
-
-def stamped(payload: Payload | None, x: Array) -> Array:
-    """x [B,T,H,W,C] with the payload's latent where its mask is 1; x itself without a payload."""
+    Raises:
+        UsageError: the payload is not a mask and a latent of x's shape.
+    """
     if payload is None:
         return x
-    mask, latent = (payload[name].astype(x.dtype) for name in ("mask", "latent"))
+    given = _latent(payload, x)
+    if given["latent"].shape != x.shape:
+        raise UsageError(f"the encoder gives latents {_shape(given['latent'])}; chunks here are {_shape(x)}.")
+    if "mask" not in given:
+        raise UsageError("the encoder gives no mask; this network takes a latent only where a mask says so.")
+    mask, latent = (given[name].astype(x.dtype) for name in ("mask", "latent"))
     return (1 - mask) * x + mask * latent
 
 
-def concatenated(payload: Payload | None, x: Array) -> Array:
-    """The network's input x | mask | latent (x | latent without a mask), along channels; x itself without a payload."""
-    parts = [payload[name].astype(x.dtype) for name in ("mask", "latent") if name in payload] if payload else []
-    return jnp.concatenate([x, *parts], axis=-1) if parts else x  # [B,T,H,W,more channels]
+def concatenated(payload: Any, x: Array) -> Array:
+    """The network's input x | mask | latent (x | latent without a mask), along channels; x itself without a payload.
+
+    payload: latents, or those and a mask by name.
+
+    Raises:
+        UsageError: the payload's frames are not those of x.
+    """
+    if payload is None:
+        return x
+    given = _latent(payload, x)
+    parts = [given[name].astype(x.dtype) for name in ("mask", "latent") if name in given]
+    if wrong := [part for part in parts if part.shape[:-1] != x.shape[:-1]]:
+        raise UsageError(f"the encoder gives {_shape(wrong[0])}; chunks here are {_shape(x)}, their channels apart.")
+    return jnp.concatenate([x, *parts], axis=-1)  # [B,T,H,W,more channels]
+
+
+def _latent(payload: Any, x: Array) -> Payload:
+    """A payload by name; an array is the latent."""
+    given = payload if isinstance(payload, Mapping) else {"latent": payload}
+    if not hasattr(given.get("latent"), "astype"):
+        raise UsageError(f"the encoder gives no latent; chunks of these rollouts are {_shape(x)}.")
+    return dict(given)
+
+
+def _shape(x: Array) -> str:
+    return str(list(x.shape))
 
 
 def _in_turn(
@@ -311,8 +415,8 @@ def _pixel_frames(vae: Any, latent_frames: int, index: int) -> int:
 
 
 def _latent_frames(vae: Any, pixel_frames: int, index: int) -> int:
-    if index < 0:
-        _check_size(1, index)
+    if not isinstance(pixel_frames, int) or not isinstance(index, int) or index < 0:
+        _check_size(pixel_frames, index)
     ratio, missing = vae.temporal_factor, vae.temporal_factor - 1 if index == 0 else 0
     total = pixel_frames + missing
     nearest = max(1, (2 * total + ratio) // (2 * ratio))
@@ -324,8 +428,10 @@ def _latent_frames(vae: Any, pixel_frames: int, index: int) -> int:
 
 
 def _check_size(frames: int, index: int) -> None:
-    if index < 0:
-        raise UsageError(f"chunks are counted from 0, found {index}.")
+    if not isinstance(index, int) or index < 0:
+        raise UsageError(f"chunks are counted from 0, found {index!r:.60}.")
+    if not isinstance(frames, int):
+        raise UsageError(f"{_which(index)} has a whole number of frames, found {frames!r:.60}.")
     if frames < 1:
         raise UsageError(f"{_which(index)} has at least 1 frame, found {frames}; the nearest is 1.")
 

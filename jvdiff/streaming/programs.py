@@ -14,26 +14,25 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from jvdiff import models
 from jvdiff.diffusion import Solver, add_noise, denoise_scan
-from jvdiff.models.family import Rollout
+from jvdiff.errors import UsageError
 from jvdiff.models.pixels import nonfinite_share, to_pixels
 from jvdiff.runtime import draws
 from jvdiff.sharding import Placement
-from jvdiff.streaming.codec import Encoder, StreamingVideoDecoder, StreamingVideoEncoder, concatenated, stamped
-from jvdiff.streaming.config import DiffusionModelConfig, TransformerConfig
+from jvdiff.streaming.config import DiffusionModelConfig
+from jvdiff.streaming.contracts import Decoder, Encoder, Transformer
 from jvdiff.types import Array, Params
 
 
 class Programs(NamedTuple):
-    """The jitted functions of a configuration, each of weights and of what a rollout remembers.
+    """The jitted functions of a configuration, each of a component's weights and of what a rollout remembers.
 
     One program of each serves all chunks of a rollout; the VAE's first chunk has one more.
 
-    text_keys: (network, rows) -> its keys and values
-    encode: (vae, input, cache) -> (payload, cache)
-    diffuse: (network, text, past, key, index, payload) -> (latents, non-finite share)
-    decode: (vae, latents, non-finite share, cache) -> (uint8 frames, non-finite share, cache)
+    text_keys: (network, rows, image embeddings) -> its keys and values
+    encode: (weights, input, cache) -> (payload, cache)
+    diffuse: (network, text, past, key, index, payload, batch=B) -> (latents, non-finite share)
+    decode: (weights, latents, non-finite share, cache) -> (uint8 frames, non-finite share, cache)
     finalize: (network, text, past, history, key, index, latents, payload) -> (past, history), both in place
     reencode: (network, text, past, history) -> past, in place
     """
@@ -50,15 +49,19 @@ class Programs(NamedTuple):
 def programs(
     model: DiffusionModelConfig,
     encoder: Encoder | None,
-    decoder: StreamingVideoDecoder | None,
+    decoder: Decoder | None,
     placement: Placement | None,
 ) -> Programs:
     """The compiled functions of a configuration on a mesh (None: one device)."""
-    functions = _Functions(model, encoder, decoder, placement, model.scheduler.solver())
+    solver = model.scheduler.setup()
+    if not isinstance(solver, Solver):
+        name = type(model.scheduler).__name__
+        raise UsageError(f"{name}.setup gives {solver!r:.60}; expected a jvdiff.diffusion.Solver.")
+    functions = _Functions(model, encoder, decoder, placement, solver)
     return Programs(
         text_keys=jax.jit(functions.text_keys),
         encode=jax.jit(functions.encode),
-        diffuse=jax.jit(functions.diffuse),
+        diffuse=jax.jit(functions.diffuse, static_argnames="batch"),
         decode=jax.jit(functions.decode),
         finalize=jax.jit(functions.finalize, donate_argnums=(2, 3)),
         reencode=jax.jit(functions.reencode, donate_argnums=2),
@@ -77,55 +80,49 @@ class _Functions:
 
     model: DiffusionModelConfig
     encoder: Encoder | None
-    decoder: StreamingVideoDecoder | None
+    decoder: Decoder | None
     placement: Placement | None
     solver: Solver
 
-    def text_keys(self, params: Params, rows: Array) -> Any:
-        return self._net.text_keys(params, self._cfg.network, rows, placement=self.placement)
+    def text_keys(self, params: Params, rows: Array, image: Array | None) -> Any:
+        return self._transformer.text_keys(params, rows, image, placement=self.placement)
 
-    def encode(self, params: Params, input: Any, cache: Any) -> tuple[Any, Any]:
+    def encode(self, params: Any, input: Any, cache: Any) -> tuple[Any, Any]:
         assert self.encoder is not None
-        frames, placement = self._cfg.span.chunk, self.placement
+        frames, placement = self._transformer.latent_shape[0], self.placement
         payload, cache = self.encoder.encode(params, input, cache, latent_frames=frames, placement=placement)
-        if isinstance(self.encoder, StreamingVideoEncoder):
-            payload = {"latent": payload}
-        return self._replicated(payload), cache
+        return self._replicated(payload), self._held(self.encoder, cache)
 
     def diffuse(
-        self, params: Params, text: Any, past: Any, key: Array, index: Array, payload: Any
+        self, params: Params, text: Any, past: Any, key: Array, index: Array, payload: Any, *, batch: int
     ) -> tuple[Array, Array]:
-        cfg = self._cfg
         key = jax.random.fold_in(draws.key_of(key), index)
-        batch = past.keys.shape[1] // (2 if cfg.guided else 1)
-        shape = (cfg.span.chunk, cfg.height, cfg.width, cfg.network.out_channels)
+        shape = self._transformer.latent_shape
         keys = _rollout_keys(key, batch)  # [B,2]
         noise = jax.vmap(lambda one: draws.normal(jax.random.fold_in(one, 0), shape))(
             draws.key_of(keys)
         )  # [B] -> [B,T,H,W,C]
         state = self._replicated(self.solver.init(noise, keys))
-        first = cfg.guidance_scale if cfg.first_guidance_scale is None else cfg.first_guidance_scale
-        scale = jnp.where(index == 0, jnp.float32(first), jnp.float32(cfg.guidance_scale))
-        latents = denoise_scan(Partial(self._flow, params, text, past, payload, scale), self.solver, state).x
-        if not self._concatenates:
-            latents = stamped(payload, latents)
-        return self._replicated((latents, nonfinite_share(latents)))
+        latents = denoise_scan(Partial(self._flow, params, text, past, payload, index), self.solver, state).x
+        clean = self._transformer.postprocess_clean_latent(latents, past, payload)
+        _expect(self._transformer, "postprocess_clean_latent", clean, latents)
+        return self._replicated((clean, nonfinite_share(clean)))
 
-    def _flow(self, params: Params, text: Any, past: Any, payload: Any, scale: Array, x: Array, t: Array) -> Array:
-        """The velocity of x [B,T,H,W,C] at t [B], guided."""
-        sample = self._branches(concatenated(payload, x) if self._concatenates else stamped(payload, x))
-        cfg, t = self._cfg, self._branches(t)
-        v = self._net.chunk_velocity(params, cfg.network, cfg.span, sample, t, text, past, **self._forward)
-        if not cfg.guided:
-            return v
-        conditional, unconditional = jnp.split(v, 2)  # [2B,T,H,W,C] -> twice [B,T,H,W,C]
-        return unconditional + scale * (conditional - unconditional)
+    def _flow(self, params: Params, text: Any, past: Any, payload: Any, index: Array, x: Array, t: Array) -> Array:
+        """The velocity of x [B,T,H,W,C] at t [B]."""
+        how = dict(text=text, autoregressive_index=index, placement=self.placement)
+        v = self._transformer.predict_flow(params, x, t, past, payload, **how).astype(jnp.float32)
+        _expect(self._transformer, "predict_flow", v, x)
+        return v
 
-    def decode(self, params: Params, latents: Array, bad: Array, cache: Any) -> tuple[Array, Array, Any]:
+    def decode(self, params: Any, latents: Array, bad: Array, cache: Any) -> tuple[Array, Array, Any]:
         assert self.decoder is not None
         frames, cache = self.decoder.decode(params, latents, cache, placement=self.placement)
+        if frames.ndim != 5 or frames.shape[0] != len(latents) or frames.shape[-1] != 3:
+            name = type(self.decoder).__name__
+            raise UsageError(f"{name}.decode gives {list(frames.shape)}; expected frames [{len(latents)},F,Y,X,3].")
         pixels, bad = self._replicated((to_pixels(frames), jnp.maximum(bad, nonfinite_share(frames))))
-        return pixels, bad, cache
+        return pixels, bad, self._held(self.decoder, cache)
 
     def finalize(
         self,
@@ -138,25 +135,29 @@ class _Functions:
         latents: Array,
         payload: Any,
     ) -> tuple[Any, Array]:
-        cfg = self._cfg
-        first = past.frames + jnp.arange(cfg.span.chunk) < cfg.span.sink
+        first = index * len(latents[0]) + jnp.arange(len(latents[0])) < self._sink
         if self.model.context_noise or self.model.sink_noise:
             key = jax.random.fold_in(draws.key_of(key), index)
             sigma = self._of_frames(first, lambda t: self.model.scheduler.noise_level(t) if t else 0.0)
             latents = add_noise(
                 latents, sigma[None, :, None, None, None], jax.random.fold_in(key, len(self.solver) + 1)
             )
-        sample = concatenated(payload, latents) if self._concatenates else latents
-        history = self._net.remembered(cfg.span, history, sample, past.frames)
-        sample = self._branches(sample)
-        t = self._told(len(sample), first)
-        past = self._net.extend(params, cfg.network, cfg.span, sample, t, text, past, **self._forward)
-        return past, self._replicated(history)
+        if history is not None:
+            history = self._transformer.remember(history, latents, past, payload)
+        t, how = self._told(len(latents), first), dict(autoregressive_index=index, placement=self.placement)
+        after = self._transformer.finalize_kv_cache(params, latents, t, past, payload, text=text, **how)
+        _expect(self._transformer, "finalize_kv_cache", after, past)
+        return after, self._replicated(history)
 
-    def reencode(self, params: Params, text: Any, past: Any, history: Array) -> Any:
-        cfg, history = self._cfg, self._branches(history)
-        t = self._told(len(history), jnp.arange(cfg.span.slots) < cfg.span.sink)
-        return self._net.reencode(params, cfg.network, cfg.span, history, t, text, past, **self._forward)
+    def reencode(self, params: Params, text: Any, past: Any, history: Any) -> Any:
+        batch, slots = jax.tree.leaves(history)[0].shape[:2]
+        t = self._told(batch, jnp.arange(slots) < self._sink)
+        return self._transformer.reencode(params, history, t, past, text=text, placement=self.placement)
+
+    @property
+    def _sink(self) -> int:
+        """How many frames, the first of the video, stay for ever."""
+        return getattr(self._transformer, "sink_size_t", 0)
 
     def _of_frames(self, first: Array, level: Callable[[float], float]) -> Array:
         """float32 [F]: the level at which frames are remembered; `first` bool [F]: which of them stay for ever."""
@@ -165,36 +166,30 @@ class _Functions:
 
     def _told(self, batch: int, first: Array) -> Array:
         """The timesteps of frames that are remembered: float32 [B], or [B,F] where they differ."""
-        if self.model.sink_noise in (None, self.model.context_noise):
+        if not self._sink or self.model.sink_noise in (None, self.model.context_noise):
             return jnp.full(batch, self.model.context_noise, jnp.float32)
         return jnp.broadcast_to(self._of_frames(first, float), (batch, first.size))
 
     @property
-    def _cfg(self) -> TransformerConfig:
+    def _transformer(self) -> Any:
         return self.model.transformer
 
-    @property
-    def _net(self) -> Rollout:
-        """How the family of the network does it."""
-        return models.rollout(self._cfg.network)
-
-    @property
-    def _forward(self) -> dict[str, Any]:
-        """How the network computes."""
-        cfg = self._cfg
-        return dict(text_length=cfg.text_length, implementation=cfg.attention, placement=self.placement)
-
-    @property
-    def _concatenates(self) -> bool:
-        """Whether what is encoded is further channels of the network's input."""
-        return self._cfg.network.in_channels != self._cfg.network.out_channels
-
-    def _branches(self, x: Array) -> Array:
-        """x [B,...] for the prompts and, with guidance, once more for the negative prompt [2B,...]."""
-        return jnp.concatenate([x, x]) if self._cfg.guided else x
+    def _held(self, component: Any, cache: Any) -> Any:
+        """What a component remembers, on every device unless it is divided."""
+        return cache if getattr(component, "divided", False) else self._replicated(cache)
 
     def _replicated(self, tree: Any) -> Any:
         return tree if self.placement is None else self.placement.replicate(tree)
+
+
+def _expect(transformer: Transformer, method: str, found: Any, like: Any) -> None:
+    """Raises UsageError unless a transformer's method gives arrays of the shapes and dtypes that it was given."""
+    describe = lambda tree: jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree)  # noqa: E731
+    if describe(found) != describe(like):
+        raise UsageError(
+            f"{type(transformer).__name__}.{method} gives {describe(found)!s:.200}; expected {describe(like)!s:.200}, "
+            "as it was given."
+        )
 
 
 def _rollout_keys(key: Array, batch: int) -> Array:

@@ -29,17 +29,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jvdiff import models
 from jvdiff.errors import NumericsError, UsageError
-from jvdiff.models.text.tokenizer import check_prompt
-from jvdiff.pipeline.settings import check_seed
 from jvdiff.pipeline.stages import nonfinite
-from jvdiff.runtime import draws, run_state
+from jvdiff.runtime import run_state
 from jvdiff.sharding import Placement
 from jvdiff.streaming import guards
 from jvdiff.streaming import programs as stream_programs
-from jvdiff.streaming.codec import NullEncoder, StreamingVideoEncoder
 from jvdiff.streaming.config import StreamInferencePipelineConfig
+from jvdiff.streaming.contracts import Reencoding, lacking
 from jvdiff.streaming.programs import Programs
 from jvdiff.streaming.state import Clock, FinalState, StreamCache
 from jvdiff.types import Array, Params
@@ -52,7 +49,8 @@ class StreamInferencePipeline:
     """Functions of a configuration, bound to weights; see `StreamInferencePipelineConfig.setup`.
 
     config: what decides a rollout
-    params: trees of the transformer, and of the text encoder and the VAE where they are needed
+    params: trees of the transformer, and of the text encoder and the VAE where they are needed; those that components
+        name as their `part`
     tokenizer: for rollouts that are given prompts
     placement: mesh that the parameters are on; None is the default device
     """
@@ -61,6 +59,22 @@ class StreamInferencePipeline:
     params: Mapping[str, Params]
     tokenizer: Any = None
     placement: Placement | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.params, Mapping):
+            raise UsageError(f"params are {self.params!r:.60}; expected trees of weights by name.")
+        for name, component in self._compiled.items():
+            if component is not None and component.part is not None and component.part not in self.params:
+                raise UsageError(
+                    f"{name}: {type(component).__name__} takes the weights {component.part!r}, and there are "
+                    f"{', '.join(self.params) or 'none'}; give them to setup, or as weights= to load."
+                )
+
+    @property
+    def _compiled(self) -> dict[str, Any]:
+        """The components whose methods are compiled with their weights."""
+        config = self.config
+        return {"transformer": self._transformer, "encoder": config.encoder, "decoder": config.decoder}
 
     @property
     def programs(self) -> Programs:
@@ -74,6 +88,7 @@ class StreamInferencePipeline:
         prompts: Sequence[str] | None = None,
         *,
         text: Array | None = None,
+        image: Array | None = None,
         negative_prompt: str = "",
     ) -> StreamCache:
         """The state of B rollouts that have not begun.
@@ -83,26 +98,23 @@ class StreamInferencePipeline:
             prompts: B of them.
             text: in their place rows [B or 2B,S,D], zeros beyond a prompt's end, S at most text_rows; with guidance
                 those of the negative prompt follow.
+            image: embeddings [B,...] that travel beside the text, for a transformer that takes them (`image_shape`).
             negative_prompt: what guidance leads away from.
 
         Raises:
             UsageError: `key` is neither a key nor a seed; prompts and text are both given, or neither is; a prompt is
-                invalid, or there is no tokenizer for it; text has another shape, or more rows than text_rows; the mesh
-                cannot divide the model.
+                invalid, or there is no tokenizer for it; text or image has another shape, or text more rows than
+                text_rows; the mesh cannot divide the model.
             NumericsError: the text encoder made NaN or infinity.
         """
-        key = self.config.diffusion_model.seed if key is None else key
-        key = draws.key(check_seed(key)) if isinstance(key, int | np.integer) else key
-        data: Any = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-        if data.shape != (2,) or data.dtype != jnp.uint32:
-            raise UsageError(f"key is {key.dtype}{list(key.shape)}; expected one key of jax.random.key, or a seed.")
-        keys = self._text(prompts, text, negative_prompt)
-        branches = len(keys[0][0])
-        cfg, past = self.config.diffusion_model.transformer, self._past(branches)
-        shape = (branches // self._branches, cfg.span.slots, cfg.height, cfg.width, cfg.network.in_channels)
-        zero = np.zeros((), np.int32)
-        data, history = self._everywhere((jnp.array(data), jnp.zeros(shape, jnp.float32)))
-        return StreamCache(zero, zero, data, keys, past, history, None, None, self.config.digest)
+        data = guards.check_key(self.config.diffusion_model.seed if key is None else key)
+        rows = self._rows(prompts, text, negative_prompt)
+        batch, zero, config = len(rows) // self._branches, np.zeros((), np.int32), self.config
+        keys, image = self._text_keys(rows, image, batch)
+        past, history = self._past(batch), self._transformer.initialize_history(batch) if self._reencodes else None
+        data, history = self._everywhere((jnp.array(data), history))
+        encoder, decoder = self._begun(config.encoder), self._begun(config.decoder)
+        return StreamCache(zero, zero, data, keys, image, past, history, encoder, decoder, batch, config.digest)
 
     def set_prompts(
         self,
@@ -110,6 +122,7 @@ class StreamInferencePipeline:
         prompts: Sequence[str] | None = None,
         *,
         text: Array | None = None,
+        image: Array | None = None,
         negative_prompt: str = "",
         reencode: bool = False,
     ) -> StreamCache:
@@ -117,26 +130,31 @@ class StreamInferencePipeline:
 
         Args:
             prompts, text, negative_prompt: as of `initialize_cache`, of the same number of rollouts.
+            image: as of `initialize_cache`; None: as it was.
             reencode: the past goes through the network once more, as if it had been made under these prompts (as
                 LongLive does at a change), and `cache` is used up. Otherwise both share their past, and the `finalize`
                 of either takes it from the other: see `copy`.
 
         Raises:
             UsageError: a cache of another configuration, one that `finalize` was given, or one whose chunk is not
-                finalized; another number of rollouts; and as `initialize_cache`.
+                finalized; another number of rollouts; a transformer that does not re-encode; and as
+                `initialize_cache`.
             NumericsError: as `initialize_cache`.
         """
         guards.check_cache(self.config, cache)
         if cache.generated != cache.finalized:
             raise UsageError(f"chunk {int(cache.finalized)} is not finalized yet; change prompts after that.")
-        keys = self._text(prompts, text, negative_prompt)
-        if keys[0].shape != cache.text[0].shape:
-            new, rollouts = (len(k[0][0]) // self._branches for k in (keys, cache.text))
-            raise UsageError(f"there are {new} prompts; this cache is of {rollouts} rollouts.")
+        if reencode and not self._reencodes:
+            missing = ", ".join(lacking(type(self._transformer), Reencoding))
+            raise UsageError(f"{type(self._transformer).__name__} does not re-encode its past: it lacks {missing}.")
+        rows = self._rows(prompts, text, negative_prompt)
+        if (new := len(rows) // self._branches) != cache.rollouts:
+            raise UsageError(f"there are {new} prompts; this cache is of {cache.rollouts} rollouts.")
+        keys, image = self._text_keys(rows, cache.image if image is None else image, cache.rollouts)
         past = cache.past
         if reencode:
-            past = self.programs.reencode(self.params["transformer"], keys, past, cache.history)
-        return dataclasses.replace(cache, text=keys, past=past)
+            past = self.programs.reencode(self._weights(self._transformer), keys, past, cache.history)
+        return dataclasses.replace(cache, text=keys, image=image, past=past)
 
     def generate(
         self, autoregressive_index: int, cache: StreamCache, input: Any = None
@@ -161,19 +179,20 @@ class StreamInferencePipeline:
         clock = Clock(config.enable_sync_and_profile)
         payload, encoded, decoded = None, cache.encoder, cache.decoder
         if config.encoder is not None:
-            payload, encoded = programs.encode(self._vae, self._everywhere(input), cache.encoder)
-            guards.check_payload(config, payload, cache)
+            weights = self._weights(config.encoder)
+            payload, encoded = programs.encode(weights, self._everywhere(input), cache.encoder)
             clock.done("encode", payload)
+        weights = self._weights(self._transformer)
         latents, bad = programs.diffuse(
-            self.params["transformer"], cache.text, cache.past, cache.key, np.int32(i), payload
+            weights, cache.text, cache.past, cache.key, np.int32(i), payload, batch=cache.rollouts
         )
         frames = latents
         clock.done("diffuse", latents)
         if config.decoder is not None:
-            frames, bad, decoded = programs.decode(self._vae, latents, bad, cache.decoder)
+            frames, bad, decoded = programs.decode(self._weights(config.decoder), latents, bad, cache.decoder)
             clock.done("decode", frames)
         after = dataclasses.replace(cache, generated=np.int32(i + 1), encoder=encoded, decoder=decoded)
-        return frames, after, FinalState(latents, payload, bad, i, tuple(clock.milliseconds))
+        return frames, after, FinalState(latents, payload, bad, int(i), tuple(clock.milliseconds))
 
     def finalize(
         self, autoregressive_index: int, cache: StreamCache, final: FinalState
@@ -196,7 +215,7 @@ class StreamInferencePipeline:
         guards.check_finalize(self.config, i, cache, final)
         clock = Clock(self.config.enable_sync_and_profile, final.milliseconds)
         past, history = self.programs.finalize(
-            self.params["transformer"], cache.text, cache.past, cache.history, cache.key, np.int32(i),
+            self._weights(self._transformer), cache.text, cache.past, cache.history, cache.key, np.int32(i),
             final.latents, final.payload,
         )  # fmt: skip
         clock.done("finalize", past)
@@ -205,35 +224,44 @@ class StreamInferencePipeline:
 
     def abstract_cache(self, batch: int, begun: bool = True) -> StreamCache:
         """The cache of `batch` rollouts as ShapeDtypeStructs, before the first chunk or (`begun`) after one."""
-        cfg, struct = self.config.diffusion_model.transformer, jax.ShapeDtypeStruct
-        branches, grid = batch * self._branches, (cfg.height, cfg.width)
-        network, programs = self.params["transformer"], self.programs
-        rows = struct((branches, cfg.text_rows, cfg.network.text_dim), jnp.float32)
-        text = jax.eval_shape(programs.text_keys, network, rows)
-        past = jax.eval_shape(lambda: self._past(branches))
-        history = struct((batch, cfg.span.slots, *grid, cfg.network.in_channels), jnp.float32)
+        if not isinstance(batch, int) or batch < 1:
+            raise UsageError(f"batch is {batch!r:.60}; expected how many rollouts, at least 1.")
+        config, transformer, struct = self.config, self._transformer, jax.ShapeDtypeStruct
+        network, programs = self._weights(transformer), self.programs
         number, key = struct((), np.int32), struct((2,), jnp.uint32)
-        encoder = decoder = None
-        if begun and self.config.encoder is not None:
-            encoder = jax.eval_shape(programs.encode, self._vae, self._abstract_input(batch), None)[1]
-        if begun and self.config.decoder is not None:
-            latents = struct((batch, cfg.len_t, *grid, cfg.network.out_channels), jnp.float32)
-            decoder = jax.eval_shape(programs.decode, self._vae, latents, struct((), jnp.float32), None)[2]
-        return StreamCache(number, number, key, text, past, history, encoder, decoder, self.config.digest)
+        rows = struct((batch * self._branches, *transformer.text_shape), jnp.float32)
+        image = transformer.image_shape and struct((batch, *transformer.image_shape), jnp.float32)
+        text = jax.eval_shape(programs.text_keys, network, rows, image)
+        past = jax.eval_shape(lambda: self._past(batch))
+        history = jax.eval_shape(lambda: transformer.initialize_history(batch)) if self._reencodes else None
+        encoder, decoder = (jax.eval_shape(lambda c=c: self._begun(c)) for c in (config.encoder, config.decoder))
+        if begun and config.encoder is not None:
+            given = config.encoder.abstract_input(batch, transformer.latent_shape, 0)
+            encoder = jax.eval_shape(programs.encode, self._weights(config.encoder), given, encoder)[1]
+        if begun and config.decoder is not None:
+            latents = struct((batch, *transformer.latent_shape), jnp.float32)
+            weights = self._weights(config.decoder)
+            decoder = jax.eval_shape(programs.decode, weights, latents, struct((), jnp.float32), decoder)[2]
+        return StreamCache(number, number, key, text, image, past, history, encoder, decoder, batch, config.digest)
 
     def restore_cache(self, arrays: Mapping[str, Any]) -> StreamCache:
         """The state of one rollout, after a chunk, from what `run_state.flatten` made of it.
 
         Raises:
             CheckpointError: it is of another configuration.
+            UsageError: no arrays by name.
         """
+        if not isinstance(arrays, Mapping):
+            raise UsageError(f"arrays are {arrays!r:.60}; expected those of run_state.load, by name.")
         cache = run_state.unflatten(self.abstract_cache(1), arrays)
         state = jax.tree.map(jnp.array, dataclasses.replace(cache, generated=None, finalized=None))
         if self.placement is not None:
-            places = self._past(self._branches)
+            places = self._past(1)
             past = jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), state.past, places)
-            pictures = self.placement.spread(*cache.history.shape[2:4]).sharding
-            encoder, decoder = jax.device_put((state.encoder, state.decoder), pictures)
+            encoder, decoder = (
+                self._held(self.config.encoder, state.encoder),
+                self._held(self.config.decoder, state.decoder),
+            )
             rest = self._everywhere(dataclasses.replace(state, past=None, encoder=None, decoder=None))
             state = dataclasses.replace(rest, past=past, encoder=encoder, decoder=decoder)
         return dataclasses.replace(state, generated=cache.generated, finalized=cache.finalized)
@@ -244,24 +272,34 @@ class StreamInferencePipeline:
 
         Args:
             cache: of `initialize_cache`, or abstract.
-            input: what the first chunk is given.
+            input: what the first chunk is given, or the like of it (`abstract_input` of the encoder).
         """
-        programs, network, payload, index = self.programs, self.params["transformer"], None, np.int32(0)
-        if self.config.encoder is not None:
-            encode = programs.encode.trace(self._vae, self._everywhere(input), None)
+        guards.check_cache(self.config, cache)
+        config, programs, payload, index = self.config, self.programs, None, np.int32(0)
+        network = self._weights(self._transformer)
+        if (encoder := config.encoder) is not None:
+            weights = self._weights(encoder)
+            begin = self._begun(encoder)
+            encode = programs.encode.trace(weights, self._placed(input), begin)
             yield "encode first", encode
             payload = self._placed(encode.out_info[0])
-            if not isinstance(self.config.encoder, NullEncoder):
-                memory = self._placed(encode.out_info[1], pictures=getattr(self.config.encoder, "mode", "") != "stamp")
-                yield "encode next", programs.encode.trace(self._vae, self._next_input(input), memory)
-        diffuse = programs.diffuse.trace(network, cache.text, cache.past, cache.key, index, payload)
+            if jax.tree.leaves(encode.out_info[1]):  # with nothing to remember there is one program for all chunks
+                following = self._placed(encoder.abstract_input(cache.rollouts, self._transformer.latent_shape, 1))
+                memory = self._placed(encode.out_info[1], encoder)
+                if (following, memory) != (self._placed(input), self._placed(begin, encoder)):
+                    yield "encode next", programs.encode.trace(weights, following, memory)
+        diffuse = programs.diffuse.trace(
+            network, cache.text, cache.past, cache.key, index, payload, batch=cache.rollouts
+        )
         yield "diffuse", diffuse
         latents, bad = self._placed(diffuse.out_info)
-        if self.config.decoder is not None:
-            first = programs.decode.trace(self._vae, latents, bad, None)
+        if (decoder := config.decoder) is not None:
+            weights, begin = self._weights(decoder), self._begun(decoder)
+            first = programs.decode.trace(weights, latents, bad, begin)
             yield "decode first", first
-            memory = self._placed(first.out_info[2], pictures=True)
-            yield "decode next", programs.decode.trace(self._vae, latents, bad, memory)
+            memory = self._placed(first.out_info[2], decoder)
+            if self._placed(begin, decoder) != memory:
+                yield "decode next", programs.decode.trace(weights, latents, bad, memory)
         arguments = (cache.text, cache.past, cache.history, cache.key, index, latents, payload)
         yield "finalize", programs.finalize.trace(network, *arguments)
 
@@ -273,79 +311,92 @@ class StreamInferencePipeline:
     # ----- parts
 
     @property
+    def _transformer(self) -> Any:
+        return self.config.diffusion_model.transformer
+
+    @property
     def _branches(self) -> int:
         """How many batches guidance makes of one."""
-        return 1 + self.config.diffusion_model.transformer.guided
+        return 1 + self._transformer.guided
 
     @property
-    def _net(self) -> Any:
-        """How the family of the network does it."""
-        return models.rollout(self.config.diffusion_model.transformer.network)
+    def _reencodes(self) -> bool:
+        return not lacking(type(self._transformer), Reencoding)
 
-    @property
-    def _vae(self) -> Any:
-        return self.params.get("vae")
+    def _weights(self, component: Any) -> Any:
+        """The weights that a component names; None where it names none."""
+        return None if component.part is None else self.params[component.part]
 
-    def _past(self, branches: int) -> Any:
-        cfg = self.config.diffusion_model.transformer
-        dtype = self._net.dtype_of(self.params["transformer"])
-        grid = cfg.height, cfg.width
-        return self._net.init_kv_cache(cfg.network, cfg.span, branches, grid, dtype, placement=self.placement)
+    def _past(self, batch: int) -> Any:
+        """The past of rollouts that have not begun; on a mesh, what is not placed is put on every device."""
+        past = self._transformer.initialize_cache(self._weights(self._transformer), batch, placement=self.placement)
+        if self.placement is None:
+            return past
+        where = lambda x: getattr(x, "sharding", None)  # noqa: E731
+        return jax.tree.map(
+            lambda x: x if isinstance(where(x), jax.sharding.NamedSharding) else self._everywhere(x), past
+        )
 
-    def _text(self, prompts: Sequence[str] | None, text: Array | None, negative_prompt: str) -> Any:
-        """Keys and values of the prompts, or of text rows [B or 2B,S,D]."""
-        cfg = self.config.diffusion_model.transformer
+    def _rows(self, prompts: Sequence[str] | None, text: Array | None, negative_prompt: str) -> Any:
+        """Rows of text [B,S,D]; with guidance [2B,S,D], those of the negative prompt last. S is the transformer's."""
         if (prompts is None) == (text is None):
             raise UsageError("give either prompts or text rows.")
-        rows: Any = text if prompts is None else self._rows(prompts, negative_prompt)
-        guards.check_text(cfg, rows)
-        rows = rows[:, : cfg.text_rows]
-        rows = jnp.pad(rows, ((0, 0), (0, cfg.text_rows - rows.shape[1]), (0, 0)))
-        return self.programs.text_keys(self.params["transformer"], self._everywhere(rows))
+        rows: Any = text if prompts is None else self._encoded(prompts, negative_prompt)
+        guards.check_text(self._transformer, rows)
+        length = self._transformer.text_shape[0]
+        return jnp.pad(rows[:, :length], ((0, 0), (0, max(0, length - rows.shape[1])), (0, 0)))
 
-    def _rows(self, prompts: Sequence[str], negative_prompt: str) -> Any:
-        """Text rows [B,S,D] of the prompts; with guidance [2B,S,D], those of the negative prompt last."""
-        if isinstance(prompts, str) or not prompts:
-            raise UsageError(f"prompts are {prompts!r:.60}; expected a list of at least one.")
-        if self.tokenizer is None:
-            raise UsageError("this pipeline was set up without a tokenizer; give text rows in place of prompts.")
-        texts = [check_prompt(prompt) for prompt in prompts]
+    def _encoded(self, prompts: Sequence[str], negative_prompt: str) -> Any:
+        texts = guards.check_prompts(prompts, negative_prompt)
         if self._branches == 2:
             texts += [negative_prompt] * len(texts)
-        cfg, weights = self.config.diffusion_model.transformer, self.params["text_encoder"]
-        rows = self._net.encode_texts(cfg.text_encoder, weights, self.tokenizer, texts, self.placement)
+        encoder = self._transformer.text_encoder
+        if encoder is None:
+            raise UsageError("this pipeline has no text encoder; give text rows in place of prompts.")
+        if encoder.part is not None and encoder.part not in self.params:
+            raise UsageError(
+                f"this pipeline was set up without the weights {encoder.part!r}, or without a tokenizer; "
+                "give text rows in place of prompts."
+            )
+        rows = encoder.encode_texts(self._weights(encoder), self.tokenizer, texts, placement=self.placement)
+        if len(rows) != len(texts):
+            raise UsageError(f"{type(encoder).__name__} gives {len(rows)} rows of text for {len(texts)} prompts.")
         if share := nonfinite(np.asarray(rows, np.float32)):
             raise NumericsError(
                 f"text encoder: {share:.1%} of the numbers of its output ({rows.dtype}) are NaN or infinite."
             )
         return rows
 
+    def _text_keys(self, rows: Any, image: Any, batch: int) -> tuple[Any, Any]:
+        """What the transformer needs of rows of text and image embeddings; and these where they will be."""
+        guards.check_image(self._transformer, image, batch)
+        rows, image = self._everywhere((rows, image))
+        return self.programs.text_keys(self._weights(self._transformer), rows, image), image
+
     def _everywhere(self, tree: Any) -> Any:
         return tree if self.placement is None else jax.device_put(tree, self.placement.everywhere)
 
-    def _placed(self, tree: Any, pictures: bool = False) -> Any:
-        """Abstract values where they will be: on all devices, or divided among them as the VAE does."""
+    def _begun(self, component: Any) -> Any:
+        """What an encoder or a decoder remembers before chunk 0; None where there is none."""
+        return None if component is None else self._held(component, component.initialize_cache())
+
+    def _held(self, component: Any, cache: Any) -> Any:
+        """What a component remembers, where it will be."""
+        return cache if self.placement is None else jax.device_put(cache, self._where(component))
+
+    def _where(self, component: Any) -> Any:
+        """Where it will be on a mesh: on all devices, or divided among them as pictures are."""
+        assert self.placement is not None
+        divided = getattr(component, "divided", False)
+        return (
+            self.placement.spread(*self._transformer.latent_shape[1:3]).sharding
+            if divided
+            else self.placement.everywhere
+        )
+
+    def _placed(self, tree: Any, component: Any = None) -> Any:
+        """Abstract values where they will be: on all devices, or as what a component remembers."""
         if self.placement is None:
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-        cfg = self.config.diffusion_model.transformer
-        where = self.placement.spread(cfg.height, cfg.width).sharding if pictures else self.placement.everywhere
+        where = self._where(component)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
-
-    def _next_input(self, first: Any) -> Any:
-        """What the encoder takes for chunk 1, abstract, where it takes `first` for chunk 0."""
-        encoder = self.config.encoder
-        if not isinstance(encoder, StreamingVideoEncoder):
-            return None
-        frames = encoder.get_input_temporal_size(self.config.diffusion_model.transformer.len_t, 1)
-        return self._placed(jax.ShapeDtypeStruct((len(first), frames, *first.shape[2:]), first.dtype))
-
-    def _abstract_input(self, batch: int) -> Any:
-        encoder, cfg = self.config.encoder, self.config.diffusion_model.transformer
-        if isinstance(encoder, NullEncoder) or encoder is None:
-            return {}
-        ratio = encoder.spatial_compression_ratio
-        frames = encoder.get_input_temporal_size(cfg.len_t, 0)
-        shape = (batch, cfg.height * ratio, cfg.width * ratio, 3)
-        if isinstance(encoder, StreamingVideoEncoder):
-            shape = (batch, frames, *shape[1:])
-        return jax.ShapeDtypeStruct(shape, jnp.uint8)

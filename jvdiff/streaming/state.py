@@ -12,27 +12,31 @@ from typing import Any
 
 import jax
 
+from jvdiff.errors import UsageError
 from jvdiff.types import Array
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("generated", "finalized", "key", "text", "past", "history", "encoder", "decoder"),
-    meta_fields=("config",),
+    data_fields=("generated", "finalized", "key", "text", "image", "past", "history", "encoder", "decoder"),
+    meta_fields=("rollouts", "config"),
 )
 @dataclass(frozen=True)
 class StreamCache:
     """All that a rollout remembers.
 
-    With guidance, text and past are those of 2B: the prompts, then the negative one.
+    With guidance, text and past are those of 2B: the prompts, then the negative one. What text, past, history, encoder
+    and decoder are made of, the components say (`jvdiff.streaming.contracts`); here are those of jvdiff's own.
 
     generated: numpy int32, how many chunks were made
     finalized: numpy int32, how many of them are part of the past
     key: uint32 [2], the data of the rollouts' random key
     text: keys and values of the prompts
+    image: the image embeddings beside them, for transformers that take them; None for others
     past: the layers' keys and values
-    history: float32 [B,F,H,W,C], the network's inputs that those were made of
+    history: float32 [B,F,H,W,C], the network's inputs that those were made of; None where they cannot be made anew
     encoder, decoder: what the VAE remembers; None before the first chunk
+    rollouts: B
     config: the configuration's digest
     """
 
@@ -40,10 +44,12 @@ class StreamCache:
     finalized: Any
     key: Any
     text: Any
+    image: Any
     past: Any
     history: Any
     encoder: Any
     decoder: Any
+    rollouts: int
     config: str
 
 
@@ -72,13 +78,16 @@ class FinalState:
 
 def copy(cache: StreamCache) -> StreamCache:
     """The same state in memory of its own, for a rollout that goes on in two ways: `finalize` takes what it gets."""
+    if not isinstance(cache, StreamCache):
+        raise UsageError(f"cache is {cache!r:.60}; expected what initialize_cache, generate or finalize returned.")
     return jax.tree.map(lambda x: x.copy(), cache)
 
 
 def device_memory() -> dict[str, float]:
-    """GiB of the first device in use, and at most so far; {} where the device does not tell."""
+    """GiB of the first device in use, at most so far, and what JAX's allocator has taken from it for that; without what
+    the device does not tell."""
     statistics = jax.local_devices()[0].memory_stats() or {}
-    names = {"mem_alloc_gib": "bytes_in_use", "mem_peak_gib": "peak_bytes_in_use"}
+    names = {"mem_alloc_gib": "bytes_in_use", "mem_peak_gib": "peak_bytes_in_use", "mem_reserved_gib": "pool_bytes"}
     return {name: statistics[key] / 2**30 for name, key in names.items() if key in statistics}
 
 

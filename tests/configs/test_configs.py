@@ -86,7 +86,7 @@ def test_a_streaming_config_fits_its_model(path, monkeypatch):
         pytest.skip(f"{config.checkpoint} is not there")
     found = streaming.override(found, config.pipeline or {})
     model = found.diffusion_model.transformer
-    parts = {"transformer": model.network, "vae": found.decoder.vae, "text_encoder": model.text_encoder}
+    parts = {"transformer": model.network, "vae": found.decoder.vae, "text_encoder": model.text_encoder.network}
     abstract = pipeline.abstract_params(CAUSAL, Models(parts, {}, {}), precision.choose("bfloat16"))
     cache = found.setup(abstract).abstract_cache(1)
     assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.past)) < 4.9 * 2**30

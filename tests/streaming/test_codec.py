@@ -73,6 +73,14 @@ def rollout(step, x, sizes, cache):
     return jnp.concatenate(pieces, axis=1)
 
 
+def outputs(codec, size, index):
+    return codec.get_output_temporal_size(autoregressive_index=index, input_temporal_size=size)
+
+
+def inputs(codec, size, index):
+    return codec.get_input_temporal_size(autoregressive_index=index, output_temporal_size=size)
+
+
 def error(a, b):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert a.shape == b.shape
@@ -88,7 +96,10 @@ def test_chunks_joined_are_the_whole_clip(params, sizes):
     assert error(frames, whole_decode(params, SMALL, wan.denormalize_latents(SMALL, z))) <= 1e-5
 
     x = video(2 * T - 1)
-    counts = [encoder.get_input_temporal_size(size, i) for i, size in enumerate(sizes)]
+    counts = [
+        encoder.get_input_temporal_size(autoregressive_index=i, output_temporal_size=size)
+        for i, size in enumerate(sizes)
+    ]
     means = rollout(lambda x, cache: encode(encoder, params, x, cache), x, counts, encoder.initialize_cache())
     assert means.dtype == jnp.float32
     assert error(means, wan.normalize_latents(SMALL, whole_encode(params, SMALL, x))) <= 1e-5
@@ -100,7 +111,7 @@ def test_arrays_have_the_sizes_that_the_maps_say(T):
     for index in (0, 1):
         z = jax.ShapeDtypeStruct((2, T, 2, 3, 4), jnp.float32)
         frames, first = jax.eval_shape(DECODER.decode, params, z, first)
-        assert frames.shape == (2, DECODER.get_output_temporal_size(T, index), 8, 12, 3)
+        assert frames.shape == (2, outputs(DECODER, T, index), 8, 12, 3)
         again, later = jax.eval_shape(ENCODER.encode, params, frames, later)
         assert (again.shape, again.dtype) == (z.shape, z.dtype)
 
@@ -144,18 +155,17 @@ def test_size_maps_are_inverses_of_one_another():
     assert (DECODER.spatial_compression_ratio, DECODER.temporal_compression_ratio) == (4, 4)
     assert StreamingVideoDecoder(wan.WAN_2_1_VAE).spatial_compression_ratio == 8
     assert StreamingVideoEncoder(wan.WAN_2_1_VAE).spatial_compression_ratio == 8
-    assert [DECODER.get_output_temporal_size(3, i) for i in range(7)] == [9, *[12] * 6]  # 81 frames
+    assert [outputs(DECODER, 3, i) for i in range(7)] == [9, *[12] * 6]  # 81 frames
     for index in (0, 1, 2, 9):
         for T in range(1, 9):
-            F = DECODER.get_output_temporal_size(T, index)
+            F = outputs(DECODER, T, index)
             assert (F + 3 if index == 0 else F) == 4 * T
-            assert DECODER.get_input_temporal_size(F, index) == T
+            assert inputs(DECODER, F, index) == T
             for encoder in (ENCODER, ImageEncoder(VAE)):
-                assert (
-                    encoder.get_input_temporal_size(T, index) == F and encoder.get_output_temporal_size(F, index) == T
-                )
-            assert NullEncoder().get_input_temporal_size(T, index) == T
-            assert NullEncoder().get_output_temporal_size(T, index) == T
+                assert inputs(encoder, T, index) == F and outputs(encoder, F, index) == T
+            assert inputs(NullEncoder(), T, index) == outputs(NullEncoder(), T, index) == T
+    with pytest.raises(TypeError):
+        DECODER.get_output_temporal_size(3, 0)  # flashdreams has the index first; a name leaves no doubt
 
 
 @pytest.mark.parametrize(
@@ -163,24 +173,20 @@ def test_size_maps_are_inverses_of_one_another():
     [(0, 0, 1), (2, 0, 1), (4, 0, 5), (8, 0, 9), (10, 0, 9), (-3, 0, 1), (0, 1, 4), (1, 1, 4), (9, 2, 8), (11, 9, 12)],
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_nearest(frames, index, nearest):
-    for ask in (DECODER.get_input_temporal_size, ENCODER.get_output_temporal_size):
+    for ask, codec in ((inputs, DECODER), (outputs, ENCODER)):
         with pytest.raises(UsageError, match=rf"found {frames}; the nearest is {nearest}\."):
-            ask(frames, index)
-        assert ask(nearest, index) >= 1
+            ask(codec, frames, index)
+        assert ask(codec, nearest, index) >= 1
 
 
 def test_sizes_of_no_chunk_are_refused():
-    for ask in (
-        DECODER.get_output_temporal_size,
-        ENCODER.get_input_temporal_size,
-        NullEncoder().get_input_temporal_size,
-    ):
+    for ask, codec in ((outputs, DECODER), (inputs, ENCODER), (inputs, NullEncoder())):
         with pytest.raises(UsageError, match="at least 1 frame, found 0"):
-            ask(0, 1)
+            ask(codec, 0, 1)
         with pytest.raises(UsageError, match="counted from 0, found -1"):
-            ask(1, -1)
+            ask(codec, 1, -1)
     with pytest.raises(UsageError, match="counted from 0, found -1"):
-        DECODER.get_input_temporal_size(4, -1)
+        inputs(DECODER, 4, -1)
 
 
 def shape(*sizes, dtype=np.float32):
@@ -271,6 +277,11 @@ def test_stamped_and_concatenated():
     mask = jax.random.uniform(jax.random.key(1), (2, 3, 2, 3, 4))
     got = concatenated({"latent": latent, "mask": mask}, x)
     np.testing.assert_array_equal(got, np.concatenate([x, mask, latent], axis=-1))
+    np.testing.assert_array_equal(concatenated(latent, x), np.concatenate([x, latent], axis=-1))
+    with pytest.raises(UsageError, match="gives no mask; this network takes a latent only where a mask says so"):
+        stamped(latent, x)
+    with pytest.raises(UsageError, match=r"gives \[2, 2, 2, 3, 4\]; chunks here are \[2, 3, 2, 3, 4\], their channels"):
+        concatenated(latent[:, :2], x)
     assert stamped(None, x) is x and concatenated(None, x) is x
 
 
