@@ -100,13 +100,22 @@ def _tell(line: str) -> None:
     print(line, flush=True)
 
 
+def _stoppable(work: Callable[[Mapping[str, Any]], None], values: Mapping[str, Any]) -> None:
+    try:
+        work(values)
+    except Exception:
+        if interrupts.asked():  # Orbax has made another error of KeyboardInterrupt
+            raise KeyboardInterrupt from None
+        raise
+
+
 @interrupts.command(Interrupted.exit_code, _STOPPED)
 def _run(command: Command, work: Callable[[Mapping[str, Any]], None], argv: Sequence[str] | None) -> int:
     """Reads a command line and does what it says; errors become one message and an exit status."""
     words = [f"jvdiff {command.name}", *(sys.argv if argv is None else argv)[1:]]
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads log what is raised here anyway
     try:
-        return arguments.told(lambda: work(arguments.values(command, words)), words)
+        return arguments.told(lambda: _stoppable(work, arguments.values(command, words)), words)
     except KeyboardInterrupt:
         print(_STOPPED, file=sys.stderr)
         return Interrupted.exit_code
