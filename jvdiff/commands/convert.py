@@ -100,13 +100,22 @@ def _tell(line: str) -> None:
     print(line, flush=True)
 
 
+def _stoppable(work: Callable[[Mapping[str, Any]], None], values: Mapping[str, Any]) -> None:
+    try:
+        work(values)
+    except Exception:
+        if interrupts.asked():  # Orbax has made another error of KeyboardInterrupt
+            raise KeyboardInterrupt from None
+        raise
+
+
 def _run(command: Command, work: Callable[[Mapping[str, Any]], None], argv: Sequence[str] | None) -> int:
     """Reads a command line and does what it says; errors become one message and an exit status."""
 
     def told() -> None:
         values = arguments.values(command, words)
         environment.check_flags()
-        work(values)
+        _stoppable(work, values)
 
     words = [f"jvdiff {command.name}", *(sys.argv if argv is None else argv)[1:]]
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads log what is raised here anyway
