@@ -59,7 +59,7 @@ def digests(files: Mapping[str, Path]) -> dict[str, str]:
 
 def write_manifest(root: Path, tensors: Mapping[str, Any], facts: Mapping[str, Any], folder: str = "") -> None:
     """Writes jvdiff.json: `facts`, the arrays, and size and sha256 of every file below `root`, or of its `folder`."""
-    found = {name: file for name, file in _files(root).items() if name.startswith(folder)}
+    found = {name: file for name, file in _files(root).items() if name.startswith(folder) and name != MANIFEST}
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_sha256, found.values()))
     files = {

@@ -16,12 +16,13 @@ from jvdiff import pipeline
 from jvdiff.commands import sample
 from jvdiff.diffusion import variance_preserving as vp
 from jvdiff.digits import clips as digits
-from jvdiff.errors import CheckpointError, NumericsError, UsageError
+from jvdiff.errors import CheckpointError, IntegrityError, NumericsError, UsageError
 from jvdiff.models import latent_video
 from jvdiff.models.family import Request
 from jvdiff.models.latent_video.family import CLASS_CONDITIONAL, encode_program
 from jvdiff.models.latent_video.settings import SOLVERS, Settings
 from jvdiff.runtime import peers
+from jvdiff.weights.manifest import read_manifest, write_manifest
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "digits-classes"
 DIT = latent_video.DiTConfig(hidden_size=16, depth=1, num_heads=2, num_classes=3, freq_dim=16)
@@ -198,6 +199,9 @@ def test_damaged_repositories(folder, tmp_path, change, message):
     shutil.copytree(folder, tmp_path / "copy")
     index = json.loads((tmp_path / "copy" / "model_index.json").read_text())
     (tmp_path / "copy" / "model_index.json").write_text(json.dumps(index | change))
+    with pytest.raises(IntegrityError, match=r"model_index.json has"):
+        jvdiff.load(tmp_path / "copy", "float32")
+    write_manifest(tmp_path / "copy", read_manifest(tmp_path / "copy")["tensors"], {})  # as if it had been written so
     with pytest.raises(CheckpointError, match=message):
         jvdiff.load(tmp_path / "copy", "float32")
     with pytest.raises(UsageError, match="no such folder"):
