@@ -22,6 +22,8 @@ def run(name, monkeypatch, **parameters):
         assert f"{field} = " in cell.source
         cell.source += f"\n{field} = {value!r}"
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
+    for strictness in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION"):  # as a reader's JAX is
+        monkeypatch.delenv(strictness)
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     return outputs, [kind for output in outputs for kind in output.get("data", ())]

@@ -136,7 +136,7 @@ class Batch:
         for folder, state, steps in self._states():
             if steps >= self.last or _key(self._names[i], state) != self._keys[i]:
                 continue
-            names = [name for name in state if name != "versions"]
+            names = self._facts & state.keys()
             made = _key(names, state) in {_key(names, record) for _, record in self._records()}
             if not made and self._claim(stack, hidden(self.output / f"{folder}.state", ".claim"), folder):
                 found.append((-steps, f"{self.output / folder}.state"))

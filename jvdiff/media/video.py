@@ -190,7 +190,7 @@ def _open(path: Path) -> Iterator[Any]:
 
     FFmpeg is given bytes and a format, never a name: no protocol, playlist or concat script can reach elsewhere.
     """
-    av, path = import_av(), Path(expanded("path", path))
+    av = import_av()
     try:
         if not path.is_file():
             raise CorruptFile(f"{path} is not a file; only regular local video files are opened")

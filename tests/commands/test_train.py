@@ -143,7 +143,8 @@ def test_a_vae_then_a_transformer_then_a_sample(command, tmp_path, capsys, monke
 
     monkeypatch.setattr(digits_runs, "fit", fit)
     (tmp_path / "sparse_run").mkdir()
-    shutil.copy(tmp_path / "dit_run" / "latents.npz", tmp_path / "sparse_run")  # of the same clips and VAE
+    for kept in ("latents.npz", "latents.json"):  # of the same clips and VAE
+        shutil.copy(tmp_path / "dit_run" / kept, tmp_path / "sparse_run")
     assert train.main(command(SPARSE)) == 0
     assert "encoding" not in capsys.readouterr().err
     before = flatten(part(pipe, "transformer"))
