@@ -157,7 +157,7 @@ def read_video(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> np.n
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """The `metadata` that write_mp4 stored; {} for a video of another origin."""
-    with _open(Path(path)) as file:
+    with _open(Path(expanded("path", path))) as file:
         text = file.metadata.get("jvdiff") or file.metadata.get("comment") or "{}"
     try:
         found = json.loads(text)
