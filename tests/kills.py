@@ -23,14 +23,8 @@ from tests.forks import Process
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "digits"
 STREAM = CHECKPOINT.with_name("digits-stream")
-PASSING = {
-    "seconds",
-    "resumed_at_step",
-    "resumed_at_chunk",
-    "speed",
-    "seconds_per_step",
-    "sha256",
-}  # times, and of them
+PASSING = {"seconds", "resumed_at_step", "resumed_at_chunk", "speed", "seconds_per_step", "sha256", ".jsonl"}
+MEASURED = ("_ms", "_gib", "_wo_finalize")  # ends of names; both are of times, or of what holds times
 SMALL = ("--num_frames=5", "--steps=3", "--seed=1")
 PROMPTS = ("a red seven moving left", "a blue two moving up", "a cyan three moving down")
 TRAINING = """
@@ -44,22 +38,22 @@ def get_config():
 """
 
 
-def sample(folder):
+def sample(folder, checkpoint=CHECKPOINT):
     """One clip."""
-    return ["sample", f"--checkpoint={CHECKPOINT}", f"--prompt={PROMPTS[0]}", f"--output={folder}", *SMALL]
+    return ["sample", f"--checkpoint={checkpoint}", f"--prompt={PROMPTS[0]}", f"--output={folder}", *SMALL]
 
 
-def batch(folder):
+def batch(folder, checkpoint=CHECKPOINT):
     """Three clips of a prompts file."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = folder.with_name("prompts.txt")
     file.write_text("\n".join(PROMPTS))
-    return ["sample", f"--checkpoint={CHECKPOINT}", f"--prompts={file}", f"--output={folder}", *SMALL]
+    return ["sample", f"--checkpoint={checkpoint}", f"--prompts={file}", f"--output={folder}", *SMALL]
 
 
-def stream(folder):
+def stream(folder, checkpoint=STREAM):
     """Three chunks, the state saved after each; from there it goes on."""
-    words = ["stream", f"--checkpoint={STREAM}", "--chunks=3", "--save_every=1", f"--output={folder}"]
+    words = ["stream", f"--checkpoint={checkpoint}", "--chunks=3", "--save_every=1", f"--output={folder}"]
     states = sorted(folder.glob("*.state"))
     return words + ([f"--resume={states[0]}"] if states else [f"--prompt={PROMPTS[0]}", "--seed=1"])
 
@@ -72,10 +66,10 @@ def train(folder):
     return ["train", f"--config={file}", f"--folder={folder}"]
 
 
-def convert(folder):
+def convert(folder, checkpoint=CHECKPOINT):
     """A repository becomes an Orbax directory."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return ["convert", f"--source={CHECKPOINT}", f"--target={folder}"]
+    return ["convert", f"--source={checkpoint}", f"--target={folder}"]
 
 
 KINDS = (sample, batch, stream, train, convert)
@@ -95,7 +89,8 @@ def content(folder):
             if file.suffix == ".json":
                 data = lasting(json.loads(data), folder)
             elif file.suffix == ".jsonl":
-                data = [lasting(json.loads(line), folder) for line in data.splitlines()]
+                lines = [lasting(json.loads(line), folder) for line in data.splitlines()]
+                data = [{name: value for name, value in line.items() if name != "fps"} for line in lines]
         name = str(file.relative_to(folder))
         found[name] = digest(data) if "state/" not in name else "its folder"
     return found
@@ -108,7 +103,7 @@ def digest(value):
 
 def lasting(value, folder):
     if isinstance(value, dict):
-        return {k: lasting(v, folder) for k, v in value.items() if k not in PASSING and not k.endswith(("_ms", "_gib"))}
+        return {k: lasting(v, folder) for k, v in value.items() if k not in PASSING and not k.endswith(MEASURED)}
     if isinstance(value, list):
         return [lasting(v, folder) for v in value]
     return value.replace(str(folder), "FOLDER") if isinstance(value, str) else value
@@ -118,9 +113,9 @@ def run(kind, folder):
     return Process("-m", "jvdiff", *kind(folder))
 
 
-def whole(kind, folder):
-    """(what an undisturbed run leaves, seconds it takes when everything is compiled)."""
-    for _ in range(2):
+def whole(kind, folder, times=2):
+    """(what an undisturbed run leaves, seconds it takes, the second time with everything compiled)."""
+    for _ in range(times):
         shutil.rmtree(folder, ignore_errors=True)
         began, process = time.perf_counter(), run(kind, folder)
         assert process.wait() == 0, process.err

@@ -1,0 +1,23 @@
+"""SIGKILL at twenty random moments: the same command again makes what an undisturbed run makes, and nothing else.
+
+Trainings are killed in training/test_loop and models/latent_video/test_runs; `python -m tests.kills` kills them too.
+"""
+
+import random
+from functools import partial
+
+import pytest
+
+from tests import kills
+
+KILLS = {kills.sample: 5, kills.batch: 3, kills.stream: 4, kills.convert: 8}
+
+
+@pytest.mark.parametrize("kind", KILLS)
+def test_a_killed_run_is_made_by_the_same_command(kind, tmp_path, tiny_repository, tiny_causal_repository):
+    checkpoint, chance = tiny_causal_repository if kind is kills.stream else tiny_repository, random.Random(0)
+    run = partial(kind, checkpoint=checkpoint)
+    expected, seconds = kills.whole(run, tmp_path / "out", times=1)
+    for _ in range(KILLS[kind]):
+        moment = chance.uniform(0, 0.7 * seconds)  # when everything is compiled it takes less
+        assert (wrong := kills.killed(run, tmp_path / "out", expected, moment)) is None, (moment, seconds, wrong)
