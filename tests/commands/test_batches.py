@@ -33,7 +33,7 @@ def command(tiny_repository, tmp_path):
             file.write_text(
                 "".join(json.dumps(line) + "\n" if isinstance(line, dict) else f"{line}\n" for line in lines)
             )
-        given = {"checkpoint": tiny_repository, "output": tmp_path / "out", "prompts": file, "compile_cache": "off"}
+        given = {"checkpoint": tiny_repository, "output": tmp_path / "out", "prompts": file}
         flags = [f"--{name}={value}" for name, value in (given | fields).items() if value is not None]
         return ["jvdiff sample", *flags]
 

@@ -28,7 +28,6 @@ def flags(tmp_path):
 
     def build(checkpoint, **fields):
         given = {"checkpoint": checkpoint, "output": tmp_path / "out", "prompt": PROMPT, "seed": 3} | fields
-        given |= {"compile_cache": "off"}
         return ["jvdiff", *(f"--{name}={value}" for name, value in given.items() if value is not None)]
 
     return build

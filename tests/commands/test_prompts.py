@@ -22,7 +22,7 @@ def asked(tiny_repository, tmp_path, monkeypatch, capsys):
         jobs.clear()
         file = tmp_path / name
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-        given = {"checkpoint": tiny_repository, "output": tmp_path / "out", "prompts": file, "compile_cache": "off"}
+        given = {"checkpoint": tiny_repository, "output": tmp_path / "out", "prompts": file}
         monkeypatch.setattr(
             "jvdiff.commands.batches.Batch.turns", lambda batch, *args: (e for e in enumerate(batch.jobs))
         )

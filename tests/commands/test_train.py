@@ -26,7 +26,6 @@ VAE = {
     "task": "vae",
     "folder": "FOLDER/vae_run",
     "seed": 0,
-    "compile_cache": "off",
     "vae": {
         "base_dim": 4,
         "dim_mult": (1, 2),
@@ -46,7 +45,6 @@ TEXT_TO_VIDEO = {
     "folder": "FOLDER/dit_run",
     "vae": "FOLDER/vae_run/vae",
     "seed": 0,
-    "compile_cache": "off",
     "clips": 4,
     "batch": 2,
     "tokens": 8,

@@ -103,7 +103,7 @@ def test_a_renoising_sampler_resumes_bit_for_bit(tmp_path):
     given = ["--solver=renoise:1000,750,500,250", "--num_frames=5", "--save_arrays=true", f"--checkpoint={DIGITS}"]
 
     def run(folder, *flags):
-        assert sample.main(["sample", f"--output={tmp_path / folder}", "--compile_cache=off", *given, *flags]) == 0
+        assert sample.main(["sample", f"--output={tmp_path / folder}", *given, *flags]) == 0
 
     made = (f"--prompt={PROMPT}", "--seed=3")
     run("whole", *made)

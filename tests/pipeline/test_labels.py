@@ -243,7 +243,7 @@ def command(folder, tmp_path):
     """argv of a run into tmp_path/out."""
 
     def build(*flags, output="out"):
-        rest = [f"--checkpoint={folder}", f"--output={tmp_path / output}", "--seed=3", "--compile_cache=off"]
+        rest = [f"--checkpoint={folder}", f"--output={tmp_path / output}", "--seed=3"]
         return ["sample", *rest, *flags]
 
     return build

@@ -238,7 +238,7 @@ def sampling(team, tmp_path):
     """start(repository, fields) -> a Team that samples on all its devices; and the folder of its clips."""
     config = tmp_path / "config.py"
     config.write_text("from jvdiff.commands import sample\nget_config = sample.default_config\n")
-    common = {"prompt": PROMPT, "seed": 3, "height": 64, "width": 64, "mesh": "sequence=8", "compile_cache": "off"}
+    common = {"prompt": PROMPT, "seed": 3, "height": 64, "width": 64, "mesh": "sequence=8"}
     common |= {"output": tmp_path / "clips", "save_arrays": "true"}
 
     def start(repository, **given):

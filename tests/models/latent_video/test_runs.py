@@ -31,7 +31,7 @@ def get_config():
     ))
     with config.ignore_type():
         config.transformer = ConfigDict(dict(hidden_size=16, depth=1, num_heads=2, freq_dim=16))
-    config.precision, config.steps, config.compile_cache = "float32", 2, "off"
+    config.precision, config.steps = "float32", 2
     config.schedule = ConfigDict(dict(steps=4, warmup=1, learning_rate=1e-2))
     config.loop.save_every, config.loop.log_every, config.loop.show_every = 2, 1, 99
     return config
