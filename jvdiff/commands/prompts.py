@@ -1,7 +1,7 @@
 """Files of prompts: text, JSONL, a JSON array or CSV become entries, each checked by itself.
 
-The suffix says what a file is, and no other suffix is guessed at. An entry that cannot be used keeps its place, so that
-the seeds of the others do not depend on it.
+The suffix says what a file is, and no other suffix is guessed at. An unusable entry still counts, so that the seeds
+of the others do not depend on it.
 """
 
 from __future__ import annotations

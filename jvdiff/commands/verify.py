@@ -11,7 +11,6 @@ Exit status: 0 all are what was written · 2 usage · 3 something differs, is mi
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -121,33 +120,28 @@ def _inside(path: Path, how: How) -> Iterator[Thing]:
             yield Thing(inner, "training state", lambda inner=inner: _training_state(inner))
         elif inner.is_dir() and not inner.is_symlink():
             yield from found_in(inner, how)
-        elif inner.suffix == ".json" and inner.with_suffix(".npz").is_file() and set(_json(inner)) == {"key", "sha256"}:
+        elif (
+            inner.suffix == ".json"
+            and inner.with_suffix(".npz").is_file()
+            and set(records.read(inner)) == {"key", "sha256"}
+        ):
             kept = inner.with_suffix(".npz")
             yield Thing(kept, "kept arrays", lambda kept=kept: _kept(kept))
         elif _is_record(inner):
             yield Thing(inner, "record", lambda inner=inner: _record(inner))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; {} where it is none, or cannot be read."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _is_record(path: Path) -> bool:
     """Whether a file is the record of a clip or a stream, damaged or not: JSON with a picture or a video beside it."""
     beside = any(path.with_suffix(suffix).is_file() for suffix in (".mp4", ".apng", ".png"))
-    return path.suffix == ".json" and path.is_file() and (beside or "checkpoint_digest" in _json(path))
+    return path.suffix == ".json" and path.is_file() and (beside or "checkpoint_digest" in records.read(path))
 
 
 # ------------------------------------------------------------------------------------------------------------ the kinds
 
 
 def _record(path: Path) -> str:
-    record = _json(path)
+    record = records.read(path)
     if not {"files", "sha256"} & set(record) and "checkpoint_digest" in record:
         return "written by a version without digests; nothing to compare"
     if record.get("sha256") != records.digest(record) or not isinstance(record.get("files"), dict):
@@ -158,7 +152,7 @@ def _record(path: Path) -> str:
             raise IntegrityError(f"{file.name} is missing.")
         if (size := file.stat().st_size) != said["bytes"]:
             raise IntegrityError(f"{file.name} has {size:,} bytes instead of {said['bytes']:,}.")
-        if records.sha256(file) != said["sha256"]:
+        if records.file_sha256(file) != said["sha256"]:
             raise IntegrityError(f"{file.name} has other content.")
     return f"as written, with {', '.join(record['files'])}"
 
@@ -191,7 +185,7 @@ def _training_state(path: Path) -> str:
 
 
 def _kept(path: Path) -> str:
-    if _json(path.with_suffix(".json")).get("sha256") != records.sha256(path):
+    if records.read(path.with_suffix(".json")).get("sha256") != records.file_sha256(path):
         raise IntegrityError("other content; the training makes it anew.")
     return "as written"
 
@@ -219,7 +213,7 @@ def _published(path: Path, how: How) -> str:
     files = repository.read_files(said)
     named = {name: digest for name, file in files.items() if (digest := _named_digest(path, file))}
     for name, digest in named.items():
-        if records.sha256(files[name]) != digest:
+        if records.file_sha256(files[name]) != digest:
             raise IntegrityError(f"{name} is not what its publisher's digest says. Download it again.")
     compared = f"{len(named)} of {len(files)} files compared with the digests they were downloaded under"
     return f"whole; {compared if named else 'it has no digests of its own'}; sha256 {said.digest}"

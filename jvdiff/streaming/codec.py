@@ -139,7 +139,7 @@ class StreamingVideoEncoder(_Encoder):
     def abstract_input(
         self, batch: int, latent_shape: tuple[int, ...], autoregressive_index: int
     ) -> jax.ShapeDtypeStruct:
-        """A video uint8 [B,F,Y,X,3] for every chunk."""
+        """The input of a chunk: a video, uint8 [B,F,Y,X,3]."""
         index = autoregressive_index
         frames = self.get_input_temporal_size(autoregressive_index=index, output_temporal_size=latent_shape[0])
         return self._picture(batch, latent_shape, frames)

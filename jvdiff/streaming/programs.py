@@ -156,7 +156,7 @@ class _Functions:
 
     @property
     def _sink(self) -> int:
-        """How many frames, the first of the video, stay for ever."""
+        """How many frames at the beginning of the video stay in the cache for ever."""
         return getattr(self._transformer, "sink_size_t", 0)
 
     def _of_frames(self, first: Array, level: Callable[[float], float]) -> Array:

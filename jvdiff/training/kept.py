@@ -11,7 +11,7 @@ import numpy as np
 
 from jvdiff.runtime import peers
 from jvdiff.runtime.files import atomic
-from jvdiff.weights.manifest import file_sha256
+from jvdiff.runtime.records import file_sha256, read
 
 _log = logging.getLogger("jvdiff.training")
 
@@ -26,7 +26,7 @@ def kept(path: Path, key: str, make: Callable[[], Mapping[str, np.ndarray]]) -> 
     """
     mark = path.with_suffix(".json")
     if path.is_file():
-        if (said := _said(mark)).get("key") == key and said.get("sha256") == file_sha256(path):
+        if (said := read(mark)).get("key") == key and said.get("sha256") == file_sha256(path):
             with np.load(path) as stored:
                 return dict(stored)
         if said.get("key") in (key, None):
@@ -39,12 +39,3 @@ def kept(path: Path, key: str, make: Callable[[], Mapping[str, np.ndarray]]) -> 
         with atomic(mark) as part:
             part.write_text(json.dumps({"key": key, "sha256": file_sha256(path)}) + "\n", encoding="utf-8")
     return arrays
-
-
-def _said(mark: Path) -> dict[str, object]:
-    """What stands beside the arrays; {} where nothing can be read."""
-    try:
-        content = json.loads(mark.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -17,21 +17,12 @@ import numpy as np
 
 from jvdiff.errors import CheckpointError, IntegrityError, UsageError
 from jvdiff.runtime import peers
+from jvdiff.runtime.records import file_sha256
 from jvdiff.runtime.staging import MANIFEST
 from jvdiff.weights.naming import listed
 from jvdiff.weights.safetensors import read_json
 
 PARAMS = "params"  # the folder of a component that Orbax writes and reads
-_PIECE = 4 * 2**20  # bytes of a file that are hashed at once
-
-
-def file_sha256(file: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    total = hashlib.sha256()
-    with open(file, "rb") as data:
-        while piece := data.read(_PIECE):
-            total.update(piece)
-    return total.hexdigest()
 
 
 def array_sha256(array: np.ndarray) -> str:

@@ -98,7 +98,7 @@ def test_a_blob_of_the_cache_is_compared_with_its_name(tiny_repository, tmp_path
     snapshot = shutil.copytree(tiny_repository, root / "snapshots" / ("0" * 40))
     (root / "blobs").mkdir()
     file = snapshot / "vae" / "diffusion_pytorch_model.safetensors"
-    blob = root / "blobs" / verify.records.sha256(file)
+    blob = root / "blobs" / verify.records.file_sha256(file)
     file.rename(blob)
     file.symlink_to(blob)
     assert verify.main(["jvdiff verify", str(snapshot)]) == 0

@@ -328,7 +328,10 @@ class _Ring:
                     stream.load(j, self.entry(j))
 
     def walk(self, step: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
-        """carry = step(j, entry, carry) for every step. Entries are read from global memory before they are needed."""
+        """Runs `carry = step(j, entry, carry)` for each entry j, and returns the last carry.
+
+        Entries are read from global memory before they are needed.
+        """
         depth = 1 if self.shape.producer else self.shape.stages + 1
 
         def body(j, carry):
