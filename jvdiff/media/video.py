@@ -93,7 +93,8 @@ def encode(
     stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
     stream.height, stream.width = video.shape[1:3]
     stream.pix_fmt = "yuv420p"
-    stream.options = {"crf": "14", "preset": "medium", **options}
+    # Without x264's macroblock tree, which reads memory that it never wrote: the same frames would become other files.
+    stream.options = {"crf": "14", "preset": "medium", "mbtree": "0", **options}
     stream.codec_context.color_primaries = BT709
     stream.codec_context.color_trc = BT709
     stream.codec_context.colorspace = BT709
