@@ -103,19 +103,18 @@ class Kind(NamedTuple):
     read: Callable[[Path, Path], int]
 
 
-def numbers(*folders: Path) -> list[tuple[str, ...]]:
+def numbers(output: Path, folder: Path) -> list[tuple[str, ...]]:
     """What a command made: name, digest of its numbers, and what its record says of what decided them."""
     found = []
-    for folder in folders:
-        for path in sorted(folder.rglob("*.npz")):
-            with np.load(path) as arrays:
-                total = hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays)))
-            record = path.with_suffix(".json")
-            said = json.loads(record.read_bytes()) if record.is_file() else {}
-            deciding = {name: value for name, value in said.items() if name not in ASIDE}
-            found.append((path.name, total.hexdigest(), json.dumps(deciding, sort_keys=True)))
-        if (path := folder / "s.mp4").is_file():  # a stream's, which a resumed run has continued
-            found.append((path.name, hashlib.sha256(path.read_bytes()).hexdigest(), ""))
+    for path in sorted(output.rglob("*.npz")):
+        with np.load(path) as arrays:
+            total = hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays)))
+        record = path.with_suffix(".json")
+        said = json.loads(record.read_bytes()) if record.is_file() else {}
+        deciding = {name: value for name, value in said.items() if name not in ASIDE}
+        found.append((path.name, total.hexdigest(), json.dumps(deciding, sort_keys=True)))
+    if (path := folder / "s.mp4").is_file():  # a stream's, which a resumed run has continued
+        found.append((path.name, hashlib.sha256(path.read_bytes()).hexdigest(), ""))
     return found
 
 

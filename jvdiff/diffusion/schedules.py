@@ -300,7 +300,7 @@ def from_scheduler_config(config: Mapping[str, Any]) -> Defaults:
     reproduce, and for a key that no scheduler has, so that nothing is dropped silently.
     """
     name = config.get("_class_name")
-    if name not in _CLASSES:
+    if name not in [*_CLASSES]:  # a list: what a damaged file has may be a dict
         raise CheckpointError(
             f"{_WHERE}: _class_name is {name!r}, a scheduler that jvdiff does not have.\n"
             f"Expected one of: {', '.join(_CLASSES)}.\n"

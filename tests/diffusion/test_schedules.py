@@ -256,6 +256,7 @@ def test_absent_keys_take_the_class_defaults():
         ("hunyuan_video", "shift", True),
         ("hunyuan_video", "sihft", 3.0),
         ("hunyuan_video", "_class_name", "DDIMScheduler"),
+        ("hunyuan_video", "_class_name", {}),
     ],
 )
 def test_what_we_cannot_reproduce_is_refused(base, key, value):

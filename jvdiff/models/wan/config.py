@@ -69,7 +69,7 @@ class DiTConfig:
         """
         names = [f.name for f in dataclasses.fields(cls) if f.name != "causal"]
         fields = known_fields("transformer config.json", mapping, (*names, *_FIXED))
-        if (name := mapping.get("_class_name", "WanTransformer3DModel")) not in _CLASSES:
+        if (name := mapping.get("_class_name", "WanTransformer3DModel")) not in [*_CLASSES]:
             raise _error("_class_name", name, " or ".join(map(repr, _CLASSES)))
         for field, only in _FIXED.items():
             if (value := fields.pop(field, only)) != only:
