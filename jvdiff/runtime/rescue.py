@@ -43,6 +43,21 @@ def kept(save: Callable[[Path], T], bases: Sequence[Path], *, wait: bool = True)
     raise ResourceError("nothing could be saved anywhere:\n" + "\n".join(reasons[:4]))
 
 
+def attempt(keep: Callable[[], T], what: str) -> T | None:
+    """What `keep()` returns, while an error is on its way that must not be hidden; None where it fails, with a notice.
+
+    what: is to be kept, for that notice; it may be on a device that is lost.
+    """
+    try:
+        return keep()
+    except (JvdiffError, OSError, MemoryError) as error:
+        notice = f"notice: {what} is lost: {error}"
+    except RuntimeError as error:  # of JAX
+        notice = f"notice: {what} cannot be read back from the device: {' '.join(str(error).split()):.200}"
+    progress.tell(f"{notice}\n", sys.stderr)
+    return None
+
+
 def _tried(save: Callable[[Path], T], base: Path, reasons: list[str]) -> tuple[T] | None:
     try:
         return (save(base),)

@@ -2,14 +2,18 @@
 
 import errno
 import io
+import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
 import tempfile
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,6 +22,7 @@ from jvdiff.commands import sample, stream, train
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
 from jvdiff.runtime import claims, progress, run_state, staging
+from jvdiff.training import loop
 
 PROMPT, STEM = "a red seven moving left", "a-red-seven-moving-left_seed3"
 
@@ -160,6 +165,71 @@ def test_a_log_that_cannot_be_written_any_more_loses_nothing(capsys):
     with progress.bar("denoise", 2, stream=Gone()) as show:
         show(1)
         show(2)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture
+def training(tmp_path, temporary, monkeypatch):
+    """run(argv, happens, **loop): the exit status of a training of four numbers; before each batch happens(step). Its
+    argv is a name in tmp_path, or a whole command line. run.made: the state and the lines of metrics, without times."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def run(argv, happens=lambda step: None, **options):
+        def loss(params, batch, key):
+            value = jnp.mean((batch @ params["kernel"] - jax.random.normal(key, (3, 1))) ** 2)
+            return value, {}
+
+        def batch(step):
+            happens(step)
+            return np.random.default_rng(step).standard_normal((3, 4), np.float32)
+
+        def fit(config, folder):
+            task = loop.Task(lambda key: {"kernel": jax.random.normal(key, (4, 1))}, loss, loop.each(batch))
+            state = loop.fit(task, loop.Schedule(steps=8, warmup=1), folder, **{"log_every": 1} | options)
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            run.made = state, [{k: x for k, x in row.items() if k != "seconds_per_step"} for row in rows]
+            return folder
+
+        monkeypatch.setattr(train, "function", lambda name: fit)
+        if isinstance(argv, str):
+            argv = ["jvdiff", "--config", "train_digits_vae", f"--folder={tmp_path / argv}"]
+        return train.main(argv)
+
+    yield run
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+REFUSALS = {
+    "a periodic state": (3, lambda: limit(1500), {"save_every": 4}),
+    "the last state": (7, lambda: limit(1500), {}),
+    "the state of SIGTERM": (5, lambda: (limit(1500), signal.raise_signal(signal.SIGTERM)), {}),
+    "a line of metrics": (5, lambda: limit(500), {}),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSALS)
+def test_a_state_of_a_training_that_the_disk_refuses_is_kept_elsewhere(training, tmp_path, temporary, capsys, fault):
+    at, happens, options = REFUSALS[fault]
+    assert training("run", lambda step: happens() if step == at else None, **options) == 4
+    said = capsys.readouterr().err
+    (kept,) = temporary.glob("jvdiff-*/run")
+    (state,) = kept.glob("state/*")
+    assert f"the state after step {state.name} is in {kept}\n" in said and "Traceback" not in said
+    limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    asked = []
+    for _ in range(2):  # the command may be given again
+        assert training(going_on(said), asked.append) == 0
+    assert asked == list(range(int(state.name), 8))
+    state, lines = training.made
+    assert training("whole") == 0
+    jax.tree.map(np.testing.assert_array_equal, state, training.made[0])
+    assert lines == training.made[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ signals
