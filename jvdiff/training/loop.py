@@ -14,7 +14,7 @@ import itertools
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -388,9 +388,17 @@ def _ahead(batches: Generator[Any, None, None], count: int) -> Generator[Any, No
 def _managed(folder: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
     """Orbax's manager of a run's states, the last of which is what was written; no other process has it meanwhile."""
     with lock(folder) if peers.writes() else nullcontext():
+        states.remove_unfinished(folder)
         states.set_damaged_aside(folder)
-        with states.manager(folder, keep) as manager:
+        manager = states.manager(folder, keep)
+        try:
             yield manager
+        except BaseException:
+            with suppress(Exception):  # of a save that failed: nothing beside what is raised already
+                manager.close()
+            states.remove_unfinished(folder)
+            raise
+        manager.close()
 
 
 def _begun(manager: ocp.CheckpointManager, begin: Callable[[], State], shardings: State) -> State:

@@ -220,6 +220,7 @@ def test_a_state_of_a_training_that_the_disk_refuses_is_kept_elsewhere(training,
     said = capsys.readouterr().err
     (kept,) = temporary.glob("jvdiff-*/run")
     (state,) = kept.glob("state/*")
+    assert not any("tmp" in path.name for path in (tmp_path / "run" / "state").iterdir())
     assert f"the state after step {state.name} is in {kept}\n" in said and "Traceback" not in said
     limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     asked = []
