@@ -38,9 +38,7 @@ _WHOLE = ocp.type_handlers.create_type_handler_registry(
 def manager(states: Path, keep: int) -> ocp.CheckpointManager:
     """Orbax's manager of the states in a folder; digests are written with each."""
     # Folders are made at once: where one is refused in a thread, other threads wait for it for five minutes.
-    how = ocp.AsyncOptions(
-        post_finalization_callback=partial(_sign, states), create_directories_asynchronously=False
-    )
+    how = ocp.AsyncOptions(post_finalization_callback=partial(_sign, states), create_directories_asynchronously=False)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=how)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_WHOLE)
     return ocp.CheckpointManager(states, item_handlers=handler, options=options)

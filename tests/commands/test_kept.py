@@ -98,6 +98,39 @@ def test_whatever_is_raised_after_the_last_step_the_state_is_kept(command, tmp_p
         assert len(videos.read_video(tmp_path / "out" / f"{STEM}.mp4")) == 5
 
 
+AMID = {
+    "a bug": (ZeroDivisionError(), 1),
+    "no device memory": (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), 4),
+    "a lost device": (jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS"), 7),
+    "a second Ctrl-C": (KeyboardInterrupt(), 130),
+}
+
+
+@pytest.mark.parametrize("fault", AMID)
+def test_whatever_is_raised_amid_the_steps_those_that_are_done_are_kept(command, tmp_path, monkeypatch, capsys, fault):
+    (error, status), denoise = AMID[fault], pipeline.denoise
+
+    def broken(*args, callback, **options):
+        def after(done, state):
+            callback(done, state)
+            if done == 2:
+                for array in state:
+                    array.delete()  # as a step takes its buffers, or a lost device
+                raise error
+
+        return denoise(*args, callback=after, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "denoise", broken)
+        assert sample.main(command(steps=3)) == status
+    said, state = capsys.readouterr().err, tmp_path / "out" / f"{STEM}.state"
+    assert state.exists() == ("2 steps are done, and kept" in said) == (status != 130)
+    if fault == "a bug":
+        assert sample.main(going_on(said)) == sample.main(command(steps=3, output=tmp_path / "whole")) == 0
+        one, other = (videos.read_video(tmp_path / folder / f"{STEM}.mp4") for folder in ("out", "whole"))
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_state_that_its_place_refuses_is_saved_elsewhere(command, tmp_path, temporary, monkeypatch, capsys):
     usage = staging.shutil.disk_usage
 

@@ -13,7 +13,7 @@ import pytest
 from jvdiff.errors import ResourceError
 from jvdiff.runtime import rescue
 from jvdiff.runtime.interrupts import interrupts
-from jvdiff.runtime.rescue import kept
+from jvdiff.runtime.rescue import attempt, kept
 
 
 class Terminal(io.StringIO):
@@ -95,3 +95,22 @@ def test_a_limit_on_the_size_of_files_that_can_be_lifted_is(tmp_path, temporary)
         assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == 10_000
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("Array has been deleted"),
+            "the state cannot be read back from the device: Array has been deleted",
+        ),
+        (ResourceError("nothing could be saved"), "the state is lost: nothing could be saved"),
+    ],
+)
+def test_what_cannot_be_kept_on_the_way_of_an_error_is_said_and_hides_nothing(capsys, error, said):
+    def keep():
+        raise error
+
+    assert attempt(keep, "the state") is None
+    assert capsys.readouterr().err == f"notice: {said}\n"
+    assert attempt(lambda: 3, "the state") == 3
