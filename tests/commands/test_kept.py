@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from jvdiff import pipeline
-from jvdiff.commands import sample, stream, train
+from jvdiff.commands import one_stream, sample, stream, train
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
 from jvdiff.runtime import claims, progress, run_state, staging
@@ -184,6 +184,46 @@ def test_a_stream_keeps_the_chunk_that_the_disk_refused(streaming, tmp_path, tem
     assert len(Path(f"{base}.jsonl").read_text().splitlines()) == 2 and Path(f"{base}.json").exists()
 
 
+def test_a_stream_keeps_the_line_of_statistics_that_the_disk_refused(streaming, tmp_path, monkeypatch, capsys):
+    lines, line = tmp_path / "out" / f"{STEM}.jsonl", one_stream._line
+
+    def refused(statistics):
+        if statistics["chunk"] == 1:
+            limit(lines.stat().st_size + 9)
+        return line(statistics)
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+        patch.setattr(one_stream, "_line", refused)
+        try:
+            assert stream.main(streaming(chunks=2)) == 4
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert f"cannot write {lines.with_suffix('')}: File too large" in said
+    assert stream.main([*going_on(said), "--config.chunks=3"]) == 0
+    made = [json.loads(text) for text in lines.read_text().splitlines()]
+    assert [(row["chunk"], "wall_ms" in row) for row in made] == [(0, True), (1, True), (2, True)]
+
+
+def test_a_lost_device_hides_nothing_of_what_a_stream_says(streaming, tmp_path, monkeypatch, capsys):
+    make, lost = one_stream._make_chunk, jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    def fail(making):
+        if making.done:
+            for array in jax.tree.leaves(making.cache.past):
+                array.delete()
+            raise lost
+        return make(making)
+
+    monkeypatch.setattr(one_stream, "_make_chunk", fail)
+    assert stream.main(streaming(chunks=2)) == 7
+    said = capsys.readouterr().err
+    assert "notice: the state after chunk 0 cannot be read back from the device: Array has been deleted" in said
+    assert "error: the device, or the way to it, failed" in said
+    assert len(videos.read_video(tmp_path / "out" / f"{STEM}.mp4")) == 1
+
+
 def test_names_that_are_no_utf8(command, tiny_repository, tmp_path):
     checkpoint = shutil.copytree(tiny_repository, tmp_path / "caf\udce9")
     assert sample.main(command(checkpoint=checkpoint, output=tmp_path / "v\udceddeos")) == 0
@@ -205,11 +245,11 @@ def test_a_log_that_cannot_be_written_any_more_loses_nothing(capsys):
 
 @pytest.fixture
 def training(tmp_path, temporary, monkeypatch):
-    """run(argv, happens, **loop): the exit status of a training of four numbers; before each batch happens(step). Its
+    """run(argv, happens, save_every): the exit status of a training; before each batch happens(step). Its
     argv is a name in tmp_path, or a whole command line. run.made: the state and the lines of metrics, without times."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def run(argv, happens=lambda step: None, **options):
+    def run(argv, happens=lambda step: None, save_every=100):
         def loss(params, batch, key):
             value = jnp.mean((batch @ params["kernel"] - jax.random.normal(key, (3, 1))) ** 2)
             return value, {}
@@ -220,7 +260,7 @@ def training(tmp_path, temporary, monkeypatch):
 
         def fit(config, folder):
             task = loop.Task(lambda key: {"kernel": jax.random.normal(key, (4, 1))}, loss, loop.each(batch))
-            state = loop.fit(task, loop.Schedule(steps=8, warmup=1), folder, **{"log_every": 1} | options)
+            state = loop.fit(task, loop.Schedule(steps=8, warmup=1), folder, log_every=1, save_every=save_every)
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             run.made = state, [{k: x for k, x in row.items() if k != "seconds_per_step"} for row in rows]
             return folder
@@ -239,17 +279,17 @@ def limit(size):
 
 
 REFUSALS = {
-    "a periodic state": (3, lambda: limit(1500), {"save_every": 4}),
-    "the last state": (7, lambda: limit(1500), {}),
-    "the state of SIGTERM": (5, lambda: (limit(1500), signal.raise_signal(signal.SIGTERM)), {}),
-    "a line of metrics": (5, lambda: limit(500), {}),
+    "a periodic state": (3, lambda: limit(1500), 4),
+    "the last state": (7, lambda: limit(1500), 100),
+    "the state of SIGTERM": (5, lambda: (limit(1500), signal.raise_signal(signal.SIGTERM)), 100),
+    "a line of metrics": (5, lambda: limit(500), 100),
 }
 
 
 @pytest.mark.parametrize("fault", REFUSALS)
 def test_a_state_of_a_training_that_the_disk_refuses_is_kept_elsewhere(training, tmp_path, temporary, capsys, fault):
-    at, happens, options = REFUSALS[fault]
-    assert training("run", lambda step: happens() if step == at else None, **options) == 4
+    at, happens, save_every = REFUSALS[fault]
+    assert training("run", lambda step: happens() if step == at else None, save_every) == 4
     said = capsys.readouterr().err
     (kept,) = temporary.glob("jvdiff-*/run")
     (state,) = kept.glob("state/*")
@@ -264,6 +304,17 @@ def test_a_state_of_a_training_that_the_disk_refuses_is_kept_elsewhere(training,
     assert training("whole") == 0
     jax.tree.map(np.testing.assert_array_equal, state, training.made[0])
     assert lines == training.made[1]
+
+
+def test_a_training_keeps_its_last_step_whatever_is_raised(training, tmp_path, capsys):
+    def fail(step):
+        if step == 5:
+            raise ZeroDivisionError
+
+    assert training("run", fail) == 1
+    said, asked = capsys.readouterr().err, []
+    assert f"the state after step 5 is in {tmp_path / 'run'}\n" in said and "resume" not in said
+    assert training(going_on(said), asked.append) == 0 and asked == [5, 6, 7]
 
 
 # ------------------------------------------------------------------------------------------------------------ signals

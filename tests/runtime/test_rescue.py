@@ -101,8 +101,8 @@ def test_a_limit_on_the_size_of_files_that_can_be_lifted_is(tmp_path, temporary)
     ("error", "said"),
     [
         (
-            RuntimeError("Array has been deleted"),
-            "the state cannot be read back from the device: Array has been deleted",
+            RuntimeError("Array deleted"),
+            "the state cannot be read back from the device: Array deleted",
         ),
         (ResourceError("nothing could be saved"), "the state is lost: nothing could be saved"),
     ],
