@@ -14,13 +14,13 @@ from jvdiff.runtime import progress
 from jvdiff.runtime.interrupts import shielded
 
 T = TypeVar("T")
-MORE = ("/var/tmp",)  # often on another disk than the temporary folder
+MORE = ("/var/tmp", "/dev/shm")  # often another disk than the temporary folder; memory, until the machine restarts
 
 
 def kept(save: Callable[[Path], T], bases: Sequence[Path], *, wait: bool = True) -> T:
     """What `save(base)` returns for the first base that takes it; base: path of the files, without suffix.
 
-    Tried are `bases`, then a new folder in the temporary one and in /var/tmp, there also under a short name. Where all
+    Tried are `bases`, then a new folder in the temporary one and in `MORE`, there also under a short name. Where all
     refuse and somebody sits at a terminal, who may free some space or name another folder, that is waited for, until a
     signal comes. Signals end nothing else here.
 

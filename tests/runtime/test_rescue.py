@@ -42,7 +42,7 @@ def saving(refused, tried):
     return save
 
 
-def test_places_in_their_order(tmp_path, temporary, capsys):
+def test_places_in_their_order(tmp_path, temporary, monkeypatch, capsys):
     out, earlier, tried = tmp_path / "out", tmp_path / "earlier", []
     out.mkdir()
     earlier.mkdir()
@@ -50,6 +50,10 @@ def test_places_in_their_order(tmp_path, temporary, capsys):
     assert f"notice: {out / 'a'}: [Errno 28] No space left on device" in capsys.readouterr().err
     found = kept(saving([out, earlier], tried), [out / "a", earlier / "a"])
     assert found.parent.parent == temporary and found.name == "a.state"
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    monkeypatch.setattr(rescue, "MORE", [str(tmp_path / "nowhere"), str(memory)])
+    assert kept(saving([out, temporary], tried), [out / "a"]).is_relative_to(memory)
     long = "a" * 300  # a name that no file system takes
     assert kept(saving([], tried), [out / long]).name == "clip.state"
 
