@@ -143,9 +143,13 @@ class _Making:
 
     def interrupted(self) -> Interrupted:
         """The error that ends a run that Ctrl-C stopped, its state saved."""
-        folder = self.save()
-        command = self.maker.again or self.maker.command(folder)
+        command = self._command(self.save())
         return Interrupted(f"interrupted after step {self.done} of {self.steps}; go on with:\n  {command}")
+
+    def _command(self, state: Path) -> str:
+        """The command that goes on: with the whole batch, where that finds the state."""
+        found = self.maker.again if state.parent == self.base.parent else None
+        return found or self.maker.command(state)
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
@@ -162,24 +166,24 @@ class _Making:
             raise
         except BaseException as error:
             whole, at_once = self.done == self.steps, isinstance(error, KeyboardInterrupt)
-            if whole or (self.done > begun and not at_once):
-                self._keep()
-            if whole and at_once:
+            kept = (whole or (self.done > begun and not at_once)) and self._keep()
+            if kept and at_once:
                 raise Interrupted(f"interrupted after step {self.done} of {self.steps}.") from None
             if isinstance(error, OSError | MemoryError):
                 raise ResourceError(f"{self.base}: {error}") from error
             raise
 
-    def _keep(self) -> None:
-        """Saves the state and the frames while an error is on its way, which keeps its status."""
+    def _keep(self) -> bool:
+        """Saves the state and the frames while an error is on its way, which keeps its status; whether that went."""
         if (folder := rescue.attempt(self.save, f"the state after step {self.done} of {self.steps}")) is None:
-            return
+            return False
         if self.video is not None and peers.writes():
             with contextlib.suppress(ResourceError):  # the state has all that they are made of
                 frames = functools.partial(_write_arrays, suffix=".frames.npz", video=self.video)
                 say(f"The frames are in {rescue.kept(frames, self.bases, wait=False)}.")
         done = "All steps are done; their result is" if self.done == self.steps else f"{self.done} steps are done, and"
-        say(f"{done} kept. Go on with:\n  {self.maker.command(folder)}")
+        say(f"{done} kept. Go on with:\n  {self._command(folder)}")
+        return True
 
 
 def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:

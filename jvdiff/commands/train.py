@@ -7,8 +7,9 @@
 A run lives in `folder`: `config.json` (the fields that decide its numbers), `state/` (Orbax checkpoints),
 `metrics.jsonl`, and when it is done the result: `vae/` or `repository/`, which `jvdiff.load` and `jvdiff sample` take
 and `jvdiff to_hf` exports. The same command goes on where a stopped run was; with other fields, only with
---allow_changes. Every field is declared (`jvdiff.training.options` and each task's own) and listed by --help; where
-there is a field `plan`, --plan prints what the run would take.
+--allow_changes; where the disk had refused the state, with the --resume that a message says. Every field is declared
+(`jvdiff.training.options` and each task's own) and listed by --help; where there is a field `plan`, --plan prints what
+the run would take.
 
 Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 interrupted, resumable · 6 NaN or infinity ·
 7 set-up · 1 anything else.
