@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import resource
 import sys
@@ -17,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jvdiff.commands import command_line
@@ -42,6 +40,7 @@ FACTS = ("negative_prompt", "seed", "fps", "precision", "reencode")  # of a roll
 SHEET = 16  # frames that are kept for the contact sheet, at most
 _SHEET = "sheet "  # what their names in a state begin with
 _UNWRITTEN = "unwritten"  # in a state: the frames of its last chunk, where the video could not take them
+_LINE = "line"  # in a state: the statistics of its last chunk, where the file of them could not take them
 ELSEWHERE = "files"  # of a state that is not beside its video: the path of the video's files, without suffix
 
 
@@ -130,6 +129,7 @@ class _Making:
     totals: sums of the statistics of the chunks after the first; of that one, how long it took
     latest: while a chunk is written: its frames, the cache after it, and what `finalize` needs where it is to come
     unwritten: uint8 [F,Y,X,3], the frames of the last chunk, where the video could not take them
+    line: the statistics of the last chunk, where their file has not taken them
     """
 
     pipe: StreamInferencePipeline
@@ -145,6 +145,7 @@ class _Making:
     totals: dict[str, float] = field(default_factory=dict)
     latest: tuple[np.ndarray, StreamCache, Any] | None = None
     unwritten: np.ndarray | None = None
+    line: str | None = None
 
     def save(self) -> None:
         """Saves what the rollout goes on from, where it is not saved yet: beside the video, or where there is room."""
@@ -152,6 +153,8 @@ class _Making:
             return
         facts = self.rollout.facts() | {"frames": self.film.frames, "video": self.film.kept()}
         facts |= {"environment": environment.numerics(), "versions": versions()}
+        if self.line is not None:
+            facts[_LINE] = self.line
         arrays = run_state.flatten(self.cache) | {f"{_SHEET}{i}": frame for i, frame in self.sheet.items()}
         if self.unwritten is not None:
             arrays[_UNWRITTEN] = self.unwritten
@@ -166,14 +169,31 @@ class _Making:
             self.state = rescue.kept(save, [self.base])
             self.saved = self.done
 
-    def take_back(self) -> None:
-        """Makes the chunk that could not be written a part of the state."""
-        assert self.latest is not None
-        pixels, cache, final = self.latest
-        if cache.finalized <= self.done:
-            cache, _ = self.pipe.finalize(self.done, cache, final)
-        self.count(pixels, cache)
-        self.unwritten = pixels
+    def keep(self) -> None:
+        """Saves the state after the last chunk that was made, also if it could not be written.
+
+        Raises:
+            ResourceError: nobody takes the state.
+            RuntimeError: it cannot be read from the device, or its buffers were given to `finalize`, which failed.
+        """
+        if self.latest is not None:
+            pixels, cache, final = self.latest
+            if cache.finalized <= self.done:
+                cache, _ = self.pipe.finalize(self.done, cache, final)
+            self.line = _line({"chunk": self.done, "prompt": self.prompt(self.done), "frames": len(pixels)})
+            self.count(pixels, cache)
+            self.unwritten = pixels
+        try:
+            if self.done:
+                self.save()
+        except ResourceError:
+            if self.saved != self.done:  # else it was about the video
+                raise
+
+    def prompt(self, chunk: int) -> str:
+        """What a chunk shows."""
+        prompts = self.rollout.prompts
+        return prompts[max(i for i in prompts if i <= chunk)]
 
     def count(self, pixels: np.ndarray, cache: StreamCache) -> None:
         """Counts a chunk as done."""
@@ -211,8 +231,8 @@ def make(
         saved = rollout.done if rollout.state else None
         making = _Making(pipe, rollout, base, film, cache, sheet, rollout.done, saved, Path(config.resume or ""))
         with deferred(), _kept(making, again):
-            if unwritten is not None:
-                _catch_up(making, unwritten)
+            if unwritten is not None:  # the chunk that the disk did not take when it was made
+                film.append(unwritten)
             _make_chunks(making, config, asked_to_stop, began)
             stopped = not config.chunks or making.done < config.chunks
             if not making.done:
@@ -239,9 +259,10 @@ def _make_chunks(making: _Making, config: Any, asked_to_stop: Callable[[], bool]
             with stage(f"chunk {making.done}"), _what_is_left(making):
                 line, shown = _make_chunk(making)
             _count(making.totals, line, (shown - began) * 1000)
-            rounded = {name: round(x, 3) if isinstance(x, float) else x for name, x in line.items()}
-            lines.write(json.dumps(rounded, ensure_ascii=False) + "\n")
+            making.line = _line(line)
+            lines.write(making.line)
             lines.flush()
+            making.line = None
             show(making.done)
             if config.save_every and (making.done % config.save_every == 0 or making.done == config.chunks):
                 making.save()
@@ -249,13 +270,10 @@ def _make_chunks(making: _Making, config: Any, asked_to_stop: Callable[[], bool]
                     raise ResourceError(f"{making.base}.state: cannot be saved there.")
 
 
-def _catch_up(making: _Making, pixels: np.ndarray) -> None:
-    """Writes the chunk that the disk did not take when it was made, and a line without times."""
-    making.film.append(pixels)
-    prompts, i = making.rollout.prompts, making.done - 1
-    line = {"chunk": i, "prompt": prompts[max(k for k in prompts if k <= i)], "frames": len(pixels)}
-    with open(f"{making.base}.jsonl", "a", encoding="utf-8") as lines:
-        lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+def _line(statistics: Mapping[str, Any]) -> str:
+    """What the file of statistics has of a chunk."""
+    rounded = {name: round(x, 3) if isinstance(x, float) else x for name, x in statistics.items()}
+    return json.dumps(rounded, ensure_ascii=False) + "\n"
 
 
 def _make_chunk(making: _Making) -> tuple[dict[str, Any], float]:
@@ -265,7 +283,7 @@ def _make_chunk(making: _Making) -> tuple[dict[str, Any], float]:
     """
     pipe, rollout, i, cache = making.pipe, making.rollout, making.done, making.cache
     begun, profile = time.perf_counter(), pipe.config.enable_sync_and_profile
-    line: dict[str, Any] = {"chunk": i, "prompt": rollout.prompts[max(k for k in rollout.prompts if k <= i)]}
+    line: dict[str, Any] = {"chunk": i, "prompt": making.prompt(i)}
     if i and i in rollout.prompts:
         against, reencode = rollout.negative_prompt, rollout.reencode
         cache = pipe.set_prompts(cache, [line["prompt"]], negative_prompt=against, reencode=reencode)
@@ -356,11 +374,12 @@ def _claimed(rollout: Rollout) -> Iterator[Path]:
             yield base
         return
     base = rollout.folder / rollout.stem
-    path = Path(f"{base}.jsonl")
-    if path.exists():  # without lines of chunks after the state was saved, and one that was cut
-        count = rollout.done - (_UNWRITTEN in rollout.state.arrays)
-        with atomic(path) as part, open(path, "rb") as lines:
-            part.write_bytes(b"".join(line for line in itertools.islice(lines, count) if line.endswith(b"\n")))
+    path, refused = Path(f"{base}.jsonl"), rollout.state.facts.get(_LINE)
+    if path.exists() or refused:  # without lines of chunks after the state was saved, and one that was cut
+        count = rollout.done - (refused is not None)
+        whole = path.read_bytes().splitlines(keepends=True)[:count] if path.exists() else []
+        with atomic(path) as part:
+            part.write_bytes(b"".join([line for line in whole if line.endswith(b"\n")] + [(refused or "").encode()]))
     with alone(base) if ELSEWHERE in rollout.state.facts else contextlib.nullcontext():  # otherwise it is held
         yield base
 
@@ -373,11 +392,7 @@ def _kept(making: _Making, again: Callable[..., str]) -> Iterator[None]:
     except (KeyboardInterrupt, NumericsError):
         raise
     except BaseException as error:
-        if making.latest is not None:
-            making.take_back()
-        lost = any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(making.cache))
-        if making.done and not lost:
-            making.save()
+        rescue.attempt(making.keep, f"the state after chunk {making.done - (making.latest is None)}")
         if making.saved is not None:
             command = again(resume=making.state)
             say(f"The state after chunk {making.saved - 1} is kept. Go on with:\n  {command}")

@@ -98,6 +98,7 @@ class _Making:
     solver: of the clip's sampler
     done: steps that are computed
     seconds: how long each phase took
+    state: of the solver after those steps; on the host, which a lost device does not take with it
     video: uint8 [F,Y,X,3], once it is decoded
     """
 
@@ -107,6 +108,7 @@ class _Making:
     solver: Solver
     done: int
     seconds: dict[str, float]
+    state: Any = None
     video: np.ndarray | None = None
 
     @property
@@ -128,10 +130,10 @@ class _Making:
         earlier = self.maker.config.resume
         return [self.base, *([Path(earlier).parent / self.base.name] if earlier else [])]
 
-    def save(self, state: Any) -> Path:
+    def save(self) -> Path:
         """Saves the solver's state, somewhere, and returns the folder; raises ResourceError where nobody takes it."""
         pipe = self.maker.pipe
-        arrays = {name: np.asarray(array) for name, array in zip(state._fields, state, strict=True)}
+        arrays = {name: np.asarray(array) for name, array in zip(self.state._fields, self.state, strict=True)}
         if not peers.writes():
             return Path(f"{self.base}.state")
         identity = facts(self.job, pipe.repository, pipe.precision.name)
@@ -139,42 +141,49 @@ class _Making:
         saved = run_state.RunState(identity, self.done, arrays)
         return rescue.kept(lambda base: run_state.save(f"{base}.state", saved), self.bases)
 
-    def interrupted(self, state: Any) -> Interrupted:
+    def interrupted(self) -> Interrupted:
         """The error that ends a run that Ctrl-C stopped, its state saved."""
-        folder = self.save(state)
-        command = self.maker.again or self.maker.command(folder)
+        command = self._command(self.save())
         return Interrupted(f"interrupted after step {self.done} of {self.steps}; go on with:\n  {command}")
 
+    def _command(self, state: Path) -> str:
+        """The command that goes on: with the whole batch, where that finds the state."""
+        found = self.maker.again if state.parent == self.base.parent else None
+        return found or self.maker.command(state)
+
     @contextlib.contextmanager
-    def keeping(self, state: Any) -> Iterator[None]:
+    def keeping(self) -> Iterator[None]:
         """Saves what is done, whatever is raised inside, and says where: the state, and the frames if there are any.
 
         Raises:
-            ResourceError: nothing could be saved anywhere; or as the block, where the file system refuses.
-            Interrupted: a second Ctrl-C; the state is saved.
+            ResourceError: as the block, where the file system refuses.
+            Interrupted: a second Ctrl-C after the last step; the state is saved.
         """
+        begun = self.done
         try:
             yield
         except (Interrupted, NumericsError, InUse):  # whose state is saved already, or not worth it
             raise
         except BaseException as error:
-            self._keep(state, error)
-            if isinstance(error, KeyboardInterrupt):
+            whole, at_once = self.done == self.steps, isinstance(error, KeyboardInterrupt)
+            kept = (whole or (self.done > begun and not at_once)) and self._keep()
+            if kept and at_once:
                 raise Interrupted(f"interrupted after step {self.done} of {self.steps}.") from None
             if isinstance(error, OSError | MemoryError):
                 raise ResourceError(f"{self.base}: {error}") from error
             raise
 
-    def _keep(self, state: Any, error: BaseException) -> None:
-        try:
-            command = self.maker.command(self.save(state))
-        except ResourceError as refused:
-            raise ResourceError(f"{error}\n{refused}") from error
+    def _keep(self) -> bool:
+        """Saves the state and the frames while an error is on its way, which keeps its status; whether that went."""
+        if (folder := rescue.attempt(self.save, f"the state after step {self.done} of {self.steps}")) is None:
+            return False
         if self.video is not None and peers.writes():
             with contextlib.suppress(ResourceError):  # the state has all that they are made of
                 frames = functools.partial(_write_arrays, suffix=".frames.npz", video=self.video)
                 say(f"The frames are in {rescue.kept(frames, self.bases, wait=False)}.")
-        say(f"All steps are done; their result is kept. Go on with:\n  {command}")
+        done = "All steps are done; their result is" if self.done == self.steps else f"{self.done} steps are done, and"
+        say(f"{done} kept. Go on with:\n  {self._command(folder)}")
+        return True
 
 
 def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
@@ -195,19 +204,20 @@ def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
         _compile(making)
         with progress.phase("encode", seconds, "encode"), stage("encode"):
             conditions = pipeline.encode(pipe.context, job.clip, job.inputs, pipe.run)
-        start = _begin(making)
+        making.state = _begin(making)
         with deferred():
-            state = _denoise(making, conditions, start)
+            with making.keeping():
+                state = _denoise(making, conditions)
             if maker.asked_to_stop():
-                raise making.interrupted(state)
+                raise making.interrupted()
             if making.done < making.steps:
-                folder = making.save(state)
+                folder = making.save()
                 command = maker.command(folder)
                 say(f"stopped after step {making.done} of {making.steps}; finish it with:\n  {command}")
                 return [folder]
-            with making.keeping(state):
+            with making.keeping():
                 latents = np.array(pipe.family.finish(job.clip, job.inputs, conditions, state.x))
-                making.video = _decode(making, state, latents)
+                making.video = _decode(making, latents)
                 return [write_files(making, latents[0], _record(making), notice)]
 
 
@@ -249,14 +259,14 @@ def _begin(making: _Making) -> Any:
     return type(state)(**arrays)
 
 
-def _denoise(making: _Making, conditions: Any, state: Any) -> Any:
-    """Takes the state to the run's last step, or to where Ctrl-C was pressed."""
+def _denoise(making: _Making, conditions: Any) -> Any:
+    """The state at the run's last step, or where Ctrl-C was pressed; `making` has it too."""
     maker, clip = making.maker, making.clip
     pipe, every = maker.pipe, maker.config.preview_every
     preview = _preview(pipe, clip) if every or making.last < making.steps else None
 
     def after_step(now: int, state: Any) -> bool:
-        making.done = now
+        making.done, making.state = now, jax.tree.map(np.array, state)  # copies: the next step takes its buffers
         show(now)
         if preview and ((every and now % every == 0) or now == making.last):
             try:
@@ -273,9 +283,9 @@ def _denoise(making: _Making, conditions: Any, state: Any) -> Any:
         progress.bar("denoise", making.steps, start=making.done) as show,
     ):
         if maker.asked_to_stop():
-            return state
+            return making.state
         return pipeline.denoise(
-            pipe.context, clip, conditions, state, making.solver, pipe.run,
+            pipe.context, clip, conditions, making.state, making.solver, pipe.run,
             start=making.done, stop=last, callback=after_step,
         )  # fmt: skip
 
@@ -293,7 +303,7 @@ def _preview(pipe: Pipeline, clip: Clip) -> Callable[[Any, Path], None]:
     return save
 
 
-def _decode(making: _Making, state: Any, latents: np.ndarray) -> np.ndarray:
+def _decode(making: _Making, latents: np.ndarray) -> np.ndarray:
     """The video uint8 [F,Y,X,3]; where it is stopped, the state is saved."""
     maker, pipe = making.maker, making.maker.pipe
 
@@ -311,7 +321,7 @@ def _decode(making: _Making, state: Any, latents: np.ndarray) -> np.ndarray:
         ):
             return pipeline.decode(pipe.context, making.clip, latents, pipe.run, callback=after_frame)[0]
     except _Stop:
-        raise making.interrupted(state) from None
+        raise making.interrupted() from None
 
 
 def _record(making: _Making) -> dict[str, Any]:

@@ -7,8 +7,9 @@
 A run lives in `folder`: `config.json` (the fields that decide its numbers), `state/` (Orbax checkpoints),
 `metrics.jsonl`, and when it is done the result: `vae/` or `repository/`, which `jvdiff.load` and `jvdiff sample` take
 and `jvdiff to_hf` exports. The same command goes on where a stopped run was; with other fields, only with
---allow_changes. Every field is declared (`jvdiff.training.options` and each task's own) and listed by --help; where
-there is a field `plan`, --plan prints what the run would take.
+--allow_changes; where the disk had refused the state, with the --resume that a message says. Every field is declared
+(`jvdiff.training.options` and each task's own) and listed by --help; where there is a field `plan`, --plan prints what
+the run would take.
 
 Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 interrupted, resumable · 6 NaN or infinity ·
 7 set-up · 1 anything else.
@@ -16,9 +17,12 @@ Exit status: 0 done · 2 usage · 3 checkpoint or data · 4 memory or disk · 5 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Mapping, Sequence
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +30,10 @@ from jvdiff import config as configs
 from jvdiff import models
 from jvdiff.commands import arguments, command_line, options
 from jvdiff.commands.arguments import Command, Request, Section
+from jvdiff.commands.command_line import say
 from jvdiff.config import nearest
 from jvdiff.errors import UsageError
+from jvdiff.runtime import peers
 from jvdiff.runtime.files import alone
 from jvdiff.training.options import Going, Kind, Training, function
 
@@ -76,16 +82,52 @@ def run(request: Request) -> list[Path]:
         for line in training.lines(function(str(kind.programs)), config):
             print(line, flush=True)
         return []
-    from jvdiff.training import record
+    from jvdiff.training import record, states
 
     folder = command_line.writable(config.folder, "folder")
     fields, processes = config.to_dict(), configs.names(options.Processes)
-    with alone(folder / "run", folder):
+    with alone(folder / "run", folder), _quiet_orbax():
+        if config.get("resume"):
+            if peers.writes():
+                states.take(Path(str(config.resume)), folder)
+            peers.gather(None)  # nobody looks before it is there
         record.begin(folder, fields, kind, bool(config.get("allow_changes")), processes)
         command_line.compile_cache(config.get("compile_cache"))  # type: ignore[arg-type]
         advice = "Try a smaller batch or model; what was saved before is kept."
-        with command_line.device_memory(str(folder), advice), command_line.plain_logs():
+        with command_line.device_memory(str(folder), advice), command_line.plain_logs(), _going_on(request, folder):
             return [function(kind.run)(config, folder)]
+
+
+@contextlib.contextmanager
+def _going_on(request: Request, folder: Path) -> Iterator[None]:
+    """Says how to go on from the state that the loop has kept when something was raised."""
+    try:
+        yield
+    except BaseException as error:
+        if (place := getattr(error, "kept", None)) is not None:
+            there = None if place == folder else place
+            say(f"Go on with:\n  {request.command(resume=there)}")
+        raise
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Inside, what Orbax's threads raise is not printed by them: it is raised here too, and becomes a sentence."""
+    logger, before = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+
+    def hook(raised: Any) -> None:
+        if str(raised.exc_value) != "Event loop is closed":  # of saves that were not waited for any more
+            before(raised)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if sys.unraisablehook is hook:
+            sys.unraisablehook = before
 
 
 def _check(config: Any) -> None:

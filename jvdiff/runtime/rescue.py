@@ -14,13 +14,13 @@ from jvdiff.runtime import progress
 from jvdiff.runtime.interrupts import shielded
 
 T = TypeVar("T")
-MORE = ("/var/tmp",)  # often on another disk than the temporary folder
+MORE = ("/var/tmp", "/dev/shm")  # often another disk than the temporary folder; memory, until the machine restarts
 
 
 def kept(save: Callable[[Path], T], bases: Sequence[Path], *, wait: bool = True) -> T:
     """What `save(base)` returns for the first base that takes it; base: path of the files, without suffix.
 
-    Tried are `bases`, then a new folder in the temporary one and in /var/tmp, there also under a short name. Where all
+    Tried are `bases`, then a new folder in the temporary one and in `MORE`, there also under a short name. Where all
     refuse and somebody sits at a terminal, who may free some space or name another folder, that is waited for, until a
     signal comes. Signals end nothing else here.
 
@@ -41,6 +41,21 @@ def kept(save: Callable[[Path], T], bases: Sequence[Path], *, wait: bool = True)
             if (found := _tried(save, Path(folder or bases[0].parent) / bases[0].name, reasons)) is not None:
                 return found[0]
     raise ResourceError("nothing could be saved anywhere:\n" + "\n".join(reasons[:4]))
+
+
+def attempt(keep: Callable[[], T], what: str) -> T | None:
+    """What `keep()` returns, while an error is on its way that must not be hidden; None where it fails, with a notice.
+
+    what: is to be kept, for that notice; it may be on a device that is lost.
+    """
+    try:
+        return keep()
+    except (JvdiffError, OSError, MemoryError) as error:
+        notice = f"notice: {what} is lost: {error}"
+    except RuntimeError as error:  # of JAX
+        notice = f"notice: {what} cannot be read back from the device: {' '.join(str(error).split()):.200}"
+    progress.tell(f"{notice}\n", sys.stderr)
+    return None
 
 
 def _tried(save: Callable[[Path], T], base: Path, reasons: list[str]) -> tuple[T] | None:

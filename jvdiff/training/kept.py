@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jvdiff.errors import ResourceError
 from jvdiff.runtime import peers
 from jvdiff.runtime.files import atomic
 from jvdiff.runtime.records import file_sha256, read
@@ -21,8 +22,7 @@ def kept(path: Path, key: str, make: Callable[[], Mapping[str, np.ndarray]]) -> 
 
     key: names everything that decides them.
 
-    Raises:
-        ResourceError: they cannot be written.
+    Where the disk refuses them, the run goes on with a warning: the next start makes them anew.
     """
     mark = path.with_suffix(".json")
     if path.is_file():
@@ -33,9 +33,12 @@ def kept(path: Path, key: str, make: Callable[[], Mapping[str, np.ndarray]]) -> 
             _log.warning("%s: not what was written, or without its digest; it is made anew", path)
     arrays = make()
     if peers.writes():
-        mark.unlink(missing_ok=True)
-        with atomic(path) as part, open(part, "wb") as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-        with atomic(mark) as part:
-            part.write_text(json.dumps({"key": key, "sha256": file_sha256(path)}) + "\n", encoding="utf-8")
+        try:
+            mark.unlink(missing_ok=True)
+            with atomic(path) as part, open(part, "wb") as file:
+                np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+            with atomic(mark) as part:
+                part.write_text(json.dumps({"key": key, "sha256": file_sha256(path)}) + "\n", encoding="utf-8")
+        except (ResourceError, OSError) as error:
+            _log.warning("%s\nThe run goes on; its next start makes them anew.", error)
     return arrays

@@ -12,10 +12,9 @@ Where there are many processes, all call `fit` with one mesh of all their device
 
 import itertools
 import logging
-import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,23 +27,18 @@ import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageError
-from jvdiff.runtime import draws, peers
+from jvdiff.errors import Interrupted, NumericsError, UsageError
+from jvdiff.runtime import draws, peers, rescue
 from jvdiff.runtime.interrupts import deferred, interrupts
-from jvdiff.runtime.staging import MANIFEST, lock, resource_error
+from jvdiff.runtime.staging import lock
 from jvdiff.sharding import MeshShape, make_mesh, param_shardings
 from jvdiff.sharding.rules import REPLICATED, Rules
+from jvdiff.training import states
 from jvdiff.training.metrics import Metrics
 from jvdiff.training.options import Schedule
 from jvdiff.types import Array, Params
-from jvdiff.weights.manifest import verify_files, write_manifest
 
 _log = logging.getLogger("jvdiff.training")
-
-# One device writes what many hold: by default Orbax cuts that into a part for each, by a program for each shape.
-_WHOLE = ocp.type_handlers.create_type_handler_registry(
-    (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False))
-)
 
 
 class State(NamedTuple):
@@ -234,31 +228,27 @@ def fit(
       Interrupted: SIGINT or SIGTERM came; the state after the last whole step is saved.
       NumericsError: too many steps in a row were skipped. The last checkpoint is kept; nothing after it is saved.
       CheckpointError: the run in `folder` is of another model, another process is at it, or all its states are damaged.
-      ResourceError: the disk is full.
+      ResourceError: the disk refuses a state, which is kept elsewhere then.
+      Whatever is raised after a step that was finished has an attribute `kept`: where the state after that step is,
+      the run's folder or another that `states.take` takes; None: nowhere.
     """
     counts = {"save_every": save_every, "log_every": log_every, "show_every": show_every, "keep": keep}
     _check_counts(**counts, accumulate=accumulate, most_skipped=most_skipped)
     mesh = make_mesh(MeshShape()) if mesh is None else mesh
     folder.mkdir(parents=True, exist_ok=True)
-    states = (folder / "state").absolute()
     shardings = state_shardings(mesh, task, schedule)
-    with (
-        draws.pinned(),
-        interrupts() as stopped,
-        lock(states) if peers.writes() else nullcontext(),
-        _manager(states, keep) as manager,
-    ):
+    with draws.pinned(), interrupts() as stopped, _managed((folder / "state").absolute(), keep) as manager:
         init_key, step_key = jax.random.split(draws.key(seed))
         state = _begun(manager, partial(start, task, schedule, init_key, params, shardings), shardings)
-        run = _Run(folder, manager, most_skipped, state, int(state.step))
         step = make_step(task, schedule, step_key, shardings, accumulate)
-        every, begun = _Every(save_every, log_every, show_every), run.done
-        with deferred(lambda: run.done > begun):
-            with Metrics(folder, run.done, schedule.steps, log_to) as metrics:
-                run.train(task, schedule.steps, step, mesh, every, metrics, stopped)
-            run.save()
-            with _disk(folder):
-                manager.wait_until_finished()
+        every, begun = _Every(save_every, log_every, show_every), int(state.step)
+        with Metrics(folder, begun, schedule.steps, log_to) as metrics:
+            run = _Run(folder, manager, metrics, most_skipped, state, begun)
+            with deferred(lambda: run.done > begun), run.keeping():
+                run.train(task, schedule.steps, step, mesh, every, stopped)
+                run.save()
+                with states.disk(folder):
+                    manager.wait_until_finished()
     if run.done < schedule.steps:
         raise Interrupted(f"{folder}: stopped after step {run.done}, state saved; the same command goes on.")
     return run.state
@@ -288,6 +278,7 @@ class _Run:
     """A training under way.
 
     folder, manager: where its states are saved
+    metrics: where its numbers go
     most_skipped: how many skipped steps in a row end it
     state: after `done` steps
     done: how many steps
@@ -295,6 +286,7 @@ class _Run:
 
     folder: Path
     manager: ocp.CheckpointManager
+    metrics: Metrics
     most_skipped: int
     state: State
     done: int
@@ -317,7 +309,6 @@ class _Run:
         step: Callable[[State, Any], Any],
         mesh: Mesh,
         every: _Every,
-        metrics: Metrics,
         stopped: Callable[[], bool],
     ) -> None:
         """Takes the state to step `steps`, or to where the run is stopped."""
@@ -326,14 +317,16 @@ class _Run:
                 if stopped():
                     break
                 self.state, values = step(self.state, shared(batch, mesh))
-                self.after_step(task, every, metrics, values, self.done + 1 == steps)
+                self.after_step(task, every, values, self.done + 1 == steps)
 
-    def after_step(self, task: Task, every: _Every, metrics: Metrics, values: Mapping[str, Any], last: bool) -> None:
+    def after_step(self, task: Task, every: _Every, values: Mapping[str, Any], last: bool) -> None:
         """Counts a step, and does what is due after it."""
         self.done += 1
+        with states.disk(self.folder):
+            self.manager.check_for_errors()  # of a save that is under way
         if self.done % every.log == 0 or last:
             self.check()
-            metrics.write(self.done, {name: float(np.asarray(value)) for name, value in values.items()})
+            self.metrics.write(self.done, {name: float(np.asarray(value)) for name, value in values.items()})
         if self.done % every.save == 0:
             self.save()
         if task.show is not None and every.show is not None and self.done % every.show == 0:
@@ -343,8 +336,41 @@ class _Run:
         """Saves the state, unless it is saved."""
         if self.manager.latest_step() != self.done:
             self.check()
-            with _disk(self.folder):  # an earlier save may still be under way, and fail here
+            with states.disk(self.folder):  # an earlier save may still be under way, and fail here
                 self.manager.save(self.done, args=ocp.args.PyTreeSave(tuple(self.state)))
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keeps the state after the last step, whatever is raised inside, and says in the error's `kept` where.
+
+        Not of several processes, which would have to write together where all of them see it, and whose errors end all.
+        """
+        begun = self.done
+        try:
+            yield
+        except (KeyboardInterrupt, NumericsError):  # at once, on purpose; what is not worth it
+            raise
+        except BaseException as error:
+            if self.done > begun and not peers.several():
+                error.kept = self._keep()  # type: ignore[attr-defined]
+            raise
+
+    def _keep(self) -> Path | None:
+        """Saves the state in the run's folder, or where there is room, and returns in which; None: nowhere."""
+        root = states.root_of(self.folder)
+
+        def put(base: Path) -> Path:
+            if base == root:
+                states.write(self.manager, self.done, tuple(self.state))
+                self.metrics.write_refused()
+            else:
+                states.write_elsewhere(base, self.folder, self.done, tuple(self.state), self.metrics.refused)
+            return base
+
+        place = rescue.attempt(lambda: rescue.kept(put, [root]), f"the state after step {self.done}")
+        if place is not None:
+            _log.warning("the state after step %d is in %s", self.done, place)
+        return place
 
 
 def _ahead(batches: Generator[Any, None, None], count: int) -> Generator[Any, None, None]:
@@ -358,103 +384,27 @@ def _ahead(batches: Generator[Any, None, None], count: int) -> Generator[Any, No
             yield batch
 
 
-def _manager(states: Path, keep: int) -> ocp.CheckpointManager:
-    """Orbax's manager of a run's states, the last of which is what was written; digests are written with each."""
-    _set_damaged_aside(states)
-    signed = ocp.AsyncOptions(post_finalization_callback=partial(_sign, states))
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=signed)
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_WHOLE)
-    return ocp.CheckpointManager(states, item_handlers=handler, options=options)
-
-
-def _sign(states: Path) -> None:
-    """Writes the manifest of a state that is complete and has not its name yet; in Orbax's own thread."""
-    if peers.writes():
-        for unnamed in states.glob("*.orbax-checkpoint-tmp*"):
-            write_manifest(unnamed, {}, {}, "default/")  # what Orbax itself writes beside it changes once more
-
-
-def saved_steps(states: Path) -> list[int]:
-    """The steps whose states are in a run's folder `state`, the last one first."""
-    return sorted(
-        (int(path.name) for path in states.glob("*") if path.name.isdecimal() and path.is_dir()), reverse=True
-    )
-
-
-def _set_damaged_aside(states: Path) -> None:
-    """Renames the states after the last one that is what was written, with a warning that says so.
-
-    A run of a version that wrote no digests goes on as it is, with a warning.
-
-    Raises:
-      CheckpointError: none is what was written. Nothing is renamed.
-    """
-    steps = saved_steps(states)
-    if steps and not any((states / str(step) / MANIFEST).exists() for step in steps):
-        _log.warning("%s: saved without digests, by an earlier version; it is used as it is", states)
-        return
-    problems: dict[int, CheckpointError] = {}
-    for step in steps:
+@contextmanager
+def _managed(folder: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
+    """Orbax's manager of a run's states, the last of which is what was written; no other process has it meanwhile."""
+    with lock(folder) if peers.writes() else nullcontext():
+        states.remove_unfinished(folder)
+        states.set_damaged_aside(folder)
+        manager = states.manager(folder, keep)
         try:
-            verify_files(states / str(step))
-            break
-        except CheckpointError as error:
-            problems[step] = error
-    if problems and len(problems) == len(steps):
-        first = problems[steps[0]]
-        raise CheckpointError(
-            f"{_first_line(first)}\nNo earlier state is whole; restore one from a copy, or remove {states}."
-        ) from first
-    for step, error in problems.items():
-        aside = states.with_name(f"damaged-{step}-{secrets.token_hex(2)}")
-        _log.warning("%s\nIt is now %s; the run goes on from an earlier state.", _first_line(error), aside)
-        if peers.writes():
-            (states / str(step)).rename(aside)
-    peers.gather(None)  # nobody looks before they are gone
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+            yield manager
+        except BaseException:
+            with suppress(Exception):  # of a save that failed: nothing beside what is raised already
+                manager.close()
+            states.remove_unfinished(folder)
+            raise
+        manager.close()
 
 
 def _begun(manager: ocp.CheckpointManager, begin: Callable[[], State], shardings: State) -> State:
     """The state that was saved last, or a new one."""
-    saved = manager.latest_step()
-    return begin() if saved is None else _restore(manager, saved, begin, shardings)
-
-
-def _restore(manager: ocp.CheckpointManager, saved: int, begin: Callable[[], State], shardings: State) -> State:
-    """The state of step `saved`, with the shapes and dtypes of `begin()`, which is not run; each shard read where it
-    lives."""
+    if (saved := manager.latest_step()) is None:
+        return begin()
     abstract = jax.eval_shape(begin)
     like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, shardings)
-    arguments = ocp.checkpoint_utils.construct_restore_args(tuple(like))
-    try:
-        here, wanted = _shapes(manager.item_metadata(saved).tree[1]), _shapes(like.params)
-        if other := sorted(dict(here.items() ^ wanted.items())):
-            first = f"{other[0]} is {here.get(other[0])} there, {wanted.get(other[0])} here"
-            raise ValueError(f"{len(other)} parameters differ, {first}")
-        restored: Any = manager.restore(saved, args=ocp.args.PyTreeRestore(tuple(like), restore_args=arguments))
-    except Exception as error:  # Orbax and TensorStore raise many types
-        raise CheckpointError(
-            f"{manager.directory}: step {saved} cannot be restored: {' '.join(str(error).split()):.300}.\n"
-            "It may be of a run with another model or optimizer; choose another folder, or remove it to start anew."
-        ) from error
-    _log.info("resuming at step %d", saved)
-    return State(*restored)
-
-
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
-
-
-@contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-    """Makes one kind of error of all the ways in which a full disk shows."""
-    try:
-        yield
-    except Exception as error:
-        if resource := resource_error(error, folder):
-            raise resource from error
-        raise
+    return State(*states.restore(manager, saved, tuple(like)))

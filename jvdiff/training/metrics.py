@@ -14,6 +14,7 @@ from jvdiff.runtime import peers
 from jvdiff.runtime.files import atomic
 from jvdiff.runtime.progress import clock
 
+METRICS = "metrics.jsonl"
 _log = logging.getLogger("jvdiff.training")
 
 
@@ -29,8 +30,9 @@ class Metrics(ExitStack):
         super().__init__()
         if unknown := [name for name in also if name not in SINKS]:
             raise UsageError(f"log_to has {unknown[0]!r:.80}; expected some of {', '.join(SINKS)}.")
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         self.steps = steps
+        self.refused: list[str] = []  # lines that the disk did not take
         self.clock = (time.perf_counter(), done)
         if self.path.exists() and peers.writes():
             with atomic(self.path) as part:
@@ -43,20 +45,33 @@ class Metrics(ExitStack):
             raise
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """One line; a number that is not finite becomes null, as JSON wants it."""
+        """One line; a number that is not finite becomes null, as JSON wants it.
+
+        Raises:
+          OSError: the disk does not take it; it is in `refused`.
+        """
         now = time.perf_counter()
         each = round((now - self.clock[0]) / max(step - self.clock[1], 1), 4)
         self.clock = (now, step)
         line = {"step": step, **numbers, "seconds_per_step": each}
         if peers.writes():
+            self.refused.append(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n")
             with self.path.open("a") as file:
-                file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n")
+                file.write(self.refused[-1])
+            self.refused.pop()
         for sink in self.sinks:
             sink(step, {name: value for name, value in line.items() if name != "step"})
         told = [f"step {step} of {self.steps}"]
         told += [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items() if k != "step"]
         told += [f"{clock(each * (self.steps - step))} left"] if step < self.steps else []
         _log.info("%s", " · ".join(told))
+
+    def write_refused(self) -> None:
+        """Writes the lines that the disk did not take; what it took of one is dropped when the run goes on."""
+        if self.refused:
+            with self.path.open("a") as file:
+                file.write("\n" + "".join(self.refused))
+            self.refused.clear()
 
 
 def _tensorboard(stack: ExitStack, folder: Path, done: int) -> Callable[[int, Mapping[str, float]], None]:

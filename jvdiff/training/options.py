@@ -71,6 +71,9 @@ class Going:
     """Fields that a command sets, and no configuration has to have."""
 
     family: str | None = family()
+    resume: str | None = option(
+        None, "the folder that a message named, with a state that the disk of `folder` had refused", path=True
+    )
     allow_changes: bool = option(False, "go on in `folder` though fields that decide numbers are other ones now")
     compile_cache: str | None = option(
         None, 'a folder of your own, or "off"; none: the user\'s cache folder', path=True
@@ -80,7 +83,7 @@ class Going:
 
 # Whatever these are, the numbers are the same: a run may go on with others.
 FREE = frozenset({
-    *("folder", "family", "compile_cache", "allow_changes", "plan", "plan_target", "follow_symlinks"),
+    *("folder", "family", "compile_cache", "allow_changes", "resume", "plan", "plan_target", "follow_symlinks"),
     *("loop.mesh", "loop.save_every", "loop.log_every", "loop.show_every", "loop.keep", "loop.log_to"),
     *("loop.most_skipped",),
 })  # fmt: skip

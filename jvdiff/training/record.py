@@ -29,7 +29,7 @@ def begin(folder: Path, fields: Mapping[str, Any], kind: Kind, allow_changes: bo
     now = _deciding(fields, kind, free)
     content: dict[str, Any] = {"fields": now, "changes": []}
     if (step := _saved(folder)) and (folder / FILE).is_file():
-        content = _read(folder / FILE)
+        content = read(folder / FILE)
         before = content["fields"]
         if not (other := {p: (before.get(p), now.get(p)) for p in before | now if before.get(p) != now.get(p)}):
             return
@@ -74,7 +74,8 @@ def _saved(folder: Path) -> int:
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """What `begin` recorded. Raises CheckpointError: it cannot be read."""
     try:
         content = json.loads(path.read_bytes())
         if isinstance(content["fields"], dict) and isinstance(content["changes"], list):

@@ -2,22 +2,27 @@
 
 import errno
 import io
+import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
 import tempfile
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jvdiff import pipeline
-from jvdiff.commands import sample, stream, train
+from jvdiff.commands import one_stream, sample, stream, train
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
 from jvdiff.runtime import claims, progress, run_state, staging
+from jvdiff.training import loop
 
 PROMPT, STEM = "a red seven moving left", "a-red-seven-moving-left_seed3"
 
@@ -93,6 +98,39 @@ def test_whatever_is_raised_after_the_last_step_the_state_is_kept(command, tmp_p
         assert len(videos.read_video(tmp_path / "out" / f"{STEM}.mp4")) == 5
 
 
+AMID = {
+    "a bug": (ZeroDivisionError(), 1),
+    "no device memory": (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), 4),
+    "a lost device": (jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS"), 7),
+    "a second Ctrl-C": (KeyboardInterrupt(), 130),
+}
+
+
+@pytest.mark.parametrize("fault", AMID)
+def test_whatever_is_raised_amid_the_steps_those_that_are_done_are_kept(command, tmp_path, monkeypatch, capsys, fault):
+    (error, status), denoise = AMID[fault], pipeline.denoise
+
+    def broken(*args, callback, **options):
+        def after(done, state):
+            callback(done, state)
+            if done == 2:
+                for array in state:
+                    array.delete()  # as a step takes its buffers, or a lost device
+                raise error
+
+        return denoise(*args, callback=after, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "denoise", broken)
+        assert sample.main(command(steps=3)) == status
+    said, state = capsys.readouterr().err, tmp_path / "out" / f"{STEM}.state"
+    assert state.exists() == ("2 steps are done, and kept" in said) == (status != 130)
+    if fault == "a bug":
+        assert sample.main(going_on(said)) == sample.main(command(steps=3, output=tmp_path / "whole")) == 0
+        one, other = (videos.read_video(tmp_path / folder / f"{STEM}.mp4") for folder in ("out", "whole"))
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_state_that_its_place_refuses_is_saved_elsewhere(command, tmp_path, temporary, monkeypatch, capsys):
     usage = staging.shutil.disk_usage
 
@@ -146,6 +184,46 @@ def test_a_stream_keeps_the_chunk_that_the_disk_refused(streaming, tmp_path, tem
     assert len(Path(f"{base}.jsonl").read_text().splitlines()) == 2 and Path(f"{base}.json").exists()
 
 
+def test_a_stream_keeps_the_line_of_statistics_that_the_disk_refused(streaming, tmp_path, monkeypatch, capsys):
+    lines, line = tmp_path / "out" / f"{STEM}.jsonl", one_stream._line
+
+    def refused(statistics):
+        if statistics["chunk"] == 1:
+            limit(lines.stat().st_size + 9)
+        return line(statistics)
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+        patch.setattr(one_stream, "_line", refused)
+        try:
+            assert stream.main(streaming(chunks=2)) == 4
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert f"cannot write {lines.with_suffix('')}: File too large" in said
+    assert stream.main([*going_on(said), "--config.chunks=3"]) == 0
+    made = [json.loads(text) for text in lines.read_text().splitlines()]
+    assert [(row["chunk"], "wall_ms" in row) for row in made] == [(0, True), (1, True), (2, True)]
+
+
+def test_a_lost_device_hides_nothing_of_what_a_stream_says(streaming, tmp_path, monkeypatch, capsys):
+    make, lost = one_stream._make_chunk, jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    def fail(making):
+        if making.done:
+            for array in jax.tree.leaves(making.cache.past):
+                array.delete()
+            raise lost
+        return make(making)
+
+    monkeypatch.setattr(one_stream, "_make_chunk", fail)
+    assert stream.main(streaming(chunks=2)) == 7
+    said = capsys.readouterr().err
+    assert "notice: the state after chunk 0 cannot be read back from the device: Array has been deleted" in said
+    assert "error: the device, or the way to it, failed" in said
+    assert len(videos.read_video(tmp_path / "out" / f"{STEM}.mp4")) == 1
+
+
 def test_names_that_are_no_utf8(command, tiny_repository, tmp_path):
     checkpoint = shutil.copytree(tiny_repository, tmp_path / "caf\udce9")
     assert sample.main(command(checkpoint=checkpoint, output=tmp_path / "v\udceddeos")) == 0
@@ -160,6 +238,83 @@ def test_a_log_that_cannot_be_written_any_more_loses_nothing(capsys):
     with progress.bar("denoise", 2, stream=Gone()) as show:
         show(1)
         show(2)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture
+def training(tmp_path, temporary, monkeypatch):
+    """run(argv, happens, save_every): the exit status of a training; before each batch happens(step). Its
+    argv is a name in tmp_path, or a whole command line. run.made: the state and the lines of metrics, without times."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def run(argv, happens=lambda step: None, save_every=100):
+        def loss(params, batch, key):
+            value = jnp.mean((batch @ params["kernel"] - jax.random.normal(key, (3, 1))) ** 2)
+            return value, {}
+
+        def batch(step):
+            happens(step)
+            return np.random.default_rng(step).standard_normal((3, 4), np.float32)
+
+        def fit(config, folder):
+            task = loop.Task(lambda key: {"kernel": jax.random.normal(key, (4, 1))}, loss, loop.each(batch))
+            state = loop.fit(task, loop.Schedule(steps=8, warmup=1), folder, log_every=1, save_every=save_every)
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            run.made = state, [{k: x for k, x in row.items() if k != "seconds_per_step"} for row in rows]
+            return folder
+
+        monkeypatch.setattr(train, "function", lambda name: fit)
+        if isinstance(argv, str):
+            argv = ["jvdiff", "--config", "train_digits_vae", f"--folder={tmp_path / argv}"]
+        return train.main(argv)
+
+    yield run
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+REFUSALS = {
+    "a periodic state": (3, lambda: limit(1500), 4),
+    "the last state": (7, lambda: limit(1500), 100),
+    "the state of SIGTERM": (5, lambda: (limit(1500), signal.raise_signal(signal.SIGTERM)), 100),
+    "a line of metrics": (5, lambda: limit(500), 100),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSALS)
+def test_a_state_of_a_training_that_the_disk_refuses_is_kept_elsewhere(training, tmp_path, temporary, capsys, fault):
+    at, happens, save_every = REFUSALS[fault]
+    assert training("run", lambda step: happens() if step == at else None, save_every) == 4
+    said = capsys.readouterr().err
+    (kept,) = temporary.glob("jvdiff-*/run")
+    (state,) = kept.glob("state/*")
+    assert not any("tmp" in path.name for path in (tmp_path / "run" / "state").iterdir())
+    assert f"the state after step {state.name} is in {kept}\n" in said and "Traceback" not in said
+    limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    asked = []
+    for _ in range(2):  # the command may be given again
+        assert training(going_on(said), asked.append) == 0
+    assert asked == list(range(int(state.name), 8))
+    state, lines = training.made
+    assert training("whole") == 0
+    jax.tree.map(np.testing.assert_array_equal, state, training.made[0])
+    assert lines == training.made[1]
+
+
+def test_a_training_keeps_its_last_step_whatever_is_raised(training, tmp_path, capsys):
+    def fail(step):
+        if step == 5:
+            raise ZeroDivisionError
+
+    assert training("run", fail) == 1
+    said, asked = capsys.readouterr().err, []
+    assert f"the state after step 5 is in {tmp_path / 'run'}\n" in said and "resume" not in said
+    assert training(going_on(said), asked.append) == 0 and asked == [5, 6, 7]
 
 
 # ------------------------------------------------------------------------------------------------------------ signals

@@ -13,7 +13,7 @@ import pytest
 from jvdiff.errors import ResourceError
 from jvdiff.runtime import rescue
 from jvdiff.runtime.interrupts import interrupts
-from jvdiff.runtime.rescue import kept
+from jvdiff.runtime.rescue import attempt, kept
 
 
 class Terminal(io.StringIO):
@@ -42,7 +42,7 @@ def saving(refused, tried):
     return save
 
 
-def test_places_in_their_order(tmp_path, temporary, capsys):
+def test_places_in_their_order(tmp_path, temporary, monkeypatch, capsys):
     out, earlier, tried = tmp_path / "out", tmp_path / "earlier", []
     out.mkdir()
     earlier.mkdir()
@@ -50,6 +50,10 @@ def test_places_in_their_order(tmp_path, temporary, capsys):
     assert f"notice: {out / 'a'}: [Errno 28] No space left on device" in capsys.readouterr().err
     found = kept(saving([out, earlier], tried), [out / "a", earlier / "a"])
     assert found.parent.parent == temporary and found.name == "a.state"
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    monkeypatch.setattr(rescue, "MORE", [str(tmp_path / "nowhere"), str(memory)])
+    assert kept(saving([out, temporary], tried), [out / "a"]).is_relative_to(memory)
     long = "a" * 300  # a name that no file system takes
     assert kept(saving([], tried), [out / long]).name == "clip.state"
 
@@ -95,3 +99,22 @@ def test_a_limit_on_the_size_of_files_that_can_be_lifted_is(tmp_path, temporary)
         assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == 10_000
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("Array deleted"),
+            "the state cannot be read back from the device: Array deleted",
+        ),
+        (ResourceError("nothing could be saved"), "the state is lost: nothing could be saved"),
+    ],
+)
+def test_what_cannot_be_kept_on_the_way_of_an_error_is_said_and_hides_nothing(capsys, error, said):
+    def keep():
+        raise error
+
+    assert attempt(keep, "the state") is None
+    assert capsys.readouterr().err == f"notice: {said}\n"
+    assert attempt(lambda: 3, "the state") == 3

@@ -1,5 +1,7 @@
 """What a training computes once: used again only where it is what was written."""
 
+import resource
+
 import numpy as np
 import pytest
 
@@ -28,3 +30,13 @@ def test_what_is_not_what_was_written_is_made_anew(tmp_path, damage, caplog):
     assert (kept(path, "other" if damage == "other key" else "key", make)["latents"] == 2).all()
     assert ("made anew" in caplog.text) is (damage != "other key")
     assert (kept(path, "other" if damage == "other key" else "key", make)["latents"] == 2).all() and made == [1, 1]
+
+
+def test_where_the_disk_refuses_them_the_run_goes_on(tmp_path, caplog):
+    path, before = tmp_path / "latents.npz", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        assert (kept(path, "key", lambda: {"latents": np.ones(1000)})["latents"] == 1).all()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "The run goes on" in caplog.text and list(tmp_path.iterdir()) == []
