@@ -8,7 +8,8 @@ import hashlib
 import os
 import shlex
 import stat
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,63 @@ def _open(status: os.stat_result) -> bool:
     return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
+_SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
+_OFF = ("n", "no", "f", "false", "off", "0")
+_ON = ("y", "yes", "t", "true", "on", "1")
+_switched_off = False  # by the environment, or by the program that calls a command as a function
+
+
+def named() -> str | None:
+    """The folder of compiled programs that JAX's own settings name; "off" where they turn it off, None: neither."""
+    import jax
+
+    return "off" if _switched_off else jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def no_programs() -> Iterator[None]:
+    """Inside it JAX takes compiled programs from no folder until `compile_into` names one; afterwards as before.
+
+    That holds for a JAX that is there, for one that is imported inside, and for those of child processes.
+    """
+    global _switched_off
+    jax, said = sys.modules.get("jax"), os.environ.get(_SWITCH)
+    if jax:
+        folder, enabled = jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache
+        _set(folder, False)
+    else:
+        folder, enabled = os.environ.get("JAX_COMPILATION_CACHE_DIR"), (said or "1").lower() not in _OFF
+    _switched_off = not enabled
+    if said is None or said.lower() in (*_OFF, *_ON):  # others JAX refuses, with a sentence
+        os.environ[_SWITCH] = "false"
+    try:
+        yield
+    finally:
+        _switched_off = False
+        os.environ.pop(_SWITCH)
+        if said is not None:
+            os.environ[_SWITCH] = said
+        if "jax" in sys.modules:
+            _set(folder, enabled)
+
+
 def compile_into(path: Path | None) -> None:
     """From now on JAX keeps compiled programs in a folder, and takes none from elsewhere; None: it keeps none."""
-    import jax
     from jax._src import compilation_cache  # nothing public lets an entry be compared before it is run
-    from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-    jax.config.update("jax_enable_compilation_cache", path is not None)
-    if path is not None:
-        jax.config.update("jax_compilation_cache_dir", str(path))
-    reset_cache()
+    _set(path and str(path), path is not None)
     real = compilation_cache.get_file_cache
     if not isinstance(real, functools.partial):
         compilation_cache.get_file_cache = functools.partial(_whole_entries, real)
+
+
+def _set(folder: str | None, enabled: bool) -> None:
+    import jax
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    reset_cache()
 
 
 def _whole_entries(real: Callable[[str], tuple[Any, str] | None], path: str) -> tuple[Any, str] | None:
