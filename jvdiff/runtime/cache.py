@@ -9,9 +9,10 @@ import os
 import shlex
 import stat
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jvdiff.errors import SetupError
 
@@ -61,14 +62,24 @@ def _open(status: os.stat_result) -> bool:
 _SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
 _OFF = ("n", "no", "f", "false", "off", "0")
 _ON = ("y", "yes", "t", "true", "on", "1")
-_switched_off = False  # by the environment, or by the program that calls a command as a function
+_lock = threading.Lock()
+_commands: list["_Before"] = []  # one for each command that runs; there may be several, in threads of their own
+
+
+class _Before(NamedTuple):
+    """How JAX keeps programs where no command runs: its folder, whether it does, and what the environment says."""
+
+    folder: str | None
+    enabled: bool
+    said: str | None
 
 
 def named() -> str | None:
     """The folder of compiled programs that JAX's own settings name; "off" where they turn it off, None: neither."""
     import jax
 
-    return "off" if _switched_off else jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    config: Any = jax.config
+    return "off" if _commands and not _commands[0].enabled else config.jax_compilation_cache_dir
 
 
 @contextlib.contextmanager
@@ -77,25 +88,34 @@ def no_programs() -> Iterator[None]:
 
     That holds for a JAX that is there, for one that is imported inside, and for those of child processes.
     """
-    global _switched_off
-    jax, said = sys.modules.get("jax"), os.environ.get(_SWITCH)
-    if jax:
-        folder, enabled = jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache
-        _set(folder, False)
-    else:
-        folder, enabled = os.environ.get("JAX_COMPILATION_CACHE_DIR"), (said or "1").lower() not in _OFF
-    _switched_off = not enabled
-    if said is None or said.lower() in (*_OFF, *_ON):  # others JAX refuses, with a sentence
-        os.environ[_SWITCH] = "false"
+    with _lock:
+        _commands.append(_commands[0] if _commands else _turned_off())
     try:
         yield
     finally:
-        _switched_off = False
-        os.environ.pop(_SWITCH)
-        if said is not None:
-            os.environ[_SWITCH] = said
-        if "jax" in sys.modules:
-            _set(folder, enabled)
+        with _lock:
+            before = _commands.pop()
+            if not _commands:
+                _restore(before)
+
+
+def _turned_off() -> _Before:
+    jax, said = sys.modules.get("jax"), os.environ.get(_SWITCH)
+    before = _Before(os.environ.get("JAX_COMPILATION_CACHE_DIR"), (said or "1").lower() not in _OFF, said)
+    if jax:
+        before = _Before(jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache, said)
+        _set(before.folder, False)
+    if said is None or said.lower() in (*_OFF, *_ON):  # others JAX refuses, with a sentence
+        os.environ[_SWITCH] = "false"
+    return before
+
+
+def _restore(before: _Before) -> None:
+    os.environ.pop(_SWITCH, None)
+    if before.said is not None:
+        os.environ[_SWITCH] = before.said
+    if "jax" in sys.modules:
+        _set(before.folder, before.enabled)
 
 
 def compile_into(path: Path | None) -> None:

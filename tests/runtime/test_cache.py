@@ -17,8 +17,9 @@ from jvdiff.runtime import cache
 
 @pytest.fixture(autouse=True)
 def as_before():
-    with cache.no_programs():
-        yield
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache
+    yield
+    cache._set(*before)
 
 
 def test_a_folder_that_others_can_replace_is_refused(tmp_path):
