@@ -63,7 +63,7 @@ _SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
 _OFF = ("n", "no", "f", "false", "off", "0")
 _ON = ("y", "yes", "t", "true", "on", "1")
 _lock = threading.Lock()
-_commands: list["_Before"] = []  # one for each command that runs; there may be several, in threads of their own
+_commands: list[_Before] = []  # one for each command that runs; there may be several, in threads of their own
 
 
 class _Before(NamedTuple):

@@ -145,7 +145,9 @@ def test_a_tuple_of_prompts_is_a_batch_too(command, made, capsys):
     assert sample.main(argv) == 0 and made[1:] == [("left_seed11", 11), ("a-blue-two_seed12", 12)]
     assert sample.main(argv) == 0 and len(made) == 3
     assert sample.main(command(prompts=None, prompt=(RED, "left"), seeds="10:12")) == 0 and len(made) == 5
-    assert sample.main(command(prompts=None, prompt=(), seed=10)) == 2 and "give at least one" in capsys.readouterr().err
+    assert (
+        sample.main(command(prompts=None, prompt=(), seed=10)) == 2 and "give at least one" in capsys.readouterr().err
+    )
 
 
 def test_seeds_of_one_prompt_are_a_batch_too(command, made):

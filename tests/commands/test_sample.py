@@ -20,7 +20,7 @@ import pytest
 import jvdiff
 from jvdiff import kernels, pipeline
 from jvdiff.commands import command_line, sample, verify
-from jvdiff.errors import NumericsError, ResourceError, SetupError
+from jvdiff.errors import ResourceError, SetupError
 from jvdiff.media import video as videos
 from jvdiff.models import wan
 from jvdiff.models.wan import family
