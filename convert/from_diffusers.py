@@ -171,14 +171,14 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def verify(target: Path, family: Family | None = None) -> None:
+def verify(target: Path, family: Family | None = None, follow_symlinks: bool = False) -> None:
     """Re-reads a converted directory: every file, then every array as Orbax gives it.
 
     Raises:
         IntegrityError: something differs from the manifest, is missing, or should not be there.
         JvdiffError: see `jvdiff.pipeline.repository.inspect`.
     """
-    manifest.verify_files(target)
+    manifest.verify_files(target, follow_symlinks)
     records = manifest.read_manifest(target)["tensors"]
-    for name in inspect(target, family=family).models.configs:
+    for name in inspect(target, family=family, follow_symlinks=follow_symlinks).models.configs:
         orbax.verify_arrays(target / name, f"{name}/{orbax.PARAMS}/", records)

@@ -61,7 +61,7 @@ def to_hf(
         raise UsageError(f"{source}: {repository.family.name} has no published layout ({unpublished[0]}) to write.")
     if repository.kind != "orbax":
         raise UsageError(f"{source}: is a Hugging Face folder already. Give an Orbax directory.")
-    verify_files(source)
+    verify_files(source, follow_symlinks)
     folders = {name: source / name for name in configs}
     if vae is not None:
         vae = Path(expanded("vae", vae))
@@ -78,6 +78,7 @@ def to_hf(
                 f"{vae}: its configuration, latent statistics included, is not that of {source / 'vae'}.\n"
                 "The transformer knows the latents of the latter only. Give the result of training its decoder."
             )
+        verify_files(vae, follow_symlinks)
     with staged(target) as staging:
         copy_small_files(repository, staging)
         for name, cfg in configs.items():

@@ -66,7 +66,7 @@ def _convert(values: Mapping[str, Any]) -> None:
         with command_line.plain_logs("jvdiff.weights"):  # tensors that nobody uses are counted in one
             convert(source, target, origin=origin, family=family, tell=_tell, **options)
     if values["verify"]:
-        verify(target, family)
+        verify(target, family, values["follow_symlinks"])
     done = "verified" if values["verify"] else "written"
     print(f"{target}: complete and {done} in {time.monotonic() - start:.1f} s")
 

@@ -396,7 +396,7 @@ def _set_damaged_aside(states: Path) -> None:
     problems: dict[int, CheckpointError] = {}
     for step in steps:
         try:
-            verify_files(states / str(step))
+            verify_files(states / str(step), follow_symlinks=True)  # the run's own, on whatever disk
             break
         except CheckpointError as error:
             problems[step] = error

@@ -20,7 +20,7 @@ from jvdiff.runtime import peers
 from jvdiff.runtime.records import file_sha256
 from jvdiff.runtime.staging import MANIFEST
 from jvdiff.weights.naming import listed
-from jvdiff.weights.safetensors import read_json
+from jvdiff.weights.safetensors import check_link, read_json
 
 PARAMS = "params"  # the folder of a component that Orbax writes and reads
 
@@ -83,22 +83,25 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_files(path: Path) -> None:
+def verify_files(path: Path, follow_symlinks: bool = False) -> None:
     """Compares every file below `path` (a component, or a whole directory) with the manifest beside or above it.
 
     A file that no manifest knows counts where Orbax would read it. With several processes, each reads a share, and all
-    know what any of them found. Raises IntegrityError that names the files that differ, are missing, or should not be
-    there.
+    know what any of them found.
+
+    Raises:
+        IntegrityError: it names the files that differ, are missing, or should not be there.
+        UnsafeFormat: a link to elsewhere without `follow_symlinks`; see `jvdiff.weights.safetensors.check_link`.
     """
     root = path if (path / MANIFEST).is_file() or not (path.parent / MANIFEST).is_file() else path.parent
     prefix = "" if root == path else f"{path.name}/"
     there = {prefix + name for name in _files(path) if _of_orbax(prefix + name)}
-    _verify(path, root, lambda name: name.startswith(prefix), there)
+    _verify(path, root, lambda name: name.startswith(prefix), there, follow_symlinks)
 
 
-def verify_small(root: Path) -> None:
+def verify_small(root: Path, follow_symlinks: bool = False) -> None:
     """Compares all that a manifest knows but the arrays of Orbax. Raises: as `verify_files`."""
-    _verify(root, root, lambda name: not _of_orbax(name), ())
+    _verify(root, root, lambda name: not _of_orbax(name), (), follow_symlinks)
 
 
 def check_known(root: Path, read: Collection[str]) -> None:
@@ -114,11 +117,15 @@ def _of_orbax(name: str) -> bool:
     return PARAMS in folders and not any(part.startswith(".") for part in name.split("/"))
 
 
-def _verify(path: Path, root: Path, within: Callable[[str], bool], read: Collection[str]) -> None:
+def _verify(
+    path: Path, root: Path, within: Callable[[str], bool], read: Collection[str], follow_symlinks: bool
+) -> None:
     """Compares what the manifest of `root` records, where `within`; of `read` nothing may be unknown to it."""
     known = read_manifest(root)["files"]
     recorded = {name: entry for name, entry in known.items() if within(name)}
     there = {name: root / name for name in recorded if (root / name).is_file()}
+    for file in there.values():
+        check_link(file, root, follow_symlinks)
     sizes = {name: (file.stat().st_size, recorded[name]["size"]) for name, file in there.items()}
     problems = [f"{name} is missing" for name in recorded if name not in there]
     problems += [f"{name} is not in the manifest" for name in read if name not in known]

@@ -177,6 +177,10 @@ def test_a_vae_can_be_replaced(tiny_repository, orbax, tmp_path):
     assert same(restored(tmp_path / "hf"), restored(orbax) | expected)
     other = dataclasses.replace(cfg, latents_std=tuple(2 * s for s in cfg.latents_std))
     save(tmp_path / "other", new, config=other.to_json())
+    file = max((tmp_path / "vae" / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(IntegrityError, match="has other content"):
+        to_hf(orbax, tmp_path / "refused", vae=tmp_path / "vae")
     with pytest.raises(UsageError, match="latent statistics included, is not that of"):
         to_hf(orbax, tmp_path / "refused", vae=tmp_path / "other")
     with pytest.raises(UsageError, match="not an Orbax directory of a VAE"):

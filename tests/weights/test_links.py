@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import jvdiff
 from jvdiff import streaming
-from jvdiff.commands import convert, sample, stream, train
+from jvdiff.commands import convert, sample, stream, train, verify
 from jvdiff.errors import CheckpointError, UnsafeFormat, UsageError
 from jvdiff.pipeline import repository
 from jvdiff.weights import locate, safetensors
@@ -146,6 +146,18 @@ def test_follow_symlinks_is_a_flag_of_every_command(tiny_repository, tiny_causal
         assert main(["jvdiff", *words, "--follow_symlinks"]) == (0 if main is convert.main else 2)
         assert "outside the repository" not in capsys.readouterr().err
     assert (tmp_path / "converted" / "jvdiff.json").is_file()
+    arrays = tmp_path / "converted" / "transformer" / "params" / "ocdbt.process_0"  # nobody looks into these but Orbax
+    linked(shutil.move(arrays, tmp_path / "arrays"), arrays)
+    for main, words in (
+        (convert.to_hf, [f"--source={tmp_path}/converted", f"--target={tmp_path}/back"]),
+        (convert.main, [f"--target={tmp_path}/converted", "--verify"]),
+        (verify.main, [f"{tmp_path}/converted/transformer"]),
+    ):
+        assert main(["jvdiff", *words]) == 3 and "outside the repository" in "".join(capsys.readouterr())
+        assert main(["jvdiff", *words, "--follow_symlinks"]) == 0
+    with pytest.raises(UnsafeFormat, match="outside the repository"):
+        jvdiff.load(tmp_path / "converted")
+    assert jvdiff.load(tmp_path / "converted", follow_symlinks=True).weights
     assert "follow_symlinks" in {path for each in train.sections({}, {}) for path in each.options}
     with pytest.raises(UnsafeFormat):
         streaming.load(causal)
