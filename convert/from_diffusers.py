@@ -116,7 +116,7 @@ def convert(
             "source": dict(origin or {"folder": source.resolve().name}),
             "dtype": dtype or "as stored",
             "nonfinite": {name: folder.nonfinite for name, folder in folders.items() if folder.nonfinite},
-            "versions": _versions(),
+            "versions": versions(),
         }
         tell("digests of all files")
         manifest.write_manifest(staging, tensors, facts)
@@ -160,7 +160,7 @@ def copy_small_files(repository: Repository, target: Path) -> None:
             shutil.copyfile(file, target / folder / file.name)
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     """The version of Python and of each package that has a part in a conversion; None where one is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:

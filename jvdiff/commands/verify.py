@@ -201,9 +201,10 @@ def _repository(path: Path, how: How) -> str:
 
 
 def _published(path: Path, how: How) -> str:
-    """What can be said of a published folder: its own digests are those that the hub's cache and git-annex name."""
+    """What can be said of a folder in Diffusers' layout. One that was written here has a manifest; of others there are
+    the digests that the hub's cache, git-annex and `hf download` keep."""
     from jvdiff.pipeline import repository
-    from jvdiff.weights import safetensors
+    from jvdiff.weights import manifest, safetensors
 
     said = repository.inspect(path, family=how.family, follow_symlinks=how.follow_symlinks)
     for name in said.models.configs:
@@ -211,6 +212,9 @@ def _published(path: Path, how: How) -> str:
         ignored = part.ignored(said.models.configs[name])
         safetensors.open_folder(path / name, part.stem, ignored=ignored, follow_symlinks=how.follow_symlinks)
     files = repository.read_files(said)
+    if (path / manifest.PUBLISHED).is_file():
+        manifest.verify_published(path, files, how.follow_symlinks)
+        return f"as written; sha256 {said.digest}"
     named = {name: digest for name, file in files.items() if (digest := _named_digest(path, file))}
     for name, digest in named.items():
         if records.file_sha256(files[name]) != digest:

@@ -3,6 +3,9 @@
 Orbax itself does not notice a flipped bit, so files are compared with it before any of their numbers is used. With
 many processes, each compares its share of the files, and all know what any of them found. Files that nobody reads
 (those that begin with a dot, a README beside the weights) may come and go.
+
+A folder in Diffusers' layout that was written here has one too, `jvdiff_manifest.json`. Only `jvdiff verify` compares
+it: such a folder is its owner's, who may give it another scheduler, and diffusers may write into it.
 """
 
 import hashlib
@@ -22,6 +25,7 @@ from jvdiff.runtime.staging import MANIFEST
 from jvdiff.weights.naming import listed
 from jvdiff.weights.safetensors import check_link, read_json
 
+PUBLISHED = "jvdiff_manifest.json"  # that of a folder in Diffusers' layout
 PARAMS = "params"  # the folder of a component that Orbax writes and reads
 
 
@@ -48,21 +52,23 @@ def digests(files: Mapping[str, Path]) -> dict[str, str]:
     return {name: digest for share in peers.gather(found) for name, digest in share.items()}
 
 
-def write_manifest(root: Path, tensors: Mapping[str, Any], facts: Mapping[str, Any], folder: str = "") -> None:
-    """Writes jvdiff.json: `facts`, the arrays, and size and sha256 of every file below `root`, or of its `folder`."""
-    found = {name: file for name, file in _files(root).items() if name.startswith(folder) and name != MANIFEST}
+def write_manifest(
+    root: Path, tensors: Mapping[str, Any], facts: Mapping[str, Any], folder: str = "", manifest: str = MANIFEST
+) -> None:
+    """Writes a manifest: `facts`, the arrays, and size and sha256 of every file below `root`, or of its `folder`."""
+    found = {name: file for name, file in _files(root).items() if name.startswith(folder) and name != manifest}
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_sha256, found.values()))
     files = {
         name: {"size": path.stat().st_size, "sha256": digest}
         for (name, path), digest in zip(found.items(), digests, strict=True)
     }
-    manifest = {"format": "jvdiff checkpoint", "version": 1, **facts, "tensors": tensors, "files": files}
-    (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    content = {"format": "jvdiff checkpoint", "version": 1, **facts, "tensors": tensors, "files": files}
+    (root / manifest).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest of an Orbax directory.
+def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
+    """The manifest of a folder.
 
     Raises:
         UsageError: no such folder.
@@ -71,15 +77,15 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """
     if not root.is_dir():
         raise UsageError(f"{root}: no such folder.\nExpected one that a conversion or a training made.")
-    if not (root / MANIFEST).is_file():
+    if not (root / name).is_file():
         raise IntegrityError(
-            f"{root}: no {MANIFEST}, so its files cannot be checked.\n"
+            f"{root}: no {name}, so its files cannot be checked.\n"
             "Convert it again. In Python, restore(..., verify=False) reads it unchecked."
         )
-    manifest = read_json(root / MANIFEST)
+    manifest = read_json(root / name)
     whole = all(isinstance(manifest.get(k), dict) for k in ("files", "tensors"))
     if manifest.get("version") != 1 or not whole or not all(map(_is_entry, manifest["files"].values())):
-        raise CheckpointError(f"{root / MANIFEST}: expected a manifest of version 1.\nUpdate jvdiff, or convert again.")
+        raise CheckpointError(f"{root / name}: expected a manifest of version 1.\nUpdate jvdiff, or convert again.")
     return manifest
 
 
@@ -104,6 +110,12 @@ def verify_small(root: Path, follow_symlinks: bool = False) -> None:
     _verify(root, root, lambda name: not _of_orbax(name), (), follow_symlinks)
 
 
+def verify_published(root: Path, read: Collection[str], follow_symlinks: bool = False) -> None:
+    """Compares a folder in Diffusers' layout with its manifest, which must know all files that are `read`. Raises: as
+    `verify_files`."""
+    _verify(root, root, lambda name: True, read, follow_symlinks, PUBLISHED)
+
+
 def check_known(root: Path, read: Collection[str]) -> None:
     """Raises IntegrityError where a file that is read, by its name in `root`, is unknown to the manifest."""
     known = read_manifest(root)["files"]
@@ -118,10 +130,15 @@ def _of_orbax(name: str) -> bool:
 
 
 def _verify(
-    path: Path, root: Path, within: Callable[[str], bool], read: Collection[str], follow_symlinks: bool
+    path: Path,
+    root: Path,
+    within: Callable[[str], bool],
+    read: Collection[str],
+    follow_symlinks: bool,
+    manifest: str = MANIFEST,
 ) -> None:
     """Compares what the manifest of `root` records, where `within`; of `read` nothing may be unknown to it."""
-    known = read_manifest(root)["files"]
+    known = read_manifest(root, manifest)["files"]
     recorded = {name: entry for name, entry in known.items() if within(name)}
     there = {name: root / name for name in recorded if (root / name).is_file()}
     for file in there.values():

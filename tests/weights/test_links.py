@@ -111,6 +111,7 @@ def test_a_link_to_a_snapshot_through_every_command(cache, tiny_repository, tmp_
     assert convert.main(["convert", "--source=.", f"--target={tmp_path}/converted"]) == 0
     assert convert.to_hf(["to_hf", f"--source={tmp_path}/converted", f"--target={tmp_path}/back"]) == 0
     names = {str(p.relative_to(tiny_repository)) for p in tiny_repository.rglob("*") if p.is_file()}
+    names |= {"jvdiff_manifest.json"}
     assert {str(p.relative_to(tmp_path / "back")) for p in (tmp_path / "back").rglob("*") if p.is_file()} == names
 
 
