@@ -96,6 +96,8 @@ def convert(
     source = repository.path  # where `source` is a name, the folder that it names
     if repository.kind == "orbax":
         raise UsageError(f"{source}: is converted already. Give the Hugging Face folder.")
+    if repository.family.at_once:
+        repository.settings()  # a scheduler that sampling would refuse is refused while it can still be changed
     kinds, folders, parts = repository.family.parts, {}, {}
     for name, cfg in repository.models.configs.items():
         how = {"follow_symlinks": follow_symlinks, "allow_nonfinite": allow_nonfinite}

@@ -261,8 +261,9 @@ def compile_cache(where: str | None) -> None:
     if chosen == "off":
         cache.compile_into(None)
         return
-    folder = Path(expanded("the compilation cache", chosen) if chosen else cache.folder("compiled"))
+    folder = None
     try:
+        folder = Path(expanded("the compilation cache", chosen)) if chosen else cache.folder("compiled")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         cache.check_private(folder, "the compilation cache", ", or choose --compile_cache=FOLDER, or off")
         problem = None if os.access(folder, os.W_OK) else f"{folder} cannot be written"

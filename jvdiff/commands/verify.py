@@ -78,7 +78,7 @@ def _verify(words: Sequence[str]) -> None:
     how = How(models.named(values["family"]), values["follow_symlinks"])
     wrong = 0
     for name in names:
-        path = Path(name).expanduser()
+        path = Path(configs.expanded("the path", name))
         things = list(found_in(path if path.exists() else locate(name, download=False), how))
         if not things:
             raise UsageError(f"{name}: nothing there that jvdiff writes or reads: no checkpoint, run, state or record.")

@@ -14,13 +14,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jvdiff.errors import SetupError
+from jvdiff.config import expanded
+from jvdiff.errors import SetupError, UsageError
 
 
 def folder(name: str) -> Path:
-    """~/.cache/jvdiff/NAME, or where XDG_CACHE_HOME says; not made."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "jvdiff" / name
+    """~/.cache/jvdiff/NAME, or where XDG_CACHE_HOME says; not made. SetupError where no home folder is known."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        chosen = Path(expanded("XDG_CACHE_HOME", root or "~/.cache"))
+    except UsageError:
+        raise SetupError("no home folder is known. Let HOME or XDG_CACHE_HOME name a folder.") from None
+    return (chosen if chosen.is_absolute() else Path(expanded("HOME", "~/.cache"))) / "jvdiff" / name
 
 
 def check_private(path: Path, what: str, advice: str = "") -> None:

@@ -136,7 +136,7 @@ def test_a_blob_of_the_cache_is_compared_with_its_name(tiny_repository, tmp_path
 
 
 def test_usage(tmp_path, capsys):
-    for words in ([], ["--deep", "x"], [str(tmp_path)], [str(tmp_path / "nothing")]):
+    for words in ([], ["--deep", "x"], ["~nobody-here/x"], ["s3://x"], [str(tmp_path)], [str(tmp_path / "nothing")]):
         assert verify.main(["jvdiff verify", *words]) == 2, words
     assert verify.main(["jvdiff verify", "--help"]) == 0
     assert "jvdiff verify: " in capsys.readouterr().out

@@ -431,6 +431,16 @@ def test_a_command_that_was_stopped_runs_again_in_the_same_process(tiny_reposito
     verify(tmp_path / "orbax")
 
 
+def test_a_scheduler_that_sampling_would_refuse_is_not_converted(tiny_repository, tmp_path):
+    """In the target it could not be changed any more."""
+    copy = shutil.copytree(tiny_repository, tmp_path / "copy")
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"thresholds": 0}))
+    with pytest.raises(CheckpointError, match="unknown field 'thresholds' = 0"):
+        convert(copy, tmp_path / "orbax")
+    assert not (tmp_path / "orbax").exists()
+
+
 def test_a_repository_that_ships_is_converted_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     convert(Path("digits"), tmp_path / "orbax")

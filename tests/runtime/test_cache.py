@@ -90,6 +90,22 @@ def test_switched_off_in_the_environment_is_off_unless_a_folder_is_named(tmp_pat
         command_line.compile_cache(None)
 
 
+def test_without_a_home_folder_there_is_no_cache(monkeypatch, capsys):
+    """Of a user that the machine does not know, as containers have them; a folder called ~ is never made."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(cache.folder("compiled")) == "/home/me/cache/jvdiff/compiled"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert str(cache.folder("compiled")) == "/home/me/.cache/jvdiff/compiled"
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    jax.config.update("jax_compilation_cache_dir", None)
+    command_line.compile_cache(None)
+    assert "notice: no compilation cache, no home folder is known" in capsys.readouterr().err
+    assert not jax.config.jax_enable_compilation_cache
+
+
 def test_commands_that_check_no_folder_use_none(tmp_path, monkeypatch, fast):
     """Whatever the environment names, for a JAX that is there and for one that is imported later."""
     (tmp_path / "open").mkdir(mode=0o777)
