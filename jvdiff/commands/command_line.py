@@ -31,7 +31,7 @@ SHARED = (
     "its own, with CUDA_VISIBLE_DEVICES=0, 1 and so on (docs/clusters.md)."
 )
 _CONTROL = {i: f"\\x{i:02x}" for i in (*range(9), *range(11, 32), *range(127, 160))}  # all but tab and line feed
-FILES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".apng", ".jpg", ".npz", ".json", ".jsonl")
+FILES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".apng", ".jpg")  # what an output is taken for
 LARGE = 500_000_000  # parameters; on a CPU such models take hours
 
 

@@ -157,7 +157,7 @@ def test_a_folder_of_something_else_is_not_called_damaged(saved):
         run_state.load(saved.parent)
     (saved / "state.json").unlink()
     (saved / "state.bin").unlink()
-    with pytest.raises(UsageError, match="is not a saved state. Expected the .state folder"):
+    with pytest.raises(UsageError, match=r"is not a saved state\. Expected the \.state folder"):
         run_state.load(saved)
 
 
