@@ -141,8 +141,9 @@ def _verify(
     known = read_manifest(root, manifest)["files"]
     recorded = {name: entry for name, entry in known.items() if within(name)}
     there = {name: root / name for name in recorded if (root / name).is_file()}
-    for file in there.values():
-        check_link(file, root, follow_symlinks)
+    for name in recorded:
+        if name in there or (root / name).is_symlink():  # to nowhere: git-annex' content that was not fetched
+            check_link(root / name, root, follow_symlinks)
     sizes = {name: (file.stat().st_size, recorded[name]["size"]) for name, file in there.items()}
     problems = [f"{name} is missing" for name in recorded if name not in there]
     problems += [f"{name} is not in the manifest" for name in read if name not in known]

@@ -159,6 +159,11 @@ def test_follow_symlinks_is_a_flag_of_every_command(tiny_repository, tiny_causal
     with pytest.raises(UnsafeFormat, match="outside the repository"):
         jvdiff.load(tmp_path / "converted")
     assert jvdiff.load(tmp_path / "converted", follow_symlinks=True).weights
+    metadata = tmp_path / "converted" / "vae" / "params" / "_METADATA"
+    metadata.unlink()
+    metadata.symlink_to("../.git/annex/objects/KEY")
+    with pytest.raises(CheckpointError, match="run `git annex get`"):
+        jvdiff.load(tmp_path / "converted", follow_symlinks=True)
     assert "follow_symlinks" in {path for each in train.sections({}, {}) for path in each.options}
     with pytest.raises(UnsafeFormat):
         streaming.load(causal)
