@@ -96,6 +96,8 @@ def convert(
     source = repository.path  # where `source` is a name, the folder that it names
     if repository.kind == "orbax":
         raise UsageError(f"{source}: is converted already. Give the Hugging Face folder.")
+    if repository.family.at_once:
+        repository.settings()  # a scheduler that sampling would refuse is refused while it can still be changed
     kinds, folders, parts = repository.family.parts, {}, {}
     for name, cfg in repository.models.configs.items():
         how = {"follow_symlinks": follow_symlinks, "allow_nonfinite": allow_nonfinite}
@@ -116,7 +118,7 @@ def convert(
             "source": dict(origin or {"folder": source.resolve().name}),
             "dtype": dtype or "as stored",
             "nonfinite": {name: folder.nonfinite for name, folder in folders.items() if folder.nonfinite},
-            "versions": _versions(),
+            "versions": versions(),
         }
         tell("digests of all files")
         manifest.write_manifest(staging, tensors, facts)
@@ -160,7 +162,7 @@ def copy_small_files(repository: Repository, target: Path) -> None:
             shutil.copyfile(file, target / folder / file.name)
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     """The version of Python and of each package that has a part in a conversion; None where one is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -171,14 +173,14 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def verify(target: Path, family: Family | None = None) -> None:
+def verify(target: Path, family: Family | None = None, follow_symlinks: bool = False) -> None:
     """Re-reads a converted directory: every file, then every array as Orbax gives it.
 
     Raises:
         IntegrityError: something differs from the manifest, is missing, or should not be there.
         JvdiffError: see `jvdiff.pipeline.repository.inspect`.
     """
-    manifest.verify_files(target)
+    manifest.verify_files(target, follow_symlinks)
     records = manifest.read_manifest(target)["tensors"]
-    for name in inspect(target, family=family).models.configs:
+    for name in inspect(target, family=family, follow_symlinks=follow_symlinks).models.configs:
         orbax.verify_arrays(target / name, f"{name}/{orbax.PARAMS}/", records)

@@ -2,7 +2,7 @@
 
 The conversion's tables are read backwards, one array in memory at a time. Without a dtype every number is written as it
 is stored, so that Hugging Face -> Orbax -> Hugging Face gives the same bits; with it, all weights are cast. A causal
-repository keeps its class names, which diffusers does not have.
+repository keeps its class names, which diffusers does not have. The folder has a manifest for `jvdiff verify`.
 """
 
 import json
@@ -20,11 +20,11 @@ from jvdiff.pipeline.repository import inspect
 from jvdiff.runtime.staging import staged
 from jvdiff.weights import orbax
 from jvdiff.weights import safetensors as reader
-from jvdiff.weights.manifest import verify_files
+from jvdiff.weights.manifest import PUBLISHED, verify_files, write_manifest
 from jvdiff.weights.naming import by_leaf, expected, flatten
 from jvdiff.weights.restoring import check_leaves
 
-from .from_diffusers import DTYPES, copy_small_files
+from .from_diffusers import DTYPES, copy_small_files, versions
 
 _CODES = {dtype: code for code, dtype in reader.DTYPES.items()}
 
@@ -61,7 +61,7 @@ def to_hf(
         raise UsageError(f"{source}: {repository.family.name} has no published layout ({unpublished[0]}) to write.")
     if repository.kind != "orbax":
         raise UsageError(f"{source}: is a Hugging Face folder already. Give an Orbax directory.")
-    verify_files(source)
+    verify_files(source, follow_symlinks)
     folders = {name: source / name for name in configs}
     if vae is not None:
         vae = Path(expanded("vae", vae))
@@ -78,11 +78,15 @@ def to_hf(
                 f"{vae}: its configuration, latent statistics included, is not that of {source / 'vae'}.\n"
                 "The transformer knows the latents of the latter only. Give the result of training its decoder."
             )
+        verify_files(vae, follow_symlinks)
     with staged(target) as staging:
         copy_small_files(repository, staging)
         for name, cfg in configs.items():
             file = staging / name / f"{parts[name].stem}.safetensors"
             _write(folders[name], parts[name], cfg, file, DTYPES[dtype] if dtype else None)
+        origin = {"folder": source.resolve().name, "sha256": repository.digest}
+        facts = {"source": origin, "dtype": dtype or "as stored", "versions": versions()}
+        write_manifest(staging, {}, facts, manifest=PUBLISHED)
 
 
 def _write(source: Path, part: Part, cfg: Any, file: Path, dtype: np.dtype | None) -> None:

@@ -153,7 +153,7 @@ def read(name: str, text: str, kind: Any, prose: bool = False) -> Any:
         if isinstance(value, list | tuple) and any(typing.get_origin(k) is tuple or k is tuple for k in kinds):
             return tuple(value)
     if Path in kinds:
-        return Path(text)
+        return Path(expanded(name, text))  # before a Path makes "." of nothing, and one slash of two
     if bool in kinds and text.lower() in _TRUTH:
         return _TRUTH[text.lower()]
     if int in kinds or float in kinds:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.commands.arguments import Request, Told, traced
+from jvdiff.config import expanded
 from jvdiff.errors import JvdiffError, ResourceError, SetupError, UsageError
 from jvdiff.runtime import cache, environment, foreign, peers, progress, verdict
 from jvdiff.runtime.interrupts import STOPPED, command
@@ -30,7 +31,7 @@ SHARED = (
     "its own, with CUDA_VISIBLE_DEVICES=0, 1 and so on (docs/clusters.md)."
 )
 _CONTROL = {i: f"\\x{i:02x}" for i in (*range(9), *range(11, 32), *range(127, 160))}  # all but tab and line feed
-FILES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".apng", ".jpg", ".npz", ".json", ".jsonl")
+FILES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".apng", ".jpg")  # what an output is taken for
 LARGE = 500_000_000  # parameters; on a CPU such models take hours
 
 
@@ -92,7 +93,7 @@ def ended(
     code, message, shown = 0, "", None
     _standard_streams()
     try:
-        with plain_logs(level=logging.WARNING), command(*stopped), _compiling_as_before():
+        with plain_logs(level=logging.WARNING), command(*stopped), cache.no_programs():
             try:
                 code = work() or 0
             except Told as told:  # --help, --version
@@ -165,24 +166,6 @@ def _check_output() -> None:
 def say_always(message: str) -> None:
     """A line on standard error, from every process."""
     print(message, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _compiling_as_before() -> Iterator[None]:
-    """Afterwards JAX keeps compiled programs where it did before, for a program that calls commands as functions."""
-    if "jax" not in sys.modules:
-        yield
-        return
-    import jax
-
-    config: Any = jax.config
-    before = config.jax_compilation_cache_dir, config.jax_enable_compilation_cache
-    try:
-        yield
-    finally:
-        if before != (config.jax_compilation_cache_dir, config.jax_enable_compilation_cache):
-            config.update("jax_compilation_cache_dir", before[0])
-            cache.compile_into(Path(before[0]) if before[0] and before[1] else None)
 
 
 def _plan_elsewhere(request: Request, argv: Sequence[str]) -> int | None:
@@ -263,21 +246,24 @@ def say_device(params: Any, mesh: Any) -> None:
 def compile_cache(where: str | None) -> None:
     """Turns on JAX's compilation cache, in a folder that nobody else can write: what it holds is run as code.
 
-    `where`: a folder, "off" (JAX_COMPILATION_CACHE_DIR too), or None for what that names, else the user's cache folder.
-    That one is done without, with a notice, where others can write into a folder above it.
+    Commands that do not call this have none, whatever the environment says.
+
+    `where`: a folder, "off", or None for what JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE say, else the
+    user's cache folder. That one is done without, with a notice, where others can write into a folder above it.
 
     Raises:
         SetupError: the folder that was named is another user's, or others may write into it or replace it.
+        UsageError: it is no path.
     """
     import jax
 
-    if where == "off":
+    chosen, problem = where or cache.named(), None
+    if chosen == "off":
         cache.compile_into(None)
         return
-    chosen = where or jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    folder = Path(chosen or cache.folder("compiled")).expanduser()
-    problem = None
+    folder = None
     try:
+        folder = Path(expanded("the compilation cache", chosen)) if chosen else cache.folder("compiled")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         cache.check_private(folder, "the compilation cache", ", or choose --compile_cache=FOLDER, or off")
         problem = None if os.access(folder, os.W_OK) else f"{folder} cannot be written"

@@ -18,7 +18,7 @@ from jvdiff import config as configs
 from jvdiff.commands import arguments, command_line, options
 from jvdiff.commands.arguments import Command, Section
 from jvdiff.errors import Interrupted, UsageError
-from jvdiff.runtime import cache, environment, interrupts
+from jvdiff.runtime import environment, interrupts
 
 
 def _sections(group: type) -> Any:
@@ -66,7 +66,7 @@ def _convert(values: Mapping[str, Any]) -> None:
         with command_line.plain_logs("jvdiff.weights"):  # tensors that nobody uses are counted in one
             convert(source, target, origin=origin, family=family, tell=_tell, **options)
     if values["verify"]:
-        verify(target, family)
+        verify(target, family, values["follow_symlinks"])
     done = "verified" if values["verify"] else "written"
     print(f"{target}: complete and {done} in {time.monotonic() - start:.1f} s")
 
@@ -83,11 +83,10 @@ def _to_hf(values: Mapping[str, Any]) -> None:
 
 
 def _leave_the_gpu() -> None:
-    """Files only: the GPU and its memory are left to others, and no compiled program is taken from a folder."""
+    """Files only: the GPU and its memory are left to others."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    cache.compile_into(None)
 
 
 _STOPPED = "interrupted: the target is as it was before; run the same command to start again."

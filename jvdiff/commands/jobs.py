@@ -62,7 +62,7 @@ class Job:
 
 
 def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]]:
-    """What to make, checked, before any weight is read; and the problems of single entries of a prompts file.
+    """What to make, checked, before any weight is read; and the problems of single entries of a file or a tuple.
 
     Entry i has the seed `config.seed` + i, whether the entries before it can be used or not.
     """
@@ -89,20 +89,32 @@ def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]
             given, numbered = bool(seeds) or config.seed is not None, job.numbered or bool(seeds)
             jobs += [dataclasses.replace(job, seed=seed, seed_given=given, numbered=numbered) for seed in chosen]
         except UsageError as error:
-            if config.prompts is None:
+            if not are_entries(config, repository):
                 raise
             problems.append(f"{entry.where}: {str(error).splitlines()[0]}")
     return jobs, problems
+
+
+def are_entries(config: Any, repository: Repository) -> bool:
+    """Whether a config names its subjects one by one, in a file or a tuple, so that each may fail alone."""
+    return config.prompts is not None or isinstance(config[SUBJECTS[repository.family.subject]], tuple | list)
 
 
 def _entries(config: Any, field: str, repository: Repository) -> list[Entry]:
     """The subjects that a config names, or those of its prompts file."""
     if config.prompts is not None:
         return read_subjects(config.prompts, repository)
-    named = config[field]
-    subjects = list(named) if isinstance(named, tuple | list) else named
-    checked = check_subjects(repository, **{repository.family.subject: subjects})
-    return [Entry(f"{field} {i}", {field: subject}) for i, subject in enumerate(checked)]
+    family, named = repository.family, config[field]
+    if not are_entries(config, repository) or not named:
+        return [Entry(field, {field: each}) for each in check_subjects(repository, **{family.subject: named})]
+    entries = []
+    for number, subject in enumerate(named, 1):
+        where = f"{field} {number}"
+        try:
+            entries.append(Entry(where, {field: family.check_subject(repository.models, subject)}))
+        except UsageError as error:
+            entries.append(Entry(where, {}, str(error)))
+    return entries
 
 
 def _job(entry: Entry, common: dict[str, Any], clip: Clip, picture: Any, repository: Repository) -> Job:

@@ -170,7 +170,8 @@ class _Making:
             if kept and at_once:
                 raise Interrupted(f"interrupted after step {self.done} of {self.steps}.") from None
             if isinstance(error, OSError | MemoryError):
-                raise ResourceError(f"{self.base}: {error}") from error
+                reason = getattr(error, "strerror", None) or str(error) or "not enough memory"
+                raise ResourceError(f"{self.base}: {reason}.") from error
             raise
 
     def _keep(self) -> bool:

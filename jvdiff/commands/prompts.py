@@ -28,6 +28,7 @@ from jvdiff.pipeline import Repository
 
 MAX_BYTES = 64 * 2**20
 ID_BYTES = 200  # a file's name has 255 at most, with `_seedN`, numbers and the suffixes of unfinished files
+_STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{},]', re.DOTALL)  # of JSON: texts, which are passed over, and marks
 _BREAK = re.compile(r"\r\n|\r|\n")
 _Pieces = Iterator[tuple[str, Callable[[], Any]]]  # (place, -> what stands there; ValueError)
 
@@ -143,13 +144,40 @@ def _jsonl(text: str, repository: Repository) -> _Pieces:
 
 
 def _array(text: str, repository: Repository) -> _Pieces:
-    """A JSON array of objects or texts."""
-    field = SUBJECTS[repository.family.subject]
-    values = _json(text)
+    """A JSON array of objects or texts, each read by itself, so that one that cannot be read fails alone."""
+    field, text = SUBJECTS[repository.family.subject], text.removeprefix("\ufeff")
+    try:
+        values = json.loads(text, parse_int=float, strict=False)
+    except RecursionError:
+        values = [...] if text.lstrip().startswith("[") else None
+    except json.JSONDecodeError as error:
+        raise UsageError(_not_json(error, text)) from None
     if not isinstance(values, list):
         raise UsageError("is not a JSON array; objects that stand one on a line are a .jsonl file.")
-    for number, value in enumerate(values, 1):
-        yield f"entry {number}", lambda value=value: {field: value} if isinstance(value, str) else value
+    for number, element in enumerate(_elements(text) if values else (), 1):
+        yield f"entry {number}", functools.partial(_element, element, field)
+
+
+def _element(text: str, field: str) -> Any:
+    value = _json(text)
+    return {field: value} if isinstance(value, str) else value
+
+
+def _elements(text: str) -> Iterator[str]:
+    """The text of each element of a JSON array, however deep it is."""
+    depth = begin = 0
+    for token in _STRUCTURE.finditer(text):
+        mark = token[0]
+        depth += (mark in "[{") - (mark in "]}")
+        if (mark == "," and depth == 1) or depth == 0:
+            yield text[begin : token.start()]
+        if depth == 0:
+            if text[token.end() :].strip():
+                raise UsageError("is not JSON: something stands behind its array.")
+            return
+        if depth == 1 and mark in "[,":
+            begin = token.end()
+    raise UsageError("is nested too deeply, and its array does not end; the file may have been cut.")
 
 
 def _csv(text: str, repository: Repository) -> _Pieces:
@@ -201,8 +229,12 @@ def _json(text: str) -> Any:
     try:
         return json.loads(_proper(text), object_pairs_hook=_object, parse_int=integer)
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, " if _BREAK.search(text) else ""
-        raise UsageError(f"is not JSON: {error.msg} at {where}character {error.colno}.") from None
+        raise UsageError(_not_json(error, text)) from None
+
+
+def _not_json(error: json.JSONDecodeError, text: str) -> str:
+    where = f"line {error.lineno}, " if _BREAK.search(text) else ""
+    return f"is not JSON: {error.msg.removesuffix(' at')} at {where}character {error.colno}."
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ video the output folder gets NAME.mp4, NAME.png (a contact sheet), NAME.json (th
 it is, the video is complete) and, with save_arrays, NAME.npz. An interrupted run leaves NAME.state, to be given to
 --resume.
 
-Exit status: 0 done, or stopped at stop_at · 2 usage · 3 checkpoint or data, or some lines of a prompts file failed ·
+Exit status: 0 done, or stopped at stop_at · 2 usage · 3 checkpoint or data, or some entries of many failed ·
 4 memory or disk · 5 interrupted, resumable · 6 NaN or infinity · 7 set-up · 1 anything else.
 """
 
@@ -159,7 +159,7 @@ def _run(request: Request) -> list[Path]:
     else:
         dtypes = precision.choose(config.precision)
         wanted, problems = jobs.make_jobs(config, repository)
-        if config.prompts is not None or config.seeds is not None:
+        if config.seeds is not None or jobs.are_entries(config, repository):
             batch = batches.Batch(wanted, repository, dtypes.name, output, config.stop_at)
             wanted = _left(batch)
     for problem in problems:
@@ -206,7 +206,7 @@ def _sift(wanted: list[Any], batch: Any, problems: list[str], check: Callable[[A
 
 
 def _made(maker: Any, jobs: Sequence[Any], batch: Any, problems: list[str], seconds: Mapping[str, float]) -> list[Path]:
-    """The videos of the jobs, one after another; of several, or of a batch, one that fails joins the problems.
+    """The videos of the jobs, one after another; of a batch, one that fails joins the problems.
 
     What is wrong with one job alone fails it. No memory, a full disk, a lost device or a bug would fail all.
     """
@@ -221,10 +221,9 @@ def _made(maker: Any, jobs: Sequence[Any], batch: Any, problems: list[str], seco
             try:
                 paths += one_video.make(maker, job, dict(seconds))
             except (UsageError, CheckpointError, NumericsError) as error:
-                if (batch is None and len(jobs) == 1) or peers.several():  # where others wait for this one
+                if batch is None or peers.several():  # where others wait for this one
                     raise
-                if batch is not None:
-                    batch.failed.add(number)
+                batch.failed.add(number)
                 problems.append(f"{job.stem}: {error}")
                 say(f"error: {problems[-1]}")
     return paths
@@ -246,7 +245,7 @@ def _left(batch: Any) -> list[Any]:
 
 
 def _summed(problems: Sequence[str], paths: list[Path]) -> list[Path]:
-    """The paths, or CheckpointError where some lines of a prompts file were not made."""
+    """The paths, or CheckpointError where some of many were not made."""
     if problems:
         asked = len(problems) + len(paths)
         raise CheckpointError("\n".join([f"{len(problems)} of {asked} videos were not made:", *problems[:4]]))

@@ -78,7 +78,7 @@ def _verify(words: Sequence[str]) -> None:
     how = How(models.named(values["family"]), values["follow_symlinks"])
     wrong = 0
     for name in names:
-        path = Path(name).expanduser()
+        path = Path(configs.expanded("the path", name))
         things = list(found_in(path if path.exists() else locate(name, download=False), how))
         if not things:
             raise UsageError(f"{name}: nothing there that jvdiff writes or reads: no checkpoint, run, state or record.")
@@ -107,7 +107,7 @@ def found_in(path: Path, how: How) -> Iterator[Thing]:
     elif (path / "model_index.json").is_file():
         yield Thing(path, "repository", lambda: _repository(path, how))
     elif (path / MANIFEST).is_file() or ((path / "config.json").is_file() and (path.parent / MANIFEST).is_file()):
-        yield Thing(path, "component", lambda: _component(path))
+        yield Thing(path, "component", lambda: _component(path, how.follow_symlinks))
     else:
         yield from _inside(path, how)
 
@@ -171,17 +171,17 @@ def _state(path: Path) -> str:
     return f"as written after {state.done} steps or chunks"
 
 
-def _component(path: Path) -> str:
+def _component(path: Path, follow_symlinks: bool) -> str:
     from jvdiff.weights.manifest import verify_files
 
-    verify_files(path)
+    verify_files(path, follow_symlinks)
     return "as written"
 
 
 def _training_state(path: Path) -> str:
     if not (path / MANIFEST).is_file():
         return "written by a version without digests; nothing to compare"
-    return _component(path)
+    return _component(path, follow_symlinks=True)
 
 
 def _kept(path: Path) -> str:
@@ -194,23 +194,27 @@ def _repository(path: Path, how: How) -> str:
     from jvdiff.pipeline import repository
 
     if (path / MANIFEST).is_file():
-        _component(path)
-        repository.inspect(path, family=how.family)
-        return "as written"
+        said = _component(path, how.follow_symlinks)
+        repository.inspect(path, family=how.family, follow_symlinks=how.follow_symlinks)
+        return said
     return _published(path, how)
 
 
 def _published(path: Path, how: How) -> str:
-    """What can be said of a published folder: its own digests are those that the hub's cache and git-annex name."""
+    """What can be said of a folder in Diffusers' layout. One that was written here has a manifest; of others there are
+    the digests that the hub's cache, git-annex and `hf download` keep."""
     from jvdiff.pipeline import repository
-    from jvdiff.weights import safetensors
+    from jvdiff.weights import manifest, safetensors
 
-    said = repository.inspect(path, family=how.family)
+    said = repository.inspect(path, family=how.family, follow_symlinks=how.follow_symlinks)
     for name in said.models.configs:
         part = said.family.parts[name]
         ignored = part.ignored(said.models.configs[name])
         safetensors.open_folder(path / name, part.stem, ignored=ignored, follow_symlinks=how.follow_symlinks)
     files = repository.read_files(said)
+    if (path / manifest.PUBLISHED).is_file():
+        manifest.verify_published(path, files, how.follow_symlinks)
+        return f"as written; sha256 {said.digest}"
     named = {name: digest for name, file in files.items() if (digest := _named_digest(path, file))}
     for name, digest in named.items():
         if records.file_sha256(files[name]) != digest:

@@ -85,7 +85,7 @@ def inspect(
         safetensors.check_links(path, follow_symlinks)
     signed = (path / MANIFEST).is_file() and any(path.glob(f"*/{orbax.PARAMS}"))
     if signed:
-        manifest.verify_small(path)
+        manifest.verify_small(path, follow_symlinks)
     index = _model_index(path)
     family = family or _family(path, index)
     converted = (path / next(iter(family.parts)) / orbax.PARAMS).is_dir()

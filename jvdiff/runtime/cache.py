@@ -8,17 +8,24 @@ import hashlib
 import os
 import shlex
 import stat
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jvdiff.errors import SetupError
+from jvdiff.config import expanded
+from jvdiff.errors import SetupError, UsageError
 
 
 def folder(name: str) -> Path:
-    """~/.cache/jvdiff/NAME, or where XDG_CACHE_HOME says; not made."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "jvdiff" / name
+    """~/.cache/jvdiff/NAME, or where XDG_CACHE_HOME says; not made. SetupError where no home folder is known."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        chosen = Path(expanded("XDG_CACHE_HOME", root or "~/.cache"))
+    except UsageError:
+        raise SetupError("no home folder is known. Let HOME or XDG_CACHE_HOME name a folder.") from None
+    return (chosen if chosen.is_absolute() else Path(expanded("HOME", "~/.cache"))) / "jvdiff" / name
 
 
 def check_private(path: Path, what: str, advice: str = "") -> None:
@@ -57,19 +64,82 @@ def _open(status: os.stat_result) -> bool:
     return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
+_SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
+_OFF = ("n", "no", "f", "false", "off", "0")
+_ON = ("y", "yes", "t", "true", "on", "1")
+_lock = threading.Lock()
+_commands: list[_Before] = []  # one for each command that runs; there may be several, in threads of their own
+
+
+class _Before(NamedTuple):
+    """How JAX keeps programs where no command runs: its folder, whether it does, and what the environment says."""
+
+    folder: str | None
+    enabled: bool
+    said: str | None
+
+
+def named() -> str | None:
+    """The folder of compiled programs that JAX's own settings name; "off" where they turn it off, None: neither."""
+    import jax
+
+    config: Any = jax.config
+    return "off" if _commands and not _commands[0].enabled else config.jax_compilation_cache_dir
+
+
+@contextlib.contextmanager
+def no_programs() -> Iterator[None]:
+    """Inside it JAX takes compiled programs from no folder until `compile_into` names one; afterwards as before.
+
+    That holds for a JAX that is there, for one that is imported inside, and for those of child processes.
+    """
+    with _lock:
+        _commands.append(_commands[0] if _commands else _turned_off())
+    try:
+        yield
+    finally:
+        with _lock:
+            before = _commands.pop()
+            if not _commands:
+                _restore(before)
+
+
+def _turned_off() -> _Before:
+    jax, said = sys.modules.get("jax"), os.environ.get(_SWITCH)
+    before = _Before(os.environ.get("JAX_COMPILATION_CACHE_DIR"), (said or "1").lower() not in _OFF, said)
+    if jax:
+        before = _Before(jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache, said)
+        _set(before.folder, False)
+    if said is None or said.lower() in (*_OFF, *_ON):  # others JAX refuses, with a sentence
+        os.environ[_SWITCH] = "false"
+    return before
+
+
+def _restore(before: _Before) -> None:
+    os.environ.pop(_SWITCH, None)
+    if before.said is not None:
+        os.environ[_SWITCH] = before.said
+    if "jax" in sys.modules:
+        _set(before.folder, before.enabled)
+
+
 def compile_into(path: Path | None) -> None:
     """From now on JAX keeps compiled programs in a folder, and takes none from elsewhere; None: it keeps none."""
-    import jax
     from jax._src import compilation_cache  # nothing public lets an entry be compared before it is run
-    from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-    jax.config.update("jax_enable_compilation_cache", path is not None)
-    if path is not None:
-        jax.config.update("jax_compilation_cache_dir", str(path))
-    reset_cache()
+    _set(path and str(path), path is not None)
     real = compilation_cache.get_file_cache
     if not isinstance(real, functools.partial):
         compilation_cache.get_file_cache = functools.partial(_whole_entries, real)
+
+
+def _set(folder: str | None, enabled: bool) -> None:
+    import jax
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    reset_cache()
 
 
 def _whole_entries(real: Callable[[str], tuple[Any, str] | None], path: str) -> tuple[Any, str] | None:

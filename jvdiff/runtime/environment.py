@@ -90,8 +90,10 @@ def check_flags() -> None:
     if not flags or "jaxlib" in sys.modules:
         return
     names = f"{flags}\0{importlib.metadata.version('jaxlib')}\0{sys.version}"
-    mark = cache.folder("xla_flags") / hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-    if mark.is_file() and flags.startswith("-"):  # otherwise it is the name of a file with flags
+    mark = None
+    with contextlib.suppress(SetupError):  # where no home folder is known, they are tried each time
+        mark = cache.folder("xla_flags") / hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+    if mark and mark.is_file() and flags.startswith("-"):  # otherwise it is the name of a file with flags
         return
     trial = subprocess.run(
         [sys.executable, "-c", _TRIAL], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True
@@ -103,6 +105,7 @@ def check_flags() -> None:
             f"XLA does not take XLA_FLAGS={flags!r:.200}: {line.partition('] ')[2] or line:.300}\n"
             "Correct the variable, or unset it."
         )
-    with contextlib.suppress(OSError):
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+    if mark:
+        with contextlib.suppress(OSError):
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()

@@ -186,6 +186,11 @@ TABLE: tuple[Row, ...] = (
         lambda e: f"the device, or the way to it, failed: {_said(e)}.\nLook at it with nvidia-smi, and start again.",
     ),
     Row(
+        lambda e: _jax(e) and "Disallowed" in str(e) and "transfer" in str(e),
+        SetupError,
+        lambda e: f"JAX_TRANSFER_GUARD forbids what every run does: {_said(e, 120)}.\nUnset it.",
+    ),
+    Row(
         lambda e: isinstance(e, FloatingPointError),
         NumericsError,
         lambda e: f"NaN or infinity, where JAX was asked to look for them (JAX_DEBUG_NANS): {_said(e)}.",

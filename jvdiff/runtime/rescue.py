@@ -1,7 +1,6 @@
 """Work that is done is kept: where it belongs, else on another disk, else in memory until there is room."""
 
 import contextlib
-import os
 import resource
 import sys
 import tempfile
@@ -9,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from jvdiff.errors import JvdiffError, ResourceError
+from jvdiff.config import expanded
+from jvdiff.errors import JvdiffError, ResourceError, UsageError
 from jvdiff.runtime import progress
 from jvdiff.runtime.interrupts import shielded
 
@@ -105,6 +105,10 @@ def _another_folder(reasons: Sequence[str]) -> str | None:
         )
         with shielded(False):
             line = sys.stdin.readline()
+        answer = line.strip()
+        return (expanded("the folder", answer) if answer else "") if line else None
+    except UsageError as error:  # and is asked again
+        progress.tell(f"{error}\n", sys.stderr)
+        return ""
     except (KeyboardInterrupt, OSError, ValueError, AttributeError):
         return None
-    return os.path.expanduser(line.strip()) if line else None

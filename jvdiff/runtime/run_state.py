@@ -80,13 +80,17 @@ def load(folder: str | Path) -> RunState:
     """Reads what `save` wrote.
 
     Raises:
-        UsageError: no such folder.
+        UsageError: no such folder, or one of something else.
         CheckpointError: the state is of another format, or one of its files cannot be read.
         IntegrityError: a file is cut, changed or missing.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"resume: {folder} is not a folder; expected the .state folder of an interrupted run.")
+    if not any((folder / name).exists() for name in (FACTS, ARRAYS)):
+        inside = ", ".join(str(path) for path in sorted(folder.glob("*.state"))[:3])
+        hint = f"In it there are: {inside}." if inside else "Expected the .state folder of an interrupted run."
+        raise UsageError(f"resume: {folder} is not a saved state. {hint}")
     try:
         body = _read_facts(folder / FACTS)
         return RunState(body["facts"], body["done"], _read_arrays(folder / ARRAYS, body["arrays"]))

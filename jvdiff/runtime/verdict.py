@@ -111,12 +111,12 @@ def end_now(code: int, message: str = "") -> None:
         if member is not None:
             member.tell({"end": [code, message]})
             member.failure(0.5)  # until all know
-        for path in list(_unfinished):
-            _remove(path)
         if message:
             print(f"error: {message}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
+        for path in list(_unfinished):  # last, since other threads go on writing, and make the folder again
+            _remove(path)
     finally:
         os._exit(code)
 

@@ -194,7 +194,7 @@ def set_damaged_aside(states: Path) -> None:
     problems: dict[int, CheckpointError] = {}
     for step in steps:
         try:
-            verify_files(states / str(step))
+            verify_files(states / str(step), follow_symlinks=True)  # the run's own, on whatever disk
             break
         except CheckpointError as error:
             problems[step] = error

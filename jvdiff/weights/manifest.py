@@ -3,6 +3,9 @@
 Orbax itself does not notice a flipped bit, so files are compared with it before any of their numbers is used. With
 many processes, each compares its share of the files, and all know what any of them found. Files that nobody reads
 (those that begin with a dot, a README beside the weights) may come and go.
+
+A folder in Diffusers' layout that was written here has one too, `jvdiff_manifest.json`. Only `jvdiff verify` compares
+it: such a folder is its owner's, who may give it another scheduler, and diffusers may write into it.
 """
 
 import hashlib
@@ -20,8 +23,9 @@ from jvdiff.runtime import peers
 from jvdiff.runtime.records import file_sha256
 from jvdiff.runtime.staging import MANIFEST
 from jvdiff.weights.naming import listed
-from jvdiff.weights.safetensors import read_json
+from jvdiff.weights.safetensors import check_link, read_json
 
+PUBLISHED = "jvdiff_manifest.json"  # that of a folder in Diffusers' layout
 PARAMS = "params"  # the folder of a component that Orbax writes and reads
 
 
@@ -48,21 +52,23 @@ def digests(files: Mapping[str, Path]) -> dict[str, str]:
     return {name: digest for share in peers.gather(found) for name, digest in share.items()}
 
 
-def write_manifest(root: Path, tensors: Mapping[str, Any], facts: Mapping[str, Any], folder: str = "") -> None:
-    """Writes jvdiff.json: `facts`, the arrays, and size and sha256 of every file below `root`, or of its `folder`."""
-    found = {name: file for name, file in _files(root).items() if name.startswith(folder) and name != MANIFEST}
+def write_manifest(
+    root: Path, tensors: Mapping[str, Any], facts: Mapping[str, Any], folder: str = "", manifest: str = MANIFEST
+) -> None:
+    """Writes a manifest: `facts`, the arrays, and size and sha256 of every file below `root`, or of its `folder`."""
+    found = {name: file for name, file in _files(root).items() if name.startswith(folder) and name != manifest}
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_sha256, found.values()))
     files = {
         name: {"size": path.stat().st_size, "sha256": digest}
         for (name, path), digest in zip(found.items(), digests, strict=True)
     }
-    manifest = {"format": "jvdiff checkpoint", "version": 1, **facts, "tensors": tensors, "files": files}
-    (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    content = {"format": "jvdiff checkpoint", "version": 1, **facts, "tensors": tensors, "files": files}
+    (root / manifest).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest of an Orbax directory.
+def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
+    """The manifest of a folder.
 
     Raises:
         UsageError: no such folder.
@@ -71,34 +77,43 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """
     if not root.is_dir():
         raise UsageError(f"{root}: no such folder.\nExpected one that a conversion or a training made.")
-    if not (root / MANIFEST).is_file():
+    if not (root / name).is_file():
         raise IntegrityError(
-            f"{root}: no {MANIFEST}, so its files cannot be checked.\n"
+            f"{root}: no {name}, so its files cannot be checked.\n"
             "Convert it again. In Python, restore(..., verify=False) reads it unchecked."
         )
-    manifest = read_json(root / MANIFEST)
+    manifest = read_json(root / name)
     whole = all(isinstance(manifest.get(k), dict) for k in ("files", "tensors"))
     if manifest.get("version") != 1 or not whole or not all(map(_is_entry, manifest["files"].values())):
-        raise CheckpointError(f"{root / MANIFEST}: expected a manifest of version 1.\nUpdate jvdiff, or convert again.")
+        raise CheckpointError(f"{root / name}: expected a manifest of version 1.\nUpdate jvdiff, or convert again.")
     return manifest
 
 
-def verify_files(path: Path) -> None:
+def verify_files(path: Path, follow_symlinks: bool = False) -> None:
     """Compares every file below `path` (a component, or a whole directory) with the manifest beside or above it.
 
     A file that no manifest knows counts where Orbax would read it. With several processes, each reads a share, and all
-    know what any of them found. Raises IntegrityError that names the files that differ, are missing, or should not be
-    there.
+    know what any of them found.
+
+    Raises:
+        IntegrityError: it names the files that differ, are missing, or should not be there.
+        UnsafeFormat: a link to elsewhere without `follow_symlinks`; see `jvdiff.weights.safetensors.check_link`.
     """
     root = path if (path / MANIFEST).is_file() or not (path.parent / MANIFEST).is_file() else path.parent
     prefix = "" if root == path else f"{path.name}/"
     there = {prefix + name for name in _files(path) if _of_orbax(prefix + name)}
-    _verify(path, root, lambda name: name.startswith(prefix), there)
+    _verify(path, root, lambda name: name.startswith(prefix), there, follow_symlinks)
 
 
-def verify_small(root: Path) -> None:
+def verify_small(root: Path, follow_symlinks: bool = False) -> None:
     """Compares all that a manifest knows but the arrays of Orbax. Raises: as `verify_files`."""
-    _verify(root, root, lambda name: not _of_orbax(name), ())
+    _verify(root, root, lambda name: not _of_orbax(name), (), follow_symlinks)
+
+
+def verify_published(root: Path, read: Collection[str], follow_symlinks: bool = False) -> None:
+    """Compares a folder in Diffusers' layout with its manifest, which must know all files that are `read`. Raises: as
+    `verify_files`."""
+    _verify(root, root, lambda name: True, read, follow_symlinks, PUBLISHED)
 
 
 def check_known(root: Path, read: Collection[str]) -> None:
@@ -114,11 +129,21 @@ def _of_orbax(name: str) -> bool:
     return PARAMS in folders and not any(part.startswith(".") for part in name.split("/"))
 
 
-def _verify(path: Path, root: Path, within: Callable[[str], bool], read: Collection[str]) -> None:
+def _verify(
+    path: Path,
+    root: Path,
+    within: Callable[[str], bool],
+    read: Collection[str],
+    follow_symlinks: bool,
+    manifest: str = MANIFEST,
+) -> None:
     """Compares what the manifest of `root` records, where `within`; of `read` nothing may be unknown to it."""
-    known = read_manifest(root)["files"]
+    known = read_manifest(root, manifest)["files"]
     recorded = {name: entry for name, entry in known.items() if within(name)}
     there = {name: root / name for name in recorded if (root / name).is_file()}
+    for name in recorded:
+        if name in there or (root / name).is_symlink():  # to nowhere: git-annex' content that was not fetched
+            check_link(root / name, root, follow_symlinks)
     sizes = {name: (file.stat().st_size, recorded[name]["size"]) for name, file in there.items()}
     problems = [f"{name} is missing" for name in recorded if name not in there]
     problems += [f"{name} is not in the manifest" for name in read if name not in known]

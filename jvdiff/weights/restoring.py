@@ -88,6 +88,7 @@ def restore(
     Raises:
         MissingTensor, ShapeMismatch: names, shapes or (with cast=False) dtypes differ from `abstract`; all are listed.
         IntegrityError: a file differs from the manifest, or there is no manifest.
+        UnsafeFormat: a file is a link to elsewhere.
         CheckpointError: damaged or unusable files; see `jvdiff.weights.safetensors`.
         UsageError: the transform gives something other than its `abstract` says.
     """
@@ -95,7 +96,7 @@ def restore(
     reader.weight_sets(path, stem)  # raises where there are two
     if (path / PARAMS).is_dir():
         if verify:
-            verify_files(path)
+            verify_files(path, follow_symlinks)
         _check_orbax(path, wanted, cast)
         if transform is None:
             leaves = _read_orbax(path, wanted, _places(wanted, shardings))

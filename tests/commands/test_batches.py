@@ -133,6 +133,23 @@ def test_a_line_that_this_machine_cannot_compute_fails_alone(command, made, monk
     assert "sequence" in capsys.readouterr().err.split("a-red-seven_seed6: ")[1]
 
 
+def test_a_tuple_of_prompts_is_a_batch_too(command, made, capsys):
+    """Of a field and of a configuration: an entry fails alone, keeps its seed, and nothing is made twice."""
+    argv = command(prompts=None, prompt=(RED, " ", BLUE), seed=10)
+    made.before = lambda job: job.subject == BLUE and (_ for _ in ()).throw(NumericsError("NaN"))
+    assert sample.main(argv) == 3 and made == [("a-red-seven_seed10", 10)]
+    said = capsys.readouterr().err
+    assert "2 of 3 videos were not made" in said and "prompt 2: prompt is empty" in said
+    made.before = lambda job: None
+    argv = command(prompts=None, prompt=(RED, "left", BLUE), seed=10)
+    assert sample.main(argv) == 0 and made[1:] == [("left_seed11", 11), ("a-blue-two_seed12", 12)]
+    assert sample.main(argv) == 0 and len(made) == 3
+    assert sample.main(command(prompts=None, prompt=(RED, "left"), seeds="10:12")) == 0 and len(made) == 5
+    assert (
+        sample.main(command(prompts=None, prompt=(), seed=10)) == 2 and "give at least one" in capsys.readouterr().err
+    )
+
+
 def test_seeds_of_one_prompt_are_a_batch_too(command, made):
     argv = command(prompts=None, prompt=RED, seeds="0:3")
     made.before = lambda job: job.seed == 1 and (_ for _ in ()).throw(NumericsError("NaN"))

@@ -61,6 +61,13 @@ def test_what_is_no_path(home, given, words):
     assert words in str(error.value)
 
 
+def test_what_is_no_path_is_refused_as_it_was_typed(capsys):
+    """A Path would make the working directory of nothing, and one slash of two."""
+    for given in ("", "https://example.com/x"):
+        assert convert.main(["jvdiff convert", "--source=x", f"--target={given}"]) == 2
+        assert f"target is {given!r}" in capsys.readouterr().err
+
+
 def declared():
     """Every option of every command that has text or a path, by name."""
     trainings = [kind.fields for kind in train.tasks().values()]

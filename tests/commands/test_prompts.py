@@ -85,8 +85,10 @@ def test_a_comment_is_no_prompt_and_that_is_said_once(asked):
         ("p.txt.gz", b"\x1f\x8b", "ends in .gz"),
         ("p.json", lines(*ROWS), "is not JSON: Extra data at line 2, character 1."),
         ("p.json", json.dumps(ROWS[0]), "is not a JSON array; objects that stand one on a line are a .jsonl file"),
-        ("p.json", "[" * 100_000, "is nested too deeply"),
-        ("p.json", b'["un sept \xe9l\xe9gant"]', "holds the byte 0xe9, which is not text; save the file as UTF-8"),
+        ("p.json", f'["{RED}", ' + "[" * 100_000, "p.json is nested too deeply, and its array does not end"),
+        ("p.json", "[" * 2000 + "]" * 2000 + "[]", "p.json is not JSON: something stands behind its array."),
+        ("p.json", '{"a": ' + "[" * 100_000, "is not a JSON array"),
+        ("p.json", "[]", "holds no prompt"),
         ("p.csv", f"{RED},5\n", "line 1, which names the columns: unknown column"),
         ("p.csv", "prompt;seed\n", "unknown column prompt;seed (did you mean prompt?)"),
         ("p.csv", "prompt,prompt\na,b\n", "names a column twice"),
@@ -141,6 +143,13 @@ def test_a_bad_line_fails_alone_and_keeps_its_seed(asked):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("p.json", f'[{"[" * 2000 + "]" * 2000}, {{"prompt": "{RED}"}}]', "entry 1: is nested too deeply."),
+        (
+            "p.json",
+            f'["un sept \xe9l\xe9gant", "{RED}"]'.encode("latin-1"),
+            "entry 1: holds the byte 0xe9, which is not text",
+        ),
+        ("p.json", f'["a\tb\\"]", "{RED}"]', "entry 1: is not JSON: Invalid control character at character 3."),
         ("p.txt", b"un sept \xe9l\xe9gant\n" + RED.encode(), "p.txt line 1: holds the byte 0xe9"),
         ("p", json.dumps(ROWS[0]) + f"\n{RED}", "p line 1: is a JSON object in a file of texts; name the file .jsonl"),
         ("p.csv", f'prompt,steps\n"a"b,3\n{RED},\n', "line 2: is not CSV"),

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from convert.from_diffusers import convert
+from convert.to_diffusers import to_hf
 from jvdiff.commands import verify
+from jvdiff.config import shipped
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
 from jvdiff.runtime import run_state
@@ -93,6 +95,30 @@ def test_repositories_in_both_layouts(converted, tiny_repository, tmp_path, caps
     assert "tokenizer/tokenizer.json has" in capsys.readouterr().out
 
 
+def test_a_folder_that_was_exported(converted, tmp_path, capsys):
+    folder = tmp_path / "hf"
+    to_hf(converted, folder)
+    command = ["jvdiff verify", str(folder)]
+    assert verify.main(command) == 0 and "repository, as written; sha256" in capsys.readouterr().out
+    (folder / "README.md").write_text("nobody's")
+    assert verify.main(command) == 0
+    (folder / "jvdiff_defaults.json").rename(tmp_path / "defaults")
+    assert verify.main(command) == 3 and "jvdiff_defaults.json is missing" in capsys.readouterr().out
+    (tmp_path / "defaults").rename(folder / "jvdiff_defaults.json")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert verify.main(command) == 3 and f"vae/{file.name} has other content" in capsys.readouterr().out
+    file.unlink()
+    assert verify.main(command) == 3 and "vae: no weights" in capsys.readouterr().out
+
+
+def test_what_ships_is_what_was_written(capsys):
+    """Where a checkpoint is changed on purpose, CONTRIBUTING.md has the line that writes its manifest."""
+    assert verify.main(["jvdiff verify", str(shipped("checkpoints"))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all("repository, as written" in line for line in lines)
+
+
 def test_a_blob_of_the_cache_is_compared_with_its_name(tiny_repository, tmp_path, capsys):
     root = tmp_path / "models--me--tiny"
     snapshot = shutil.copytree(tiny_repository, root / "snapshots" / ("0" * 40))
@@ -110,7 +136,7 @@ def test_a_blob_of_the_cache_is_compared_with_its_name(tiny_repository, tmp_path
 
 
 def test_usage(tmp_path, capsys):
-    for words in ([], ["--deep", "x"], [str(tmp_path)], [str(tmp_path / "nothing")]):
+    for words in ([], ["--deep", "x"], ["~nobody-here/x"], ["s3://x"], [str(tmp_path)], [str(tmp_path / "nothing")]):
         assert verify.main(["jvdiff verify", *words]) == 2, words
     assert verify.main(["jvdiff verify", "--help"]) == 0
     assert "jvdiff verify: " in capsys.readouterr().out

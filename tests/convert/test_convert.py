@@ -177,6 +177,10 @@ def test_a_vae_can_be_replaced(tiny_repository, orbax, tmp_path):
     assert same(restored(tmp_path / "hf"), restored(orbax) | expected)
     other = dataclasses.replace(cfg, latents_std=tuple(2 * s for s in cfg.latents_std))
     save(tmp_path / "other", new, config=other.to_json())
+    file = max((tmp_path / "vae" / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(IntegrityError, match="has other content"):
+        to_hf(orbax, tmp_path / "refused", vae=tmp_path / "vae")
     with pytest.raises(UsageError, match="latent statistics included, is not that of"):
         to_hf(orbax, tmp_path / "refused", vae=tmp_path / "other")
     with pytest.raises(UsageError, match="not an Orbax directory of a VAE"):
@@ -425,6 +429,16 @@ def test_a_command_that_was_stopped_runs_again_in_the_same_process(tiny_reposito
         assert main(command) == 5
     assert main(command) == 0
     verify(tmp_path / "orbax")
+
+
+def test_a_scheduler_that_sampling_would_refuse_is_not_converted(tiny_repository, tmp_path):
+    """In the target it could not be changed any more."""
+    copy = shutil.copytree(tiny_repository, tmp_path / "copy")
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"thresholds": 0}))
+    with pytest.raises(CheckpointError, match="unknown field 'thresholds' = 0"):
+        convert(copy, tmp_path / "orbax")
+    assert not (tmp_path / "orbax").exists()
 
 
 def test_a_repository_that_ships_is_converted_by_its_name(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 
+import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
@@ -43,7 +44,13 @@ def av(folder):
     return lambda: import_av().open(str(read(folder / "x.mp4", b"no video at all")))
 
 
+def guarded():
+    with jax.transfer_guard("disallow"):
+        jax.numpy.asarray(np.arange(3.0)) + 1
+
+
 CASES = {
+    "transfer guard": (7, lambda folder: guarded, "JAX_TRANSFER_GUARD forbids"),
     "full disk": (4, lambda folder: system(errno.ENOSPC, "out/x.mp4"), "out/x.mp4: No space left"),
     "quota": (4, lambda folder: system(errno.EDQUOT), "quota"),
     "too many files": (4, lambda folder: system(errno.EMFILE), "ulimit -n"),

@@ -67,13 +67,14 @@ def test_where_all_refuse_the_reasons_are_told(tmp_path, temporary):
 def test_somebody_at_a_terminal_is_asked_until_it_works(tmp_path, temporary, monkeypatch):
     (tmp_path / "other").mkdir()
     refused = [tmp_path / "out", temporary]
-    monkeypatch.setattr(sys, "stdin", Terminal(f"\n{tmp_path / 'other'}\n"))
+    monkeypatch.setattr(sys, "stdin", Terminal(f"\ns3://bucket\n{tmp_path / 'other'}\n"))
     said = Terminal()
     monkeypatch.setattr(sys, "stderr", said)
     tried = []
     assert kept(saving(refused, tried), [tmp_path / "out" / "a"]) == tmp_path / "other" / "a.state"
-    assert tried.count(tmp_path / "out" / "a") == 2
-    assert said.getvalue().count("kept in memory. Free some space and press Enter") == 2
+    assert tried.count(tmp_path / "out" / "a") == 3
+    assert said.getvalue().count("kept in memory. Free some space and press Enter") == 3
+    assert "the folder is 's3://bucket', an address" in said.getvalue()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

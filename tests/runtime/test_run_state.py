@@ -152,6 +152,15 @@ def test_damage_is_told_in_a_sentence(saved, name, damage, says):
     assert str(saved) in str(error.value) and str(error.value).count("\n") == 1
 
 
+def test_a_folder_of_something_else_is_not_called_damaged(saved):
+    with pytest.raises(UsageError, match=rf"is not a saved state. In it there are: .*{saved.name}"):
+        run_state.load(saved.parent)
+    (saved / "state.json").unlink()
+    (saved / "state.bin").unlink()
+    with pytest.raises(UsageError, match=r"is not a saved state\. Expected the \.state folder"):
+        run_state.load(saved)
+
+
 def write_by_hand(folder, **changes):
     """A state as the docstring of `run_state` describes it, of two arrays, in a new folder."""
     arrays = {".x": np.arange(6, dtype=np.float32).reshape(1, 2, 3), ".key": np.asarray([0, 7], np.uint32)}

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import jvdiff
 from jvdiff import streaming
-from jvdiff.commands import convert, sample, stream, train
+from jvdiff.commands import convert, sample, stream, train, verify
 from jvdiff.errors import CheckpointError, UnsafeFormat, UsageError
 from jvdiff.pipeline import repository
 from jvdiff.weights import locate, safetensors
@@ -111,6 +111,7 @@ def test_a_link_to_a_snapshot_through_every_command(cache, tiny_repository, tmp_
     assert convert.main(["convert", "--source=.", f"--target={tmp_path}/converted"]) == 0
     assert convert.to_hf(["to_hf", f"--source={tmp_path}/converted", f"--target={tmp_path}/back"]) == 0
     names = {str(p.relative_to(tiny_repository)) for p in tiny_repository.rglob("*") if p.is_file()}
+    names |= {"jvdiff_manifest.json"}
     assert {str(p.relative_to(tmp_path / "back")) for p in (tmp_path / "back").rglob("*") if p.is_file()} == names
 
 
@@ -146,6 +147,23 @@ def test_follow_symlinks_is_a_flag_of_every_command(tiny_repository, tiny_causal
         assert main(["jvdiff", *words, "--follow_symlinks"]) == (0 if main is convert.main else 2)
         assert "outside the repository" not in capsys.readouterr().err
     assert (tmp_path / "converted" / "jvdiff.json").is_file()
+    arrays = tmp_path / "converted" / "transformer" / "params" / "ocdbt.process_0"  # nobody looks into these but Orbax
+    linked(shutil.move(arrays, tmp_path / "arrays"), arrays)
+    for main, words in (
+        (convert.to_hf, [f"--source={tmp_path}/converted", f"--target={tmp_path}/back"]),
+        (convert.main, [f"--target={tmp_path}/converted", "--verify"]),
+        (verify.main, [f"{tmp_path}/converted/transformer"]),
+    ):
+        assert main(["jvdiff", *words]) == 3 and "outside the repository" in "".join(capsys.readouterr())
+        assert main(["jvdiff", *words, "--follow_symlinks"]) == 0
+    with pytest.raises(UnsafeFormat, match="outside the repository"):
+        jvdiff.load(tmp_path / "converted")
+    assert jvdiff.load(tmp_path / "converted", follow_symlinks=True).weights
+    metadata = tmp_path / "converted" / "vae" / "params" / "_METADATA"
+    metadata.unlink()
+    metadata.symlink_to("../.git/annex/objects/KEY")
+    with pytest.raises(CheckpointError, match="run `git annex get`"):
+        jvdiff.load(tmp_path / "converted", follow_symlinks=True)
     assert "follow_symlinks" in {path for each in train.sections({}, {}) for path in each.options}
     with pytest.raises(UnsafeFormat):
         streaming.load(causal)

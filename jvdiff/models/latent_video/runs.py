@@ -154,13 +154,17 @@ def _batches(
     return batches
 
 
+def _follows(config: Any) -> bool:
+    return bool(config.get("follow_symlinks"))
+
+
 def _initial(config: Any, models: Models, mesh: Mesh) -> Params | None:
     """The transformer of `config.initial` on the mesh; None: a new one."""
     if not config.get("initial"):
         return None
     abstract = latent_video.abstract_params(models.configs["transformer"])
     shardings = param_shardings(mesh, abstract, places.DIT)
-    return restore(Path(config.initial) / "transformer", abstract, (), shardings)
+    return restore(Path(config.initial) / "transformer", abstract, (), shardings, follow_symlinks=_follows(config))
 
 
 # -------------------------------------------------------------------------------------------------- what a config says
@@ -238,7 +242,7 @@ def describe(config: Any, classes: Sequence[str]) -> Plan:
     cfg = fields.model("transformer", latent_video.DiTConfig, chosen, **sized)
     if config.get("initial"):
         if (Path(config.initial) / MANIFEST).is_file():
-            verify_small(Path(config.initial))
+            verify_small(Path(config.initial), _follows(config))
         known = latent_video.DiTConfig.from_json(reader.read_json(Path(config.initial) / "transformer" / "config.json"))
         fields.check_sizes(f"transformer: not that of initial, {config.initial}", cfg, known)
         learnt = reader.read_json(Path(config.initial) / "model_index.json").get("noise_schedule")
@@ -347,7 +351,7 @@ def _vae(config: ConfigDict, plan: Plan, read: Callable[..., Any], folder: Path,
         cfg = _with_statistics(cfg, params, shown)
         save(path, params, config=cfg.to_json(), overwrite=True)
     cfg = _trained_vae(path)
-    return cfg, restore(path, latent_video.abstract_params(cfg), ())
+    return cfg, restore(path, latent_video.abstract_params(cfg), (), follow_symlinks=_follows(config))
 
 
 def _given_vae(config: Any) -> Path | None:
