@@ -31,6 +31,7 @@ from jvdiff.errors import JvdiffError, SetupError
 GRACE = 3.0  # seconds between the news of a failure and the end of a process whose main thread does not react
 member: Member | None = None  # this process as one of several; `peers.join` sets it
 _unfinished: list[Path] = []
+_ending = threading.Lock()
 
 
 class Failed(JvdiffError):
@@ -106,17 +107,23 @@ def unfinished(path: Path) -> Iterator[None]:
 
 
 def end_now(code: int, message: str = "") -> None:
-    """Ends the process from any thread, whatever the others do; removes what is half written."""
+    """Ends the process from any thread, whatever the others do; removes what is half written.
+
+    Of several threads the first does that, and the others wait for the end here, so that they write nothing more.
+    """
     try:
+        if not _ending.acquire(timeout=GRACE / 2):  # the first is stuck: it waits for what this one holds
+            return
         if member is not None:
             member.tell({"end": [code, message]})
             member.failure(0.5)  # until all know
+        with contextlib.suppress(OSError):
+            if message:
+                os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what threads of other packages say now comes of this
         for path in list(_unfinished):
             _remove(path)
-        if message:
-            print(f"error: {message}", file=sys.stderr)
         sys.stdout.flush()
-        sys.stderr.flush()
     finally:
         os._exit(code)
 
@@ -124,8 +131,11 @@ def end_now(code: int, message: str = "") -> None:
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):
         if path.is_dir():
-            for _ in range(5):  # another thread may still be writing there
+            for _ in range(20):  # another package's thread may still be writing there
                 shutil.rmtree(path, ignore_errors=True)
+                if not path.exists():
+                    break
+                time.sleep(0.01)
         elif path.name.startswith("."):
             path.unlink()
 
