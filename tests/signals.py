@@ -186,18 +186,18 @@ def told(kind, status, said):
     """What is wrong with a status and what was said."""
     if status < 0 and not said:  # before the program was there
         return []
-    goes_on = "go on with:" in said or "the same command goes on" in said
+    goes_on = "go on with:" in said.lower() or "the same command goes on" in said
     right = 5 if goes_on else kind.stopped
     last = f"\n{said.rstrip()}".rpartition("\nerror: ")[2]
     sentence = last[:1].islower() or last.startswith("/")
     problems = [f"status {status} instead of {right}"] * (status != right)
-    problems += ["no sentence"] * (not sentence or len(last.splitlines()) > 1 + ("go on with:" in last))
+    problems += ["no sentence"] * (not sentence or len(last.splitlines()) > 1 + ("go on with:" in last.lower()))
     return problems + [word for word in ("Traceback", "Exception", "Fatal", "This is a bug", "Error") if word in said]
 
 
 def again(kind, folder, checkpoint, expected, said):
     """What is wrong with the run that goes on, or begins anew."""
-    if "go on with:" in said:
+    if "go on with:" in said.lower():
         process = Process(*shlex.split(said.splitlines()[-1])[1:], setup=f"{BEGIN}\n{kind.setup}")
     else:
         process = start(kind, folder, checkpoint)

@@ -111,24 +111,30 @@ def install() -> Path:
     if _complete(target):
         return target
     part = Path(tempfile.mkdtemp(prefix="part-", dir=target.parent))  # mode 0700
-    try:
-        version = importlib.metadata.version("jax")
-        plugin = [f"jax-cuda13-plugin=={version}", f"jax-cuda13-pjrt=={version}"]
-        with unfinished(part), shielded(on=False):  # a signal ends the installer too
-            done = subprocess.run([*_installer(), "--target", str(part), "--no-deps", *plugin, *_COMPILER], check=False)
-        if done.returncode:
-            raise SetupError(
-                f"{_WHAT} was not installed: its installer ended with status {done.returncode}, see above."
-            )
-        if not _complete(target):  # another installer may have been faster
-            shutil.rmtree(target, ignore_errors=True)  # what another program left there
-            part.rename(target)
-    except OSError as error:
-        if not _complete(target):
-            raise SetupError(f"{_WHAT} was not installed in {target}: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with unfinished(part):
+        try:
+            _fill(part)
+            if not _complete(target):  # another installer may have been faster
+                shutil.rmtree(target, ignore_errors=True)  # what another program left there
+                part.rename(target)
+        except OSError as error:
+            if not _complete(target):
+                raise SetupError(f"{_WHAT} was not installed in {target}: {error.strerror or error}.") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+def _fill(part: Path) -> None:
+    """Runs the installer, which a signal ends too; it is in a group of its own, so that Ctrl-C comes here alone."""
+    version = importlib.metadata.version("jax")
+    packages = [f"jax-cuda13-plugin=={version}", f"jax-cuda13-pjrt=={version}", *_COMPILER]
+    with shielded(on=False):
+        done = subprocess.run(
+            [*_installer(), "--target", str(part), "--no-deps", *packages], check=False, process_group=0
+        )
+    if done.returncode:
+        raise SetupError(f"{_WHAT} was not installed: its installer ended with status {done.returncode}, see above.")
 
 
 def _installer() -> list[str]:

@@ -30,7 +30,7 @@ from jvdiff.errors import JvdiffError, SetupError
 
 GRACE = 3.0  # seconds between the news of a failure and the end of a process whose main thread does not react
 member: Member | None = None  # this process as one of several; `peers.join` sets it
-_unfinished: list[Path] = []
+_unfinished: list[tuple[Path, str]] = []
 _ending = threading.Lock()
 
 
@@ -87,22 +87,23 @@ def leave(code: int, message: str) -> int:
 
 
 @contextlib.contextmanager
-def unfinished(path: Path) -> Iterator[None]:
+def unfinished(path: Path, mark: str = "") -> Iterator[None]:
     """Inside the block `path` is half written, and is removed if the process has to end at once.
 
     A folder, or a hidden file. Where process 0 dies outright and the others see its files, they remove it.
+    `mark`: text in a file that is this process's own; one of this name without it is another's, and stays.
     """
 
     def tell() -> None:
         if member is not None:
-            member.tell({"unfinished": [str(path.absolute()) for path in _unfinished]})
+            member.tell({"unfinished": [(str(path.absolute()), mark) for path, mark in _unfinished]})
 
-    _unfinished.append(path)
+    _unfinished.append((path, mark))
     tell()
     try:
         yield
     finally:
-        _unfinished.remove(path)
+        _unfinished.remove((path, mark))
         tell()
 
 
@@ -121,14 +122,14 @@ def end_now(code: int, message: str = "") -> None:
             if message:
                 os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what threads of other packages say now comes of this
-        for path in list(_unfinished):
-            _remove(path)
+        for path, mark in list(_unfinished):
+            _remove(path, mark)
         sys.stdout.flush()
     finally:
         os._exit(code)
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, mark: str) -> None:
     with contextlib.suppress(OSError):
         if path.is_dir():
             for _ in range(20):  # another package's thread may still be writing there
@@ -136,7 +137,7 @@ def _remove(path: Path) -> None:
                 if not path.exists():
                     break
                 time.sleep(0.01)
-        elif path.name.startswith("."):
+        elif path.name.startswith(".") and (not mark or mark.encode() in path.read_bytes()):
             path.unlink()
 
 
@@ -203,8 +204,8 @@ class Member:
         except OSError:
             pass
         if self.verdict is None:
-            for path in self.hub_files:
-                _remove(Path(path))
+            for path, mark in self.hub_files:
+                _remove(Path(path), mark)
             self._hear({"verdict": [SetupError.exit_code, f"process 0 ({self.host}) {reason}."]})
 
     def _hear(self, message: dict[str, Any]) -> None:
