@@ -14,10 +14,8 @@ from tests import kills, signals
 
 CHOSEN = [
     ("sample", "SIGHUP", "device:"),
-    ("batch", "SIGTERM", "device:"),
     ("stream", "terminal", "device:"),
     ("train", "SIGHUP", "/out/config.json"),
-    ("convert", "SIGINT", signals.HALF),
     ("convert", "SIGHUP", f"{signals.HALF}transformer/params*"),
     ("plan", "SIGTERM", 0.2),
     ("verify", "SIGINT", ": repository"),
