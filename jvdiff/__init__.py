@@ -14,10 +14,14 @@ digits                                 the toy: moving digits, their judge, and 
 runtime, precision, errors             saved states and processes, the precision table, what can go wrong
 """
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from jvdiff import program
 
-from jvdiff.lazy import attach
+program.end_by_ctrl_c()
+
+from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
+
+from jvdiff.lazy import attach  # noqa: E402
 
 if TYPE_CHECKING:
     from jvdiff import (

@@ -6,20 +6,15 @@ jvdiff COMMAND --help
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-PROGRAM = __name__ == "__main__" or Path(sys.argv[0]).name == "jvdiff"  # and not imported by another one
-if PROGRAM and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules are imported Ctrl-C ends without a traceback
-
-import jvdiff  # noqa: E402
-from jvdiff.commands import help as pages  # noqa: E402
-from jvdiff.config import nearest  # noqa: E402
-from jvdiff.errors import UsageError  # noqa: E402
-from jvdiff.training.options import function  # noqa: E402
+import jvdiff
+from jvdiff.commands import help as pages
+from jvdiff.config import nearest
+from jvdiff.errors import UsageError
+from jvdiff.training.options import function
 
 COMMANDS = {
     "sample": ("jvdiff.commands.sample:main", "prompts become video files"),

@@ -55,9 +55,10 @@ class Process:
     def poll(self):
         return self._process.exitcode
 
-    def send_signal(self, number):
+    def send_signal(self, number, group=False):
+        """To the process, or to its whole group, which it leads."""
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        (os.killpg if group else os.kill)(self._process.pid, number)
 
     def kill(self):
         if self.poll() is None:

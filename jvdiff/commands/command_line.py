@@ -24,7 +24,7 @@ from jvdiff.commands.arguments import Request, Told, traced
 from jvdiff.config import expanded
 from jvdiff.errors import JvdiffError, ResourceError, SetupError, UsageError
 from jvdiff.runtime import cache, environment, foreign, peers, progress, verdict
-from jvdiff.runtime.interrupts import STOPPED, command
+from jvdiff.runtime.interrupts import STOPPED, command, over
 
 SHARED = (
     "Another process on it leaves none: JAX takes most of a GPU's memory when it starts. Give each process a GPU of\n"
@@ -112,7 +112,9 @@ def ended(
         say_always(f"error: {message}")
         if 2 in _lossy:  # a process of ours alone: what threads of other packages still raise comes of the same error
             threading.excepthook = sys.unraisablehook = lambda _: None
-    return verdict.leave(code, message)
+    code = verdict.leave(code, message)
+    over(code)
+    return code
 
 
 class _Lossy(io.FileIO):

@@ -12,24 +12,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from jvdiff.errors import JvdiffError
+from jvdiff.commands import command_line
 from jvdiff.plan import targets
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the command line (without the program's name) and returns its exit status."""
     words = sys.argv[1:] if words is None else list(words)
-    if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    try:
-        if words != ["--install"]:
+
+    def work() -> int | None:
+        if words and words[0] not in ("-h", "--help", "--install"):
             return targets.python(words)
-        print(targets.install())
-        return 0
-    except JvdiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        print(targets.install() if words == ["--install"] else __doc__)
+        return None
+
+    return command_line.ended(work, words)
 
 
 if __name__ == "__main__":

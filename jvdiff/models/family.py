@@ -9,7 +9,6 @@ stages once, through `run(stage, *arguments)`: one executor computes, another tr
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -361,16 +360,9 @@ def read_config(folder: Path, parts: Mapping[str, Part] | Part) -> Any:
     return part.config.from_json(config)
 
 
-@functools.lru_cache
-def parameter_tree(part: Part, cfg: Any, dtype: Any) -> Params:
-    """The parameter tree of a part as ShapeDtypeStructs. Traced once and cached: loading, messages and plans share it,
-    so do not change it."""
-    return part.abstract(cfg, dtype)
-
-
 def read_weights(folder: Path, part: Part, cfg: Any, dtype: Any, placement: Placement | None = None, **how: Any) -> Any:
     """The weights of a component folder in either layout, where they live on a mesh; how, raises: `weights.restore`."""
-    abstract = parameter_tree(part, cfg, dtype)
+    abstract = part.abstract(cfg, dtype)
     names = part.names(cfg) if part.names else []
     made = transformed(abstract, how.get("transform"))
     where = param_shardings(placement.mesh, made, part.places) if placement else None

@@ -17,7 +17,7 @@ import numpy as np
 
 from jvdiff import precision as precisions
 from jvdiff.errors import UsageError
-from jvdiff.models.family import Clip, Family, Models, Request, parameter_tree, read_weights
+from jvdiff.models.family import Clip, Family, Models, Request, read_weights
 from jvdiff.pipeline import stages
 from jvdiff.pipeline.lending import Weights
 from jvdiff.pipeline.repository import Repository, check_at_once, inspect
@@ -93,7 +93,7 @@ class Output:
 def abstract_params(family: Family, models: Models, dtypes: precisions.Precision) -> dict[str, Params]:
     """The parameter tree of each part as ShapeDtypeStructs, in the dtypes of the precision table."""
     return {
-        name: parameter_tree(family.parts[name], cfg, jnp.dtype(getattr(dtypes, family.parts[name].precision)))
+        name: family.parts[name].abstract(cfg, jnp.dtype(getattr(dtypes, family.parts[name].precision)))
         for name, cfg in models.configs.items()
     }
 

@@ -152,7 +152,7 @@ def _models(path: Path, family: Family, index: Mapping[str, Any]) -> Models:
         name: read_config(path / name, part) for name, part in family.parts.items() if there(name, part.optional)
     }
     for name in configs:
-        safetensors.weight_sets(path / name, family.parts[name].stem)  # raises where there are two
+        safetensors.weight_files(path / name, family.parts[name].stem)  # raises where there are two
     files = {name: kind.read(path / name) for name, kind in family.files.items() if there(name, kind.optional)}
     return Models(configs, files, index)
 
@@ -182,10 +182,9 @@ def _small_files(path: Path, family: Family) -> dict[str, Path]:
 def read_files(repository: Repository) -> dict[str, Path]:
     """Every file that is read of a Hugging Face folder, and no other, by its name in it."""
     path, family, models = repository.path, repository.family, repository.models
-    weights = [
-        file for name in models.configs for file in safetensors.weight_files(path / name, family.parts[name].stem)
-    ]
-    return _small_files(path, family) | {file.relative_to(path).as_posix(): file for file in weights}
+    weights = [safetensors.weight_files(path / name, family.parts[name].stem) for name in models.configs]
+    there = [file for files in weights for file in files if file.is_file()]
+    return _small_files(path, family) | {file.relative_to(path).as_posix(): file for file in there}
 
 
 def _fingerprint(files: Mapping[str, Path]) -> str:

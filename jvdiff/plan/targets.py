@@ -20,8 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jvdiff import program
 from jvdiff.errors import SetupError, UsageError
 from jvdiff.runtime import cache
+from jvdiff.runtime.interrupts import shielded
+from jvdiff.runtime.verdict import unfinished
 
 TARGETS = Path(__file__).with_name("targets")
 _PLUGINS = ("xla_cuda13", "xla_cuda12")
@@ -90,11 +93,9 @@ def python(command: Sequence[str]) -> int:
         paths = (os.environ.get("PYTHONPATH"), str(compiler_folder()))
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     sys.stdout.flush()
-    with subprocess.Popen([sys.executable, *command], env=environment) as child:
-        try:
-            status = child.wait()
-        except KeyboardInterrupt:  # the terminal has stopped the child as well, which says so
-            status = child.wait()
+    if program.ours():  # it becomes that process, so that signals reach it, and its status is its own
+        os.execve(sys.executable, [sys.executable, *command], environment)
+    status = subprocess.call([sys.executable, *command], env=environment)
     return status if status >= 0 else 128 - status  # as a shell reports the death by a signal
 
 
@@ -110,23 +111,30 @@ def install() -> Path:
     if _complete(target):
         return target
     part = Path(tempfile.mkdtemp(prefix="part-", dir=target.parent))  # mode 0700
-    try:
-        version = importlib.metadata.version("jax")
-        plugin = [f"jax-cuda13-plugin=={version}", f"jax-cuda13-pjrt=={version}"]
-        done = subprocess.run([*_installer(), "--target", str(part), "--no-deps", *plugin, *_COMPILER], check=False)
-        if done.returncode:
-            raise SetupError(
-                f"{_WHAT} was not installed: its installer ended with status {done.returncode}, see above."
-            )
-        if not _complete(target):  # another installer may have been faster
-            shutil.rmtree(target, ignore_errors=True)  # what another program left there
-            part.rename(target)
-    except OSError as error:
-        if not _complete(target):
-            raise SetupError(f"{_WHAT} was not installed in {target}: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with unfinished(part):
+        try:
+            _fill(part)
+            if not _complete(target):  # another installer may have been faster
+                shutil.rmtree(target, ignore_errors=True)  # what another program left there
+                part.rename(target)
+        except OSError as error:
+            if not _complete(target):
+                raise SetupError(f"{_WHAT} was not installed in {target}: {error.strerror or error}.") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+def _fill(part: Path) -> None:
+    """Runs the installer, which a signal ends too; it is in a group of its own, so that Ctrl-C comes here alone."""
+    version = importlib.metadata.version("jax")
+    packages = [f"jax-cuda13-plugin=={version}", f"jax-cuda13-pjrt=={version}", *_COMPILER]
+    with shielded(on=False):
+        done = subprocess.run(
+            [*_installer(), "--target", str(part), "--no-deps", *packages], check=False, process_group=0
+        )
+    if done.returncode:
+        raise SetupError(f"{_WHAT} was not installed: its installer ended with status {done.returncode}, see above.")
 
 
 def _installer() -> list[str]:

@@ -89,10 +89,10 @@ def held(path: str | os.PathLike, what: object = None, *, watch: bool = True) ->
     """
     path, what = Path(os.path.abspath(path)), str(path if what is None else what)
     own = Holder(socket.gethostname(), _boot(), os.getpid(), _started(os.getpid()), secrets.token_hex(8))
-    _take(path, own, what, watch)
     released = threading.Event()
     try:
-        with unfinished(path):
+        with unfinished(path, own.nonce):
+            _take(path, own, what, watch)
             threading.Thread(target=_renew, args=(path, own, released), daemon=True).start()
             yield Claim(path, what, own.nonce)
     finally:
@@ -121,11 +121,12 @@ def _take(path: Path, own: Holder, what: str, watch: bool) -> None:
         by = _decode(found)
         if _left_behind(path, found):
             successor = path.with_name(f"{path.name}.{by.nonce[:8] if by else 'unfinished'}")
-            _take(successor, own, what, watch)
-            if _read(path) == found:
-                os.replace(successor, path)
-                return
-            successor.unlink()
+            with unfinished(successor, own.nonce):
+                _take(successor, own, what, watch)
+                if _read(path) == found:
+                    os.replace(successor, path)
+                    return
+                successor.unlink()
             continue
         who = by or "another process"
         if not watch or (by and _is_here(by)) or (watched and watched[0] != found):
@@ -138,12 +139,29 @@ def _take(path: Path, own: Holder, what: str, watch: bool) -> None:
 
 
 def _create(path: Path, own: Holder) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    """Makes the file; FileExistsError where there is one."""
+    try:
+        _appear(path, own.encode())
+        return
+    except FileExistsError:
+        raise
+    except (OSError, AttributeError):  # an empty one then stays where the process is killed before it writes
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         os.write(handle, own.encode())
     except OSError:
         path.unlink()
         raise
+    finally:
+        os.close(handle)
+
+
+def _appear(path: Path, content: bytes) -> None:
+    """Makes a file that appears with its content; OSError or AttributeError where the system cannot."""
+    handle = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(handle, content)
+        os.link(f"/proc/self/fd/{handle}", path, src_dir_fd=handle, follow_symlinks=True)
     finally:
         os.close(handle)
 

@@ -6,8 +6,8 @@ ignored when the program began (`nohup`, `&`) stays ignored.
 
 Python runs handlers when the main thread is back from what it computes, and a compiler keeps it for minutes. So a
 command has a second thread, which hears of signals through a pipe and ends the process if the main thread does not. In
-a process of our own it does so at once as long as there is nothing to lose: an exception in the middle of an import of
-JAX's modules is a crash.
+a process of our own, whichever thread hears of a signal first does so at once as long as there is nothing to lose: an
+exception in the middle of an import of JAX's modules is a crash.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+from jvdiff import program
 from jvdiff.runtime import peers, verdict
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -38,11 +38,15 @@ class _Signals:
     waiting: a person is asked, until a signal comes
     leaving: KeyboardInterrupt is on its way, or was
     ours: the whole process is the command, and nothing else
+    stopped: status and message where a signal ends a command
+    before: the handlers of the signals that are obeyed
     """
 
     def __init__(self) -> None:
         self.obeyed = self.watched = self.leaving = self.shielded = self.waiting = self.ours = False
         self.came: list[int] = []
+        self.before: dict[int, Any] = {}
+        self.stopped: tuple[int, str] = STOPPED
         self.noted = 0
         self.stakes: list[Callable[[], bool]] = []
 
@@ -65,7 +69,10 @@ def _handle(number: int, frame: Any) -> None:
     if _now.waiting:
         raise KeyboardInterrupt
     if not _now.shielded and (again or not _now.stakes):
-        if not (_now.leaving and _now.watched) and not (_now.ours and not _now.stakes):  # else: the other thread does
+        if _now.ours and not _now.stakes:
+            if not peers.several():  # to whom this thread may be talking; then the other thread ends the process
+                verdict.end_now(*_now.stopped)
+        elif not (_now.leaving and _now.watched):  # there too
             _now.leaving = True
             raise KeyboardInterrupt
         return
@@ -85,15 +92,22 @@ def interrupts() -> Iterator[Callable[[], bool]]:
     _now = _Signals()
     _now.obeyed = True
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    _now.before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     try:
-        for number in before:
+        for number in _now.before:
             signal.signal(number, _handle)
         yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler in _now.before.items():
+            signal.signal(number, signal.SIG_IGN if _now.ours else handler)  # until it is `over`
         _now.obeyed = False
+
+
+def over(code: int) -> None:
+    """A command has said how it ended; a signal that comes now ends a process of our own at once, with that status."""
+    if _now.ours:
+        for number in _now.before:
+            signal.signal(number, lambda *_: os._exit(code))
 
 
 @contextlib.contextmanager
@@ -109,8 +123,8 @@ def command(code: int, message: str) -> Iterator[None]:
         left, (reading, writing) = threading.Event(), os.pipe()
         os.set_blocking(writing, False)
         before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        _now.watched, _now.ours = True, _is_ours()
-        threading.Thread(target=_watch, args=(reading, left, code, message), daemon=True).start()
+        _now.watched, _now.ours, _now.stopped = True, program.ours(), (code, message)
+        threading.Thread(target=_watch, args=(reading, left), daemon=True).start()
         try:
             yield
         finally:
@@ -120,7 +134,7 @@ def command(code: int, message: str) -> Iterator[None]:
             _now.watched = False
 
 
-def _watch(reading: int, left: threading.Event, code: int, message: str) -> None:
+def _watch(reading: int, left: threading.Event) -> None:
     heard = 0
     with open(reading, "rb", buffering=0) as pipe:
         while number := pipe.read(1):
@@ -128,13 +142,7 @@ def _watch(reading: int, left: threading.Event, code: int, message: str) -> None
             if number[0] not in SIGNALS or left.wait(_now.grace()):
                 continue
             if _now.at_once() and (_now.leaving or _now.noted < heard):  # else who obeys it is slow to leave
-                verdict.end_now(code, message)
-
-
-def _is_ours() -> bool:
-    """Whether this process is a command of jvdiff, and not a program that calls one."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return (spec.name if spec else Path(sys.argv[0]).name).partition(".")[0] in ("jvdiff", "convert")
+                verdict.end_now(*_now.stopped)
 
 
 def asked() -> bool:

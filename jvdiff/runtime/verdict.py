@@ -30,7 +30,8 @@ from jvdiff.errors import JvdiffError, SetupError
 
 GRACE = 3.0  # seconds between the news of a failure and the end of a process whose main thread does not react
 member: Member | None = None  # this process as one of several; `peers.join` sets it
-_unfinished: list[Path] = []
+_unfinished: list[tuple[Path, str]] = []
+_ending = threading.Lock()
 
 
 class Failed(JvdiffError):
@@ -86,47 +87,57 @@ def leave(code: int, message: str) -> int:
 
 
 @contextlib.contextmanager
-def unfinished(path: Path) -> Iterator[None]:
+def unfinished(path: Path, mark: str = "") -> Iterator[None]:
     """Inside the block `path` is half written, and is removed if the process has to end at once.
 
     A folder, or a hidden file. Where process 0 dies outright and the others see its files, they remove it.
+    `mark`: text in a file that is this process's own; one of this name without it is another's, and stays.
     """
 
     def tell() -> None:
         if member is not None:
-            member.tell({"unfinished": [str(path.absolute()) for path in _unfinished]})
+            member.tell({"unfinished": [(str(path.absolute()), mark) for path, mark in _unfinished]})
 
-    _unfinished.append(path)
+    _unfinished.append((path, mark))
     tell()
     try:
         yield
     finally:
-        _unfinished.remove(path)
+        _unfinished.remove((path, mark))
         tell()
 
 
 def end_now(code: int, message: str = "") -> None:
-    """Ends the process from any thread, whatever the others do; removes what is half written."""
+    """Ends the process from any thread, whatever the others do; removes what is half written.
+
+    Of several threads the first does that, and the others wait for the end here, so that they write nothing more.
+    """
     try:
+        if not _ending.acquire(timeout=GRACE / 2):  # the first is stuck: it waits for what this one holds
+            return
         if member is not None:
             member.tell({"end": [code, message]})
             member.failure(0.5)  # until all know
-        if message:
-            print(f"error: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            if message:
+                os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what threads of other packages say now comes of this
         sys.stdout.flush()
-        sys.stderr.flush()
-        for path in list(_unfinished):  # last, since other threads go on writing, and make the folder again
-            _remove(path)
+        for path, mark in list(_unfinished):  # last, since other threads go on writing, and make the folder again
+            _remove(path, mark)
     finally:
         os._exit(code)
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, mark: str) -> None:
     with contextlib.suppress(OSError):
         if path.is_dir():
-            for _ in range(5):  # another thread may still be writing there
+            for _ in range(20):  # another package's thread may still be writing there
                 shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith("."):
+                if not path.exists():
+                    break
+                time.sleep(0.01)
+        elif path.name.startswith(".") and (not mark or mark.encode() in path.read_bytes()):
             path.unlink()
 
 
@@ -193,8 +204,8 @@ class Member:
         except OSError:
             pass
         if self.verdict is None:
-            for path in self.hub_files:
-                _remove(Path(path))
+            for path, mark in self.hub_files:
+                _remove(Path(path), mark)
             self._hear({"verdict": [SetupError.exit_code, f"process 0 ({self.host}) {reason}."]})
 
     def _hear(self, message: dict[str, Any]) -> None:

@@ -143,7 +143,7 @@ def take(source: Path, folder: Path) -> None:
         if last > int(path.name):
             _log.warning("%s is at step %d; the state of step %s is not needed", target.parent, last, path.name)
             continue
-        verify_files(path)
+        verify_files(path, follow_symlinks=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         _take_record(source / record.FILE, folder / record.FILE)
         _take_lines(path.parents[1] / METRICS, target.parents[1] / METRICS)

@@ -93,7 +93,7 @@ def restore(
         UsageError: the transform gives something other than its `abstract` says.
     """
     path, wanted = Path(expanded("folder", folder)), flatten(abstract)
-    reader.weight_sets(path, stem)  # raises where there are two
+    reader.weight_files(path, stem)  # raises where there are two
     if (path / PARAMS).is_dir():
         if verify:
             verify_files(path, follow_symlinks)

@@ -351,30 +351,24 @@ def open_folder(
         UnsafeFormat: only pickles or archives, or a name that points outside the folder.
         CorruptFile, CheckpointError: see `read_header`; or the folder holds two sets of weights.
     """
-    sets = weight_sets(path, stem)
-    single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
-    weight_map = {}
-    if sets and os.path.lexists(index):
-        check_link(index, path.parent, follow_symlinks)
-        weight_map = _weight_map(index)
-        files = [path / name for name in dict.fromkeys(weight_map.values())]
-        if missing := [file for file in files if _is_gone(file)]:
-            names = list(weight_map.values())
-            counts = [f"{file.name} ({names.count(file.name)} tensors)" for file in missing]
-            raise MissingTensor(
-                f"{path}: {len(missing)} of {len(files)} shards are missing: {listed(counts)}.\n{_AGAIN}"
-                f"{unfinished(path.parent)}"
-            )
-    elif sets:
-        files = [single]
-    else:
+    if not (files := weight_files(path, stem)):
         raise _no_weights(path, stem)
-    for file in files:
+    first, *shards = files
+    check_link(first, path.parent, follow_symlinks)
+    weight_map = _weight_map(first) if shards else {}
+    if missing := [file for file in shards if _is_gone(file)]:
+        names = list(weight_map.values())
+        counts = [f"{file.name} ({names.count(file.name)} tensors)" for file in missing]
+        raise MissingTensor(
+            f"{path}: {len(missing)} of {len(shards)} shards are missing: {listed(counts)}.\n{_AGAIN}"
+            f"{unfinished(path.parent)}"
+        )
+    for file in shards:
         check_link(file, path.parent, follow_symlinks)
 
     tensors: dict[str, Tensor] = {}
     problems, identities = [], {}
-    for file in files:
+    for file in shards or files:
         identities[file] = _identity(file.stat())
         for name, tensor in read_header(file, ignored).items():
             if name in tensors:
@@ -385,7 +379,7 @@ def open_folder(
     problems += [f"{shown(name)} is not in {shard}" for name, shard in weight_map.items() if name not in tensors]
     if problems:
         raise MissingTensor(
-            f"{index}: disagrees with its shards ({len(problems)} times): {listed(problems)}.\n{_AGAIN}"
+            f"{first}: disagrees with its shards ({len(problems)} times): {listed(problems)}.\n{_AGAIN}"
         )
     return Folder(path, tensors, identities, allow_nonfinite)
 
@@ -401,27 +395,30 @@ def _is_gone(file: Path) -> bool:
     return False
 
 
-def weight_sets(path: Path, stem: str) -> tuple[str, ...]:
-    """The published weights that a component's folder holds, as words: one set, or none.
+def weight_files(path: Path, stem: str = STEM) -> list[Path]:
+    """The files of the published weights that a component's folder holds: one, or an index and the shards that it
+    names, of which some may be missing; [] where there are none.
 
-    A single file that the index itself names is of the index's set.
+    A single file that the index itself names is one of its shards.
 
     Raises:
-        CheckpointError: it holds several, a converted one (`params`) counted too.
+        CheckpointError: there are two sets of weights, a converted one (`params`) counted too.
+        CorruptFile, UnsafeFormat: the index cannot be used.
     """
     single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
-    found = {single: single.name, index: f"{index.name} with its shards"}
-    found = {file: words for file, words in found.items() if os.path.lexists(file)}
-    if len(found) == 2 and single.name in _weight_map(index).values():
-        del found[single]
-    words = (*found.values(), *(["params/ of a conversion"] if found and (path / "params").is_dir() else []))
+    indexed = os.path.lexists(index)
+    shards = [path / name for name in dict.fromkeys(_weight_map(index).values())] if indexed else []
+    alone = os.path.lexists(single) and single not in shards
+    words = [single.name] * alone + [f"{index.name} with its shards"] * indexed
+    if words and (path / "params").is_dir():
+        words.append("params/ of a conversion")
     if len(words) > 1:
         raise CheckpointError(
             f"{path}: holds two sets of weights: {' and '.join(words)}.\n"
             "Which of them is meant cannot be told: some programs read the first, others the second.\n"
             "Move the one that is out of date elsewhere."
         )
-    return words
+    return [index, *shards] if indexed else [single] * alone
 
 
 def tensor_names(path: Path, stem: str) -> set[str]:
@@ -430,18 +427,6 @@ def tensor_names(path: Path, stem: str) -> set[str]:
         return set(open_folder(path, stem, follow_symlinks=True).tensors)  # only headers are read
     except (JvdiffError, OSError):
         return set()
-
-
-def weight_files(path: Path, stem: str = STEM) -> list[Path]:
-    """The files that `open_folder` reads of a component, those that are there.
-
-    Raises: as `open_folder`, of the index.
-    """
-    single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
-    if single.is_file() or not index.is_file():
-        return [single] if single.is_file() else []
-    shards = [path / name for name in dict.fromkeys(_weight_map(index).values())]
-    return [index, *(file for file in shards if file.is_file())]
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -64,6 +64,22 @@ def test_who_obeys_a_signal_may_be_slow_to_leave(monkeypatch):
         assert ended
 
 
+def test_a_signal_after_the_end_changes_no_status(tmp_path):
+    (tmp_path / "jvdiff").write_text(
+        "import os, signal\n"
+        "from jvdiff.commands.command_line import ended\n"
+        "again = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "class Sentence(RuntimeError):\n"
+        "    def __str__(self): again(); return 'first'\n"  # as the sentence is made
+        "def work(): raise Sentence\n"
+        "status = ended(work, ['jvdiff'])\n"
+        "again()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, tmp_path / "jvdiff"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: Sentence: first")
+
+
 PROGRAM = """
 import hashlib, sys
 from pathlib import Path

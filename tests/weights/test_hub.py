@@ -57,7 +57,15 @@ def test_what_comes_with_an_installed_jvdiff(here):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model_index.json").write_text("{}")
     (here / "jvdiff" / "weights").mkdir()
-    for name in ("__init__.py", "config.py", "errors.py", "lazy.py", "weights/__init__.py", "weights/hub.py"):
+    for name in (
+        "__init__.py",
+        "config.py",
+        "errors.py",
+        "lazy.py",
+        "program.py",
+        "weights/__init__.py",
+        "weights/hub.py",
+    ):
         (here / "jvdiff" / name).write_text((ROOT / "jvdiff" / name).read_text())
     program = (
         "import sys; from jvdiff.weights import locate\n"
