@@ -34,6 +34,10 @@ import json  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from jvdiff.runtime import interrupts  # noqa: E402
+
+interrupts.GRACE = 60.0  # tests send signals to their own process, which a slow machine must not end meanwhile
+
 
 @pytest.fixture(scope="session")
 def random_params():
