@@ -9,10 +9,10 @@ import pytest
 from benchmarks import mutations
 from convert.from_diffusers import convert
 from jvdiff import pipeline
-from jvdiff.commands import verify
 from jvdiff.errors import JvdiffError
 from jvdiff.runtime import run_state
 from jvdiff.weights import safetensors
+from jvdiff.weights.manifest import verify_files
 
 
 def inspect(folder):
@@ -41,7 +41,7 @@ def read(kind, folder):
         state = run_state.load(folder / "s.state")
         return state.facts, state.done, {name: array.tolist() for name, array in state.arrays.items()}
     if kind == "converted":
-        verify._component(folder)
+        verify_files(folder)
     return inspect(folder)
 
 

@@ -322,11 +322,11 @@ class _Run:
     def after_step(self, task: Task, every: _Every, values: Mapping[str, Any], last: bool) -> None:
         """Counts a step, and does what is due after it."""
         self.done += 1
-        with states.disk(self.folder):
-            self.manager.check_for_errors()  # of a save that is under way
         if self.done % every.log == 0 or last:
             self.check()
             self.metrics.write(self.done, {name: float(np.asarray(value)) for name, value in values.items()})
+        with states.disk(self.folder):
+            self.manager.check_for_errors()  # of a save that is under way; the state that is kept then has its line
         if self.done % every.save == 0:
             self.save()
         if task.show is not None and every.show is not None and self.done % every.show == 0:

@@ -21,7 +21,7 @@ import pytest
 import jvdiff
 from jvdiff.commands import sample, train
 from jvdiff.errors import UsageError
-from jvdiff.runtime import peers, verdict
+from jvdiff.runtime import peers, run_state, verdict
 from jvdiff.sharding import read_mesh
 from tests.forks import Process
 
@@ -280,7 +280,8 @@ def test_a_killed_process_leaves_no_half_written_file(sampling, tiny_repository)
     running.processes[1].kill()
     assert running.wait() == [7, -signal.SIGKILL], running.text(0)
     assert "error: process 1 (" in running.text(0) and "Traceback" not in running.text(0)
-    assert list(clips.iterdir()) == []
+    states = list(clips.iterdir())  # of the steps that were done, if process 0 was not waiting for the other by then
+    assert [run_state.load(state).done > 0 for state in states] in ([], [True])
 
 
 def test_what_is_wrong_for_all_is_said_before_any_weight_is_read(sampling, tiny_repository):
