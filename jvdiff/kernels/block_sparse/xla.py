@@ -45,7 +45,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: in
         h, r = (jnp.broadcast_to(y, (heads, rows)).ravel() for y in x)  # [G]
         blocks, mask = work.listed(h, r)
         logits = _logits(work.queries(q, h, r), work.keys(k, h, blocks), mask)
-        top = jnp.max(logits, axis=1)
+        top = lax.stop_gradient(jnp.max(logits, axis=1))
         weights = jnp.exp(logits - top[:, None])
         total = jnp.sum(weights, axis=1)
         out = _dot("gjq,gjk->gqk", weights.astype(v.dtype), work.keys(v, h, blocks))
@@ -54,7 +54,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: in
         lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
         return out.reshape(heads, rows * work.part, K), lse.reshape(heads, rows * work.part)  # [G,p,..] by heads
 
-    out, lse = lax.map(lambda h: lax.map(lambda r: step((h, r)), row), head)  # [groups,turns,heads,rows*p,...]
+    out, lse = lax.map(lambda h: lax.map(lambda r: jax.checkpoint(step)((h, r)), row), head)  # [groups,turns,heads,rows*p,...]
     out, lse = (jnp.moveaxis(x, 1, 2).reshape(B, N, -1, *x.shape[4:])[:, :, :L] for x in (out, lse))  # [B,N,L,..]
     return jnp.swapaxes(out, 1, 2), lse  # [B,L,N,K]
 
