@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -77,7 +78,7 @@ class _Map:
 _linear = Primitive("linear")
 _linear.multiple_results = True
 _linear.def_impl(lambda *leaves, how: how.run(*leaves))
-_linear.def_abstract_eval(lambda *_, how: [jax.core.ShapedArray(x.shape, x.dtype) for x in how.results])
+_linear.def_abstract_eval(lambda *_, how: [ShapedArray(x.shape, x.dtype) for x in how.results])
 mlir.register_lowering(_linear, mlir.lower_fun(lambda *leaves, how: how.run(*leaves), multiple_results=True))
 
 

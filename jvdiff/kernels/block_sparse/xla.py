@@ -41,6 +41,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: in
     row = row.reshape(-1, 1, rows)  # [turns,1,rows], the last row again where they do not divide
     head = jnp.arange(B * N, dtype=jnp.int32).reshape(-1, heads, 1)  # [groups,heads,1]
 
+    @jax.checkpoint  # for derivatives of its tangents, which are all that differentiates this function
     def step(x: Any) -> tuple[jax.Array, jax.Array]:
         h, r = (jnp.broadcast_to(y, (heads, rows)).ravel() for y in x)  # [G]
         blocks, mask = work.listed(h, r)
@@ -54,7 +55,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: in
         lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
         return out.reshape(heads, rows * work.part, K), lse.reshape(heads, rows * work.part)  # [G,p,..] by heads
 
-    out, lse = lax.map(lambda h: lax.map(lambda r: jax.checkpoint(step)((h, r)), row), head)  # [groups,turns,heads,rows*p,...]
+    out, lse = lax.map(lambda h: lax.map(lambda r: step((h, r)), row), head)  # [groups,turns,heads,rows*p,...]
     out, lse = (jnp.moveaxis(x, 1, 2).reshape(B, N, -1, *x.shape[4:])[:, :, :L] for x in (out, lse))  # [B,N,L,..]
     return jnp.swapaxes(out, 1, 2), lse  # [B,L,N,K]
 
