@@ -5,6 +5,7 @@ B batch · L tokens · N heads · K head dim · V tokens in a block, a tile's vo
 `place` int64 [L] says where each token of the operands goes when every block is padded to V places.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvdiff.kernels import block_sparse, tiles
+from jvdiff.kernels.linear import linear
 
 
 def video_places(grid: tiles.Grid, tile: tiles.Grid, tiled: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -46,18 +48,14 @@ def _sources(place: np.ndarray, slots: int) -> np.ndarray:
     return source
 
 
-@jax.custom_vjp
-def _take(x: jax.Array, index: Any, back: Any) -> jax.Array:
+def _take(x: jax.Array, index: np.ndarray, back: np.ndarray) -> jax.Array:
     """x[:, index], zero where out of range. `back` is the inverse, so that the gradient gathers instead of adding."""
-    return jnp.take(x, jnp.asarray(index, jnp.int32), axis=1, mode="fill", fill_value=0)  # [B,len(index),...]
 
+    def take(index: np.ndarray, _: tuple[()], x: jax.Array) -> tuple[jax.Array]:
+        return (jnp.take(x, index.astype(np.int32), axis=1, mode="fill", fill_value=0),)  # [B,len(index),...]
 
-def _take_backward(back: Any, cotangent: jax.Array) -> tuple[jax.Array, None, None]:
-    # [B,len(index),...] -> [B,len(back),...]
-    return jnp.take(cotangent, jnp.asarray(back, jnp.int32), axis=1, mode="fill", fill_value=0), None, None
-
-
-_take.defvjp(lambda x, index, back: (_take(x, index, back), back), _take_backward)
+    like = jax.ShapeDtypeStruct((x.shape[0], index.size, *x.shape[2:]), x.dtype)
+    return linear(partial(take, index), partial(take, back), (), [x], [like])[0]
 
 
 def tile_order(x: jax.Array, grid: tiles.Grid, tile: tiles.Grid) -> jax.Array:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jvdiff.kernels.linear import linear
 from jvdiff.sharding import rules as tables
 from jvdiff.sharding.mesh import MeshShape, Sizes, check_mesh, shape_of
 from jvdiff.types import Array, Params
@@ -191,7 +191,6 @@ def _primes(number: int) -> list[int]:
     return [] if factor is None else [factor, *_primes(number // factor)]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gathered(mesh: Mesh, specs: tuple[PartitionSpec, ...], shards: tuple[Array, ...]) -> tuple[Array, ...]:
     """Arrays of one dtype, divided as `specs` say, whole along `fsdp`: one all-gather, however many they are."""
 
@@ -206,14 +205,11 @@ def _gathered(mesh: Mesh, specs: tuple[PartitionSpec, ...], shards: tuple[Array,
             start += x.size
         return tuple(out)
 
+    def scatter(_: tuple[()], *grads: Array) -> list[Array]:
+        """Each device keeps its shard of the gradients' sum, which the partitioner makes a reduce-scatter."""
+        pairs = zip(grads, specs, strict=True)
+        return [jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)) for x, spec in pairs]
+
     out = tuple(P(*(None if axis == "fsdp" else axis for axis in spec)) for spec in specs)
-    return jax.shard_map(gather, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*shards)
-
-
-def _gathered_backward(mesh: Mesh, specs: tuple[PartitionSpec, ...], _: None, grads: tuple[Array, ...]) -> Any:
-    """Each device keeps its shard of the gradients' sum, which the partitioner makes a reduce-scatter."""
-    pairs = zip(grads, specs, strict=True)
-    return (tuple(jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)) for x, spec in pairs),)
-
-
-_gathered.defvjp(lambda mesh, specs, shards: (_gathered(mesh, specs, shards), None), _gathered_backward)
+    run = jax.shard_map(gather, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+    return linear(lambda _, *shards: run(*shards), scatter, (), shards, shards)

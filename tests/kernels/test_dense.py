@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jvdiff import kernels, plan
 from jvdiff.errors import SetupError
+from jvdiff.kernels import linear
 from jvdiff.kernels.block_sparse import mosaic_gpu, triton
-from jvdiff.kernels.dense import xla
+from jvdiff.kernels.dense import cudnn, xla
 
 # (B, L, S, N, K): odd lengths, one token, more keys than queries and fewer.
 SHAPES = [(2, 7, 7, 3, 8), (1, 33, 5, 2, 48), (1, 1, 1, 1, 6), (2, 19, 64, 1, 128), (1, 101, 101, 2, 16)]
@@ -294,6 +295,44 @@ def test_cudnn_says_why_it_cannot(monkeypatch, dtype, backend, head_dim, return_
     with pytest.raises(NotImplementedError, match=f"'cudnn': .*{reason}"):
         kernels.choose(x, x, x, return_lse=return_lse, implementation="cudnn")
     assert kernels.choose(x, x, x, return_lse=return_lse) == "xla"
+
+
+def test_cudnn_gives_gradients_and_leaves_tangents_to_xla(monkeypatch, caplog):
+    """An imitation of it, as `jax.nn` has it: with a backward pass of its own, and without a jvp."""
+    plain, backwards = jax.nn.dot_product_attention, []
+
+    @jax.custom_vjp
+    def imitation(q, k, v, lengths):
+        return plain(q, k, v, key_value_seq_lengths=lengths)
+
+    def backward(residuals, cotangent):
+        backwards.append(cotangent)
+        q, k, v, lengths, _ = residuals
+        return *jax.vjp(lambda *x: plain(*x, key_value_seq_lengths=lengths), q, k, v)[1](cotangent), None
+
+    imitation.defvjp(lambda *x: (out := imitation(*x), (*x, out)), backward)
+    called = lambda q, k, v, key_value_seq_lengths, implementation: imitation(q, k, v, key_value_seq_lengths)  # noqa: E731
+    monkeypatch.setattr(jax.nn, "dot_product_attention", called)
+    monkeypatch.setattr(cudnn, "unsupported", lambda *_: None)
+    linear.say_left.cache_clear()
+    x, dots, target = (tuple(operands(2, 5, 9, 2, 8, seed=s)) for s in range(3))
+
+    def flow(f, q, k, v):
+        """A loss of mean flows: the tangent is a part of its target, and kept from the gradient."""
+        out, dot = jax.jvp(f, (q, k, v), dots)
+        return jnp.sum((out - target[0] - jax.lax.stop_gradient(dot)) ** 2)
+
+    def derivatives(name, n):
+        f = lambda *x: kernels.attention(*x, kv_length=n, implementation=name)  # noqa: E731
+        pulled = lambda *x: jax.vjp(f, *x)[1](target[0])  # noqa: E731
+        yield pulled(*x)
+        assert backwards and (name != "cudnn" or not caplog.records)  # of a gradient there is nothing to say
+        yield from (jax.grad(partial(flow, f))(*x), jax.jvp(pulled, x, dots)[1])
+
+    got, want = jax.jit(lambda n: [list(derivatives(name, n)) for name in ("cudnn", "xla")])(7)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
+    assert [r.args for r in caplog.records] == [("cuDNN",)]
 
 
 def test_cudnn_is_the_choice_on_a_gpu(monkeypatch):

@@ -12,7 +12,17 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jvdiff import kernels
-from jvdiff.kernels import block_sparse, mask_search, sliding_tile, tiles
+from jvdiff.kernels import (
+    BlockCausal,
+    Dense,
+    SlidingTile,
+    VideoSparse,
+    block_sparse,
+    linear,
+    mask_search,
+    sliding_tile,
+    tiles,
+)
 from jvdiff.kernels.block_sparse import mosaic_gpu, triton, xla
 
 ON_CPU = ["reference", "xla"]
@@ -100,6 +110,18 @@ def definition(q, k, v, mask, dout, dlse):
     return out, lse, (*grads, np.einsum("bnls,blnk->bsnk", p, dout))
 
 
+def pushed(q, k, v, mask, dots):
+    """The tangents of out and lse, in float64, for those of q, k and v."""
+    q, k, v, dq, dk, dv = (np.asarray(x, np.float64) for x in (q, k, v, *dots))
+    scale = q.shape[-1] ** -0.5
+    logits = np.where(mask, np.einsum("blnk,bsnk->bnls", q, k) * scale, -1e300)
+    p = np.where(mask, np.exp(logits - logits.max(-1, keepdims=True)), 0)
+    p /= np.maximum(p.sum(-1, keepdims=True), 1e-300)
+    ds = p * (np.einsum("blnk,bsnk->bnls", dq, k) + np.einsum("blnk,bsnk->bnls", q, dk)) * scale
+    dlse = ds.sum(-1)
+    return np.einsum("bnls,bsnk->blnk", p, dv) + np.einsum("bnls,bsnk->blnk", ds - p * dlse[..., None], v), dlse
+
+
 def results(f, operands, dout, dlse):
     """out, lse and gradients of f(*operands) -> (out, lse)."""
 
@@ -167,6 +189,74 @@ def test_block_lists(name, label, dtype, logits, interpreted, monkeypatch):
     got = results(f, (q, k, v), dout, dlse)
     assert got[0].dtype == q.dtype and got[1].dtype == jnp.float32 and all(x.dtype == q.dtype for x in got[2])
     compare(got, definition(q, k, v, mask, dout, dlse), BOUNDS[dtype])
+
+
+@pytest.mark.parametrize(("name", "label"), [("xla", "square"), ("triton", "shared, head dim 64")])
+def test_tangents_of_block_lists(name, label, interpreted, caplog):
+    """And a word, once, where they are not the kernel's; queries that see nothing have none."""
+    shape = BLOCKS[label]
+    operands, block, (q2k, count, sizes) = block_operands(shape)[:3], shape[5], random_lists(shape)
+    count[..., 0] = 0
+    dots = tuple(normal(6 + i, *x.shape) for i, x in enumerate(operands))
+    f = lambda *x: kernels.block_sparse_attention(  # noqa: E731
+        *x, q2k, count, sizes, block=block, return_lse=True, implementation=name
+    )
+    linear.say_left.cache_clear()
+    for _ in range(2):
+        got = jax.jit(lambda x, dots: jax.jvp(f, x, dots)[1])(operands, dots)
+    for a, b in zip(
+        got, pushed(*operands, block_mask(*operands[0].shape[::2], q2k, count, sizes, block), dots), strict=True
+    ):
+        assert error(a, b) < F32["grad"]
+        np.testing.assert_array_equal(np.asarray(a)[np.asarray(b) == 0], 0)
+    assert [r.args for r in caplog.records] == ([(name,)] if name == "triton" else [])
+
+
+EVERYTHING = {
+    "sliding tiles": SlidingTile((2, 2, 2), (5, 5, 5)),
+    "best tiles": VideoSparse((2, 2, 2), 0.0),
+    "causal": BlockCausal(3),
+}
+
+
+def test_tangents_of_patterns_that_see_everything_are_those_of_dense_attention():
+    """Each in its own order of tokens."""
+    grid = (3, 3, 2)
+    x, dots = (tuple(normal(seed + i, 2, 18, 2, 4) for i in range(3)) for seed in (0, 3))
+
+    def pushed(pattern):
+        ordered = lambda x: tuple(pattern.ordered(a, grid) for a in x)  # noqa: E731
+        attend = lambda *x: pattern.unordered(pattern.attend(*ordered(x), None, grid=grid), grid)  # noqa: E731
+        return jax.jvp(attend, x, dots)[1]
+
+    want, *got = jax.jit(lambda: [pushed(p) for p in (Dense(), *EVERYTHING.values())])()
+    for name, tangent in zip(EVERYTHING, got, strict=True):
+        assert error(tangent, want) < F32["grad"], name
+
+
+def test_derivatives_of_first_and_second_order_are_differences():
+    """Best tiles, the same on both sides, with a gate; forwards over backwards, and the other way round."""
+    x, dots = (tuple(normal(seed + i, 1, 27, 2, 4) for i in range(4)) for seed in (135, 139))
+    weights = normal(143, *x[0].shape)
+    f = lambda *x: jnp.vdot(  # noqa: E731
+        weights, kernels.video_sparse_attention(*x, grid=(3, 3, 3), tile=(2, 2, 2), sparsity=0.6)
+    )
+
+    @jax.jit
+    def derivatives(x):
+        along = lambda x: jax.jvp(f, x, dots)  # noqa: E731
+        return *along(x), *jax.jvp(jax.grad(f, (0, 1, 2, 3)), x, dots), jax.grad(lambda x: along(x)[1])(x)
+
+    inner = lambda grads: sum(np.vdot(a, dot) for a, dot in zip(grads, dots, strict=True))  # noqa: E731
+    step = 3e-3
+    above, below = (derivatives(tuple(a + s * dot for a, dot in zip(x, dots, strict=True))) for s in (step, -step))
+    _, slope, gradient, *seconds = derivatives(x)
+    np.testing.assert_allclose(slope, (above[0] - below[0]) / (2 * step), rtol=1e-3)
+    np.testing.assert_allclose(inner(gradient), slope, rtol=1e-5)
+    for second in seconds:
+        np.testing.assert_allclose(inner(second), (above[1] - below[1]) / (2 * step), rtol=1e-3)
+    for a, b in zip(*seconds, strict=True):
+        assert error(a, b) < F32["grad"]
 
 
 def able_at_64():

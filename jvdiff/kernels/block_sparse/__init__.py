@@ -24,6 +24,7 @@ from jax.core import Tracer
 
 from jvdiff.kernels.block_sparse import mosaic_gpu, reference, triton, xla
 from jvdiff.kernels.block_sparse.lists import Lists, split, transpose
+from jvdiff.kernels.linear import linear, say_left
 
 __all__ = ["IMPLEMENTATIONS", "Lists", "block_sparse_attention", "choose", "split", "transpose"]
 
@@ -148,26 +149,31 @@ def _check_lists(q: Any, k: Any, lists: Lists, block: int) -> None:
         )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _attention(
     name: str, block: int, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists
 ) -> tuple[jax.Array, jax.Array]:
     return IMPLEMENTATIONS[name].forward(q, k, v, lists, block=block)
 
 
-def _forward(name: str, block: int, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists) -> tuple[Any, Any]:
-    out, lse = IMPLEMENTATIONS[name].forward(q, k, v, lists, block=block)
-    return (out, lse), (q, k, v, out, lse, lists)
+@_attention.defjvp
+def _derivative(name: str, block: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    results = _attention(name, block, *primals)  # pyright: ignore[reportGeneralTypeIssues]
+    forward, backward = partial(_tangents, name, block), partial(_cotangents, name, block)
+    return results, linear(forward, backward, (primals, results), tangents[:3], results)
 
 
-def _backward(name: str, block: int, residuals: Any, cotangents: Any) -> Any:
-    *operands, lists = residuals
-    dout, dlse = cotangents
-    dlse = jnp.where(jnp.isfinite(operands[-1]), dlse, 0)  # the log-sum-exp of no keys is a constant
-    return *IMPLEMENTATIONS[name].backward(*operands, dout, dlse, lists, block=block), None
+def _tangents(name: str, block: int, residuals: Any, *dots: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (q, k, v, lists), _ = residuals
+    if name in ("mosaic_gpu", "triton"):
+        say_left(name)
+    return jax.jvp(lambda q, k, v: xla.forward(q, k, v, lists, block=block), (q, k, v), dots)[1]
 
 
-_attention.defvjp(_forward, _backward)
+def _cotangents(name: str, block: int, residuals: Any, dout: jax.Array, dlse: jax.Array) -> Any:
+    (q, k, v, lists), (out, lse) = residuals
+    dlse = jnp.where(jnp.isfinite(lse), dlse, 0)  # the log-sum-exp of no keys is a constant
+    return IMPLEMENTATIONS[name].backward(q, k, v, out, lse, dout, dlse, lists, block=block)
 
 
 @cache

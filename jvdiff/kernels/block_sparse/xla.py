@@ -41,11 +41,12 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: in
     row = row.reshape(-1, 1, rows)  # [turns,1,rows], the last row again where they do not divide
     head = jnp.arange(B * N, dtype=jnp.int32).reshape(-1, heads, 1)  # [groups,heads,1]
 
+    @jax.checkpoint  # for derivatives of its tangents, which are all that differentiates this function
     def step(x: Any) -> tuple[jax.Array, jax.Array]:
         h, r = (jnp.broadcast_to(y, (heads, rows)).ravel() for y in x)  # [G]
         blocks, mask = work.listed(h, r)
         logits = _logits(work.queries(q, h, r), work.keys(k, h, blocks), mask)
-        top = jnp.max(logits, axis=1)
+        top = lax.stop_gradient(jnp.max(logits, axis=1))
         weights = jnp.exp(logits - top[:, None])
         total = jnp.sum(weights, axis=1)
         out = _dot("gjq,gjk->gqk", weights.astype(v.dtype), work.keys(v, h, blocks))

@@ -7,6 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import zero_from_primal
+
+from jvdiff.kernels.dense import xla
+from jvdiff.kernels.linear import linear, say_left
 
 
 def unsupported(q: Any, k: Any, v: Any, return_lse: bool) -> str | None:
@@ -26,5 +30,55 @@ def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, return_lse: bool, kv_length: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
     """The contract of `jvdiff.kernels.attention`, for the operands that `unsupported` lets through."""
+    return _attention(q, k, v, kv_length), None
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | None) -> jax.Array:
     lengths = None if kv_length is None else jnp.broadcast_to(kv_length, q.shape[:1])
-    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"), None
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+
+
+def _pair(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | None) -> tuple[jax.Array, Any]:
+    """The result, and JAX's function from its cotangent to those of q, k and v."""
+    return jax.vjp(lambda q, k, v: _cudnn(q, k, v, kv_length), q, k, v)
+
+
+# cuDNN has a backward pass and no jvp; `linear` joins the one with XLA's tangents.
+_attention = jax.custom_jvp(_cudnn)
+
+
+@jax.custom_jvp
+def _kept(*operands: Any) -> tuple[jax.Array, list[jax.Array]]:
+    """The result, and what the backward pass needs: apart from `_attention`, since it costs memory."""
+    out, pull = _pair(*operands)
+    return out, jax.tree.leaves(pull)
+
+
+def _tangent(residuals: Any, *dots: jax.Array) -> list[jax.Array]:
+    (*operands, kv_length), _ = residuals
+    say_left("cuDNN")
+    return [jax.jvp(lambda q, k, v: xla.attention(q, k, v, False, kv_length)[0], operands, list(dots))[1]]
+
+
+def _cotangents(residuals: Any, dout: jax.Array) -> Any:
+    operands, kept = residuals
+    pull = jax.tree.structure(jax.eval_shape(lambda *x: _pair(*x)[1], *operands))
+    return jax.tree.unflatten(pull, kept)(dout)
+
+
+def _derivative(primals: Any, tangents: Any) -> Any:
+    out, kept = _kept(*primals)
+    (dot,) = linear(_tangent, _cotangents, (primals, kept), tangents[:3], [out])
+    return out, kept, dot
+
+
+@_attention.defjvp
+def _attention_derivative(primals: Any, tangents: Any) -> Any:
+    out, _, dot = _derivative(primals, tangents)
+    return out, dot
+
+
+@_kept.defjvp
+def _kept_derivative(primals: Any, tangents: Any) -> Any:
+    out, kept, dot = _derivative(primals, tangents)
+    return (out, kept), (dot, [zero_from_primal(x) for x in kept])  # which only `_cotangents` reads

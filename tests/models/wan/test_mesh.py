@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jvdiff import plan
-from jvdiff.kernels import Dense, SlidingTile, VideoSparse
+from jvdiff.diffusion import denoise_scan, schedules, solvers
+from jvdiff.kernels import BlockCausal, Dense, SlidingTile, VideoSparse
 from jvdiff.models import wan
 from jvdiff.models.wan.places import DIT
 from jvdiff.sharding import Placement, collectives, make_mesh, param_shardings, read_mesh
@@ -94,6 +95,29 @@ def test_a_gradient_is_that_of_one_device_and_lies_where_the_weights_lie():
     found = jax.jit(jax.grad(lambda p: loss(p, placement)), out_shardings=places)(params)
     for one, many in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(many, one, atol=1e-5 * max(np.abs(one).max(), 1e-3))
+
+
+# With few tiles to choose from, so that small steps change no choice.
+PUSHED = {**PATTERNS, "video sparse": VideoSparse((3, 3, 3), 0.5), "causal": BlockCausal(1)}
+slower = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="more of the same, for make kernels")
+
+
+@pytest.mark.parametrize("pattern", ["video sparse", *(pytest.param(p, marks=slower) for p in PUSHED if p[0] != "v")])
+def test_a_jvp_through_the_sampler_is_a_difference(pattern):
+    """Two steps on a mesh that gathers weights, heads and tokens; the noise and every timestep change."""
+    placement, params = placed("fsdp=2,tensor=2,sequence=2", params_of(CFG))
+    text, solver = inputs(2)[2], solvers.euler(schedules.make(2, shift=3.0))
+    noise, dot = np.random.default_rng(4).standard_normal((2, *inputs(2)[0].shape)).astype(np.float32)
+
+    def clip(params, noise, later):
+        how = dict(pattern=PUSHED[pattern], text_length=9, placement=placement)
+        velocity = lambda x, t: wan.velocity(params, CFG, x, t + later, text, **how)  # noqa: E731
+        return denoise_scan(velocity, solver, solver.init(noise)).x
+
+    along = jax.jit(lambda params, *x: jax.jvp(functools.partial(clip, params), x, (dot, np.float32(10))))
+    zero, step = np.float32(0), np.float32(3e-3)
+    (_, found), (above, _), (below, _) = (along(params, noise + s * dot, 10 * s) for s in (zero, step, -step))
+    np.testing.assert_allclose(found, (above - below) / (2 * step), atol=2e-3 * np.abs(found).max())
 
 
 # --------------------------------------------------------------------------------------------- what is communicated
