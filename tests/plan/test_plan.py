@@ -152,7 +152,9 @@ def tiny(tiny_repository):
 
 def test_flops_of_a_shard_map_are_those_of_all_its_devices():
     mesh = make_mesh(MeshShape(sequence=2, tensor=2))
-    body = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("sequence"), P()), out_specs=P("sequence"), check_vma=False)
+    body = jax.shard_map(
+        jnp.matmul, mesh=mesh, in_specs=(P("sequence0"), P()), out_specs=P("sequence0"), check_vma=False
+    )
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((6, 4), (4, 5))]
     jaxpr = jax.make_jaxpr(lambda a, b: body(a, b) @ b.T)(*shapes)
     # Four devices multiply 3 rows each: over `tensor` both halves of `sequence` are computed twice.
@@ -212,7 +214,7 @@ def test_the_smallest_mesh_that_fits(monkeypatch):
         compiled.append((str(shape), bool(without)))
         for part, needs in (("transformer", 60 / shape.devices), ("vae", 30), ("vae", 50 / shape.devices)):
             if part not in without:
-                yield plan.Program("", part, 1, 0.0, 0, 0, int(needs * 2**30), "", 0, 0.0, {}, 0, 0)
+                yield plan.Program("", part, 1, 0.0, 0, 0, int(needs * 2**30), "", 0, 0.0, (), {}, 0, 0)
 
     monkeypatch.setattr(meshes, "programs", programs)
     find = lambda devices, gib: plan.smallest_mesh(*wan, devices, int(gib * 2**30))  # noqa: E731
