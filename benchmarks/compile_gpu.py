@@ -4,7 +4,7 @@
     python benchmarks/compile_gpu.py --model "Wan 1.3B 480p" --pattern "VSA 4x4x4"
     python benchmarks/compile_gpu.py --implementation triton --target a100
     python benchmarks/compile_gpu.py --step                   # a step of each Wan DiT on 1 to 8 H200s: memory, time
-    python benchmarks/compile_gpu.py --step --model "Wan 14B 720p" --mesh sequence=8
+    python benchmarks/compile_gpu.py --step --model "Wan 14B 720p" --mesh sequence=8 --target b200
     python benchmarks/compile_gpu.py --step --check           # where there is an H200: measured against predicted
 
 It needs no GPU and no driver, only the compiler's packages (`python -m jvdiff.commands.compiler --install`) and a few
@@ -109,8 +109,6 @@ def main() -> int:
         if args.implementation == "mosaic_gpu" and (why := mosaic_gpu.unavailable(plan.described(args.target))):
             raise UsageError(f"--implementation mosaic_gpu {why}; expected triton with --target {args.target}.")
         if args.step:
-            if args.target != "h200":
-                raise UsageError("steps are predicted for h200 alone; there are no rates for another target.")
             print(f"{'one step, both branches':<15}{'mesh':>24}{STEP_COLUMNS}")
             rows, failures = [], []
             for row in steps(args.target, args.model or STEPS, args.mesh or MESHES):
@@ -314,7 +312,7 @@ def predicted(target: str, model: str, shape: MeshShape) -> dict[str, Any]:
     memory: Any = compiled.memory_analysis()
     weights = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
     found, work = collectives.read(text), roofline.work(text)
-    seconds = roofline.seconds(work, found, roofline.H200)
+    seconds = roofline.seconds(work, found, roofline.RATES[target])
     kinds = collectives.by_kind(found)
     return {
         "step": model,
@@ -334,6 +332,7 @@ def predicted(target: str, model: str, shape: MeshShape) -> dict[str, Any]:
         "seconds_compute": calls * seconds.compute,
         "seconds_overlapped": calls * seconds.shortest,
         "seconds_exposed": calls * seconds.longest,
+        "attention": plan.attention_in(text),
         "compiled_in": compiled_in,
     }
 

@@ -167,7 +167,7 @@ def compiled(target: str) -> list[dict[str, Any]]:
         text, memory = done.as_text() or "", done.memory_analysis()
         assert memory is not None
         work = roofline.work(text, layers=1 + (name == "diffuse"))  # a loop over steps around that over layers
-        seconds = roofline.seconds(work, collectives.read(text), roofline.H200)
+        seconds = roofline.seconds(work, collectives.read(text), roofline.RATES[target])
         part = params["transformer"]
         if name.startswith("decode"):
             part = {kind: params["vae"][kind] for kind in wan.DECODER}

@@ -92,7 +92,9 @@ def compiled(sizes: list[str]) -> Iterator[dict[str, Any]]:
             "temporary_gib": short(memory.temp_size_in_bytes / 2**30),
         }
         if size != "vae":
-            row["predicted_s"] = short(roofline.seconds(roofline.work(done.as_text() or ""), (), roofline.H200).longest)
+            row["predicted_s"] = short(
+                roofline.seconds(roofline.work(done.as_text() or ""), (), roofline.RATES[TARGET]).longest
+            )
         print(
             f"{size:<8}{row['parameters']:>15,}{row['flops'] / 1e12:>9.3g}{row['state_gib']:>14.3g}"
             f"{row['temporary_gib']:>11.3g}{row.get('predicted_s', '-'):>13}",

@@ -12,6 +12,7 @@ from jvdiff.commands import sample
 from jvdiff.errors import ResourceError
 from jvdiff.models import family
 from jvdiff.plan import meshes
+from jvdiff.runtime.target import Target
 from jvdiff.sharding import MeshShape, make_mesh
 
 
@@ -140,9 +141,18 @@ def test_a_checkpoint_that_nobody_knows_cannot_be_planned(capsys, tmp_path):
 
 
 def test_gpu_descriptions_are_data():
-    described = {p.stem: p.read_text() for p in plan.TARGETS.glob("*.textproto")}
-    assert set(described) == {"a100", "h200"}
-    assert all(f"NVIDIA {name.upper()}" in text for name, text in described.items())
+    found = {name: plan.described(name) for name in plan.known_targets()}
+    hopper, ada, blackwell = (9, 0), (8, 9), ((10, 0), (12, 0))
+    assert {name: target.capability for name, target in found.items()} == {
+        "a100": (8, 0),
+        "b200": blackwell[0],
+        "h100": hopper,
+        "h200": hopper,
+        "rtx_4090": ada,
+        "rtx_5090": blackwell[1],
+    }
+    assert all(name.upper().replace("_", " ") in target.kind for name, target in found.items())
+    assert plan.described("h200", 8) == Target("gpu", "NVIDIA H200", hopper, 8, 91200)
 
 
 @pytest.fixture
