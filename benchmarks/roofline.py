@@ -143,7 +143,7 @@ def _attention(run: Run) -> float:
     name = target[1] if target else ""
     if name.startswith("__cudnn$fmha"):
         products = 5 if name.endswith("Backward") else 2
-    elif name.startswith("mosaic_gpu"):  # forward with its log-sum-exp; dk with dv; dq alone
+    elif name.startswith(("mosaic_gpu", "__gpu$xla.gpu.triton")):  # forward with its log-sum-exp; dk with dv; dq alone
         products = 2 if "f32[" in instruction.type else 4 if instruction.type.startswith("(") else 3
     else:
         return 0.0

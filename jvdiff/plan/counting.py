@@ -63,7 +63,7 @@ def largest_array(hlo: str) -> tuple[str, int]:
 _MARKS = {
     "cudnn": "__cudnn$fmha",  # convolutions are cuDNN's too
     "mosaic_gpu": 'custom_call_target="mosaic_gpu',
-    "triton": "pallas_call[name=block_sparse",
+    "triton": 'custom_call_target="__gpu$xla.gpu.triton"',
     "xla": "xla_attention",
 }
 

@@ -247,9 +247,9 @@ def compile_for(
 
     target = None if placement is None else placement.described
     traced = program if isinstance(program, jax.stages.Traced) else program.trace(*arguments)
-    if target is None or placement is None:
+    if target is None:
         return traced.lower().compile(dict(options or {}))
-    with triton.lowering(target, placement.mesh.abstract_mesh):
+    with triton.lowering(target):
         lowered = traced.lower(lowering_platforms=("cuda",))
     return lowered.compile(dict(options or {}))
 

@@ -14,6 +14,7 @@ file.
 
 import contextlib
 import functools
+import importlib
 import math
 import warnings
 from collections.abc import Iterator
@@ -23,7 +24,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from jvdiff.kernels.block_sparse.lists import Lists, split, transpose
 from jvdiff.runtime.target import Target
@@ -321,32 +321,24 @@ def _call(kernel: Any, name: str, shape: Shape, **arguments: Any) -> Any:
     )
 
 
-# JAX works out an abstract GPU's compute capability by its name, and knows few names: one of each capability.
-_NAMES = {
-    (8, 0): "NVIDIA A100",
-    (8, 6): "NVIDIA A10",
-    (8, 9): "NVIDIA L40",
-    (9, 0): "NVIDIA H200",
-    (10, 0): "NVIDIA B200",
-    (12, 0): "NVIDIA RTX PRO 6000",
-}
-
-
 @contextlib.contextmanager
-def lowering(target: Target, mesh: AbstractMesh | None = None) -> Iterator[None]:
+def lowering(target: Target) -> Iterator[None]:
     """Within it, programs with these kernels can be lowered for a GPU that is not there.
 
-    Since 0.11 JAX asks an abstract device which GPU that is, and warns that the Triton backend is deprecated: which
-    this file knows, and answers for by itself.
-
-    Args:
-      target: the GPU.
-      mesh: of the devices that the program is sharded over; None for one.
+    Since 0.11 JAX works out the compute capability by the name of the GPU at hand, or of an abstract one, of which it
+    knows a few: the target's is the answer. And it warns that the Triton backend is deprecated, which this file knows.
     """
-    mesh = mesh or AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,))
-    kind = _NAMES.get(target.capability or (0, 0), target.kind)
-    device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-        with use_abstract_mesh(mesh.update(abstract_device=device)):
+        if target.capability is None or jax.__version_info__ < (0, 11):
             yield
+            return
+        private: Any = importlib.import_module("jax._src.pallas.triton.gpu_info")
+        major, minor = target.capability
+        info = private.GpuInfo(gpu_version=None, arch_name=f"{major}.{minor}", compute_capability=10 * major + minor)
+        asked = private.get_gpu_info
+        private.get_gpu_info = lambda: info
+        try:
+            yield
+        finally:
+            private.get_gpu_info = asked
