@@ -67,7 +67,7 @@ PATTERNS: dict[str, tuple[tuple[int, int, int], Callable[[int], int]]] = {
     "VSA 4x8x8": ((4, 8, 8), lambda n: tiles.top_k_count(0.9, n)),
 }
 KERNELS = ("forward", "dq", "dkv")
-REGISTERS, MAX_THREADS = 65_536, 2048  # of an SM of a data centre's GPU
+REGISTERS = 65_536  # of an SM
 STEPS = {
     f"{name} {height}p": (cfg, height, width)
     for name, cfg in (("Wan 1.3B", wan.WAN_2_1_T2V_1_3B), ("Wan 14B", wan.WAN_2_1_T2V_14B))
@@ -211,8 +211,9 @@ def shared_memory_of(target: str) -> int:
 def ctas(target: str, *, registers: int, shared_memory: int, threads: int, spills: int = 0) -> int:
     """How many CTAs fit on an SM at once: registers come in eights, and each CTA takes 1 KiB more than it asks for."""
     by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
-    by_memory = (shared_memory_of(target) + 1024) // (shared_memory + 1024)
-    return min(by_registers, by_memory, MAX_THREADS // threads)
+    by_memory = plan.described_number(target, "shared_memory_per_core") // (shared_memory + 1024)
+    by_threads = plan.described_number(target, "threads_per_core_limit") // threads
+    return int(min(by_registers, by_memory, by_threads))
 
 
 def read_log(log: str) -> dict[str, dict[str, int]]:
