@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jvdiff import pipeline, plan
 from jvdiff.commands import sample
-from jvdiff.errors import ResourceError
+from jvdiff.errors import ResourceError, UsageError
 from jvdiff.models import family
 from jvdiff.plan import meshes
 from jvdiff.runtime.target import Target
@@ -169,6 +169,12 @@ def test_flops_of_a_shard_map_are_those_of_all_its_devices():
     jaxpr = jax.make_jaxpr(lambda a, b: body(a, b) @ b.T)(*shapes)
     # Four devices multiply 3 rows each: over `tensor` both halves of `sequence` are computed twice.
     assert plan.count_flops(jaxpr.jaxpr) == 4 * 2 * 3 * 4 * 5 + 2 * 6 * 5 * 4
+
+
+def test_a_stage_is_compiled_by_its_name_and_its_attention_read_from_the_text(tiny):
+    assert plan.attention_in(plan.stage_text(*tiny, "text")) == ("xla",)
+    with pytest.raises(UsageError, match="stage is 'encode'; expected one of text, denoise, decode first, decode next"):
+        plan.stage_text(*tiny, "encode")
 
 
 def test_a_plan_under_a_mesh_is_of_one_device(tiny_repository, tmp_path, capsys):
