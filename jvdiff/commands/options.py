@@ -68,7 +68,7 @@ class Plan:
 
     plan: bool = option(False, "print what it would take, without weights, and exit")
     plan_target: str | None = option(
-        None, "h200, a100: plan for that, or a mesh of those, instead of the devices at hand"
+        None, "h200, h100, b200, a100, rtx_4090, rtx_5090: plan for that, or a mesh of those, not for what is here"
     )
 
 

@@ -31,7 +31,7 @@ from jvdiff.errors import Interrupted, NumericsError, UsageError
 from jvdiff.runtime import draws, peers, rescue
 from jvdiff.runtime.interrupts import deferred, interrupts
 from jvdiff.runtime.staging import lock
-from jvdiff.sharding import MeshShape, make_mesh, param_shardings
+from jvdiff.sharding import MeshShape, make_mesh, param_shardings, shape_of, spec_on
 from jvdiff.sharding.rules import REPLICATED, Rules
 from jvdiff.training import states
 from jvdiff.training.metrics import Metrics
@@ -180,10 +180,12 @@ def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
     Raises:
       UsageError: `data` does not divide them.
     """
-    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    shape = shape_of(mesh)
+    data, fsdp = shape.data, shape.fsdp
     if size % data:
         raise UsageError(f"the batch is {size}; expected a multiple of the {data} that share it (mesh data={data}).")
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp") if size % (data * fsdp) == 0 else "data"))
+    spec = PartitionSpec(("data", "fsdp") if size % (data * fsdp) == 0 else "data")
+    return NamedSharding(mesh, spec_on(mesh, spec))
 
 
 def shared(batch: Any, mesh: Mesh) -> Any:

@@ -47,7 +47,7 @@ class Fields:
     solver: str = option(None, "of the samples, and the default of the result")
     initial: str | None = option(None, "a repository to train on: its transformer, with its VAE as it is", path=True)
     plan: bool = option(False, "print what a step takes, without data, and exit")
-    plan_target: str | None = option(None, "h200, a100: plan for that instead of the devices at hand")
+    plan_target: str | None = option(None, "h200, a100, rtx_4090, ...: plan for that instead of the devices at hand")
     checkpoint: str | None = option(None, "for jvdiff sample alone; none: what the training made", path=True)
     class_label: int | str | tuple[Any, ...] | None = option(None, "for jvdiff sample alone: a class, or a tuple")
     output: str = option("out", "for jvdiff sample alone", path=True)
