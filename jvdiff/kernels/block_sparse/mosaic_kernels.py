@@ -76,9 +76,15 @@ def _forward_kernel(
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
+    def products(j, entry):
+        if not shape.producer:  # from zero it would take 140 registers instead of 128, and an SM would hold a CTA less
+            return _products((q_smem.at[wg], keys.wait(j)[0].T, _bias(entry, bias_ref)), issued=swap)[0]
+        (logits,) = _products((q_smem.at[wg], keys.slots(j)[0].T, None), issued=swap)
+        return _masked(logits, entry, bias_ref)
+
     def step(j, entry, carry):
         acc, top, total = carry
-        (logits,) = _products((q_smem.at[wg], keys.wait(j)[0].T, _bias(entry, bias_ref)), issued=swap)
+        logits = products(j, entry)
         keys.release(j)
         new = jnp.maximum(top, logits.max(axis=1) * scale)
         fade = jnp.exp2(top - new)
@@ -93,7 +99,8 @@ def _forward_kernel(
         (v_slot,) = values.wait(j)
         if turn is not None:
             plgpu.barrier_wait(turn)
-        (acc,) = _products((weights, v_slot, acc))
+        # Nothing stands between these products and the next ones but what they need: their keys are awaited behind.
+        (acc,) = _products((weights, v_slot, acc), issued=lambda: keys.expect(j + 1) if shape.producer else None)
         values.release(j)
         return acc, new, total
 
@@ -102,6 +109,8 @@ def _forward_kernel(
         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[wg], own.at[wg])
         ring.start()
         plgpu.barrier_wait(own.at[wg])
+        if shape.producer:
+            keys.expect(jnp.int32(0))
         pl.when(wg == 1)(swap)
         per_row = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1))  # noqa: E731
         acc, top, total = ring.walk(step, (_zeros(K), per_row(_FLOOR), per_row(0)))
@@ -198,9 +207,8 @@ def _dq_kernel(
 
         def step(j, entry, dq):
             (k_slot,), (v_slot,) = keys.wait(j), values.wait(j)
-            logits, dweights = _products(
-                (q_smem.at[wg], k_slot.T, _bias(entry, bias_ref)), (do_smem.at[wg], v_slot.T, _zeros(shape.step))
-            )
+            logits, dweights = _products((q_smem.at[wg], k_slot.T, None), (do_smem.at[wg], v_slot.T, None))
+            logits = _masked(logits, entry, bias_ref)
             values.release(j)
             weights = jnp.exp2(logits * (K**-0.5 * _LOG2_E) - _columns(lse, logits))
             dlogits = weights * (dweights - _columns(delta, dweights))
@@ -245,9 +253,7 @@ def _dkv_kernel(
         dk, dv = carry
         (q_slot, stats), (do_slot,) = queries.wait(j), douts.wait(j)
         # Transposed: a row of these products is one key.
-        logits, dweights = _products(
-            (k_smem.at[wg], q_slot.T, _zeros(shape.step)), (v_smem.at[wg], do_slot.T, _zeros(shape.step))
-        )
+        logits, dweights = _products((k_smem.at[wg], q_slot.T, None), (v_smem.at[wg], do_slot.T, None))
         lse = _load(stats.at[0], axis=0)
         weights = jnp.exp2(logits * (K**-0.5 * _LOG2_E) - lax.broadcast_in_dim(lse, logits.shape, [1]))
         delta = _load(stats.at[1], axis=0)
@@ -367,11 +373,19 @@ class _Stream(NamedTuple):
         for source, slots in self.copies:
             plgpu.copy_gmem_to_smem(source(rows), slots.at[slot], self.full.at[slot])
 
+    def slots(self, j: Any) -> list[Any]:
+        """The slots of step j."""
+        slot = self.ring.slot(j)
+        return [slots.at[slot] for _, slots in self.copies]
+
     def wait(self, j: Any) -> list[Any]:
         """The slots of step j, once they are filled."""
-        slot = self.ring.slot(j)
-        plgpu.barrier_wait(self.full.at[slot])
-        return [slots.at[slot] for _, slots in self.copies]
+        plgpu.barrier_wait(self.full.at[self.ring.slot(j)])
+        return self.slots(j)
+
+    def expect(self, j: Any) -> None:
+        """Waits until the slots of step j are filled, if there is such a step."""
+        pl.when(j < self.ring.count)(lambda: plgpu.barrier_wait(self.full.at[self.ring.slot(j)]))
 
     def release(self, j: Any) -> None:
         """This warpgroup has read the slots of step j."""
@@ -403,20 +417,29 @@ def _row(ref: Any, b: Any, n: Any) -> Callable[..., Any]:
     return lambda *place: ref[b, n, *place]
 
 
-def _products(*terms: tuple[Any, Any, jax.Array], issued: Callable[[], None] = lambda: None) -> Any:
+def _products(*terms: tuple[Any, Any, jax.Array | None], issued: Callable[[], None] = lambda: None) -> Any:
     """start + a b in float32 for every (a, b, start): a in registers or shared memory, b in shared memory.
 
+    A start of None is zero, which costs nothing: a start in registers has to be put there, between two products.
     issued() is called between their start and their end.
     """
     if mosaic_gpu.INTERPRET is not None:  # which cannot do this
         issued()
-        return [start + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32) for a, b, start in terms]
+        dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+        return [dot(a[...], b[...]) + (0.0 if start is None else start) for a, b, start in terms]
 
     def body(accumulators):
         for acc, (a, b, _) in zip(accumulators, terms, strict=True):
             plgpu.wgmma(acc, a, b)
         issued()
 
+    if all(start is None for *_, start in terms):
+
+        def scoped(*accumulators):
+            body(accumulators)
+            return [acc[...] for acc in accumulators]
+
+        return pl.run_scoped(scoped, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b, _ in terms))
     return pl.run_state(body)([plgpu.ACC.init(start) for *_, start in terms])
 
 
@@ -429,11 +452,18 @@ def _bias(entry: Any, bias_ref: Any) -> jax.Array:
     step = bias_ref.shape[1]
     size = lax.bitwise_and(entry, jnp.int32(2**_SIZE_BITS - 1))
 
-    def padded():
-        row = _load(bias_ref.at[size], axis=0, optimized=False)
-        return lax.broadcast_in_dim(row, (ROWS, step), [1])
+    return lax.cond(size < step, lambda: _bias_rows(bias_ref, size), lambda: _zeros(step))
 
-    return lax.cond(size < step, padded, lambda: _zeros(step))
+
+def _masked(logits: jax.Array, entry: Any, bias_ref: Any) -> jax.Array:
+    """The products with a block's keys, those of padded keys far below zero: as `_bias`, but added afterwards."""
+    size = lax.bitwise_and(entry, jnp.int32(2**_SIZE_BITS - 1))
+    return lax.cond(size < bias_ref.shape[1], lambda: logits + _bias_rows(bias_ref, size), lambda: logits)
+
+
+def _bias_rows(bias_ref: Any, size: Any) -> jax.Array:
+    row = _load(bias_ref.at[size], axis=0, optimized=False)
+    return lax.broadcast_in_dim(row, (ROWS, bias_ref.shape[1]), [1])
 
 
 def _load(ref: Any, *, axis: int, optimized: bool = True) -> jax.Array:
