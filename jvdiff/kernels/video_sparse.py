@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from jvdiff.kernels import layout, tiles
+from jvdiff.kernels.best import best
 from jvdiff.kernels.block_sparse import block_sparse_attention
 from jvdiff.kernels.tiles import Grid
 
@@ -115,9 +116,9 @@ def _best(scores: jax.Array, kept: int, P: int, policy: str) -> jax.Array:
     """The blocks that each video tile sees, int32 [B,N,tiles,P+kept], from its scores [B,N,tiles,P+tiles]."""
     scores = jnp.where(scores == 0, 0, scores)  # -0 ties with 0
     if policy == "compete" or P == 0:
-        return lax.top_k(scores, P + kept)[1]
-    best = lax.top_k(scores[..., P:], kept)[1] + P
-    return jnp.concatenate([lax.broadcasted_iota(jnp.int32, (*best.shape[:3], P), 3), best], axis=-1)  # [...,P+kept]
+        return best(scores, P + kept)
+    video = best(scores[..., P:], kept) + P
+    return jnp.concatenate([lax.broadcasted_iota(jnp.int32, (*video.shape[:3], P), 3), video], axis=-1)  # [...,P+kept]
 
 
 def sparsity_schedule(step: int, target: float, rate: float, interval: int) -> float:
