@@ -178,6 +178,52 @@ def able_at_64():
                 yield name, dtype
 
 
+# (sizes of blocks, of which the keys of the last two are no keys; block)
+RAGGED = {"of one warpgroup": ([64, 24, 8, 40, 64, 16], 64), "shared": ([384, 72, 192, 136], 384)}
+
+
+def ragged():
+    """Those implementations that do it in their own way; the others' is `xla`'s."""
+    yield from (("mosaic_gpu", "bfloat16", label) for label in RAGGED if jax.__version_info__ >= (0, 11))
+    yield "xla", "float32", "of one warpgroup"
+
+
+@pytest.mark.parametrize(("name", "dtype", "label"), list(ragged()))
+def test_blocks_that_are_not_padded(name, dtype, label, interpreted):
+    """Blocks behind each other, forwards and backwards, are padded blocks of which only the tokens are asked for."""
+    tokens, block = RAGGED[label]
+    sizes, L = np.array(tokens, np.int32), sum(tokens)
+    first = np.cumsum(sizes, dtype=np.int32) - sizes
+    keys = sizes.copy()
+    keys[-2:] = [8, 0]
+    n = len(tokens)
+    q2k, count, _ = random_lists((1, n, n, 1, 64, block, 3, False), 1)
+    count = np.maximum(count, 1)
+    q, k, v, dout = (normal(s, 1, L, 1, 64, dtype=dtype) for s in range(4))
+    dlse = normal(9, 1, 1, L)
+    f = lambda q, k, v: kernels.block_sparse_attention(  # noqa: E731
+        q, k, v, q2k, count, keys, q_sizes=sizes, q_first=first, kv_first=first, block=block, return_lse=True,
+        implementation=name,
+    )  # fmt: skip
+    number = np.repeat(np.arange(n), sizes)
+    mask = np.zeros((1, 1, L, L), bool)
+    for i in range(n):
+        for j in q2k[0, 0, i, : count[0, 0, i]]:
+            mask[0, 0, number == i, first[j] : first[j] + keys[j]] = True
+    dlse = jnp.where(mask.any(-1), dlse, 0)
+    compare(results(f, (q, k, v), dout, dlse), definition(q, k, v, mask, dout, dlse), BOUNDS[dtype])
+
+
+def test_blocks_that_are_not_padded_must_lie_behind_each_other():
+    x, one = normal(0, 1, 32, 1, 8), np.ones((1, 1, 2), np.int32)
+    lists = np.zeros((1, 1, 2, 1), np.int32), one, np.array([8, 16], np.int32)
+    for q_first, kv_first in (([0, 12], [0, 8]), ([0, 16], [0, 20]), ([0, 8], [0, 8])):
+        with pytest.raises(ValueError, match="begin and end at multiples of 8 rows"):
+            kernels.block_sparse_attention(
+                x, x, x, *lists, q_sizes=np.array([8, 16]), q_first=np.array(q_first), kv_first=np.array(kv_first)
+            )
+
+
 @pytest.mark.parametrize(("name", "dtype"), list(able_at_64()))
 def test_padding_beside_keys_that_repel_and_large_logits(name, dtype, interpreted):
     """Padded keys have logit 0; beside valid ones far below they would take everything, or overflow."""
@@ -209,10 +255,13 @@ def test_blocks_that_nobody_sees_have_no_gradient_and_sizes_may_be_zero():
 
 
 def test_lists_split_and_transposed():
+    """Parts of blocks see what the blocks saw, but those that hold no queries see nothing."""
     shape = BLOCKS["square"]
-    lists = block_sparse.Lists(*random_lists(shape))
-    mask = block_mask(2, 2, *lists, 8)
+    lists = block_sparse.Lists(*random_lists(shape), np.array([8, 3, 8, 1], np.int32))
+    whole = block_mask(2, 2, *lists[:3], 8)
     for part_q, part_kv in [(8, 8), (4, 2), (2, 8), (1, 4)]:
+        asked = np.arange(0, 8, part_q) < np.asarray(lists.q_sizes)[:, None]
+        mask = whole & asked.ravel().repeat(part_q)[:, None]
         part = jax.jit(block_sparse.split, static_argnums=(1, 2, 3))(lists, 8, part_q, part_kv)
         part = jax.tree.map(np.asarray, part)
         valid = np.arange(part.q2k.shape[-1]) < part.q2k_count[..., None]

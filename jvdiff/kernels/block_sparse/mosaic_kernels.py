@@ -26,26 +26,33 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jvdiff.kernels.block_sparse import mosaic_gpu
-from jvdiff.kernels.block_sparse.lists import Lists, split, transpose
+from jvdiff.kernels.block_sparse.lists import Blocks, Lists, padded_backward, parts_of, split, starts_of, transpose
 from jvdiff.kernels.block_sparse.mosaic_gpu import ROWS, Shape, shapes
 
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2)
 _MASKED = -1e30  # what a masked key's product with a query starts from
 _FLOOR = -1e28  # the running maximum of a row that has seen no key: below all logits, above all masked ones
-_SIZE_BITS = 9  # of a list entry: the valid tokens of a block, at most 256; the block's number stands above them
+_SIZE_BITS = 9  # of a list entry: the valid tokens of a block, at most 256; above them stands its first row, in eighths
+_EIGHT = 8  # rows that a copy cannot divide, since they lie together in shared memory
 
 
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, and the natural log-sum-exp, float32 [B,N,L]."""
     B, L, N, _ = q.shape
     shape = shapes(block, q.shape[-1])["forward"]
-    return _call(
+    places = lists.q2k.shape[2] * block
+    if lists.q_first is not None and mosaic_gpu.INTERPRET is not None:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, block), (0, 0), (0, 0))) for x in (q, k, v))  # a copy reads zeros there
+    out, lse = _call(
         "forward",
         functools.partial(_forward_kernel, shape=shape, block=block),
         shape,
-        grid=(B, N, L // (ROWS * shape.warpgroups)),
-        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, L), jnp.float32)),
+        grid=(B, N, places // (ROWS * shape.warpgroups)),
+        out_type=(
+            jax.ShapeDtypeStruct((B, L, *q.shape[2:]), q.dtype),
+            jax.ShapeDtypeStruct((B, N, places), jnp.float32),
+        ),
         scratch_types=dict(
             q_smem=_smem(shape.warpgroups, ROWS, q),
             lse_smem=plgpu.SMEM((shape.warpgroups, ROWS), jnp.float32),
@@ -56,17 +63,18 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: in
             v_signals=_signals(shape),
             turn=plgpu.Barrier(num_arrivals=2) if shape.producer and shape.warpgroups == 2 else None,
         ),
-    )(q, k, v, *_entries(lists, block, shape.step))
+    )(q, k, v, *_entries(lists, block, shape), *_query_rows(lists, block, shape))
+    return out, lse if lists.q_first is None else Blocks(lists.q_first, lists.q_sizes, block).packed(lse, L, axis=2)
 
 
 def _forward_kernel(
-    q_ref, k_ref, v_ref, entry_ref, count_ref, bias_ref, out_ref, lse_ref, *,
+    q_ref, k_ref, v_ref, entry_ref, count_ref, bias_ref, load_ref, store_ref, out_ref, lse_ref, *,
     q_smem, lse_smem, k_smem, v_smem, own, k_signals, v_signals, turn, shape, block,
 ):  # fmt: skip
     b, n, i, wg = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
     K = q_ref.shape[-1]
     scale = K**-0.5 * _LOG2_E
-    ring = _key_ring(shape, entry_ref, count_ref, b, n, lax.div(i * (ROWS * shape.warpgroups), block))
+    ring = _key_ring(shape, block, entry_ref, count_ref, b, n, i)
     keys = ring.stream(k_signals, (lambda rows: k_ref.at[b, rows, n], k_smem))
     values = ring.stream(v_signals, (lambda rows: v_ref.at[b, rows, n], v_smem))
 
@@ -105,8 +113,9 @@ def _forward_kernel(
         return acc, new, total
 
     def compute():
-        rows = pl.ds((i * shape.warpgroups + wg) * ROWS, ROWS)
-        plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[wg], own.at[wg])
+        place = (i * shape.warpgroups + wg) * ROWS
+        first = place if load_ref is None else pl.multiple_of(load_ref[i] + wg * ROWS, _EIGHT)
+        plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(first, ROWS), n], q_smem.at[wg], own.at[wg])
         ring.start()
         plgpu.barrier_wait(own.at[wg])
         if shape.producer:
@@ -119,13 +128,33 @@ def _forward_kernel(
         lse_smem[wg] = jnp.where(seen, (top + jnp.log2(total)) * _LN_2, -jnp.inf)
         q_smem[wg] = (acc * _columns(1 / jnp.where(seen, total, 1.0), acc)).astype(out_ref.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[b, rows, n])
-        plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, n, rows])
+        if store_ref is None:
+            plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[b, pl.ds(place, ROWS), n])
+        else:
+            first = pl.multiple_of(store_ref[0, i] + wg * ROWS, _EIGHT)
+            _store_rows(q_smem.at[wg], out_ref.at[b, :, n], first, store_ref[1, i] - wg * ROWS)
+        plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, n, pl.ds(place, ROWS)])
         plgpu.wait_smem_to_gmem(0)
 
     ring.run(compute)
 
 
+def _store_rows(smem: Any, ref: Any, first: Any, count: Any) -> None:
+    """Copies the first `count` rows of smem [ROWS,K], if it has so many, to the rows of ref [L,K] from `first` on."""
+
+    @pl.when(count >= ROWS)
+    def _():
+        plgpu.copy_smem_to_gmem(smem, ref.at[pl.ds(first, ROWS)])
+
+    @pl.when(count < ROWS)
+    def _():  # the rows behind them belong to another block
+        @pl.loop(0, lax.div(jnp.maximum(count, 0), jnp.int32(_EIGHT)))
+        def _(eighth):
+            row = pl.multiple_of(eighth * _EIGHT, _EIGHT)
+            plgpu.copy_smem_to_gmem(smem.at[pl.ds(row, _EIGHT)], ref.at[pl.ds(first + row, _EIGHT)])
+
+
+@padded_backward
 def backward(
     q: jax.Array,
     k: jax.Array,
@@ -163,9 +192,10 @@ def backward(
             k_signals=_signals(shape),
             v_signals=_signals(shape),
         ),
-    )(q, k, v, dout, stats, *_entries(lists, block, shape.step))
+    )(q, k, v, dout, stats, *_entries(lists, block, shape))
 
     shape = shapes(block, K)["dkv"]
+    parts = lists if shape.step == block else split(lists, block, shape.step, block)
     dk, dv = _call(
         "dkv",
         functools.partial(_dkv_kernel, shape=shape, block=block),
@@ -182,7 +212,7 @@ def backward(
             q_signals=_signals(shape, copies=2),
             do_signals=_signals(shape),
         ),
-    )(q, k, v, dout, stats, *transpose(lists), jnp.asarray(lists.kv_sizes))
+    )(q, k, v, dout, stats, *transpose(parts), jnp.asarray(lists.kv_sizes))
     return dq, dk, dv
 
 
@@ -192,7 +222,7 @@ def _dq_kernel(
 ):  # fmt: skip
     b, n, i, wg = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
     K = q_ref.shape[-1]
-    ring = _key_ring(shape, entry_ref, count_ref, b, n, lax.div(i * (ROWS * shape.warpgroups), block))
+    ring = _key_ring(shape, block, entry_ref, count_ref, b, n, i)
     keys = ring.stream(k_signals, (lambda rows: k_ref.at[b, rows, n], k_smem))
     values = ring.stream(v_signals, (lambda rows: v_ref.at[b, rows, n], v_smem))
 
@@ -235,13 +265,8 @@ def _dkv_kernel(
     kv_block = lax.div(first, block)
     offset, query = _row(offset_ref, b, n), _row(query_ref, b, n)
     start = offset(kv_block)
-    parts = block // shape.step  # of a query block
-
-    def row(j):
-        place = jnp.minimum(start + lax.div(j, jnp.int32(parts)), query_ref.shape[-1] - 1)
-        return query(place) * block + lax.rem(j, jnp.int32(parts)) * shape.step
-
-    ring = _Ring(shape, (offset(kv_block + 1) - start) * parts, row, lambda row: row)
+    row = lambda j: query(jnp.minimum(start + j, query_ref.shape[-1] - 1)) * shape.step  # noqa: E731
+    ring = _Ring(shape, offset(kv_block + 1) - start, row, lambda row: row)
     queries = ring.stream(
         q_signals,
         (lambda rows: q_ref.at[b, rows, n], q_smem),
@@ -369,7 +394,7 @@ class _Stream(NamedTuple):
 
     def load(self, j: Any, entry: Any) -> None:
         slot = self.ring.slot(j)
-        rows = pl.ds(pl.multiple_of(self.ring.row(entry), ROWS), self.ring.shape.step)
+        rows = pl.ds(pl.multiple_of(self.ring.row(entry), _EIGHT), self.ring.shape.step)
         for source, slots in self.copies:
             plgpu.copy_gmem_to_smem(source(rows), slots.at[slot], self.full.at[slot])
 
@@ -401,13 +426,14 @@ class _Stream(NamedTuple):
                 self.load(later, self.ring.ahead[-1])
 
 
-def _key_ring(shape: Shape, entry_ref: Any, count_ref: Any, b: Any, n: Any, block: Any) -> _Ring:
-    entries = _row(entry_ref, b, n)
+def _key_ring(shape: Shape, block: int, entry_ref: Any, count_ref: Any, b: Any, n: Any, i: Any) -> _Ring:
+    """What CTA i of a head, which has some of the queries of a block, walks over."""
+    entries, query_block = _row(entry_ref, b, n), lax.div(i * (ROWS * shape.warpgroups), block)
     return _Ring(
         shape,
-        _row(count_ref, b, n)(block),
-        lambda j: entries(block, j),
-        lambda entry: lax.shift_right_logical(entry, jnp.int32(_SIZE_BITS)) * shape.step,
+        _row(count_ref, b, n)(i),
+        lambda j: entries(query_block, j),
+        lambda entry: lax.shift_right_logical(entry, jnp.int32(_SIZE_BITS)) * _EIGHT,
     )
 
 
@@ -480,13 +506,34 @@ def _columns(x: jax.Array, like: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(x, like.shape, [0])
 
 
-def _entries(lists: Lists, block: int, step: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """entries int32 [B,N,Nq,M] of blocks of `step` keys, counts int32 [B,N,Nq], and the table of `_bias`."""
+def _entries(lists: Lists, block: int, shape: Shape) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """entries int32 [B,N,Nq,M] of blocks of `step` keys, counts int32 [B,N,CTAs], and the table of `_bias`.
+
+    A CTA whose queries nobody asks for has a count of 0.
+    """
+    step, rows = shape.step, ROWS * shape.warpgroups
     if step != block:
         lists = split(lists, block, block, step)
-    q2k, count, sizes = (jnp.asarray(x) for x in lists)
+    q2k, count, sizes = map(jnp.asarray, lists[:3])
+    count = jnp.repeat(count, block // rows, axis=2)
+    if lists.q_sizes is not None:
+        count = jnp.where(parts_of(lists.q_sizes, block, rows)[None, None] > 0, count, 0)
+    first = jnp.arange(sizes.size, dtype=jnp.int32) * step if lists.kv_first is None else jnp.asarray(lists.kv_first)
     bias = np.where(np.arange(step) < np.arange(step + 1)[:, None], 0, _MASKED).astype(np.float32)
-    return (q2k << _SIZE_BITS) | sizes[q2k], count, jnp.asarray(bias)
+    return ((first // _EIGHT << _SIZE_BITS) | sizes)[q2k], count, jnp.asarray(bias)
+
+
+def _query_rows(lists: Lists, block: int, shape: Shape) -> tuple[jax.Array | None, jax.Array | None]:
+    """The first row of each CTA's queries, int32 [CTAs], and it with how many they are, int32 [2,CTAs].
+
+    Both are None where blocks are padded. What a CTA reads at its end is an array of its own: the address of one that
+    is used twice takes the registers that an SM would need for a fourth CTA of one warpgroup.
+    """
+    if lists.q_first is None:
+        return None, None
+    rows = ROWS * shape.warpgroups
+    first = starts_of(lists.q_first, block, rows)
+    return first, jnp.stack([first, parts_of(lists.q_sizes, block, rows)])
 
 
 def _smem(slots: int, rows: int, like: jax.Array) -> Any:

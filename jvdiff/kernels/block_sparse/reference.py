@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jvdiff.kernels.block_sparse.lists import Lists, listed
+from jvdiff.kernels.block_sparse.lists import Lists, listed, padded_backward, padded_forward
 
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -23,6 +23,7 @@ def unavailable() -> str | None:
     return None
 
 
+@padded_forward
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, lse float32 [B,N,L]."""
     qf, kf, vf = (x.astype(jnp.float32) for x in (q, k, v))
@@ -30,6 +31,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: in
     return out.astype(q.dtype), lse
 
 
+@padded_backward
 def backward(
     q: jax.Array,
     k: jax.Array,
@@ -61,7 +63,7 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tup
 
 def _mask(q: jax.Array, lists: Lists, block: int) -> jax.Array:
     """bool [B,N,L,S]: which keys each query sees."""
-    q2k, _, sizes = lists = Lists(*map(jnp.asarray, lists))
+    q2k, sizes = jnp.asarray(lists.q2k), jnp.asarray(lists.kv_sizes)
     Nkv = sizes.shape[0]
     hits = (q2k[..., None] == jnp.arange(Nkv, dtype=jnp.int32)[None, None, None, None]) & listed(lists)[..., None]
     blocks = jnp.repeat(jnp.any(hits, axis=-2), block, axis=-2)  # [B,N,L,Nkv]

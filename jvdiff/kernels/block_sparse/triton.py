@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from jvdiff.kernels.block_sparse.lists import Lists, split, transpose
+from jvdiff.kernels.block_sparse.lists import Lists, padded_backward, padded_forward, split, transpose
 
 INTERPRET = False  # tests set it: the kernels then run on a CPU, slowly
 
@@ -97,6 +97,7 @@ def unavailable() -> str | None:
     return None
 
 
+@padded_forward
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, and the natural log-sum-exp, float32 [B,N,L]."""
     B, L, N, K = q.shape
@@ -110,7 +111,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: in
         in_specs=[_block(shape.block_q, K), _tokens(k), _tokens(v), *_list_specs(lists)],
         out_specs=[_block(shape.block_q, K), _row(shape.block_q)],
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, L), jnp.float32)],
-    )(q, k, v, *lists)
+    )(q, k, v, *lists[:3])
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, list_ref, count_ref, size_ref, out_ref, lse_ref, *, shape, scale):
@@ -138,6 +139,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, list_ref, count_ref, size_ref, out_ref,
     lse_ref[...] = jnp.where(seen, (top + jnp.log2(total)) / _LOG2_E, -jnp.inf)
 
 
+@padded_backward
 def backward(
     q: jax.Array,
     k: jax.Array,
@@ -172,7 +174,7 @@ def backward(
         ],
         out_specs=_block(rows, K),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-    )(q, k, v, dout, lse, delta, *parts)
+    )(q, k, v, dout, lse, delta, *parts[:3])
 
     rows, keys, *_ = shape["dkv"]
     parts = _split(lists, block, shape["dkv"])

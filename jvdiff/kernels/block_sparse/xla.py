@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jvdiff.kernels.block_sparse.lists import Lists
+from jvdiff.kernels.block_sparse.lists import Lists, padded_backward, padded_forward
 
 # Logits of one step. On a CPU a step should stay in the caches; a GPU needs enough work to fill it.
 LOGITS = {"cpu": 2**18, "gpu": 2**28}
@@ -32,6 +32,7 @@ def unavailable() -> str | None:
     return None
 
 
+@padded_forward
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, lse float32 [B,N,L]."""
     B, L, N, K = q.shape
@@ -59,6 +60,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: in
     return jnp.swapaxes(out, 1, 2), lse  # [B,L,N,K]
 
 
+@padded_backward
 def backward(
     q: jax.Array,
     k: jax.Array,
