@@ -20,7 +20,7 @@ import numpy as np
 
 from jvdiff.errors import UsageError
 from jvdiff.kernels import block_sparse, dense, layout, tiles
-from jvdiff.kernels.block_causal import block_causal_attention, block_causal_slots, visible
+from jvdiff.kernels.block_causal import block_causal_attention, block_causal_blocks, visible
 from jvdiff.kernels.sliding_tile import Windows, sliding_tile_attention
 from jvdiff.kernels.tiles import Grid
 from jvdiff.kernels.video_sparse import video_sparse_attention
@@ -136,8 +136,7 @@ class _Tiled(Pattern):
     tile: Grid
 
     def choose(self, q, grid, *, lse=False, implementation=None):
-        block = math.prod(self.tile)
-        return layout.choose(q, math.prod(tiles.counts(grid, self.tile)) * block, block, implementation)
+        return layout.choose(q, math.prod(tiles.counts(grid, self.tile)), math.prod(self.tile), implementation)[0]
 
     def ordered(self, x, grid):
         return layout.tile_order(x, grid, self.tile)
@@ -246,7 +245,7 @@ class BlockCausal(Pattern):
         return block_causal_attention(q, k, v, self.visible(grid[0]), implementation=implementation)
 
     def choose(self, q, grid, *, lse=False, implementation=None):
-        return layout.choose(q, *block_causal_slots(self.visible(grid[0]), q.shape[1]), implementation)
+        return layout.choose(q, *block_causal_blocks(self.visible(grid[0]), q.shape[1]), implementation)[0]
 
     def frames(self, count: int) -> np.ndarray:
         """int32 [T]: the place in the video of each of `count` frames of the forward pass.

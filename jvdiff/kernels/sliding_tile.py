@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvdiff.kernels import layout, tiles
-from jvdiff.kernels.block_sparse import block_sparse_attention
 from jvdiff.kernels.tiles import Grid
 
 Windows = Grid | tuple[Grid, ...]
@@ -69,19 +68,14 @@ def sliding_tile_attention(
         )
     q2k, count = window_lists(counts, check_windows(window, q.shape[2] if first_head is None else None))
 
-    block, n = int(np.prod(tile)), int(np.prod(counts))
-    place, sizes = layout.video_places(grid, tile, tiled)
-    text_place, text_sizes = layout.segment_places((slots,), block)
-    place = np.concatenate([place, n * block + text_place])  # [L]
-    text_sizes = np.clip(text_length - block * np.arange(text_sizes.size), 0, block)
-    sizes = np.concatenate([sizes, text_sizes])  # [tiles + text blocks]
-    layout.choose(q, sizes.size * block, block, implementation)
-    q, k, v = (layout.to_blocks(x, place, sizes.size * block) for x in (q, k, v))
-
-    def attend(q: jax.Array, q2k: Any, count: Any) -> Any:
-        return block_sparse_attention(
-            q, k, v, q2k, count, sizes, block=block, return_lse=True, implementation=implementation
-        )
+    n = int(np.prod(counts))
+    name, block = layout.choose(q, n, int(np.prod(tile)), implementation)
+    text_places = layout.segment_places((slots,), block, block)
+    blocks = layout.blocks(q, name, block, layout.video_places(grid, tile, tiled, block), text_places)
+    q, k, v = blocks.enter(q), blocks.enter(k), blocks.enter(v)
+    texts = blocks.sizes.size - n
+    text_sizes = np.clip(text_length - block * np.arange(texts), 0, block)
+    sizes = np.concatenate([blocks.sizes[:n], text_sizes])  # [tiles + text blocks], those that are keys
 
     text = (n + np.flatnonzero(text_sizes)).astype(np.int32)
     q2k = np.concatenate([np.broadcast_to(text, (*q2k.shape[:3], text.size)), q2k], axis=-1)  # [1,heads,tiles,text+M]
@@ -89,15 +83,16 @@ def sliding_tile_attention(
     if first_head is not None and q2k.shape[1] > 1:
         heads = jnp.minimum(first_head + np.arange(q.shape[2], dtype=np.int32), q2k.shape[1] - 1)
         q2k, count = jnp.asarray(q2k)[:, heads], jnp.asarray(count)[:, heads]  # rows of the N heads that are here
-    out, lse = attend(q[:, : n * block], q2k, count)
+    out, lse = blocks.attend(q, k, v, q2k, count, sizes, start=0, end=n)
     if slots:
-        text_out, text_lse = attend(q[:, n * block :], *layout.everything(text_sizes.size, sizes))
+        everything = layout.everything(texts, sizes)
+        text_out, text_lse = blocks.attend(q, k, v, *everything, sizes, start=n, end=n + texts)
         # The text behind the video: out [B,places,N,K], lse [B,N,places].
         out, lse = jnp.concatenate([out, text_out], axis=1), jnp.concatenate([lse, text_lse], axis=2)
-    out = layout.from_blocks(out, place)
+    out = blocks.leave(out)
     if not return_lse:
         return out
-    lse = layout.from_blocks(jnp.moveaxis(lse, 2, 1), place)  # [B,N,slots] -> [B,L,N]
+    lse = blocks.leave(jnp.moveaxis(lse, 2, 1))  # [B,N,places] -> [B,L,N]
     return out, jnp.moveaxis(lse, 1, 2)  # [B,N,L]
 
 

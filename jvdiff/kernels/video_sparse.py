@@ -6,8 +6,6 @@ Source: arXiv 2505.13389 and FastVideo's code (which, unlike the paper, gates on
 and coarse softmax are float32 here. The choice of tiles is a constant to the gradient.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,6 @@ from jax import lax
 
 from jvdiff.kernels import layout, tiles
 from jvdiff.kernels.best import best
-from jvdiff.kernels.block_sparse import block_sparse_attention
 from jvdiff.kernels.tiles import Grid
 
 _PRECISION = lax.Precision.HIGHEST  # a score that is rounded differently chooses another tile
@@ -73,43 +70,38 @@ def video_sparse_attention(
     meaning = f"the grid {tuple(grid)}" + (f" with prefixes of {tuple(prefix_lengths)}" if prefix_lengths else "")
     layout.check("video_sparse_attention", operands, sum(prefix_lengths) + int(np.prod(grid)), meaning)
 
-    block = int(np.prod(tile))
-    prefix_place, prefix_sizes = layout.segment_places(prefix_lengths, block)
-    place, sizes = layout.video_places(grid, tile, tiled)
-    P = prefix_sizes.size
-    place, sizes = np.concatenate([prefix_place, P * block + place]), np.concatenate([prefix_sizes, sizes])  # [L], [n]
-    layout.choose(q, sizes.size * block, block, implementation)
-    q, k, v = (layout.to_blocks(x, place, sizes.size * block) for x in (q, k, v))
-
-    coarse_q, coarse_k = _means(q, sizes), _means(k, sizes)  # [B,n,N,K]
+    tokens, kept = int(np.prod(tile)), tiles.top_k_count(sparsity, video_tiles)
+    name, block = layout.choose(q, video_tiles, tokens, implementation)
+    prefix = layout.segment_places(prefix_lengths, tokens, block)
+    blocks = layout.blocks(q, name, block, prefix, layout.video_places(grid, tile, tiled, block))
+    n, P = blocks.sizes.size, prefix[1].size
+    q, k, v = blocks.enter(q), blocks.enter(k), blocks.enter(v)
+    means = [_means(x, blocks) for x in (q, k, v)]  # [B,n,N,K]
     # [B,N,n,n]
-    scores = jnp.einsum("bink,bjnk->bnij", coarse_q, coarse_k, precision=_PRECISION) * q.shape[-1] ** -0.5
-    kept = tiles.top_k_count(sparsity, video_tiles)
+    scores = jnp.einsum("bink,bjnk->bnij", *means[:2], precision=_PRECISION) * q.shape[-1] ** -0.5
     q2k = _best(lax.stop_gradient(scores[:, :, P:]), kept, P, prefix_policy)
-    count = np.full((1, 1, video_tiles), q2k.shape[-1], np.int32)
-
-    def attend(q: jax.Array, q2k: Any, count: Any) -> jax.Array:
-        count = np.broadcast_to(count, q2k.shape[:3])
-        return block_sparse_attention(q, k, v, q2k, count, sizes, block=block, implementation=implementation)
-
-    out = attend(q[:, P * block :], q2k, count)
+    count = np.full((1, 1, 1), q2k.shape[-1], np.int32)
+    out, _ = blocks.attend(q, k, v, q2k, count, blocks.sizes, start=P, end=n)
     if P:
-        prefix = attend(q[:, : P * block], *layout.everything(P, sizes))
-        out = jnp.concatenate([prefix, out], axis=1)  # [B,n*V,N,K], the prefix first
-    if gate is not None:
-        weights = jax.nn.softmax(scores, axis=-1)
-        coarse = jnp.einsum("bnij,bjnk->bink", weights, _means(v, sizes), precision=_PRECISION)  # [B,n,N,K]
-        gate = layout.to_blocks(gate, place, sizes.size * block).astype(jnp.float32)
-        gate = gate.reshape(q.shape[0], sizes.size, block, *q.shape[2:])  # [B,n,V,N,K]
-        gated = (gate * coarse[:, :, None]).reshape(q.shape)  # [B,n*V,N,K]
-        out = (out.astype(jnp.float32) + gated).astype(q.dtype)
-    return layout.from_blocks(out, place)
+        everything = layout.everything(P, blocks.sizes)
+        of_prefix, _ = blocks.attend(q, k, v, *everything, blocks.sizes, start=0, end=P)
+        out = jnp.concatenate([of_prefix, out], axis=1)  # all tokens, the prefix first
+    out = blocks.leave(out)
+    if gate is None:
+        return out
+    weights = jax.nn.softmax(scores, axis=-1)
+    coarse = jnp.einsum("bnij,bjnk->bink", weights, means[2], precision=_PRECISION)  # [B,n,N,K]
+    coarse = jnp.broadcast_to(coarse[:, :, None], (*coarse.shape[:2], block, *coarse.shape[2:]))  # [B,n,V,N,K]
+    coarse = layout.from_blocks(coarse.reshape(q.shape[0], n * block, *q.shape[2:]), blocks.place)  # [B,L,N,K]
+    return (out.astype(jnp.float32) + gate.astype(jnp.float32) * coarse).astype(q.dtype)
 
 
-def _means(x: jax.Array, sizes: np.ndarray) -> jax.Array:
-    """[B,n*V,N,K] -> float32 [B,n,N,K]: the mean of each block's valid tokens. Padded places hold zero."""
-    x = x.reshape(x.shape[0], sizes.size, -1, *x.shape[2:])  # [B,n,V,N,K]
-    return jnp.sum(x, axis=2, dtype=jnp.float32) / sizes.astype(np.float32)[None, :, None, None]
+def _means(x: jax.Array, blocks: layout.Blocks) -> jax.Array:
+    """What has entered the blocks -> float32 [B,n,N,K]: the mean of each block's tokens. Padded places hold zero."""
+    if blocks.first is not None:  # which XLA on a GPU makes a part of the sum
+        x = layout.to_blocks(x, blocks.place, blocks.sizes.size * blocks.block)
+    x = x.reshape(x.shape[0], blocks.sizes.size, blocks.block, *x.shape[2:])  # [B,n,V,N,K]
+    return jnp.sum(x, axis=2, dtype=jnp.float32) / blocks.sizes.astype(np.float32)[None, :, None, None]
 
 
 def _best(scores: jax.Array, kept: int, P: int, policy: str) -> jax.Array:

@@ -530,4 +530,4 @@ def test_what_a_named_implementation_cannot_do(monkeypatch):
     monkeypatch.setattr(xla, "unsupported", lambda q, k, v, block: f"takes no head dim {q.shape[-1]}")
     with pytest.raises(NotImplementedError, match="'xla': takes no head dim 8"):
         kernels.video_sparse_attention(x, x, x, None, grid=(4, 4, 4), sparsity=0.5, implementation="xla")
-    assert sliding_tile.layout.choose(x, 64, 64, None) == "reference"
+    assert sliding_tile.layout.choose(x, 1, 64, None) == ("reference", 64)
