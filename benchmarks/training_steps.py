@@ -26,7 +26,6 @@ if "--run" not in sys.argv:
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,7 +36,7 @@ from jvdiff.config import load
 from jvdiff.errors import JvdiffError, SetupError
 from jvdiff.models import latent_video
 from jvdiff.models.latent_video.runs import programs
-from jvdiff.sharding import MeshShape
+from jvdiff.sharding import Placement
 from jvdiff.training.loop import Schedule, Task, make_step, start
 
 TARGET = "h200"  # of which `roofline` has the rates
@@ -63,12 +62,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def step_of(size: str) -> tuple[Task, Schedule, Any]:
+def step_of(size: str, placement: Placement | None = None) -> tuple[Task, Schedule, Any]:
     """(task, schedule, abstract batch) of the VAE or of a transformer of this size, as the config trains it."""
     config = load("latent_video_small")
     if size != "vae":
         config.transformer = size
-    for name, task, schedule, batch, _ in programs(config):
+    for name, task, schedule, batch, _ in programs(config, placement):
         if name == ("vae" if size == "vae" else "transformer"):
             return task, schedule, batch
     raise AssertionError(size)
@@ -77,14 +76,15 @@ def step_of(size: str) -> tuple[Task, Schedule, Any]:
 def compiled(sizes: list[str]) -> Iterator[dict[str, Any]]:
     """Compiles each step for one H200; prints and yields what it needs and should take."""
     plan.check_target(TARGET)
-    here = NamedSharding(plan.target_mesh(TARGET, MeshShape()), PartitionSpec())
+    placement = plan.target_placement(TARGET)
+    here = placement.everywhere
     print(f"{'step':<8}{'parameters':>15}{'TFLOP':>9}{'GiB of state':>14}{'temporary':>11}{'predicted s':>13}")
     for size in sizes:
-        task, schedule, batch = step_of(size)
+        task, schedule, batch = step_of(size, placement)
         state = jax.eval_shape(partial(start, task, schedule, jax.random.key(0)))
         there = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)  # noqa: E731
         traced = make_step(task, schedule, jax.random.key(0)).trace(there(state), there(batch))
-        done = traced.lower(lowering_platforms=("cuda",)).compile()
+        done = plan.compile_for(placement, traced)
         row = {"size": size, **counted(traced, state)}
         memory: Any = done.memory_analysis()
         row |= {
@@ -92,7 +92,9 @@ def compiled(sizes: list[str]) -> Iterator[dict[str, Any]]:
             "temporary_gib": short(memory.temp_size_in_bytes / 2**30),
         }
         if size != "vae":
-            row["predicted_s"] = short(roofline.seconds(roofline.work(done.as_text() or ""), (), roofline.H200).longest)
+            row["predicted_s"] = short(
+                roofline.seconds(roofline.work(done.as_text() or ""), (), roofline.RATES[TARGET]).longest
+            )
         print(
             f"{size:<8}{row['parameters']:>15,}{row['flops'] / 1e12:>9.3g}{row['state_gib']:>14.3g}"
             f"{row['temporary_gib']:>11.3g}{row.get('predicted_s', '-'):>13}",

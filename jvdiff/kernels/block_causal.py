@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvdiff.kernels import layout
+from jvdiff.runtime.target import Target
 
 
 def visible(queries: Any, keys: Any, chunk: int, window: int | None, sink: int) -> Any:
@@ -25,7 +26,13 @@ def visible(queries: Any, keys: Any, chunk: int, window: int | None, sink: int) 
 
 
 def block_causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: Any, *, implementation: str | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: Any,
+    *,
+    implementation: str | None = None,
+    target: Target | None = None,
 ) -> jax.Array:
     """Attention in which the frames of a video see those frames that a matrix names; differentiable in q, k and v.
 
@@ -33,6 +40,7 @@ def block_causal_attention(
       q, k, v: [B,L,N,K] of one float dtype: T frames of L/T tokens each.
       visible: bool [T,T], whether the frame of a row sees the frame of a column; numpy, or traced.
       implementation: of `block_sparse_attention`; None takes the best.
+      target: what the program is made for; None: the devices at hand.
 
     Returns:
       [B,L,N,K] in the dtype of q.
@@ -47,8 +55,8 @@ def block_causal_attention(
     if isinstance(visible, np.ndarray):
         visible = _coarser(visible)
     count, tokens = block_causal_blocks(visible, q.shape[1])
-    name, block = layout.choose(q, count, tokens, implementation)
-    blocks = layout.blocks(q, name, block, layout.segment_places((tokens,) * count, tokens, block))
+    name, block = layout.choose(q, count, tokens, implementation, target)
+    blocks = layout.blocks(target, name, block, layout.segment_places((tokens,) * count, tokens, block))
     q, k, v = blocks.enter(q), blocks.enter(k), blocks.enter(v)
     return blocks.leave(blocks.attend(q, k, v, *_lists(visible), blocks.sizes, start=0, end=count)[0])
 

@@ -12,17 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvdiff.kernels import block_sparse, tiles
+from jvdiff.runtime.target import Target
 
 
 class Blocks(NamedTuple):
     """The tokens of a sequence as blocks for a kernel.
 
-    name: the implementation that is chosen.
+    target, name: what the program is made for (None: the devices at hand), and the implementation that is chosen.
     block: V.
     place, sizes: of each token, int64 [L], and how many tokens each block has, int64 [n].
     first: the row of each block's first token, int64 [n], where the kernel takes the tokens as they lie; None: padded.
     """
 
+    target: Target | None
     name: str
     block: int
     place: np.ndarray
@@ -46,23 +48,19 @@ class Blocks(NamedTuple):
         if self.first is not None:
             low, high = (int(self.sizes[:i].sum()) for i in (start, end))
             rows |= {"q_first": self.first[start:end] - low, "kv_first": self.first}
-        lists = q2k, np.broadcast_to(count, q2k.shape[:3]) if isinstance(count, np.ndarray) else count, kv_sizes
-        return block_sparse.block_sparse_attention(
-            q[:, low:high], k, v, *lists, **rows, block=self.block, return_lse=True, implementation=self.name
-        )
+        count = np.broadcast_to(count, q2k.shape[:3]) if isinstance(count, np.ndarray) else count
+        rows |= {"block": self.block, "implementation": self.name, "target": self.target}
+        return block_sparse.block_sparse_attention(q[:, low:high], k, v, q2k, count, kv_sizes, return_lse=True, **rows)
 
 
-def blocks(q: Any, name: str, block: int, *parts: tuple[np.ndarray, np.ndarray]) -> Blocks:
-    """The tokens of q [B,L,N,K] as blocks of `block` places; parts: (place, sizes) of what follows each other there.
-
-    Raises as `block_sparse.choose` does.
-    """
+def blocks(target: Target | None, name: str, block: int, *parts: tuple[np.ndarray, np.ndarray]) -> Blocks:
+    """Tokens as blocks of `block` places; parts: (place, sizes) of what follows each other in the sequence."""
     starts = np.cumsum([0, *(sizes.size for _, sizes in parts)]) * block
     place = np.concatenate([start + place for start, (place, _) in zip(starts, parts, strict=False)])
     sizes = np.concatenate([sizes for _, sizes in parts])
     together = np.array_equal(place, tiles.non_pad_index(sizes, block)) and place.size < sizes.size * block
     in_place = name == "mosaic_gpu" and together and not (sizes % block_sparse.ALIGNED).any()
-    return Blocks(name, block, place, sizes, np.cumsum(sizes) - sizes if in_place else None)
+    return Blocks(target, name, block, place, sizes, np.cumsum(sizes) - sizes if in_place else None)
 
 
 def video_places(grid: tiles.Grid, tile: tiles.Grid, tiled: bool, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +162,9 @@ def places(tokens: int) -> int:
     return -(-tokens // 64) * 64 if tokens >= 64 else tokens
 
 
-def choose(q: Any, count: int, tokens: int, implementation: str | None) -> tuple[str, int]:
+def choose(
+    q: Any, count: int, tokens: int, implementation: str | None, target: Target | None = None
+) -> tuple[str, int]:
     """The implementation for q [B,L,N,K] in `count` blocks of up to so many tokens, and the places of a block.
 
     Raises as `block_sparse.choose` does.
@@ -172,7 +172,7 @@ def choose(q: Any, count: int, tokens: int, implementation: str | None) -> tuple
 
     def chosen(block: int) -> str:
         x = jax.ShapeDtypeStruct((q.shape[0], count * block, *q.shape[2:]), q.dtype)
-        return block_sparse.choose(x, x, x, block=block, implementation=implementation)
+        return block_sparse.choose(x, x, x, block=block, implementation=implementation, target=target)
 
     wide = places(tokens)
     on_cpus = ("xla", "reference")  # which take blocks of any size

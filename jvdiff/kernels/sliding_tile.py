@@ -15,6 +15,7 @@ import numpy as np
 
 from jvdiff.kernels import layout, tiles
 from jvdiff.kernels.tiles import Grid
+from jvdiff.runtime.target import Target
 
 Windows = Grid | tuple[Grid, ...]
 
@@ -32,6 +33,7 @@ def sliding_tile_attention(
     tiled: bool = False,
     first_head: Any = None,
     implementation: str | None = None,
+    target: Target | None = None,
 ) -> Any:
     """Attention of each video token to the tiles around its own, and to text; differentiable.
 
@@ -49,6 +51,7 @@ def sliding_tile_attention(
         (int32 [], may be traced; where they are shared among devices). Heads beyond the last window have none of their
         own, and take the last one's.
       implementation: of `block_sparse_attention`; None takes the best.
+      target: what the program is made for; None: the devices at hand.
 
     Returns:
       out [B,L,N,K] in the dtype and order of q; with return_lse, (out, lse), lse natural float32 [B,N,L].
@@ -69,9 +72,9 @@ def sliding_tile_attention(
     q2k, count = window_lists(counts, check_windows(window, q.shape[2] if first_head is None else None))
 
     n = int(np.prod(counts))
-    name, block = layout.choose(q, n, int(np.prod(tile)), implementation)
+    name, block = layout.choose(q, n, int(np.prod(tile)), implementation, target)
     text_places = layout.segment_places((slots,), block, block)
-    blocks = layout.blocks(q, name, block, layout.video_places(grid, tile, tiled, block), text_places)
+    blocks = layout.blocks(target, name, block, layout.video_places(grid, tile, tiled, block), text_places)
     q, k, v = blocks.enter(q), blocks.enter(k), blocks.enter(v)
     texts = blocks.sizes.size - n
     text_sizes = np.clip(text_length - block * np.arange(texts), 0, block)

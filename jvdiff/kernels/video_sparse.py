@@ -14,6 +14,7 @@ from jax import lax
 from jvdiff.kernels import layout, tiles
 from jvdiff.kernels.best import best
 from jvdiff.kernels.tiles import Grid
+from jvdiff.runtime.target import Target
 
 _PRECISION = lax.Precision.HIGHEST  # a score that is rounded differently chooses another tile
 
@@ -31,6 +32,7 @@ def video_sparse_attention(
     prefix_policy: str = "exempt",
     tiled: bool = False,
     implementation: str | None = None,
+    target: Target | None = None,
 ) -> jax.Array:
     """Fine attention to the best tiles, plus gate times coarse attention between the means of tiles; differentiable.
 
@@ -49,6 +51,7 @@ def video_sparse_attention(
         number of blocks, the best of prefix and video together.
       tiled: the video tokens are in tile order (`tiles.partition_indices`), not raster order, and so is the result.
       implementation: of `block_sparse_attention`; None takes the best.
+      target: what the program is made for; None: the devices at hand.
 
     Returns:
       [B,L,N,K] in the dtype and order of q.
@@ -71,9 +74,9 @@ def video_sparse_attention(
     layout.check("video_sparse_attention", operands, sum(prefix_lengths) + int(np.prod(grid)), meaning)
 
     tokens, kept = int(np.prod(tile)), tiles.top_k_count(sparsity, video_tiles)
-    name, block = layout.choose(q, video_tiles, tokens, implementation)
+    name, block = layout.choose(q, video_tiles, tokens, implementation, target)
     prefix = layout.segment_places(prefix_lengths, tokens, block)
-    blocks = layout.blocks(q, name, block, prefix, layout.video_places(grid, tile, tiled, block))
+    blocks = layout.blocks(target, name, block, prefix, layout.video_places(grid, tile, tiled, block))
     n, P = blocks.sizes.size, prefix[1].size
     q, k, v = blocks.enter(q), blocks.enter(k), blocks.enter(v)
     means = [_means(x, blocks) for x in (q, k, v)]  # [B,n,N,K]

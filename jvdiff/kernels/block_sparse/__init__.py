@@ -5,9 +5,9 @@ B batch · L query tokens · S key tokens · N heads · K head dim · Nq, Nkv bl
 Each implementation is a file of plain functions:
 
     unsupported(q, k, v, block) -> reason or None      by shapes and dtypes alone: what it cannot do anywhere
-    unavailable() -> reason or None                    why it cannot run on the backend at hand
-    forward(q, k, v, lists, *, block) -> (out, lse)
-    backward(q, k, v, out, lse, dout, dlse, lists, *, block) -> (dq, dk, dv)
+    unavailable(target) -> reason or None              why it cannot run on that kind of device
+    forward(q, k, v, lists, *, block, target) -> (out, lse)
+    backward(q, k, v, out, lse, dout, dlse, lists, *, block, target) -> (dq, dk, dv)
 
 They may rely on `lists` naming no key block without valid tokens. A row with no entries gives 0 and a log-sum-exp of
 -inf. No backward pass uses atomics: the same operands give the same bits.
@@ -24,6 +24,7 @@ from jax.core import Tracer
 
 from jvdiff.kernels.block_sparse import mosaic_gpu, reference, triton, xla
 from jvdiff.kernels.block_sparse.lists import Lists, split, transpose
+from jvdiff.runtime.target import Target, here
 
 __all__ = ["IMPLEMENTATIONS", "Lists", "block_sparse_attention", "choose", "split", "transpose"]
 
@@ -31,7 +32,7 @@ ALIGNED = 8  # rows: blocks that are not padded begin at multiples of it, as a H
 
 _log = logging.getLogger("jvdiff.kernels")
 
-# In order of preference: the first that supports the operands on the backend at hand is taken. `xla` supports all.
+# In order of preference: the first that supports the operands on the target is taken. `xla` supports all.
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu,
     "triton": triton,
@@ -54,6 +55,7 @@ def block_sparse_attention(
     block: int = 64,
     return_lse: bool = False,
     implementation: str | None = None,
+    target: Target | None = None,
 ) -> Any:
     """Attention in which each block of queries sees a list of blocks of keys; differentiable in q, k and v.
 
@@ -71,8 +73,9 @@ def block_sparse_attention(
         `ALIGNED` rows.
       block: tokens in a block, or places for them.
       return_lse: also return the log-sum-exp of each query's scaled logits.
-      implementation: None takes the best that can do this on the current backend, and always works; a name takes
-        exactly that one.
+      implementation: None takes the best that can do this on the target, and always works; a name takes exactly that
+        one.
+      target: what the program is made for; None: the devices at hand.
 
     Lists may be numpy (constants of the program, checked) or JAX arrays (computed inside it, not checked).
 
@@ -83,18 +86,25 @@ def block_sparse_attention(
       NotImplementedError: the named implementation cannot do this; the message says why.
       ValueError: the operands do not fit together, or there is no such name.
     """
-    anywhere = q_first is not None
-    name = choose(q, k, v, block=block, implementation=implementation, anywhere=anywhere)
+    target, anywhere = target or here(), q_first is not None
+    name = choose(q, k, v, block=block, implementation=implementation, target=target, anywhere=anywhere)
     lists = _checked(q, k, Lists(q2k, q2k_count, kv_sizes, q_sizes, q_first, kv_first), block)
-    if not isinstance(q, Tracer) and (reason := IMPLEMENTATIONS[name].unavailable()):
+    if not isinstance(q, Tracer) and (reason := IMPLEMENTATIONS[name].unavailable(target)):
         raise NotImplementedError(f"block-sparse attention implementation {name!r}: {reason}")
     _log_once(name, q.shape, k.shape[1], str(q.dtype), block)
-    out, lse = _attention(name, block, q, k, v, lists)  # pyright: ignore[reportGeneralTypeIssues]
+    out, lse = _attention(name, block, target, q, k, v, lists)  # pyright: ignore[reportGeneralTypeIssues]
     return (out, lse) if return_lse else out
 
 
 def choose(
-    q: Any, k: Any, v: Any, *, block: int = 64, implementation: str | None = None, anywhere: bool = False
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    block: int = 64,
+    implementation: str | None = None,
+    target: Target | None = None,
+    anywhere: bool = False,
 ) -> str:
     """The name of the implementation that `block_sparse_attention` runs for these operands (or ShapeDtypeStructs).
 
@@ -113,7 +123,8 @@ def choose(
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"block_sparse_attention: q, k and v must be of a float dtype, not {q.dtype}")
     if implementation is None:
-        able = (n for n, i in IMPLEMENTATIONS.items() if not (i.unsupported(q, k, v, block) or i.unavailable()))
+        on = target or here()
+        able = (n for n, i in IMPLEMENTATIONS.items() if not (i.unsupported(q, k, v, block) or i.unavailable(on)))
         return next(able)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -181,23 +192,25 @@ def _check_rows(q: Any, k: Any, lists: Lists) -> tuple[int, int]:
     return lists.q_sizes.size, lists.kv_sizes.size
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attention(
-    name: str, block: int, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists
+    name: str, block: int, target: Target, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists
 ) -> tuple[jax.Array, jax.Array]:
-    return IMPLEMENTATIONS[name].forward(q, k, v, lists, block=block)
+    return IMPLEMENTATIONS[name].forward(q, k, v, lists, block=block, target=target)
 
 
-def _forward(name: str, block: int, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists) -> tuple[Any, Any]:
-    out, lse = IMPLEMENTATIONS[name].forward(q, k, v, lists, block=block)
+def _forward(
+    name: str, block: int, target: Target, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists
+) -> tuple[Any, Any]:
+    out, lse = IMPLEMENTATIONS[name].forward(q, k, v, lists, block=block, target=target)
     return (out, lse), (q, k, v, out, lse, lists)
 
 
-def _backward(name: str, block: int, residuals: Any, cotangents: Any) -> Any:
+def _backward(name: str, block: int, target: Target, residuals: Any, cotangents: Any) -> Any:
     *operands, lists = residuals
     dout, dlse = cotangents
     dlse = jnp.where(jnp.isfinite(operands[-1]), dlse, 0)  # the log-sum-exp of no keys is a constant
-    return *IMPLEMENTATIONS[name].backward(*operands, dout, dlse, lists, block=block), None
+    return *IMPLEMENTATIONS[name].backward(*operands, dout, dlse, lists, block=block, target=target), None
 
 
 _attention.defvjp(_forward, _backward)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jvdiff.runtime.target import Target
+
 
 class Lists(NamedTuple):
     """The key blocks of every query block, as integer arrays; B and N may be 1, which stands for all.
@@ -121,11 +123,11 @@ def padded_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """An implementation's `forward` for padded blocks -> one for blocks that begin anywhere, too."""
 
     @functools.wraps(forward)
-    def anywhere(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int) -> tuple[jax.Array, jax.Array]:
+    def anywhere(q, k, v, lists: Lists, *, block: int, target: Target) -> tuple[jax.Array, jax.Array]:
         if lists.q_first is None:
-            return forward(q, k, v, lists, block=block)
+            return forward(q, k, v, lists, block=block, target=target)
         queries, keys, plain = _blocks(lists, block)
-        out, lse = forward(queries.padded(q), keys.padded(k), keys.padded(v), plain, block=block)
+        out, lse = forward(queries.padded(q), keys.padded(k), keys.padded(v), plain, block=block, target=target)
         return queries.packed(out, q.shape[1]), queries.packed(lse, q.shape[1], axis=2)
 
     return anywhere
@@ -135,13 +137,15 @@ def padded_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
     """The same for `backward`."""
 
     @functools.wraps(backward)
-    def anywhere(q, k, v, out, lse, dout, dlse, lists: Lists, *, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def anywhere(
+        q, k, v, out, lse, dout, dlse, lists: Lists, *, block: int, target: Target
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         if lists.q_first is None:
-            return backward(q, k, v, out, lse, dout, dlse, lists, block=block)
+            return backward(q, k, v, out, lse, dout, dlse, lists, block=block, target=target)
         queries, keys, plain = _blocks(lists, block)
         of_queries = queries.padded(q), keys.padded(k), keys.padded(v), queries.padded(out), queries.padded(lse, axis=2)
         cotangents = queries.padded(dout), queries.padded(dlse, axis=2)
-        dq, dk, dv = backward(*of_queries, *cotangents, plain, block=block)
+        dq, dk, dv = backward(*of_queries, *cotangents, plain, block=block, target=target)
         return queries.packed(dq, q.shape[1]), keys.packed(dk, k.shape[1]), keys.packed(dv, k.shape[1])
 
     return anywhere

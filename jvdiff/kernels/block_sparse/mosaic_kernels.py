@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jvdiff.kernels.block_sparse import mosaic_gpu
 from jvdiff.kernels.block_sparse.lists import Blocks, Lists, padded_backward, parts_of, split, starts_of, transpose
 from jvdiff.kernels.block_sparse.mosaic_gpu import ROWS, Shape, shapes
+from jvdiff.runtime.target import Target
 
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2)
@@ -37,10 +38,12 @@ _SIZE_BITS = 9  # of a list entry: the valid tokens of a block, at most 256; abo
 _EIGHT = 8  # rows that a copy cannot divide, since they lie together in shared memory
 
 
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int) -> tuple[jax.Array, jax.Array]:
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target
+) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, and the natural log-sum-exp, float32 [B,N,L]."""
     B, L, N, _ = q.shape
-    shape = shapes(block, q.shape[-1])["forward"]
+    shape = shapes(block, q.shape[-1], target.kind)["forward"]
     places = lists.q2k.shape[2] * block
     if lists.q_first is not None and mosaic_gpu.INTERPRET is not None:
         q, k, v = (jnp.pad(x, ((0, 0), (0, block), (0, 0), (0, 0))) for x in (q, k, v))  # a copy reads zeros there
@@ -166,6 +169,7 @@ def backward(
     lists: Lists,
     *,
     block: int,
+    target: Target,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk and dv in the dtypes of q, k and v, from the cotangents of out and of the log-sum-exp."""
     B, L, N, K = q.shape
@@ -175,7 +179,7 @@ def backward(
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse * _LOG2_E)
     stats = jnp.stack([lse, delta], axis=2)  # [B,N,2,L]: one copy brings both
 
-    shape = shapes(block, K)["dq"]
+    shape = shapes(block, K, target.kind)["dq"]
     dq = _call(
         "dq",
         functools.partial(_dq_kernel, shape=shape, block=block),
@@ -194,7 +198,7 @@ def backward(
         ),
     )(q, k, v, dout, stats, *_entries(lists, block, shape))
 
-    shape = shapes(block, K)["dkv"]
+    shape = shapes(block, K, target.kind)["dkv"]
     parts = lists if shape.step == block else split(lists, block, shape.step, block)
     dk, dv = _call(
         "dkv",
