@@ -6,6 +6,7 @@ Each implementation is a file of plain functions:
 
     unsupported(q, k, v, block) -> reason or None      by shapes and dtypes alone: what it cannot do anywhere
     unavailable(target) -> reason or None              why it cannot run on that kind of device
+    parts(q, block, target) -> (queries, keys)         how many of a block are computed or left out together
     forward(q, k, v, lists, *, block, target) -> (out, lse)
     backward(q, k, v, out, lse, dout, dlse, lists, *, block, target) -> (dq, dk, dv)
 

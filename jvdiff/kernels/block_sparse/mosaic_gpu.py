@@ -73,6 +73,12 @@ def unavailable(target: Target) -> str | None:
     return None
 
 
+def parts(q: Any, block: int, target: Target) -> tuple[int, int]:
+    """Queries and keys of those parts of blocks that are left out where they hold no tokens."""
+    shape = shapes(block, q.shape[-1], target.kind)["forward"]
+    return ROWS * shape.warpgroups, shape.step
+
+
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target
 ) -> tuple[jax.Array, jax.Array]:

@@ -24,6 +24,11 @@ def unavailable(target: Target) -> str | None:
     return None
 
 
+def parts(q: Any, block: int, target: Target) -> tuple[int, int]:
+    """Whole blocks."""
+    return block, block
+
+
 @padded_forward
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target

@@ -97,6 +97,11 @@ def unavailable(target: Target) -> str | None:
     return None
 
 
+def parts(q: Any, block: int, target: Target) -> tuple[int, int]:
+    """Queries and keys of those parts of blocks that are left out where they hold no tokens."""
+    return shapes(block, q.shape[-1], q.dtype)["forward"][:2]
+
+
 @padded_forward
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target

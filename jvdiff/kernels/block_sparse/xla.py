@@ -33,6 +33,11 @@ def unavailable(target: Target) -> str | None:
     return None
 
 
+def parts(q: Any, block: int, target: Target) -> tuple[int, int]:
+    """Whole blocks."""
+    return block, block
+
+
 @padded_forward
 @jax.named_scope("xla_attention")
 def forward(
