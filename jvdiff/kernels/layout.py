@@ -40,10 +40,20 @@ class Blocks(NamedTuple):
         return x if self.first is not None else from_blocks(x, self.place)
 
     def attend(
-        self, q: Any, k: Any, v: Any, q2k: Any, count: Any, kv_sizes: np.ndarray, *, start: int, end: int
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        q2k: Any,
+        count: Any,
+        kv_sizes: np.ndarray,
+        *,
+        start: int,
+        end: int,
+        scale: float | None = None,
     ) -> Any:
         """(out, lse) of the queries in the blocks from `start` to `end`; q, k and v have entered, whole."""
-        rows: Any = {"q_sizes": self.sizes[start:end]}
+        rows: Any = {"q_sizes": self.sizes[start:end], "scale": scale}
         low, high = start * self.block, end * self.block
         if self.first is not None:
             low, high = (int(self.sizes[:i].sum()) for i in (start, end))
@@ -143,18 +153,29 @@ def everything(rows: int, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(function: str, operands: dict[str, Any], tokens: int, meaning: str) -> None:
-    """ValueError unless all operands are [B,tokens,N,K] of one shape, and all but `gate` of one float dtype."""
+    """ValueError unless all operands are [B,tokens,N,K] of one shape, and all but `gate` of one float dtype.
+
+    k and v may have fewer heads, which divide N.
+    """
     q = operands["q"]
     for name, x in operands.items():
-        if x.ndim != 4 or x.shape != q.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+        heads = operands["k"].shape[2:3] if name in ("k", "v") and x.ndim == q.ndim == 4 else q.shape[2:3]
+        whole = not heads or (heads[0] > 0 and q.shape[2] % heads[0] == 0)
+        shape = (*q.shape[:2], *heads, *q.shape[3:])
+        if x.ndim != 4 or x.shape != shape or not whole or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 f"{function}: {name} is {x.dtype}{list(x.shape)} beside q {list(q.shape)}; all operands must be "
-                f"[B,L,N,K] of one shape and float dtype"
+                f"[B,L,N,K] of one shape and float dtype, k and v of N heads or of a divisor of them"
             )
         if x.dtype != q.dtype and name != "gate":
             raise ValueError(f"{function}: {name} is {x.dtype} and q is {q.dtype}; they must have one dtype")
     if q.shape[1] != tokens:
         raise ValueError(f"{function}: q has {q.shape[1]} tokens, but {meaning} makes {tokens}; pass the grid of q")
+
+
+def grouped(x: jax.Array, heads: int) -> jax.Array:
+    """Keys or values [B,L,G,K] of groups of heads, once for each of them: [B,L,heads,K]."""
+    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
 def places(tokens: int) -> int:

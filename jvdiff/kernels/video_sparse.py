@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jvdiff.kernels import layout, tiles
+from jvdiff.kernels import block_sparse, layout, tiles
 from jvdiff.kernels.best import best
 from jvdiff.kernels.tiles import Grid
 from jvdiff.runtime.target import Target
@@ -30,6 +30,8 @@ def video_sparse_attention(
     sparsity: float,
     prefix_lengths: tuple[int, ...] = (),
     prefix_policy: str = "exempt",
+    causal: bool = False,
+    scale: float | None = None,
     tiled: bool = False,
     implementation: str | None = None,
     target: Target | None = None,
@@ -40,7 +42,8 @@ def video_sparse_attention(
     mean query, the lowest tile number first on ties; every head and batch entry chooses for itself.
 
     Args:
-      q, k, v: [B,L,N,K] of one float dtype: the prefix segments' tokens, then the T*H*W video tokens.
+      q, k, v: [B,L,N,K] of one float dtype: the prefix segments' tokens, then the T*H*W video tokens. k and v may have
+        fewer heads, each for as many of q that follow each other.
       gate: [B,L,N,K], factor of the coarse branch for each token and channel; None: the fine branch alone.
       grid: (T,H,W) of the video tokens.
       tile: (a,b,c) tokens of one tile.
@@ -49,6 +52,9 @@ def video_sparse_attention(
         one ragged; prefix queries see everything.
       prefix_policy: "exempt": video queries see the whole prefix and their best tiles. "compete": they see the same
         number of blocks, the best of prefix and video together.
+      causal: a tile sees no tile of later frames than its own, and keeps its share of those that it may see; not beside
+        a prefix, which sees everything.
+      scale: of the logits; None: K^-1/2.
       tiled: the video tokens are in tile order (`tiles.partition_indices`), not raster order, and so is the result.
       implementation: of `block_sparse_attention`; None takes the best.
       target: what the program is made for; None: the devices at hand.
@@ -73,7 +79,15 @@ def video_sparse_attention(
     meaning = f"the grid {tuple(grid)}" + (f" with prefixes of {tuple(prefix_lengths)}" if prefix_lengths else "")
     layout.check("video_sparse_attention", operands, sum(prefix_lengths) + int(np.prod(grid)), meaning)
 
-    tokens, kept = int(np.prod(tile)), tiles.top_k_count(sparsity, video_tiles)
+    if causal and prefix_lengths:
+        raise ValueError("video_sparse_attention: causal does not go with a prefix, which sees everything")
+
+    scale = block_sparse.scale_of(q, scale)
+    k, v = layout.grouped(k, q.shape[2]), layout.grouped(v, q.shape[2])
+    tokens, frame = (
+        int(np.prod(tile)),
+        int(np.prod(tiles.counts(grid, tile)[1:])),
+    )  # of a tile; tiles of the same frames
     name, block = layout.choose(q, video_tiles, tokens, implementation, target)
     prefix = layout.segment_places(prefix_lengths, tokens, block)
     blocks = layout.blocks(target, name, block, prefix, layout.video_places(grid, tile, tiled, block))
@@ -81,13 +95,19 @@ def video_sparse_attention(
     q, k, v = blocks.enter(q), blocks.enter(k), blocks.enter(v)
     means = [_means(x, blocks) for x in (q, k, v)]  # [B,n,N,K]
     # [B,N,n,n]
-    scores = jnp.einsum("bink,bjnk->bnij", *means[:2], precision=_PRECISION) * q.shape[-1] ** -0.5
-    q2k = _best(lax.stop_gradient(scores[:, :, P:]), kept, P, prefix_policy)
-    count = np.full((1, 1, 1), q2k.shape[-1], np.int32)
-    out, _ = blocks.attend(q, k, v, q2k, count, blocks.sizes, start=P, end=n)
+    scores = jnp.einsum("bink,bjnk->bnij", *means[:2], precision=_PRECISION) * scale
+    fixed = lax.stop_gradient(scores[:, :, P:])
+    if causal:
+        past = np.arange(n)[None] // frame <= np.arange(n)[:, None] // frame  # [n,n]
+        scores = jnp.where(past[None, None], scores, -jnp.inf)
+        q2k, count = _best_of_past(fixed, sparsity, frame)
+    else:
+        q2k = _best(fixed, tiles.top_k_count(sparsity, video_tiles), P, prefix_policy)
+        count = np.full((1, 1, 1), q2k.shape[-1], np.int32)
+    out, _ = blocks.attend(q, k, v, q2k, count, blocks.sizes, start=P, end=n, scale=scale)
     if P:
         everything = layout.everything(P, blocks.sizes)
-        of_prefix, _ = blocks.attend(q, k, v, *everything, blocks.sizes, start=0, end=P)
+        of_prefix, _ = blocks.attend(q, k, v, *everything, blocks.sizes, start=0, end=P, scale=scale)
         out = jnp.concatenate([of_prefix, out], axis=1)  # all tokens, the prefix first
     out = blocks.leave(out)
     if gate is None:
@@ -114,6 +134,17 @@ def _best(scores: jax.Array, kept: int, P: int, policy: str) -> jax.Array:
         return best(scores, P + kept)
     video = best(scores[..., P:], kept) + P
     return jnp.concatenate([lax.broadcasted_iota(jnp.int32, (*video.shape[:3], P), 3), video], axis=-1)  # [...,P+kept]
+
+
+def _best_of_past(scores: jax.Array, sparsity: float, frame: int) -> tuple[jax.Array, np.ndarray]:
+    """(q2k int32 [B,N,n,M], count [1,1,n]) where no tile sees later frames; `frame` tiles are of the same ones."""
+    n = scores.shape[-1]
+    kept = [tiles.top_k_count(sparsity, end) for end in range(frame, n + 1, frame)]
+    rows = []
+    for i, k in enumerate(kept):
+        row = _best(scores[:, :, i * frame : (i + 1) * frame, : (i + 1) * frame], k, 0, "exempt")
+        rows.append(jnp.pad(row, ((0, 0), (0, 0), (0, 0), (0, max(kept) - k))))
+    return jnp.concatenate(rows, axis=2), np.repeat(kept, frame)[None, None].astype(np.int32)  # rows of all frames
 
 
 def sparsity_schedule(step: int, target: float, rate: float, interval: int) -> float:

@@ -7,8 +7,8 @@ Each implementation is a file of plain functions:
     unsupported(q, k, v, block) -> reason or None      by shapes and dtypes alone: what it cannot do anywhere
     unavailable(target) -> reason or None              why it cannot run on that kind of device
     parts(q, block, target) -> (queries, keys)         how many of a block are computed or left out together
-    forward(q, k, v, lists, *, block, target) -> (out, lse)
-    backward(q, k, v, out, lse, dout, dlse, lists, *, block, target) -> (dq, dk, dv)
+    forward(q, k, v, lists, *, block, target, scale) -> (out, lse)
+    backward(q, k, v, out, lse, dout, dlse, lists, *, block, target, scale) -> (dq, dk, dv)
 
 They may rely on `lists` naming no key block without valid tokens. A row with no entries gives 0 and a log-sum-exp of
 -inf. No backward pass uses atomics: the same operands give the same bits.
@@ -30,6 +30,8 @@ from jvdiff.runtime.target import Target, here
 __all__ = ["IMPLEMENTATIONS", "Lists", "block_sparse_attention", "choose", "split", "transpose"]
 
 ALIGNED = 8  # rows: blocks that are not padded begin at multiples of it, as a Hopper's copies must
+
+SCALES = 1e-6, 1e6
 
 _log = logging.getLogger("jvdiff.kernels")
 
@@ -54,6 +56,7 @@ def block_sparse_attention(
     q_first: Any = None,
     kv_first: Any = None,
     block: int = 64,
+    scale: float | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
     target: Target | None = None,
@@ -73,6 +76,7 @@ def block_sparse_attention(
         where blocks are not padded. They follow each other, those of q without gaps, and begin and end at multiples of
         `ALIGNED` rows.
       block: tokens in a block, or places for them.
+      scale: of the logits; None: K^-1/2.
       return_lse: also return the log-sum-exp of each query's scaled logits.
       implementation: None takes the best that can do this on the target, and always works; a name takes exactly that
         one.
@@ -92,9 +96,17 @@ def block_sparse_attention(
     lists = _checked(q, k, Lists(q2k, q2k_count, kv_sizes, q_sizes, q_first, kv_first), block)
     if not isinstance(q, Tracer) and (reason := IMPLEMENTATIONS[name].unavailable(target)):
         raise NotImplementedError(f"block-sparse attention implementation {name!r}: {reason}")
+    scale = scale_of(q, scale)
+    if not SCALES[0] <= scale <= SCALES[1]:  # padded keys are masked by what the products are
+        raise ValueError(f"block_sparse_attention: scale is {scale!r}; it must lie in {SCALES[0]}..{SCALES[1]}")
     _log_once(name, q.shape, k.shape[1], str(q.dtype), block)
-    out, lse = _attention(name, block, target, q, k, v, lists)  # pyright: ignore[reportGeneralTypeIssues]
+    out, lse = _attention(name, block, target, scale, q, k, v, lists)  # pyright: ignore[reportGeneralTypeIssues]
     return (out, lse) if return_lse else out
+
+
+def scale_of(q: Any, scale: float | None) -> float:
+    """The scale of the logits of q [...,K] where it may be left out."""
+    return float(q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def choose(
@@ -193,25 +205,25 @@ def _check_rows(q: Any, k: Any, lists: Lists) -> tuple[int, int]:
     return lists.q_sizes.size, lists.kv_sizes.size
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _attention(
-    name: str, block: int, target: Target, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists
+    name: str, block: int, target: Target, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists
 ) -> tuple[jax.Array, jax.Array]:
-    return IMPLEMENTATIONS[name].forward(q, k, v, lists, block=block, target=target)
+    return IMPLEMENTATIONS[name].forward(q, k, v, lists, block=block, target=target, scale=scale)
 
 
 def _forward(
-    name: str, block: int, target: Target, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists
+    name: str, block: int, target: Target, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists
 ) -> tuple[Any, Any]:
-    out, lse = IMPLEMENTATIONS[name].forward(q, k, v, lists, block=block, target=target)
+    out, lse = IMPLEMENTATIONS[name].forward(q, k, v, lists, block=block, target=target, scale=scale)
     return (out, lse), (q, k, v, out, lse, lists)
 
 
-def _backward(name: str, block: int, target: Target, residuals: Any, cotangents: Any) -> Any:
+def _backward(name: str, block: int, target: Target, scale: float, residuals: Any, cotangents: Any) -> Any:
     *operands, lists = residuals
     dout, dlse = cotangents
     dlse = jnp.where(jnp.isfinite(operands[-1]), dlse, 0)  # the log-sum-exp of no keys is a constant
-    return *IMPLEMENTATIONS[name].backward(*operands, dout, dlse, lists, block=block, target=target), None
+    return *IMPLEMENTATIONS[name].backward(*operands, dout, dlse, lists, block=block, target=target, scale=scale), None
 
 
 _attention.defvjp(_forward, _backward)

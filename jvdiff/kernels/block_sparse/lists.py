@@ -123,11 +123,13 @@ def padded_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """An implementation's `forward` for padded blocks -> one for blocks that begin anywhere, too."""
 
     @functools.wraps(forward)
-    def anywhere(q, k, v, lists: Lists, *, block: int, target: Target) -> tuple[jax.Array, jax.Array]:
+    def anywhere(q, k, v, lists: Lists, *, block: int, target: Target, scale: float) -> tuple[jax.Array, jax.Array]:
         if lists.q_first is None:
-            return forward(q, k, v, lists, block=block, target=target)
+            return forward(q, k, v, lists, block=block, target=target, scale=scale)
         queries, keys, plain = _blocks(lists, block)
-        out, lse = forward(queries.padded(q), keys.padded(k), keys.padded(v), plain, block=block, target=target)
+        out, lse = forward(
+            queries.padded(q), keys.padded(k), keys.padded(v), plain, block=block, target=target, scale=scale
+        )
         return queries.packed(out, q.shape[1]), queries.packed(lse, q.shape[1], axis=2)
 
     return anywhere
@@ -138,14 +140,14 @@ def padded_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def anywhere(
-        q, k, v, out, lse, dout, dlse, lists: Lists, *, block: int, target: Target
+        q, k, v, out, lse, dout, dlse, lists: Lists, *, block: int, target: Target, scale: float
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         if lists.q_first is None:
-            return backward(q, k, v, out, lse, dout, dlse, lists, block=block, target=target)
+            return backward(q, k, v, out, lse, dout, dlse, lists, block=block, target=target, scale=scale)
         queries, keys, plain = _blocks(lists, block)
         of_queries = queries.padded(q), keys.padded(k), keys.padded(v), queries.padded(out), queries.padded(lse, axis=2)
         cotangents = queries.padded(dout), queries.padded(dlse, axis=2)
-        dq, dk, dv = backward(*of_queries, *cotangents, plain, block=block, target=target)
+        dq, dk, dv = backward(*of_queries, *cotangents, plain, block=block, target=target, scale=scale)
         return queries.packed(dq, q.shape[1]), keys.packed(dk, k.shape[1]), keys.packed(dv, k.shape[1])
 
     return anywhere

@@ -39,7 +39,7 @@ _EIGHT = 8  # rows that a copy cannot divide, since they lie together in shared 
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, and the natural log-sum-exp, float32 [B,N,L]."""
     B, L, N, _ = q.shape
@@ -49,7 +49,7 @@ def forward(
         q, k, v = (jnp.pad(x, ((0, 0), (0, block), (0, 0), (0, 0))) for x in (q, k, v))  # a copy reads zeros there
     out, lse = _call(
         "forward",
-        functools.partial(_forward_kernel, shape=shape, block=block),
+        functools.partial(_forward_kernel, shape=shape, block=block, scale=scale * _LOG2_E),
         shape,
         grid=(B, N, places // (ROWS * shape.warpgroups)),
         out_type=(
@@ -72,11 +72,10 @@ def forward(
 
 def _forward_kernel(
     q_ref, k_ref, v_ref, entry_ref, count_ref, bias_ref, load_ref, store_ref, out_ref, lse_ref, *,
-    q_smem, lse_smem, k_smem, v_smem, own, k_signals, v_signals, turn, shape, block,
+    q_smem, lse_smem, k_smem, v_smem, own, k_signals, v_signals, turn, shape, block, scale,
 ):  # fmt: skip
     b, n, i, wg = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
     K = q_ref.shape[-1]
-    scale = K**-0.5 * _LOG2_E
     ring = _key_ring(shape, block, entry_ref, count_ref, b, n, i)
     keys = ring.stream(k_signals, (lambda rows: k_ref.at[b, rows, n], k_smem))
     values = ring.stream(v_signals, (lambda rows: v_ref.at[b, rows, n], v_smem))
@@ -170,6 +169,7 @@ def backward(
     *,
     block: int,
     target: Target,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk and dv in the dtypes of q, k and v, from the cotangents of out and of the log-sum-exp."""
     B, L, N, K = q.shape
@@ -182,7 +182,7 @@ def backward(
     shape = shapes(block, K, target.kind)["dq"]
     dq = _call(
         "dq",
-        functools.partial(_dq_kernel, shape=shape, block=block),
+        functools.partial(_dq_kernel, shape=shape, block=block, scale=scale),
         shape,
         grid=(B, N, L // (ROWS * shape.warpgroups)),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -202,7 +202,7 @@ def backward(
     parts = lists if shape.step == block else split(lists, block, shape.step, block)
     dk, dv = _call(
         "dkv",
-        functools.partial(_dkv_kernel, shape=shape, block=block),
+        functools.partial(_dkv_kernel, shape=shape, block=block, scale=scale),
         shape,
         grid=(B, N, k.shape[1] // (ROWS * shape.warpgroups)),
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
@@ -222,7 +222,7 @@ def backward(
 
 def _dq_kernel(
     q_ref, k_ref, v_ref, do_ref, stats_ref, entry_ref, count_ref, bias_ref, dq_ref, *,
-    q_smem, do_smem, stats_smem, k_smem, v_smem, own, k_signals, v_signals, shape, block,
+    q_smem, do_smem, stats_smem, k_smem, v_smem, own, k_signals, v_signals, shape, block, scale,
 ):  # fmt: skip
     b, n, i, wg = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
     K = q_ref.shape[-1]
@@ -244,14 +244,14 @@ def _dq_kernel(
             logits, dweights = _products((q_smem.at[wg], k_slot.T, None), (do_smem.at[wg], v_slot.T, None))
             logits = _masked(logits, entry, bias_ref)
             values.release(j)
-            weights = jnp.exp2(logits * (K**-0.5 * _LOG2_E) - _columns(lse, logits))
+            weights = jnp.exp2(logits * (scale * _LOG2_E) - _columns(lse, logits))
             dlogits = weights * (dweights - _columns(delta, dweights))
             (dq,) = _products((dlogits.astype(q_ref.dtype), k_slot, dq))
             keys.release(j)
             return dq
 
         dq = ring.walk(step, _zeros(K))
-        q_smem[wg] = (dq * K**-0.5).astype(dq_ref.dtype)
+        q_smem[wg] = (dq * scale).astype(dq_ref.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem.at[wg], dq_ref.at[b, rows, n])
         plgpu.wait_smem_to_gmem(0)
@@ -261,7 +261,7 @@ def _dq_kernel(
 
 def _dkv_kernel(
     q_ref, k_ref, v_ref, do_ref, stats_ref, offset_ref, query_ref, size_ref, dk_ref, dv_ref, *,
-    k_smem, v_smem, q_smem, do_smem, stats_smem, own, q_signals, do_signals, shape, block,
+    k_smem, v_smem, q_smem, do_smem, stats_smem, own, q_signals, do_signals, shape, block, scale,
 ):  # fmt: skip
     b, n, i, wg = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
     K = q_ref.shape[-1]
@@ -284,7 +284,7 @@ def _dkv_kernel(
         # Transposed: a row of these products is one key.
         logits, dweights = _products((k_smem.at[wg], q_slot.T, None), (v_smem.at[wg], do_slot.T, None))
         lse = _load(stats.at[0], axis=0)
-        weights = jnp.exp2(logits * (K**-0.5 * _LOG2_E) - lax.broadcast_in_dim(lse, logits.shape, [1]))
+        weights = jnp.exp2(logits * (scale * _LOG2_E) - lax.broadcast_in_dim(lse, logits.shape, [1]))
         delta = _load(stats.at[1], axis=0)
         dlogits = weights * (dweights - lax.broadcast_in_dim(delta, logits.shape, [1]))
         dv, dk = _products((weights.astype(q_ref.dtype), do_slot, dv), (dlogits.astype(q_ref.dtype), q_slot, dk))
@@ -302,7 +302,7 @@ def _dkv_kernel(
         # What was computed of padded keys stayed in their rows, and is dropped here.
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS, K), 0, layout=plgpu.Layout.WGMMA)
         valid = row < size_ref[kv_block] - (lax.rem(first, jnp.int32(block)) + wg * ROWS)
-        k_smem[wg] = jnp.where(valid, dk * K**-0.5, 0.0).astype(dk_ref.dtype)
+        k_smem[wg] = jnp.where(valid, dk * scale, 0.0).astype(dk_ref.dtype)
         v_smem[wg] = jnp.where(valid, dv, 0.0).astype(dv_ref.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_smem.at[wg], dk_ref.at[b, rows, n])

@@ -104,14 +104,14 @@ def parts(q: Any, block: int, target: Target) -> tuple[int, int]:
 
 @padded_forward
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, and the natural log-sum-exp, float32 [B,N,L]."""
     B, L, N, K = q.shape
     shape = shapes(block, K, q.dtype)["forward"]
     lists = _split(lists, block, shape)
     return _call(
-        functools.partial(_forward_kernel, shape=shape, scale=K**-0.5),
+        functools.partial(_forward_kernel, shape=shape, scale=scale),
         "forward",
         shape,
         grid=(L // shape.block_q, N, B),
@@ -159,6 +159,7 @@ def backward(
     *,
     block: int,
     target: Target,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk and dv in the dtypes of q, k and v, from the cotangents of out and of the log-sum-exp."""
     B, L, N, K = q.shape
@@ -166,7 +167,6 @@ def backward(
     delta = jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2) - dlse  # [B,L,N] -> [B,N,L]
     # Of a query without keys exp2(logit - lse) must be 0.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * _LOG2_E)
-    scale = K**-0.5
     shape = shapes(block, K, q.dtype)
 
     rows, keys, *_ = shape["dq"]
