@@ -338,8 +338,6 @@ def test_cudnn_gives_gradients_and_leaves_tangents_to_xla(monkeypatch, caplog):
     assert [r.args for r in caplog.records] == [("cuDNN",)]
 
 
-
-
 def test_cudnn_is_the_choice_on_a_gpu():
     x = jax.ShapeDtypeStruct((1, 75_600, 12, 128), jnp.bfloat16)
     assert kernels.choose(x, x, x, target=HOPPER) == "cudnn"

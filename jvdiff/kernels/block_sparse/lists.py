@@ -1,12 +1,17 @@
 """Which key blocks each query block sees: lists of block numbers, their division into smaller blocks, their transpose.
 
-B batch · N heads · Nq query blocks · Nkv key blocks · M places in a row of a list. Plain integer arithmetic, jittable.
+B batch · N heads · Nq query blocks · Nkv key blocks · M places in a row of a list · L rows of an operand. Plain integer
+arithmetic, jittable.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jvdiff.runtime.target import Target
 
 
 class Lists(NamedTuple):
@@ -15,11 +20,17 @@ class Lists(NamedTuple):
     q2k: int32 [B,N,Nq,M], distinct key blocks; in range everywhere, meaningless from q2k_count on.
     q2k_count: int32 [B,N,Nq].
     kv_sizes: int32 [Nkv], valid tokens of each key block; they come first in it.
+    q_sizes: int32 [Nq], those of each query block; None: whatever is not told to be empty is computed.
+    q_first, kv_first: int32 [Nq] and [Nkv], ascending: the row of each block's first token. None: blocks are padded,
+      and block i begins at row i * block. With q_first there are q_sizes.
     """
 
     q2k: Any
     q2k_count: Any
     kv_sizes: Any
+    q_sizes: Any = None
+    q_first: Any = None
+    kv_first: Any = None
 
 
 def listed(lists: Lists) -> jax.Array:
@@ -31,13 +42,13 @@ def split(lists: Lists, block: int, block_q: int, block_kv: int) -> Lists:
     """The same attention in smaller blocks: each query block of `block` tokens becomes block / block_q, likewise keys.
 
     Key blocks left without valid tokens are dropped from the rows (whether or not anything is divided), the rest stays
-    in order. Both sizes must divide `block`.
+    in order; query blocks left without any see nothing. Both sizes must divide `block`.
     """
     parts_q, parts_kv = block // block_q, block // block_kv
-    q2k, _, sizes = lists = Lists(*map(jnp.asarray, lists))
+    q2k, sizes = jnp.asarray(lists.q2k), jnp.asarray(lists.kv_sizes)
     B, N, Nq, M = q2k.shape
     part = jnp.arange(parts_kv, dtype=jnp.int32)
-    sizes = jnp.clip(sizes[:, None] - part[None] * block_kv, 0, block_kv)  # [Nkv,parts]
+    sizes = parts_of(sizes, block, block_kv).reshape(-1, parts_kv)  # [Nkv,parts]
     valid = listed(lists)[..., None] & (sizes > 0)[q2k]  # [B,N,Nq,M,parts]
     children = q2k[..., None] * parts_kv + part[None, None, None, None]  # [B,N,Nq,M,parts]
     children = children.reshape(B, N, Nq, M * parts_kv)  # [B,N,Nq,M*parts]
@@ -46,12 +57,27 @@ def split(lists: Lists, block: int, block_q: int, block_kv: int) -> Lists:
     put = lambda row, place: jnp.zeros_like(row).at[place].set(row, mode="drop")  # noqa: E731
     # A row at a time, [B*N*Nq,M*parts]
     children = jax.vmap(put)(children.reshape(-1, M * parts_kv), place.reshape(-1, M * parts_kv))
-    count = jnp.sum(valid, axis=-1, dtype=jnp.int32)
+    count = jnp.repeat(jnp.sum(valid, axis=-1, dtype=jnp.int32), parts_q, axis=2)  # [B,N,Nq*parts_q]
+    q_sizes = None if lists.q_sizes is None else parts_of(lists.q_sizes, block, block_q)
     return Lists(
         jnp.repeat(children.reshape(B, N, Nq, M * parts_kv), parts_q, axis=2),  # [B,N,Nq*parts_q,M*parts]
-        jnp.repeat(count, parts_q, axis=2),  # [B,N,Nq*parts_q]
+        count if q_sizes is None else jnp.where(q_sizes[None, None] > 0, count, 0),
         sizes.reshape(-1),  # [Nkv*parts]
+        q_sizes,
+        None if lists.q_first is None else starts_of(lists.q_first, block, block_q),
+        None if lists.kv_first is None else starts_of(lists.kv_first, block, block_kv),
     )
+
+
+def starts_of(first: Any, block: int, part: int) -> jax.Array:
+    """int32 [blocks*block/part]: the first row of each part of each block, from int32 [blocks]."""
+    return (jnp.asarray(first)[:, None] + jnp.arange(0, block, part, dtype=jnp.int32)[None]).reshape(-1)
+
+
+def parts_of(sizes: Any, block: int, part: int) -> jax.Array:
+    """int32 [blocks*block/part]: how many tokens each part of each block holds, from int32 [blocks]."""
+    starts = jnp.arange(0, block, part, dtype=jnp.int32)
+    return jnp.clip(jnp.asarray(sizes)[:, None] - starts[None], 0, part).reshape(-1)
 
 
 def transpose(lists: Lists) -> tuple[jax.Array, jax.Array]:
@@ -60,12 +86,74 @@ def transpose(lists: Lists) -> tuple[jax.Array, jax.Array]:
     offsets int32 [B,N,Nkv+1] and queries int32 [B,N,Nq*M]: key block j is seen by the query blocks
     queries[offsets[j]:offsets[j+1]], in ascending order. Places beyond offsets[Nkv] hold numbers in range.
     """
-    q2k, _, sizes = lists = Lists(*map(jnp.asarray, lists))
-    B, N, Nq, M = q2k.shape
-    Nkv = sizes.shape[0]
+    q2k = jnp.asarray(lists.q2k)
+    (B, N, Nq, M), Nkv = q2k.shape, lists.kv_sizes.shape[0]
     # One number per entry, by key block and then by query block: sorting numbers is cheaper than sorting pairs.
     code = q2k * Nq + jax.lax.broadcasted_iota(jnp.int32, q2k.shape, 2)
     code = jnp.sort(jnp.where(listed(lists), code, Nkv * Nq).reshape(B, N, Nq * M), axis=-1)  # [B,N,Nq*M]
     starts = jnp.arange(Nkv + 1, dtype=jnp.int32) * Nq
     offsets = jax.vmap(lambda row: jnp.searchsorted(row, starts))(code.reshape(-1, Nq * M))  # [B*N,Nkv+1]
     return offsets.reshape(B, N, Nkv + 1).astype(jnp.int32), code % Nq  # [B,N,Nkv+1], [B,N,Nq*M]
+
+
+class Blocks(NamedTuple):
+    """Where the tokens of blocks lie that are not padded: first and sizes int32 [blocks], of `block` places each."""
+
+    first: Any
+    sizes: Any
+    block: int
+
+    def padded(self, x: jax.Array, axis: int = 1) -> jax.Array:
+        """The rows of x on an axis -> blocks*block places, zero where no token lies."""
+        place = jnp.arange(self.block, dtype=jnp.int32)[None]
+        row = jnp.asarray(self.first)[:, None] + place  # [blocks,block]
+        row = jnp.where(place < jnp.asarray(self.sizes)[:, None], row, x.shape[axis])
+        return jnp.take(x, row.reshape(-1), axis=axis, mode="fill", fill_value=0)
+
+    def packed(self, x: jax.Array, rows: int, axis: int = 1) -> jax.Array:
+        """The inverse: blocks*block places on an axis -> `rows` rows, zero for those in no block."""
+        first, row = jnp.asarray(self.first), jnp.arange(rows, dtype=jnp.int32)
+        number = jnp.searchsorted(first, row, side="right").astype(jnp.int32) - 1  # [rows]
+        place = row - first[number]
+        place = jnp.where(place < jnp.asarray(self.sizes)[number], number * self.block + place, x.shape[axis])
+        return jnp.take(x, place, axis=axis, mode="fill", fill_value=0)
+
+
+def padded_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """An implementation's `forward` for padded blocks -> one for blocks that begin anywhere, too."""
+
+    @functools.wraps(forward)
+    def anywhere(q, k, v, lists: Lists, *, block: int, target: Target, scale: float) -> tuple[jax.Array, jax.Array]:
+        if lists.q_first is None:
+            return forward(q, k, v, lists, block=block, target=target, scale=scale)
+        queries, keys, plain = _blocks(lists, block)
+        out, lse = forward(
+            queries.padded(q), keys.padded(k), keys.padded(v), plain, block=block, target=target, scale=scale
+        )
+        return queries.packed(out, q.shape[1]), queries.packed(lse, q.shape[1], axis=2)
+
+    return anywhere
+
+
+def padded_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for `backward`."""
+
+    @functools.wraps(backward)
+    def anywhere(
+        q, k, v, out, lse, dout, dlse, lists: Lists, *, block: int, target: Target, scale: float
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        if lists.q_first is None:
+            return backward(q, k, v, out, lse, dout, dlse, lists, block=block, target=target, scale=scale)
+        queries, keys, plain = _blocks(lists, block)
+        of_queries = queries.padded(q), keys.padded(k), keys.padded(v), queries.padded(out), queries.padded(lse, axis=2)
+        cotangents = queries.padded(dout), queries.padded(dlse, axis=2)
+        dq, dk, dv = backward(*of_queries, *cotangents, plain, block=block, target=target, scale=scale)
+        return queries.packed(dq, q.shape[1]), keys.packed(dk, k.shape[1]), keys.packed(dv, k.shape[1])
+
+    return anywhere
+
+
+def _blocks(lists: Lists, block: int) -> tuple[Blocks, Blocks, Lists]:
+    """Where queries and keys lie, and the lists of the same blocks when they are padded."""
+    queries, keys = Blocks(lists.q_first, lists.q_sizes, block), Blocks(lists.kv_first, lists.kv_sizes, block)
+    return queries, keys, lists._replace(q_first=None, kv_first=None)
