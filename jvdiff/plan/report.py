@@ -49,7 +49,7 @@ def resolved(config: Any) -> tuple[Any, Any]:
     family, known, defaults = describe(config.checkpoint, config.get("family"), bool(config.get("follow_symlinks")))
     given = {name: config.get(name) for name in names(family.settings)}
     clip = family.clip(known, pipeline.resolve(family, known, defaults, given))
-    dtypes = precision.choose(config.precision, "gpu" if config.plan_target else None)
+    dtypes = precision.choose(config.precision, config.get("vae_decode"), "gpu" if config.plan_target else None)
     return pipeline.Context(family, known, dtypes), clip
 
 
@@ -121,11 +121,12 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
 def _heading(context: Any, clip: Any, target: str | None, shape: Any) -> Iterator[str]:
     import jax
 
+    dtypes = context.precision
     device = f"{target} (compiled without the device)" if target else jax.devices()[0].device_kind
     frames, height, width = clip.frames
     guidance = " then ".join(dict.fromkeys(str(segment.guidance) for segment in clip.segments))
     yield f"plan: {width}x{height}, {frames} frames, {clip.sampler.steps} steps, guidance {guidance}"
-    yield f"device: {device}   precision: {context.precision.name}   jax {jax.__version__}"
+    yield f"device: {device}   precision: {dtypes.name}   frames: {dtypes.vae_decode}   jax {jax.__version__}"
     if shape is not None:
         yield f"mesh: {shape}, {shape.devices} devices; FLOPs and bytes are those of one"
 
