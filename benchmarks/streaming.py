@@ -118,7 +118,7 @@ def measured(checkpoint: str | None, chunks: int, device: str | None) -> dict[st
 
 def random_pipeline(config: streaming.StreamInferencePipelineConfig) -> streaming.StreamInferencePipeline:
     """The configuration with random weights of its own sizes, in the precision of this backend."""
-    config = streaming.derive_config(config, enable_sync_and_profile=True)
+    config = streaming.derive_config(streaming.decoding(config, precision.choose()), enable_sync_and_profile=True)
     leaves, tree = jax.tree.flatten(abstract_params(config, precision.choose()))
 
     def one(key: jax.Array, x: Any) -> jax.Array:
@@ -152,12 +152,13 @@ def resident() -> float:
 
 def compiled(target: str) -> list[dict[str, Any]]:
     """Compiles the 1.3B model's programs for one such GPU and prints what each needs and should take."""
-    config = SELF_FORCING_WAN_2_1_T2V_1_3B
+    dtypes = precision.choose("bfloat16", backend="gpu")
+    config = streaming.decoding(SELF_FORCING_WAN_2_1_T2V_1_3B, dtypes)
     here = NamedSharding(plan.target_mesh(target, MeshShape()), PartitionSpec())
     there = lambda tree: jax.tree.map(  # noqa: E731
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here if x.ndim else None), tree
     )
-    params = there(abstract_params(config, precision.choose("bfloat16")))
+    params = there(abstract_params(config, dtypes))
     pipe = config.setup(params)
     cache = there(pipe.abstract_cache(1))
     rows = []
