@@ -117,7 +117,7 @@ def measured(checkpoint: str | None, chunks: int, device: str | None) -> dict[st
 
 def random_pipeline(config: streaming.StreamInferencePipelineConfig) -> streaming.StreamInferencePipeline:
     """The configuration with random weights of its own sizes, in the precision of this backend."""
-    config = streaming.derive_config(config, enable_sync_and_profile=True)
+    config = streaming.derive_config(streaming.decoding(config, precision.choose()), enable_sync_and_profile=True)
     leaves, tree = jax.tree.flatten(abstract_params(config, precision.choose()))
 
     def one(key: jax.Array, x: Any) -> jax.Array:
@@ -151,13 +151,14 @@ def resident() -> float:
 
 def compiled(target: str) -> list[dict[str, Any]]:
     """Compiles the 1.3B model's programs for one such GPU and prints what each needs and should take."""
-    config = SELF_FORCING_WAN_2_1_T2V_1_3B
     placement = plan.target_placement(target)
     here = placement.everywhere
+    dtypes = precision.choose("bfloat16", target=plan.described(target))
+    config = streaming.decoding(SELF_FORCING_WAN_2_1_T2V_1_3B, dtypes)
     there = lambda tree: jax.tree.map(  # noqa: E731
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here if x.ndim else None), tree
     )
-    params = there(abstract_params(config, precision.choose("bfloat16")))
+    params = there(abstract_params(config, dtypes))
     pipe = config.setup(params, placement)
     cache = there(pipe.abstract_cache(1))
     rows = []

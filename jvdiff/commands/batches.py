@@ -22,6 +22,7 @@ from jvdiff.commands.command_line import say
 from jvdiff.commands.jobs import Job, facts
 from jvdiff.errors import Interrupted, InUse, JvdiffError, ResourceError
 from jvdiff.pipeline import Repository
+from jvdiff.precision import Precision
 from jvdiff.runtime import claims, peers, run_state
 from jvdiff.runtime.files import hidden
 
@@ -37,9 +38,11 @@ class Batch:
     failed: numbers of those that this process could not make
     """
 
-    def __init__(self, jobs: Sequence[Job], repository: Repository, precision: str, output: Path, stop_at: int | None):
+    def __init__(
+        self, jobs: Sequence[Job], repository: Repository, dtypes: Precision, output: Path, stop_at: int | None
+    ):
         self.jobs, self.output, self.last, self.failed = jobs, output, stop_at or math.inf, set()
-        asked = [facts(job, repository, precision) for job in jobs]
+        asked = [facts(job, repository, dtypes) for job in jobs]
         self._names = [
             tuple(n for n in each if n != "seed" or job.seed_given) for job, each in zip(jobs, asked, strict=True)
         ]

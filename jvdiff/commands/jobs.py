@@ -191,7 +191,7 @@ def slug(text: Any) -> str:
     return re.sub(r"\W+", "-", str(text).lower())[:48].strip("-_") or "video"
 
 
-def facts(job: Job, repository: Repository, precision: str) -> dict[str, Any]:
+def facts(job: Job, repository: Repository, dtypes: Precision) -> dict[str, Any]:
     """What decides a clip, as JSON values: two runs with equal facts make the same one (on CPU, bit for bit)."""
     family = repository.family
     subject = family.describe(repository.models, job.subject)
@@ -201,7 +201,8 @@ def facts(job: Job, repository: Repository, precision: str) -> dict[str, Any]:
         "seed": job.seed,
         **image,
         **job.clip.facts(),
-        "precision": precision,
+        "precision": dtypes.name,
+        "vae_decode": dtypes.vae_decode,
         "checkpoint_digest": repository.digest,
     }
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from jvdiff import precision
 from jvdiff.commands import command_line
 from jvdiff.commands.command_line import say
 from jvdiff.commands.one_video import device, printable, versions
@@ -88,9 +89,15 @@ class Rollout:
             "prompts": {str(i): prompt for i, prompt in self.prompts.items()},
             **{name: getattr(self, name) for name in FACTS},
             "image": digest,
+            "vae_decode": decoded(self.config),
             "pipeline": to_json(self.config),
             "checkpoint_digest": self.checkpoint_digest,
         }
+
+
+def decoded(config: StreamInferencePipelineConfig) -> str | None:
+    """How frames are decoded, a name of `precision.DECODING`; None where a decoder of one's own does not say."""
+    return getattr(config.decoder, "arithmetic", None)
 
 
 def is_whole(rollout: Rollout) -> bool:
@@ -328,6 +335,8 @@ def _write_record(making: _Making, checkpoint: str, seconds: Mapping[str, float]
     """Writes the contact sheet, and then the record of the run."""
     rollout, done = making.rollout, making.done
     record = rollout.facts() | {"chunks": done, "frames": making.film.frames, "checkpoint": printable(checkpoint)}
+    if how := decoded(rollout.config):
+        record["dtypes"] = precision.told(precision.choose(rollout.precision, how))
     record |= {"device": device(making.pipe), "versions": versions(), "resumed_at_chunk": rollout.done or None}
     record |= {"environment": environment.numerics(), "autotuning": environment.autotuning()}
     record |= {"seconds": {name: round(value, 3) for name, value in seconds.items()}}

@@ -14,13 +14,14 @@ import os
 import platform
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from jvdiff import pipeline
+from jvdiff import pipeline, precision
 from jvdiff.commands import command_line
 from jvdiff.commands.arguments import Request
 from jvdiff.commands.command_line import say
@@ -35,6 +36,8 @@ from jvdiff.runtime.files import atomic, claim
 from jvdiff.runtime.interrupts import deferred
 from jvdiff.runtime.records import signed
 from jvdiff.streaming import StreamInferencePipeline
+
+T = TypeVar("T")
 
 
 def stage(name: str) -> contextlib.AbstractContextManager[None]:
@@ -136,7 +139,7 @@ class _Making:
         arrays = {name: np.asarray(array) for name, array in zip(self.state._fields, self.state, strict=True)}
         if not peers.writes():
             return Path(f"{self.base}.state")
-        identity = facts(self.job, pipe.repository, pipe.precision.name)
+        identity = facts(self.job, pipe.repository, pipe.precision)
         identity |= {"environment": environment.numerics(), "versions": versions()}
         saved = run_state.RunState(identity, self.done, arrays)
         return rescue.kept(lambda base: run_state.save(f"{base}.state", saved), self.bases)
@@ -330,12 +333,12 @@ def _record(making: _Making) -> dict[str, Any]:
     pipe, job = making.maker.pipe, making.job
     chosen = attention(pipe.context, job.clip, job.inputs)
     return (
-        facts(job, pipe.repository, pipe.precision.name)
+        facts(job, pipe.repository, pipe.precision)
         | pipe.family.describe(pipe.models, job.subject)
         | {
             "fps": job.clip.settings.fps,
             "checkpoint": printable(pipe.repository.path),
-            "dtypes": dataclasses.asdict(pipe.precision),
+            "dtypes": precision.told(pipe.precision),
             "sigmas": samplers.sigmas(making.solver),
             "attention_chosen": chosen[0] if len(chosen) == 1 else chosen,
             "environment": environment.numerics(),
@@ -381,16 +384,32 @@ def write_files(making: _Making, latents: np.ndarray, record: dict[str, Any], no
     if making.job.claim is not None:
         making.job.claim.check()
     metadata = {name: x for name, x in record.items() if name not in _OF_THE_RECORD}
-    if no_mp4 is None:
-        path = videos.write_mp4(f"{base}.mp4", video, fps, metadata)
-    else:
-        path = videos.write_apng(f"{base}.apng", video, fps)
-    videos.write_png(f"{base}.png", videos.contact_sheet(video), metadata)
+    with _beside(lambda: videos.png(videos.contact_sheet(video), metadata)) as sheet:
+        if no_mp4 is None:
+            path = videos.write_mp4(f"{base}.mp4", video, fps, metadata)
+        else:
+            path = videos.write_apng(f"{base}.apng", video, fps)
+        with atomic(f"{base}.png") as part:
+            part.write_bytes(sheet.result())
     if making.maker.config.save_arrays:
         _write_arrays(base, suffix=".npz", latents=latents, video=video)
     with atomic(f"{base}.json") as part:
         part.write_text(json.dumps(signed(base, record), indent=2, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+@contextlib.contextmanager
+def _beside(work: Callable[[], T]) -> Iterator[Future[T]]:
+    """Work in a thread of its own while the block runs, whose errors are raised by `result()`, in this thread.
+
+    The work touches no file: files are written here, in their order. A block that fails, or that a signal ends, does
+    not wait for it.
+    """
+    thread = ThreadPoolExecutor(1)
+    try:
+        yield thread.submit(work)
+    finally:
+        thread.shutdown(wait=False)
 
 
 def _write_arrays(base: Path, *, suffix: str, **arrays: Any) -> Path:

@@ -13,6 +13,11 @@ from jvdiff.runtime.peers import Processes
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+def _vae_decode() -> Any:
+    meaning = "how frames are decoded; none: bf16 on a GPU (tf32 with precision=float32), exact elsewhere"
+    return option(None, meaning, choices=("exact", "tf32", "bf16"))
+
+
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
@@ -42,6 +47,7 @@ class Weights:
     )
     family: str | None = family()
     precision: str | None = option(None, "none: what the device is good at", choices=("float32", "bfloat16"))
+    vae_decode: str | None = _vae_decode()
     mesh: str | dict[str, int] | None = option(
         None, "several devices: sequence=4,tensor=2, or auto (the smallest that fits); none: one"
     )
@@ -110,6 +116,7 @@ class StreamModel:
         "diffusion_model.transformer.window_size_t (docs/streaming.md)",
     )
     precision: str | None = option(None, "none: what the device is good at", choices=("float32", "bfloat16"))
+    vae_decode: str | None = _vae_decode()
     mesh: str | dict[str, int] | None = option(None, "several devices: sequence=4,tensor=2; none: one")
     profile: bool = option(True, "milliseconds of each stage, for which each is waited for; false: a little faster")
     compile_cache: str | None = option(

@@ -14,6 +14,7 @@ Exit status: 0 done, or stopped at stop_at · 2 usage · 3 checkpoint or data, o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,17 +155,19 @@ def _run(request: Request) -> list[Path]:
     batch, problems = None, []
     if config.resume is not None:
         state = run_state.load(config.resume)
+        before = {"vae_decode": precision.choose("float32").vae_decode}  # of versions that do not say so
+        state = dataclasses.replace(state, facts=before | dict(state.facts))
         wanted = [jobs.resumed(config, state, request.given, repository)]
-        dtypes = precision.choose(state.facts["precision"])
+        dtypes = precision.choose(state.facts["precision"], state.facts["vae_decode"])
     else:
-        dtypes = precision.choose(config.precision)
+        dtypes = precision.choose(config.precision, config.vae_decode)
         wanted, problems = jobs.make_jobs(config, repository)
         if config.seeds is not None or jobs.are_entries(config, repository):
-            batch = batches.Batch(wanted, repository, dtypes.name, output, config.stop_at)
+            batch = batches.Batch(wanted, repository, dtypes, output, config.stop_at)
             wanted = _left(batch)
     for problem in problems:
         say(f"error: {problem}")
-    peers.agree("what to make, of which weights", [jobs.facts(job, repository, dtypes.name) for job in wanted])
+    peers.agree("what to make, of which weights", [jobs.facts(job, repository, dtypes) for job in wanted])
     mesh = jobs.choose_mesh(wanted, repository, dtypes, config.mesh)
     _sift(wanted, batch, problems, lambda job: jobs.check_mesh(job, repository, mesh))
     context = pipeline.Context(repository.family, repository.models, dtypes, pipeline.place(mesh))
@@ -177,7 +180,7 @@ def _run(request: Request) -> list[Path]:
         command_line.compile_cache(config.compile_cache)
         command_line.say_device(pipeline.abstract_params(repository.family, repository.models, dtypes), mesh)
         with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_video.stage("load"):
-            pipe = pipeline.load(repository, dtypes.name, mesh)
+            pipe = pipeline.load(repository, dtypes.name, mesh, vae_decode=dtypes.vae_decode)
         again = None if batch is None else request.command(stop_at=request.unset("stop_at"))
         maker = one_video.Maker(pipe, config, request, output, asked_to_stop, again)
         every = wanted if batch is None else batch.jobs

@@ -41,7 +41,10 @@ if TYPE_CHECKING:
     from jvdiff.runtime.run_state import RunState
 
 # Fields that a saved state holds, so that the command that goes on need not say them again.
-IN_STATE = ("prompt", "then", "negative_prompt", "reencode", "image", "seed", "fps", "precision", "pipeline", "name")
+IN_STATE = (
+    *("prompt", "then", "negative_prompt", "reencode", "image", "seed", "fps"),
+    *("precision", "vae_decode", "pipeline", "name"),
+)
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -150,6 +153,7 @@ def _run(request: Request, began: float) -> list[Path]:
 def _new(config: Any, repository: Any) -> Rollout:
     """The rollout that a config asks for."""
     from jvdiff import precision, streaming
+    from jvdiff.commands import one_stream
     from jvdiff.commands.jobs import slug
     from jvdiff.commands.one_stream import Rollout
     from jvdiff.models.text.tokenizer import check_prompt
@@ -157,7 +161,10 @@ def _new(config: Any, repository: Any) -> Rollout:
 
     prompts = {0: check_prompt(config.prompt)} | _schedule(config.then)
     patch, defaults = config.pipeline or {}, repository.defaults
-    chosen = _override(streaming.config_of(repository), patch, config.profile)
+    dtypes = precision.choose(config.precision, config.vae_decode)
+    chosen = streaming.decoding(_override(streaming.config_of(repository), patch, config.profile), dtypes)
+    if config.vae_decode not in (None, (told := one_stream.decoded(chosen))):
+        raise UsageError(f"vae_decode is {config.vae_decode}, and pipeline.decoder.arithmetic {told}; leave one out.")
     seed = config.seed
     if seed is None and "seed" in patch.get("diffusion_model", {}):
         seed = chosen.diffusion_model.seed
@@ -170,7 +177,7 @@ def _new(config: Any, repository: Any) -> Rollout:
         image=_picture(config.image, chosen),
         seed=seed,
         fps=_first(config.fps, defaults.get("fps"), 16),
-        precision=precision.choose(config.precision).name,
+        precision=dtypes.name,
         checkpoint_digest=repository.digest,
         folder=Path(config.output),
         stem=config.name or f"{slug(config.prompt)}_seed{seed}",
@@ -184,8 +191,8 @@ def _first(*values: Any) -> Any:
 
 def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository: Any) -> Rollout:
     """The rollout that `state` is the beginning of; refuses what differs from it."""
-    from jvdiff import streaming
-    from jvdiff.commands.one_stream import ELSEWHERE, FACTS, Rollout
+    from jvdiff import precision, streaming
+    from jvdiff.commands.one_stream import ELSEWHERE, FACTS, Rollout, decoded
     from jvdiff.media.fragmented_mp4 import FragmentedMP4
     from jvdiff.runtime import environment, run_state
 
@@ -195,11 +202,13 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
     try:
         base = Path(facts.get(ELSEWHERE, folder.with_name(folder.name.removesuffix(".state"))))
         chosen = streaming.config_from_json(facts["pipeline"], streaming.rollout_of(repository))
+        chosen = streaming.decoding(chosen, precision.choose("float32"))  # a version that does not say so decoded so
         prompts = {int(i): prompt for i, prompt in facts["prompts"].items()}
-        now: dict[str, Any] = {name: given[name] for name in FACTS if given.get(name) is not None}
+        asked = (name for name in (*FACTS, "vae_decode") if given.get(name) is not None)
+        now: dict[str, Any] = {name: given[name] for name in asked}
         now["checkpoint_digest"] = repository.digest
         saved = {name: facts[name] for name in (*FACTS, "checkpoint_digest", "image")}
-        saved |= _flat(streaming.to_json(chosen))
+        saved |= _flat(streaming.to_json(chosen)) | {"vae_decode": decoded(chosen)}
     except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
         raise CheckpointError(f"{folder}: the state does not describe a rollout of a video: {error.args[0]}.") from None
     if patch := given.get("pipeline"):

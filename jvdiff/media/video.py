@@ -271,15 +271,22 @@ def read_picture(path: str | os.PathLike, height: int, width: int) -> np.ndarray
 
 def write_png(path: str | os.PathLike, image: np.ndarray, metadata: Mapping[str, Any] | None = None) -> Path:
     """Write a picture uint8 [Y,X,3]; `metadata` becomes JSON in a text chunk named jvdiff."""
+    path, data = expanded("path", path), png(image, metadata)
+    with atomic(path) as part:
+        part.write_bytes(data)
+    return Path(path)
+
+
+def png(image: np.ndarray, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """What `write_png` writes."""
     from PIL import Image, PngImagePlugin
 
-    path, image = expanded("path", path), checked_frames(np.asarray(image)[None])[0]
-    chunks = PngImagePlugin.PngInfo()
+    image = checked_frames(np.asarray(image)[None])[0]
+    chunks, memory = PngImagePlugin.PngInfo(), io.BytesIO()
     if metadata is not None:
         chunks.add_itxt("jvdiff", json.dumps(metadata, ensure_ascii=False))
-    with atomic(path) as part:
-        Image.fromarray(image).save(part, format="png", pnginfo=chunks)
-    return Path(path)
+    Image.fromarray(image).save(memory, format="png", pnginfo=chunks)
+    return memory.getvalue()
 
 
 def latent_preview(latents: np.ndarray, factors: np.ndarray, bias: np.ndarray, enlarge: int = 8) -> np.ndarray:

@@ -190,12 +190,14 @@ class Forward:
     implementation: of self-attention; None is the best that can
     placement: mesh and where activations live on it; None is one device
     dtype: of products, whatever kernels are stored in; None is the kernels'
+    decode: how frames are decoded, a name of `jvdiff.precision.DECODING`; None is as JAX multiplies the weights
     """
 
     pattern: Any = Dense()  # noqa: RUF009 - a frozen value
     implementation: Any = None
     placement: Placement | None = None
     dtype: str | None = None
+    decode: str | None = None
 
     @property
     def target(self) -> Target:
@@ -312,8 +314,8 @@ class Rollout:
     mesh_sizes: (configuration, (T,H,W), batch, pattern) -> what a mesh must divide
     encode_chunk: (weights, configuration, frames [B,F,Y,X,3] in -1..1, VAE's cache or None, placement=) -> (latents
         [B,T,H,W,C] at the VAE's scale, cache)
-    decode_chunk: (weights, configuration, latents [B,T,H,W,C], VAE's cache or None, placement=) -> (float32 frames
-        [B,F,Y,X,3] in -1..1, cache)
+    decode_chunk: (weights, configuration, latents [B,T,H,W,C], VAE's cache or None, placement=, arithmetic=) ->
+        (float32 frames [B,F,Y,X,3] in -1..1, cache); arithmetic: as `Forward.decode`
     normalize_latents: (configuration, latents) -> latents from the VAE's scale to the transformer's
     denormalize_latents: the inverse
     picture_shape: cache of `encode_chunk` -> shape [B,F,Y,X,3] of the frames that it was given

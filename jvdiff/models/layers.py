@@ -16,6 +16,7 @@ multiplied in, unless no other is named.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import flax.linen as nn
@@ -24,21 +25,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvdiff.errors import UsageError
+from jvdiff.precision import DECODING
 from jvdiff.types import Array
 
 
-def product(x: Array, kernel: Any, dtype: Any = None, *, out: Any = None, precision: Any = None) -> Array:
+def product(
+    x: Array, kernel: Any, dtype: Any = None, *, out: Any = None, precision: Any = None, tf32: bool = False
+) -> Array:
     """x [..,in] times a kernel [in,out], see above: every product of the networks with a parameter.
 
     Args:
       x: any float dtype.
       dtype: of the operands. None: the kernel's.
       out: the dtype of the result [..,out], which float32 accumulators are rounded to once. None: that of the operands.
+      tf32: of float32 operands as `as_tf32` gives them.
 
     Raises:
       UsageError: an array of integers, or a compute dtype that is not a float.
     """
     dtype = compute_dtype(kernel, dtype)
+    if tf32:
+        x, kernel = as_tf32(x), as_tf32(as_array(kernel, dtype))
     if _is_array(kernel):
         return jnp.matmul(x.astype(dtype), kernel.astype(dtype), precision=precision, preferred_element_type=out)
     return kernel.product(x, dtype, precision).astype(dtype if out is None else out)
@@ -52,6 +59,11 @@ def as_array(kernel: Any, dtype: Any = None) -> Array:
     """
     dtype = compute_dtype(kernel, dtype)
     return kernel.astype(dtype) if _is_array(kernel) else kernel.array(dtype)
+
+
+def as_tf32(x: Array) -> Array:
+    """float32 as it goes into a product of TF32: a GPU rounds it; elsewhere rounding to 10 bits is emulated."""
+    return jax.lax.platform_dependent(x, cuda=lambda x: x, default=lambda x: jax.lax.reduce_precision(x, 8, 10))
 
 
 def compute_dtype(kernel: Any, dtype: Any = None) -> jnp.dtype:
@@ -69,6 +81,22 @@ def compute_dtype(kernel: Any, dtype: Any = None) -> jnp.dtype:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise UsageError(f"The compute dtype is {dtype}; expected a float, for instance bfloat16 or float32.")
     return dtype
+
+
+def computing(arithmetic: str | None) -> tuple[str | None, bool, AbstractContextManager[None]]:
+    """(dtype, whether products are of TF32, what to multiply in) of a name of `jvdiff.precision.DECODING`.
+
+    None: (None, no, as JAX multiplies).
+
+    Raises:
+      UsageError: there is no such name.
+    """
+    if arithmetic is None:
+        return None, False, nullcontext()
+    if arithmetic not in DECODING:
+        raise UsageError(f"the arithmetic of a decoder is {arithmetic!r:.40}; expected one of {', '.join(DECODING)}.")
+    dtype, products = DECODING[arithmetic]
+    return dtype, arithmetic == "tf32", jax.default_matmul_precision(products)
 
 
 def _is_array(kernel: Any) -> bool:
@@ -105,6 +133,7 @@ class Linear(nn.Module):
     dtype: of operands and result. None: that of the kernel.
     exact: in float32, never TF32, always.
     bias: whether there is one.
+    tf32: as in `product`.
     """
 
     features: int
@@ -112,6 +141,7 @@ class Linear(nn.Module):
     exact: bool = False
     dtype: Any = None
     bias: bool = True
+    tf32: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -119,7 +149,7 @@ class Linear(nn.Module):
         if self.exact:
             y = product(x, kernel, jnp.float32, precision=jax.lax.Precision.HIGHEST)
         else:
-            y = product(x, kernel, self.dtype)
+            y = product(x, kernel, self.dtype, tf32=self.tf32)
         if not self.bias:
             return y
         return y + row(self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32), y)

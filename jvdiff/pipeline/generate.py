@@ -103,6 +103,7 @@ def load(
     precision: str | None = None,
     mesh: Any = None,
     *,
+    vae_decode: str | None = None,
     family: Family | None = None,
     follow_symlinks: bool = False,
 ) -> Pipeline:
@@ -110,9 +111,12 @@ def load(
 
     Args:
         path: the folder with model_index.json, or what `inspect` said of it.
-        precision: a name in `jvdiff.precision.TABLE`; None is bfloat16 with a float32 VAE on GPUs, float32 elsewhere.
+        precision: a name in `jvdiff.precision.TABLE`; None is bfloat16 on GPUs, where the VAE encodes in float32, and
+            float32 elsewhere.
         mesh: how several devices share the work, for instance "sequence=4,tensor=2" or dict(sequence=4, tensor=2); see
             `jvdiff.sharding.MeshShape`. None: one device.
+        vae_decode: how frames are decoded, "exact", "tf32" or "bf16"; None is as `precision` has it on GPUs ("bf16"
+            with bfloat16), exact elsewhere.
         family: your own Family, where the repository is of none that jvdiff has (docs/adding_a_family.md); None: as its
             files say.
         follow_symlinks: let files be links to elsewhere; those into a cache of the hub are files anyway.
@@ -122,7 +126,7 @@ def load(
         UsageError: no such folder, a causal model (see `jvdiff.streaming.load`), an unknown precision, or a mesh of
             more devices than there are.
     """
-    placement, dtypes = place(read_mesh(mesh)), precisions.choose(precision)
+    placement, dtypes = place(read_mesh(mesh)), precisions.choose(precision, vae_decode)
     if not isinstance(path, Repository):
         path = inspect(path, at_once=True, family=family, follow_symlinks=follow_symlinks)
     elif family is not None and family is not path.family:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -46,7 +46,7 @@ class Context:
     def forward(self, clip: Clip, segment: Segment | None = None) -> Forward:
         """How the networks compute; without a segment, those around the transformer."""
         if segment is None:
-            return Forward(placement=self.placement)
+            return Forward(placement=self.placement, decode=self.precision.vae_decode)
         dtype = getattr(self.precision, self.family.parts[segment.part].precision)
         return Forward(segment.pattern, clip.attention, self.placement, dtype)
 
@@ -321,6 +321,8 @@ def decode(
 ) -> np.ndarray:
     """Normalised latents [B,T,H,W,C] -> video uint8 [B,F,Y,X,3], one clip after another.
 
+    The device decodes the next frame while the pixels of one are copied, and is one frame ahead at most.
+
     Args:
         callback: called as callback(done) with the number of latent frames decoded so far, of B * T.
 
@@ -332,13 +334,13 @@ def decode(
     total, forward, clips = latents.shape[1], context.forward(clip), []
     for b in range(len(latents)):
         frames, before = [], 0
-        decoded = context.family.decode(context.models, clip, forward, run, latents[b : b + 1])
+        decoded = _ahead(context.family.decode(context.models, clip, forward, run, latents[b : b + 1]))
         for pixels, bad, done in decoded:
             if share := float(bad):
                 which = f"frame {done}" if done == before + 1 else f"frames {before + 1} to {done}"
                 raise _numerics(
                     f"VAE decoder: {share:.1%} of the pixels of latent {which} of {total} are NaN or infinite "
-                    f"(computed in {context.precision.vae}).",
+                    f"(vae_decode: {context.precision.vae_decode}).",
                     step=before,
                     latents=latents,
                 )
@@ -348,6 +350,17 @@ def decode(
                 callback(b * total + done)
         clips.append(np.concatenate(frames))  # [f,Y,X,3], one after another -> [F,Y,X,3]
     return np.stack(clips)  # B x [F,Y,X,3] -> [B,F,Y,X,3]
+
+
+def _ahead(decoded: Iterator[tuple[Any, Any, int]]) -> Iterator[tuple[Any, Any, int]]:
+    """What is decoded, each when the one after it has been dispatched."""
+    before = None
+    for each in decoded:
+        if before is not None:
+            yield before
+        before = each
+    if before is not None:
+        yield before
 
 
 def _spoken(part: str) -> str:

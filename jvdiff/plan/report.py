@@ -50,7 +50,7 @@ def resolved(config: Any) -> tuple[Any, Any]:
     given = {name: config.get(name) for name in names(family.settings)}
     clip = family.clip(known, pipeline.resolve(family, known, defaults, given))
     target = config.plan_target
-    dtypes = precision.choose(config.precision, target and described(target))
+    dtypes = precision.choose(config.precision, config.get("vae_decode"), described(target) if target else None)
     return pipeline.Context(family, known, dtypes), clip
 
 
@@ -120,11 +120,12 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
 def _heading(context: Any, clip: Any, target: str | None, shape: Any) -> Iterator[str]:
     import jax
 
+    dtypes = context.precision
     device = f"{target} (compiled without the device)" if target else jax.devices()[0].device_kind
     frames, height, width = clip.frames
     guidance = " then ".join(dict.fromkeys(str(segment.guidance) for segment in clip.segments))
     yield f"plan: {width}x{height}, {frames} frames, {clip.sampler.steps} steps, guidance {guidance}"
-    yield f"device: {device}   precision: {context.precision.name}   jax {jax.__version__}"
+    yield f"device: {device}   precision: {dtypes.name}   frames: {dtypes.vae_decode}   jax {jax.__version__}"
     if shape is not None:
         yield f"mesh: {shape}, {shape.devices} devices; FLOPs and bytes are those of one"
 

@@ -9,7 +9,7 @@ from jvdiff.streaming.config import (
     UniPCSchedulerConfig,
 )
 from jvdiff.streaming.contracts import Decoder, Encoder, Reencoding, Scheduler, TextEncoder, Transformer, bind
-from jvdiff.streaming.loading import config_from_json, config_of, load, override, register, rollout_of
+from jvdiff.streaming.loading import config_from_json, config_of, decoding, load, override, register, rollout_of
 from jvdiff.streaming.rollout import StreamInferencePipeline
 from jvdiff.streaming.state import FinalState, StreamCache, copy, device_memory
 from jvdiff.streaming.text import FamilyTextEncoder
@@ -39,6 +39,7 @@ __all__ = [
     "config_from_json",
     "config_of",
     "copy",
+    "decoding",
     "derive_config",
     "device_memory",
     "load",

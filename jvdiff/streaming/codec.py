@@ -15,6 +15,7 @@ arguments lie on the placement's mesh.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 
 from jvdiff import models
 from jvdiff.errors import UsageError
+from jvdiff.precision import DECODING
 from jvdiff.sharding import Placement
 from jvdiff.streaming.contracts import bind, check_network
 from jvdiff.streaming.values import tree
@@ -94,7 +96,21 @@ class _Encoder(_OverVAE):
 
 @dataclass(frozen=True)
 class StreamingVideoDecoder(_OverVAE):
-    """Latents of a chunk -> its pixel frames."""
+    """Latents of a chunk -> its pixel frames.
+
+    vae: its configuration
+    arithmetic: a name of `jvdiff.precision.DECODING`. None: as `load` is told; without it, in the dtype of the weights,
+        as JAX multiplies
+    """
+
+    arithmetic: Literal["exact", "tf32", "bf16"] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.arithmetic not in (None, *DECODING):
+            raise UsageError(
+                f"StreamingVideoDecoder: arithmetic is {self.arithmetic!r:.40}, expected one of {', '.join(DECODING)}."
+            )
 
     def get_output_temporal_size(self, *, autoregressive_index: int, input_temporal_size: int) -> int:
         """Pixel frames that these latent frames become in the chunk of this index (from 0)."""
@@ -124,7 +140,8 @@ class StreamingVideoDecoder(_OverVAE):
             )
         network = models.rollout(self.vae)
         latents = network.denormalize_latents(self.vae, latents.astype(jnp.float32))
-        return _in_turn(network.decode_chunk, params, self.vae, latents, cache, placement)
+        step = functools.partial(network.decode_chunk, arithmetic=self.arithmetic)
+        return _in_turn(step, params, self.vae, latents, cache, placement)
 
 
 @dataclass(frozen=True)

@@ -168,12 +168,21 @@ def override(config: StreamInferencePipelineConfig, patch: Mapping[str, Any]) ->
     return derive_config(config, **read(patch))
 
 
+def decoding(config: StreamInferencePipelineConfig, dtypes: precisions.Precision) -> StreamInferencePipelineConfig:
+    """A configuration whose decoder says how it decodes: as it did, or as the precision table does."""
+    decoder = config.decoder
+    if not isinstance(decoder, StreamingVideoDecoder) or decoder.arithmetic is not None:
+        return config
+    return dataclasses.replace(config, decoder=dataclasses.replace(decoder, arithmetic=dtypes.vae_decode))
+
+
 def load(
     path: str | Path | Repository,
     precision: str | None = None,
     mesh: Any = None,
     config: StreamInferencePipelineConfig | None = None,
     *,
+    vae_decode: str | None = None,
     weights: Mapping[str, Params] | None = None,
     family: Family | None = None,
     follow_symlinks: bool = False,
@@ -182,7 +191,7 @@ def load(
 
     Args:
         path: the folder with model_index.json, a Hugging Face one or what `convert` made of it; or what `inspect` said.
-        precision, mesh: see `jvdiff.load`.
+        precision, mesh, vae_decode: see `jvdiff.load`. A decoder whose `arithmetic` says how it decodes does that.
         config: one derived from `config_of(path)`, with the same networks; None: that one.
         weights: trees for components of your own, by what they call their `part`, where the mesh wants them. One that
             is named as a part of the repository takes its place.
@@ -198,11 +207,12 @@ def load(
     else:
         repository = pipeline.inspect(path, at_once=False, family=family, follow_symlinks=follow_symlinks)
     check_at_once(repository.path, repository.family, False)
-    placement, dtypes = pipeline.place(read_mesh(mesh)), precisions.choose(precision)
+    placement, dtypes = pipeline.place(read_mesh(mesh)), precisions.choose(precision, vae_decode)
     config = config_of(repository) if config is None else config
     for name, value, kind in (("config", config, StreamInferencePipelineConfig), ("weights", weights or {}, Mapping)):
         if not isinstance(value, kind):
             raise UsageError(f"{name} is {value!r:.60}; expected a {kind.__name__}.")
+    config = decoding(config, dtypes)
     params = pipeline.read_parts(repository, dtypes, placement)
     if weights:
         params = Weights({**params, **weights})

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jvdiff import pipeline
+from jvdiff import pipeline, precision
 from jvdiff.commands import batches, jobs, one_video, sample
 from jvdiff.errors import CheckpointError, NumericsError, ResourceError
 from jvdiff.runtime import claims
@@ -46,7 +46,11 @@ def made(monkeypatch):
     before it does."""
     monkeypatch.setattr(batches, "PAUSE", 0.02)
     monkeypatch.setattr(
-        pipeline, "load", lambda repository, name, mesh: SimpleNamespace(repository=repository, precision=name)
+        pipeline,
+        "load",
+        lambda repository, name, mesh, vae_decode: SimpleNamespace(
+            repository=repository, precision=precision.choose(name, vae_decode)
+        ),
     )
 
     class Made(list):

@@ -79,7 +79,7 @@ FAULTS = {
     "input or output error": (os, "replace", system(errno.EIO), 4),
     "memory": (videos, "contact_sheet", raising(MemoryError()), 4),
     "a bug": (videos, "encode", raising(RuntimeError("no such encoder")), 1),
-    "a second Ctrl-C": (videos, "write_png", raising(KeyboardInterrupt()), 5),
+    "a second Ctrl-C": (videos, "write_mp4", raising(KeyboardInterrupt()), 5),
     "another bug": (pipeline, "decode", raising(ZeroDivisionError()), 1),
 }
 
@@ -94,6 +94,7 @@ def test_whatever_is_raised_after_the_last_step_the_state_is_kept(command, tmp_p
     assert run_state.load(state).done == 1 and f"--config.resume={state}" in going_on(said)
     assert not any(path.name.startswith(".") for path in (tmp_path / "out").iterdir())
     if fault == "disk full":
+        assert not [*(tmp_path / "out").glob("*.png")]  # which was made beside it
         assert sample.main(going_on(said)) == 0
         assert len(videos.read_video(tmp_path / "out" / f"{STEM}.mp4")) == 5
 
@@ -322,7 +323,7 @@ def test_a_training_keeps_its_last_step_whatever_is_raised(training, tmp_path, c
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_loading_ends_at_once(command, tmp_path, monkeypatch, capsys, number):
-    monkeypatch.setattr(pipeline, "load", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(pipeline, "load", lambda *_, **__: signal.raise_signal(number))
     assert sample.main(command()) == 130
     assert capsys.readouterr().err.endswith("error: stopped at once; nothing more was saved.\n")
     assert list((tmp_path / "out").iterdir()) == []

@@ -130,7 +130,7 @@ def test_a_converted_repository_gives_the_same_clip(command, tmp_path, tiny_repo
 
 def test_stopped_on_purpose_and_finished_is_uninterrupted(command, tmp_path, printed, same_files):
     """The command that is printed makes every file of the whole run, byte for byte."""
-    fields = {"save_arrays": "true", "preview_every": 1, "fps": 5, "negative_prompt": "blue"}
+    fields = {"save_arrays": "true", "preview_every": 1, "fps": 5, "negative_prompt": "blue", "vae_decode": "tf32"}
     assert sample.main(command(output=tmp_path / "whole", **fields)) == 0
     assert sample.main(command(stop_at=2, **fields)) == 0
     out = tmp_path / "out"
@@ -140,7 +140,9 @@ def test_stopped_on_purpose_and_finished_is_uninterrupted(command, tmp_path, pri
     assert sorted(again[3:]) == sorted(said[2:])  # behind --config and its file
     assert sample.main(again) == 0
     same_files(tmp_path / "whole", out)
-    assert json.loads((out / f"{STEM}.json").read_text())["resumed_at_step"] == 2
+    record = json.loads((out / f"{STEM}.json").read_text())
+    assert (record["resumed_at_step"], record["vae_decode"]) == (2, "tf32")
+    assert record["dtypes"]["vae_decode"] == "tf32, emulated"  # there is no GPU
 
 
 def test_ctrl_c_saves_a_state_that_another_process_finishes(command, tmp_path):

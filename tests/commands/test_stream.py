@@ -226,7 +226,7 @@ def test_the_command_that_is_printed_makes_every_file_of_the_whole_run(
     command, tmp_path, monkeypatch, printed, same_files
 ):
     """Byte for byte; it says all that the command line said, but what the state holds."""
-    held = {"then.1": OTHER, "negative_prompt": "red", "fps": 5, f"{SCHEDULER}.shift": 4.0}
+    held = {"then.1": OTHER, "negative_prompt": "red", "fps": 5, f"{SCHEDULER}.shift": 4.0, "vae_decode": "bf16"}
     kept = {"profile": "false", "save_every": 2}
     assert stream.main(command(held | kept, output=tmp_path / "whole")) == 0
     append = FragmentedMP4.append

@@ -130,11 +130,12 @@ WAN_VAE = wan.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1), temperal_downsampl
                         latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)  # fmt: skip
 CLASSES = latent_video.DiTConfig(hidden_size=16, depth=1, num_heads=2, num_classes=3, freq_dim=16)
 ones = jnp.ones
+DECODES = {None: None, jnp.float32: "exact", jnp.bfloat16: "bf16"}
 FACES = {
     "wan": (DIT, lambda p, d: wan.velocity(p, DIT, ones((1, 1, 2, 2, 4)), ones(1), ones((1, 1, 192)), dtype=d)),
     "text": (TEXT, lambda p, d: umt5.encode(p, TEXT, ones((1, 2), jnp.int32), ones((1, 2), bool), dtype=d)),
     "wan encoder": (WAN_VAE, lambda p, d: wan.encode(p, WAN_VAE, ones((1, 3, 4, 4, 3)), dtype=d)),
-    "wan decoder": (WAN_VAE, lambda p, d: wan.decode(p, WAN_VAE, ones((1, 2, 2, 2, 4)), dtype=d)),
+    "wan decoder": (WAN_VAE, lambda p, d: wan.decode(p, WAN_VAE, ones((1, 2, 2, 2, 4)), arithmetic=DECODES[d])),
     "latent video": (
         CLASSES,
         lambda p, d: latent_video.denoise(
@@ -142,7 +143,10 @@ FACES = {
         ),
     ),
     "latent video encoder": (VIDEO, lambda p, d: latent_video.encode(p, VIDEO, ones((1, 4, 8, 8, 3)), dtype=d)[0]),
-    "latent video decoder": (VIDEO, lambda p, d: latent_video.decode(p, VIDEO, ones((1, 1, 1, 1, 4)), dtype=d)),
+    "latent video decoder": (
+        VIDEO,
+        lambda p, d: latent_video.decode(p, VIDEO, ones((1, 1, 1, 1, 4)), arithmetic=DECODES[d]),
+    ),
 }
 
 

@@ -38,7 +38,7 @@ def test_shapes_dtypes_and_the_repositorys_defaults(pipe, out):
     assert out.seeds == (3,)
     expected = {"num_frames": 5, "steps": 4, "guidance": 3.0, "shift": 3.0, "solver": "unipc", "grid": "diffusers"}
     assert expected.items() <= vars(out.settings).items()
-    assert pipe.precision == precision.TABLE["float32"]
+    assert pipe.precision == dataclasses.replace(precision.TABLE["float32"], vae_decode="exact")
 
 
 def test_a_clip_does_not_depend_on_its_batch(pipe, out):
@@ -251,10 +251,49 @@ def test_bfloat16_follows_the_table(tiny_repository, out):
 
 
 def test_precision_is_a_name_of_the_table():
-    assert precision.choose(None, Target("gpu", "NVIDIA H200", (9, 0))) == precision.TABLE["bfloat16"]
-    assert precision.choose(None, Target("cpu", "cpu")) == precision.TABLE["float32"]
+    assert precision.choose(target=Target("gpu", "NVIDIA H200", (9, 0))) == precision.TABLE["bfloat16"]
+    assert precision.choose(target=Target("cpu", "cpu")).name == "float32"
     with pytest.raises(UsageError, match="bfloat16, float32"):
         precision.choose("float8")
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "platform", "decoded"),
+    [
+        (None, None, "gpu", "bf16"),
+        ("float32", None, "gpu", "tf32"),
+        ("bfloat16", "exact", "gpu", "exact"),
+        ("bfloat16", None, "cpu", "exact"),
+        (None, "tf32", "cpu", "tf32"),
+    ],
+)
+def test_how_frames_are_decoded(name, asked, platform, decoded):
+    dtypes = precision.choose(name, asked, Target(platform, platform))
+    assert (dtypes.vae, dtypes.vae_decode) == ("float32", decoded)
+
+
+def test_a_way_to_decode_that_is_none():
+    with pytest.raises(UsageError, match="vae_decode is 'float32'; expected one of exact, tf32, bf16"):
+        precision.choose(None, "float32")
+
+
+def test_the_device_decodes_one_frame_ahead_and_no_more(pipe, out):
+    """The next frame is dispatched before the last one's pixels are copied, and none after that."""
+    said = []
+
+    def run(stage, *arguments):
+        said.append("dispatched")
+        return pipe.run(stage, *arguments)
+
+    clip = pipe.clip(num_frames=13)
+    latents = np.array(pipeline.initial_noise([0, 1], clip.latents))
+    video = pipeline.decode(pipe.context, clip, latents, run, callback=lambda done: said.append("copied"))
+    one = ["dispatched", *["dispatched", "copied"] * 3, "copied"]
+    assert said == 2 * one and video.shape == (2, 13, 16, 16, 3)
+    latents[1, 2] = np.nan
+    with pytest.raises(NumericsError, match=r"latent frame 3 of 4 are NaN or infinite \(vae_decode: exact\)") as raised:
+        pipeline.decode(pipe.context, clip, latents, pipe.run)
+    assert raised.value.step == 2
 
 
 def test_a_tokenizer_with_more_words_than_the_encoder_is_refused(tiny_repository, tmp_path):

@@ -233,7 +233,7 @@ def test_configurations_are_plain_frozen_values():
     assert len(set(parts)) == 6
     for part in parts:
         fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-        assert all(isinstance(value, str | wan.VAEConfig) for value in fields.values())
+        assert all(isinstance(value, str | wan.VAEConfig | None) for value in fields.values())
         assert part == type(part)(**fields) and hash(part) == hash(type(part)(**fields))
         with pytest.raises(dataclasses.FrozenInstanceError):
             part.vae = VAE

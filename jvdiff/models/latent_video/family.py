@@ -181,16 +181,18 @@ def _decode(
     models: Models, clip: Clip, forward: Forward, run: Run, latents: Array
 ) -> Iterator[tuple[Array, Array, int]]:
     """The whole clip at once: this VAE is not causal."""
-    pixels, bad = run(Stage("decode", "vae", _decode_program(models.configs["vae"], forward.placement)), latents)
+    program = _decode_program(models.configs["vae"], forward.placement, forward.decode)
+    pixels, bad = run(Stage("decode", "vae", program), latents)
     yield pixels, bad, clip.latents[0]
 
 
 @functools.lru_cache(maxsize=8)
-def _decode_program(cfg: latent_video.VAEConfig, placement: Placement | None) -> Any:
+def _decode_program(cfg: latent_video.VAEConfig, placement: Placement | None, arithmetic: str | None) -> Any:
     """jitted (params, normalised latents [1,T,H,W,C]) -> (uint8 [1,F,Y,X,3], non-finite share)."""
 
     def decode(params: Params, latents: Array) -> tuple[Array, Array]:
-        frames = latent_video.decode(params, cfg, latent_video.denormalize_latents(cfg, latents))
+        latents = latent_video.denormalize_latents(cfg, latents)
+        frames = latent_video.decode(params, cfg, latents, arithmetic=arithmetic)
         result = to_pixels(frames), nonfinite_share(frames)
         return result if placement is None else placement.replicate(result)
 
@@ -198,15 +200,16 @@ def _decode_program(cfg: latent_video.VAEConfig, placement: Placement | None) ->
 
 
 def _preview(models: Models, forward: Forward) -> Stage:
-    return Stage("preview", "vae", _first_frames(models.configs["vae"], forward.placement))
+    return Stage("preview", "vae", _first_frames(models.configs["vae"], forward.placement, forward.decode))
 
 
 @functools.lru_cache(maxsize=8)
-def _first_frames(cfg: latent_video.VAEConfig, placement: Placement | None) -> Any:
+def _first_frames(cfg: latent_video.VAEConfig, placement: Placement | None, arithmetic: str | None) -> Any:
     """jitted (params, normalised latents [B,1,H,W,C]) -> float32 first frames [B,1,Y,X,3] in -1..1, for previews."""
 
     def first(params: Params, latents: Array) -> Array:
-        frames = latent_video.decode(params, cfg, latent_video.denormalize_latents(cfg, latents))[:, :1]
+        latents = latent_video.denormalize_latents(cfg, latents)
+        frames = latent_video.decode(params, cfg, latents, arithmetic=arithmetic)[:, :1]
         return frames if placement is None else placement.replicate(frames)
 
     return jax.jit(first)

@@ -17,7 +17,7 @@ from jax import lax
 
 from jvdiff.errors import UsageError
 from jvdiff.models.latent_video.config import VAEConfig
-from jvdiff.models.layers import Linear, as_array, compute_dtype, row
+from jvdiff.models.layers import Linear, as_array, as_tf32, compute_dtype, computing, row
 from jvdiff.types import Array, Params
 
 
@@ -44,17 +44,24 @@ def encode(
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
 
-def decode(params: Params, cfg: VAEConfig, latents: Array, *, remat: bool = False, dtype: Any = None) -> Array:
+def decode(
+    params: Params, cfg: VAEConfig, latents: Array, *, remat: bool = False, arithmetic: str | None = None
+) -> Array:
     """Latents float32 [B,T,H,W,C], not normalised -> video float32 [B,4T,8H,8W,3] in -1..1.
 
-    params, remat, dtype: as in `encode`.
+    Args:
+      params, remat: as in `encode`.
+      arithmetic: a name of `jvdiff.precision.DECODING`. None: in the dtype of the parameters, as JAX multiplies.
 
     Raises:
       UsageError: latents of another shape or number of channels.
     """
     if latents.ndim != 5 or latents.shape[-1] != cfg.latent_channels:
         raise UsageError(f"decode: latents are {list(latents.shape)}; expected [B,T,H,W,{cfg.latent_channels}]")
-    video: Any = _Decoder(cfg, remat).apply({"params": params["decoder"]}, _compute(params["decoder"], latents, dtype))
+    dtype, tf32, products = computing(arithmetic)
+    latents = _compute(params["decoder"], latents, dtype)
+    with products:
+        video: Any = _Decoder(cfg, remat, tf32).apply({"params": params["decoder"]}, latents)
     return jnp.tanh(video.astype(jnp.float32))
 
 
@@ -130,19 +137,21 @@ class _Decoder(nn.Module):
 
     cfg: VAEConfig
     remat: bool = False
+    tf32: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         cfg, block = self.cfg, nn.remat(_ResBlock) if self.remat else _ResBlock
-        x = _Conv(cfg.widths[-1], name="conv_in")(x)
+        x = _Conv(cfg.widths[-1], tf32=self.tf32, name="conv_in")(x)
         for level in reversed(range(4)):
             for i in range(cfg.blocks):
-                x = block(cfg.widths[level], cfg.groups, name=f"level_{level}_block_{i}")(x)
+                x = block(cfg.widths[level], cfg.groups, self.tf32, name=f"level_{level}_block_{i}")(x)
             if level:
                 for axis, times in enumerate(cfg.strides[level - 1], start=1):
                     x = jnp.repeat(x, times, axis=axis)  # T, H or W times 1 or 2
-                x = _Conv(cfg.widths[level - 1], name=f"up_{level}")(x)
-        return _Conv(3, name="conv_out")(_Activation(cfg.groups, name="norm_out")(x))
+                x = _Conv(cfg.widths[level - 1], tf32=self.tf32, name=f"up_{level}")(x)
+        x = _Activation(cfg.groups, name="norm_out")(x)
+        return _Conv(3, tf32=self.tf32, name="conv_out")(x)
 
 
 class _ResBlock(nn.Module):
@@ -150,12 +159,16 @@ class _ResBlock(nn.Module):
 
     features: int
     groups: int
+    tf32: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        shortcut = x if x.shape[-1] == self.features else Linear(self.features, dtype=x.dtype, name="shortcut")(x)
+        shortcut = x
+        if x.shape[-1] != self.features:
+            shortcut = Linear(self.features, dtype=x.dtype, tf32=self.tf32, name="shortcut")(x)
         for i in (1, 2):
-            x = _Conv(self.features, name=f"conv_{i}")(_Activation(self.groups, name=f"norm_{i}")(x))
+            x = _Activation(self.groups, name=f"norm_{i}")(x)
+            x = _Conv(self.features, tf32=self.tf32, name=f"conv_{i}")(x)
         return x + shortcut
 
 
@@ -193,12 +206,14 @@ class _Conv(nn.Module):
 
     features: int
     stride: tuple[int, int, int] = (1, 1, 1)
+    tf32: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (3, 3, 3, x.shape[-1], self.features)
         kernel = as_array(self.param("kernel", nn.initializers.lecun_normal(), shape), x.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel = (as_tf32(x), as_tf32(kernel)) if self.tf32 else (x, kernel)
         B, F = x.shape[:2]
         frames = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))  # [B,F+2,Y,X,C]
 

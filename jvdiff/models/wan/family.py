@@ -304,7 +304,7 @@ def _decode(
     models: Models, clip: Clip, forward: Forward, run: Run, latents: Array
 ) -> Iterator[tuple[Array, Array, int]]:
     """One latent frame at a time: device memory does not depend on T."""
-    program, cache = _decode_program(models.configs["vae"], forward.placement), None
+    program, cache = _decode_program(models.configs["vae"], forward.placement, forward.decode), None
     for t in range(clip.latents[0]):
         stage = Stage("decode next" if t else "decode first", "vae", program, pictures=clip.latents[1:3])
         pixels, bad, cache = run(stage, latents[:, t : t + 1], cache)  # [1,1,H,W,C] -> [1,F,Y,X,3]
@@ -312,7 +312,7 @@ def _decode(
 
 
 @functools.lru_cache(maxsize=8)
-def _decode_program(cfg: wan.VAEConfig, placement: Placement | None) -> Any:
+def _decode_program(cfg: wan.VAEConfig, placement: Placement | None, arithmetic: str | None) -> Any:
     """jitted (params, normalised latents [1,1,H,W,C], cache or None) -> (uint8 [1,F,Y,X,3], non-finite share, cache).
 
     F is 1 without a cache and 4 with one; the cache is donated.
@@ -320,7 +320,7 @@ def _decode_program(cfg: wan.VAEConfig, placement: Placement | None) -> Any:
 
     def decode(params: Params, latents: Array, cache: Any) -> tuple[Array, Array, Any]:
         latents = wan.denormalize_latents(cfg, latents)
-        frames, cache = wan.decode_chunk(params, cfg, latents, cache, placement=placement)
+        frames, cache = wan.decode_chunk(params, cfg, latents, cache, placement=placement, arithmetic=arithmetic)
         pixels, bad = to_pixels(frames), nonfinite_share(frames)
         if placement is not None:
             pixels, bad = placement.replicate((pixels, bad))
@@ -330,15 +330,16 @@ def _decode_program(cfg: wan.VAEConfig, placement: Placement | None) -> Any:
 
 
 def _preview(models: Models, forward: Forward) -> Stage:
-    return Stage("preview", "vae", _first_frames(models.configs["vae"], forward.placement))
+    return Stage("preview", "vae", _first_frames(models.configs["vae"], forward.placement, forward.decode))
 
 
 @functools.lru_cache(maxsize=8)
-def _first_frames(cfg: wan.VAEConfig, placement: Placement | None) -> Any:
+def _first_frames(cfg: wan.VAEConfig, placement: Placement | None, arithmetic: str | None) -> Any:
     """jitted (params, normalised latents [B,1,H,W,C]) -> float32 first frames [B,1,Y,X,3] in -1..1, for previews."""
 
     def first(params: Params, latents: Array) -> Array:
-        frames, _ = wan.decode_chunk(params, cfg, wan.denormalize_latents(cfg, latents), None, placement=placement)
+        latents = wan.denormalize_latents(cfg, latents)
+        frames, _ = wan.decode_chunk(params, cfg, latents, None, placement=placement, arithmetic=arithmetic)
         return frames if placement is None else placement.replicate(frames)
 
     return jax.jit(first)

@@ -24,7 +24,7 @@ from einops import rearrange
 from jax import lax
 
 from jvdiff.errors import UsageError
-from jvdiff.models.layers import compute_dtype, row
+from jvdiff.models.layers import compute_dtype, computing, row
 from jvdiff.models.wan.config import VAEConfig
 from jvdiff.models.wan.vae_layers import Cache, Decoder, Encoder, pointwise
 from jvdiff.sharding import Picture, Placement
@@ -96,7 +96,7 @@ def decode_chunk(
     *,
     clip: bool = True,
     placement: Placement | None = None,
-    dtype: Any = None,
+    arithmetic: str | None = None,
 ) -> tuple[Array, Cache]:
     """Decodes the next latent frames of a clip.
 
@@ -105,16 +105,18 @@ def decode_chunk(
       cache: what the call before returned; None at first.
       clip: False leaves values beyond [-1,1] as they are, so that they have gradients in training.
       placement: the devices that share every frame, `params` a copy on each; the results stay divided among them.
-      dtype: of the products, the stream between them and the cache. None: that of the parameters.
+      arithmetic: a name of `jvdiff.precision.DECODING`. None: in the dtype of the parameters, as JAX multiplies.
 
     Returns:
       float32 frames [B,1 or 4n,Y,X,3] in [-1,1], and the cache for the next call.
     """
     _check_chunk(latents, cache, 1, "latent frames")
     divide, picture = _divided(placement, latents, 1)
+    dtype, tf32, products = computing(arithmetic)
     latents, cache = divide((_compute(params, latents, dtype), cache))
-    latents = pointwise(latents, params["post_quant_conv"])
-    frames, cache = Decoder(cfg, picture).apply({"params": params["decoder"]}, latents, cache)
+    with products:
+        latents = pointwise(latents, params["post_quant_conv"], tf32)
+        frames, cache = Decoder(cfg, picture, tf32).apply({"params": params["decoder"]}, latents, cache)
     frames = frames.astype(jnp.float32)
     return divide((jnp.clip(frames, -1.0, 1.0) if clip else frames, cache))
 
@@ -146,14 +148,14 @@ def decode(
     chunk: int = 1,
     clip: bool = True,
     placement: Placement | None = None,
-    dtype: Any = None,
+    arithmetic: str | None = None,
 ) -> Array:
     """latents [B,T,H,W,C], not normalised -> float32 video [B,1+4(T-1),Y,X,3] in [-1,1].
 
     `chunk` latent frames are decoded at a time (it must divide T - 1): memory grows with it, never with the clip.
-    placement, dtype: see `decode_chunk`.
+    placement, arithmetic: see `decode_chunk`.
     """
-    step = partial(decode_chunk, params, cfg, clip=clip, placement=placement, dtype=dtype)
+    step = partial(decode_chunk, params, cfg, clip=clip, placement=placement, arithmetic=arithmetic)
     return _scan_chunks(step, latents, chunk)
 
 

@@ -14,7 +14,7 @@ from einops import rearrange
 from jax import lax
 
 from jvdiff import kernels
-from jvdiff.models.layers import as_array, product, row
+from jvdiff.models.layers import as_array, as_tf32, product, row
 from jvdiff.models.wan.config import VAEConfig
 from jvdiff.runtime.target import Target
 from jvdiff.sharding import Picture
@@ -36,34 +36,55 @@ def _newest_frame(key, shape, dtype=jnp.float32):
     return jnp.concatenate([jnp.zeros((2, features, outputs), dtype), tap[None]])  # [3,I,O]
 
 
-def _conv2d(x: Array, kernel: Array, *, stride: int = 1, padding=((1, 1), (1, 1))) -> Array:
+def _conv2d(x: Array, kernel: Array, tf32: bool = False, *, stride: int = 1, padding=((1, 1), (1, 1))) -> Array:
     """Per-frame convolution. x [B,T,H,W,C], kernel [h,w,C,O]."""
+    x, kernel = (as_tf32(x), as_tf32(kernel)) if tf32 else (x, kernel)
     frames = rearrange(x, "B T H W C -> (B T) H W C")
     y = lax.conv_general_dilated(frames, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     return rearrange(y, "(B T) H W C -> B T H W C", T=x.shape[1])
 
 
-def pointwise(x: Array, dense: Params) -> Array:
-    y = product(x, dense["kernel"], x.dtype, out=jnp.float32)
+def pointwise(x: Array, dense: Params, tf32: bool = False) -> Array:
+    y = product(x, dense["kernel"], x.dtype, out=jnp.float32, tf32=tf32)
     return (y + row(dense["bias"], y)).astype(x.dtype)
 
 
-def _with_context(x: Array, cache: Array | None, frames: int = 2) -> Array:
-    """x [B,T,H,W,C] behind the frames that came before it; zeros where the clip begins."""
-    if cache is None:
-        cache = jnp.zeros((x.shape[0], frames, *x.shape[2:]), x.dtype)
-    return jnp.concatenate([cache, x], axis=1)  # [B,frames+T,H,W,C]
+def _with_context(x: Array, cache: Array | None) -> Array:
+    """x [B,T,H,W,C] behind the two frames that came before it; zeros where the clip begins."""
+    return jnp.concatenate([_past(x) if cache is None else cache, x], axis=1)  # [B,2+T,H,W,C]
+
+
+def _past(x: Array) -> Array:
+    """The two frames before a clip."""
+    return jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
+
+
+def _windows(x: Array, cache: Array | None) -> list[Array]:
+    """For each of three taps, the oldest first, the frames [B,T,H,W,C] that it sees.
+
+    Cut out of cache and x, not out of both joined, which XLA for GPUs would write and read again.
+    """
+    cache = _past(x) if cache is None else cache
+    before = (jnp.concatenate([cache[:, tap:], x], axis=1)[:, : x.shape[1]] for tap in (0, 1))
+    return [*before, x]
+
+
+def _last_two(x: Array, cache: Array | None) -> Array:
+    """What the next chunk will look back on, [B,2,H,W,C]."""
+    return x[:, -2:] if x.shape[1] > 1 else _with_context(x, cache)[:, -2:]
 
 
 class _Dense(nn.Module):
     """[...,C] -> [...,features] in the dtype of x."""
 
     features: int
+    tf32: bool
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        return pointwise(x, {"kernel": kernel, "bias": self.param("bias", nn.initializers.zeros, (self.features,))})
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return pointwise(x, {"kernel": kernel, "bias": bias}, self.tf32)
 
 
 class _CausalConv(nn.Module):
@@ -76,21 +97,24 @@ class _CausalConv(nn.Module):
     """
 
     features: int
+    tf32: bool
 
     @nn.compact
     def __call__(self, x: Array, cache: Array | None) -> tuple[Array, Array]:
         kernel = as_array(self.param("kernel", _newest_tap, (3, 3, 3, x.shape[-1], self.features)), x.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        frames = _with_context(x, cache)
-        length = x.shape[1]
-        if cache is None and length == 1:
-            y = _conv2d(x, kernel[2])
+        if cache is None and x.shape[1] == 1:
+            inputs, weights = [x], [kernel[2]]
         elif x.shape[-1] < 32 or x.dtype != jnp.float32:
-            stacked = jnp.concatenate([frames[:, tap : tap + length] for tap in range(3)], axis=-1)  # [B,T,H,W,3C]
-            y = _conv2d(stacked, rearrange(kernel, "tap h w I O -> h w (tap I) O"))  # [B,T,H,W,features]
+            inputs = [jnp.concatenate(_windows(x, cache), axis=-1)]  # [B,T,H,W,3C]
+            weights = [rearrange(kernel, "tap h w I O -> h w (tap I) O")]
         else:
-            y = sum(_conv2d(frames[:, tap : tap + length], kernel[tap]) for tap in range(3))
-        return y + row(bias, x), frames[:, -2:]
+            inputs, weights = _windows(x, cache), kernel
+        # What is remembered comes after all that looks back, so that it may take the memory of what was: without the
+        # order XLA copies every cache that is donated.
+        *inputs, x = lax.optimization_barrier((*inputs, x))
+        y = sum(_conv2d(frames, part, self.tf32) for frames, part in zip(inputs, weights, strict=True))
+        return y + row(bias, x), _last_two(x, cache)
 
 
 class _Norm(nn.Module):
@@ -109,14 +133,16 @@ class _ResBlock(nn.Module):
     """x [B,T,H,W,C] -> [B,T,H,W,features], and the cache of its two convolutions."""
 
     features: int
+    tf32: bool
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
         cache, new = cache or {}, {}
-        shortcut = x if x.shape[-1] == self.features else _Dense(self.features, name="shortcut")(x)
+        shortcut = x if x.shape[-1] == self.features else _Dense(self.features, self.tf32, name="shortcut")(x)
         for i in (1, 2):
             x = nn.silu(_Norm(name=f"norm_{i}")(x)).astype(x.dtype)
-            x, new[f"conv_{i}"] = _CausalConv(self.features, name=f"conv_{i}")(x, cache.get(f"conv_{i}"))
+            conv = _CausalConv(self.features, self.tf32, name=f"conv_{i}")
+            x, new[f"conv_{i}"] = conv(x, cache.get(f"conv_{i}"))
         return x + shortcut, new
 
 
@@ -124,16 +150,18 @@ class _SpatialAttention(nn.Module):
     """Single-head attention among the cells of each frame; it remembers nothing."""
 
     picture: Picture | None
+    tf32: bool
 
     @nn.compact
     def __call__(self, x: Array, cache: None) -> tuple[Array, None]:
-        qkv = _Dense(3 * x.shape[-1], name="qkv")(_Norm(name="norm")(x).astype(x.dtype))
+        qkv = _Dense(3 * x.shape[-1], self.tf32, name="qkv")(_Norm(name="norm")(x).astype(x.dtype))
+        qkv = as_tf32(qkv) if self.tf32 else qkv  # where that is emulated, attention's weights are not rounded
         attend: Any = partial(_attend_cells, gather=())
         if picture := self.picture:
             attend = partial(_attend_cells, gather=((2, picture.height), (3, picture.width)), target=picture.target)
             spec = picture.spec
             attend = jax.shard_map(attend, mesh=picture.mesh, in_specs=spec, out_specs=spec, check_vma=False)
-        return x + _Dense(x.shape[-1], name="out")(attend(qkv)), None
+        return x + _Dense(x.shape[-1], self.tf32, name="out")(attend(qkv)), None
 
 
 def _attend_cells(
@@ -154,11 +182,12 @@ class _Mid(nn.Module):
     """Attention between two residual blocks: x [B,T,H,W,C] -> the same, and its cache."""
 
     picture: Picture | None
+    tf32: bool
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
-        res = [_ResBlock(x.shape[-1], name=f"res_{i}") for i in (0, 1)]
-        return _chain(x, cache, [res[0], _SpatialAttention(self.picture, name="attn"), res[1]])
+        res = [_ResBlock(x.shape[-1], self.tf32, name=f"res_{i}") for i in (0, 1)]
+        return _chain(x, cache, [res[0], _SpatialAttention(self.picture, self.tf32, name="attn"), res[1]])
 
 
 class _SpatialConv(nn.Module):
@@ -166,26 +195,31 @@ class _SpatialConv(nn.Module):
 
     features: int
     up: bool
+    tf32: bool
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (3, 3, x.shape[-1], self.features)
         kernel = as_array(self.param("kernel", nn.initializers.lecun_normal(), shape), x.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        y = _upsampled_conv(x, kernel) if self.up else _conv2d(x, kernel, stride=2, padding=((0, 1), (0, 1)))
+        if self.up:
+            y = _upsampled_conv(x, kernel, self.tf32)
+        else:
+            y = _conv2d(x, kernel, self.tf32, stride=2, padding=((0, 1), (0, 1)))
         return y + row(bias, y)
 
 
-def _upsampled_conv(x: Array, kernel: Array) -> Array:
+def _upsampled_conv(x: Array, kernel: Array, tf32: bool = False) -> Array:
     """Nearest-neighbour 2x upsampling, then a 3x3 convolution, without ever holding the upsampled input.
 
     Of the nine taps over doubled pixels, those that fall on the same source cell add up: each of the four output
     phases is a 2x2 convolution of the small grid, 16 instead of 36 multiplications for each source cell.
     x [B,T,H,W,C], kernel [3,3,C,O] -> [B,T,2H,2W,O].
     """
+    kernel = as_tf32(kernel) if tf32 else kernel
     fold = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)  # [phase, tap of 2, tap of 3]
     small = jnp.einsum("aip,bjq,pqcd->abijcd", fold, fold, kernel)  # [phase,phase,2,2,C,O]
-    phase = [[_conv2d(x, small[a, b], padding=((1 - a, a), (1 - b, b))) for b in (0, 1)] for a in (0, 1)]
+    phase = [[_conv2d(x, small[a, b], tf32, padding=((1 - a, a), (1 - b, b))) for b in (0, 1)] for a in (0, 1)]
     y = jnp.stack([jnp.stack(pair, axis=4) for pair in phase], axis=3)  # [B,T,H,a,W,b,O]
     return rearrange(y, "B T H a W b C -> B T (H a) (W b) C")
 
@@ -194,6 +228,7 @@ class _TimeConv(nn.Module):
     """Temporal convolution over three frames, no padding of its own: [B,T+2,...] -> [B,T,...], or every second one."""
 
     features: int
+    tf32: bool
     stride: int = 1
 
     @nn.compact
@@ -202,7 +237,7 @@ class _TimeConv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         last = frames.shape[1] - 2
         windows = (frames[:, tap : tap + last : self.stride] for tap in range(3))
-        taps: Any = sum(product(x, kernel[tap], out=jnp.float32) for tap, x in enumerate(windows))
+        taps: Any = sum(product(x, kernel[tap], out=jnp.float32, tf32=self.tf32) for tap, x in enumerate(windows))
         return (taps + row(bias, taps)).astype(frames.dtype)
 
 
@@ -210,13 +245,14 @@ class _Downsample(nn.Module):
     """x [B,T,H,W,C] -> half the grid and, if `temporal`, half the frames; remembers the last frame."""
 
     temporal: bool
+    tf32: bool
 
     @nn.compact
     def __call__(self, x: Array, cache: Array | None) -> tuple[Array, Array | None]:
-        x = _SpatialConv(x.shape[-1], up=False, name="conv")(x)
+        x = _SpatialConv(x.shape[-1], False, self.tf32, name="conv")(x)
         if not self.temporal:
             return x, None
-        time_conv = _TimeConv(x.shape[-1], stride=2, name="time_conv")
+        time_conv = _TimeConv(x.shape[-1], self.tf32, stride=2, name="time_conv")
         if cache is None:  # the first frame passes untouched (called all the same while initialising)
             if self.is_initializing():
                 time_conv(_with_context(x, None))
@@ -228,13 +264,14 @@ class _Upsample(nn.Module):
     """x [B,T,H,W,C] -> twice the grid, half the channels and, if `temporal`, twice the frames; remembers two frames."""
 
     temporal: bool
+    tf32: bool
 
     @nn.compact
     def __call__(self, x: Array, cache: Array | None) -> tuple[Array, Array | None]:
-        spatial = _SpatialConv(x.shape[-1] // 2, up=True, name="conv")
+        spatial = _SpatialConv(x.shape[-1] // 2, True, self.tf32, name="conv")
         if not self.temporal:
             return spatial(x), None
-        time_conv = _TimeConv(2 * x.shape[-1], name="time_conv")
+        time_conv = _TimeConv(2 * x.shape[-1], self.tf32, name="time_conv")
         if cache is None:  # the first frame is neither doubled nor remembered
             if self.is_initializing():
                 time_conv(_with_context(x, None))
@@ -253,12 +290,13 @@ class _DownStage(nn.Module):
     features: int
     blocks: int
     downsample: bool | None
+    tf32: bool
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
-        layers: list[nn.Module] = [_ResBlock(self.features, name=f"res_{i}") for i in range(self.blocks)]
+        layers: list[nn.Module] = [_ResBlock(self.features, self.tf32, name=f"res_{i}") for i in range(self.blocks)]
         if self.downsample is not None:
-            layers.append(_Downsample(self.downsample, name="downsample"))
+            layers.append(_Downsample(self.downsample, self.tf32, name="downsample"))
         return _chain(x, cache, layers)
 
 
@@ -268,12 +306,13 @@ class _UpStage(nn.Module):
     features: int
     blocks: int
     upsample: bool | None
+    tf32: bool
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
-        layers: list[nn.Module] = [_ResBlock(self.features, name=f"res_{i}") for i in range(self.blocks)]
+        layers: list[nn.Module] = [_ResBlock(self.features, self.tf32, name=f"res_{i}") for i in range(self.blocks)]
         if self.upsample is not None:
-            layers.append(_Upsample(self.upsample, name="upsample"))
+            layers.append(_Upsample(self.upsample, self.tf32, name="upsample"))
         return _chain(x, cache, layers)
 
 
@@ -290,15 +329,16 @@ class Encoder(nn.Module):
 
     cfg: VAEConfig
     picture: Picture | None = None
+    tf32: bool = False
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
         cfg = self.cfg
-        layers: list[nn.Module] = [_CausalConv(cfg.base_dim, name="conv_in")]
+        layers: list[nn.Module] = [_CausalConv(cfg.base_dim, self.tf32, name="conv_in")]
         for i, (mult, temporal) in enumerate(zip(cfg.dim_mult, (*cfg.temperal_downsample, None), strict=True)):
-            layers.append(_DownStage(cfg.base_dim * mult, cfg.num_res_blocks, temporal, name=f"down_{i}"))
-        x, new = _chain(x, cache, [*layers, _Mid(self.picture, name="mid")])
-        return _head(x, cache, new, 2 * cfg.z_dim)
+            layers.append(_DownStage(cfg.base_dim * mult, cfg.num_res_blocks, temporal, self.tf32, name=f"down_{i}"))
+        x, new = _chain(x, cache, [*layers, _Mid(self.picture, self.tf32, name="mid")])
+        return _head(x, cache, new, 2 * cfg.z_dim, self.tf32)
 
 
 class Decoder(nn.Module):
@@ -306,23 +346,24 @@ class Decoder(nn.Module):
 
     cfg: VAEConfig
     picture: Picture | None = None
+    tf32: bool = False
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
         cfg = self.cfg
         layers: list[nn.Module] = [
-            _CausalConv(cfg.base_dim * cfg.dim_mult[-1], name="conv_in"),
-            _Mid(self.picture, name="mid"),
+            _CausalConv(cfg.base_dim * cfg.dim_mult[-1], self.tf32, name="conv_in"),
+            _Mid(self.picture, self.tf32, name="mid"),
         ]
         for i, (mult, temporal) in enumerate(
             zip(reversed(cfg.dim_mult), (*reversed(cfg.temperal_downsample), None), strict=True)
         ):
-            layers.append(_UpStage(cfg.base_dim * mult, cfg.num_res_blocks + 1, temporal, name=f"up_{i}"))
+            layers.append(_UpStage(cfg.base_dim * mult, cfg.num_res_blocks + 1, temporal, self.tf32, name=f"up_{i}"))
         x, new = _chain(x, cache, layers)
-        return _head(x, cache, new, 3)
+        return _head(x, cache, new, 3, self.tf32)
 
 
-def _head(x: Array, cache: Cache, new: dict, features: int) -> tuple[Array, Cache]:
+def _head(x: Array, cache: Cache, new: dict, features: int, tf32: bool) -> tuple[Array, Cache]:
     x = nn.silu(_Norm(name="norm_out")(x)).astype(x.dtype)
-    x, new["conv_out"] = _CausalConv(features, name="conv_out")(x, (cache or {}).get("conv_out"))
+    x, new["conv_out"] = _CausalConv(features, tf32, name="conv_out")(x, (cache or {}).get("conv_out"))
     return x, new

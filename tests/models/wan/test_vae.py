@@ -6,6 +6,7 @@ B batch · T latent frames · H W latent grid · C channels · F pixel frames ·
 import dataclasses
 import json
 import math
+import re
 from functools import partial
 
 import jax
@@ -16,6 +17,7 @@ import pytest
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import wan
 from jvdiff.models.wan import vae_layers
+from jvdiff.precision import DECODING
 from jvdiff.weights.naming import flatten
 
 CFG = wan.VAEConfig(
@@ -209,6 +211,33 @@ def test_bfloat16_runs_in_bfloat16_and_answers_in_float32(params):
     assert error(frames, decode_chunk(params, CFG, latents(T=1), None)[0]) < 0.05
     program = str(jax.make_jaxpr(partial(wan.decode_chunk, cfg=CFG, cache=None))(half, latents=latents(T=1)))
     assert all("bf16" in line for line in program.splitlines() if "conv_general_dilated[" in line)
+
+
+def test_a_decoder_computes_as_it_is_told(params):
+    """TF32 is emulated, and lies between exact and bfloat16; frames are float32 in each."""
+    z, run = latents(T=2), jax.jit(wan.decode, static_argnums=1, static_argnames=("arithmetic", "clip"))
+    found = {name: np.asarray(run(params, CFG, z, arithmetic=name, clip=False)) for name in DECODING}
+    tf32, bf16 = (error(found[name], found["exact"]) for name in ("tf32", "bf16"))
+    assert 1e-6 < tf32 < bf16 / 3 < 0.05
+    assert all(frames.dtype == np.float32 for frames in found.values())
+
+
+def test_products_are_told_to_a_gpu(params):
+    """Traced only. On a GPU exact means highest, and nothing is rounded there for TF32, which rounds by itself."""
+
+    def text(name, platform="cuda"):
+        run = jax.jit(partial(wan.decode, cfg=CFG, arithmetic=name))
+        return run.trace(params, latents=latents(T=2)).lower(lowering_platforms=(platform,)).as_text()
+
+    products = [line for line in text("exact").splitlines() if re.search("stablehlo.(convolution|dot_general)", line)]
+    assert len(products) > 20 and all("HIGHEST" in line for line in products)
+    assert "HIGHEST" not in text("tf32") and "reduce_precision" not in text("tf32")
+    assert text("tf32", "cpu").count("stablehlo.reduce_precision") > len(products)
+
+
+def test_an_arithmetic_that_is_none(params):
+    with pytest.raises(UsageError, match="the arithmetic of a decoder is 'half'; expected one of exact, tf32, bf16"):
+        wan.decode(params, CFG, latents(T=1), arithmetic="half")
 
 
 @pytest.mark.parametrize(
