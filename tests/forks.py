@@ -5,6 +5,7 @@ long Python and JAX take to begin, or what they begin without.
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -56,9 +57,10 @@ class Process:
         return self._process.exitcode
 
     def send_signal(self, number, group=False):
-        """To the process, or to its whole group, which it leads."""
+        """To the process, or to its whole group, which it leads; to none where it has ended."""
         assert self._process.pid is not None
-        (os.killpg if group else os.kill)(self._process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(self._process.pid, number)
 
     def kill(self):
         if self.poll() is None:
