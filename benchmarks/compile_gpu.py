@@ -2,7 +2,7 @@
 
     python benchmarks/compile_gpu.py                          # every kernel, every production shape, for an H200
     python benchmarks/compile_gpu.py --model "Wan 1.3B 480p" --pattern "VSA 4x4x4"
-    python benchmarks/compile_gpu.py --implementation triton --target a100
+    python benchmarks/compile_gpu.py --target a100            # with the kernels that it would run
     python benchmarks/compile_gpu.py --step                   # a step of each Wan DiT on 1 to 8 H200s: memory, time
     python benchmarks/compile_gpu.py --step --model "Wan 14B 720p" --mesh sequence=8 --target b200
     python benchmarks/compile_gpu.py --step --check           # where there is an H200: measured against predicted
@@ -88,7 +88,7 @@ PREDICTIONS = RESULTS / "steps_h200.json"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=plan.known_targets(), default="h200")
-    parser.add_argument("--implementation", choices=["mosaic_gpu", "triton"], default="mosaic_gpu")
+    parser.add_argument("--implementation", choices=["mosaic_gpu", "triton"], help="default: the target's")
     parser.add_argument("--model", choices=[*MODELS], action="append", help="only this one; may be given again")
     parser.add_argument("--pattern", choices=PATTERNS, action="append", help="only this one; may be given again")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
@@ -106,7 +106,9 @@ def main() -> int:
         if (status := plan.run_with_compiler(args.target, [__file__, *sys.argv[1:]])) is not None:
             return status
         plan.check_target(args.target)
-        if args.implementation == "mosaic_gpu" and (why := mosaic_gpu.unavailable(plan.described(args.target))):
+        why = mosaic_gpu.unavailable(plan.described(args.target))
+        implementation = args.implementation or ("triton" if why else "mosaic_gpu")
+        if implementation == "mosaic_gpu" and why:
             raise UsageError(f"--implementation mosaic_gpu {why}; expected triton with --target {args.target}.")
         if args.step:
             print(f"{'one step, both branches':<15}{'mesh':>24}{STEP_COLUMNS}")
@@ -120,7 +122,7 @@ def main() -> int:
             rows = []
             for row in kernels(
                 args.target,
-                args.implementation,
+                implementation,
                 args.model or MODELS,
                 args.pattern or PATTERNS,
                 args.dtype,

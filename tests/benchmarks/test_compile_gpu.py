@@ -73,7 +73,7 @@ def test_how_many_fit_on_an_sm(compile_gpu, registers, shared_memory, threads, e
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target=a100"], "mosaic_gpu needs an NVIDIA GPU of the Hopper generation"),
+        (["--target=a100", "--implementation=mosaic_gpu"], "mosaic_gpu needs an NVIDIA GPU of the Hopper generation"),
         (["--model=Wan 2B"], "invalid choice"),
         (["--step", "--mesh=auto"], "'auto' is no mesh"),
         (["--step", "--target=tpu"], "invalid choice"),
