@@ -24,7 +24,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jvdiff.kernels.block_sparse import mosaic_gpu, reference, triton, xla
-from jvdiff.kernels.block_sparse.lists import Lists, split, transpose
+from jvdiff.kernels.block_sparse.lists import Lists, map_of, split, transpose
 from jvdiff.kernels.linear import linear, say_left
 from jvdiff.runtime.target import Target, here
 
@@ -153,7 +153,10 @@ def _checked(q: Any, k: Any, lists: Lists, block: int) -> Lists:
     """The lists as int32, without key blocks that have no valid tokens."""
     _check_lists(q, k, lists, block)
     sizes = lists.kv_sizes
-    lists = Lists(*(None if x is None else x.astype(np.int32) for x in lists))
+    lists = jax.tree.map(lambda x: x.astype(np.int32), lists)
+    if lists.q_first is not None:
+        maps = {"q_map": map_of(lists.q_first, lists.q_sizes, block, q.shape[1])}
+        lists = lists._replace(**maps, kv_map=map_of(lists.kv_first, lists.kv_sizes, block, k.shape[1]))
     return lists if isinstance(sizes, np.ndarray) and sizes.all() else split(lists, block, block, block)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jvdiff.runtime.target import Target
 
@@ -23,6 +24,7 @@ class Lists(NamedTuple):
     q_sizes: int32 [Nq], those of each query block; None: whatever is not told to be empty is computed.
     q_first, kv_first: int32 [Nq] and [Nkv], ascending: the row of each block's first token. None: blocks are padded,
       and block i begins at row i * block. With q_first there are q_sizes.
+    q_map, kv_map: where rows and places lie then, for kernels that take padded blocks alone.
     """
 
     q2k: Any
@@ -31,6 +33,8 @@ class Lists(NamedTuple):
     q_sizes: Any = None
     q_first: Any = None
     kv_first: Any = None
+    q_map: "Map | None" = None
+    kv_map: "Map | None" = None
 
 
 def listed(lists: Lists) -> jax.Array:
@@ -66,6 +70,8 @@ def split(lists: Lists, block: int, block_q: int, block_kv: int) -> Lists:
         q_sizes,
         None if lists.q_first is None else starts_of(lists.q_first, block, block_q),
         None if lists.kv_first is None else starts_of(lists.kv_first, block, block_kv),
+        lists.q_map,
+        lists.kv_map,
     )
 
 
@@ -96,27 +102,32 @@ def transpose(lists: Lists) -> tuple[jax.Array, jax.Array]:
     return offsets.reshape(B, N, Nkv + 1).astype(jnp.int32), code % Nq  # [B,N,Nkv+1], [B,N,Nq*M]
 
 
-class Blocks(NamedTuple):
-    """Where the tokens of blocks lie that are not padded: first and sizes int32 [blocks], of `block` places each."""
+class Map(NamedTuple):
+    """Blocks that are not padded, and the same ones padded.
 
-    first: Any
-    sizes: Any
-    block: int
+    row: int32 [blocks*block], the row of each place; L where no token lies.
+    place: int32 [L], the place of each row; blocks*block for rows in no block.
+    """
+
+    row: Any
+    place: Any
 
     def padded(self, x: jax.Array, axis: int = 1) -> jax.Array:
         """The rows of x on an axis -> blocks*block places, zero where no token lies."""
-        place = jnp.arange(self.block, dtype=jnp.int32)[None]
-        row = jnp.asarray(self.first)[:, None] + place  # [blocks,block]
-        row = jnp.where(place < jnp.asarray(self.sizes)[:, None], row, x.shape[axis])
-        return jnp.take(x, row.reshape(-1), axis=axis, mode="fill", fill_value=0)
+        return jnp.take(x, jnp.asarray(self.row), axis=axis, mode="fill", fill_value=0)
 
-    def packed(self, x: jax.Array, rows: int, axis: int = 1) -> jax.Array:
-        """The inverse: blocks*block places on an axis -> `rows` rows, zero for those in no block."""
-        first, row = jnp.asarray(self.first), jnp.arange(rows, dtype=jnp.int32)
-        number = jnp.searchsorted(first, row, side="right").astype(jnp.int32) - 1  # [rows]
-        place = row - first[number]
-        place = jnp.where(place < jnp.asarray(self.sizes)[number], number * self.block + place, x.shape[axis])
-        return jnp.take(x, place, axis=axis, mode="fill", fill_value=0)
+    def packed(self, x: jax.Array, axis: int = 1) -> jax.Array:
+        """The inverse: places on an axis -> rows, zero for those in no block."""
+        return jnp.take(x, jnp.asarray(self.place), axis=axis, mode="fill", fill_value=0)
+
+
+def map_of(first: np.ndarray, sizes: np.ndarray, block: int, length: int) -> Map:
+    """That of blocks of `block` places in an operand of `length` rows."""
+    place = np.arange(block)
+    row = np.where(place < sizes[:, None], first[:, None] + place, length).ravel()
+    places = np.full(length, row.size)
+    places[row[row < length]] = np.flatnonzero(row < length)
+    return Map(row.astype(np.int32), places.astype(np.int32))
 
 
 def padded_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,11 +137,11 @@ def padded_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     def anywhere(q, k, v, lists: Lists, *, block: int, target: Target, scale: float) -> tuple[jax.Array, jax.Array]:
         if lists.q_first is None:
             return forward(q, k, v, lists, block=block, target=target, scale=scale)
-        queries, keys, plain = _blocks(lists, block)
+        queries, keys, plain = _maps(lists)
         out, lse = forward(
             queries.padded(q), keys.padded(k), keys.padded(v), plain, block=block, target=target, scale=scale
         )
-        return queries.packed(out, q.shape[1]), queries.packed(lse, q.shape[1], axis=2)
+        return queries.packed(out), queries.packed(lse, axis=2)
 
     return anywhere
 
@@ -144,16 +155,16 @@ def padded_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         if lists.q_first is None:
             return backward(q, k, v, out, lse, dout, dlse, lists, block=block, target=target, scale=scale)
-        queries, keys, plain = _blocks(lists, block)
+        queries, keys, plain = _maps(lists)
         of_queries = queries.padded(q), keys.padded(k), keys.padded(v), queries.padded(out), queries.padded(lse, axis=2)
         cotangents = queries.padded(dout), queries.padded(dlse, axis=2)
         dq, dk, dv = backward(*of_queries, *cotangents, plain, block=block, target=target, scale=scale)
-        return queries.packed(dq, q.shape[1]), keys.packed(dk, k.shape[1]), keys.packed(dv, k.shape[1])
+        return queries.packed(dq), keys.packed(dk), keys.packed(dv)
 
     return anywhere
 
 
-def _blocks(lists: Lists, block: int) -> tuple[Blocks, Blocks, Lists]:
+def _maps(lists: Lists) -> tuple[Map, Map, Lists]:
     """Where queries and keys lie, and the lists of the same blocks when they are padded."""
-    queries, keys = Blocks(lists.q_first, lists.q_sizes, block), Blocks(lists.kv_first, lists.kv_sizes, block)
-    return queries, keys, lists._replace(q_first=None, kv_first=None)
+    assert lists.q_map is not None and lists.kv_map is not None
+    return lists.q_map, lists.kv_map, Lists(*lists[:4])

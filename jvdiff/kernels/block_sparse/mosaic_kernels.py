@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jvdiff.kernels.block_sparse import mosaic_gpu
-from jvdiff.kernels.block_sparse.lists import Blocks, Lists, padded_backward, parts_of, split, starts_of, transpose
+from jvdiff.kernels.block_sparse.lists import Lists, padded_backward, parts_of, split, starts_of, transpose
 from jvdiff.kernels.block_sparse.mosaic_gpu import ROWS, Shape, shapes
 from jvdiff.runtime.target import Target
 
@@ -67,7 +67,7 @@ def forward(
             turn=plgpu.Barrier(num_arrivals=2) if shape.producer and shape.warpgroups == 2 else None,
         ),
     )(q, k, v, *_entries(lists, block, shape), *_query_rows(lists, block, shape))
-    return out, lse if lists.q_first is None else Blocks(lists.q_first, lists.q_sizes, block).packed(lse, L, axis=2)
+    return out, lse if lists.q_map is None else lists.q_map.packed(lse, axis=2)
 
 
 def _forward_kernel(
