@@ -45,6 +45,7 @@ from jvdiff.kernels import Dense, SlidingTile, VideoSparse, block_sparse, tiles
 from jvdiff.kernels.block_sparse import Lists
 from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.kernels.sliding_tile import check_windows, window_lists
+from jvdiff.runtime.target import here
 
 DIRECTIONS = {"forward": 4.0, "backward": 10.0}  # FLOPs of one query-key pair and channel
 WRONG = 0.05  # a relative error that no rounding explains
@@ -288,7 +289,7 @@ def implementations(problem: Problem, gpu: bool) -> Iterator[tuple[str, str | No
     x = jax.ShapeDtypeStruct(slots, problem.dout.dtype)
     for name in ("mosaic_gpu", "triton") if gpu else ("xla",):
         module = block_sparse.IMPLEMENTATIONS[name]
-        yield name, module.unsupported(x, x, x, problem.block) or module.unavailable()
+        yield name, module.unsupported(x, x, x, problem.block) or module.unavailable(here())
 
 
 # ----------------------------------------------------------------------------------------------------------- rivals

@@ -4,7 +4,7 @@
     python benchmarks/compile_gpu.py --model "Wan 1.3B 480p" --pattern "VSA 4x4x4"
     python benchmarks/compile_gpu.py --implementation triton --target a100
     python benchmarks/compile_gpu.py --step                   # a step of each Wan DiT on 1 to 8 H200s: memory, time
-    python benchmarks/compile_gpu.py --step --model "Wan 14B 720p" --mesh sequence=8
+    python benchmarks/compile_gpu.py --step --model "Wan 14B 720p" --mesh sequence=8 --target b200
     python benchmarks/compile_gpu.py --step --check           # where there is an H200: measured against predicted
 
 It needs no GPU and no driver, only the compiler's packages (`python -m jvdiff.commands.compiler --install`) and a few
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ os.environ["TF_CPP_VMODULE"] = "subprocess_compilation=2,xtile_compiler=2,thunk_
 import jax
 import jax.numpy as jnp
 import roofline
-from jax.sharding import NamedSharding, PartitionSpec
 from timing import RESULTS, in_turn
 
 from jvdiff import plan
@@ -50,7 +49,7 @@ from jvdiff.kernels.block_sparse import mosaic_gpu, triton
 from jvdiff.models import wan
 from jvdiff.models.wan import places
 from jvdiff.models.wan.family import TEXT_LENGTH
-from jvdiff.sharding import MeshShape, Placement, collectives, param_shardings, read_mesh
+from jvdiff.sharding import MeshShape, collectives, param_shardings, read_mesh
 
 # Grid of tokens after patchify, and heads; 81 frames, HunyuanVideo 117. All have head dim 128, --head-dim asks what if.
 MODELS = {
@@ -68,9 +67,7 @@ PATTERNS: dict[str, tuple[tuple[int, int, int], Callable[[int], int]]] = {
     "VSA 4x8x8": ((4, 8, 8), lambda n: tiles.top_k_count(0.9, n)),
 }
 KERNELS = ("forward", "dq", "dkv")
-KINDS = {"h200": "NVIDIA H200", "a100": "NVIDIA A100-SXM4-80GB"}  # as the driver names them
-SHARED_MEMORY = {"h200": 232_448, "a100": 166_912}  # bytes that one CTA may have
-REGISTERS, MAX_THREADS = 65_536, 2048  # of an SM
+REGISTERS = 65_536  # of an SM
 STEPS = {
     f"{name} {height}p": (cfg, height, width)
     for name, cfg in (("Wan 1.3B", wan.WAN_2_1_T2V_1_3B), ("Wan 14B", wan.WAN_2_1_T2V_14B))
@@ -90,7 +87,7 @@ PREDICTIONS = RESULTS / "steps_h200.json"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", choices=sorted(SHARED_MEMORY), default="h200")
+    parser.add_argument("--target", choices=plan.known_targets(), default="h200")
     parser.add_argument("--implementation", choices=["mosaic_gpu", "triton"], default="mosaic_gpu")
     parser.add_argument("--model", choices=[*MODELS], action="append", help="only this one; may be given again")
     parser.add_argument("--pattern", choices=PATTERNS, action="append", help="only this one; may be given again")
@@ -109,11 +106,9 @@ def main() -> int:
         if (status := plan.run_with_compiler(args.target, [__file__, *sys.argv[1:]])) is not None:
             return status
         plan.check_target(args.target)
-        if (args.implementation, args.target) == ("mosaic_gpu", "a100"):
-            raise UsageError("mosaic_gpu is for Hopper: compile it for h200, or --implementation triton for a100.")
+        if args.implementation == "mosaic_gpu" and (why := mosaic_gpu.unavailable(plan.described(args.target))):
+            raise UsageError(f"--implementation mosaic_gpu {why}; expected triton with --target {args.target}.")
         if args.step:
-            if args.target != "h200":
-                raise UsageError("steps are predicted for h200 alone; there are no rates for another target.")
             print(f"{'one step, both branches':<15}{'mesh':>24}{STEP_COLUMNS}")
             rows, failures = [], []
             for row in steps(args.target, args.model or STEPS, args.mesh or MESHES):
@@ -133,7 +128,7 @@ def main() -> int:
             ):
                 rows.append(row)
                 print(line.format(**row), flush=True)
-            limit = SHARED_MEMORY[args.target]
+            limit = shared_memory_of(args.target)
             failures = [row for row in rows if row["spills"] or row["shared_memory"] > limit]
     except (JvdiffError, NotImplementedError) as error:
         print(error, file=sys.stderr)
@@ -159,59 +154,66 @@ def kernels(
 ) -> Iterator[dict[str, Any]]:
     """Compiles the three kernels of each shape and yields a row for each of them."""
     with _printed():  # the compiler's greeting
-        mesh = plan.target_mesh(target)
-    here = NamedSharding(mesh, PartitionSpec())
-    struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=here)  # noqa: E731
-    lowering = triton.lowering(KINDS[target], mesh.abstract_mesh) if implementation == "triton" else nullcontext()
-    with lowering:
-        for model, pattern in itertools.product(models, patterns):
-            (grid, heads), (tile, seen) = MODELS[model], PATTERNS[pattern]
-            block, blocks = math.prod(tile), math.prod(tiles.counts(grid, tile))
-            x = struct((1, blocks * block, heads, head_dim), dtype)
-            list_heads = 1 if pattern.startswith("STA") else heads
-            lists = [
-                struct(shape, jnp.int32)
-                for shape in ((1, list_heads, blocks, seen(blocks)), (1, list_heads, blocks), (blocks,))
-            ]
+        placement = plan.target_placement(target)
+    struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=placement.everywhere)  # noqa: E731
+    for model, pattern in itertools.product(models, patterns):
+        (grid, heads), (tile, seen) = MODELS[model], PATTERNS[pattern]
+        block, blocks = math.prod(tile), math.prod(tiles.counts(grid, tile))
+        x = struct((1, blocks * block, heads, head_dim), dtype)
+        list_heads = 1 if pattern.startswith("STA") else heads
+        lists = [
+            struct(shape, jnp.int32)
+            for shape in ((1, list_heads, blocks, seen(blocks)), (1, list_heads, blocks), (blocks,))
+        ]
 
-            attend = functools.partial(
-                block_sparse_attention, block=block, return_lse=True, implementation=implementation
-            )
+        attend = functools.partial(
+            block_sparse_attention,
+            block=block,
+            return_lse=True,
+            implementation=implementation,
+            target=placement.target,
+        )
 
-            def both(operands, lists, cotangents, attend=attend):
-                out, pull = jax.vjp(lambda *operands: attend(*operands, *lists), *operands)
-                return out, pull(cotangents)
+        def both(operands, lists, cotangents, attend=attend):
+            out, pull = jax.vjp(lambda *operands: attend(*operands, *lists), *operands)
+            return out, pull(cotangents)
 
-            cotangents = x, struct((1, heads, blocks * block), jnp.float32)
-            began = time.monotonic()
-            with _printed() as log:
-                jax.jit(both).trace((x, x, x), lists, cotangents).lower(lowering_platforms=("cuda",)).compile()
-            seconds = time.monotonic() - began
-            found = read_log(log[0])
-            for kernel in KERNELS:
-                cut = threads(implementation, kernel, block, head_dim, dtype)
-                row = {
-                    "shape": f"{model} {pattern}",
-                    "kernel": kernel,
-                    **found[kernel],
-                    "seconds": round(seconds / len(KERNELS), 1),
-                }
-                yield {**row, "ctas": ctas(target, threads=cut, **found[kernel])}
+        cotangents = x, struct((1, heads, blocks * block), jnp.float32)
+        began = time.monotonic()
+        with _printed() as log:
+            plan.compile_for(placement, jax.jit(both), (x, x, x), lists, cotangents)
+        seconds = time.monotonic() - began
+        found = read_log(log[0])
+        for kernel in KERNELS:
+            cut = threads(placement.target.kind, implementation, kernel, block, head_dim, dtype)
+            row = {
+                "shape": f"{model} {pattern}",
+                "kernel": kernel,
+                **found[kernel],
+                "seconds": round(seconds / len(KERNELS), 1),
+            }
+            yield {**row, "ctas": ctas(target, threads=cut, **found[kernel])}
 
 
-def threads(implementation: str, kernel: str, block: int, head_dim: int, dtype: str) -> int:
+def threads(kind: str, implementation: str, kernel: str, block: int, head_dim: int, dtype: str) -> int:
     """The number of threads of one CTA."""
     if implementation == "triton":
         return 32 * triton.shapes(block, head_dim, dtype)[kernel].warps
-    cut = mosaic_gpu.shapes(block, head_dim)[kernel]
+    cut = mosaic_gpu.shapes(block, head_dim, kind)[kernel]
     return 128 * (cut.warpgroups + cut.producer)
+
+
+def shared_memory_of(target: str) -> int:
+    """Bytes that one CTA may have."""
+    return int(plan.described_number(target, "shared_memory_per_block_optin"))
 
 
 def ctas(target: str, *, registers: int, shared_memory: int, threads: int, spills: int = 0) -> int:
     """How many CTAs fit on an SM at once: registers come in eights, and each CTA takes 1 KiB more than it asks for."""
     by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
-    by_memory = (SHARED_MEMORY[target] + 1024) // (shared_memory + 1024)
-    return min(by_registers, by_memory, MAX_THREADS // threads)
+    by_memory = plan.described_number(target, "shared_memory_per_core") // (shared_memory + 1024)
+    by_threads = plan.described_number(target, "threads_per_core_limit") // threads
+    return int(min(by_registers, by_memory, by_threads))
 
 
 def read_log(log: str) -> dict[str, dict[str, int]]:
@@ -270,8 +272,7 @@ def steps(target: str, models: Iterable[str], meshes: Sequence[MeshShape]) -> It
     """A row for one sampling step, both branches of guidance, of each Wan DiT, 81 frames, under each mesh it allows.
 
     The branches run one after the other, or, where the mesh has an axis `data` or `fsdp`, at once. GiB and bytes sent
-    are of one GPU; `collectives` counts those in the program's text, not how often they run. Dense attention is
-    compiled in the blocked XLA form, and predicted as the fused kernel that a GPU takes (`roofline`).
+    are of one GPU; `collectives` counts those in the program's text, not how often they run.
     """
     for model in models:
         cfg, height, width = STEPS[model]
@@ -290,32 +291,29 @@ def predicted(target: str, model: str, shape: MeshShape) -> dict[str, Any]:
     """What the compiler says of one step on a mesh of such GPUs, and how long it should take."""
     cfg, height, width = STEPS[model]
     with _printed():
-        mesh = plan.target_mesh(target, shape)
-    placement = Placement(mesh, shape.ring) if shape.devices > 1 else None
-    here = NamedSharding(mesh, PartitionSpec())
+        placement = plan.target_placement(target, shape)
     abstract = wan.abstract_params(cfg, jnp.bfloat16)
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract,
-        param_shardings(mesh, abstract, places.DIT),
+        param_shardings(placement.mesh, abstract, places.DIT),
     )
     batch = branches(shape)
     calls = 2 // batch
-    inputs = [jax.ShapeDtypeStruct(*x, sharding=here) for x in step_inputs(cfg, batch, height, width)]
+    inputs = [jax.ShapeDtypeStruct(*x, sharding=placement.everywhere) for x in step_inputs(cfg, batch, height, width)]
 
     def velocity(params, *inputs):
-        v = wan.velocity(params, cfg, *inputs, placement=placement)
-        return v if placement is None else placement.replicate(v)
+        return placement.replicate(wan.velocity(params, cfg, *inputs, placement=placement))
 
     began = time.monotonic()
     with _printed():
-        compiled = jax.jit(velocity).trace(params, *inputs).lower(lowering_platforms=("cuda",)).compile()
+        compiled = plan.compile_for(placement, jax.jit(velocity), params, *inputs)
     compiled_in = time.monotonic() - began
     text = compiled.as_text() or ""
     memory: Any = compiled.memory_analysis()
     weights = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
     found, work = collectives.read(text), roofline.work(text)
-    seconds = roofline.seconds(work, found, roofline.H200)
+    seconds = roofline.seconds(work, found, roofline.RATES[target])
     kinds = collectives.by_kind(found)
     return {
         "step": model,
@@ -335,6 +333,7 @@ def predicted(target: str, model: str, shape: MeshShape) -> dict[str, Any]:
         "seconds_compute": calls * seconds.compute,
         "seconds_overlapped": calls * seconds.shortest,
         "seconds_exposed": calls * seconds.longest,
+        "attention": plan.attention_in(text),
         "compiled_in": compiled_in,
     }
 

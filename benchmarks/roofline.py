@@ -1,9 +1,9 @@
 """How long a compiled program should take on GPUs that are not there, from its text and from published rates.
 
 Of one device: time = matrix products + attention + float32 products + traffic of all other kernels + collectives, each
-at a share of the published peak that others have measured (`H200`). Collectives that the compiler has made asynchronous
-and put work behind may be hidden by that work or not: both are given. What is not modelled: launches, kernels that run
-side by side, the clock under load, and links that are shared with other traffic.
+at a share of the published peak that others have measured (`RATES`). Collectives that the compiler has made
+asynchronous and put work behind may be hidden by that work or not: both are given. What is not modelled: launches,
+kernels that run side by side, the clock under load, and links that are shared with other traffic.
 """
 
 import math
@@ -31,9 +31,22 @@ class Rates(NamedTuple):
     latency: float
 
 
-# NVIDIA's H200 SXM: 989 TFLOP/s bfloat16 without sparsity, 67 TFLOP/s float32, HBM3e at 4.8 TB/s, NVLink at 450 GB/s
-# each way. Shares of that: see docs/scaling.md. The share of memory and the latency are assumptions.
-H200 = Rates(0.70 * 989e12, 0.60 * 989e12, 0.70 * 67e12, 0.85 * 4.8e12, 370e9, 20e-6)
+def _of_peaks(bfloat16: float, float32: float, memory: float, link: float) -> Rates:
+    """Rates of data sheets' peaks: TFLOP/s of bfloat16 without sparsity, summed in float32, and of float32; TB/s of
+    memory; GB/s of the links, one way. Shares of that: see docs/scaling.md. They were found out for Hopper and are
+    assumptions for all others, as the share of memory and the latency are for all."""
+    return Rates(0.70 * bfloat16 * 1e12, 0.60 * bfloat16 * 1e12, 0.70 * float32 * 1e12, 0.85e12 * memory, link, 20e-6)
+
+
+# By the names of plan.known_targets(). SXM forms with NVLink; the two cards on their own PCIe links.
+RATES = {
+    "h200": _of_peaks(989, 67, 4.8, 370e9),
+    "h100": _of_peaks(989, 67, 3.35, 370e9),
+    "b200": _of_peaks(2250, 75, 8.0, 740e9),
+    "a100": _of_peaks(312, 19.5, 2.039, 246e9),
+    "rtx_4090": _of_peaks(165.2, 82.6, 1.008, 26e9),
+    "rtx_5090": _of_peaks(209.5, 104.8, 1.792, 52e9),
+}
 
 
 class Work(NamedTuple):
@@ -77,11 +90,12 @@ class Seconds(NamedTuple):
 
 
 def work(text: str, layers: int = 1) -> Work:
-    """What one device computes, from a compiled program's text in which attention is in its open form.
+    """What one device computes, from a compiled program's text.
 
-    Products in a loop within the loop over layers, which is `layers` loops deep, are attention's, and what else goes on
-    there a fused kernel would not do. Other kernels read their operands (what they slice, only the slice) and write
-    their result.
+    Attention is cuDNN's calls and those of the block-sparse kernels, which count as if every block were listed (as in a
+    ring). Where it is in its open form, products in a loop within the loop over layers, which is `layers` loops deep,
+    are attention's, and what else goes on there a fused kernel would not do. Other kernels read their operands (what
+    they slice, only the slice) and write their result.
     """
     named = computations(text)
     flops = {"products": 0.0, "attention": 0.0, "float32": 0.0}
@@ -91,6 +105,8 @@ def work(text: str, layers: int = 1) -> Work:
             operand = run.computation[run.instruction.operands[0]].type
             kind = "attention" if run.loops > layers else "float32" if operand.startswith("f32") else "products"
             flops[kind] += run.runs * _flops(run.instruction, operand)
+        elif fused := _attention(run):
+            flops["attention"] += run.runs * fused
         elif run.loops <= layers and not run.fused:
             traffic += run.runs * _traffic(run, named)
     return Work(**flops, traffic=traffic)
@@ -110,11 +126,29 @@ def seconds(work: Work, collectives: Iterable[Collective], rates: Rates) -> Seco
     return Seconds(compute, hidden, exposed)
 
 
+def _shape(kind: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\[([\d,]*)\]", kind)[0].split(",") if n]
+
+
 def _flops(dot: Instruction, left: str) -> float:
-    shape = lambda kind: [int(n) for n in re.findall(r"\[([\d,]*)\]", kind)[0].split(",") if n]  # noqa: E731
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)
     axes = [int(n) for n in contracted[1].split(",") if n] if contracted else []
-    return 2.0 * math.prod(shape(dot.type)) * math.prod(shape(left)[axis] for axis in axes)
+    return 2.0 * math.prod(_shape(dot.type)) * math.prod(_shape(left)[axis] for axis in axes)
+
+
+def _attention(run: Run) -> float:
+    """FLOPs of a fused attention of q [B,L,N,K] to k [B,S,N,K]; 0 of what is not one."""
+    instruction = run.instruction
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+    name = target[1] if target else ""
+    if name.startswith("__cudnn$fmha"):
+        products = 5 if name.endswith("Backward") else 2
+    elif name.startswith(("mosaic_gpu", "__gpu$xla.gpu.triton")):  # forward with its log-sum-exp; dk with dv; dq alone
+        products = 2 if "f32[" in instruction.type else 4 if instruction.type.startswith("(") else 3
+    else:
+        return 0.0
+    q, k = (_shape(run.computation[operand].type) for operand in instruction.operands[:2])
+    return 2.0 * products * math.prod(q) * k[1]
 
 
 _NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "dot"}

@@ -28,7 +28,6 @@ if any(word.startswith("--target") for word in sys.argv):
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,7 +37,7 @@ from jvdiff import plan, precision, streaming
 from jvdiff.errors import JvdiffError, SetupError, UsageError
 from jvdiff.models import wan
 from jvdiff.models.wan.rollout import SELF_FORCING_WAN_2_1_T2V_1_3B
-from jvdiff.sharding import MeshShape, collectives
+from jvdiff.sharding import collectives
 
 PUBLISHED = {"FlashDreams, H100, 6th chunk, network": 344.0, "Self-Forcing, H100, 6th chunk, network": 432.0}
 FPS_WANTED = 45.0
@@ -153,21 +152,22 @@ def resident() -> float:
 def compiled(target: str) -> list[dict[str, Any]]:
     """Compiles the 1.3B model's programs for one such GPU and prints what each needs and should take."""
     config = SELF_FORCING_WAN_2_1_T2V_1_3B
-    here = NamedSharding(plan.target_mesh(target, MeshShape()), PartitionSpec())
+    placement = plan.target_placement(target)
+    here = placement.everywhere
     there = lambda tree: jax.tree.map(  # noqa: E731
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here if x.ndim else None), tree
     )
     params = there(abstract_params(config, precision.choose("bfloat16")))
-    pipe = config.setup(params)
+    pipe = config.setup(params, placement)
     cache = there(pipe.abstract_cache(1))
     rows = []
     print(f"{'program':<14}{'GiB weights':>12}{'cache':>8}{'temporary':>11}{'TFLOP':>8}{'predicted ms':>14}")
     for name, program in pipe.traced(cache):
-        done = program.lower(lowering_platforms=("cuda",)).compile()
+        done = plan.compile_for(placement, program)
         text, memory = done.as_text() or "", done.memory_analysis()
         assert memory is not None
         work = roofline.work(text, layers=1 + (name == "diffuse"))  # a loop over steps around that over layers
-        seconds = roofline.seconds(work, collectives.read(text), roofline.H200)
+        seconds = roofline.seconds(work, collectives.read(text), roofline.RATES[target])
         part = params["transformer"]
         if name.startswith("decode"):
             part = {kind: params["vae"][kind] for kind in wan.DECODER}

@@ -1,6 +1,7 @@
 """What a training step of each latent video model takes, with clips of 16 frames of 256x256 and a batch of 8.
 
     python benchmarks/training_steps.py                              # compiled for an H200, no GPU needed
+    python benchmarks/training_steps.py --target rtx_4090            # for another that plans know
     python benchmarks/training_steps.py --run --size small           # timed on whatever is here
     python benchmarks/training_steps.py --run --device gpu
 
@@ -26,7 +27,6 @@ if "--run" not in sys.argv:
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,68 +37,106 @@ from jvdiff.config import load
 from jvdiff.errors import JvdiffError, SetupError
 from jvdiff.models import latent_video
 from jvdiff.models.latent_video.runs import programs
-from jvdiff.sharding import MeshShape
+from jvdiff.sharding import Placement
 from jvdiff.training.loop import Schedule, Task, make_step, start
 
-TARGET = "h200"  # of which `roofline` has the rates
+FEW = 2  # clips of the smaller of two batches that tell what a clip takes
 SIZES = ("vae", *latent_video.SIZES)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=SIZES, action="append", help="only this one; may be given again")
+    parser.add_argument("--target", choices=plan.known_targets(), default="h200", help="the GPU to compile for")
     parser.add_argument("--run", action="store_true", help="run the steps here instead of compiling them")
     parser.add_argument("--device", choices=("gpu", "cpu"), help="with --run: refuse to run on another")
     parser.add_argument("--repeats", type=int, default=3, help="with --run: timed steps, after one that is not")
     parser.add_argument("--json", type=Path, help="write the report there")
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(words)
-    if not args.run and (status := plan.run_with_compiler(TARGET, [__file__, *words])) is not None:
+    if not args.run and (status := plan.run_with_compiler(args.target, [__file__, *words])) is not None:
         return status
     chosen = [size for size in SIZES if size in (args.size or SIZES)]
-    rows = measured(chosen, args.device, args.repeats) if args.run else compiled(chosen)
-    report = {"machine": machine.describe(), "target": None if args.run else TARGET, "rows": list(rows)}
+    rows = measured(chosen, args.device, args.repeats) if args.run else compiled(chosen, args.target)
+    report = {"machine": machine.describe(), "target": None if args.run else args.target, "rows": list(rows)}
     if args.json:
         write(args.json, report)
     return 0
 
 
-def step_of(size: str) -> tuple[Task, Schedule, Any]:
+def step_of(size: str, placement: Placement | None = None) -> tuple[Task, Schedule, Any]:
     """(task, schedule, abstract batch) of the VAE or of a transformer of this size, as the config trains it."""
     config = load("latent_video_small")
     if size != "vae":
         config.transformer = size
-    for name, task, schedule, batch, _ in programs(config):
+    for name, task, schedule, batch, _ in programs(config, placement):
         if name == ("vae" if size == "vae" else "transformer"):
             return task, schedule, batch
     raise AssertionError(size)
 
 
-def compiled(sizes: list[str]) -> Iterator[dict[str, Any]]:
-    """Compiles each step for one H200; prints and yields what it needs and should take."""
-    plan.check_target(TARGET)
-    here = NamedSharding(plan.target_mesh(TARGET, MeshShape()), PartitionSpec())
-    print(f"{'step':<8}{'parameters':>15}{'TFLOP':>9}{'GiB of state':>14}{'temporary':>11}{'predicted s':>13}")
+def compiled(sizes: list[str], target: str) -> Iterator[dict[str, Any]]:
+    """Compiles each step for one such GPU; prints and yields what it needs and should take, and the largest batch.
+
+    Memory and time grow by the same for every clip, which steps of few clips and of the configuration's 8 tell.
+    """
+    plan.check_target(target)
+    placement = plan.target_placement(target)
+    memory = plan.target_memory(target) / 2**30
+    print(f"{target}: JAX takes {memory:.1f} GiB; `batch` is the largest that fits, `s` its predicted seconds")
+    print(
+        f"{'step':<8}{'parameters':>15}{'TFLOP':>9}{'GiB of state':>14}{'temporary':>11}{'predicted s':>13}"
+        f"{'attention':>11}{'batch':>7}{'s':>9}"
+    )
     for size in sizes:
-        task, schedule, batch = step_of(size)
-        state = jax.eval_shape(partial(start, task, schedule, jax.random.key(0)))
-        there = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)  # noqa: E731
-        traced = make_step(task, schedule, jax.random.key(0)).trace(there(state), there(batch))
-        done = traced.lower(lowering_platforms=("cuda",)).compile()
-        row = {"size": size, **counted(traced, state)}
-        memory: Any = done.memory_analysis()
-        row |= {
-            "state_gib": short(memory.argument_size_in_bytes / 2**30),
-            "temporary_gib": short(memory.temp_size_in_bytes / 2**30),
-        }
+        row = _compiled(size, placement, target)
         if size != "vae":
-            row["predicted_s"] = short(roofline.seconds(roofline.work(done.as_text() or ""), (), roofline.H200).longest)
+            few = _compiled(size, placement, target, FEW)
+            row |= _largest(few, row, memory)
         print(
             f"{size:<8}{row['parameters']:>15,}{row['flops'] / 1e12:>9.3g}{row['state_gib']:>14.3g}"
-            f"{row['temporary_gib']:>11.3g}{row.get('predicted_s', '-'):>13}",
+            f"{row['temporary_gib']:>11.3g}{row.get('predicted_s', '-'):>13}{'+'.join(row['attention']):>11}"
+            f"{row.get('largest_batch', '-'):>7}{row.get('largest_batch_s', '-'):>9}",
             flush=True,
         )
         yield row
+
+
+def _compiled(size: str, placement: Placement, target: str, clips: int | None = None) -> dict[str, Any]:
+    """What the compiler says of a step of so many clips; None: as the configuration has it."""
+    task, schedule, batch = step_of(size, placement)
+    state = jax.eval_shape(partial(start, task, schedule, jax.random.key(0)))
+    if clips is not None:
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((clips, *x.shape[1:]), x.dtype), batch)
+    struct = partial(jax.ShapeDtypeStruct, sharding=placement.everywhere)
+    state, batch = jax.tree.map(lambda x: struct(x.shape, x.dtype), (state, batch))
+    traced = make_step(task, schedule, jax.random.key(0)).trace(state, batch)
+    done = plan.compile_for(placement, traced)
+    text, memory = done.as_text() or "", done.memory_analysis()
+    assert memory is not None
+    row = {
+        "size": size,
+        "clips": jax.tree.leaves(batch)[0].shape[0],
+        **counted(traced, state),
+        "state_gib": short(memory.argument_size_in_bytes / 2**30),
+        "temporary_gib": short(memory.temp_size_in_bytes / 2**30),
+        "attention": plan.attention_in(text),
+    }
+    if size != "vae":
+        row["predicted_s"] = short(roofline.seconds(roofline.work(text), (), roofline.RATES[target]).longest)
+    return row
+
+
+def _largest(few: dict[str, Any], many: dict[str, Any], memory: float) -> dict[str, Any]:
+    """The largest batch that fits into so many GiB, and its predicted seconds; 0 where none does."""
+    clips = many["clips"] - few["clips"]
+    needs = lambda row: row["state_gib"] + row["temporary_gib"]  # noqa: E731
+    each, seconds = (needs(many) - needs(few)) / clips, (many["predicted_s"] - few["predicted_s"]) / clips
+    batch = max(0, int(many["clips"] + (memory - needs(many)) / each))
+    return {
+        "largest_batch": batch,
+        "largest_batch_s": short(many["predicted_s"] + seconds * (batch - many["clips"])) if batch else 0.0,
+    }
 
 
 def measured(sizes: list[str], device: str | None, repeats: int) -> Iterator[dict[str, Any]]:

@@ -6,9 +6,8 @@ timesteps, solver state, guidance, norms, rotary angles, and the frames that lea
 
 import dataclasses
 
-import jax
-
 from jvdiff.errors import UsageError
+from jvdiff.runtime.target import Target, here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +35,16 @@ TABLE = {
 }
 
 
-def choose(name: str | None = None, backend: str | None = None) -> Precision:
+def choose(name: str | None = None, target: Target | None = None) -> Precision:
     """The entry called `name`; None takes bfloat16 on a GPU and float32 elsewhere.
+
+    target: what programs are made for; None: the devices at hand.
 
     Raises:
         UsageError: `name` is not in the table.
     """
     if name is None:
-        name = "bfloat16" if (backend or jax.default_backend()) in ("gpu", "cuda", "rocm") else "float32"
+        name = "bfloat16" if (target or here()).platform == "gpu" else "float32"
     if name not in TABLE:
         raise UsageError(f"precision is {name!r}; expected one of {', '.join(sorted(TABLE))}.")
     return TABLE[name]

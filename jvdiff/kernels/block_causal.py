@@ -15,6 +15,7 @@ import numpy as np
 
 from jvdiff.kernels import layout
 from jvdiff.kernels.block_sparse import block_sparse_attention
+from jvdiff.runtime.target import Target
 
 
 def visible(queries: Any, keys: Any, chunk: int, window: int | None, sink: int) -> Any:
@@ -26,7 +27,13 @@ def visible(queries: Any, keys: Any, chunk: int, window: int | None, sink: int) 
 
 
 def block_causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: Any, *, implementation: str | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: Any,
+    *,
+    implementation: str | None = None,
+    target: Target | None = None,
 ) -> jax.Array:
     """Attention in which the frames of a video see those frames that a matrix names; differentiable in q, k and v.
 
@@ -34,6 +41,7 @@ def block_causal_attention(
       q, k, v: [B,L,N,K] of one float dtype: T frames of L/T tokens each.
       visible: bool [T,T], whether the frame of a row sees the frame of a column; numpy, or traced.
       implementation: of `block_sparse_attention`; None takes the best.
+      target: what the program is made for; None: the devices at hand.
 
     Returns:
       [B,L,N,K] in the dtype of q.
@@ -50,10 +58,11 @@ def block_causal_attention(
     count = len(visible)
     tokens, block = q.shape[1] // count, _block(q.shape[1] // count)
     place, sizes = layout.segment_places((tokens,) * count, block)
-    layout.choose(q, count * block, block, implementation)
+    layout.choose(q, count * block, block, implementation, target)
     q, k, v = (layout.to_blocks(x, place, count * block) for x in (q, k, v))
     q2k, counts = _lists(visible)
-    out = block_sparse_attention(q, k, v, q2k, counts, sizes, block=block, implementation=implementation)
+    how: Any = dict(block=block, implementation=implementation, target=target)
+    out = block_sparse_attention(q, k, v, q2k, counts, sizes, **how)
     return layout.from_blocks(out, place)
 
 

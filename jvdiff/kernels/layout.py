@@ -14,6 +14,7 @@ import numpy as np
 
 from jvdiff.kernels import block_sparse, tiles
 from jvdiff.kernels.linear import linear
+from jvdiff.runtime.target import Target
 
 
 def video_places(grid: tiles.Grid, tile: tiles.Grid, tiled: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +107,7 @@ def check(function: str, operands: dict[str, Any], tokens: int, meaning: str) ->
         raise ValueError(f"{function}: q has {q.shape[1]} tokens, but {meaning} makes {tokens}; pass the grid of q")
 
 
-def choose(q: Any, slots: int, block: int, implementation: str | None) -> str:
+def choose(q: Any, slots: int, block: int, implementation: str | None, target: Target | None = None) -> str:
     """The implementation of the block-sparse kernel for q [B,L,N,K] in `slots` padded places; raises as it does."""
     x = jax.ShapeDtypeStruct((q.shape[0], slots, *q.shape[2:]), q.dtype)
-    return block_sparse.choose(x, x, x, block=block, implementation=implementation)
+    return block_sparse.choose(x, x, x, block=block, implementation=implementation, target=target)

@@ -24,6 +24,7 @@ from jvdiff.kernels.block_causal import block_causal_attention, block_causal_slo
 from jvdiff.kernels.sliding_tile import Windows, sliding_tile_attention
 from jvdiff.kernels.tiles import Grid
 from jvdiff.kernels.video_sparse import video_sparse_attention
+from jvdiff.runtime.target import Target
 
 TILE_TOKENS = 4096
 _THREE = "[1-9][0-9]{0,3}x[1-9][0-9]{0,3}x[1-9][0-9]{0,3}"
@@ -53,15 +54,24 @@ class Pattern:
         grid: Grid,
         first_head: Any = None,
         implementation: str | None = None,
+        target: Target | None = None,
     ) -> jax.Array:
         """Attention of the tokens [B,L,N,K] of a grid, in the pattern's order, to one another.
 
         gate: [B,L,N,K], or None. first_head: int32 [], where the heads of q are those from this one on. implementation:
-        one of `implementations`; None takes the best.
+        one of `implementations`; None takes the best. target: what the program is made for; None: the devices at hand.
         """
         raise NotImplementedError
 
-    def choose(self, q: Any, grid: Grid, *, lse: bool = False, implementation: str | None = None) -> str:
+    def choose(
+        self,
+        q: Any,
+        grid: Grid,
+        *,
+        lse: bool = False,
+        implementation: str | None = None,
+        target: Target | None = None,
+    ) -> str:
         """The implementation that `attend` takes for q [B,L,N,K]; lse: where a log-sum-exp is needed (a ring).
 
         Raises:
@@ -74,9 +84,9 @@ class Pattern:
         """The names that `implementation` may have."""
         return tuple(block_sparse.IMPLEMENTATIONS)
 
-    def unavailable(self, implementation: str) -> str | None:
-        """Why an implementation cannot run on this machine, or None."""
-        if reason := block_sparse.IMPLEMENTATIONS[implementation].unavailable():
+    def unavailable(self, implementation: str, target: Target) -> str | None:
+        """Why an implementation cannot run on the target, or None."""
+        if reason := block_sparse.IMPLEMENTATIONS[implementation].unavailable(target):
             return f"block-sparse attention implementation {implementation!r}: {reason}"
         return None
 
@@ -108,18 +118,18 @@ class Dense(Pattern):
     ring = True
     example = "'dense'"
 
-    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None):
-        return dense.attention(q, k, v, implementation=implementation)
+    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
+        return dense.attention(q, k, v, implementation=implementation, target=target)
 
-    def choose(self, q, grid, *, lse=False, implementation=None):
-        return dense.choose(q, q, q, return_lse=lse, implementation=implementation)
+    def choose(self, q, grid, *, lse=False, implementation=None, target=None):
+        return dense.choose(q, q, q, return_lse=lse, implementation=implementation, target=target)
 
     @property
     def implementations(self) -> tuple[str, ...]:
         return tuple(dense.IMPLEMENTATIONS)
 
-    def unavailable(self, implementation: str) -> str | None:
-        return None  # `choose` has looked at the machine
+    def unavailable(self, implementation: str, target: Target) -> str | None:
+        return None  # `choose` has looked at the target
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
@@ -135,9 +145,10 @@ class _Tiled(Pattern):
     raster = False
     tile: Grid
 
-    def choose(self, q, grid, *, lse=False, implementation=None):
+    def choose(self, q, grid, *, lse=False, implementation=None, target=None):
         block = math.prod(self.tile)
-        return layout.choose(q, math.prod(tiles.counts(grid, self.tile)) * block, block, implementation)
+        slots = math.prod(tiles.counts(grid, self.tile)) * block
+        return layout.choose(q, slots, block, implementation, target)
 
     def ordered(self, x, grid):
         return layout.tile_order(x, grid, self.tile)
@@ -161,8 +172,8 @@ class SlidingTile(_Tiled):
     window: Windows = (3, 3, 3)
     example = "'sliding_tile:6x8x8:3x3x3' (tile, window)"
 
-    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None):
-        common: Any = dict(grid=grid, tile=self.tile, tiled=True, implementation=implementation)
+    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
+        common: Any = dict(grid=grid, tile=self.tile, tiled=True, implementation=implementation, target=target)
         return sliding_tile_attention(q, k, v, window=self.window, first_head=first_head, **common)
 
     @classmethod
@@ -200,8 +211,8 @@ class VideoSparse(_Tiled):
     gated = True
     example = "'video_sparse:4x4x4:0.9' (tile, sparsity)"
 
-    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None):
-        common: Any = dict(grid=grid, tile=self.tile, tiled=True, implementation=implementation)
+    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
+        common: Any = dict(grid=grid, tile=self.tile, tiled=True, implementation=implementation, target=target)
         return video_sparse_attention(q, k, v, gate, sparsity=self.sparsity, **common)
 
     @classmethod
@@ -242,11 +253,12 @@ class BlockCausal(Pattern):
                 "counts as a part of it."
             )
 
-    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None):
-        return block_causal_attention(q, k, v, self.visible(grid[0]), implementation=implementation)
+    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
+        seen = self.visible(grid[0])
+        return block_causal_attention(q, k, v, seen, implementation=implementation, target=target)
 
-    def choose(self, q, grid, *, lse=False, implementation=None):
-        return layout.choose(q, *block_causal_slots(self.visible(grid[0]), q.shape[1]), implementation)
+    def choose(self, q, grid, *, lse=False, implementation=None, target=None):
+        return layout.choose(q, *block_causal_slots(self.visible(grid[0]), q.shape[1]), implementation, target)
 
     def frames(self, count: int) -> np.ndarray:
         """int32 [T]: the place in the video of each of `count` frames of the forward pass.

@@ -16,6 +16,7 @@ import numpy as np
 from jvdiff.kernels import layout, tiles
 from jvdiff.kernels.block_sparse import block_sparse_attention
 from jvdiff.kernels.tiles import Grid
+from jvdiff.runtime.target import Target
 
 Windows = Grid | tuple[Grid, ...]
 
@@ -33,6 +34,7 @@ def sliding_tile_attention(
     tiled: bool = False,
     first_head: Any = None,
     implementation: str | None = None,
+    target: Target | None = None,
 ) -> Any:
     """Attention of each video token to the tiles around its own, and to text; differentiable.
 
@@ -50,6 +52,7 @@ def sliding_tile_attention(
         (int32 [], may be traced; where they are shared among devices). Heads beyond the last window have none of their
         own, and take the last one's.
       implementation: of `block_sparse_attention`; None takes the best.
+      target: what the program is made for; None: the devices at hand.
 
     Returns:
       out [B,L,N,K] in the dtype and order of q; with return_lse, (out, lse), lse natural float32 [B,N,L].
@@ -75,12 +78,12 @@ def sliding_tile_attention(
     place = np.concatenate([place, n * block + text_place])  # [L]
     text_sizes = np.clip(text_length - block * np.arange(text_sizes.size), 0, block)
     sizes = np.concatenate([sizes, text_sizes])  # [tiles + text blocks]
-    layout.choose(q, sizes.size * block, block, implementation)
+    layout.choose(q, sizes.size * block, block, implementation, target)
     q, k, v = (layout.to_blocks(x, place, sizes.size * block) for x in (q, k, v))
 
     def attend(q: jax.Array, q2k: Any, count: Any) -> Any:
         return block_sparse_attention(
-            q, k, v, q2k, count, sizes, block=block, return_lse=True, implementation=implementation
+            q, k, v, q2k, count, sizes, block=block, return_lse=True, implementation=implementation, target=target
         )
 
     text = (n + np.flatnonzero(text_sizes)).astype(np.int32)

@@ -16,6 +16,7 @@ from jax import lax
 from jvdiff.kernels import layout, tiles
 from jvdiff.kernels.block_sparse import block_sparse_attention
 from jvdiff.kernels.tiles import Grid
+from jvdiff.runtime.target import Target
 
 _PRECISION = lax.Precision.HIGHEST  # a score that is rounded differently chooses another tile
 
@@ -33,6 +34,7 @@ def video_sparse_attention(
     prefix_policy: str = "exempt",
     tiled: bool = False,
     implementation: str | None = None,
+    target: Target | None = None,
 ) -> jax.Array:
     """Fine attention to the best tiles, plus gate times coarse attention between the means of tiles; differentiable.
 
@@ -51,6 +53,7 @@ def video_sparse_attention(
         number of blocks, the best of prefix and video together.
       tiled: the video tokens are in tile order (`tiles.partition_indices`), not raster order, and so is the result.
       implementation: of `block_sparse_attention`; None takes the best.
+      target: what the program is made for; None: the devices at hand.
 
     Returns:
       [B,L,N,K] in the dtype and order of q.
@@ -77,7 +80,7 @@ def video_sparse_attention(
     place, sizes = layout.video_places(grid, tile, tiled)
     P = prefix_sizes.size
     place, sizes = np.concatenate([prefix_place, P * block + place]), np.concatenate([prefix_sizes, sizes])  # [L], [n]
-    layout.choose(q, sizes.size * block, block, implementation)
+    layout.choose(q, sizes.size * block, block, implementation, target)
     q, k, v = (layout.to_blocks(x, place, sizes.size * block) for x in (q, k, v))
 
     coarse_q, coarse_k = _means(q, sizes), _means(k, sizes)  # [B,n,N,K]
@@ -89,7 +92,8 @@ def video_sparse_attention(
 
     def attend(q: jax.Array, q2k: Any, count: Any) -> jax.Array:
         count = np.broadcast_to(count, q2k.shape[:3])
-        return block_sparse_attention(q, k, v, q2k, count, sizes, block=block, implementation=implementation)
+        how: Any = dict(block=block, implementation=implementation, target=target)
+        return block_sparse_attention(q, k, v, q2k, count, sizes, **how)
 
     out = attend(q[:, P * block :], q2k, count)
     if P:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from jvdiff.diffusion.samplers import Sampler
 from jvdiff.errors import CheckpointError, UnsafeFormat
 from jvdiff.kernels import Dense
+from jvdiff.runtime.target import Target, here
 from jvdiff.sharding import MeshShape, Placement, Sizes, param_shardings
 from jvdiff.sharding.rules import Rules
 from jvdiff.types import Array, Params
@@ -196,6 +197,11 @@ class Forward:
     implementation: Any = None
     placement: Placement | None = None
     dtype: str | None = None
+
+    @property
+    def target(self) -> Target:
+        """What the program is made for, which decides the implementation where none is named."""
+        return self.placement.target if self.placement else here()
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 
 from jvdiff import pipeline
+from jvdiff.errors import UsageError
 from jvdiff.models.family import Clip
 from jvdiff.pipeline import Context
-from jvdiff.plan.counting import count_flops, largest_array
-from jvdiff.plan.targets import target_mesh
-from jvdiff.sharding import AXES, MeshShape, Placement, bytes_per_device, collectives, specs
+from jvdiff.plan.counting import attention_in, count_flops, largest_array
+from jvdiff.plan.targets import compile_for, target_placement
+from jvdiff.sharding import AXES, MeshShape, bytes_per_device, collectives, specs
 from jvdiff.sharding.rules import Rules
 from jvdiff.types import Params
 
@@ -32,6 +33,7 @@ class Program(NamedTuple):
     largest: array in it
     largest_elements: numbers of that array
     seconds: to compile it
+    attention: implementations of attention in its text
     sends: kind of collective -> (how often it runs, bytes that one device sends) in one call
     asynchronous: how many of its `collectives` are asynchronous
     collectives: how many its text has
@@ -47,6 +49,7 @@ class Program(NamedTuple):
     largest: str
     largest_elements: int
     seconds: float
+    attention: tuple[str, ...]
     sends: Mapping[str, tuple[int, int]]
     asynchronous: int
     collectives: int
@@ -68,21 +71,17 @@ def programs(
 
     shape: a mesh, None for one device. without: names of parts whose programs to leave out.
     """
-    mesh = target_mesh(target, shape) if target else None
-    placement = Placement(mesh, shape and shape.ring) if mesh else pipeline.place(shape)
-    context = dataclasses.replace(context, placement=placement)
+    context = _placed(context, target, shape)
     family, abstract = context.family, pipeline.abstract_params(context.family, context.models, context.precision)
-    inputs = family.longest(context.models, clip, 1)
-    calls = pipeline.trace(context, abstract, clip, inputs)
+    calls = _traced(context, clip)
     # Operations are counted in the XLA form, whose loops say how often they run; GPU kernels hide theirs.
-    open_form = pipeline.trace(context, abstract, dataclasses.replace(clip, attention="xla"), inputs)
+    open_form = _traced(context, dataclasses.replace(clip, attention="xla"))
     for call, counted in zip(calls, open_form, strict=True):
         part = call.stage.part
         if part in without:
             continue
         began = time.monotonic()
-        lowered = call.traced.lower(lowering_platforms=("cuda",)) if target else call.traced.lower()
-        compiled = lowered.compile()
+        compiled = compile_for(context.placement, call.traced)
         took = time.monotonic() - began
         memory: Any = compiled.memory_analysis()
         weights = _weights_used(call.traced, abstract[part], family.parts[part].places, shape)
@@ -100,10 +99,51 @@ def programs(
             largest=largest,
             largest_elements=elements,
             seconds=took,
+            attention=attention_in(text),
             sends=collectives.by_kind(sent),
             asynchronous=sum(each.asynchronous for each in sent),
             collectives=len(sent),
         )
+
+
+def stage_text(
+    context: Context,
+    clip: Clip,
+    stage: str,
+    target: str | None = None,
+    shape: MeshShape | None = None,
+    options: Mapping[str, str | bool] | None = None,
+) -> str:
+    """The optimised HLO of one stage of a clip, compiled without weights for a GPU that need not be there.
+
+        context, clip = plan.resolved(config)
+        text = plan.stage_text(context, clip, "denoise", "h200", MeshShape(sequence=4))
+
+    Args:
+        stage: as plans call it: "text", "denoise", "decode first", "decode next" of Wan.
+        target: a described GPU (`check_target` comes first); None: the devices at hand.
+        shape: a mesh; None: one device.
+        options: XLA's, for this program alone.
+
+    Raises:
+        UsageError: no such stage, or an invalid mesh.
+    """
+    context = _placed(context, target, shape)
+    calls = {call.stage.name: call for call in _traced(context, clip)}
+    if stage not in calls:
+        raise UsageError(f"stage is {stage!r}; expected one of {', '.join(calls)}.")
+    return compile_for(context.placement, calls[stage].traced, options=options).as_text() or ""
+
+
+def _placed(context: Context, target: str | None, shape: MeshShape | None) -> Context:
+    placement = target_placement(target, shape) if target else pipeline.place(shape)
+    return dataclasses.replace(context, placement=placement)
+
+
+def _traced(context: Context, clip: Clip) -> list[pipeline.Call]:
+    """The programs of one clip of the longest inputs."""
+    abstract = pipeline.abstract_params(context.family, context.models, context.precision)
+    return pipeline.trace(context, abstract, clip, context.family.longest(context.models, clip, 1))
 
 
 def _weights_used(traced: Any, tree: Params, places: Rules, shape: MeshShape | None) -> int:

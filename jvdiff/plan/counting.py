@@ -1,4 +1,4 @@
-"""Operations of a traced program, and the largest array of a compiled one."""
+"""Operations of a traced program; the largest array of a compiled one, and its attention."""
 
 from __future__ import annotations
 
@@ -57,6 +57,20 @@ def largest_array(hlo: str) -> tuple[str, int]:
                 size = gib(elements * _BYTES.get(kind, 4)).strip()
                 best, most = f"{kind}[{shape}] {size}", elements
     return best, most
+
+
+# What the text of a compiled program holds where an implementation is. `xla` names itself by a scope.
+_MARKS = {
+    "cudnn": "__cudnn$fmha",  # convolutions are cuDNN's too
+    "mosaic_gpu": 'custom_call_target="mosaic_gpu',
+    "triton": 'custom_call_target="__gpu$xla.gpu.triton"',
+    "xla": "xla_attention",
+}
+
+
+def attention_in(hlo: str) -> tuple[str, ...]:
+    """The implementations of attention that a compiled program holds, read from its text."""
+    return tuple(name for name, mark in _MARKS.items() if mark in hlo)
 
 
 def gib(size: float) -> str:

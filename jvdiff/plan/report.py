@@ -15,7 +15,7 @@ from typing import Any
 from jvdiff import models
 from jvdiff.config import nearest
 from jvdiff.errors import CheckpointError, UsageError
-from jvdiff.plan.targets import check_target, target_memory
+from jvdiff.plan.targets import check_target, described, target_memory
 from jvdiff.weights import locate
 
 
@@ -49,7 +49,8 @@ def resolved(config: Any) -> tuple[Any, Any]:
     family, known, defaults = describe(config.checkpoint, config.get("family"), bool(config.get("follow_symlinks")))
     given = {name: config.get(name) for name in names(family.settings)}
     clip = family.clip(known, pipeline.resolve(family, known, defaults, given))
-    dtypes = precision.choose(config.precision, "gpu" if config.plan_target else None)
+    target = config.plan_target
+    dtypes = precision.choose(config.precision, target and described(target))
     return pipeline.Context(family, known, dtypes), clip
 
 
@@ -97,7 +98,7 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
     patterns = ", ".join(dict.fromkeys(str(segment.pattern) for segment in clip.segments))
     yield f"video tokens L: {clip.tokens:,}   self-attention: {patterns}"
     columns = "".join(f"{title:>12}" for title in ("weights", "data", "temporary", "in all"))
-    yield f"{'program':<22}{'runs':>5}{'FLOPs':>10}{columns}   compiled in   largest array"
+    yield f"{'program':<22}{'runs':>5}{'FLOPs':>10}{columns}   compiled in  attention   largest array"
     every = []
     for program in programs(context, clip, target, shape):
         every.append(program)
@@ -114,8 +115,6 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
     )
     frames, height, width = clip.frames
     yield f"host memory for its frames: {gib(frames * height * width * 3).strip()}"
-    if target and clip.attention is None:
-        yield "Attention is planned as the blocked XLA form; cuDNN's, which a GPU takes in bfloat16, needs no more."
 
 
 def _heading(context: Any, clip: Any, target: str | None, shape: Any) -> Iterator[str]:
@@ -137,7 +136,7 @@ def _program(program: Any, tokens: int) -> Iterator[str]:
     square = " (L x L!)" if program.largest_elements >= tokens**2 > 2**24 else ""
     yield (
         f"{program.name:<22}{program.times:>5}{flops(program.flops):>10}{''.join(gib(size) for size in sizes)}"
-        f"{program.seconds:>12.1f} s   {program.largest}{square}"
+        f"{program.seconds:>12.1f} s {'+'.join(program.attention) or '-':>10}   {program.largest}{square}"
     )
     if program.collectives:
         kinds = (f"{gib(size).strip()} in {runs:,} {kind}" for kind, (runs, size) in program.sends.items())

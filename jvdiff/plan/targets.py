@@ -16,12 +16,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jvdiff.errors import SetupError, UsageError
 from jvdiff.runtime import cache
+
+if TYPE_CHECKING:  # JAX must not be imported before `check_target`
+    import jax
+
+    from jvdiff.runtime.target import Target
+    from jvdiff.sharding import Placement
 
 TARGETS = Path(__file__).with_name("targets")
 _PLUGINS = ("xla_cuda13", "xla_cuda12")
@@ -138,10 +144,14 @@ def _installer() -> list[str]:
     raise SetupError(f"{_WHAT} is installed by pip or uv, and {sys.executable} has neither.\nRun: python -m ensurepip")
 
 
+def known_targets() -> list[str]:
+    """The names of the GPUs that are described."""
+    return sorted(path.stem for path in TARGETS.glob("*.textproto"))
+
+
 def _check_known(target: str) -> None:
-    known = sorted(path.stem for path in TARGETS.glob("*.textproto"))
-    if target not in known:
-        raise UsageError(f"plan_target is {target!r}; expected one of {', '.join(known)}.")
+    if target not in known_targets():
+        raise UsageError(f"plan_target is {target!r:.80}; expected one of {', '.join(known_targets())}.")
 
 
 def _complete(folder: Path) -> bool:
@@ -163,23 +173,99 @@ def _door() -> str:
     return f"{shlex.quote(sys.executable)} -m jvdiff.commands.compiler"
 
 
+def described(name: str, devices: int = 1) -> Target:
+    """A described GPU as a target: "h200", of which there are `devices`.
+
+    Raises:
+        UsageError: there is no such description in targets/.
+    """
+    from jvdiff.runtime.target import Target
+
+    _check_known(name)
+    text = (TARGETS / f"{name}.textproto").read_text()
+
+    def numbers(field: str) -> tuple[int, int]:
+        found = re.search(rf"{field} {{ major: (\d+) minor: (\d+)", text)
+        assert found, (name, field)
+        return int(found[1]), int(found[2])
+
+    kind = re.search(r'device_description_str: "(.+)"', text)
+    assert kind, name
+    major, minor = numbers("dnn_version_info")
+    return Target("gpu", kind[1], numbers("cuda_compute_capability"), devices, major * 10_000 + minor * 100)
+
+
+def described_number(name: str, field: str) -> float:
+    """A number of a described GPU: device_memory_size, memory_bandwidth, shared_memory_per_block_optin, core_count."""
+    found = re.search(rf"{field}: ([\d.]+)", (TARGETS / f"{name}.textproto").read_text())
+    assert found, (name, field)
+    return float(found[1])
+
+
 def target_memory(target: str) -> int:
     """Bytes that JAX takes of the memory of a described GPU: three quarters, or XLA_PYTHON_CLIENT_MEM_FRACTION."""
-    size = re.search(r"device_memory_size: (\d+)", (TARGETS / f"{target}.textproto").read_text())
-    assert size, target
-    return int(int(size[1]) * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")))
+    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+    return int(described_number(target, "device_memory_size") * share)
+
+
+def target_placement(target: str, shape: Any = None) -> Placement:
+    """Where models work on a mesh (a `jvdiff.sharding.MeshShape`; None: one device) of described GPUs in one machine.
+
+    Models that are given it choose the kernels of such a GPU. Compile what is traced with it by `compile_for`.
+
+    Raises:
+        UsageError: there is no such description in targets/.
+        SetupError: the compiler's packages are not there, or cannot be used.
+    """
+    from jvdiff.sharding import MeshShape, Placement
+
+    shape = shape or MeshShape()
+    return Placement(target_mesh(target, shape), shape.ring, described(target, shape.devices))
+
+
+def compile_for(
+    placement: Placement | None, program: Any, *arguments: Any, options: Mapping[str, str | bool] | None = None
+) -> jax.stages.Compiled:
+    """Compiles a jitted function, for GPUs that are not there too; `.as_text()` is the optimised HLO.
+
+        placement = plan.target_placement("h200", MeshShape(sequence=8))
+        struct = jax.ShapeDtypeStruct((1, 32_760, 1536), jnp.bfloat16, sharding=placement.everywhere)
+        text = plan.compile_for(placement, jax.jit(function), struct).as_text()
+
+    placement: of `target_placement`, which the function hands to its model or, as `placement.target`, to its kernels;
+        None: the devices at hand.
+    program: a jitted function, or what its `trace` returned.
+    arguments: ShapeDtypeStructs on the placement's mesh; of what is traced already, none.
+    options: XLA's, for this program alone: {"xla_gpu_enable_triton_gemm": False}.
+
+    Raises:
+        SetupError: `check_target` was not called first, and this process has no compiler.
+    """
+    import jax
+
+    from jvdiff.kernels.block_sparse import triton
+
+    target = None if placement is None else placement.described
+    traced = program if isinstance(program, jax.stages.Traced) else program.trace(*arguments)
+    if target is None:
+        return traced.lower().compile(dict(options or {}))
+    with triton.lowering(target):
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    return lowered.compile(dict(options or {}))
 
 
 def target_mesh(target: str, shape: Any = None) -> Any:
     """A mesh of a `jvdiff.sharding.MeshShape` (None: one device) of the described GPUs in one machine.
 
     Raises:
+        UsageError: there is no such description in targets/.
         SetupError: the compiler's packages are there, but cannot be used.
     """
     from jax.experimental import topologies
 
     from jvdiff.sharding import MeshShape, make_mesh
 
+    _check_known(target)
     shape = shape or MeshShape()
     text = (TARGETS / f"{target}.textproto").read_text()
     try:

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from jvdiff.plan.counting import count_flops, flops, gib
-from jvdiff.plan.targets import check_target, target_mesh
+from jvdiff.plan.counting import attention_in, count_flops, flops, gib
+from jvdiff.plan.targets import check_target, compile_for, target_placement
 from jvdiff.sharding import make_mesh
 from jvdiff.training import fields
 from jvdiff.training.loop import Schedule, Task, batch_sharding, make_step, start, state_shardings
@@ -18,20 +18,20 @@ from jvdiff.training.loop import Schedule, Task, batch_sharding, make_step, star
 def lines(programs: Callable[..., Iterable[tuple[str, Task, Schedule, Any, int]]], config: Any) -> Iterator[str]:
     """The plan of each part of a run on the devices of `loop.mesh`, or of `plan_target`: each line as it is known.
 
-    programs: (config, MeshShape -> mesh) -> (name, task, schedule, abstract batch, into how many parts a batch is cut)
+    programs: (config, placement or None) -> (name, task, schedule, abstract batch, into how many parts a batch is cut)
         of each part.
     """
     target = config.get("plan_target")
     if target:
         check_target(target)
     shape = fields.mesh(config.loop, target is not None)
-    mesh_of = partial(target_mesh, target) if target else make_mesh
-    mesh = mesh_of(shape)
+    placement = target_placement(target, shape) if target else None
+    mesh = placement.mesh if placement else make_mesh(shape)
     device = f"{target} (compiled without the device)" if target else jax.devices()[0].device_kind
     yield f"device: {device}   mesh: {shape}   jax {jax.__version__}"
     if shape.devices > 1:
         yield "bytes are those of one device, FLOPs those of all"
-    for name, task, schedule, batch, parts in programs(config, mesh_of):
+    for name, task, schedule, batch, parts in programs(config, placement):
         places = state_shardings(mesh, task, schedule)
         abstract: Any = jax.eval_shape(partial(start, task, schedule, jax.random.key(0)))
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
@@ -41,8 +41,8 @@ def lines(programs: Callable[..., Iterable[tuple[str, Task, Schedule, Any, int]]
         placed = jax.tree.map(lambda x, struct=struct: struct(x.shape, x.dtype), batch)
         traced = make_step(task, schedule, jax.random.key(0), places, parts).trace(state, placed)
         began = time.monotonic()
-        lowered = traced.lower(lowering_platforms=("cuda",)) if target else traced.lower()
-        memory: Any = lowered.compile().memory_analysis()
+        compiled = compile_for(placement, traced)
+        memory: Any = compiled.memory_analysis()
         took = time.monotonic() - began
         total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         sizes = total, memory.temp_size_in_bytes, total + memory.temp_size_in_bytes
@@ -51,5 +51,6 @@ def lines(programs: Callable[..., Iterable[tuple[str, Task, Schedule, Any, int]]
         yield f"{name}: {count:,} parameters, {schedule.steps:,} steps of {clips} clips{cut}"
         yield (
             f"  a step: {flops(count_flops(traced.jaxpr.jaxpr))}FLOPs; memory: {held} of state and batch, "
-            f"{temporary} temporary, {whole} in all; compiled in {took:.1f} s"
+            f"{temporary} temporary, {whole} in all; compiled in {took:.1f} s; "
+            f"attention: {', '.join(attention_in(compiled.as_text() or '')) or 'none'}"
         )

@@ -69,8 +69,10 @@ def autotuning() -> str | None:
     """
     import jax
 
+    from jvdiff.runtime.target import here
+
     folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if jax.default_backend() != "gpu" or not folder:
+    if here().platform != "gpu" or not folder:
         return None
     total = hashlib.sha256()
     files = sorted(path for path in Path(folder, "xla_gpu_per_fusion_autotune_cache_dir").rglob("*") if path.is_file())

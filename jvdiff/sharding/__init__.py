@@ -1,7 +1,7 @@
 """Where arrays live: the mesh, the rules for weights, what models are told of it, sequence parallelism."""
 
 from jvdiff.sharding import rules, sequence
-from jvdiff.sharding.mesh import AXES, MeshShape, Sizes, check_mesh, make_mesh, nearest, read_mesh, shape_of
+from jvdiff.sharding.mesh import AXES, MeshShape, Sizes, check_mesh, make_mesh, nearest, read_mesh, shape_of, spec_on
 from jvdiff.sharding.placement import Picture, Placement, Split
 from jvdiff.sharding.rules import bytes_per_device, param_shardings, specs
 
@@ -21,5 +21,6 @@ __all__ = [
     "rules",
     "sequence",
     "shape_of",
+    "spec_on",
     "specs",
 ]

@@ -4,6 +4,11 @@ data       clips, and the two branches of guidance
 fsdp       weights, gathered layer by layer; and clips, or tokens where the clips do not divide
 sequence   video tokens
 tensor     heads and feed-forward columns
+
+A mesh of jax has an axis for each prime factor of these: fsdp=4 is "fsdp0" and "fsdp1", of two devices each. So what
+divides the devices otherwise (8 of them into a ring of 2 by 4 that exchange heads, a picture into 2 by 2 tiles) takes
+other axes of the same mesh. A second mesh over the same devices would do for XLA, but jax refuses it in a program with
+cuDNN's attention; and two meshes whose axes do not refine each other XLA divides by nothing, without a word.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jvdiff.errors import UsageError
 
@@ -177,7 +182,7 @@ def _splits(most: int, axes: int) -> Iterator[tuple[int, ...]]:
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of the first `shape.devices` devices (of all processes), axes `AXES`.
+    """A mesh of the first `shape.devices` devices (of all processes), an axis for each prime factor of `AXES` in turn.
 
     Raises:
         UsageError: there are fewer.
@@ -185,11 +190,32 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) < shape.devices:
         raise UsageError(f"mesh {shape}: it has {shape.devices} devices, and there are {len(devices)}.")
-    sides = [getattr(shape, axis) for axis in AXES]
-    grid = np.array(devices[: shape.devices]).reshape(sides)  # [data,fsdp,sequence,tensor]
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    sides = {f"{name}{i}": n for name in AXES for i, n in enumerate(_primes(getattr(shape, name)))} or {"one": 1}
+    grid = np.array(devices[: shape.devices]).reshape(tuple(sides.values()))  # [data..,fsdp..,sequence..,tensor..]
+    return Mesh(grid, tuple(sides), axis_types=(AxisType.Auto,) * len(sides))
+
+
+def _primes(number: int) -> list[int]:
+    factor = next((n for n in range(2, number + 1) if number % n == 0), None)
+    return [] if factor is None else [factor, *_primes(number // factor)]
+
+
+def axes_of(mesh: Mesh, name: str) -> tuple[str, ...]:
+    """The axes of a mesh of `make_mesh` that one of `AXES` stands for; () where it has one device."""
+    return tuple(axis for axis in mesh.axis_names if axis.rstrip("0123456789") == name)
+
+
+def spec_on(mesh: Mesh, spec: PartitionSpec) -> PartitionSpec:
+    """A spec that speaks of `AXES`, by the axes of a mesh of `make_mesh`."""
+
+    def entry(names: Any) -> Any:
+        names = names if isinstance(names, tuple) else (names,)
+        return sum((axes_of(mesh, name) for name in names if name), ()) or None
+
+    return PartitionSpec(*map(entry, spec))
 
 
 def shape_of(mesh: Mesh, ring: int | None = None) -> MeshShape:
     """The shape that `make_mesh` made a mesh of."""
-    return MeshShape(**dict(mesh.shape), ring=ring)
+    sizes = {name: math.prod(mesh.shape[axis] for axis in axes_of(mesh, name)) for name in AXES}
+    return MeshShape(**sizes, ring=ring)

@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvdiff.kernels.linear import linear
+from jvdiff.runtime import target as targets
+from jvdiff.runtime.target import Target
 from jvdiff.sharding import rules as tables
-from jvdiff.sharding.mesh import MeshShape, Sizes, check_mesh, shape_of
+from jvdiff.sharding.mesh import AXES, MeshShape, Sizes, axes_of, check_mesh, fsdp_takes_batch, shape_of, spec_on
 from jvdiff.types import Array, Params
 
 P = PartitionSpec
@@ -25,12 +27,19 @@ P = PartitionSpec
 class Placement:
     """Where a model works. Static under jit.
 
-    mesh: with the axes of `AXES`.
+    mesh: of `make_mesh`.
     ring: how many devices pass keys round, see `MeshShape`.
+    described: what programs are made for, where the devices are not there; None: what the mesh's devices are.
     """
 
     mesh: Mesh
     ring: int | None = None
+    described: Target | None = None
+
+    @property
+    def target(self) -> Target:
+        """What programs on this mesh are made for."""
+        return self.described or targets.of(list(self.mesh.devices.flat))
 
     @property
     def shape(self) -> MeshShape:
@@ -51,12 +60,13 @@ class Placement:
 
         stack: the weights are those of one layer of this stack ("blocks"), taken out of its axis 0.
         """
-        if self.mesh.shape["fsdp"] == 1:
+        shape = self.shape
+        if shape.fsdp == 1:
             return params
         tree: Any = params
         if stack:
             tree = {stack: jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), params)}
-        places = tables.specs(rules, tree, self.mesh.shape)
+        places = tables.specs(rules, tree, dataclasses.asdict(shape))
         leaves, structure = jax.tree.flatten(params)
         specs = jax.tree.leaves(places, is_leaf=lambda x: isinstance(x, P))
         specs = [P(*spec[1:]) if stack else spec for spec in specs]
@@ -77,11 +87,14 @@ class Placement:
         """
         shape = self.shape
         check_mesh(shape, sizes, shape.devices)
-        ring, tokens = sizes.ring(shape), sizes.token_devices(shape)
-        batch = shape.devices // tokens // shape.tensor
-        # data, fsdp, sequence, tensor -> batch, tokens, tensor: the same devices in the same order
-        mesh, axes = _cut(self.mesh, batch=batch, ring=ring, heads=tokens // ring, tensor=shape.tensor)
-        return Split(mesh, tokens=sizes.tokens, **axes)
+        sides = {name: axes_of(self.mesh, name) for name in AXES}
+        batch, tokens = sides["data"], sides["sequence"]
+        if fsdp_takes_batch(shape, sizes.batch):
+            batch += sides["fsdp"]
+        else:
+            tokens = sides["fsdp"] + tokens
+        ring, heads = _shared(self.mesh, tokens, sizes.ring(shape))
+        return Split(self.mesh, self.target, batch, ring, heads, sides["tensor"], sizes.tokens)
 
     def spread(self, height: int, width: int) -> Picture:
         """How pictures [B,T,H,W,C], and whatever the VAE remembers of them, are divided among all devices of the mesh.
@@ -103,8 +116,8 @@ class Placement:
             return -h * w, (h > 1) + (w > 1), (h > 1) * width // w + (w > 1) * height // h
 
         h, w = min(able, key=cost)
-        mesh, axes = _cut(self.mesh, height=h, width=w, copies=devices // (h * w))
-        return Picture(mesh, axes["height"], axes["width"])
+        rows, rest = _shared(self.mesh, self.mesh.axis_names, h)
+        return Picture(self.mesh, self.target, rows, _shared(self.mesh, rest, w)[0])
 
 
 Axes = tuple[str, ...]
@@ -112,13 +125,14 @@ Axes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """The devices once more, as they share a picture.
+    """How the devices share a picture.
 
-    mesh: of the same devices, with axes for this division.
+    mesh, target: the placement's.
     height, width: the axes of `mesh` that divide it.
     """
 
     mesh: Mesh
+    target: Target
     height: Axes
     width: Axes
 
@@ -139,9 +153,9 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The devices once more, as the activations of one forward pass are divided among them.
+    """How the activations of one forward pass are divided among the devices.
 
-    mesh: of the same devices, with axes for this division.
+    mesh, target: the placement's.
     batch: the axes of `mesh` that divide the clips.
     ring, heads: those that divide the tokens, to pass keys round and to exchange heads for tokens.
     tensor: those that divide heads and feed-forward columns.
@@ -149,6 +163,7 @@ class Split:
     """
 
     mesh: Mesh
+    target: Target
     batch: Axes
     ring: Axes
     heads: Axes
@@ -173,29 +188,25 @@ class Split:
         return self.constrain(x, self.batch, self.ring + self.heads)
 
 
-def _cut(mesh: Mesh, **sizes: int) -> tuple[Mesh, dict[str, Axes]]:
-    """The devices of a mesh in the same order, divided otherwise: a mesh, and which of its axes each name stands for.
-
-    Every axis has a prime number of devices. XLA's partitioner brings two meshes of one program together only where the
-    axes of one are made of those of the other, and otherwise (4 by 2 and 2 by 4) divides nothing, without a word.
-    """
-    factors = {name: {f"{name}{i}": n for i, n in enumerate(_primes(size))} for name, size in sizes.items()}
-    each = {axis: n for group in factors.values() for axis, n in group.items()} or {"one": 1}
-    devices = mesh.devices.reshape(tuple(each.values()))  # the same order, an axis for each prime
-    cut = Mesh(devices, tuple(each), axis_types=(AxisType.Auto,) * len(each))
-    return cut, {name: tuple(group) for name, group in factors.items()}
-
-
-def _primes(number: int) -> list[int]:
-    factor = next((n for n in range(2, number + 1) if number % n == 0), None)
-    return [] if factor is None else [factor, *_primes(number // factor)]
+def _shared(mesh: Mesh, axes: Axes, size: int) -> tuple[Axes, Axes]:
+    """Of these axes, each of a prime number of devices, the first that make `size` together; and the others."""
+    taken: list[str] = []
+    for axis in axes:
+        if size % mesh.shape[axis] == 0:
+            taken.append(axis)
+            size //= mesh.shape[axis]
+    return tuple(taken), tuple(axis for axis in axes if axis not in taken)
 
 
 def _gathered(mesh: Mesh, specs: tuple[PartitionSpec, ...], shards: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Arrays of one dtype, divided as `specs` say, whole along `fsdp`: one all-gather, however many they are."""
+    """Arrays of one dtype, divided as `specs` say, whole along `fsdp`: one all-gather, however many they are.
+
+    specs: they speak of `AXES`.
+    """
+    fsdp = axes_of(mesh, "fsdp")
 
     def gather(*shards: Array) -> tuple[Array, ...]:
-        every = jax.lax.all_gather(jnp.concatenate([x.reshape(-1) for x in shards]), "fsdp")  # [fsdp,elements]
+        every = jax.lax.all_gather(jnp.concatenate([x.reshape(-1) for x in shards]), fsdp)  # [fsdp,elements]
         out, start = [], 0
         for x, spec in zip(shards, specs, strict=True):
             axis = spec.index("fsdp")
@@ -207,9 +218,10 @@ def _gathered(mesh: Mesh, specs: tuple[PartitionSpec, ...], shards: tuple[Array,
 
     def scatter(_: tuple[()], *grads: Array) -> list[Array]:
         """Each device keeps its shard of the gradients' sum, which the partitioner makes a reduce-scatter."""
-        pairs = zip(grads, specs, strict=True)
-        return [jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)) for x, spec in pairs]
+        pairs = zip(grads, places, strict=True)
+        return [jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place)) for x, place in pairs]
 
-    out = tuple(P(*(None if axis == "fsdp" else axis for axis in spec)) for spec in specs)
-    run = jax.shard_map(gather, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+    whole = (P(*(None if axis == "fsdp" else axis for axis in spec)) for spec in specs)
+    places, out = (tuple(spec_on(mesh, spec) for spec in every) for every in (specs, whole))
+    run = jax.shard_map(gather, mesh=mesh, in_specs=places, out_specs=out, check_vma=False)
     return linear(lambda _, *shards: run(*shards), scatter, (), shards, shards)

@@ -6,6 +6,7 @@ their moving average and the optimiser's moments alike. Tables speak of the axis
 takes the largest axis of a leaf that it divides, whatever the table says of the others.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jvdiff.sharding.mesh import shape_of, spec_on
 from jvdiff.types import Params
 
 P = PartitionSpec
@@ -84,9 +86,10 @@ def _with_fsdp(
 
 
 def param_shardings(mesh: Mesh, tree: Params, rules: Rules) -> Any:
-    """`specs` on a mesh with the axes of `jvdiff.sharding.AXES`: a tree of NamedShardings like `tree`."""
-    places = specs(rules, tree, mesh.shape)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), places, is_leaf=lambda x: isinstance(x, P))
+    """`specs` on a mesh of `make_mesh`: a tree of NamedShardings like `tree`."""
+    places = specs(rules, tree, dataclasses.asdict(shape_of(mesh)))
+    here = lambda spec: NamedSharding(mesh, spec_on(mesh, spec))  # noqa: E731
+    return jax.tree.map(here, places, is_leaf=lambda x: isinstance(x, P))
 
 
 def bytes_per_device(mesh_axes: Mapping[str, int], spec: PartitionSpec, leaf: Any) -> int:

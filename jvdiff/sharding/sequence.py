@@ -136,6 +136,7 @@ def _ring(q: Array, k: Array, v: Array, split: Split, implementation: str | None
     """Dense attention of a device's queries [B,c,n,K] to the keys of R devices, padding excepted."""
     R, tokens = split.devices(split.ring), split.tokens
     length, rank = q.shape[1], _rank(split.ring)
+    how: Any = dict(return_lse=True, implementation=implementation, target=split.target)
     onwards = [(i, (i + 1) % R) for i in range(R)]
     parts = []
     for step in range(R):
@@ -145,7 +146,7 @@ def _ring(q: Array, k: Array, v: Array, split: Split, implementation: str | None
         held = k, v
         if step < R - 1:  # sent before the work, so that both can go on at once
             k, v = lax.ppermute((k, v), split.ring, onwards)
-        out, lse = kernels.attention(q, *held, return_lse=True, kv_length=valid, implementation=implementation)
+        out, lse = kernels.attention(q, *held, kv_length=valid, **how)
         parts.append((out.astype(jnp.float32), lse))
     out, _ = reduce(lambda one, two: kernels.merge(*one, *two), parts)
     return out.astype(q.dtype)

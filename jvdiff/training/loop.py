@@ -32,7 +32,7 @@ from jvdiff.errors import CheckpointError, Interrupted, NumericsError, UsageErro
 from jvdiff.runtime import draws, peers
 from jvdiff.runtime.interrupts import deferred, interrupts
 from jvdiff.runtime.staging import MANIFEST, lock, resource_error
-from jvdiff.sharding import MeshShape, make_mesh, param_shardings
+from jvdiff.sharding import MeshShape, make_mesh, param_shardings, shape_of, spec_on
 from jvdiff.sharding.rules import REPLICATED, Rules
 from jvdiff.training.metrics import Metrics
 from jvdiff.training.options import Schedule
@@ -186,10 +186,12 @@ def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
     Raises:
       UsageError: `data` does not divide them.
     """
-    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    shape = shape_of(mesh)
+    data, fsdp = shape.data, shape.fsdp
     if size % data:
         raise UsageError(f"the batch is {size}; expected a multiple of the {data} that share it (mesh data={data}).")
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp") if size % (data * fsdp) == 0 else "data"))
+    spec = PartitionSpec(("data", "fsdp") if size % (data * fsdp) == 0 else "data")
+    return NamedSharding(mesh, spec_on(mesh, spec))
 
 
 def shared(batch: Any, mesh: Mesh) -> Any:

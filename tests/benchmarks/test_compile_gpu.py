@@ -67,15 +67,16 @@ def test_what_the_compilers_print_is_read(compile_gpu):
 def test_how_many_fit_on_an_sm(compile_gpu, registers, shared_memory, threads, expected):
     fit = compile_gpu.ctas("h200", registers=registers, shared_memory=shared_memory, threads=threads)
     assert fit == expected
+    assert compile_gpu.ctas("rtx_4090", registers=32, shared_memory=0, threads=128) == 12  # 1,536 threads
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target=a100"], "mosaic_gpu is for Hopper"),
+        (["--target=a100"], "mosaic_gpu needs an NVIDIA GPU of the Hopper generation"),
         (["--model=Wan 2B"], "invalid choice"),
         (["--step", "--mesh=auto"], "'auto' is no mesh"),
-        (["--step", "--target=a100", "--implementation=triton"], "predicted for h200 alone"),
+        (["--step", "--target=tpu"], "invalid choice"),
     ],
 )
 def test_mistakes_end_with_a_sentence_and_status_2(arguments, message, monkeypatch, capsys, compile_gpu):

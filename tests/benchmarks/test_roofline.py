@@ -45,6 +45,31 @@ def test_products_and_attention_are_told_apart_by_their_loops(roofline):
     assert work.products == 0 and work.flops == work.float32 + work.attention
 
 
+FUSED = """HloModule jit_f
+
+ENTRY %main (q: bf16[1,64,2,16], k: bf16[1,48,2,16]) -> bf16[1,64,2,16] {
+  %q = bf16[1,64,2,16]{3,2,1,0} parameter(0)
+  %k = bf16[1,48,2,16]{3,2,1,0} parameter(1)
+  ROOT %call = RESULT custom-call(%q, %k, %k), custom_call_target="NAME"
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "products"),
+    [
+        ("__cudnn$fmhaSoftmax", "(bf16[1,2,64,16]{3,1,2,0}, u8[0]{0})", 2),
+        ("__cudnn$fmhaSoftmaxBackward", "(bf16[1,2,64,16]{3,1,2,0}, u8[0]{0})", 5),
+        ("mosaic_gpu_v2", "(bf16[1,64,2,16]{3,2,1,0}, f32[1,2,64]{2,1,0})", 2),
+        ("mosaic_gpu_v2", "bf16[1,64,2,16]{3,2,1,0}", 3),
+        ("mosaic_gpu_v2", "(bf16[1,48,2,16]{3,2,1,0}, bf16[1,48,2,16]{3,2,1,0})", 4),
+    ],
+)
+def test_fused_attention_is_counted_by_its_operands(roofline, name, result, products):
+    work = roofline.work(FUSED.replace("NAME", name).replace("RESULT", result))
+    assert work == (0.0, products * 2 * 64 * 48 * 2 * 16, 0.0, 0.0)
+
+
 def test_traffic_is_what_kernels_read_and_write(roofline):
     size = 1024 * 1024
     assert work_of(roofline, lambda x: jnp.tanh(x) * 2, (1024, 1024)).traffic == 2 * 4 * size
@@ -71,6 +96,6 @@ def test_seconds_add_up(roofline):
 
 
 def test_the_rates_are_below_the_published_peaks(roofline):
-    rates = roofline.H200
+    rates = roofline.RATES["h200"]
     assert rates.attention < rates.products < 989e12 and rates.float32 < 67e12
     assert rates.memory < 4.8e12 and rates.link < 450e9

@@ -33,6 +33,13 @@ def test_a_step_is_run_and_counted(monkeypatch, capsys):
     assert "small" in capsys.readouterr().out
 
 
+def test_the_largest_batch_is_what_the_rest_of_the_memory_holds():
+    few = {"clips": 2, "state_gib": 4.0, "temporary_gib": 3.0, "predicted_s": 0.1}
+    many = {"clips": 8, "state_gib": 4.0, "temporary_gib": 6.0, "predicted_s": 0.4}
+    assert training_steps._largest(few, many, 18.0) == {"largest_batch": 24, "largest_batch_s": 1.2}
+    assert training_steps._largest(few, many, 5.0)["largest_batch"] == 0
+
+
 def test_another_device_than_wanted_is_refused():
     other = "cpu" if jax.default_backend() == "gpu" else "gpu"
     with pytest.raises(SetupError, match=f"--device {other}: JAX runs on"):

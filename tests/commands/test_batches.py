@@ -122,7 +122,7 @@ def test_what_fails_alone_and_what_stops_the_batch(command, made, tmp_path, erro
 
 def test_a_line_that_this_machine_cannot_compute_fails_alone(command, made, monkeypatch, capsys):
     """Its attention, or a size that the mesh does not divide; where no line can be computed, the command is wrong."""
-    monkeypatch.setattr("jvdiff.kernels.block_sparse.reference.unavailable", lambda: "needs a GPU")
+    monkeypatch.setattr("jvdiff.kernels.block_sparse.reference.unavailable", lambda target: "needs a GPU")
     sparse = {"prompt": BLUE, "pattern": "video_sparse:1x1x1:0.5", "attention": "reference"}
     assert sample.main(command({"prompt": RED}, sparse, {"prompt": "left"}, seed=0)) == 3
     assert [seed for _, seed in made] == [0, 2] and "'reference': needs a GPU" in capsys.readouterr().err

@@ -378,7 +378,7 @@ def test_a_causal_model_is_sent_to_the_streaming_program(command, tiny_causal_re
 
 
 def test_an_implementation_for_another_machine_is_refused(command, capsys, monkeypatch, no_weights):
-    monkeypatch.setattr(kernels.block_sparse.reference, "unavailable", lambda: "needs a GPU")
+    monkeypatch.setattr(kernels.block_sparse.reference, "unavailable", lambda target: "needs a GPU")
     assert sample.main(command(pattern="video_sparse:1x1x1:0.5", attention="reference")) == 2
     assert "'reference': needs a GPU" in capsys.readouterr().err
 

@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+
+from jvdiff import kernels, plan
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -15,12 +19,31 @@ pytestmark = pytest.mark.skipif(
     reason="the CUDA compiler is not installed (make kernels installs it)",
 )
 # target, implementation, head dim, dtype, models and patterns of benchmarks/compile_gpu.py (none: all), rows
+GPUS = {"h100": "mosaic_gpu", "h200": "mosaic_gpu"} | dict.fromkeys(("a100", "b200", "rtx_4090", "rtx_5090"), "triton")
 LARGEST, TWO = ["--model=Wan 14B 720p"], ["--pattern=STA 6x8x8", "--pattern=VSA 4x4x4"]
 CASES = {
     "h200": ("h200", "mosaic_gpu", 128, "bfloat16", [], 5 * 4 * 3),
     "h200, head dim 64": ("h200", "mosaic_gpu", 64, "float16", LARGEST + TWO, 2 * 3),
     "a100": ("a100", "triton", 128, "bfloat16", LARGEST + TWO, 2 * 3),
 }
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_each_gpu_gets_its_kernels_forwards_and_backwards(gpu):
+    """As docs/sparse_attention.md has it; JAX's word on the Triton backend is answered, and no error."""
+    plan.check_target(gpu)
+    placement = plan.target_placement(gpu)
+    x = jax.ShapeDtypeStruct((1, 512, 2, 128), jnp.bfloat16, sharding=placement.everywhere)
+
+    def attend(x):
+        x = kernels.attention(x, x, x, target=placement.target)
+        where = dict(grid=(8, 8, 8), tile=(4, 4, 4), window=(1, 1, 1), target=placement.target)
+        return kernels.sliding_tile_attention(x, x, x, **where)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        text = plan.compile_for(placement, jax.jit(lambda x: jax.vjp(attend, x)[1](x)), x).as_text() or ""
+    assert set(plan.attention_in(text)) == {"cudnn", GPUS[gpu]}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jvdiff import kernels, plan
 from jvdiff.errors import SetupError
 from jvdiff.kernels import linear
 from jvdiff.kernels.block_sparse import mosaic_gpu, triton
 from jvdiff.kernels.dense import cudnn, xla
+from jvdiff.runtime.target import Target, here
 
+HOPPER = Target("gpu", "NVIDIA H200", (9, 0))
 # (B, L, S, N, K): odd lengths, one token, more keys than queries and fewer.
 SHAPES = [(2, 7, 7, 3, 8), (1, 33, 5, 2, 48), (1, 1, 1, 1, 6), (2, 19, 64, 1, 128), (1, 101, 101, 2, 16)]
 
@@ -215,22 +216,22 @@ def test_blocks_are_dense_attention(interpreted):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's kernels need JAX 0.11 (Python 3.12)")
-def test_blocks_compile_for_a_gpu_that_is_not_there(monkeypatch):
+def test_blocks_compile_for_a_gpu_that_is_not_there():
     """A ring's step of Wan 1.3B at 480p on eight H200s, the number of keys traced; no array of L x L."""
     try:
         plan.check_target("h200")
     except SetupError as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(mosaic_gpu, "unavailable", lambda: None)
-    here = NamedSharding(plan.target_mesh("h200"), PartitionSpec())
-    x = jax.ShapeDtypeStruct((1, 16_380, 3, 128), jnp.bfloat16, sharding=here)
-    n = jax.ShapeDtypeStruct((), jnp.int32, sharding=here)
+    placement = plan.target_placement("h200")
+    x = jax.ShapeDtypeStruct((1, 16_380, 3, 128), jnp.bfloat16, sharding=placement.everywhere)
+    n = jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.everywhere)
 
     def f(q, k, v, n):
-        return kernels.attention(q, k, v, kv_length=n, return_lse=True)
+        return kernels.attention(q, k, v, kv_length=n, return_lse=True, target=placement.target)
 
     both = lambda q, k, v, n: jax.vjp(lambda *x: f(*x, n), q, k, v)[1](f(q, k, v, n))  # noqa: E731
-    program = jax.jit(both).trace(x, x, x, n).lower(lowering_platforms=("cuda",)).compile()
+    program = plan.compile_for(placement, jax.jit(both), x, x, x, n)
+    assert plan.attention_in(program.as_text() or "") == ("mosaic_gpu",)
     memory = program.memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes < 12 * 16_384 * 3 * 128 * 4
 
@@ -260,7 +261,7 @@ def _sizes(jaxpr):
 
 def test_blocks_cover_the_work():
     for heads, queries, keys in [(1, 1, 1), (24, 75_600, 75_600), (12, 390, 390), (8, 80, 80), (1, 3, 2**22)]:
-        g, q = xla.block_sizes(heads, queries, keys)
+        g, q = xla.block_sizes(heads, queries, keys, here().platform)
         assert heads % g == 0 and 1 <= q <= queries
         assert g * q * keys <= xla.LOGITS["cpu"] * 1.1 or (g, q) == (1, 1)
 
@@ -280,21 +281,23 @@ def test_none_picks_one_that_works_and_says_which(caplog):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend", "head_dim", "return_lse", "reason"),
+    ("dtype", "target", "head_dim", "return_lse", "reason"),
     [
-        (jnp.float32, "gpu", 128, False, "takes bfloat16 and float16 operands, not float32"),
-        (jnp.bfloat16, "cpu", 128, False, "needs an NVIDIA GPU, and the backend is 'cpu'"),
-        (jnp.bfloat16, "gpu", 20, False, "multiples of 8 up to 128, not 20"),
-        (jnp.bfloat16, "gpu", 512, False, "multiples of 8 up to 128, not 512"),
-        (jnp.bfloat16, "gpu", 128, True, "log-sum-exp"),
+        (jnp.float32, HOPPER, 128, False, "takes bfloat16 and float16 operands, not float32"),
+        (jnp.bfloat16, Target("cpu", "cpu"), 128, False, "needs an NVIDIA GPU, and the backend is 'cpu'"),
+        (jnp.bfloat16, Target("gpu", "AMD Instinct MI300X"), 128, False, "needs an NVIDIA GPU"),
+        (jnp.bfloat16, Target("gpu", "Tesla T4", (7, 5)), 128, False, "8.0 or later, and Tesla T4 is not one"),
+        (jnp.bfloat16, HOPPER, 20, False, "multiples of 8 up to 128, not 20"),
+        (jnp.bfloat16, HOPPER, 512, False, "multiples of 8 up to 128, not 512"),
+        (jnp.bfloat16, HOPPER, 128, True, "log-sum-exp"),
     ],
 )
-def test_cudnn_says_why_it_cannot(monkeypatch, dtype, backend, head_dim, return_lse, reason):
+def test_cudnn_says_why_it_cannot(dtype, target, head_dim, return_lse, reason):
     x = jax.ShapeDtypeStruct((1, 8, 2, head_dim), dtype)
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    how = dict(return_lse=return_lse, target=target)
     with pytest.raises(NotImplementedError, match=f"'cudnn': .*{reason}"):
-        kernels.choose(x, x, x, return_lse=return_lse, implementation="cudnn")
-    assert kernels.choose(x, x, x, return_lse=return_lse) == "xla"
+        kernels.choose(x, x, x, implementation="cudnn", **how)
+    assert kernels.choose(x, x, x, **how) == ("blocks" if return_lse else "xla")
 
 
 def test_cudnn_gives_gradients_and_leaves_tangents_to_xla(monkeypatch, caplog):
@@ -335,10 +338,10 @@ def test_cudnn_gives_gradients_and_leaves_tangents_to_xla(monkeypatch, caplog):
     assert [r.args for r in caplog.records] == [("cuDNN",)]
 
 
-def test_cudnn_is_the_choice_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_cudnn_is_the_choice_on_a_gpu():
     x = jax.ShapeDtypeStruct((1, 75_600, 12, 128), jnp.bfloat16)
-    assert kernels.choose(x, x, x) == "cudnn"
+    assert kernels.choose(x, x, x, target=HOPPER) == "cudnn"
+    assert kernels.choose(x, x, x) == "xla"
 
 
 def test_mistakes_are_named():

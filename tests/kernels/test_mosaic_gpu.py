@@ -3,8 +3,6 @@
 B batch · N heads · K head dim · Nq, Nkv blocks of queries and keys.
 """
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 from jvdiff import kernels
 from jvdiff.kernels import block_sparse
 from jvdiff.kernels.block_sparse import mosaic_gpu
+from jvdiff.runtime.target import here
 
 new_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's interpreter needs JAX 0.11 (Python 3.12)")
 
@@ -64,15 +63,14 @@ def test_needs_a_new_jax_and_a_hopper(monkeypatch):
     x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     assert "needs JAX 0.11 or newer" in mosaic_gpu.unsupported(x, x, x, 64)
-    assert mosaic_gpu.unavailable() == "needs an NVIDIA GPU, and the backend is 'cpu'"
+    assert mosaic_gpu.unavailable(here()) == "needs an NVIDIA GPU, and the backend is 'cpu'"
     assert block_sparse.choose(x, x, x) == "xla"
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
 @pytest.mark.parametrize("block", [64, 128, 192, 256, 384])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_every_block_has_a_cut_that_divides_it(block, head_dim, device, monkeypatch):
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=device)])
-    for cut in mosaic_gpu.shapes(block, head_dim).values():
+def test_every_block_has_a_cut_that_divides_it(block, head_dim, device):
+    for cut in mosaic_gpu.shapes(block, head_dim, device).values():
         assert block % (64 * cut.warpgroups) == 0 and block % cut.step == 0
         assert cut.producer == (cut.warpgroups > 1)

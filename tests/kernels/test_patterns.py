@@ -7,6 +7,7 @@ import pytest
 
 from jvdiff.errors import UsageError
 from jvdiff.kernels import BlockCausal, Dense, SlidingTile, VideoSparse, attention, patterns
+from jvdiff.runtime.target import here
 
 GRID = (3, 4, 5)
 TEXTS = {
@@ -64,7 +65,7 @@ def test_the_order_of_tokens_comes_back_and_attention_is_that_of_the_choice(patt
         except NotImplementedError:
             continue
         assert chosen == name
-        if pattern.unavailable(name) is None:
+        if pattern.unavailable(name, here()) is None:
             run = lambda q, name=name: pattern.attend(q, q, q, None, grid=GRID, implementation=name)  # noqa: E731
             assert jax.eval_shape(run, q).shape == q.shape
     assert pattern.choose(q, GRID) in pattern.implementations

@@ -16,6 +16,7 @@ from jvdiff.errors import CheckpointError, NumericsError, UsageError
 from jvdiff.models import wan
 from jvdiff.models.family import Clip, Request
 from jvdiff.models.wan import family as wan_family
+from jvdiff.runtime.target import Target
 
 PROMPT = "a red seven moving left"
 
@@ -250,8 +251,8 @@ def test_bfloat16_follows_the_table(tiny_repository, out):
 
 
 def test_precision_is_a_name_of_the_table():
-    assert precision.choose(None, "gpu") == precision.TABLE["bfloat16"]
-    assert precision.choose(None, "cpu") == precision.TABLE["float32"]
+    assert precision.choose(None, Target("gpu", "NVIDIA H200", (9, 0))) == precision.TABLE["bfloat16"]
+    assert precision.choose(None, Target("cpu", "cpu")) == precision.TABLE["float32"]
     with pytest.raises(UsageError, match="bfloat16, float32"):
         precision.choose("float8")
 

@@ -12,6 +12,7 @@ from jvdiff.commands import sample
 from jvdiff.errors import ResourceError
 from jvdiff.models import family
 from jvdiff.plan import meshes
+from jvdiff.runtime.target import Target
 from jvdiff.sharding import MeshShape, make_mesh
 
 
@@ -140,9 +141,18 @@ def test_a_checkpoint_that_nobody_knows_cannot_be_planned(capsys, tmp_path):
 
 
 def test_gpu_descriptions_are_data():
-    described = {p.stem: p.read_text() for p in plan.TARGETS.glob("*.textproto")}
-    assert set(described) == {"a100", "h200"}
-    assert all(f"NVIDIA {name.upper()}" in text for name, text in described.items())
+    found = {name: plan.described(name) for name in plan.known_targets()}
+    hopper, ada, blackwell = (9, 0), (8, 9), ((10, 0), (12, 0))
+    assert {name: target.capability for name, target in found.items()} == {
+        "a100": (8, 0),
+        "b200": blackwell[0],
+        "h100": hopper,
+        "h200": hopper,
+        "rtx_4090": ada,
+        "rtx_5090": blackwell[1],
+    }
+    assert all(name.upper().replace("_", " ") in target.kind for name, target in found.items())
+    assert plan.described("h200", 8) == Target("gpu", "NVIDIA H200", hopper, 8, 91200)
 
 
 @pytest.fixture
@@ -152,7 +162,9 @@ def tiny(tiny_repository):
 
 def test_flops_of_a_shard_map_are_those_of_all_its_devices():
     mesh = make_mesh(MeshShape(sequence=2, tensor=2))
-    body = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("sequence"), P()), out_specs=P("sequence"), check_vma=False)
+    body = jax.shard_map(
+        jnp.matmul, mesh=mesh, in_specs=(P("sequence0"), P()), out_specs=P("sequence0"), check_vma=False
+    )
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((6, 4), (4, 5))]
     jaxpr = jax.make_jaxpr(lambda a, b: body(a, b) @ b.T)(*shapes)
     # Four devices multiply 3 rows each: over `tensor` both halves of `sequence` are computed twice.
@@ -212,7 +224,7 @@ def test_the_smallest_mesh_that_fits(monkeypatch):
         compiled.append((str(shape), bool(without)))
         for part, needs in (("transformer", 60 / shape.devices), ("vae", 30), ("vae", 50 / shape.devices)):
             if part not in without:
-                yield plan.Program("", part, 1, 0.0, 0, 0, int(needs * 2**30), "", 0, 0.0, {}, 0, 0)
+                yield plan.Program("", part, 1, 0.0, 0, 0, int(needs * 2**30), "", 0, 0.0, (), {}, 0, 0)
 
     monkeypatch.setattr(meshes, "programs", programs)
     find = lambda devices, gib: plan.smallest_mesh(*wan, devices, int(gib * 2**30))  # noqa: E731

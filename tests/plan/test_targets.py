@@ -73,7 +73,7 @@ def test_a_process_that_has_the_compiler_goes_on(monkeypatch):
 
 
 def test_what_is_missing_is_said_with_the_command_that_helps(folder):
-    with pytest.raises(UsageError, match="expected one of a100, h200"):
+    with pytest.raises(UsageError, match="expected one of a100, b200, h100, h200, rtx_4090, rtx_5090"):
         targets.run_with_compiler("tpu", ["-c", ""])
     with pytest.raises(SetupError, match=r"not on the path of this process.\nStart it with: .*commands.compiler -m"):
         targets.check_target("h200")

@@ -3,6 +3,7 @@
 Needs the CUDA compiler (`make kernels`), no GPU.
 """
 
+import dataclasses
 import functools
 from importlib.util import find_spec
 
@@ -11,36 +12,68 @@ import jax.numpy as jnp
 import pytest
 
 from jvdiff import plan
+from jvdiff.kernels import Dense, SlidingTile, VideoSparse
 from jvdiff.models import wan
 from jvdiff.models.wan.places import DIT
-from jvdiff.sharding import Placement, collectives, param_shardings, read_mesh
+from jvdiff.sharding import collectives, param_shardings, read_mesh
 
 pytestmark = pytest.mark.skipif(
     not (find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda13")), reason="the CUDA compiler is not installed"
 )
 CFG = wan.DiTConfig(num_attention_heads=8, ffn_dim=4096, num_layers=3)
 TOKENS, WIDTH = 5 * 16 * 16, 1024
+DENSE, STA, VSA = Dense(), SlidingTile((4, 4, 4), (3, 1, 1)), VideoSparse((4, 4, 4), 0.5)
 
 
-def in_a_block(mesh, batch=1):
-    """The collectives of one layer, of a forward pass in bfloat16."""
-    shape = read_mesh(mesh)
-    placement = Placement(plan.target_mesh("h200", shape), shape.ring)
-    abstract = wan.abstract_params(CFG, jnp.bfloat16)
+def compiled(mesh, batch=1, pattern=DENSE, layers=3, gradient=False):
+    """The text of a forward pass in bfloat16, or of the gradient of one."""
+    shape, cfg = read_mesh(mesh), dataclasses.replace(CFG, num_layers=layers, gate_compress=pattern.gated)
+    placement = plan.target_placement("h200", shape)
+    abstract = wan.abstract_params(cfg, jnp.bfloat16)
     places = param_shardings(placement.mesh, abstract, DIT)
     struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=placement.everywhere)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
-    how = dict(placement=placement, implementation="xla")
-    run = jax.jit(lambda params, x, t, text: wan.velocity(params, CFG, x, t, text, **how))
-    traced = run.trace(params, struct((batch, 5, 32, 32, 16)), struct((batch,)), struct((batch, 64, CFG.text_dim)))
-    text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+
+    def velocity(params, x, t, text):
+        return wan.velocity(params, cfg, x, t, text, pattern=pattern, placement=placement, text_length=80)
+
+    run = jax.jit(jax.grad(lambda *args: jnp.sum(velocity(*args))) if gradient else velocity)
+    inputs = struct((batch, 5, 32, 32, 16)), struct((batch,)), struct((batch, 64, cfg.text_dim))
+    return plan.compile_for(placement, run, params, *inputs).as_text() or ""
+
+
+def in_a_block(mesh, batch=1):
+    """The collectives of one layer; attention is cuDNN's, and in a ring, which needs the log-sum-exp, Mosaic's too."""
+    text = compiled(mesh, batch)
+    assert plan.attention_in(text) == (("cudnn", "mosaic_gpu") if "ring" in mesh else ("cudnn",))
     return [c for c in collectives.read(text) if c.runs == CFG.num_layers]
 
 
-def test_divided_tokens_are_four_asynchronous_all_to_alls():
+@pytest.mark.parametrize(
+    ("mesh", "batch", "pattern", "gradient"),
+    [
+        ("data=1", 1, DENSE, True),
+        ("data=2", 2, DENSE, False),
+        ("fsdp=2,tensor=2", 2, DENSE, True),
+        ("sequence=2", 1, DENSE, True),
+        ("sequence=2,ring=2", 1, DENSE, True),
+        ("fsdp=2,tensor=2", 2, STA, True),
+        ("data=2,sequence=2", 2, VSA, True),
+    ],
+)
+def test_cudnns_attention_compiles_on_every_axis(mesh, batch, pattern, gradient):
+    """The attention to text is dense under every pattern. The other axes are in the tests below."""
+    text = compiled(mesh, batch, pattern, 1, gradient)
+    sparse = pattern is not DENSE or "ring" in mesh
+    assert plan.attention_in(text) == (("cudnn", "mosaic_gpu") if sparse else ("cudnn",))
+    assert ("__cudnn$fmhaSoftmaxBackward" in text) == gradient
+
+
+def test_divided_tokens_are_four_all_to_alls():
     found = in_a_block("sequence=8")
     assert [c.kind for c in found] == ["all-to-all"] * 4
-    assert all(c.asynchronous and c.bytes == TOKENS * WIDTH * 2 // 8 * 7 // 8 for c in found)
+    assert all(c.bytes == TOKENS * WIDTH * 2 // 8 * 7 // 8 for c in found)
+    assert [c.asynchronous for c in found].count(True) == 3  # the last one before attention has nothing to hide behind
 
 
 def test_a_ring_sends_keys_and_values_while_it_works():

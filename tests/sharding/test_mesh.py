@@ -2,10 +2,11 @@
 
 import jax
 import pytest
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from jvdiff.errors import UsageError
-from jvdiff.sharding import AXES, MeshShape, Sizes, check_mesh, make_mesh, nearest, read_mesh, shape_of
+from jvdiff.sharding import MeshShape, Sizes, check_mesh, make_mesh, nearest, read_mesh, shape_of, spec_on
 
 WAN_1_3B = Sizes(batch=2, tokens=32760, heads=12, ffn_dim=8960)
 WAN_14B = Sizes(batch=2, tokens=75600, heads=40, ffn_dim=13824)
@@ -126,11 +127,12 @@ def test_fsdp_shares_the_batch_where_it_divides_and_the_tokens_where_not():
     assert WAN_14B.token_devices(MeshShape(fsdp=4, sequence=2)) == 8
 
 
-def test_a_mesh_has_all_axes_and_the_first_devices():
-    mesh = make_mesh(MeshShape(data=2, tensor=2))
-    assert mesh.axis_names == AXES
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 2}
-    assert list(mesh.devices.flat) == jax.devices()[:4]
-    assert shape_of(mesh) == MeshShape(data=2, tensor=2)
+def test_a_mesh_has_an_axis_for_each_prime_and_the_first_devices():
+    mesh = make_mesh(MeshShape(data=4, tensor=2))
+    assert dict(mesh.shape) == {"data0": 2, "data1": 2, "tensor0": 2}
+    assert list(mesh.devices.flat) == jax.devices()[:8]
+    assert shape_of(mesh) == MeshShape(data=4, tensor=2)
+    assert spec_on(mesh, P(("data", "fsdp"), "fsdp", None, "tensor")) == P(("data0", "data1"), None, None, ("tensor0",))
+    assert shape_of(make_mesh(MeshShape())) == MeshShape() and make_mesh(MeshShape()).size == 1
     with pytest.raises(UsageError, match="there are 8"):
         make_mesh(MeshShape(data=16))

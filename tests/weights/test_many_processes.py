@@ -69,7 +69,7 @@ def divided(tree, mesh):
     def place(leaf):
         able = [axis for axis, n in enumerate(leaf.shape) if n % mesh.size == 0]
         return NamedSharding(
-            mesh, P(*("fsdp" if axis == able[-1] else None for axis in range(leaf.ndim)) if able else ())
+            mesh, P(*(mesh.axis_names if axis == able[-1] else None for axis in range(leaf.ndim)) if able else ())
         )
 
     return jax.tree.map(place, tree)
@@ -109,7 +109,7 @@ def work(rank, repository, folder):
         patch.setattr(orbax, "_CHUNK", 2**18)
         save(folder / "large", large)
     before = io()
-    whole = restore(folder / "large", large, (), NamedSharding(eight, P(None, "fsdp")), verify=False)["w"]
+    whole = restore(folder / "large", large, (), NamedSharding(eight, P(None, eight.axis_names)), verify=False)["w"]
     told["orbax"] = (io() - before) / whole.nbytes
 
     loop.fit(TASK, SCHEDULE, folder / "run", save_every=2, mesh=make_mesh(MESH))

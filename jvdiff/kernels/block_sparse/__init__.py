@@ -5,9 +5,9 @@ B batch · L query tokens · S key tokens · N heads · K head dim · Nq, Nkv bl
 Each implementation is a file of plain functions:
 
     unsupported(q, k, v, block) -> reason or None      by shapes and dtypes alone: what it cannot do anywhere
-    unavailable() -> reason or None                    why it cannot run on the backend at hand
-    forward(q, k, v, lists, *, block) -> (out, lse)
-    backward(q, k, v, out, lse, dout, dlse, lists, *, block) -> (dq, dk, dv)
+    unavailable(target) -> reason or None              why it cannot run on that kind of device
+    forward(q, k, v, lists, *, block, target) -> (out, lse)
+    backward(q, k, v, out, lse, dout, dlse, lists, *, block, target) -> (dq, dk, dv)
 
 They may rely on `lists` naming no key block without valid tokens. A row with no entries gives 0 and a log-sum-exp of
 -inf. No backward pass uses atomics: the same operands give the same bits.
@@ -25,12 +25,13 @@ from jax.core import Tracer
 from jvdiff.kernels.block_sparse import mosaic_gpu, reference, triton, xla
 from jvdiff.kernels.block_sparse.lists import Lists, split, transpose
 from jvdiff.kernels.linear import linear, say_left
+from jvdiff.runtime.target import Target, here
 
 __all__ = ["IMPLEMENTATIONS", "Lists", "block_sparse_attention", "choose", "split", "transpose"]
 
 _log = logging.getLogger("jvdiff.kernels")
 
-# In order of preference: the first that supports the operands on the backend at hand is taken. `xla` supports all.
+# In order of preference: the first that supports the operands on the target is taken. `xla` supports all.
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu,
     "triton": triton,
@@ -50,6 +51,7 @@ def block_sparse_attention(
     block: int = 64,
     return_lse: bool = False,
     implementation: str | None = None,
+    target: Target | None = None,
 ) -> Any:
     """Attention in which each block of queries sees a list of blocks of keys; differentiable in q, k and v.
 
@@ -62,8 +64,9 @@ def block_sparse_attention(
       kv_sizes: int32 [Nkv]: how many tokens of each key block are valid; they come first.
       block: tokens in a block.
       return_lse: also return the log-sum-exp of each query's scaled logits.
-      implementation: None takes the best that can do this on the current backend, and always works; a name takes
-        exactly that one.
+      implementation: None takes the best that can do this on the target, and always works; a name takes exactly that
+        one.
+      target: what the program is made for; None: the devices at hand.
 
     Lists may be numpy (constants of the program, checked) or JAX arrays (computed inside it, not checked).
 
@@ -74,16 +77,19 @@ def block_sparse_attention(
       NotImplementedError: the named implementation cannot do this; the message says why.
       ValueError: the operands do not fit together, or there is no such name.
     """
-    name = choose(q, k, v, block=block, implementation=implementation)
+    target = target or here()
+    name = choose(q, k, v, block=block, implementation=implementation, target=target)
     lists = _checked(q, k, Lists(q2k, q2k_count, kv_sizes), block)
-    if not isinstance(q, Tracer) and (reason := IMPLEMENTATIONS[name].unavailable()):
+    if not isinstance(q, Tracer) and (reason := IMPLEMENTATIONS[name].unavailable(target)):
         raise NotImplementedError(f"block-sparse attention implementation {name!r}: {reason}")
     _log_once(name, q.shape, k.shape[1], str(q.dtype), block)
-    out, lse = _attention(name, block, q, k, v, lists)  # pyright: ignore[reportGeneralTypeIssues]
+    out, lse = _attention(name, block, target, q, k, v, lists)  # pyright: ignore[reportGeneralTypeIssues]
     return (out, lse) if return_lse else out
 
 
-def choose(q: Any, k: Any, v: Any, *, block: int = 64, implementation: str | None = None) -> str:
+def choose(
+    q: Any, k: Any, v: Any, *, block: int = 64, implementation: str | None = None, target: Target | None = None
+) -> str:
     """The name of the implementation that `block_sparse_attention` runs for these operands (or ShapeDtypeStructs).
 
     Raises as `block_sparse_attention` does. Runs nothing, so that a record of a run can be written before it.
@@ -100,7 +106,8 @@ def choose(q: Any, k: Any, v: Any, *, block: int = 64, implementation: str | Non
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"block_sparse_attention: q, k and v must be of a float dtype, not {q.dtype}")
     if implementation is None:
-        able = (n for n, i in IMPLEMENTATIONS.items() if not (i.unsupported(q, k, v, block) or i.unavailable()))
+        on = target or here()
+        able = (n for n, i in IMPLEMENTATIONS.items() if not (i.unsupported(q, k, v, block) or i.unavailable(on)))
         return next(able)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -149,31 +156,31 @@ def _check_lists(q: Any, k: Any, lists: Lists, block: int) -> None:
         )
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _attention(
-    name: str, block: int, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists
+    name: str, block: int, target: Target, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists
 ) -> tuple[jax.Array, jax.Array]:
-    return IMPLEMENTATIONS[name].forward(q, k, v, lists, block=block)
+    return IMPLEMENTATIONS[name].forward(q, k, v, lists, block=block, target=target)
 
 
 @_attention.defjvp
-def _derivative(name: str, block: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    results = _attention(name, block, *primals)  # pyright: ignore[reportGeneralTypeIssues]
-    forward, backward = partial(_tangents, name, block), partial(_cotangents, name, block)
+def _derivative(name: str, block: int, target: Target, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    results = _attention(name, block, target, *primals)  # pyright: ignore[reportGeneralTypeIssues]
+    forward, backward = partial(_tangents, name, block, target), partial(_cotangents, name, block, target)
     return results, linear(forward, backward, (primals, results), tangents[:3], results)
 
 
-def _tangents(name: str, block: int, residuals: Any, *dots: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _tangents(name: str, block: int, target: Target, residuals: Any, *dots: jax.Array) -> tuple[jax.Array, jax.Array]:
     (q, k, v, lists), _ = residuals
     if name in ("mosaic_gpu", "triton"):
         say_left(name)
-    return jax.jvp(lambda q, k, v: xla.forward(q, k, v, lists, block=block), (q, k, v), dots)[1]
+    return jax.jvp(lambda q, k, v: xla.forward(q, k, v, lists, block=block, target=target), (q, k, v), dots)[1]
 
 
-def _cotangents(name: str, block: int, residuals: Any, dout: jax.Array, dlse: jax.Array) -> Any:
+def _cotangents(name: str, block: int, target: Target, residuals: Any, dout: jax.Array, dlse: jax.Array) -> Any:
     (q, k, v, lists), (out, lse) = residuals
     dlse = jnp.where(jnp.isfinite(lse), dlse, 0)  # the log-sum-exp of no keys is a constant
-    return IMPLEMENTATIONS[name].backward(q, k, v, out, lse, dout, dlse, lists, block=block)
+    return IMPLEMENTATIONS[name].backward(q, k, v, out, lse, dout, dlse, lists, block=block, target=target)
 
 
 @cache

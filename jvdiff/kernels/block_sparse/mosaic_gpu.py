@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jvdiff.kernels.block_sparse.lists import Lists
+from jvdiff.runtime.target import Target
 
 INTERPRET: Any = None  # tests set plgpu.InterpretGPUParams(...): the kernels then run on a CPU, slowly
 
@@ -39,9 +40,10 @@ class Shape(NamedTuple):
 TUNED = json.loads(Path(__file__).with_name("tuned.json").read_text())["mosaic_gpu"]
 
 
-def shapes(block: int, head_dim: int) -> dict[str, Shape]:
-    """The cut of the kernels "forward", "dq" and "dkv": that of the largest block in the table that divides `block`."""
-    table = TUNED.get(jax.devices()[0].device_kind, TUNED["NVIDIA H200"])
+def shapes(block: int, head_dim: int, kind: str) -> dict[str, Shape]:
+    """The cut of the kernels "forward", "dq" and "dkv" for a kind of device: that of the largest block in its table
+    that divides `block`."""
+    table = TUNED.get(kind, TUNED["NVIDIA H200"])
     sizes = (tuple(map(int, key.split("x"))) for key in table)
     rows = max(rows for rows, K in sizes if block % rows == 0 and head_dim == K)
     return {kernel: Shape(**cut) for kernel, cut in table[f"{rows}x{head_dim}"].items()}
@@ -60,22 +62,24 @@ def unsupported(q: Any, k: Any, v: Any, block: int) -> str | None:
     return None
 
 
-def unavailable() -> str | None:
-    """Why these kernels cannot run here, or None."""
+def unavailable(target: Target) -> str | None:
+    """Why these kernels cannot run on the target, or None."""
     if INTERPRET is not None:
         return None
-    if jax.default_backend() != "gpu":
-        return f"needs an NVIDIA GPU, and the backend is {jax.default_backend()!r}"
-    if str(getattr(jax.devices()[0], "compute_capability", "")) != "9.0":
-        return f"needs an NVIDIA GPU of the Hopper generation (H100, H200), not {jax.devices()[0].device_kind}"
+    if target.platform != "gpu":
+        return f"needs an NVIDIA GPU, and the backend is {target.platform!r}"
+    if target.capability != (9, 0):
+        return f"needs an NVIDIA GPU of the Hopper generation (H100, H200), not {target.kind}"
     return None
 
 
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int) -> tuple[jax.Array, jax.Array]:
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target
+) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, and the natural log-sum-exp, float32 [B,N,L]."""
     from jvdiff.kernels.block_sparse import mosaic_kernels
 
-    return mosaic_kernels.forward(q, k, v, lists, block=block)
+    return mosaic_kernels.forward(q, k, v, lists, block=block, target=target)
 
 
 def backward(
@@ -89,8 +93,9 @@ def backward(
     lists: Lists,
     *,
     block: int,
+    target: Target,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk and dv in the dtypes of q, k and v, from the cotangents of out and of the log-sum-exp."""
     from jvdiff.kernels.block_sparse import mosaic_kernels
 
-    return mosaic_kernels.backward(q, k, v, out, lse, dout, dlse, lists, block=block)
+    return mosaic_kernels.backward(q, k, v, out, lse, dout, dlse, lists, block=block, target=target)

@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jvdiff.kernels.block_sparse import mosaic_gpu
 from jvdiff.kernels.block_sparse.lists import Lists, split, transpose
 from jvdiff.kernels.block_sparse.mosaic_gpu import ROWS, Shape, shapes
+from jvdiff.runtime.target import Target
 
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2)
@@ -36,10 +37,12 @@ _FLOOR = -1e28  # the running maximum of a row that has seen no key: below all l
 _SIZE_BITS = 9  # of a list entry: the valid tokens of a block, at most 256; the block's number stands above them
 
 
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int) -> tuple[jax.Array, jax.Array]:
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target
+) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, and the natural log-sum-exp, float32 [B,N,L]."""
     B, L, N, _ = q.shape
-    shape = shapes(block, q.shape[-1])["forward"]
+    shape = shapes(block, q.shape[-1], target.kind)["forward"]
     return _call(
         "forward",
         functools.partial(_forward_kernel, shape=shape, block=block),
@@ -128,6 +131,7 @@ def backward(
     lists: Lists,
     *,
     block: int,
+    target: Target,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk and dv in the dtypes of q, k and v, from the cotangents of out and of the log-sum-exp."""
     B, L, N, K = q.shape
@@ -137,7 +141,7 @@ def backward(
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse * _LOG2_E)
     stats = jnp.stack([lse, delta], axis=2)  # [B,N,2,L]: one copy brings both
 
-    shape = shapes(block, K)["dq"]
+    shape = shapes(block, K, target.kind)["dq"]
     dq = _call(
         "dq",
         functools.partial(_dq_kernel, shape=shape, block=block),
@@ -156,7 +160,7 @@ def backward(
         ),
     )(q, k, v, dout, stats, *_entries(lists, block, shape.step))
 
-    shape = shapes(block, K)["dkv"]
+    shape = shapes(block, K, target.kind)["dkv"]
     dk, dv = _call(
         "dkv",
         functools.partial(_dkv_kernel, shape=shape, block=block),

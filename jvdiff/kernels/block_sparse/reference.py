@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jvdiff.kernels.block_sparse.lists import Lists, listed
+from jvdiff.runtime.target import Target
 
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -18,12 +19,14 @@ def unsupported(q: Any, k: Any, v: Any, block: int) -> str | None:
     return None
 
 
-def unavailable() -> str | None:
+def unavailable(target: Target) -> str | None:
     """It runs everywhere."""
     return None
 
 
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int) -> tuple[jax.Array, jax.Array]:
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target
+) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, lse float32 [B,N,L]."""
     qf, kf, vf = (x.astype(jnp.float32) for x in (q, k, v))
     out, lse = _attention(qf, kf, vf, _mask(q, lists, block))
@@ -41,6 +44,7 @@ def backward(
     lists: Lists,
     *,
     block: int,
+    target: Target,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv in the dtypes of q, k, v, by differentiating the definition."""
     f = lambda q, k, v: _attention(q, k, v, _mask(q, lists, block))  # noqa: E731

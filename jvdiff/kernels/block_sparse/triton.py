@@ -14,6 +14,7 @@ file.
 
 import contextlib
 import functools
+import importlib
 import math
 import warnings
 from collections.abc import Iterator
@@ -23,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from jvdiff.kernels.block_sparse.lists import Lists, split, transpose
+from jvdiff.runtime.target import Target
 
 INTERPRET = False  # tests set it: the kernels then run on a CPU, slowly
 
@@ -85,19 +86,20 @@ def unsupported(q: Any, k: Any, v: Any, block: int) -> str | None:
     return None
 
 
-def unavailable() -> str | None:
-    """Why these kernels cannot run here, or None."""
+def unavailable(target: Target) -> str | None:
+    """Why these kernels cannot run on the target, or None."""
     if INTERPRET:
         return None
-    if jax.default_backend() != "gpu":
-        return f"needs an NVIDIA GPU, and the backend is {jax.default_backend()!r}"
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    if not capability.replace(".", "").isdigit() or float(capability) < 8:
-        return f"needs an NVIDIA GPU of compute capability 8.0 or later, and {jax.devices()[0].device_kind} is not one"
+    if target.platform != "gpu":
+        return f"needs an NVIDIA GPU, and the backend is {target.platform!r}"
+    if target.capability is None or target.capability < (8, 0):
+        return f"needs an NVIDIA GPU of compute capability 8.0 or later, and {target.kind} is not one"
     return None
 
 
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int) -> tuple[jax.Array, jax.Array]:
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target
+) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, and the natural log-sum-exp, float32 [B,N,L]."""
     B, L, N, K = q.shape
     shape = shapes(block, K, q.dtype)["forward"]
@@ -149,6 +151,7 @@ def backward(
     lists: Lists,
     *,
     block: int,
+    target: Target,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk and dv in the dtypes of q, k and v, from the cotangents of out and of the log-sum-exp."""
     B, L, N, K = q.shape
@@ -319,19 +322,23 @@ def _call(kernel: Any, name: str, shape: Shape, **arguments: Any) -> Any:
 
 
 @contextlib.contextmanager
-def lowering(device_kind: str, mesh: AbstractMesh | None = None) -> Iterator[None]:
+def lowering(target: Target) -> Iterator[None]:
     """Within it, programs with these kernels can be lowered for a GPU that is not there.
 
-    Since 0.11 JAX asks an abstract device which GPU that is, and warns that the Triton backend is deprecated: which
-    this file knows, and answers for by itself.
-
-    Args:
-      device_kind: as the driver names it: "NVIDIA A100", "NVIDIA H200".
-      mesh: of the devices that the program is sharded over; None for one.
+    Since 0.11 JAX works out the compute capability by the name of the GPU at hand, or of an abstract one, of which it
+    knows a few: the target's is the answer. And it warns that the Triton backend is deprecated, which this file knows.
     """
-    mesh = mesh or AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,))
-    device = AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-        with use_abstract_mesh(mesh.update(abstract_device=device)):
+        if target.capability is None or jax.__version_info__ < (0, 11):
             yield
+            return
+        private: Any = importlib.import_module("jax._src.pallas.triton.gpu_info")
+        major, minor = target.capability
+        info = private.GpuInfo(gpu_version=None, arch_name=f"{major}.{minor}", compute_capability=10 * major + minor)
+        asked = private.get_gpu_info
+        private.get_gpu_info = lambda: info
+        try:
+            yield
+        finally:
+            private.get_gpu_info = asked

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jvdiff.kernels.block_sparse.lists import Lists
+from jvdiff.runtime.target import Target
 
 # Logits of one step. On a CPU a step should stay in the caches; a GPU needs enough work to fill it.
 LOGITS = {"cpu": 2**18, "gpu": 2**28}
@@ -27,16 +28,19 @@ def unsupported(q: Any, k: Any, v: Any, block: int) -> str | None:
     return None
 
 
-def unavailable() -> str | None:
+def unavailable(target: Target) -> str | None:
     """It runs everywhere."""
     return None
 
 
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int) -> tuple[jax.Array, jax.Array]:
+@jax.named_scope("xla_attention")
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target
+) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, lse float32 [B,N,L]."""
     B, L, N, K = q.shape
-    work = _Work(q.shape, k.shape, lists, block)
-    heads, rows = step_sizes(B * N, work.rows, work.part * work.places * block)
+    work = _Work(q.shape, k.shape, lists, block, target.platform)
+    heads, rows = step_sizes(B * N, work.rows, work.part * work.places * block, target.platform)
     row = jnp.minimum(jnp.arange(-(-work.rows // rows) * rows, dtype=jnp.int32), work.rows - 1)
     row = row.reshape(-1, 1, rows)  # [turns,1,rows], the last row again where they do not divide
     head = jnp.arange(B * N, dtype=jnp.int32).reshape(-1, heads, 1)  # [groups,heads,1]
@@ -60,6 +64,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: in
     return jnp.swapaxes(out, 1, 2), lse  # [B,L,N,K]
 
 
+@jax.named_scope("xla_attention")
 def backward(
     q: jax.Array,
     k: jax.Array,
@@ -71,11 +76,12 @@ def backward(
     lists: Lists,
     *,
     block: int,
+    target: Target,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv in the dtypes of q, k, v."""
     B, _, N, K = q.shape
-    work = _Work(q.shape, k.shape, lists, block)
-    heads, _ = step_sizes(B * N, 1, work.part * work.places * block)
+    work = _Work(q.shape, k.shape, lists, block, target.platform)
+    heads, _ = step_sizes(B * N, 1, work.part * work.places * block, target.platform)
     delta = jnp.einsum("blnk,blnk->bnl", dout, out, preferred_element_type=jnp.float32) - dlse  # [B,N,L]
     lse = jnp.where(lse > _FLOOR, lse, -_FLOOR)  # a query that saw nothing weighs nothing
     lse, delta = (x.reshape(B * N, -1, work.part) for x in (lse, delta))  # [B,N,L] -> [B*N,rows,p]
@@ -109,16 +115,16 @@ def backward(
     return dq, dk, dv
 
 
-def step_sizes(heads: int, rows: int, logits: int) -> tuple[int, int]:
+def step_sizes(heads: int, rows: int, logits: int, platform: str) -> tuple[int, int]:
     """How many of the heads, and how many of their query blocks with `logits` each, one step holds."""
-    limit = max(1, LOGITS.get(jax.default_backend(), LOGITS["gpu"]) // logits)
+    limit = max(1, LOGITS.get(platform, LOGITS["gpu"]) // logits)
     group = next(g for g in range(min(heads, limit), 0, -1) if heads % g == 0)
     return group, min(rows, max(1, limit // group))
 
 
-def query_parts(block: int, keys: int) -> int:
+def query_parts(block: int, keys: int, platform: str) -> int:
     """Into how many parts a query block is cut that sees `keys` of them."""
-    limit = LOGITS.get(jax.default_backend(), LOGITS["gpu"])
+    limit = LOGITS.get(platform, LOGITS["gpu"])
     enough = lambda n: block // n * keys <= limit or block // n < 2 * _QUERIES  # noqa: E731
     return next(n for n in range(1, block + 1) if block % n == 0 and enough(n))
 
@@ -126,13 +132,13 @@ def query_parts(block: int, keys: int) -> int:
 class _Work:
     """Lists and blocks by the number of a head in 0..B*N-1, without a copy of the operands in another order."""
 
-    def __init__(self, q_shape: Any, k_shape: Any, lists: Lists, block: int):
+    def __init__(self, q_shape: Any, k_shape: Any, lists: Lists, block: int, platform: str):
         B, L, N, _ = q_shape
         every = lambda x: jnp.broadcast_to(x, (B, N, *x.shape[2:])).reshape(B * N, *x.shape[2:])  # noqa: E731 - [B*N,..]
         self.q2k, self.count = every(jnp.asarray(lists.q2k)), every(jnp.asarray(lists.q2k_count))
         self.sizes = jnp.asarray(lists.kv_sizes)
         self.heads, self.block, self.places = N, block, self.q2k.shape[-1]
-        self.parts = query_parts(block, self.places * block)
+        self.parts = query_parts(block, self.places * block, platform)
         self.part, self.rows = block // self.parts, L // block * self.parts
 
     def listed(self, head: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:

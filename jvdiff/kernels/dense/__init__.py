@@ -2,9 +2,9 @@
 
 B batch · L query tokens · S key tokens · N heads · K head dim.
 
-Every implementation is a plain function `(q, k, v, return_lse, kv_length) -> (out, lse or None)` in a file of its own,
-with an `unsupported(q, k, v, return_lse) -> reason or None` beside it that looks at shapes and dtypes only. It may rely
-on kv_length lying in 1..S.
+Every implementation is a plain function `(q, k, v, return_lse, kv_length, target) -> (out, lse or None)` in a file of
+its own, with an `unsupported(q, k, v, return_lse, target) -> reason or None` beside it that looks at shapes, dtypes and
+the target only. It may rely on kv_length lying in 1..S.
 """
 
 import logging
@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jvdiff.kernels.dense import blocks, cudnn, reference, xla
+from jvdiff.runtime.target import Target, here
 
 _log = logging.getLogger("jvdiff.kernels")
 
-# In order of preference: the first that supports the operands on the backend at hand is taken. `xla` supports all.
+# In order of preference: the first that supports the operands on the target is taken. `xla` supports all.
 IMPLEMENTATIONS = {"cudnn": cudnn, "blocks": blocks, "xla": xla, "reference": reference}
 
 
@@ -31,6 +32,7 @@ def attention(
     kv_length: Any = None,
     return_lse: bool = False,
     implementation: str | None = None,
+    target: Target | None = None,
 ) -> Any:
     """softmax(q k^T / sqrt(K)) v for each head; differentiable.
 
@@ -40,8 +42,9 @@ def attention(
       kv_length: int32 [], may be traced: only the first kv_length keys count; None counts all. With 0 keys out is 0 and
         the log-sum-exp -inf. Keys and values that do not count must be finite all the same.
       return_lse: also return the log-sum-exp of each query's scaled logits.
-      implementation: None takes the best that can do this shape and dtype on the current backend, and always works;
-        a name takes exactly that one.
+      implementation: None takes the best that can do this shape and dtype on the target, and always works; a name
+        takes exactly that one.
+      target: what the program is made for; None: the devices at hand.
 
     Returns:
       out [B,L,N,K] in the dtype of q; with return_lse, (out, lse), lse natural float32 [B,N,L].
@@ -50,14 +53,17 @@ def attention(
       NotImplementedError: the named implementation cannot do this; the message says why.
       ValueError: the operands do not fit together, or there is no such name.
     """
-    name = choose(q, k, v, kv_length=kv_length, return_lse=return_lse, implementation=implementation)
+    target = target or here()
+    how: Any = dict(return_lse=return_lse, implementation=implementation, target=target)
+    name = choose(q, k, v, kv_length=kv_length, **how)
     _log_once(name, q.shape, k.shape[1], str(q.dtype))
     if kv_length is None:
-        out, lse = IMPLEMENTATIONS[name].attention(q, k, v, return_lse, None)
+        out, lse = IMPLEMENTATIONS[name].attention(q, k, v, return_lse, None, target)
         return (out, lse) if return_lse else out
     # Without keys one is attended to and the result thrown away, so that nothing is infinite on the way, nor backwards.
     kv_length = jnp.asarray(kv_length, jnp.int32)
-    out, lse = IMPLEMENTATIONS[name].attention(q, k, v, return_lse, jnp.clip(kv_length, 1, k.shape[1]))
+    length = jnp.clip(kv_length, 1, k.shape[1])
+    out, lse = IMPLEMENTATIONS[name].attention(q, k, v, return_lse, length, target)
     out = jnp.where(kv_length > 0, out, 0)
     return (out, jnp.where(kv_length > 0, lse, -jnp.inf)) if return_lse else out
 
@@ -70,6 +76,7 @@ def choose(
     kv_length: Any = None,
     return_lse: bool = False,
     implementation: str | None = None,
+    target: Target | None = None,
 ) -> str:
     """The name of the implementation that `attention` runs for these operands (arrays or ShapeDtypeStructs).
 
@@ -85,11 +92,12 @@ def choose(
     if kv_length is not None and (jnp.ndim(kv_length) or not jnp.issubdtype(jnp.result_type(kv_length), jnp.integer)):
         kind = f"{jnp.result_type(kv_length)}{list(jnp.shape(kv_length))}"
         raise ValueError(f"attention: kv_length is {kind}; it must be one whole number, int32[]")
+    target = target or here()
     if implementation is None:
-        return next(n for n, i in IMPLEMENTATIONS.items() if i.unsupported(q, k, v, return_lse) is None)
+        return next(n for n, i in IMPLEMENTATIONS.items() if i.unsupported(q, k, v, return_lse, target) is None)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"no attention implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
-    if reason := IMPLEMENTATIONS[implementation].unsupported(q, k, v, return_lse):
+    if reason := IMPLEMENTATIONS[implementation].unsupported(q, k, v, return_lse, target):
         raise NotImplementedError(f"attention implementation {implementation!r}: {reason}")
     return implementation
 

@@ -8,14 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jvdiff.runtime.target import Target
 
-def unsupported(q: Any, k: Any, v: Any, return_lse: bool) -> str | None:
+
+def unsupported(q: Any, k: Any, v: Any, return_lse: bool, target: Target) -> str | None:
     """It can do everything that fits in memory."""
     return None
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, return_lse: bool, kv_length: jax.Array | None
+    q: jax.Array, k: jax.Array, v: jax.Array, return_lse: bool, kv_length: jax.Array | None, target: Target
 ) -> tuple[jax.Array, jax.Array | None]:
     """The contract of `jvdiff.kernels.attention`."""
     qf, kf, vf = (x.astype(jnp.float32) for x in (q, k, v))

@@ -12,22 +12,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jvdiff.runtime.target import Target
+
 # Logits of one block. On a CPU a block should stay in the caches, and one head at a time runs fastest; a GPU needs
 # enough work to fill it.
 LOGITS = {"cpu": 2**20, "gpu": 2**28}
 
 
-def unsupported(q: Any, k: Any, v: Any, return_lse: bool) -> str | None:
+def unsupported(q: Any, k: Any, v: Any, return_lse: bool, target: Target) -> str | None:
     """It can do everything."""
     return None
 
 
+@jax.named_scope("xla_attention")
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, return_lse: bool, kv_length: jax.Array | None
+    q: jax.Array, k: jax.Array, v: jax.Array, return_lse: bool, kv_length: jax.Array | None, target: Target
 ) -> tuple[jax.Array, jax.Array | None]:
     """The contract of `jvdiff.kernels.attention`."""
     B, L, N, K = q.shape
-    heads, queries = block_sizes(B * N, L, k.shape[1])
+    heads, queries = block_sizes(B * N, L, k.shape[1], target.platform)
     q, k, v = (jnp.swapaxes(x, 1, 2).reshape(B * N, -1, K) for x in (q, k, v))  # [B*N,L or S,K]
     if heads == B * N and queries == L:
         out, lse = _block(q, k, v, kv_length)
@@ -38,12 +41,12 @@ def attention(
     return out, lse.reshape(B, N, L) if return_lse else None  # [B,L,N,K], [B,N,L]
 
 
-def block_sizes(heads: int, queries: int, keys: int) -> tuple[int, int]:
+def block_sizes(heads: int, queries: int, keys: int, platform: str) -> tuple[int, int]:
     """(G, Q): how many of the B*N heads, and how many queries, one block holds. G divides the heads."""
-    limit = LOGITS.get(jax.default_backend(), LOGITS["gpu"])
+    limit = LOGITS.get(platform, LOGITS["gpu"])
     if heads * queries * keys <= limit:
         return heads, queries
-    group = 1 if jax.default_backend() == "cpu" else heads
+    group = 1 if platform == "cpu" else heads
     blocks = -(-queries * group * keys // limit)
     return group, -(-queries // min(blocks, queries))
 

@@ -29,6 +29,7 @@ from jvdiff.errors import UsageError
 from jvdiff.models.latent_video import places
 from jvdiff.models.latent_video.config import DiTConfig
 from jvdiff.models.layers import MLP, Linear, RMSNorm, as_array, gelu, layer_norm, sinusoid
+from jvdiff.runtime.target import Target, here
 from jvdiff.sharding import Placement, Sizes, Split
 from jvdiff.types import Array, Params
 
@@ -121,6 +122,11 @@ class _Plan:
     split: Split | None = None
     dtype: Any = None
 
+    @property
+    def target(self) -> Target:
+        """What the program is made for."""
+        return self.placement.target if self.placement else here()
+
     def along_tokens(self, x: Array) -> Array:
         """Activations [B,T,L,...], clips and tokens divided; L padded."""
         split = self.split
@@ -155,7 +161,7 @@ class _Transformer(nn.Module):
             condition = plan.placement.replicate(condition)
 
         block = _Block
-        if plan.placement and plan.placement.mesh.shape["fsdp"] > 1:
+        if plan.placement and plan.placement.shape.fsdp > 1:
             block = nn.map_variables(block, "params", partial(_gathered, plan.placement), init=self.is_initializing())
         if self.remat:
             block = nn.remat(block, prevent_cse=False, policy=_POLICIES[self.remat])
@@ -238,7 +244,8 @@ def _attend(plan: _Plan, axis: int, q: Array, k: Array, v: Array) -> Array:
         a = jnp.moveaxis(a, axis, 2)  # [B,L,T,N,K] or [B,T,L,N,K]: what is attended along comes third
         return a.reshape(-1, *a.shape[2:])  # [B*L,T,N,K] or [B*T,L,N,K]
 
-    out = kernels.attention(sequences(q), sequences(k), sequences(v), implementation=plan.implementation)
+    how: Any = dict(implementation=plan.implementation, target=plan.target)
+    out = kernels.attention(sequences(q), sequences(k), sequences(v), **how)
     out = out.reshape(jnp.moveaxis(q, axis, 2).shape)  # [B,L,T,N,K] or [B,T,L,N,K]
     return jnp.moveaxis(out, 2, axis)  # [B,T,L,N,K]
 

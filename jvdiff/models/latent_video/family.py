@@ -171,7 +171,8 @@ def _attention(models: Models, clip: Clip, forward: Forward, inputs: Any) -> Map
 
     def choice(length: int) -> str:
         operand = jax.ShapeDtypeStruct((1, length, *heads), jnp.dtype(forward.dtype))
-        return kernels.choose(operand, operand, operand, implementation=forward.implementation)
+        how: Any = dict(implementation=forward.implementation, target=forward.target)
+        return kernels.choose(operand, operand, operand, **how)
 
     return {"spatial": choice(cells), "temporal": choice(frames)}
 

@@ -285,12 +285,12 @@ def _stages(config: Any, schedule: Schedule, factor: int) -> tuple[Stage, ...]:
     return Stage(steps, whole.batch * whole.frames // frames, frames), whole
 
 
-def programs(
-    config: ConfigDict, mesh_of: Callable[[MeshShape], Mesh] = make_mesh
-) -> Iterator[tuple[str, Task, Schedule, Any, int]]:
+def programs(config: ConfigDict, placement: Placement | None = None) -> Iterator[tuple[str, Task, Schedule, Any, int]]:
     """(name, task, schedule, abstract batch, into how many parts a batch is cut) of each part of the run, for a plan.
 
     The clips need not be there.
+
+    placement: the devices, which need not be there either; None: those at hand.
     """
     there = Path(config.clips).exists()
     classes = clip_files.find(config.clips).classes if there else [str(i) for i in range(PLANNED_CLASSES)]
@@ -313,7 +313,7 @@ def programs(
         none,
         noise_schedule=config.noise_schedule,
         compute_dtype=plan.dtype,
-        placement=Placement(mesh_of(plan.mesh)) if plan.mesh.devices > 1 else None,
+        placement=placement or (Placement(make_mesh(plan.mesh)) if plan.mesh.devices > 1 else None),
         **config.loss.to_dict(),
     )
     latents = jax.ShapeDtypeStruct((config.batch, *plan.clip.latents), jnp.float32)

@@ -162,11 +162,12 @@ class _Attention(nn.Module):
         q, k, v = (x.reshape(*h.shape[:2], N, K) for x in (q, k, v))  # [B,S,N*K] -> [B,S,N,K]
         rows, init = cfg.relative_attention_num_buckets, nn.initializers.normal(D**-0.5)
         table = as_array(nn.Embed(rows, N, embedding_init=init, name="relative_bias").embedding, jnp.float32)
-        scores = jnp.einsum("BqNK,BSNK->BNqS", q, k, preferred_element_type=jnp.float32)  # [B,N,S,S]
-        scores = scores + table.T[:, buckets][None]  # [N,buckets] at [S,S] -> [1,N,S,S]
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        out = jnp.einsum("BNqS,BSNK->BqNK", weights, v).reshape(*h.shape[:2], N * K)  # [B,S,N*K]
+        with jax.named_scope("xla_attention"):  # as plans find it in the compiled program
+            scores = jnp.einsum("BqNK,BSNK->BNqS", q, k, preferred_element_type=jnp.float32)  # [B,N,S,S]
+            scores = scores + table.T[:, buckets][None]  # [N,buckets] at [S,S] -> [1,N,S,S]
+            scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+            weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+            out = jnp.einsum("BNqS,BSNK->BqNK", weights, v).reshape(*h.shape[:2], N * K)  # [B,S,N*K]
         return _dense(D, 1 / (N * K), self.dtype, "out")(out).astype(jnp.float32)
 
 

@@ -20,6 +20,7 @@ from jvdiff.models.layers import Linear, RMSNorm
 from jvdiff.models.wan.config import DiTConfig
 from jvdiff.models.wan.layers import rotate
 from jvdiff.models.wan.plan import Attend, Plan, Shared
+from jvdiff.runtime.target import Target
 from jvdiff.sharding import sequence
 from jvdiff.types import Array
 
@@ -82,7 +83,7 @@ def attend_video(
     def local(q: Array, k: Array, v: Array, gate: Array | None, first_head: Any = None) -> Array:
         if callable(implementation):
             return _attend_by(implementation, q, k, v)
-        common: Any = dict(grid=plan.grid, first_head=first_head, implementation=implementation)
+        common: Any = dict(grid=plan.grid, first_head=first_head, implementation=implementation, target=plan.target)
         return plan.pattern.attend(q, k, v, gate, **common)
 
     if split is None:
@@ -109,14 +110,15 @@ def _attend_past(plan: Plan, q: Array, k: Array, v: Array, past: tuple[Array, Ar
     if rope is not None:
         q, k = turned(q, rope), turned(k, rope)
     if past is None:
-        return kernels.block_causal_attention(q, k, v, state.visible, implementation=implementation)
+        how: Any = dict(implementation=implementation, target=plan.target)
+        return kernels.block_causal_attention(q, k, v, state.visible, **how)
     old_k, old_v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in past)  # [B,frames,V,N,K] -> [B,S,N,K]
     if state.rope is not None:
         old_k = turned(old_k, state.rope)
     # The past behind the chunk: of its slots the first are filled, so that one length says which count.
     k, v = jnp.concatenate([k, old_k], axis=1), jnp.concatenate([v, old_v], axis=1)  # [B,L+S,N,K]
     length = q.shape[1] + state.length
-    return kernels.attention(q, k, v, kv_length=length, implementation=_dense(implementation))
+    return kernels.attention(q, k, v, kv_length=length, implementation=_dense(implementation), target=plan.target)
 
 
 def attend_text(plan: Plan, parts: int, q: Array, k: Array, v: Array, gate: Array | None) -> tuple[Array, None]:
@@ -126,20 +128,24 @@ def attend_text(plan: Plan, parts: int, q: Array, k: Array, v: Array, gate: Arra
         shape = q.shape
         if parts > 1:  # [B,P*S,N,K] -> [B*P,S,N,K]
             q, k, v = (x.reshape(x.shape[0] * parts, -1, *x.shape[2:]) for x in (q, k, v))
-        return _attend_rows(q, k, v, plan.extra_text, _dense(plan.implementation)).reshape(shape)  # [B,L,N,K]
+        how = dict(implementation=_dense(plan.implementation), target=plan.target)
+        return _attend_rows(q, k, v, plan.extra_text, how).reshape(shape)  # [B,L,N,K]
 
     return local(q, k, v) if plan.split is None else sequence.cross_attention(local, plan.split, q, k, v), None
 
 
-def _attend_rows(q: Array, k: Array, v: Array, extra: int, implementation: str | None) -> Array:
-    """Attention of q [B,L,N,K] to the rows k, v [B,S,N,K] of a text, the last of which counts `extra` times more."""
+def _attend_rows(q: Array, k: Array, v: Array, extra: int, how: Any) -> Array:
+    """Attention of q [B,L,N,K] to the rows k, v [B,S,N,K] of a text, the last of which counts `extra` times more.
+
+    how: implementation and target.
+    """
     if extra == 0:
-        return kernels.attention(q, k, v, implementation=implementation)
-    if kernels.choose(q, k, v, implementation=implementation) == "cudnn":  # gives no float32 log-sum-exp
+        return kernels.attention(q, k, v, **how)
+    if kernels.choose(q, k, v, **how) == "cudnn":  # gives no float32 log-sum-exp
         pad = ((0, 0), (0, extra), (0, 0), (0, 0))
         k, v = jnp.pad(k, pad, "edge"), jnp.pad(v, pad, "edge")  # [B,S+extra,N,K]
-        return kernels.attention(q, k, v, implementation=implementation)
-    out, lse = kernels.attention(q, k, v, return_lse=True, implementation=implementation)
+        return kernels.attention(q, k, v, **how)
+    out, lse = kernels.attention(q, k, v, return_lse=True, **how)
     last = jnp.einsum("blnk,bnk->bnl", q, k[:, -1], preferred_element_type=jnp.float32)  # its logits [B,N,L]
     lse_last = last * q.shape[-1] ** -0.5 + math.log(extra)
     return kernels.merge(out, lse, jnp.broadcast_to(v[:, -1:], out.shape), lse_last)[0]
@@ -160,10 +166,12 @@ def attention_choice(
     dtype: Any = jnp.float32,
     implementation: str | Attend | None = None,
     ring: bool = False,
+    target: Target | None = None,
 ) -> dict[str, str]:
     """Which implementation self- and cross-attention get for latents of (T,H,W): for the record of a run.
 
     ring: keys go round several devices, which needs an implementation that gives the log-sum-exp.
+    target: what the program is made for; None: the devices at hand.
     """
     t, h, w = (n // p for n, p in zip(grid, cfg.patch_size, strict=True))
     shape = lambda n: jax.ShapeDtypeStruct(  # noqa: E731
@@ -173,5 +181,5 @@ def attention_choice(
     if callable(implementation):
         video = f"{implementation.__module__}.{implementation.__qualname__}"
     else:
-        video = pattern.choose(q, (t, h, w), lse=ring, implementation=implementation)
-    return {"self": video, "cross": kernels.choose(q, k, k, implementation=_dense(implementation))}
+        video = pattern.choose(q, (t, h, w), lse=ring, implementation=implementation, target=target)
+    return {"self": video, "cross": kernels.choose(q, k, k, implementation=_dense(implementation), target=target)}

@@ -184,7 +184,7 @@ class Transformer(nn.Module):
             t, modulation, text = placement.replicate((t, modulation, text))
 
         block = _Block
-        if placement and placement.mesh.shape["fsdp"] > 1:
+        if placement and placement.shape.fsdp > 1:
             block = nn.map_variables(block, "params", partial(_gathered, placement), init=self.is_initializing())
         block = nn.remat(block, prevent_cse=False) if self.remat else block
         blocks = nn.scan(

@@ -290,8 +290,9 @@ def _attention(models: Models, clip: Clip, forward: Forward, inputs: Tokens) -> 
         dtype=jnp.dtype(forward.dtype),
         implementation=forward.implementation,
         ring=shape is not None and _mesh_sizes(models, clip, 1, shape).ring(shape) > 1,
+        target=forward.target,
     )
-    if reason := forward.pattern.unavailable(choices["self"]):
+    if reason := forward.pattern.unavailable(choices["self"], forward.target):
         raise NotImplementedError(reason)
     return choices
 

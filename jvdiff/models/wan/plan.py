@@ -15,6 +15,7 @@ from jvdiff.errors import UsageError
 from jvdiff.kernels import Dense, Pattern
 from jvdiff.kernels.tiles import Grid
 from jvdiff.models.wan.config import DiTConfig
+from jvdiff.runtime.target import Target, here
 from jvdiff.sharding import Placement, Sizes, Split
 from jvdiff.types import Array
 
@@ -45,6 +46,11 @@ class Plan:
     dtype: Any = None
     keep: bool = False
     relative: bool = False
+
+    @property
+    def target(self) -> Target:
+        """What the program is made for."""
+        return self.placement.target if self.placement else here()
 
 
 def make_plan(

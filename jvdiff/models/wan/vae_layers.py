@@ -16,6 +16,7 @@ from jax import lax
 from jvdiff import kernels
 from jvdiff.models.layers import as_array, product, row
 from jvdiff.models.wan.config import VAEConfig
+from jvdiff.runtime.target import Target
 from jvdiff.sharding import Picture
 from jvdiff.types import Array, Params
 
@@ -129,20 +130,23 @@ class _SpatialAttention(nn.Module):
         qkv = _Dense(3 * x.shape[-1], name="qkv")(_Norm(name="norm")(x).astype(x.dtype))
         attend: Any = partial(_attend_cells, gather=())
         if picture := self.picture:
-            attend = partial(_attend_cells, gather=((2, picture.height), (3, picture.width)))
+            attend = partial(_attend_cells, gather=((2, picture.height), (3, picture.width)), target=picture.target)
             spec = picture.spec
             attend = jax.shard_map(attend, mesh=picture.mesh, in_specs=spec, out_specs=spec, check_vma=False)
         return x + _Dense(x.shape[-1], name="out")(attend(qkv)), None
 
 
-def _attend_cells(qkv: Array, *, gather: tuple[tuple[int, tuple[str, ...]], ...]) -> Array:
+def _attend_cells(
+    qkv: Array, *, gather: tuple[tuple[int, tuple[str, ...]], ...], target: Target | None = None
+) -> Array:
     """qkv [B,T,H,W,3C] -> [B,T,H,W,C]: this device's cells look at all cells, gathered along these axes of the mesh."""
     channels = qkv.shape[-1] // 3
     q, kv = jnp.split(qkv, (channels,), axis=-1)  # [B,T,H,W,C], [B,T,H,W,2C]
     for axis, names in gather:
         kv = lax.all_gather(kv, names, axis=axis, tiled=True) if names else kv  # [B,T,H,W,2C], whole along `axis`
     q, kv = (rearrange(x, "B T H W C -> (B T) (H W) 1 C") for x in (q, kv))
-    out = kernels.attention(q, *jnp.split(kv, 2, axis=-1))  # q and out [B*T,H*W,1,C], of these cells; k and v, of all
+    # q and out [B*T,H*W,1,C], of these cells; k and v, of all
+    out = kernels.attention(q, *jnp.split(kv, 2, axis=-1), target=target)
     return rearrange(out, "(B T) (H W) 1 C -> B T H W C", T=qkv.shape[1], H=qkv.shape[2])
 
 

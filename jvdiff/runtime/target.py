@@ -1,0 +1,46 @@
+"""What programs are made for: the kind of device that decides which kernels they hold.
+
+A value that is handed down, so that a program for a GPU is the same wherever it is compiled. Nothing else asks JAX
+which backend it has in order to choose how something is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What programs are made for. Static under jit.
+
+    platform: "cpu", "gpu", or what else JAX calls it
+    kind: of the device, as its driver names it: "NVIDIA H200"
+    capability: CUDA's, (9, 0) of a Hopper; None: not an NVIDIA GPU
+    devices: how many share the work
+    cudnn: version that a GPU which is not there is taken to have, 91200 for 9.12; None: JAX asks the library at hand
+    """
+
+    platform: str
+    kind: str
+    capability: tuple[int, int] | None = None
+    devices: int = 1
+    cudnn: int | None = None
+
+
+def of(devices: Sequence[Any]) -> Target:
+    """That of these devices, which are alike."""
+    device = devices[0]
+    capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    platform = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
+    numbers = (int(capability[1]), int(capability[2])) if capability and platform == "gpu" else None
+    return Target(platform, device.device_kind, numbers, len(devices))
+
+
+def here() -> Target:
+    """That of the devices at hand."""
+    return of(jax.devices())
