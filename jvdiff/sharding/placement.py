@@ -218,8 +218,8 @@ def _gathered(mesh: Mesh, specs: tuple[PartitionSpec, ...], shards: tuple[Array,
 
     def scatter(_: tuple[()], *grads: Array) -> list[Array]:
         """Each device keeps its shard of the gradients' sum, which the partitioner makes a reduce-scatter."""
-        pairs = zip(grads, specs, strict=True)
-        return [jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_on(mesh, spec))) for x, spec in pairs]
+        pairs = zip(grads, places, strict=True)
+        return [jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place)) for x, place in pairs]
 
     whole = (P(*(None if axis == "fsdp" else axis for axis in spec)) for spec in specs)
     places, out = (tuple(spec_on(mesh, spec) for spec in every) for every in (specs, whole))

@@ -36,13 +36,60 @@ def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, return_lse: bool, kv_length: jax.Array | None, target: Target
 ) -> tuple[jax.Array, jax.Array | None]:
     """The contract of `jvdiff.kernels.attention`, for the operands that `unsupported` lets through."""
-    return _attention(target, q, k, v, kv_length), None
+    return _attention(target, q, k, v, kv_length), None  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def _cudnn(target: Target, q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | None) -> jax.Array:
     lengths = None if kv_length is None else jnp.broadcast_to(kv_length, q.shape[:1])
     with version_of(target):
         return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+
+
+def _pair(target: Target, q: jax.Array, k: jax.Array, v: jax.Array, kv_length: Any) -> tuple[jax.Array, Any]:
+    """The result, and JAX's function from its cotangent to those of q, k and v."""
+    return jax.vjp(lambda q, k, v: _cudnn(target, q, k, v, kv_length), q, k, v)
+
+
+# JAX gives cuDNN a backward pass and no jvp: `linear` joins the one with XLA's tangents.
+_attention = jax.custom_jvp(_cudnn, nondiff_argnums=(0,))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _kept(target: Target, *operands: Any) -> tuple[jax.Array, list[jax.Array]]:
+    """The result, and what the backward pass needs beside it, which is not to be stored where there is none."""
+    out, pull = _pair(target, *operands)
+    return out, jax.tree.leaves(pull)
+
+
+def _tangents(target: Target, residuals: Any, *dots: jax.Array) -> list[jax.Array]:
+    (*operands, kv_length), _ = residuals
+    say_left("cuDNN")
+    return [jax.jvp(lambda q, k, v: xla.attention(q, k, v, False, kv_length, target)[0], operands, list(dots))[1]]
+
+
+def _cotangents(target: Target, residuals: Any, dout: jax.Array) -> Any:
+    operands, kept = residuals
+    pull = jax.tree.structure(jax.eval_shape(lambda *x: _pair(target, *x)[1], *operands))
+    return jax.tree.unflatten(pull, kept)(dout)
+
+
+def _derivative(target: Target, primals: Any, tangents: Any) -> Any:
+    out, kept = _kept(target, *primals)  # pyright: ignore[reportGeneralTypeIssues]
+    forward, backward = partial(_tangents, target), partial(_cotangents, target)
+    (dot,) = linear(forward, backward, (primals, kept), tangents[:3], [out])
+    return out, kept, dot
+
+
+@_attention.defjvp
+def _attention_derivative(target: Target, primals: Any, tangents: Any) -> Any:
+    out, _, dot = _derivative(target, primals, tangents)
+    return out, dot
+
+
+@_kept.defjvp
+def _kept_derivative(target: Target, primals: Any, tangents: Any) -> Any:
+    out, kept, dot = _derivative(target, primals, tangents)
+    return (out, kept), (dot, [zero_from_primal(x) for x in kept])  # which only `_cotangents` reads
 
 
 @contextlib.contextmanager
@@ -63,51 +110,3 @@ def version_of(target: Target) -> Iterator[None]:
         yield
     finally:
         private.check_cudnn_version = asked
-
-
-def _pair(
-    target: Target, q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | None
-) -> tuple[jax.Array, Any]:
-    """The result, and JAX's function from its cotangent to those of q, k and v."""
-    return jax.vjp(lambda q, k, v: _cudnn(target, q, k, v, kv_length), q, k, v)
-
-
-# cuDNN has a backward pass and no jvp; `linear` joins the one with XLA's tangents.
-_attention = jax.custom_jvp(_cudnn, nondiff_argnums=(0,))
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _kept(target: Target, *operands: Any) -> tuple[jax.Array, list[jax.Array]]:
-    """The result, and what the backward pass needs: apart from `_attention`, since it costs memory."""
-    out, pull = _pair(target, *operands)
-    return out, jax.tree.leaves(pull)
-
-
-def _tangent(target: Target, residuals: Any, *dots: jax.Array) -> list[jax.Array]:
-    (*operands, kv_length), _ = residuals
-    say_left("cuDNN")
-    return [jax.jvp(lambda q, k, v: xla.attention(q, k, v, False, kv_length, target)[0], operands, list(dots))[1]]
-
-
-def _cotangents(target: Target, residuals: Any, dout: jax.Array) -> Any:
-    operands, kept = residuals
-    pull = jax.tree.structure(jax.eval_shape(lambda *x: _pair(target, *x)[1], *operands))
-    return jax.tree.unflatten(pull, kept)(dout)
-
-
-def _derivative(target: Target, primals: Any, tangents: Any) -> Any:
-    out, kept = _kept(target, *primals)
-    (dot,) = linear(partial(_tangent, target), partial(_cotangents, target), (primals, kept), tangents[:3], [out])
-    return out, kept, dot
-
-
-@_attention.defjvp
-def _attention_derivative(target: Target, primals: Any, tangents: Any) -> Any:
-    out, _, dot = _derivative(target, primals, tangents)
-    return out, dot
-
-
-@_kept.defjvp
-def _kept_derivative(target: Target, primals: Any, tangents: Any) -> Any:
-    out, kept, dot = _derivative(target, primals, tangents)
-    return (out, kept), (dot, [zero_from_primal(x) for x in kept])  # which only `_cotangents` reads
