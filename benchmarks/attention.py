@@ -312,7 +312,7 @@ def flex(problem: Problem, direction: str, device: str) -> Contestant:
     if device == "cpu" and direction == "backward":
         raise SetupError("it has no backward pass on CPUs.")
     block = 128 if problem.block % 128 == 0 else problem.block
-    lists = Lists(*(np.array(x) for x in block_sparse.split(problem.lists, problem.block, block, block)))
+    lists = Lists(*(np.array(x) for x in block_sparse.split(problem.lists, problem.block, block, block)[:3]))
     size = torch.from_numpy(lists.kv_sizes).to(device)
     n = size.numel()
     q2k, count = (torch.from_numpy(x).to(device) for x in lists[:2])

@@ -201,9 +201,10 @@ class SlidingTile(_Tiled):
     example = "'sliding_tile:6x8x8:3x3x3' (tile, window)"
 
     def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
-        self._tell(q, grid, implementation, target)
         common: Any = dict(grid=grid, tile=self.tile, tiled=True, implementation=implementation, target=target)
-        return sliding_tile_attention(q, k, v, window=self.window, first_head=first_head, **common)
+        out = sliding_tile_attention(q, k, v, window=self.window, first_head=first_head, **common)  # which checks
+        self._tell(q, grid, implementation, target)
+        return out
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
@@ -246,9 +247,10 @@ class VideoSparse(_Tiled):
     example = "'video_sparse:4x4x4:0.9' (tile, sparsity)"
 
     def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
-        self._tell(q, grid, implementation, target)
         common: Any = dict(grid=grid, tile=self.tile, tiled=True, implementation=implementation, target=target)
-        return video_sparse_attention(q, k, v, gate, sparsity=self.sparsity, **common)
+        out = video_sparse_attention(q, k, v, gate, sparsity=self.sparsity, **common)  # which checks
+        self._tell(q, grid, implementation, target)
+        return out
 
     def _seen(self, grid: Grid, keys: np.ndarray) -> np.ndarray:
         return np.full(keys.size, tiles.top_k_count(self.sparsity, keys.size) * keys.mean())  # whichever they are

@@ -120,7 +120,7 @@ def stage_text(
         text = plan.stage_text(context, clip, "denoise", "h200", MeshShape(sequence=4))
 
     Args:
-        stage: as plans call it: "text", "denoise", "decode first", "decode next" of Wan.
+        stage: as plans call it: "text", "denoise", "decode first" or "decode next".
         target: a described GPU (`check_target` comes first); None: the devices at hand.
         shape: a mesh; None: one device.
         options: XLA's, for this program alone.

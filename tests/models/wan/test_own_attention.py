@@ -46,8 +46,8 @@ class Backwards(Pattern):
 
     unordered = ordered
 
-    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None):
-        return kernels.attention(q, k, v, implementation=implementation)
+    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
+        return kernels.attention(q, k, v, implementation=implementation, target=target)
 
 
 @functools.cache
