@@ -312,10 +312,9 @@ def flex(problem: Problem, direction: str, device: str) -> Contestant:
     if device == "cpu" and direction == "backward":
         raise SetupError("it has no backward pass on CPUs.")
     block = 128 if problem.block % 128 == 0 else problem.block
-    lists = Lists(*(np.array(x) for x in block_sparse.split(problem.lists, problem.block, block, block)[:3]))
-    size = torch.from_numpy(lists.kv_sizes).to(device)
+    lists = block_sparse.split(problem.lists, problem.block, block, block)
+    q2k, count, size = (torch.from_numpy(np.array(x)).to(device) for x in (lists.q2k, lists.q2k_count, lists.kv_sizes))
     n = size.numel()
-    q2k, count = (torch.from_numpy(x).to(device) for x in lists[:2])
     place = torch.arange(q2k.shape[-1], device=device)
     target = torch.where(place < count[..., None], q2k, n).long()  # what does not count goes to a column of its own
     seen = torch.zeros(*q2k.shape[:3], n + 1, dtype=torch.bool, device=device).scatter_(3, target, True)[..., :n]
