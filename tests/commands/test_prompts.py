@@ -15,7 +15,7 @@ ROWS = [{"prompt": RED, "seed": 5}, {"prompt": BLUE, "id": "b", "steps": 2}]
 def asked(tiny_repository, tmp_path, monkeypatch, capsys):
     """asked(file's name, its content, **fields) -> (exit status, [(prompt, seed, name, steps)], stderr)."""
     jobs = []
-    monkeypatch.setattr(pipeline, "load", lambda *args: None)
+    monkeypatch.setattr(pipeline, "load", lambda *args, **how: None)
     monkeypatch.setattr(one_video, "make", lambda maker, job, seconds: jobs.append(job) or [])
 
     def ask(name, content, **fields):
