@@ -44,7 +44,7 @@ from timing import RESULTS, in_turn
 
 from jvdiff import plan
 from jvdiff.errors import JvdiffError, SetupError, UsageError
-from jvdiff.kernels import Dense, block_sparse_attention, tiles
+from jvdiff.kernels import Dense, block_sparse_attention, layout, tiles
 from jvdiff.kernels.block_sparse import mosaic_gpu, triton
 from jvdiff.models import wan
 from jvdiff.models.wan import places
@@ -158,16 +158,19 @@ def kernels(
     struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=placement.everywhere)  # noqa: E731
     for model, pattern in itertools.product(models, patterns):
         (grid, heads), (tile, seen) = MODELS[model], PATTERNS[pattern]
-        block, blocks = math.prod(tile), math.prod(tiles.counts(grid, tile))
-        x = struct((1, blocks * block, heads, head_dim), dtype)
-        list_heads = 1 if pattern.startswith("STA") else heads
-        lists = [
-            struct(shape, jnp.int32)
-            for shape in ((1, list_heads, blocks, seen(blocks)), (1, list_heads, blocks), (blocks,))
-        ]
-
+        block, sizes = math.prod(tile), tiles.variable_block_sizes(grid, tile)
+        blocks, list_heads = sizes.size, 1 if pattern.startswith("STA") else heads
+        lists = [struct((1, list_heads, blocks, seen(blocks)), jnp.int32), struct((1, list_heads, blocks), jnp.int32)]
+        # As the patterns do it: the tokens of ragged tiles stay where they are, if each tile has a multiple of 8.
+        ragged = layout.blocks(placement.target, implementation, block, layout.video_places(grid, tile, True, block))
+        rows = blocks * block if ragged.first is None else int(sizes.sum())
+        x = struct((1, rows, heads, head_dim), dtype)
         attend = functools.partial(
             block_sparse_attention,
+            kv_sizes=sizes,
+            q_sizes=sizes,
+            q_first=ragged.first,
+            kv_first=ragged.first,
             block=block,
             return_lse=True,
             implementation=implementation,
@@ -178,7 +181,7 @@ def kernels(
             out, pull = jax.vjp(lambda *operands: attend(*operands, *lists), *operands)
             return out, pull(cotangents)
 
-        cotangents = x, struct((1, heads, blocks * block), jnp.float32)
+        cotangents = x, struct((1, heads, rows), jnp.float32)
         began = time.monotonic()
         with _printed() as log:
             plan.compile_for(placement, jax.jit(both), (x, x, x), lists, cotangents)

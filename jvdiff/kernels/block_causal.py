@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvdiff.kernels import layout
-from jvdiff.kernels.block_sparse import block_sparse_attention
 from jvdiff.runtime.target import Target
 
 
@@ -55,26 +54,17 @@ def block_causal_attention(
         raise ValueError(f"block_causal_attention: {len(visible)} frames do not divide the {q.shape[1]} tokens of q")
     if isinstance(visible, np.ndarray):
         visible = _coarser(visible)
-    count = len(visible)
-    tokens, block = q.shape[1] // count, _block(q.shape[1] // count)
-    place, sizes = layout.segment_places((tokens,) * count, block)
-    layout.choose(q, count * block, block, implementation, target)
-    q, k, v = (layout.to_blocks(x, place, count * block) for x in (q, k, v))
-    q2k, counts = _lists(visible)
-    how: Any = dict(block=block, implementation=implementation, target=target)
-    out = block_sparse_attention(q, k, v, q2k, counts, sizes, **how)
-    return layout.from_blocks(out, place)
+    count, tokens = block_causal_blocks(visible, q.shape[1])
+    name, block = layout.choose(q, count, tokens, implementation, target)
+    blocks = layout.blocks(target, name, block, layout.segment_places((tokens,) * count, tokens, block))
+    q, k, v = blocks.enter(q), blocks.enter(k), blocks.enter(v)
+    return blocks.leave(blocks.attend(q, k, v, *_lists(visible), blocks.sizes, start=0, end=count)[0])
 
 
-def block_causal_slots(visible: np.ndarray, length: int) -> tuple[int, int]:
-    """(padded places, tokens of a block) of the kernel's operands for `length` tokens; visible: bool [T,T]."""
-    count = len(_coarser(visible))
-    block = _block(length // count)
-    return count * block, block
-
-
-def _block(tokens: int) -> int:
-    return -(-tokens // 64) * 64 if tokens >= 64 else tokens  # GPU kernels work on 64 tokens
+def block_causal_blocks(visible: Any, length: int) -> tuple[int, int]:
+    """(blocks, tokens of one) in which the kernel takes `length` tokens; visible: bool [T,T], numpy or traced."""
+    count = len(_coarser(visible) if isinstance(visible, np.ndarray) else visible)
+    return count, length // count
 
 
 def _coarser(visible: np.ndarray) -> np.ndarray:

@@ -1,12 +1,12 @@
 """Tokens into blocks and back: what the tile patterns share around the block-sparse kernel.
 
-B batch · L tokens · N heads · K head dim · V tokens in a block, a tile's volume.
+B batch · L tokens · N heads · K head dim · V places in a block: a tile's volume, or more · n blocks.
 
 `place` int64 [L] says where each token of the operands goes when every block is padded to V places.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,74 @@ from jvdiff.kernels.linear import linear
 from jvdiff.runtime.target import Target
 
 
-def video_places(grid: tiles.Grid, tile: tiles.Grid, tiled: bool) -> tuple[np.ndarray, np.ndarray]:
+class Blocks(NamedTuple):
+    """The tokens of a sequence as blocks for a kernel.
+
+    target, name: what the program is made for (None: the devices at hand), and the implementation that is chosen.
+    block: V.
+    place, sizes: of each token, int64 [L], and how many tokens each block has, int64 [n].
+    first: the row of each block's first token, int64 [n], where the kernel takes the tokens as they lie; None: padded.
+    """
+
+    target: Target | None
+    name: str
+    block: int
+    place: np.ndarray
+    sizes: np.ndarray
+    first: np.ndarray | None
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        """[B,L,...] -> what the kernel takes: the same, or [B,n*V,...]."""
+        return x if self.first is not None else to_blocks(x, self.place, self.sizes.size * self.block)
+
+    def leave(self, x: jax.Array) -> jax.Array:
+        """The inverse of `enter`."""
+        return x if self.first is not None else from_blocks(x, self.place)
+
+    def attend(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        q2k: Any,
+        count: Any,
+        kv_sizes: np.ndarray,
+        *,
+        start: int,
+        end: int,
+        scale: float | None = None,
+    ) -> Any:
+        """(out, lse) of the queries in the blocks from `start` to `end`; q, k and v have entered, whole."""
+        rows: Any = {"q_sizes": self.sizes[start:end], "scale": scale}
+        low, high = start * self.block, end * self.block
+        if self.first is not None:
+            low, high = (int(self.sizes[:i].sum()) for i in (start, end))
+            rows |= {"q_first": self.first[start:end] - low, "kv_first": self.first}
+        count = np.broadcast_to(count, q2k.shape[:3]) if isinstance(count, np.ndarray) else count
+        rows |= {"block": self.block, "implementation": self.name, "target": self.target}
+        return block_sparse.block_sparse_attention(q[:, low:high], k, v, q2k, count, kv_sizes, return_lse=True, **rows)
+
+
+def blocks(target: Target | None, name: str, block: int, *parts: tuple[np.ndarray, np.ndarray]) -> Blocks:
+    """Tokens as blocks of `block` places; parts: (place, sizes) of what follows each other in the sequence."""
+    starts = np.cumsum([0, *(sizes.size for _, sizes in parts)]) * block
+    place = np.concatenate([start + place for start, (place, _) in zip(starts, parts, strict=False)])
+    sizes = np.concatenate([sizes for _, sizes in parts])
+    together = np.array_equal(place, tiles.non_pad_index(sizes, block)) and place.size < sizes.size * block
+    in_place = name == "mosaic_gpu" and together and not (sizes % block_sparse.ALIGNED).any()
+    return Blocks(target, name, block, place, sizes, np.cumsum(sizes) - sizes if in_place else None)
+
+
+def video_places(grid: tiles.Grid, tile: tiles.Grid, tiled: bool, block: int) -> tuple[np.ndarray, np.ndarray]:
     """(place [L], sizes [tiles]) of a video whose tokens come in raster order, or in tile order if `tiled`."""
     sizes = tiles.variable_block_sizes(grid, tile)
-    place = tiles.non_pad_index(sizes, int(np.prod(tile)))
+    place = tiles.non_pad_index(sizes, block)
     return place if tiled else place[tiles.reverse_partition_indices(grid, tile)], sizes
 
 
-def segment_places(lengths: tuple[int, ...], block: int) -> tuple[np.ndarray, np.ndarray]:
-    """(place, sizes) of segments that follow each other, each cut into blocks of its own, the last one ragged."""
-    sizes = [min(block, n - i) for n in lengths for i in range(0, n, block)]
+def segment_places(lengths: tuple[int, ...], tokens: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """(place, sizes) of segments that follow each other, each cut into blocks of `tokens`, the last one ragged."""
+    sizes = [min(tokens, n - i) for n in lengths for i in range(0, n, tokens)]
     return tiles.non_pad_index(np.array(sizes, np.int64), block), np.array(sizes, np.int64)
 
 
@@ -93,13 +151,19 @@ def everything(rows: int, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(function: str, operands: dict[str, Any], tokens: int, meaning: str) -> None:
-    """ValueError unless all operands are [B,tokens,N,K] of one shape, and all but `gate` of one float dtype."""
+    """ValueError unless all operands are [B,tokens,N,K] of one shape, and all but `gate` of one float dtype.
+
+    k and v may have fewer heads, which divide N.
+    """
     q = operands["q"]
     for name, x in operands.items():
-        if x.ndim != 4 or x.shape != q.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+        heads = operands["k"].shape[2:3] if name in ("k", "v") and x.ndim == q.ndim == 4 else q.shape[2:3]
+        whole = not heads or (heads[0] > 0 and q.shape[2] % heads[0] == 0)
+        shape = (*q.shape[:2], *heads, *q.shape[3:])
+        if x.ndim != 4 or x.shape != shape or not whole or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 f"{function}: {name} is {x.dtype}{list(x.shape)} beside q {list(q.shape)}; all operands must be "
-                f"[B,L,N,K] of one shape and float dtype"
+                f"[B,L,N,K] of one shape and float dtype, k and v of N heads or of a divisor of them"
             )
         if x.dtype != q.dtype and name != "gate":
             raise ValueError(f"{function}: {name} is {x.dtype} and q is {q.dtype}; they must have one dtype")
@@ -107,7 +171,32 @@ def check(function: str, operands: dict[str, Any], tokens: int, meaning: str) ->
         raise ValueError(f"{function}: q has {q.shape[1]} tokens, but {meaning} makes {tokens}; pass the grid of q")
 
 
-def choose(q: Any, slots: int, block: int, implementation: str | None, target: Target | None = None) -> str:
-    """The implementation of the block-sparse kernel for q [B,L,N,K] in `slots` padded places; raises as it does."""
-    x = jax.ShapeDtypeStruct((q.shape[0], slots, *q.shape[2:]), q.dtype)
-    return block_sparse.choose(x, x, x, block=block, implementation=implementation, target=target)
+def grouped(x: jax.Array, heads: int) -> jax.Array:
+    """Keys or values [B,L,G,K] of groups of heads, once for each of them: [B,L,heads,K]."""
+    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
+def places(tokens: int) -> int:
+    """The places of a block of so many tokens in the kernels of GPUs, which work on 64 of them; small ones stay."""
+    return -(-tokens // 64) * 64 if tokens >= 64 else tokens
+
+
+def choose(
+    q: Any, count: int, tokens: int, implementation: str | None, target: Target | None = None
+) -> tuple[str, int]:
+    """The implementation for q [B,L,N,K] in `count` blocks of up to so many tokens, and the places of a block.
+
+    Raises as `block_sparse.choose` does.
+    """
+
+    def chosen(block: int) -> str:
+        x = jax.ShapeDtypeStruct((q.shape[0], count * block, *q.shape[2:]), q.dtype)
+        return block_sparse.choose(x, x, x, block=block, implementation=implementation, target=target)
+
+    wide = places(tokens)
+    on_cpus = ("xla", "reference")  # which take blocks of any size
+    return (
+        (name, wide)
+        if implementation not in on_cpus and (name := chosen(wide)) not in on_cpus
+        else (chosen(tokens), tokens)
+    )

@@ -10,9 +10,11 @@ of `jvdiff.kernels`. `read` makes one of text, and `str` gives the text back:
     video_sparse:4x4x4:0.9      tile in tokens, and the share of tiles that a tile does not see
 """
 
+import logging
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 import jax
@@ -20,13 +22,14 @@ import numpy as np
 
 from jvdiff.errors import UsageError
 from jvdiff.kernels import block_sparse, dense, layout, tiles
-from jvdiff.kernels.block_causal import block_causal_attention, block_causal_slots, visible
-from jvdiff.kernels.sliding_tile import Windows, sliding_tile_attention
+from jvdiff.kernels.block_causal import block_causal_attention, block_causal_blocks, visible
+from jvdiff.kernels.sliding_tile import Windows, sliding_tile_attention, window_lists
 from jvdiff.kernels.tiles import Grid
 from jvdiff.kernels.video_sparse import video_sparse_attention
-from jvdiff.runtime.target import Target
+from jvdiff.runtime.target import Target, here
 
 TILE_TOKENS = 4096
+_log = logging.getLogger("jvdiff.kernels")
 _THREE = "[1-9][0-9]{0,3}x[1-9][0-9]{0,3}x[1-9][0-9]{0,3}"
 
 
@@ -146,9 +149,34 @@ class _Tiled(Pattern):
     tile: Grid
 
     def choose(self, q, grid, *, lse=False, implementation=None, target=None):
-        block = math.prod(self.tile)
-        slots = math.prod(tiles.counts(grid, self.tile)) * block
-        return layout.choose(q, slots, block, implementation, target)
+        return self._blocks(q, grid, implementation, target)[0]
+
+    def _blocks(self, q, grid, implementation, target) -> tuple[str, int]:
+        """The implementation, and the places of a block in it."""
+        count, tokens = math.prod(tiles.counts(grid, self.tile)), math.prod(self.tile)
+        return layout.choose(q, count, tokens, implementation, target)
+
+    def share(self, q: Any, grid: Grid, *, implementation: str | None = None, target: Target | None = None) -> float:
+        """The query-key pairs that `attend` computes for q [B,L,N,K], padded ones too, as a share of dense attention's.
+
+        It is above 1 where tiles that the grid fills badly cost more than what is skipped.
+        """
+        name, block = self._blocks(q, grid, implementation, target)
+        sizes = tiles.variable_block_sizes(grid, self.tile)
+        parts = block_sparse.IMPLEMENTATIONS[name].parts(q, block, target or here())
+        queries, keys = (-(-sizes // part) * part for part in parts)  # [tiles]
+        return float(np.sum(queries * self._seen(grid, keys)) / sizes.sum() ** 2)
+
+    def _seen(self, grid: Grid, keys: np.ndarray) -> np.ndarray:
+        """[tiles]: how many keys a query of each tile sees, in the mean of all heads; keys [tiles], of each tile."""
+        raise NotImplementedError
+
+    def _tell(self, q, grid, implementation, target) -> None:
+        if (share := self.share(q, grid, implementation=implementation, target=target)) > 1:
+            _say_once(
+                f"pattern {self}: on {_text(grid)} tokens it computes {share:.2f} times what dense attention does: its "
+                f"tiles fill that grid badly. Expected a smaller window, another tile, or dense."
+            )
 
     def ordered(self, x, grid):
         return layout.tile_order(x, grid, self.tile)
@@ -173,6 +201,7 @@ class SlidingTile(_Tiled):
     example = "'sliding_tile:6x8x8:3x3x3' (tile, window)"
 
     def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
+        self._tell(q, grid, implementation, target)
         common: Any = dict(grid=grid, tile=self.tile, tiled=True, implementation=implementation, target=target)
         return sliding_tile_attention(q, k, v, window=self.window, first_head=first_head, **common)
 
@@ -188,6 +217,11 @@ class SlidingTile(_Tiled):
         if heads is not None and len(windows) not in (1, heads):
             raise UsageError(f"pattern has {len(windows)} windows; expected one, or one for each of the {heads} heads.")
         super().check(heads)
+
+    def _seen(self, grid: Grid, keys: np.ndarray) -> np.ndarray:
+        q2k, count = window_lists(tiles.counts(grid, self.tile), self._windows)
+        listed = np.arange(q2k.shape[-1]) < count[..., None]  # [1,windows,tiles,M]
+        return (keys[q2k] * listed).sum(axis=-1).mean(axis=(0, 1))
 
     @property
     def _windows(self) -> tuple[Grid, ...]:
@@ -212,8 +246,12 @@ class VideoSparse(_Tiled):
     example = "'video_sparse:4x4x4:0.9' (tile, sparsity)"
 
     def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
+        self._tell(q, grid, implementation, target)
         common: Any = dict(grid=grid, tile=self.tile, tiled=True, implementation=implementation, target=target)
         return video_sparse_attention(q, k, v, gate, sparsity=self.sparsity, **common)
+
+    def _seen(self, grid: Grid, keys: np.ndarray) -> np.ndarray:
+        return np.full(keys.size, tiles.top_k_count(self.sparsity, keys.size) * keys.mean())  # whichever they are
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
@@ -258,7 +296,8 @@ class BlockCausal(Pattern):
         return block_causal_attention(q, k, v, seen, implementation=implementation, target=target)
 
     def choose(self, q, grid, *, lse=False, implementation=None, target=None):
-        return layout.choose(q, *block_causal_slots(self.visible(grid[0]), q.shape[1]), implementation, target)
+        count, tokens = block_causal_blocks(self.visible(grid[0]), q.shape[1])
+        return layout.choose(q, count, tokens, implementation, target)[0]
 
     def frames(self, count: int) -> np.ndarray:
         """int32 [T]: the place in the video of each of `count` frames of the forward pass.
@@ -305,6 +344,11 @@ def read(text: str, heads: int | None = None) -> Pattern:
         raise UsageError(f"pattern is {text!r:.80}; expected {', '.join(first)} or {last}.")
     pattern.check(heads)
     return pattern
+
+
+@cache
+def _say_once(line: str) -> None:
+    _log.warning("%s", line)
 
 
 def _sizes(text: str) -> Grid:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvdiff.kernels import layout, tiles
-from jvdiff.kernels.block_sparse import block_sparse_attention
 from jvdiff.kernels.tiles import Grid
 from jvdiff.runtime.target import Target
 
@@ -30,6 +29,8 @@ def sliding_tile_attention(
     tile: Grid,
     window: Windows,
     text_length: int = 0,
+    causal: bool = False,
+    scale: float | None = None,
     return_lse: bool = False,
     tiled: bool = False,
     first_head: Any = None,
@@ -39,13 +40,16 @@ def sliding_tile_attention(
     """Attention of each video token to the tiles around its own, and to text; differentiable.
 
     Args:
-      q, k, v: [B,L,N,K] of one float dtype: the T*H*W video tokens, then text slots if `text_length` is not 0.
+      q, k, v: [B,L,N,K] of one float dtype: the T*H*W video tokens, then text slots if `text_length` is not 0. k and v
+        may have fewer heads, each for as many of q that follow each other.
       grid: (T,H,W) of the video tokens.
       tile: (a,b,c) tokens of one tile.
       window: (wt,wh,ww) tiles that a tile sees on each axis, or a tuple of N of them, one per head.
       text_length: how many text slots, from the first on, are valid keys: video queries see them beside their window,
         text queries see them and the whole video. Later slots are not keys; as queries they give meaningless values.
         0: no text slots.
+      causal: a tile sees no tile of later frames than its own; not beside text, which sees the whole video.
+      scale: of the logits; None: K^-1/2.
       return_lse: also return the log-sum-exp of each query's scaled logits.
       tiled: the video tokens are in tile order (`tiles.partition_indices`), not raster order, and so is the result.
       first_head: where there is a window for each of more heads than N, the heads of q are those from this one on
@@ -70,21 +74,19 @@ def sliding_tile_attention(
             f"sliding_tile_attention: text_length {text_length} must lie in 0..{slots}, the slots after the "
             f"{video} video tokens of the grid {tuple(grid)}"
         )
-    q2k, count = window_lists(counts, check_windows(window, q.shape[2] if first_head is None else None))
+    if causal and slots:
+        raise ValueError("sliding_tile_attention: causal does not go with text slots: text sees the whole video")
+    k, v = layout.grouped(k, q.shape[2]), layout.grouped(v, q.shape[2])
+    q2k, count = window_lists(counts, check_windows(window, q.shape[2] if first_head is None else None), causal)
 
-    block, n = int(np.prod(tile)), int(np.prod(counts))
-    place, sizes = layout.video_places(grid, tile, tiled)
-    text_place, text_sizes = layout.segment_places((slots,), block)
-    place = np.concatenate([place, n * block + text_place])  # [L]
-    text_sizes = np.clip(text_length - block * np.arange(text_sizes.size), 0, block)
-    sizes = np.concatenate([sizes, text_sizes])  # [tiles + text blocks]
-    layout.choose(q, sizes.size * block, block, implementation, target)
-    q, k, v = (layout.to_blocks(x, place, sizes.size * block) for x in (q, k, v))
-
-    def attend(q: jax.Array, q2k: Any, count: Any) -> Any:
-        return block_sparse_attention(
-            q, k, v, q2k, count, sizes, block=block, return_lse=True, implementation=implementation, target=target
-        )
+    n = int(np.prod(counts))
+    name, block = layout.choose(q, n, int(np.prod(tile)), implementation, target)
+    text_places = layout.segment_places((slots,), block, block)
+    blocks = layout.blocks(target, name, block, layout.video_places(grid, tile, tiled, block), text_places)
+    q, k, v = blocks.enter(q), blocks.enter(k), blocks.enter(v)
+    texts = blocks.sizes.size - n
+    text_sizes = np.clip(text_length - block * np.arange(texts), 0, block)
+    sizes = np.concatenate([blocks.sizes[:n], text_sizes])  # [tiles + text blocks], those that are keys
 
     text = (n + np.flatnonzero(text_sizes)).astype(np.int32)
     q2k = np.concatenate([np.broadcast_to(text, (*q2k.shape[:3], text.size)), q2k], axis=-1)  # [1,heads,tiles,text+M]
@@ -92,15 +94,16 @@ def sliding_tile_attention(
     if first_head is not None and q2k.shape[1] > 1:
         heads = jnp.minimum(first_head + np.arange(q.shape[2], dtype=np.int32), q2k.shape[1] - 1)
         q2k, count = jnp.asarray(q2k)[:, heads], jnp.asarray(count)[:, heads]  # rows of the N heads that are here
-    out, lse = attend(q[:, : n * block], q2k, count)
+    out, lse = blocks.attend(q, k, v, q2k, count, sizes, start=0, end=n, scale=scale)
     if slots:
-        text_out, text_lse = attend(q[:, n * block :], *layout.everything(text_sizes.size, sizes))
+        everything = layout.everything(texts, sizes)
+        text_out, text_lse = blocks.attend(q, k, v, *everything, sizes, start=n, end=n + texts, scale=scale)
         # The text behind the video: out [B,places,N,K], lse [B,N,places].
         out, lse = jnp.concatenate([out, text_out], axis=1), jnp.concatenate([lse, text_lse], axis=2)
-    out = layout.from_blocks(out, place)
+    out = blocks.leave(out)
     if not return_lse:
         return out
-    lse = layout.from_blocks(jnp.moveaxis(lse, 2, 1), place)  # [B,N,slots] -> [B,L,N]
+    lse = blocks.leave(jnp.moveaxis(lse, 2, 1))  # [B,N,places] -> [B,L,N]
     return out, jnp.moveaxis(lse, 1, 2)  # [B,N,L]
 
 
@@ -123,17 +126,22 @@ def axis_window(n: int, window: int) -> tuple[np.ndarray, int]:
     return np.clip(np.arange(n) - half, 0, n - width), width
 
 
-def window_lists(counts: Grid, windows: tuple[Grid, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(q2k int32 [1,len(windows),tiles,M], count): the key tiles, ascending, of every query tile of a video."""
-    rows = []
+def window_lists(counts: Grid, windows: tuple[Grid, ...], causal: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(q2k int32 [1,len(windows),tiles,M], count): the key tiles, ascending, of every query tile of a video.
+
+    causal: of its window, a tile sees those tiles that begin no later than it.
+    """
+    n, frame = int(np.prod(counts)), counts[1] * counts[2]  # tiles, and those of the same frames
+    rows, widths = {}, {}
     for window in dict.fromkeys(windows):
         axes = [axis_window(n, w) for n, w in zip(counts, window, strict=True)]
         t, h, w = (start[:, None] + np.arange(width) for start, width in axes)
         # Axes: the query tile in t, h, w, then the key tile in each.
         t, h, w = t[:, None, None, :, None, None], h[None, :, None, None, :, None], w[None, None, :, None, None, :]
-        rows.append(((t * counts[1] + h) * counts[2] + w).reshape(int(np.prod(counts)), -1))  # [tiles,M]
-    most = max(r.shape[1] for r in rows)
-    padded = {w: np.pad(r, ((0, 0), (0, most - r.shape[1]))) for w, r in zip(dict.fromkeys(windows), rows, strict=True)}
-    widths = {w: r.shape[1] for w, r in zip(dict.fromkeys(windows), rows, strict=True)}
+        seen = ((t * counts[1] + h) * counts[2] + w).reshape(n, -1)  # [tiles,M]
+        past = seen // frame <= np.arange(n)[:, None] // frame  # the first ones of a row, since it ascends
+        rows[window], widths[window] = seen, past.sum(axis=1) if causal else np.full(n, seen.shape[1])
+    most = max(r.shape[1] for r in rows.values())
+    padded = {w: np.pad(r, ((0, 0), (0, most - r.shape[1]))) for w, r in rows.items()}
     q2k = np.stack([padded[w] for w in windows])[None].astype(np.int32)  # [1,windows,tiles,M]
-    return q2k, np.array([[np.full(q2k.shape[2], widths[w]) for w in windows]], np.int32)
+    return q2k, np.stack([widths[w] for w in windows])[None].astype(np.int32)

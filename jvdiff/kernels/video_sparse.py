@@ -6,15 +6,13 @@ Source: arXiv 2505.13389 and FastVideo's code (which, unlike the paper, gates on
 and coarse softmax are float32 here. The choice of tiles is a constant to the gradient.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jvdiff.kernels import layout, tiles
-from jvdiff.kernels.block_sparse import block_sparse_attention
+from jvdiff.kernels import block_sparse, layout, tiles
+from jvdiff.kernels.best import best
 from jvdiff.kernels.tiles import Grid
 from jvdiff.runtime.target import Target
 
@@ -32,6 +30,8 @@ def video_sparse_attention(
     sparsity: float,
     prefix_lengths: tuple[int, ...] = (),
     prefix_policy: str = "exempt",
+    causal: bool = False,
+    scale: float | None = None,
     tiled: bool = False,
     implementation: str | None = None,
     target: Target | None = None,
@@ -42,7 +42,8 @@ def video_sparse_attention(
     mean query, the lowest tile number first on ties; every head and batch entry chooses for itself.
 
     Args:
-      q, k, v: [B,L,N,K] of one float dtype: the prefix segments' tokens, then the T*H*W video tokens.
+      q, k, v: [B,L,N,K] of one float dtype: the prefix segments' tokens, then the T*H*W video tokens. k and v may have
+        fewer heads, each for as many of q that follow each other.
       gate: [B,L,N,K], factor of the coarse branch for each token and channel; None: the fine branch alone.
       grid: (T,H,W) of the video tokens.
       tile: (a,b,c) tokens of one tile.
@@ -51,6 +52,9 @@ def video_sparse_attention(
         one ragged; prefix queries see everything.
       prefix_policy: "exempt": video queries see the whole prefix and their best tiles. "compete": they see the same
         number of blocks, the best of prefix and video together.
+      causal: a tile sees no tile of later frames than its own, and keeps its share of those that it may see; not beside
+        a prefix, which sees everything.
+      scale: of the logits; None: K^-1/2.
       tiled: the video tokens are in tile order (`tiles.partition_indices`), not raster order, and so is the result.
       implementation: of `block_sparse_attention`; None takes the best.
       target: what the program is made for; None: the devices at hand.
@@ -75,53 +79,72 @@ def video_sparse_attention(
     meaning = f"the grid {tuple(grid)}" + (f" with prefixes of {tuple(prefix_lengths)}" if prefix_lengths else "")
     layout.check("video_sparse_attention", operands, sum(prefix_lengths) + int(np.prod(grid)), meaning)
 
-    block = int(np.prod(tile))
-    prefix_place, prefix_sizes = layout.segment_places(prefix_lengths, block)
-    place, sizes = layout.video_places(grid, tile, tiled)
-    P = prefix_sizes.size
-    place, sizes = np.concatenate([prefix_place, P * block + place]), np.concatenate([prefix_sizes, sizes])  # [L], [n]
-    layout.choose(q, sizes.size * block, block, implementation, target)
-    q, k, v = (layout.to_blocks(x, place, sizes.size * block) for x in (q, k, v))
+    if causal and prefix_lengths:
+        raise ValueError("video_sparse_attention: causal does not go with a prefix, which sees everything")
 
-    coarse_q, coarse_k = _means(q, sizes), _means(k, sizes)  # [B,n,N,K]
+    scale = block_sparse.scale_of(q, scale)
+    k, v = layout.grouped(k, q.shape[2]), layout.grouped(v, q.shape[2])
+    tokens, frame = (
+        int(np.prod(tile)),
+        int(np.prod(tiles.counts(grid, tile)[1:])),
+    )  # of a tile; tiles of the same frames
+    name, block = layout.choose(q, video_tiles, tokens, implementation, target)
+    prefix = layout.segment_places(prefix_lengths, tokens, block)
+    blocks = layout.blocks(target, name, block, prefix, layout.video_places(grid, tile, tiled, block))
+    n, P = blocks.sizes.size, prefix[1].size
+    q, k, v = blocks.enter(q), blocks.enter(k), blocks.enter(v)
+    means = [_means(x, blocks) for x in (q, k, v)]  # [B,n,N,K]
     # [B,N,n,n]
-    scores = jnp.einsum("bink,bjnk->bnij", coarse_q, coarse_k, precision=_PRECISION) * q.shape[-1] ** -0.5
-    kept = tiles.top_k_count(sparsity, video_tiles)
-    q2k = _best(lax.stop_gradient(scores[:, :, P:]), kept, P, prefix_policy)
-    count = np.full((1, 1, video_tiles), q2k.shape[-1], np.int32)
-
-    def attend(q: jax.Array, q2k: Any, count: Any) -> jax.Array:
-        count = np.broadcast_to(count, q2k.shape[:3])
-        how: Any = dict(block=block, implementation=implementation, target=target)
-        return block_sparse_attention(q, k, v, q2k, count, sizes, **how)
-
-    out = attend(q[:, P * block :], q2k, count)
+    scores = jnp.einsum("bink,bjnk->bnij", *means[:2], precision=_PRECISION) * scale
+    fixed = lax.stop_gradient(scores[:, :, P:])
+    if causal:
+        past = np.arange(n)[None] // frame <= np.arange(n)[:, None] // frame  # [n,n]
+        scores = jnp.where(past[None, None], scores, -jnp.inf)
+        q2k, count = _best_of_past(fixed, sparsity, frame)
+    else:
+        q2k = _best(fixed, tiles.top_k_count(sparsity, video_tiles), P, prefix_policy)
+        count = np.full((1, 1, 1), q2k.shape[-1], np.int32)
+    out, _ = blocks.attend(q, k, v, q2k, count, blocks.sizes, start=P, end=n, scale=scale)
     if P:
-        prefix = attend(q[:, : P * block], *layout.everything(P, sizes))
-        out = jnp.concatenate([prefix, out], axis=1)  # [B,n*V,N,K], the prefix first
-    if gate is not None:
-        weights = jax.nn.softmax(scores, axis=-1)
-        coarse = jnp.einsum("bnij,bjnk->bink", weights, _means(v, sizes), precision=_PRECISION)  # [B,n,N,K]
-        gate = layout.to_blocks(gate, place, sizes.size * block).astype(jnp.float32)
-        gate = gate.reshape(q.shape[0], sizes.size, block, *q.shape[2:])  # [B,n,V,N,K]
-        gated = (gate * coarse[:, :, None]).reshape(q.shape)  # [B,n*V,N,K]
-        out = (out.astype(jnp.float32) + gated).astype(q.dtype)
-    return layout.from_blocks(out, place)
+        everything = layout.everything(P, blocks.sizes)
+        of_prefix, _ = blocks.attend(q, k, v, *everything, blocks.sizes, start=0, end=P, scale=scale)
+        out = jnp.concatenate([of_prefix, out], axis=1)  # all tokens, the prefix first
+    out = blocks.leave(out)
+    if gate is None:
+        return out
+    weights = jax.nn.softmax(scores, axis=-1)
+    coarse = jnp.einsum("bnij,bjnk->bink", weights, means[2], precision=_PRECISION)  # [B,n,N,K]
+    coarse = jnp.broadcast_to(coarse[:, :, None], (*coarse.shape[:2], block, *coarse.shape[2:]))  # [B,n,V,N,K]
+    coarse = layout.from_blocks(coarse.reshape(q.shape[0], n * block, *q.shape[2:]), blocks.place)  # [B,L,N,K]
+    return (out.astype(jnp.float32) + gate.astype(jnp.float32) * coarse).astype(q.dtype)
 
 
-def _means(x: jax.Array, sizes: np.ndarray) -> jax.Array:
-    """[B,n*V,N,K] -> float32 [B,n,N,K]: the mean of each block's valid tokens. Padded places hold zero."""
-    x = x.reshape(x.shape[0], sizes.size, -1, *x.shape[2:])  # [B,n,V,N,K]
-    return jnp.sum(x, axis=2, dtype=jnp.float32) / sizes.astype(np.float32)[None, :, None, None]
+def _means(x: jax.Array, blocks: layout.Blocks) -> jax.Array:
+    """What has entered the blocks -> float32 [B,n,N,K]: the mean of each block's tokens. Padded places hold zero."""
+    if blocks.first is not None:  # which XLA on a GPU makes a part of the sum
+        x = layout.to_blocks(x, blocks.place, blocks.sizes.size * blocks.block)
+    x = x.reshape(x.shape[0], blocks.sizes.size, blocks.block, *x.shape[2:])  # [B,n,V,N,K]
+    return jnp.sum(x, axis=2, dtype=jnp.float32) / blocks.sizes.astype(np.float32)[None, :, None, None]
 
 
 def _best(scores: jax.Array, kept: int, P: int, policy: str) -> jax.Array:
     """The blocks that each video tile sees, int32 [B,N,tiles,P+kept], from its scores [B,N,tiles,P+tiles]."""
     scores = jnp.where(scores == 0, 0, scores)  # -0 ties with 0
     if policy == "compete" or P == 0:
-        return lax.top_k(scores, P + kept)[1]
-    best = lax.top_k(scores[..., P:], kept)[1] + P
-    return jnp.concatenate([lax.broadcasted_iota(jnp.int32, (*best.shape[:3], P), 3), best], axis=-1)  # [...,P+kept]
+        return best(scores, P + kept)
+    video = best(scores[..., P:], kept) + P
+    return jnp.concatenate([lax.broadcasted_iota(jnp.int32, (*video.shape[:3], P), 3), video], axis=-1)  # [...,P+kept]
+
+
+def _best_of_past(scores: jax.Array, sparsity: float, frame: int) -> tuple[jax.Array, np.ndarray]:
+    """(q2k int32 [B,N,n,M], count [1,1,n]) where no tile sees later frames; `frame` tiles are of the same ones."""
+    n = scores.shape[-1]
+    kept = [tiles.top_k_count(sparsity, end) for end in range(frame, n + 1, frame)]
+    rows = []
+    for i, k in enumerate(kept):
+        row = _best(scores[:, :, i * frame : (i + 1) * frame, : (i + 1) * frame], k, 0, "exempt")
+        rows.append(jnp.pad(row, ((0, 0), (0, 0), (0, 0), (0, max(kept) - k))))
+    return jnp.concatenate(rows, axis=2), np.repeat(kept, frame)[None, None].astype(np.int32)  # rows of all frames
 
 
 def sparsity_schedule(step: int, target: float, rate: float, interval: int) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jvdiff import kernels
-from jvdiff.kernels import block_sparse
+from jvdiff.kernels import SlidingTile, VideoSparse, block_sparse, tiles
 from jvdiff.kernels.block_sparse import mosaic_gpu
 from jvdiff.runtime.target import here
 
@@ -42,6 +42,28 @@ def test_a_ring_that_nobody_waits_for_is_caught(races, monkeypatch):
         assert "phase" in str(problem_found) or "RACE DETECTED" in str(problem_found)
     else:
         assert races()
+
+
+# (pattern, grid): ragged tiles, and tiles of 72 tokens in blocks of 128
+@new_jax
+@pytest.mark.parametrize(
+    ("pattern", "grid"),
+    [(SlidingTile((2, 8, 8), (1, 1, 1)), (3, 8, 12)), (VideoSparse((3, 3, 8), 0.5), (3, 3, 24))],
+    ids=str,
+)
+def test_tiles_are_read_where_they_lie(pattern, grid, races):
+    L = int(np.prod(grid))
+    q, k, v, gate = (
+        jax.random.normal(key, (1, L, 1, 64), jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4)
+    )
+    attend = lambda *x, name: pattern.attend(*x, grid=grid, implementation=name)  # noqa: E731
+    taken = str(jax.make_jaxpr(lambda *x: attend(*x, None, name="mosaic_gpu"))(q, k, v))
+    slots = int(np.prod(tiles.counts(grid, pattern.tile))) * 128
+    padded = taken.count(f"bf16[1,{slots},1,64]")  # VSA's means are of padded tiles
+    assert slots > L and (padded == 0) == isinstance(pattern, SlidingTile)
+    out = np.asarray(attend(q, k, v, gate, name="mosaic_gpu"), np.float32)
+    want = attend(*(x.astype(jnp.float32) for x in (q, k, v, gate)), name="reference")
+    assert np.linalg.norm(out - want) < 6e-3 * np.linalg.norm(want) and not races()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from jvdiff.errors import UsageError
 from jvdiff.kernels import BlockCausal, Dense, SlidingTile, VideoSparse, attention, patterns
-from jvdiff.runtime.target import here
+from jvdiff.runtime.target import Target, here
 
 GRID = (3, 4, 5)
 TEXTS = {
@@ -78,3 +78,16 @@ def test_block_causal_attention_is_chosen_for_the_blocks_that_it_takes():
     every = BlockCausal(3)
     x = jax.random.normal(jax.random.key(0), (1, 60, 2, 16))
     np.testing.assert_allclose(every.attend(x, x, x, None, grid=GRID), attention(x, x, x), atol=1e-5)
+
+
+def test_a_pattern_that_computes_more_than_dense_attention_says_so_once(caplog):
+    """5x5x5 of 4x4x7 tiles with 384 places, which the grid fills badly; each sees 80 of 112."""
+    grid, q = (21, 30, 52), jax.ShapeDtypeStruct((1, 32760, 1, 128), jnp.bfloat16)
+    pattern, h200 = SlidingTile((6, 8, 8), (5, 5, 5)), Target("gpu", "NVIDIA H200", (9, 0))
+    for _ in range(2):
+        jax.eval_shape(lambda q: pattern.attend(q, q, q, None, grid=grid), q)
+    (line,) = [each.getMessage() for each in caplog.records if "pattern" in each.getMessage()]
+    assert line.startswith("pattern sliding_tile:6x8x8:5x5x5: on 21x30x52 tokens it computes 1.23 times what dense")
+    on_gpu = pattern.share(q, grid, implementation="triton", target=h200)
+    assert on_gpu < pattern.share(q, grid) == pytest.approx((112 * 384) * (80 * 384) / 32760**2)
+    assert VideoSparse((4, 4, 4), 0.0).share(q, (20, 28, 52)) == 1

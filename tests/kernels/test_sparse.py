@@ -93,10 +93,10 @@ def normal(seed, *shape, dtype=np.float32):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-def definition(q, k, v, mask, dout, dlse):
+def definition(q, k, v, mask, dout, dlse, scale=None):
     """out, lse and the gradients of sum(out*dout) + sum(lse*dlse), in float64; mask bool [B,N,L,S]."""
     q, k, v, dout, dlse = (np.asarray(x, np.float64) for x in (q, k, v, dout, dlse))
-    scale = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = np.where(mask, np.einsum("blnk,bsnk->bnls", q, k) * scale, -np.inf)
     top = np.maximum(logits.max(-1, keepdims=True), -1e300)
     total = np.exp(logits - top).sum(-1, keepdims=True)
@@ -268,6 +268,52 @@ def able_at_64():
                 yield name, dtype
 
 
+# (sizes of blocks, of which the keys of the last two are no keys; block)
+RAGGED = {"of one warpgroup": ([64, 24, 8, 40, 64, 16], 64), "shared": ([384, 72, 192, 136], 384)}
+
+
+def ragged():
+    """Those implementations that do it in their own way; the others' is `xla`'s."""
+    yield from (("mosaic_gpu", "bfloat16", label) for label in RAGGED if jax.__version_info__ >= (0, 11))
+    yield "xla", "float32", "of one warpgroup"
+
+
+@pytest.mark.parametrize(("name", "dtype", "label"), list(ragged()))
+def test_blocks_that_are_not_padded(name, dtype, label, interpreted):
+    """Blocks behind each other, forwards and backwards, are padded blocks of which only the tokens are asked for."""
+    tokens, block = RAGGED[label]
+    sizes, L = np.array(tokens, np.int32), sum(tokens)
+    first = np.cumsum(sizes, dtype=np.int32) - sizes
+    keys = sizes.copy()
+    keys[-2:] = [8, 0]
+    n = len(tokens)
+    q2k, count, _ = random_lists((1, n, n, 1, 64, block, 3, False), 1)
+    count = np.maximum(count, 1)
+    q, k, v, dout = (normal(s, 1, L, 1, 64, dtype=dtype) for s in range(4))
+    dlse = normal(9, 1, 1, L)
+    f = lambda q, k, v: kernels.block_sparse_attention(  # noqa: E731
+        q, k, v, q2k, count, keys, q_sizes=sizes, q_first=first, kv_first=first, block=block, scale=0.2,
+        return_lse=True, implementation=name,
+    )  # fmt: skip
+    number = np.repeat(np.arange(n), sizes)
+    mask = np.zeros((1, 1, L, L), bool)
+    for i in range(n):
+        for j in q2k[0, 0, i, : count[0, 0, i]]:
+            mask[0, 0, number == i, first[j] : first[j] + keys[j]] = True
+    dlse = jnp.where(mask.any(-1), dlse, 0)
+    compare(results(f, (q, k, v), dout, dlse), definition(q, k, v, mask, dout, dlse, 0.2), BOUNDS[dtype])
+
+
+def test_blocks_that_are_not_padded_must_lie_behind_each_other():
+    x, one = normal(0, 1, 32, 1, 8), np.ones((1, 1, 2), np.int32)
+    lists = np.zeros((1, 1, 2, 1), np.int32), one, np.array([8, 16], np.int32)
+    for q_first, kv_first in (([0, 12], [0, 8]), ([0, 16], [0, 20]), ([0, 8], [0, 8])):
+        with pytest.raises(ValueError, match="begin and end at multiples of 8 rows"):
+            kernels.block_sparse_attention(
+                x, x, x, *lists, q_sizes=np.array([8, 16]), q_first=np.array(q_first), kv_first=np.array(kv_first)
+            )
+
+
 @pytest.mark.parametrize(("name", "dtype"), list(able_at_64()))
 def test_padding_beside_keys_that_repel_and_large_logits(name, dtype, interpreted):
     """Padded keys have logit 0; beside valid ones far below they would take everything, or overflow."""
@@ -299,10 +345,13 @@ def test_blocks_that_nobody_sees_have_no_gradient_and_sizes_may_be_zero():
 
 
 def test_lists_split_and_transposed():
+    """Parts of blocks see what the blocks saw, but those that hold no queries see nothing."""
     shape = BLOCKS["square"]
-    lists = block_sparse.Lists(*random_lists(shape))
-    mask = block_mask(2, 2, *lists, 8)
+    lists = block_sparse.Lists(*random_lists(shape), np.array([8, 3, 8, 1], np.int32))
+    whole = block_mask(2, 2, *lists[:3], 8)
     for part_q, part_kv in [(8, 8), (4, 2), (2, 8), (1, 4)]:
+        asked = np.arange(0, 8, part_q) < np.asarray(lists.q_sizes)[:, None]
+        mask = whole & asked.ravel().repeat(part_q)[:, None]
         part = jax.jit(block_sparse.split, static_argnums=(1, 2, 3))(lists, 8, part_q, part_kv)
         part = jax.tree.map(np.asarray, part)
         valid = np.arange(part.q2k.shape[-1]) < part.q2k_count[..., None]
@@ -454,6 +503,53 @@ def test_video_sparse(label, gated, name):
             assert abs(got - slope) <= (1e-6 if L == 1 and i < 2 else bound)
 
 
+@pytest.mark.parametrize("which", ["sliding", "video"])
+def test_a_scale_and_groups_of_heads(which):
+    """Four heads of queries, two of keys; both are what scaled queries and repeated keys give, gradients too."""
+    grid, tile, K = (3, 4, 5), (2, 2, 3), 8
+    q, gate, dout = (normal(s, 1, 60, 4, K) for s in (0, 1, 2))
+    k, v = (normal(s, 1, 60, 2, K) for s in (3, 4))
+    f = {
+        "sliding": partial(kernels.sliding_tile_attention, grid=grid, tile=tile, window=(1, 3, 1)),
+        "video": partial(kernels.video_sparse_attention, gate=gate, grid=grid, tile=tile, sparsity=0.5),
+    }[which]
+
+    @jax.jit
+    def run(q, k, v):
+        short, pull = jax.vjp(partial(f, scale=0.3), q, k, v)
+        every = lambda q, k, v: f(q * (0.3 * K**0.5), jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2))  # noqa: E731
+        long, pull_long = jax.vjp(every, q, k, v)
+        return (short, *pull(dout)), (long, *pull_long(dout))
+
+    for one, other in zip(*run(q, k, v), strict=True):
+        assert error(one, other) < 2e-6
+
+
+def test_causal_tiles_see_their_window_of_the_past():
+    grid, tile, window = (5, 4, 4), (2, 2, 3), (3, 1, 3)
+    q, k, v, dout = (normal(s, 1, 80, 1, 8) for s in range(4))
+    dlse = normal(4, 1, 1, 80)
+    f = partial(kernels.sliding_tile_attention, grid=grid, tile=tile, window=window, causal=True, return_lse=True)
+    frame = np.arange(80) // 16 // 2  # of tiles
+    mask = sliding_mask(grid, tile, (window,), 0, 0) & (frame[:, None] >= frame)
+    compare(results(f, (q, k, v), dout, dlse), definition(q, k, v, mask, dout, dlse), F32)
+
+
+def test_causal_tiles_choose_as_if_nothing_followed():
+    """The last tiles of a video that ends see what they see as tiles of a longer one."""
+    tile, sparsity = (2, 2, 3), 0.6
+    q, k, v, gate = (normal(s, 1, 96, 2, 8) for s in range(4))
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def attend(frames, causal):
+        x = (x[:, : 16 * frames] for x in (q, k, v, gate))
+        return kernels.video_sparse_attention(*x, grid=(frames, 4, 4), tile=tile, sparsity=sparsity, causal=causal)
+
+    whole = attend(6, True)
+    for frames in (4, 6):
+        assert error(whole[:, 16 * (frames - 2) : 16 * frames], attend(frames, False)[:, -32:]) < 2e-6
+
+
 def test_ties_take_the_lowest_tiles_and_exactly_as_many_as_asked():
     grid, tile = (1, 1, 16), (1, 1, 2)
     q, v = normal(0, 1, 16, 1, 8), normal(1, 1, 16, 1, 8)
@@ -537,6 +633,10 @@ def test_operands_that_do_not_fit(change, message):
         ("sliding", {"text_length": 1}, "grid"),
         ("sliding", {"grid": (4, 4, 3), "text_length": 17}, "text_length 17|text slots"),
         ("sliding", {"text_length": -1}, "text_length -1|text slots"),
+        ("sliding", {"grid": (4, 4, 3), "text_length": 16, "causal": True}, "causal does not go with text"),
+        ("video", {"grid": (4, 4, 3), "prefix_lengths": (16,), "causal": True}, "causal does not go with a prefix"),
+        ("video", {"scale": 0.0}, "scale is 0.0"),
+        ("video", {"k": normal(0, 1, 64, 4, 8)}, "k and v of N heads or of a divisor"),
         ("video", {"sparsity": float("nan")}, "sparsity must be a number in 0..1, not nan"),
         ("video", {"sparsity": 1.01}, "sparsity"),
         ("video", {"sparsity": -0.1}, "sparsity"),
@@ -563,7 +663,7 @@ def test_mistakes_are_named(function, change, message):
         "blocks": (kernels.block_sparse_attention, lists | {"kv_sizes": np.full(4, 16, np.int32)}),
     }[function]
     with pytest.raises(ValueError, match=message):
-        call(x, x, x, **arguments | change)
+        call(**{"q": x, "k": x, "v": x} | arguments | change)
 
 
 def test_what_a_named_implementation_cannot_do(monkeypatch):
@@ -571,4 +671,4 @@ def test_what_a_named_implementation_cannot_do(monkeypatch):
     monkeypatch.setattr(xla, "unsupported", lambda q, k, v, block: f"takes no head dim {q.shape[-1]}")
     with pytest.raises(NotImplementedError, match="'xla': takes no head dim 8"):
         kernels.video_sparse_attention(x, x, x, None, grid=(4, 4, 4), sparsity=0.5, implementation="xla")
-    assert sliding_tile.layout.choose(x, 64, 64, None) == "reference"
+    assert sliding_tile.layout.choose(x, 1, 64, None) == ("reference", 64)

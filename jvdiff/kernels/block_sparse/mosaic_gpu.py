@@ -73,13 +73,19 @@ def unavailable(target: Target) -> str | None:
     return None
 
 
+def parts(q: Any, block: int, target: Target) -> tuple[int, int]:
+    """Queries and keys of those parts of blocks that are left out where they hold no tokens."""
+    shape = shapes(block, q.shape[-1], target.kind)["forward"]
+    return ROWS * shape.warpgroups, shape.step
+
+
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, and the natural log-sum-exp, float32 [B,N,L]."""
     from jvdiff.kernels.block_sparse import mosaic_kernels
 
-    return mosaic_kernels.forward(q, k, v, lists, block=block, target=target)
+    return mosaic_kernels.forward(q, k, v, lists, block=block, target=target, scale=scale)
 
 
 def backward(
@@ -94,8 +100,9 @@ def backward(
     *,
     block: int,
     target: Target,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk and dv in the dtypes of q, k and v, from the cotangents of out and of the log-sum-exp."""
     from jvdiff.kernels.block_sparse import mosaic_kernels
 
-    return mosaic_kernels.backward(q, k, v, out, lse, dout, dlse, lists, block=block, target=target)
+    return mosaic_kernels.backward(q, k, v, out, lse, dout, dlse, lists, block=block, target=target, scale=scale)

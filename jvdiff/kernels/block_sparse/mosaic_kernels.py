@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jvdiff.kernels.block_sparse import mosaic_gpu
-from jvdiff.kernels.block_sparse.lists import Lists, split, transpose
+from jvdiff.kernels.block_sparse.lists import Lists, padded_backward, parts_of, split, starts_of, transpose
 from jvdiff.kernels.block_sparse.mosaic_gpu import ROWS, Shape, shapes
 from jvdiff.runtime.target import Target
 
@@ -34,21 +34,28 @@ _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2)
 _MASKED = -1e30  # what a masked key's product with a query starts from
 _FLOOR = -1e28  # the running maximum of a row that has seen no key: below all logits, above all masked ones
-_SIZE_BITS = 9  # of a list entry: the valid tokens of a block, at most 256; the block's number stands above them
+_SIZE_BITS = 9  # of a list entry: the valid tokens of a block, at most 256; above them stands its first row, in eighths
+_EIGHT = 8  # rows that a copy cannot divide, since they lie together in shared memory
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, and the natural log-sum-exp, float32 [B,N,L]."""
     B, L, N, _ = q.shape
     shape = shapes(block, q.shape[-1], target.kind)["forward"]
-    return _call(
+    places = lists.q2k.shape[2] * block
+    if lists.q_first is not None and mosaic_gpu.INTERPRET is not None:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, block), (0, 0), (0, 0))) for x in (q, k, v))  # a copy reads zeros there
+    out, lse = _call(
         "forward",
-        functools.partial(_forward_kernel, shape=shape, block=block),
+        functools.partial(_forward_kernel, shape=shape, block=block, scale=scale * _LOG2_E),
         shape,
-        grid=(B, N, L // (ROWS * shape.warpgroups)),
-        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, L), jnp.float32)),
+        grid=(B, N, places // (ROWS * shape.warpgroups)),
+        out_type=(
+            jax.ShapeDtypeStruct((B, L, *q.shape[2:]), q.dtype),
+            jax.ShapeDtypeStruct((B, N, places), jnp.float32),
+        ),
         scratch_types=dict(
             q_smem=_smem(shape.warpgroups, ROWS, q),
             lse_smem=plgpu.SMEM((shape.warpgroups, ROWS), jnp.float32),
@@ -59,17 +66,17 @@ def forward(
             v_signals=_signals(shape),
             turn=plgpu.Barrier(num_arrivals=2) if shape.producer and shape.warpgroups == 2 else None,
         ),
-    )(q, k, v, *_entries(lists, block, shape.step))
+    )(q, k, v, *_entries(lists, block, shape), *_query_rows(lists, block, shape))
+    return out, lse if lists.q_map is None else lists.q_map.packed(lse, axis=2)
 
 
 def _forward_kernel(
-    q_ref, k_ref, v_ref, entry_ref, count_ref, bias_ref, out_ref, lse_ref, *,
-    q_smem, lse_smem, k_smem, v_smem, own, k_signals, v_signals, turn, shape, block,
+    q_ref, k_ref, v_ref, entry_ref, count_ref, bias_ref, load_ref, store_ref, out_ref, lse_ref, *,
+    q_smem, lse_smem, k_smem, v_smem, own, k_signals, v_signals, turn, shape, block, scale,
 ):  # fmt: skip
     b, n, i, wg = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
     K = q_ref.shape[-1]
-    scale = K**-0.5 * _LOG2_E
-    ring = _key_ring(shape, entry_ref, count_ref, b, n, lax.div(i * (ROWS * shape.warpgroups), block))
+    ring = _key_ring(shape, block, entry_ref, count_ref, b, n, i)
     keys = ring.stream(k_signals, (lambda rows: k_ref.at[b, rows, n], k_smem))
     values = ring.stream(v_signals, (lambda rows: v_ref.at[b, rows, n], v_smem))
 
@@ -79,9 +86,15 @@ def _forward_kernel(
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
+    def products(j, entry):
+        if not shape.producer:  # from zero it would take 140 registers instead of 128, and an SM would hold a CTA less
+            return _products((q_smem.at[wg], keys.wait(j)[0].T, _bias(entry, bias_ref)), issued=swap)[0]
+        (logits,) = _products((q_smem.at[wg], keys.slots(j)[0].T, None), issued=swap)
+        return _masked(logits, entry, bias_ref)
+
     def step(j, entry, carry):
         acc, top, total = carry
-        (logits,) = _products((q_smem.at[wg], keys.wait(j)[0].T, _bias(entry, bias_ref)), issued=swap)
+        logits = products(j, entry)
         keys.release(j)
         new = jnp.maximum(top, logits.max(axis=1) * scale)
         fade = jnp.exp2(top - new)
@@ -96,15 +109,19 @@ def _forward_kernel(
         (v_slot,) = values.wait(j)
         if turn is not None:
             plgpu.barrier_wait(turn)
-        (acc,) = _products((weights, v_slot, acc))
+        # Nothing stands between these products and the next ones but what they need: their keys are awaited behind.
+        (acc,) = _products((weights, v_slot, acc), issued=lambda: keys.expect(j + 1) if shape.producer else None)
         values.release(j)
         return acc, new, total
 
     def compute():
-        rows = pl.ds((i * shape.warpgroups + wg) * ROWS, ROWS)
-        plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[wg], own.at[wg])
+        place = (i * shape.warpgroups + wg) * ROWS
+        first = place if load_ref is None else pl.multiple_of(load_ref[i] + wg * ROWS, _EIGHT)
+        plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(first, ROWS), n], q_smem.at[wg], own.at[wg])
         ring.start()
         plgpu.barrier_wait(own.at[wg])
+        if shape.producer:
+            keys.expect(jnp.int32(0))
         pl.when(wg == 1)(swap)
         per_row = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1))  # noqa: E731
         acc, top, total = ring.walk(step, (_zeros(K), per_row(_FLOOR), per_row(0)))
@@ -113,13 +130,33 @@ def _forward_kernel(
         lse_smem[wg] = jnp.where(seen, (top + jnp.log2(total)) * _LN_2, -jnp.inf)
         q_smem[wg] = (acc * _columns(1 / jnp.where(seen, total, 1.0), acc)).astype(out_ref.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[b, rows, n])
-        plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, n, rows])
+        if store_ref is None:
+            plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[b, pl.ds(place, ROWS), n])
+        else:
+            first = pl.multiple_of(store_ref[0, i] + wg * ROWS, _EIGHT)
+            _store_rows(q_smem.at[wg], out_ref.at[b, :, n], first, store_ref[1, i] - wg * ROWS)
+        plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, n, pl.ds(place, ROWS)])
         plgpu.wait_smem_to_gmem(0)
 
     ring.run(compute)
 
 
+def _store_rows(smem: Any, ref: Any, first: Any, count: Any) -> None:
+    """Copies the first `count` rows of smem [ROWS,K], if it has so many, to the rows of ref [L,K] from `first` on."""
+
+    @pl.when(count >= ROWS)
+    def _():
+        plgpu.copy_smem_to_gmem(smem, ref.at[pl.ds(first, ROWS)])
+
+    @pl.when(count < ROWS)
+    def _():  # the rows behind them belong to another block
+        @pl.loop(0, lax.div(jnp.maximum(count, 0), jnp.int32(_EIGHT)))
+        def _(eighth):
+            row = pl.multiple_of(eighth * _EIGHT, _EIGHT)
+            plgpu.copy_smem_to_gmem(smem.at[pl.ds(row, _EIGHT)], ref.at[pl.ds(first + row, _EIGHT)])
+
+
+@padded_backward
 def backward(
     q: jax.Array,
     k: jax.Array,
@@ -132,6 +169,7 @@ def backward(
     *,
     block: int,
     target: Target,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk and dv in the dtypes of q, k and v, from the cotangents of out and of the log-sum-exp."""
     B, L, N, K = q.shape
@@ -144,7 +182,7 @@ def backward(
     shape = shapes(block, K, target.kind)["dq"]
     dq = _call(
         "dq",
-        functools.partial(_dq_kernel, shape=shape, block=block),
+        functools.partial(_dq_kernel, shape=shape, block=block, scale=scale),
         shape,
         grid=(B, N, L // (ROWS * shape.warpgroups)),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -158,12 +196,13 @@ def backward(
             k_signals=_signals(shape),
             v_signals=_signals(shape),
         ),
-    )(q, k, v, dout, stats, *_entries(lists, block, shape.step))
+    )(q, k, v, dout, stats, *_entries(lists, block, shape))
 
     shape = shapes(block, K, target.kind)["dkv"]
+    parts = lists if shape.step == block else split(lists, block, shape.step, block)
     dk, dv = _call(
         "dkv",
-        functools.partial(_dkv_kernel, shape=shape, block=block),
+        functools.partial(_dkv_kernel, shape=shape, block=block, scale=scale),
         shape,
         grid=(B, N, k.shape[1] // (ROWS * shape.warpgroups)),
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
@@ -177,17 +216,17 @@ def backward(
             q_signals=_signals(shape, copies=2),
             do_signals=_signals(shape),
         ),
-    )(q, k, v, dout, stats, *transpose(lists), jnp.asarray(lists.kv_sizes))
+    )(q, k, v, dout, stats, *transpose(parts), jnp.asarray(lists.kv_sizes))
     return dq, dk, dv
 
 
 def _dq_kernel(
     q_ref, k_ref, v_ref, do_ref, stats_ref, entry_ref, count_ref, bias_ref, dq_ref, *,
-    q_smem, do_smem, stats_smem, k_smem, v_smem, own, k_signals, v_signals, shape, block,
+    q_smem, do_smem, stats_smem, k_smem, v_smem, own, k_signals, v_signals, shape, block, scale,
 ):  # fmt: skip
     b, n, i, wg = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
     K = q_ref.shape[-1]
-    ring = _key_ring(shape, entry_ref, count_ref, b, n, lax.div(i * (ROWS * shape.warpgroups), block))
+    ring = _key_ring(shape, block, entry_ref, count_ref, b, n, i)
     keys = ring.stream(k_signals, (lambda rows: k_ref.at[b, rows, n], k_smem))
     values = ring.stream(v_signals, (lambda rows: v_ref.at[b, rows, n], v_smem))
 
@@ -202,18 +241,17 @@ def _dq_kernel(
 
         def step(j, entry, dq):
             (k_slot,), (v_slot,) = keys.wait(j), values.wait(j)
-            logits, dweights = _products(
-                (q_smem.at[wg], k_slot.T, _bias(entry, bias_ref)), (do_smem.at[wg], v_slot.T, _zeros(shape.step))
-            )
+            logits, dweights = _products((q_smem.at[wg], k_slot.T, None), (do_smem.at[wg], v_slot.T, None))
+            logits = _masked(logits, entry, bias_ref)
             values.release(j)
-            weights = jnp.exp2(logits * (K**-0.5 * _LOG2_E) - _columns(lse, logits))
+            weights = jnp.exp2(logits * (scale * _LOG2_E) - _columns(lse, logits))
             dlogits = weights * (dweights - _columns(delta, dweights))
             (dq,) = _products((dlogits.astype(q_ref.dtype), k_slot, dq))
             keys.release(j)
             return dq
 
         dq = ring.walk(step, _zeros(K))
-        q_smem[wg] = (dq * K**-0.5).astype(dq_ref.dtype)
+        q_smem[wg] = (dq * scale).astype(dq_ref.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem.at[wg], dq_ref.at[b, rows, n])
         plgpu.wait_smem_to_gmem(0)
@@ -223,7 +261,7 @@ def _dq_kernel(
 
 def _dkv_kernel(
     q_ref, k_ref, v_ref, do_ref, stats_ref, offset_ref, query_ref, size_ref, dk_ref, dv_ref, *,
-    k_smem, v_smem, q_smem, do_smem, stats_smem, own, q_signals, do_signals, shape, block,
+    k_smem, v_smem, q_smem, do_smem, stats_smem, own, q_signals, do_signals, shape, block, scale,
 ):  # fmt: skip
     b, n, i, wg = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
     K = q_ref.shape[-1]
@@ -231,13 +269,8 @@ def _dkv_kernel(
     kv_block = lax.div(first, block)
     offset, query = _row(offset_ref, b, n), _row(query_ref, b, n)
     start = offset(kv_block)
-    parts = block // shape.step  # of a query block
-
-    def row(j):
-        place = jnp.minimum(start + lax.div(j, jnp.int32(parts)), query_ref.shape[-1] - 1)
-        return query(place) * block + lax.rem(j, jnp.int32(parts)) * shape.step
-
-    ring = _Ring(shape, (offset(kv_block + 1) - start) * parts, row, lambda row: row)
+    row = lambda j: query(jnp.minimum(start + j, query_ref.shape[-1] - 1)) * shape.step  # noqa: E731
+    ring = _Ring(shape, offset(kv_block + 1) - start, row, lambda row: row)
     queries = ring.stream(
         q_signals,
         (lambda rows: q_ref.at[b, rows, n], q_smem),
@@ -249,11 +282,9 @@ def _dkv_kernel(
         dk, dv = carry
         (q_slot, stats), (do_slot,) = queries.wait(j), douts.wait(j)
         # Transposed: a row of these products is one key.
-        logits, dweights = _products(
-            (k_smem.at[wg], q_slot.T, _zeros(shape.step)), (v_smem.at[wg], do_slot.T, _zeros(shape.step))
-        )
+        logits, dweights = _products((k_smem.at[wg], q_slot.T, None), (v_smem.at[wg], do_slot.T, None))
         lse = _load(stats.at[0], axis=0)
-        weights = jnp.exp2(logits * (K**-0.5 * _LOG2_E) - lax.broadcast_in_dim(lse, logits.shape, [1]))
+        weights = jnp.exp2(logits * (scale * _LOG2_E) - lax.broadcast_in_dim(lse, logits.shape, [1]))
         delta = _load(stats.at[1], axis=0)
         dlogits = weights * (dweights - lax.broadcast_in_dim(delta, logits.shape, [1]))
         dv, dk = _products((weights.astype(q_ref.dtype), do_slot, dv), (dlogits.astype(q_ref.dtype), q_slot, dk))
@@ -271,7 +302,7 @@ def _dkv_kernel(
         # What was computed of padded keys stayed in their rows, and is dropped here.
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS, K), 0, layout=plgpu.Layout.WGMMA)
         valid = row < size_ref[kv_block] - (lax.rem(first, jnp.int32(block)) + wg * ROWS)
-        k_smem[wg] = jnp.where(valid, dk * K**-0.5, 0.0).astype(dk_ref.dtype)
+        k_smem[wg] = jnp.where(valid, dk * scale, 0.0).astype(dk_ref.dtype)
         v_smem[wg] = jnp.where(valid, dv, 0.0).astype(dv_ref.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_smem.at[wg], dk_ref.at[b, rows, n])
@@ -367,15 +398,23 @@ class _Stream(NamedTuple):
 
     def load(self, j: Any, entry: Any) -> None:
         slot = self.ring.slot(j)
-        rows = pl.ds(pl.multiple_of(self.ring.row(entry), ROWS), self.ring.shape.step)
+        rows = pl.ds(pl.multiple_of(self.ring.row(entry), _EIGHT), self.ring.shape.step)
         for source, slots in self.copies:
             plgpu.copy_gmem_to_smem(source(rows), slots.at[slot], self.full.at[slot])
 
+    def slots(self, j: Any) -> list[Any]:
+        """The slots of step j."""
+        slot = self.ring.slot(j)
+        return [slots.at[slot] for _, slots in self.copies]
+
     def wait(self, j: Any) -> list[Any]:
         """The slots of step j, once they are filled."""
-        slot = self.ring.slot(j)
-        plgpu.barrier_wait(self.full.at[slot])
-        return [slots.at[slot] for _, slots in self.copies]
+        plgpu.barrier_wait(self.full.at[self.ring.slot(j)])
+        return self.slots(j)
+
+    def expect(self, j: Any) -> None:
+        """Waits until the slots of step j are filled, if there is such a step."""
+        pl.when(j < self.ring.count)(lambda: plgpu.barrier_wait(self.full.at[self.ring.slot(j)]))
 
     def release(self, j: Any) -> None:
         """This warpgroup has read the slots of step j."""
@@ -391,13 +430,14 @@ class _Stream(NamedTuple):
                 self.load(later, self.ring.ahead[-1])
 
 
-def _key_ring(shape: Shape, entry_ref: Any, count_ref: Any, b: Any, n: Any, block: Any) -> _Ring:
-    entries = _row(entry_ref, b, n)
+def _key_ring(shape: Shape, block: int, entry_ref: Any, count_ref: Any, b: Any, n: Any, i: Any) -> _Ring:
+    """What CTA i of a head, which has some of the queries of a block, walks over."""
+    entries, query_block = _row(entry_ref, b, n), lax.div(i * (ROWS * shape.warpgroups), block)
     return _Ring(
         shape,
-        _row(count_ref, b, n)(block),
-        lambda j: entries(block, j),
-        lambda entry: lax.shift_right_logical(entry, jnp.int32(_SIZE_BITS)) * shape.step,
+        _row(count_ref, b, n)(i),
+        lambda j: entries(query_block, j),
+        lambda entry: lax.shift_right_logical(entry, jnp.int32(_SIZE_BITS)) * _EIGHT,
     )
 
 
@@ -407,20 +447,29 @@ def _row(ref: Any, b: Any, n: Any) -> Callable[..., Any]:
     return lambda *place: ref[b, n, *place]
 
 
-def _products(*terms: tuple[Any, Any, jax.Array], issued: Callable[[], None] = lambda: None) -> Any:
+def _products(*terms: tuple[Any, Any, jax.Array | None], issued: Callable[[], None] = lambda: None) -> Any:
     """start + a b in float32 for every (a, b, start): a in registers or shared memory, b in shared memory.
 
+    A start of None is zero, which costs nothing: a start in registers has to be put there, between two products.
     issued() is called between their start and their end.
     """
     if mosaic_gpu.INTERPRET is not None:  # which cannot do this
         issued()
-        return [start + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32) for a, b, start in terms]
+        dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+        return [dot(a[...], b[...]) + (0.0 if start is None else start) for a, b, start in terms]
 
     def body(accumulators):
         for acc, (a, b, _) in zip(accumulators, terms, strict=True):
             plgpu.wgmma(acc, a, b)
         issued()
 
+    if all(start is None for *_, start in terms):
+
+        def scoped(*accumulators):
+            body(accumulators)
+            return [acc[...] for acc in accumulators]
+
+        return pl.run_scoped(scoped, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b, _ in terms))
     return pl.run_state(body)([plgpu.ACC.init(start) for *_, start in terms])
 
 
@@ -433,11 +482,18 @@ def _bias(entry: Any, bias_ref: Any) -> jax.Array:
     step = bias_ref.shape[1]
     size = lax.bitwise_and(entry, jnp.int32(2**_SIZE_BITS - 1))
 
-    def padded():
-        row = _load(bias_ref.at[size], axis=0, optimized=False)
-        return lax.broadcast_in_dim(row, (ROWS, step), [1])
+    return lax.cond(size < step, lambda: _bias_rows(bias_ref, size), lambda: _zeros(step))
 
-    return lax.cond(size < step, padded, lambda: _zeros(step))
+
+def _masked(logits: jax.Array, entry: Any, bias_ref: Any) -> jax.Array:
+    """The products with a block's keys, those of padded keys far below zero: as `_bias`, but added afterwards."""
+    size = lax.bitwise_and(entry, jnp.int32(2**_SIZE_BITS - 1))
+    return lax.cond(size < bias_ref.shape[1], lambda: logits + _bias_rows(bias_ref, size), lambda: logits)
+
+
+def _bias_rows(bias_ref: Any, size: Any) -> jax.Array:
+    row = _load(bias_ref.at[size], axis=0, optimized=False)
+    return lax.broadcast_in_dim(row, (ROWS, bias_ref.shape[1]), [1])
 
 
 def _load(ref: Any, *, axis: int, optimized: bool = True) -> jax.Array:
@@ -454,13 +510,34 @@ def _columns(x: jax.Array, like: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(x, like.shape, [0])
 
 
-def _entries(lists: Lists, block: int, step: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """entries int32 [B,N,Nq,M] of blocks of `step` keys, counts int32 [B,N,Nq], and the table of `_bias`."""
+def _entries(lists: Lists, block: int, shape: Shape) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """entries int32 [B,N,Nq,M] of blocks of `step` keys, counts int32 [B,N,CTAs], and the table of `_bias`.
+
+    A CTA whose queries nobody asks for has a count of 0.
+    """
+    step, rows = shape.step, ROWS * shape.warpgroups
     if step != block:
         lists = split(lists, block, block, step)
-    q2k, count, sizes = (jnp.asarray(x) for x in lists)
+    q2k, count, sizes = map(jnp.asarray, lists[:3])
+    count = jnp.repeat(count, block // rows, axis=2)
+    if lists.q_sizes is not None:
+        count = jnp.where(parts_of(lists.q_sizes, block, rows)[None, None] > 0, count, 0)
+    first = jnp.arange(sizes.size, dtype=jnp.int32) * step if lists.kv_first is None else jnp.asarray(lists.kv_first)
     bias = np.where(np.arange(step) < np.arange(step + 1)[:, None], 0, _MASKED).astype(np.float32)
-    return (q2k << _SIZE_BITS) | sizes[q2k], count, jnp.asarray(bias)
+    return ((first // _EIGHT << _SIZE_BITS) | sizes)[q2k], count, jnp.asarray(bias)
+
+
+def _query_rows(lists: Lists, block: int, shape: Shape) -> tuple[jax.Array | None, jax.Array | None]:
+    """The first row of each CTA's queries, int32 [CTAs], and it with how many they are, int32 [2,CTAs].
+
+    Both are None where blocks are padded. What a CTA reads at its end is an array of its own: the address of one that
+    is used twice takes the registers that an SM would need for a fourth CTA of one warpgroup.
+    """
+    if lists.q_first is None:
+        return None, None
+    rows = ROWS * shape.warpgroups
+    first = starts_of(lists.q_first, block, rows)
+    return first, jnp.stack([first, parts_of(lists.q_sizes, block, rows)])
 
 
 def _smem(slots: int, rows: int, like: jax.Array) -> Any:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jvdiff.kernels.block_sparse.lists import Lists, split, transpose
+from jvdiff.kernels.block_sparse.lists import Lists, padded_backward, padded_forward, split, transpose
 from jvdiff.runtime.target import Target
 
 INTERPRET = False  # tests set it: the kernels then run on a CPU, slowly
@@ -97,22 +97,28 @@ def unavailable(target: Target) -> str | None:
     return None
 
 
+def parts(q: Any, block: int, target: Target) -> tuple[int, int]:
+    """Queries and keys of those parts of blocks that are left out where they hold no tokens."""
+    return shapes(block, q.shape[-1], q.dtype)["forward"][:2]
+
+
+@padded_forward
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, and the natural log-sum-exp, float32 [B,N,L]."""
     B, L, N, K = q.shape
     shape = shapes(block, K, q.dtype)["forward"]
     lists = _split(lists, block, shape)
     return _call(
-        functools.partial(_forward_kernel, shape=shape, scale=K**-0.5),
+        functools.partial(_forward_kernel, shape=shape, scale=scale),
         "forward",
         shape,
         grid=(L // shape.block_q, N, B),
         in_specs=[_block(shape.block_q, K), _tokens(k), _tokens(v), *_list_specs(lists)],
         out_specs=[_block(shape.block_q, K), _row(shape.block_q)],
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, L), jnp.float32)],
-    )(q, k, v, *lists)
+    )(q, k, v, *lists[:3])
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, list_ref, count_ref, size_ref, out_ref, lse_ref, *, shape, scale):
@@ -140,6 +146,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, list_ref, count_ref, size_ref, out_ref,
     lse_ref[...] = jnp.where(seen, (top + jnp.log2(total)) / _LOG2_E, -jnp.inf)
 
 
+@padded_backward
 def backward(
     q: jax.Array,
     k: jax.Array,
@@ -152,6 +159,7 @@ def backward(
     *,
     block: int,
     target: Target,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk and dv in the dtypes of q, k and v, from the cotangents of out and of the log-sum-exp."""
     B, L, N, K = q.shape
@@ -159,7 +167,6 @@ def backward(
     delta = jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2) - dlse  # [B,L,N] -> [B,N,L]
     # Of a query without keys exp2(logit - lse) must be 0.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * _LOG2_E)
-    scale = K**-0.5
     shape = shapes(block, K, q.dtype)
 
     rows, keys, *_ = shape["dq"]
@@ -175,7 +182,7 @@ def backward(
         ],
         out_specs=_block(rows, K),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-    )(q, k, v, dout, lse, delta, *parts)
+    )(q, k, v, dout, lse, delta, *parts[:3])
 
     rows, keys, *_ = shape["dkv"]
     parts = _split(lists, block, shape["dkv"])

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jvdiff.kernels.block_sparse.lists import Lists
+from jvdiff.kernels.block_sparse.lists import Lists, padded_backward, padded_forward
 from jvdiff.runtime.target import Target
 
 # Logits of one step. On a CPU a step should stay in the caches; a GPU needs enough work to fill it.
@@ -33,9 +33,15 @@ def unavailable(target: Target) -> str | None:
     return None
 
 
+def parts(q: Any, block: int, target: Target) -> tuple[int, int]:
+    """Whole blocks."""
+    return block, block
+
+
+@padded_forward
 @jax.named_scope("xla_attention")
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, lse float32 [B,N,L]."""
     B, L, N, K = q.shape
@@ -49,7 +55,7 @@ def forward(
     def step(x: Any) -> tuple[jax.Array, jax.Array]:
         h, r = (jnp.broadcast_to(y, (heads, rows)).ravel() for y in x)  # [G]
         blocks, mask = work.listed(h, r)
-        logits = _logits(work.queries(q, h, r), work.keys(k, h, blocks), mask)
+        logits = _logits(work.queries(q, h, r), work.keys(k, h, blocks), mask, scale)
         top = lax.stop_gradient(jnp.max(logits, axis=1))
         weights = jnp.exp(logits - top[:, None])
         total = jnp.sum(weights, axis=1)
@@ -64,6 +70,7 @@ def forward(
     return jnp.swapaxes(out, 1, 2), lse  # [B,L,N,K]
 
 
+@padded_backward
 @jax.named_scope("xla_attention")
 def backward(
     q: jax.Array,
@@ -77,6 +84,7 @@ def backward(
     *,
     block: int,
     target: Target,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv in the dtypes of q, k, v."""
     B, _, N, K = q.shape
@@ -94,9 +102,9 @@ def backward(
             blocks, mask = work.listed(h, r)
             rows, drows = work.queries(q, h, r), work.queries(dout, h, r)
             keys, values = work.keys(k, h, blocks), work.keys(v, h, blocks)
-            p = jnp.exp(_logits(rows, keys, mask) - lse[h, r][:, None])
+            p = jnp.exp(_logits(rows, keys, mask, scale) - lse[h, r][:, None])
             dp = _dot("gjk,gqk->gjq", values, drows)
-            ds = (p * (dp - delta[h, r][:, None]) * K**-0.5).astype(q.dtype)
+            ds = (p * (dp - delta[h, r][:, None]) * scale).astype(q.dtype)
             # Places beyond the count name arbitrary blocks: they go out of range, each to a place of its own.
             place = lax.broadcasted_iota(jnp.int32, blocks.shape, 1)
             target = jnp.where(place < work.count[h, r // work.parts][:, None], blocks, dk.shape[1] + place)
@@ -163,9 +171,9 @@ class _Work:
         return x[head // self.heads, number, :, head % self.heads]  # [G,size,K] or [G,M,size,K]
 
 
-def _logits(q: jax.Array, keys: jax.Array, mask: jax.Array) -> jax.Array:
+def _logits(q: jax.Array, keys: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
     """q [G,p,K], keys [G,J,K], mask [G,J] -> float32 [G,J,p]: keys first, since so the products run faster on CPUs."""
-    return jnp.where(mask[..., None], _dot("gjk,gqk->gjq", keys, q) * q.shape[-1] ** -0.5, _FLOOR)
+    return jnp.where(mask[..., None], _dot("gjk,gqk->gjq", keys, q) * scale, _FLOOR)
 
 
 def _dot(axes: str, x: jax.Array, y: jax.Array) -> jax.Array:
