@@ -219,27 +219,22 @@ def _attention(
 @_attention.defjvp
 def _derivative(name: str, block: int, target: Target, scale: float, primals: Any, tangents: Any) -> tuple[Any, Any]:
     results = _attention(name, block, target, scale, *primals)  # pyright: ignore[reportGeneralTypeIssues]
-    forward, backward = (partial(f, name, block, target, scale) for f in (_tangents, _cotangents))
+    how = dict(block=block, target=target, scale=scale)
+    forward, backward = partial(_tangents, name, how), partial(_cotangents, name, how)
     return results, linear(forward, backward, (primals, results), tangents[:3], results)
 
 
-def _tangents(
-    name: str, block: int, target: Target, scale: float, residuals: Any, *dots: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _tangents(name: str, how: Any, residuals: Any, *dots: jax.Array) -> tuple[jax.Array, jax.Array]:
     (q, k, v, lists), _ = residuals
     if name in ("mosaic_gpu", "triton"):
         say_left(name)
-    return jax.jvp(
-        lambda q, k, v: xla.forward(q, k, v, lists, block=block, target=target, scale=scale), (q, k, v), dots
-    )[1]
+    return jax.jvp(lambda q, k, v: xla.forward(q, k, v, lists, **how), (q, k, v), dots)[1]
 
 
-def _cotangents(
-    name: str, block: int, target: Target, scale: float, residuals: Any, dout: jax.Array, dlse: jax.Array
-) -> Any:
+def _cotangents(name: str, how: Any, residuals: Any, dout: jax.Array, dlse: jax.Array) -> Any:
     (q, k, v, lists), (out, lse) = residuals
     dlse = jnp.where(jnp.isfinite(lse), dlse, 0)  # the log-sum-exp of no keys is a constant
-    return IMPLEMENTATIONS[name].backward(q, k, v, out, lse, dout, dlse, lists, block=block, target=target, scale=scale)
+    return IMPLEMENTATIONS[name].backward(q, k, v, out, lse, dout, dlse, lists, **how)
 
 
 @cache
