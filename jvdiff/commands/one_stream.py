@@ -26,6 +26,7 @@ from jvdiff.commands.one_video import device, printable, versions
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, ResourceError
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
+from jvdiff.pipeline import Repository
 from jvdiff.runtime import environment, progress, rescue, run_state
 from jvdiff.runtime.files import alone, atomic, claim
 from jvdiff.runtime.interrupts import deferred
@@ -57,7 +58,7 @@ class Rollout:
     seed: of the rollout's key
     fps: frames a second, for the file
     precision: name of an entry of the precision table
-    checkpoint_digest: names the weights
+    repository: of the weights
     folder, stem: where the files are, and their name without suffix
     image_digest: of the picture of an earlier run
     state: where that run stopped; its video, folder/stem.mp4, is continued
@@ -71,7 +72,7 @@ class Rollout:
     seed: int
     fps: float
     precision: str
-    checkpoint_digest: str
+    repository: Repository
     folder: Path
     stem: str
     image_digest: str | None = None
@@ -90,7 +91,7 @@ class Rollout:
             **{name: getattr(self, name) for name in FACTS},
             "image": digest,
             "pipeline": to_json(self.config),
-            "checkpoint_digest": self.checkpoint_digest,
+            "checkpoint_digest": self.repository.digest,
         }
 
 

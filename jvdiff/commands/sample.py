@@ -164,7 +164,7 @@ def _run(request: Request) -> list[Path]:
             wanted = _left(batch)
     for problem in problems:
         say(f"error: {problem}")
-    peers.agree("what to make, of which weights", [jobs.facts(job, repository, dtypes.name) for job in wanted])
+    peers.agree("what to make", [jobs.asked(job, repository, dtypes.name) for job in wanted])
     mesh = jobs.choose_mesh(wanted, repository, dtypes, config.mesh)
     _sift(wanted, batch, problems, lambda job: jobs.check_mesh(job, repository, mesh))
     context = pipeline.Context(repository.family, repository.models, dtypes, pipeline.place(mesh))
@@ -178,6 +178,9 @@ def _run(request: Request) -> list[Path]:
         command_line.say_device(pipeline.abstract_params(repository.family, repository.models, dtypes), mesh)
         with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_video.stage("load"):
             pipe = pipeline.load(repository, dtypes.name, mesh)
+        peers.agree("of which weights", repository.digest)
+        if config.resume is not None:
+            run_state.check_same(state.facts, jobs.weights(repository), config.resume)
         again = None if batch is None else request.command(stop_at=request.unset("stop_at"))
         maker = one_video.Maker(pipe, config, request, output, asked_to_stop, again)
         every = wanted if batch is None else batch.jobs
