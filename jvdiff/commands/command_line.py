@@ -22,8 +22,8 @@ from typing import Any
 
 from jvdiff.commands.arguments import Request, Told, traced
 from jvdiff.errors import JvdiffError, ResourceError, SetupError, UsageError
-from jvdiff.runtime import cache, environment, foreign, peers, progress, verdict
-from jvdiff.runtime.interrupts import STOPPED, command
+from jvdiff.runtime import ahead, cache, environment, foreign, peers, progress, verdict
+from jvdiff.runtime.interrupts import STOPPED, command, is_ours
 
 SHARED = (
     "Another process on it leaves none: JAX takes most of a GPU's memory when it starts. Give each process a GPU of\n"
@@ -111,7 +111,10 @@ def ended(
         say_always(f"error: {message}")
         if 2 in _lossy:  # a process of ours alone: what threads of other packages still raise comes of the same error
             threading.excepthook = sys.unraisablehook = lambda _: None
-    return verdict.leave(code, message)
+    code = verdict.leave(code, message)
+    if ahead.busy() and is_ours():
+        verdict.end_now(code)
+    return code
 
 
 class _Lossy(io.FileIO):

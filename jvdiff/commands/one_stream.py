@@ -190,6 +190,7 @@ def make(
     asked_to_stop: Callable[[], bool],
     seconds: dict[str, float],
     began: float,
+    ahead: Callable[[], Any] = set,
 ) -> Path:
     """Makes chunks up to config.chunks, or until it is asked to stop, and returns the path of the video.
 
@@ -197,12 +198,14 @@ def make(
         again: (resume=) -> the command that goes on.
         seconds: how long each phase took; compiling joins it.
         began: time.perf_counter() when the program began.
+        ahead: waits for programs that are compiled since before weights were read.
 
     Raises:
         Interrupted: the video has fewer chunks than asked for; its state is saved.
     """
     with _claimed(rollout) as base:
         with progress.phase("compiling", seconds, "compile"), stage("compiling"):
+            ahead()
             cache, sheet, unwritten = _begin(pipe, rollout)
             for _ in pipe.compile(cache, _first_input(rollout)):
                 pass
@@ -227,6 +230,12 @@ def make(
         command = again(resume=making.state)
         raise Interrupted(f"interrupted after {making.done} chunks; the video can be played. Go on with:\n  {command}")
     return film.path
+
+
+def programs(rollout: Rollout, abstract: Mapping[str, Any]) -> Iterator[tuple[str, jax.stages.Traced]]:
+    """(name, program) of all that a rollout runs on one device, from abstract weights."""
+    pipe = rollout.config.setup(abstract, rollout.repository.models.files["tokenizer"])
+    return pipe.traced(pipe.abstract_cache(1), _first_input(rollout))
 
 
 def _make_chunks(making: _Making, config: Any, asked_to_stop: Callable[[], bool], began: float) -> None:

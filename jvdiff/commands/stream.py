@@ -31,7 +31,7 @@ from jvdiff.commands import arguments, command_line, options
 from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.commands.command_line import say
 from jvdiff.errors import CheckpointError, JvdiffError, UsageError
-from jvdiff.runtime import progress
+from jvdiff.runtime import ahead, progress
 from jvdiff.runtime.files import alone
 from jvdiff.runtime.interrupts import interrupts
 from jvdiff.weights import locate
@@ -141,12 +141,13 @@ def _run(request: Request, began: float) -> list[Path]:
         command_line.say_device(abstract, mesh)
         shown = "; ".join(f"{f'from chunk {i} ' if i else ''}{prompt}" for i, prompt in rollout.prompts.items())
         say(f"prompt: {shown}   seed: {rollout.seed}")
-        with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_stream.stage("load"):
-            pipe = streaming.load(repository, rollout.precision, mesh, rollout.config)
-        if config.resume is not None and rollout.state is not None:
-            run_state.check_same(rollout.state.facts, jobs.weights(repository), config.resume)
+        with ahead.compiling(lambda: one_stream.programs(rollout, abstract) if mesh is None else ()) as compiled:
+            with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_stream.stage("load"):
+                pipe = streaming.load(repository, rollout.precision, mesh, rollout.config)
+            if config.resume is not None and rollout.state is not None:
+                run_state.check_same(rollout.state.facts, jobs.weights(repository), config.resume)
         again = functools.partial(request.command, **dict.fromkeys(IN_STATE))
-        return [one_stream.make(pipe, rollout, config, again, asked_to_stop, seconds, began)]
+        return [one_stream.make(pipe, rollout, config, again, asked_to_stop, seconds, began, compiled)]
 
 
 def _new(config: Any, repository: Any) -> Rollout:

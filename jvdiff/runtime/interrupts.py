@@ -109,7 +109,7 @@ def command(code: int, message: str) -> Iterator[None]:
         left, (reading, writing) = threading.Event(), os.pipe()
         os.set_blocking(writing, False)
         before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        _now.watched, _now.ours = True, _is_ours()
+        _now.watched, _now.ours = True, is_ours()
         threading.Thread(target=_watch, args=(reading, left, code, message), daemon=True).start()
         try:
             yield
@@ -131,7 +131,7 @@ def _watch(reading: int, left: threading.Event, code: int, message: str) -> None
                 verdict.end_now(code, message)
 
 
-def _is_ours() -> bool:
+def is_ours() -> bool:
     """Whether this process is a command of jvdiff, and not a program that calls one."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return (spec.name if spec else Path(sys.argv[0]).name).partition(".")[0] in ("jvdiff", "convert")

@@ -188,10 +188,13 @@ def _one_pass(
 ) -> tuple[dict[str, Any], dict[Path, str]]:
     """The leaves, and the sha256 of each file; tensors go to the devices as they come in the files."""
     leaves = {name: _Leaf(leaf, places[name]) for name, leaf in wanted.items()}
+    config: Any = jax.config
+    default = config.jax_default_device  # of this thread
 
     def use(name: str, array: np.ndarray) -> None:
         entry = entries[name]
-        leaves[entry.path].take(entry.transform.forward(array), entry.layer)
+        with jax.default_device(default):
+            leaves[entry.path].take(entry.transform.forward(array), entry.layer)
 
     kinds = {
         name: Wanted(wanted[e.path].dtype, kept=e.layer is None, all_zero=e.transform.all_zero)

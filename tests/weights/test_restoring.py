@@ -164,7 +164,8 @@ def test_each_file_is_read_once_in_order_and_hashed_meanwhile(tiny_repository, m
     monkeypatch.setattr(one_pass, "PIECE", 64)
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda f, views, at: places.append((at, len(views[0]))) or preadv(f, views, at))
-    found = restore(folder, wanted, part.names, shardings, stem="model", digests=digests)
+    with jax.default_device(jax.devices()[3]):
+        found = restore(folder, wanted, part.names, shardings, stem="model", digests=digests)
     assert [begin for begin, _ in places] == [sum(n for _, n in places[:i]) for i in range(len(places))]
     assert sum(n for _, n in places) == file.stat().st_size
     assert digests == {file: hashlib.sha256(file.read_bytes()).hexdigest()}
@@ -173,6 +174,8 @@ def test_each_file_is_read_once_in_order_and_hashed_meanwhile(tiny_repository, m
         assert leaf.dtype == array.dtype and np.asarray(leaf).tobytes() == array.tobytes(), name
     if axes:
         assert jax.tree.map(lambda leaf: leaf.sharding, found) == shardings
+    else:
+        assert {device for leaf in flatten(found).values() for device in leaf.devices()} == {jax.devices()[3]}
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}])
