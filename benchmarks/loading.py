@@ -6,8 +6,8 @@
 
 A folder with a transformer of the 1.3B's width and random float32 weights in two files is made, and converted to
 bfloat16, compressed and not. Each run is a process of its own, which loads the folder as bfloat16 and asks for its
-digest, as a command does. Rates are of the files' bytes; `cpu` counts the seconds of all threads, which do not depend
-so much on what else the machine does. `memory` is what the process took beside the weights, at most.
+digest, as a command does. Rates are of the files' bytes; `cpu` counts the seconds of all threads, which depend less on
+what else the machine does. `memory` is what the process took beside the weights, at most.
 """
 
 import argparse
@@ -33,20 +33,25 @@ from jvdiff.models.family import read_config
 from jvdiff.models.wan.family import TEXT_TO_VIDEO
 from jvdiff.weights import naming, orbax
 
-RUN = """
-import resource, sys, time
+RUN = r"""
+import re, sys, time
+from pathlib import Path
 import jax
 from jvdiff import pipeline, precision
 
+def memory(name):
+    return 1024 * int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
 repository = pipeline.inspect(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+jax.devices()
+before = memory("VmRSS")
 wall, cpu = time.perf_counter(), time.process_time()
 weights = pipeline.read_parts(repository, precision.choose("bfloat16"), None)
 jax.block_until_ready(dict(weights))
 repository.digest
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 held = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(weights)))
-print(wall, cpu, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) - held)
+print(wall, cpu, memory("VmHWM") - before - held)
 """
 WIDE = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "freq_dim": 256}
 
