@@ -38,7 +38,6 @@ def compiling(
         found = {} if begun.exception() else begun.result()
         keys = {key for key, program in found.items() if not program.exception()}
         pool.shutdown()
-        _begun.clear()
         return keys
 
     begun = pool.submit(begin)
@@ -51,5 +50,6 @@ def compiling(
 
 
 def busy() -> bool:
-    """Whether a compiler is at work that nobody waits for."""
-    return not all(each.done() for each in _begun)
+    """Whether a compiler is at work."""
+    _begun[:] = [each for each in _begun if not each.done()]
+    return bool(_begun)
