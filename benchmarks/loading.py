@@ -113,12 +113,9 @@ def main(words: Sequence[str] | None = None) -> int:
         names = ("safetensors", "orbax", "orbax, compressed")
         made = {n: folder / n for n in names} if (folder / names[-1]).is_dir() else make(folder, args.layers)
         found: dict[str, list[tuple[float, float, float]]] = {}
-        for turn in range(args.runs + 1):
-            for name, path in made.items():
-                for version, checkout in checkouts.items():
-                    seconds = run(path, checkout)
-                    if turn:  # the first fills the page cache
-                        found.setdefault(f"{name}, {version}".strip(", "), []).append(seconds)
+        for name, path in args.runs * [*made.items()]:
+            for version, checkout in checkouts.items():
+                found.setdefault(f"{name}, {version}".strip(", "), []).append(run(path, checkout))
         sizes = {name: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) for name, path in made.items()}
     report: dict[str, Any] = {}
     for name, each in found.items():
