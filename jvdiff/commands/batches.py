@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.commands.command_line import say
-from jvdiff.commands.jobs import Job, facts
+from jvdiff.commands.jobs import WEIGHTS, Job, asked
 from jvdiff.errors import Interrupted, InUse, JvdiffError, ResourceError
 from jvdiff.pipeline import Repository
 from jvdiff.precision import Precision
@@ -42,12 +42,15 @@ class Batch:
         self, jobs: Sequence[Job], repository: Repository, dtypes: Precision, output: Path, stop_at: int | None
     ):
         self.jobs, self.output, self.last, self.failed = jobs, output, stop_at or math.inf, set()
-        asked = [facts(job, repository, dtypes) for job in jobs]
+        every = [asked(job, repository, dtypes) for job in jobs]
         self._names = [
-            tuple(n for n in each if n != "seed" or job.seed_given) for job, each in zip(jobs, asked, strict=True)
+            tuple(n for n in each if n != "seed" or job.seed_given) for job, each in zip(jobs, every, strict=True)
         ]
-        self._keys = [_key(names, each) for names, each in zip(self._names, asked, strict=True)]
-        self._facts = {name for each in asked for name in each}
+        self._keys = [_key(names, each) for names, each in zip(self._names, every, strict=True)]
+        self._facts = {name for each in every for name in each} | {WEIGHTS}
+        self._repository = repository
+        if peers.several():
+            self._weights()  # which all processes find out together
         self._seen: dict[Path, tuple[Any, Any]] = {}
 
     def left(self) -> list[int]:
@@ -59,7 +62,8 @@ class Batch:
         fitting, taken, made = collections.defaultdict(list), set(), set()
         for number, (_, record) in enumerate(done):
             for names in {*self._names}:
-                fitting[_key(names, record)].append(number)
+                if self._fits(key := _key(names, record), record):
+                    fitting[key].append(number)
         order = sorted(range(len(self.jobs)), key=lambda i: not self.jobs[i].seed_given)
         for named in (True, False):
             for i in order:
@@ -69,6 +73,14 @@ class Batch:
                     taken.add(found)
                     made.add(i)
         return [i for i in range(len(self.jobs)) if i not in made | self.failed]
+
+    def _weights(self) -> str:
+        return self._repository.digest
+
+    def _fits(self, key: str, record: Mapping[str, Any]) -> bool:
+        """Whether what is made, or half made, is a job's with this key, of these weights: they are named last, as they
+        may have to be read for it."""
+        return key in self._keys and record.get(WEIGHTS) == self._weights()
 
     def turns(self, asked_to_stop: Callable[[], bool], again: str) -> Iterator[tuple[int, Job]]:
         """(number, job) of one after another, claimed while it is made, until none is left in any process.
@@ -122,7 +134,7 @@ class Batch:
 
     def _slot(self, i: int) -> Path:
         """The file of a job's claim; of equal jobs each has one."""
-        digest = hashlib.sha256(self._keys[i].encode()).hexdigest()[:24]
+        digest = hashlib.sha256(f"{self._keys[i]}{self._weights()}".encode()).hexdigest()[:24]
         return self.output / f".{digest}-{self._keys[:i].count(self._keys[i])}.claim"
 
     def _is_left(self, i: int) -> bool:
@@ -137,7 +149,8 @@ class Batch:
         """The saved states of a job, the furthest first, but those of clips that are made, or that another goes on."""
         found = []
         for folder, state, steps in self._states():
-            if steps >= self.last or _key(self._names[i], state) != self._keys[i]:
+            key = _key(self._names[i], state)
+            if steps >= self.last or key != self._keys[i] or not self._fits(key, state):
                 continue
             names = self._facts & state.keys()
             made = _key(names, state) in {_key(names, record) for _, record in self._records()}

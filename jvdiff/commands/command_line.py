@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jvdiff import program
 from jvdiff.commands.arguments import Request, Told, traced
 from jvdiff.config import expanded
 from jvdiff.errors import JvdiffError, ResourceError, SetupError, UsageError
-from jvdiff.runtime import cache, environment, foreign, peers, progress, verdict
+from jvdiff.runtime import ahead, cache, environment, foreign, peers, progress, verdict
 from jvdiff.runtime.interrupts import STOPPED, command, over
 
 SHARED = (
@@ -114,6 +115,8 @@ def ended(
             threading.excepthook = sys.unraisablehook = lambda _: None
     code = verdict.leave(code, message)
     over(code)
+    if ahead.busy() and program.ours():
+        verdict.end_now(code)
     return code
 
 

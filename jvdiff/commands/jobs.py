@@ -26,6 +26,7 @@ from jvdiff.runtime.claims import Claim
 from jvdiff.sharding import MeshShape
 
 MAX_SEEDS = 10_000
+WEIGHTS = "checkpoint_digest"  # the fact that names the weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -193,6 +194,16 @@ def slug(text: Any) -> str:
 
 def facts(job: Job, repository: Repository, dtypes: Precision) -> dict[str, Any]:
     """What decides a clip, as JSON values: two runs with equal facts make the same one (on CPU, bit for bit)."""
+    return asked(job, repository, dtypes) | weights(repository)
+
+
+def weights(repository: Repository) -> dict[str, Any]:
+    """What of the facts names the weights; reads them all, unless they are loaded."""
+    return {WEIGHTS: repository.digest}
+
+
+def asked(job: Job, repository: Repository, dtypes: Precision) -> dict[str, Any]:
+    """The facts but for the weights: what is known before those are read."""
     family = repository.family
     subject = family.describe(repository.models, job.subject)
     image = {} if job.image is None else {"image": hashlib.sha256(job.image.tobytes()).hexdigest()}
@@ -203,18 +214,17 @@ def facts(job: Job, repository: Repository, dtypes: Precision) -> dict[str, Any]
         **job.clip.facts(),
         "precision": dtypes.name,
         "vae_decode": dtypes.vae_decode,
-        "checkpoint_digest": repository.digest,
     }
 
 
 def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], repository: Repository) -> Job:
-    """The job that `state` is half of.
+    """The job that `state` is half of; of which weights it is, is compared when they are read.
 
     Args:
         fields: those that the command line itself sets; one that differs from the state is refused.
 
     Raises:
-        CheckpointError: other weights, fields or picture than the state's, or a state of another model.
+        CheckpointError: other fields or another picture than the state's, or a state of another model.
         UsageError: subjects that the model cannot use, or a file of them.
     """
     folder, saved, family = config.resume, state.facts, repository.family
@@ -225,7 +235,7 @@ def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], r
     for name in ("prompts", "seeds", "part"):
         if fields.get(name) is not None:
             raise UsageError(f"{name} is {fields[name]}, and {folder} is the state of one video; leave it out.")
-    now: dict[str, Any] = {"checkpoint_digest": repository.digest}
+    now: dict[str, Any] = {}
     for name, value in fields.items():
         if name in saved and value is not None and name != "image":  # a state has its digest, compared below
             now[name] = float(value) if isinstance(saved[name], float) else value
@@ -233,7 +243,8 @@ def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], r
         subjects = check_subjects(repository, **{family.subject: named})
         now[field] = subjects[0] if len(subjects) == 1 else subjects
     saved_there, there = environment.compared(saved)
-    run_state.check_same({**saved, field: saved[fact], **saved_there}, now | there, folder)
+    same = functools.partial(weights, repository)
+    run_state.check_same({**saved, field: saved[fact], **saved_there}, now | there, folder, same)
     try:
         settings = {name: saved[name] for name in options.names(family.settings) if name in saved}
         clip = family.clip(repository.models, repository.settings(**settings, fps=config.get("fps")))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jvdiff import precision
@@ -25,6 +26,7 @@ from jvdiff.commands.one_video import device, printable, versions
 from jvdiff.errors import CheckpointError, Interrupted, NumericsError, ResourceError
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
+from jvdiff.pipeline import Repository
 from jvdiff.runtime import environment, progress, rescue, run_state
 from jvdiff.runtime.files import alone, atomic, claim
 from jvdiff.runtime.interrupts import deferred
@@ -57,7 +59,7 @@ class Rollout:
     seed: of the rollout's key
     fps: frames a second, for the file
     precision: name of an entry of the precision table
-    checkpoint_digest: names the weights
+    repository: of the weights
     folder, stem: where the files are, and their name without suffix
     image_digest: of the picture of an earlier run
     state: where that run stopped; its video, folder/stem.mp4, is continued
@@ -71,7 +73,7 @@ class Rollout:
     seed: int
     fps: float
     precision: str
-    checkpoint_digest: str
+    repository: Repository
     folder: Path
     stem: str
     image_digest: str | None = None
@@ -91,7 +93,7 @@ class Rollout:
             "image": digest,
             "vae_decode": decoded(self.config),
             "pipeline": to_json(self.config),
-            "checkpoint_digest": self.checkpoint_digest,
+            "checkpoint_digest": self.repository.digest,
         }
 
 
@@ -216,6 +218,7 @@ def make(
     asked_to_stop: Callable[[], bool],
     seconds: dict[str, float],
     began: float,
+    ahead: Callable[[], Any] = set,
 ) -> Path:
     """Makes chunks up to config.chunks, or until it is asked to stop, and returns the path of the video.
 
@@ -223,12 +226,14 @@ def make(
         again: (resume=) -> the command that goes on.
         seconds: how long each phase took; compiling joins it.
         began: time.perf_counter() when the program began.
+        ahead: waits for programs that are compiled since before weights were read.
 
     Raises:
         Interrupted: the video has fewer chunks than asked for; its state is saved.
     """
     with _claimed(rollout) as base:
         with progress.phase("compiling", seconds, "compile"), stage("compiling"):
+            ahead()
             cache, sheet, unwritten = _begin(pipe, rollout)
             for _ in pipe.compile(cache, _first_input(rollout)):
                 pass
@@ -253,6 +258,12 @@ def make(
         command = again(resume=making.state)
         raise Interrupted(f"interrupted after {making.done} chunks; the video can be played. Go on with:\n  {command}")
     return film.path
+
+
+def programs(rollout: Rollout, abstract: Mapping[str, Any]) -> Iterator[tuple[str, jax.stages.Traced]]:
+    """(name, program) of all that a rollout runs on one device, from abstract weights."""
+    pipe = rollout.config.setup(abstract, rollout.repository.models.files["tokenizer"])
+    return pipe.traced(pipe.abstract_cache(1), _first_input(rollout))
 
 
 def _make_chunks(making: _Making, config: Any, asked_to_stop: Callable[[], bool], began: float) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,7 +63,8 @@ class Maker:
     output: folder of the files
     asked_to_stop: whether Ctrl-C was pressed
     again: the command that goes on with a batch; None where there is one video, whose state goes on
-    compiled: keys of the programs that were compiled ahead
+    compiled: keys of the programs that were compiled
+    ahead: waits for programs that are compiled since before weights were read, and gives their keys
     """
 
     pipe: Pipeline
@@ -73,6 +74,7 @@ class Maker:
     asked_to_stop: Callable[[], bool]
     again: str | None = None
     compiled: set[Any] = dataclasses.field(default_factory=set)
+    ahead: Callable[[], set[Any]] = set
 
     def command(self, state: Path) -> str:
         """The command that goes on from a saved state."""
@@ -233,15 +235,20 @@ def _description(pipe: Pipeline, job: Job) -> str:
 
 def _compile(making: _Making) -> None:
     """Compiles what the clip runs and no clip before it did."""
-    maker, clip = making.maker, making.clip
-    pipe, whole = maker.pipe, making.last >= making.steps
+    maker = making.maker
     with progress.phase("compiling", making.seconds, "compile"), stage("compile"):
-        last = None if whole else making.last
-        calls = pipeline.trace(pipe.context, pipe.weights, clip, making.job.inputs, last, making.done)
-        for call in calls:
+        maker.compiled.update(maker.ahead())
+        for call in calls(maker.pipe.context, maker.pipe.weights, making.job, maker.config.stop_at):
             if call.key not in maker.compiled:
                 call.traced.lower().compile()
                 maker.compiled.add(call.key)
+
+
+def calls(context: pipeline.Context, weights: Mapping[str, Any], job: Job, stop_at: int | None) -> list[pipeline.Call]:
+    """The programs that a job runs, see `pipeline.trace`."""
+    steps, done = len(job.clip.sampler.make()), job.state.done if job.state else 0
+    last = max(done, min(steps, stop_at or steps))
+    return pipeline.trace(context, weights, job.clip, job.inputs, None if last == steps else last, done)
 
 
 def _begin(making: _Making) -> Any:

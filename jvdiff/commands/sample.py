@@ -27,7 +27,7 @@ from jvdiff.commands import arguments, command_line, options
 from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.commands.command_line import say
 from jvdiff.errors import CheckpointError, JvdiffError, NumericsError, UsageError
-from jvdiff.runtime import peers, progress
+from jvdiff.runtime import ahead, peers, progress
 from jvdiff.runtime.files import alone
 from jvdiff.runtime.interrupts import interrupts
 from jvdiff.weights import locate
@@ -167,7 +167,7 @@ def _run(request: Request) -> list[Path]:
             wanted = _left(batch)
     for problem in problems:
         say(f"error: {problem}")
-    peers.agree("what to make, of which weights", [jobs.facts(job, repository, dtypes) for job in wanted])
+    peers.agree("what to make", [jobs.asked(job, repository, dtypes) for job in wanted])
     mesh = jobs.choose_mesh(wanted, repository, dtypes, config.mesh)
     _sift(wanted, batch, problems, lambda job: jobs.check_mesh(job, repository, mesh))
     context = pipeline.Context(repository.family, repository.models, dtypes, pipeline.place(mesh))
@@ -178,11 +178,20 @@ def _run(request: Request) -> list[Path]:
     with interrupts() as asked_to_stop:
         seconds: dict[str, float] = {}
         command_line.compile_cache(config.compile_cache)
-        command_line.say_device(pipeline.abstract_params(repository.family, repository.models, dtypes), mesh)
-        with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_video.stage("load"):
-            pipe = pipeline.load(repository, dtypes.name, mesh, vae_decode=dtypes.vae_decode)
+        abstract = pipeline.abstract_params(repository.family, repository.models, dtypes)
+        command_line.say_device(abstract, mesh)
+
+        def programs() -> list[Any]:
+            return [(call.key, call.traced) for call in one_video.calls(context, abstract, wanted[0], config.stop_at)]
+
+        with ahead.compiling(programs) as compiled:
+            with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_video.stage("load"):
+                pipe = pipeline.load(repository, dtypes.name, mesh, vae_decode=dtypes.vae_decode)
+            peers.agree("of which weights", repository.digest)
+            if config.resume is not None:
+                run_state.check_same(state.facts, jobs.weights(repository), config.resume)
         again = None if batch is None else request.command(stop_at=request.unset("stop_at"))
-        maker = one_video.Maker(pipe, config, request, output, asked_to_stop, again)
+        maker = one_video.Maker(pipe, config, request, output, asked_to_stop, again, ahead=compiled)
         every = wanted if batch is None else batch.jobs
         return _summed(problems, _made(maker, every, batch, problems, seconds))
 

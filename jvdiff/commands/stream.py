@@ -31,7 +31,7 @@ from jvdiff.commands import arguments, command_line, options
 from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.commands.command_line import say
 from jvdiff.errors import CheckpointError, JvdiffError, UsageError
-from jvdiff.runtime import progress
+from jvdiff.runtime import ahead, progress
 from jvdiff.runtime.files import alone
 from jvdiff.runtime.interrupts import interrupts
 from jvdiff.weights import locate
@@ -116,7 +116,7 @@ def run(request: Request, began: float | None = None) -> list[Path]:
 def _run(request: Request, began: float) -> list[Path]:
     config, given = request.config, request.given
     from jvdiff import pipeline, precision, sharding, streaming
-    from jvdiff.commands import one_stream
+    from jvdiff.commands import jobs, one_stream
     from jvdiff.runtime import run_state
 
     if config.checkpoint is None:
@@ -144,10 +144,13 @@ def _run(request: Request, began: float) -> list[Path]:
         command_line.say_device(abstract, mesh)
         shown = "; ".join(f"{f'from chunk {i} ' if i else ''}{prompt}" for i, prompt in rollout.prompts.items())
         say(f"prompt: {shown}   seed: {rollout.seed}")
-        with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_stream.stage("load"):
-            pipe = streaming.load(repository, rollout.precision, mesh, rollout.config)
+        with ahead.compiling(lambda: one_stream.programs(rollout, abstract) if mesh is None else ()) as compiled:
+            with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_stream.stage("load"):
+                pipe = streaming.load(repository, rollout.precision, mesh, rollout.config)
+            if config.resume is not None and rollout.state is not None:
+                run_state.check_same(rollout.state.facts, jobs.weights(repository), config.resume)
         again = functools.partial(request.command, **dict.fromkeys(IN_STATE))
-        return [one_stream.make(pipe, rollout, config, again, asked_to_stop, seconds, began)]
+        return [one_stream.make(pipe, rollout, config, again, asked_to_stop, seconds, began, compiled)]
 
 
 def _new(config: Any, repository: Any) -> Rollout:
@@ -178,7 +181,7 @@ def _new(config: Any, repository: Any) -> Rollout:
         seed=seed,
         fps=_first(config.fps, defaults.get("fps"), 16),
         precision=dtypes.name,
-        checkpoint_digest=repository.digest,
+        repository=repository,
         folder=Path(config.output),
         stem=config.name or f"{slug(config.prompt)}_seed{seed}",
     )
@@ -192,6 +195,7 @@ def _first(*values: Any) -> Any:
 def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository: Any) -> Rollout:
     """The rollout that `state` is the beginning of; refuses what differs from it."""
     from jvdiff import precision, streaming
+    from jvdiff.commands.jobs import weights
     from jvdiff.commands.one_stream import ELSEWHERE, FACTS, Rollout, decoded
     from jvdiff.media.fragmented_mp4 import FragmentedMP4
     from jvdiff.runtime import environment, run_state
@@ -206,7 +210,6 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
         prompts = {int(i): prompt for i, prompt in facts["prompts"].items()}
         asked = (name for name in (*FACTS, "vae_decode") if given.get(name) is not None)
         now: dict[str, Any] = {name: given[name] for name in asked}
-        now["checkpoint_digest"] = repository.digest
         saved = {name: facts[name] for name in (*FACTS, "checkpoint_digest", "image")}
         saved |= _flat(streaming.to_json(chosen)) | {"vae_decode": decoded(chosen)}
     except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
@@ -220,7 +223,8 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
     saved |= {f"the prompt from chunk {i} on": past.get(i, "no change there") for i in wanted if i < done}
     now |= {f"the prompt from chunk {i} on": prompt for i, prompt in wanted.items() if i < done}
     saved_there, there = environment.compared(facts)
-    run_state.check_same(saved | saved_there, now | there, config.resume)
+    same = functools.partial(weights, repository)
+    run_state.check_same(saved | saved_there, now | there, config.resume, same)
     if facts.get("video") and facts["frames"]:  # told before a line of the statistics is cut off
         film = Path(f"{base}.mp4")
         FragmentedMP4(film, facts["fps"], frames=facts["frames"], kept=facts["video"])
@@ -232,7 +236,7 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
         prompts=past | {i: prompt for i, prompt in sorted(to_come.items()) if i >= done},
         image=None,
         image_digest=facts["image"],
-        checkpoint_digest=repository.digest,
+        repository=repository,
         folder=base.parent,
         stem=base.name,
         state=state,

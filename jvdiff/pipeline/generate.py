@@ -138,12 +138,14 @@ def load(
 
 
 def read_parts(repository: Repository, dtypes: precisions.Precision, placement: Placement | None) -> Weights:
-    """The weights of every part, where they live."""
+    """The weights of every part, where they live; the repository knows their digests afterwards."""
 
     def read(name: str, cfg: Any) -> Params:
-        part = repository.family.parts[name]
-        dtype, follow = jnp.dtype(getattr(dtypes, part.precision)), repository.follow_symlinks
-        return read_weights(repository.path / name, part, cfg, dtype, placement, follow_symlinks=follow)
+        part, digests = repository.family.parts[name], {}
+        dtype, how = jnp.dtype(getattr(dtypes, part.precision)), {"follow_symlinks": repository.follow_symlinks}
+        params = read_weights(repository.path / name, part, cfg, dtype, placement, digests=digests, **how)
+        repository.note(digests)
+        return params
 
     return Weights({name: read(name, cfg) for name, cfg in repository.models.configs.items()})
 

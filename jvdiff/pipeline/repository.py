@@ -6,6 +6,7 @@ its family; what differs is how a part holds its weights: safetensors files, or 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -19,7 +20,7 @@ from typing import Any
 import jax
 
 from jvdiff import models as families
-from jvdiff.errors import CheckpointError, UnsafeFormat, UsageError
+from jvdiff.errors import CheckpointError, IntegrityError, UnsafeFormat, UsageError
 from jvdiff.models import layouts
 from jvdiff.models.family import Family, Models, read_config
 from jvdiff.pipeline.settings import DEFAULTS_FILE, read_defaults, resolve
@@ -38,6 +39,7 @@ class Repository:
     models: configurations, and what inputs are made with
     defaults: content of jvdiff_defaults.json, settings that suit its weights
     follow_symlinks: whether its files may be links to elsewhere
+    digests: sha256 of those files of a Hugging Face folder that were read so far
     """
 
     path: Path
@@ -46,14 +48,24 @@ class Repository:
     models: Models
     defaults: Mapping[str, Any]
     follow_symlinks: bool = False
+    digests: dict[Path, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def digest(self) -> str:
         """Names all that is read of it: of an Orbax directory the sha256 of its manifest, of a Hugging Face folder that
-        of the names and digests of its files. Read when it is first asked for, by all processes together."""
+        of the names and digests of its files. Weights that were loaded were hashed then; others are read for it when
+        it is first asked for, by all processes together."""
         if self.kind == "orbax" and (self.path / MANIFEST).is_file():
             return manifest.file_sha256(self.path / MANIFEST)
-        return _fingerprint(read_files(self))
+        files = read_files(self)
+        self.note(manifest.digests({file: file for file in files.values() if file not in self.digests}))
+        return _fingerprint({name: self.digests[file] for name, file in files.items()})
+
+    def note(self, digests: Mapping[Path, str]) -> None:
+        """Takes the digests of files that were read. Raises IntegrityError where one was another before."""
+        for file, digest in digests.items():
+            if self.digests.setdefault(file, digest) != digest:
+                raise IntegrityError(f"{file}: changed since it was read before.\nStart again.")
 
     def settings(self, **given: Any) -> Any:
         """`resolve` with what this repository says."""
@@ -187,10 +199,10 @@ def read_files(repository: Repository) -> dict[str, Path]:
     return _small_files(path, family) | {file.relative_to(path).as_posix(): file for file in there}
 
 
-def _fingerprint(files: Mapping[str, Path]) -> str:
-    """A digest of files, names and content: it reads all of them, several at a time, as loading will do again."""
+def _fingerprint(digests: Mapping[str, str]) -> str:
+    """A digest of files by their names and digests."""
     total = hashlib.sha256()
-    for name, digest in sorted(manifest.digests(files).items()):
+    for name, digest in sorted(digests.items()):
         total.update(f"{name}\0{digest}\n".encode())
     return total.hexdigest()
 

@@ -21,7 +21,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +136,21 @@ def _check_arrays(abstract: Mapping[str, Any], arrays: Mapping[str, Any], where:
         raise CheckpointError(f"{where} belongs to another configuration:\n{_first_four(differences)}")
 
 
-def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Raises CheckpointError listing every key of `now` whose value is not the saved one."""
-    differences = [
-        f"{name}: the state has {saved.get(name)!r:.60}, this run {value!r:.60}"
-        for name, value in now.items()
-        if saved.get(name) != value
-    ]
-    if differences:
+def check_same(
+    saved: Mapping[str, Any], now: Mapping[str, Any], where: str, more: Callable[[], Mapping[str, Any]] = dict
+) -> None:
+    """Raises CheckpointError listing every key of `now` whose value is not the saved one; where there is any, those of
+    `more` too, which take time to find out and are compared later else."""
+
+    def differing(values: Mapping[str, Any]) -> list[str]:
+        return [
+            f"{name}: the state has {saved.get(name)!r:.60}, this run {value!r:.60}"
+            for name, value in values.items()
+            if saved.get(name) != value
+        ]
+
+    if differences := differing(now):
+        differences = [*differing(more()), *differences]
         raise CheckpointError(f"{where} cannot be resumed with other settings or weights:\n{_first_four(differences)}")
 
 

@@ -8,12 +8,14 @@ A folder in Diffusers' layout that was written here has one too, `jvdiff_manifes
 it: such a folder is its owner's, who may give it another scheduler, and diffusers may write into it.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,6 +27,7 @@ from jvdiff.runtime.staging import MANIFEST
 from jvdiff.weights.naming import listed
 from jvdiff.weights.safetensors import check_link, read_json
 
+K = TypeVar("K")
 PUBLISHED = "jvdiff_manifest.json"  # that of a folder in Diffusers' layout
 PARAMS = "params"  # the folder of a component that Orbax writes and reads
 
@@ -43,13 +46,33 @@ def _is_entry(value: Any) -> bool:
     return isinstance(value, dict) and type(value.get("size")) is int and isinstance(value.get("sha256"), str)
 
 
-def digests(files: Mapping[str, Path]) -> dict[str, str]:
-    """sha256 of each file by name, several at a time; of many processes, all call this, and each reads a share."""
+@contextlib.contextmanager
+def hashing(files: Mapping[K, Path]) -> Iterator[Callable[[], dict[K, str]]]:
+    """Hashes files beside what the block does, several at a time; yields what waits for the sha256 of each by name.
+
+    Of many processes each reads a share, and all call this, and what it yields, equally often.
+    """
     first, processes = (jax.process_index(), jax.process_count()) if peers.several() else (0, 1)
-    mine = sorted(files, key=lambda name: (files[name].stat().st_size, name))[first::processes]
-    with ThreadPoolExecutor() as pool:
-        found = dict(zip(mine, pool.map(lambda name: file_sha256(files[name]), mine), strict=True))
-    return {name: digest for share in peers.gather(found) for name, digest in share.items()}
+    order = sorted(files, key=lambda name: (files[name].stat().st_size, str(name)))
+    pool = ThreadPoolExecutor()
+
+    def found() -> dict[K, str]:
+        known: dict[K, str] = {}
+        for rank, share in enumerate(peers.gather([digest.result() for digest in begun])):
+            known.update(zip(order[rank::processes], share, strict=True))
+        return known
+
+    try:
+        begun = [pool.submit(file_sha256, files[name]) for name in order[first::processes]]
+        yield found
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def digests(files: Mapping[K, Path]) -> dict[K, str]:
+    """sha256 of each file by name; of many processes, all call this, and each reads a share."""
+    with hashing(files) as found:
+        return found()
 
 
 def write_manifest(
@@ -89,20 +112,35 @@ def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
     return manifest
 
 
-def verify_files(path: Path, follow_symlinks: bool = False) -> None:
+def verify_files(path: Path, follow_symlinks: bool = False, largest: float = math.inf) -> None:
     """Compares every file below `path` (a component, or a whole directory) with the manifest beside or above it.
 
     A file that no manifest knows counts where Orbax would read it. With several processes, each reads a share, and all
     know what any of them found.
 
+    largest: of files of more bytes only the size is compared
+
     Raises:
         IntegrityError: it names the files that differ, are missing, or should not be there.
         UnsafeFormat: a link to elsewhere without `follow_symlinks`; see `jvdiff.weights.safetensors.check_link`.
     """
-    root = path if (path / MANIFEST).is_file() or not (path.parent / MANIFEST).is_file() else path.parent
-    prefix = "" if root == path else f"{path.name}/"
+    root, prefix = _root(path)
     there = {prefix + name for name in _files(path) if _of_orbax(prefix + name)}
-    _verify(path, root, lambda name: name.startswith(prefix), there, follow_symlinks)
+    _verify(path, root, lambda name: name.startswith(prefix), there, follow_symlinks, largest=largest)
+
+
+def _root(path: Path) -> tuple[Path, str]:
+    """The folder of the manifest of a component or of a whole directory, and what the names of its files begin with."""
+    root = path if (path / MANIFEST).is_file() or not (path.parent / MANIFEST).is_file() else path.parent
+    return root, "" if root == path else f"{path.name}/"
+
+
+def array_digests(path: Path) -> dict[str, Any]:
+    """The sha256 of each array of a component by its name there, as its manifest has it; None where it has none."""
+    root, prefix = _root(path)
+    prefix += f"{PARAMS}/"
+    records = read_manifest(root)["tensors"]
+    return {name.removeprefix(prefix): x.get("sha256") for name, x in records.items() if name.startswith(prefix)}
 
 
 def verify_small(root: Path, follow_symlinks: bool = False) -> None:
@@ -136,6 +174,7 @@ def _verify(
     read: Collection[str],
     follow_symlinks: bool,
     manifest: str = MANIFEST,
+    largest: float = math.inf,
 ) -> None:
     """Compares what the manifest of `root` records, where `within`; of `read` nothing may be unknown to it."""
     known = read_manifest(root, manifest)["files"]
@@ -148,7 +187,7 @@ def _verify(
     problems = [f"{name} is missing" for name in recorded if name not in there]
     problems += [f"{name} is not in the manifest" for name in read if name not in known]
     problems += [f"{name} has {size:,} bytes instead of {was:,}" for name, (size, was) in sizes.items() if size != was]
-    same_size = {name: file for name, file in there.items() if sizes[name][0] == sizes[name][1]}
+    same_size = {name: file for name, file in there.items() if sizes[name][0] == sizes[name][1] <= largest}
     found = digests(same_size)
     problems += [f"{name} has other content" for name in same_size if found[name] != recorded[name]["sha256"]]
     problems = sorted({text for texts in peers.gather(problems) for text in texts})

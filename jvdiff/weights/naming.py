@@ -17,6 +17,7 @@ Axes of the transforms: o outputs · i inputs · t h w kernel time, height, widt
 """
 
 import difflib
+import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from jvdiff.errors import CheckpointError, MissingTensor, ShapeMismatch
 
 Tree = Mapping[str, Any]  # nested dict; leaves have .shape and .dtype
 _log = logging.getLogger(__name__)
+_BLOCK = 256  # numbers on each side of what is rearranged at once
 
 
 @dataclass(frozen=True)
@@ -303,17 +305,47 @@ def fill(
         tensor = source.read(name) if array.shape == tuple(shape) else source.read(name, read)
         if entry.transform.all_zero and not _any(tensor) and not _any(source.read(name)):
             raise CheckpointError(f"{where}: {shown(name)}: {entry.transform.all_zero}")
-        with np.errstate(over="ignore"):
-            place[...] = entry.transform.forward(tensor)[keep]
-        if tensor.dtype != array.dtype and np.isinf(place).any() and not np.isinf(tensor).any():
-            raise CheckpointError(
-                f"{where}: {shown(name)} holds values too large for {array.dtype}.\nChoose bfloat16 or float32."
-            )
+        _copy(place, entry.transform.forward(tensor)[keep])
+        check_cast(name, tensor, place, where)
     return array
 
 
 def _any(array: np.ndarray) -> bool:
     return any(row.any() for row in array)  # row by row: ends at once, and makes no second array of that size
+
+
+def _copy(place: np.ndarray, source: np.ndarray) -> None:
+    """place[...] = source. A block is cast as it lies in memory, and rearranged within the processor's cache: numpy
+    itself would do both number by number."""
+    with np.errstate(over="ignore"):
+        if place.ndim < 2:
+            place[...] = source
+            return
+        for i, j in itertools.product(*(range(0, n, _BLOCK) for n in place.shape[-2:])):
+            block = np.s_[..., i : i + _BLOCK, j : j + _BLOCK]
+            place[block] = source[block].astype(place.dtype, copy=False)
+
+
+def check_cast(name: str, tensor: np.ndarray, cast: np.ndarray, where: str) -> None:
+    """Raises CheckpointError where a finite number of a tensor does not fit the dtype that it was cast to (float16)."""
+    lost = count_nonfinite(cast) if tensor.dtype != cast.dtype else 0
+    if lost and lost > count_nonfinite(tensor):
+        raise CheckpointError(
+            f"{where}: {shown(name)} holds values too large for {cast.dtype}.\nChoose bfloat16 or float32."
+        )
+
+
+def count_nonfinite(array: np.ndarray) -> int:
+    """How many numbers are NaN or infinite, in pieces, so that no second array of that size is made."""
+    flat, total = array.reshape(-1), 0
+    for start in range(0, flat.size, 2**20):
+        piece = flat[start : start + 2**20]
+        if array.dtype.itemsize == 2:
+            mask = np.uint16(0x7C00 if array.dtype == np.float16 else 0x7F80)  # the exponent, all ones
+            total += np.count_nonzero((piece.view(np.uint16) & mask) == mask)
+        else:
+            total += piece.size - np.count_nonzero(np.isfinite(piece))
+    return int(total)
 
 
 def stream(

@@ -9,8 +9,9 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from jvdiff.errors import CorruptFile, IntegrityError, UsageError
 from jvdiff.runtime import peers
 from jvdiff.runtime.staging import staged
 from jvdiff.types import Params
-from jvdiff.weights.manifest import PARAMS, array_sha256, write_manifest
+from jvdiff.weights.manifest import PARAMS, array_digests, array_sha256, verify_files, write_manifest
 from jvdiff.weights.naming import flatten, listed, unflatten
 
 _CHUNK = 64 * 2**20  # bytes of one chunk in an Orbax array
@@ -65,6 +66,25 @@ def stored_leaves(path: Path) -> dict[str, Any]:
         return flatten(orbax.metadata((path / PARAMS).absolute()).item_metadata.tree)
 
 
+class _Reader(ocp.type_handlers.NumpyHandler):
+    """Reads arrays of which one may be damaged. All are waited for, so that none reports its end after ours."""
+
+    async def deserialize(self, *arguments: Any, **named: Any) -> Any:
+        async with _all_waited_for():
+            return await super().deserialize(*arguments, **named)
+
+
+@asynccontextmanager
+async def _all_waited_for() -> AsyncIterator[None]:
+    """Where one read or write of the block fails, the others are waited for too: TensorStore would report their end to
+    a loop that is closed, with a traceback on stderr for each."""
+    before = asyncio.all_tasks()
+    try:
+        yield
+    finally:
+        await asyncio.gather(*(asyncio.all_tasks() - before), return_exceptions=True)
+
+
 def read_leaves(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """The arrays of an Orbax directory in turn, as stored; memory is bounded by the largest, or 64 MiB."""
     leaves = list(stored_leaves(path).items())
@@ -72,7 +92,7 @@ def read_leaves(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         names = [leaves[i][0] for i in group]
         item = {leaves[i][0]: jax.ShapeDtypeStruct(leaves[i][1].shape, leaves[i][1].dtype) for i in group}
         arguments = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
-        with orbax_errors(path), _orbax() as orbax:
+        with orbax_errors(path), _orbax(type_handler_registry=_READERS) as orbax:
             read = orbax.restore(
                 (path / PARAMS).absolute(),
                 args=ocp.args.PyTreeRestore(
@@ -83,6 +103,45 @@ def read_leaves(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         del read
         for name in names:
             yield name, found.pop(name)
+
+
+def read_verified(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """`read_leaves`, where each array is compared with the manifest's digest of it while the next is read; memory is
+    bounded by two of the largest. What was given before the end may yet turn out to be wrong.
+
+    Raises:
+        IntegrityError: an array differs from the manifest, or is missing.
+    """
+    left, last = array_digests(path), []
+
+    def compare(name: str, digest: Future[str]) -> None:
+        if left.pop(name, None) != digest.result():
+            verify_files(
+                path, follow_symlinks=True
+            )  # raises, and names the file, unless what differs is the manifest's own record
+            raise IntegrityError(f"{path}: array {name} differs from what was written.\nConvert it again.")
+
+    try:
+        with ThreadPoolExecutor(1) as hasher:
+            for name, array in read_leaves(path):
+                if last:
+                    compare(*last.pop())
+                last.append((name, hasher.submit(array_sha256, array)))
+                yield name, array
+                del array  # before the next one is read
+            for each in last:
+                compare(*each)
+    except CorruptFile:
+        verify_files(path, follow_symlinks=True)
+        raise
+    if left:
+        raise IntegrityError(f"{path}: arrays are missing: {listed(sorted(left))}.\nConvert it again.")
+
+
+_READERS = ocp.type_handlers.create_type_handler_registry(
+    (np.ndarray, _Reader()),
+    (jax.Array, ocp.type_handlers.ArrayHandler()),  # without the second there is a warning
+)
 
 
 def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
@@ -134,13 +193,9 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
         return []
 
     async def _background_serialize(self, *arguments: Any) -> None:
-        """Orbax's own, in whose event loop a group is written. Where one write fails, the others are waited for too:
-        TensorStore would report their end to a loop that is closed, with a traceback on stderr for each."""
-        before = asyncio.all_tasks()
-        try:
+        """Orbax's own, in whose event loop a group is written."""
+        async with _all_waited_for():
             await super()._background_serialize(*arguments)
-        finally:
-            await asyncio.gather(*(asyncio.all_tasks() - before), return_exceptions=True)
 
 
 _REGISTRY = ocp.type_handlers.create_type_handler_registry(
@@ -232,7 +287,8 @@ def write_params(root: Path, component: str, leaves: Mapping[str, Leaf]) -> dict
 
     tree = unflatten({name: recorded(name, leaf) for name, leaf in leaves.items()})
     arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
-    with _orbax(type_handler_registry=_REGISTRY) as orbax:
+    # Uncompressed: weights shrink by a fifth, and are read at half the rate (benchmarks/loading.py).
+    with _orbax(type_handler_registry=_REGISTRY, use_compression=False) as orbax:
         orbax.save((root / component / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree, save_args=arguments))
     mark = root / component / PARAMS / "commit_success.txt"  # Orbax writes the folder's name into it, which is private
     if mark.exists():

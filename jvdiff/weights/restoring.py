@@ -3,7 +3,10 @@
 Where there are many processes, all call `restore` and see the same folders: each reads what its own devices hold.
 """
 
+import functools
 import logging
+import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial, reduce
@@ -12,18 +15,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jvdiff.config import expanded
 from jvdiff.errors import MissingTensor, ShapeMismatch, UsageError
 from jvdiff.types import Params
+from jvdiff.weights import manifest
 from jvdiff.weights import safetensors as reader
-from jvdiff.weights.manifest import verify_files
-from jvdiff.weights.naming import Rule, by_leaf, check, fill, flatten, listed, unflatten
-from jvdiff.weights.orbax import PARAMS, orbax_errors, read_leaves, stored_leaves
+from jvdiff.weights.naming import Entry, Rule, by_leaf, check, fill, flatten, listed, unflatten
+from jvdiff.weights.one_pass import Wanted, aligned, read_all
+from jvdiff.weights.orbax import PARAMS, orbax_errors, read_leaves, read_verified, stored_leaves
 
 _log = logging.getLogger(__name__)
+_LARGE = 2**24  # bytes of a leaf that grows on its devices
+_BLOCK = 256  # numbers along the last axis that are rearranged at once, within the processor's cache
+_METADATA = 2**22  # bytes of the largest file of an Orbax directory that is compared before Orbax reads
 
 
 class LeafTransform(Protocol):
@@ -62,12 +71,14 @@ def restore(
     verify: bool = True,
     cast: bool = True,
     follow_symlinks: bool = False,
+    digests: dict[Path, str] | None = None,
 ) -> dict[str, Any]:
     """Reads one component onto devices, from a published (safetensors) folder or from an Orbax directory.
 
-    Each process reads what its own devices hold; of a published folder, one part of one array is in host memory at a
-    time. With a `transform` each process reads every array, whole, one at a time. The sharding that the arrays were
-    saved under does not matter.
+    Alone, a process reads each file once, from its first byte to its last, and hashes it meanwhile; a few tensors are
+    in host memory at a time. One of many reads what its own devices hold, one part of one array at a time. With a
+    `transform` each process reads every array, whole, one at a time. The sharding that the arrays were saved under does
+    not matter.
 
     Args:
         folder: one with safetensors in a published layout, or one that `save` or the converter wrote.
@@ -78,16 +89,17 @@ def restore(
         stem: name of the published file, without suffix.
         transform: applied to every leaf, after the cast to the dtype of `abstract`.
         ignored: see `naming.check`.
-        verify: compare the files with the manifest first (Orbax only; safetensors are checked as they are read).
+        verify: compare what is read with the manifest (Orbax only; safetensors are checked as they are read).
         cast: convert to the dtypes of `abstract`, and log it; False refuses another dtype.
         follow_symlinks: see `jvdiff.weights.safetensors.check_link`.
+        digests: gets the sha256 of each safetensors file; of many processes each hashes a share.
 
     Returns:
         A nested dict of jax.Arrays with the shapes and dtypes of `transformed(abstract, transform)`.
 
     Raises:
         MissingTensor, ShapeMismatch: names, shapes or (with cast=False) dtypes differ from `abstract`; all are listed.
-        IntegrityError: a file differs from the manifest, or there is no manifest.
+        IntegrityError: a file or an array differs from the manifest, or there is no manifest.
         UnsafeFormat: a file is a link to elsewhere.
         CheckpointError: damaged or unusable files; see `jvdiff.weights.safetensors`.
         UsageError: the transform gives something other than its `abstract` says.
@@ -95,22 +107,40 @@ def restore(
     path, wanted = Path(expanded("folder", folder)), flatten(abstract)
     reader.weight_files(path, stem)  # raises where there are two
     if (path / PARAMS).is_dir():
-        if verify:
-            verify_files(path, follow_symlinks)
-        _check_orbax(path, wanted, cast)
-        if transform is None:
-            leaves = _read_orbax(path, wanted, _places(wanted, shardings))
-        else:
-            leaves = dict(_transformed(transform, wanted, _whole_orbax(path, wanted), shardings))
+        return _like(abstract, _from_orbax(path, wanted, shardings, transform, verify, cast, follow_symlinks))
+    opened, entries = _open_published(path, abstract, names, stem, ignored, cast, follow_symlinks)
+    if transform is None and jax.process_count() == 1:
+        leaves, found = _one_pass(opened, entries, wanted, _places(wanted, shardings))
     else:
-        loads = _open_published(path, abstract, names, stem, ignored, cast, follow_symlinks)
-        if transform is None:
-            places = _places(wanted, shardings)
-            leaves = {name: _placed(wanted[name], places[name], load) for name, load in loads.items()}
-        else:
-            whole = ((name, load()) for name, load in loads.items())
-            leaves = dict(_transformed(transform, wanted, whole, shardings))
+        with manifest.hashing({file: file for file in opened.files if digests is not None}) as hashed:
+            leaves = _leaf_by_leaf(opened, entries, wanted, shardings, transform)
+            found = hashed()
+    if digests is not None:
+        digests.update(found)
     return _like(abstract, leaves)
+
+
+def _from_orbax(
+    path: Path,
+    wanted: Mapping[str, Any],
+    shardings: Any,
+    transform: LeafTransform | None,
+    verify: bool,
+    cast: bool,
+    follow_symlinks: bool,
+) -> dict[str, Any]:
+    """The leaves of an Orbax directory."""
+    many = transform is None and jax.process_count() > 1
+    if verify:
+        manifest.verify_files(path, follow_symlinks, largest=math.inf if many else _METADATA)
+    _check_orbax(path, wanted, cast)
+    if many:
+        return _read_orbax(path, wanted, _places(wanted, shardings))
+    whole = _whole_orbax(path, wanted, verify)
+    if transform is not None:
+        return dict(_transformed(transform, wanted, whole, shardings))
+    places = _places(wanted, shardings)
+    return {name: _placed(wanted[name], places[name], partial(_part, array)) for name, array in whole}
 
 
 def _places(wanted: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
@@ -127,8 +157,8 @@ def _open_published(
     ignored: Sequence[str],
     cast: bool,
     follow_symlinks: bool,
-) -> dict[str, Callable[..., np.ndarray]]:
-    """For each leaf a function that reads it, or with `index=` a part of it; names, shapes and dtypes are checked."""
+) -> tuple[reader.Folder, dict[str, Entry]]:
+    """The component, and what each of its tensors fills; names, shapes and dtypes are checked."""
     if not names:
         raise MissingTensor(
             f"{path}: no {PARAMS}/ in it; expected an Orbax directory, the only layout of this model.\n"
@@ -138,11 +168,103 @@ def _open_published(
     folder = reader.open_folder(path, stem, ignored=ignored, follow_symlinks=follow_symlinks)
     entries = check(names, abstract, folder, where=str(path), ignored=ignored)
     _tell_casts(path, [(folder.tensors[name].dtype, wanted[e.path].dtype) for name, e in entries.items()], cast)
+    return folder, entries
+
+
+def _leaf_by_leaf(
+    folder: reader.Folder,
+    entries: Mapping[str, Entry],
+    wanted: Mapping[str, Any],
+    shardings: Any,
+    transform: LeafTransform | None,
+) -> dict[str, Any]:
+    """The leaves one after another, whole where there is a transform, else what this process' devices hold of them."""
     tensors = by_leaf(entries)
-    return {
-        name: partial(fill, leaf.shape, leaf.dtype, tensors[name], folder, where=str(path))
+    loads = {
+        name: partial(fill, leaf.shape, leaf.dtype, tensors[name], folder, where=str(folder.path))
         for name, leaf in wanted.items()
     }
+    if transform is not None:
+        return dict(_transformed(transform, wanted, ((name, load()) for name, load in loads.items()), shardings))
+    places = _places(wanted, shardings)
+    return {name: _placed(wanted[name], places[name], load) for name, load in loads.items()}
+
+
+def _one_pass(
+    folder: reader.Folder, entries: Mapping[str, Entry], wanted: Mapping[str, Any], places: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[Path, str]]:
+    """The leaves, and the sha256 of each file; tensors go to the devices as they come in the files."""
+    leaves = {name: _Leaf(leaf, places[name]) for name, leaf in wanted.items()}
+    config: Any = jax.config
+    default = config.jax_default_device  # of this thread
+
+    def use(name: str, array: np.ndarray) -> None:
+        entry = entries[name]
+        with jax.default_device(default):
+            leaves[entry.path].take(entry.transform.forward(array), entry.layer)
+
+    kinds = {
+        name: Wanted(wanted[e.path].dtype, kept=e.layer is None, all_zero=e.transform.all_zero)
+        for name, e in entries.items()
+    }
+    digests = read_all(folder, kinds, use)
+    return {name: leaf.whole() for name, leaf in leaves.items()}, digests
+
+
+class _Leaf:
+    """A leaf whose tensors come in any order, from several threads. A large stacked one grows on its devices, so that
+    no more of it than a layer is in the host's memory, unless that is the devices' too.
+
+    Tensors are views with their axes in another order. To make them anew is left to JAX where that can be.
+    """
+
+    def __init__(self, struct: Any, place: Any):
+        self._struct, self._place, self._lock = struct, place, threading.Lock()
+        self._layers: Any = None  # on the host
+        self._array: Any = None  # on the devices
+        self._on_host = _on_host(place)
+        size = math.prod(struct.shape) * np.dtype(struct.dtype).itemsize
+        divided = isinstance(place, NamedSharding) and place.spec[:1] not in ((), (None,))
+        self._grows = size > _LARGE and not divided and isinstance(place, NamedSharding | None) and not self._on_host
+
+    def take(self, tensor: np.ndarray, layer: int | None) -> None:
+        if layer is None:
+            self._array = jax.block_until_ready(_placed(self._struct, self._place, partial(_part, tensor)))
+        elif self._grows:
+            place = self._place and NamedSharding(self._place.mesh, PartitionSpec(*self._place.spec[1:]))
+            part = _placed(jax.ShapeDtypeStruct(tensor.shape, tensor.dtype), place, partial(_part, tensor))
+            with self._lock:
+                if self._array is None:
+                    self._array = jnp.zeros(self._struct.shape, self._struct.dtype, device=self._place)
+                self._array = jax.block_until_ready(_writer(self._place)(self._array, part, np.int32(layer)))
+        else:
+            with self._lock:
+                if self._layers is None:
+                    memory = aligned(math.prod(self._struct.shape) * tensor.dtype.itemsize)
+                    self._layers = memory.view(tensor.dtype).reshape(self._struct.shape)
+            for start in range(0, tensor.shape[-1] if tensor.ndim else 1, _BLOCK):
+                part = np.s_[..., start : start + _BLOCK] if tensor.ndim else ()
+                made = np.asarray(jax.device_put(tensor[part])) if self._on_host else tensor[part]
+                self._layers[(layer, *part)] = made
+
+    def whole(self) -> jax.Array:
+        if self._layers is not None:
+            self._array, self._layers = _placed(self._struct, self._place, partial(_part, self._layers)), None
+        return self._array
+
+
+def _on_host(place: Any) -> bool:
+    """Whether the devices of a place, or the default one, are the host's own processor."""
+    config: Any = jax.config
+    device = next(iter(place.device_set)) if place else config.jax_default_device or jax.devices()[0]
+    return getattr(device, "platform", device) == "cpu"
+
+
+@functools.lru_cache
+def _writer(place: NamedSharding | None) -> Any:
+    """jitted (stacked leaf, layer, its number) -> the leaf with that layer, in its own memory."""
+    write = partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+    return jax.jit(write, donate_argnums=0, out_shardings=place)
 
 
 def _placed(leaf: Any, sharding: jax.sharding.Sharding | None, load: Callable[..., np.ndarray]) -> jax.Array:
@@ -174,8 +296,8 @@ def _read_orbax(path: Path, wanted: Mapping[str, Any], places: Mapping[str, Any]
     return {name: jax.device_put(leaf, places[name]) for name, leaf in flatten(read).items()}
 
 
-def _whole_orbax(path: Path, wanted: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    for name, array in read_leaves(path):
+def _whole_orbax(path: Path, wanted: Mapping[str, Any], verify: bool) -> Iterator[tuple[str, np.ndarray]]:
+    for name, array in read_verified(path) if verify else read_leaves(path):
         with np.errstate(over="ignore"):
             array = array.astype(wanted[name].dtype, copy=False)
         yield name, array

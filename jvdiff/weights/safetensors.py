@@ -16,14 +16,14 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from jvdiff.errors import CheckpointError, CorruptFile, IntegrityError, JvdiffError, MissingTensor, UnsafeFormat
 from jvdiff.weights.hub import unfinished
-from jvdiff.weights.naming import is_ignored, listed, shown
+from jvdiff.weights.naming import count_nonfinite, is_ignored, listed, shown
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -40,7 +40,6 @@ _OTHER_BITS = {
 }
 _HEADER_LIMIT = 100_000_000  # bytes, the library's own limit
 _JSON_LIMIT = 64 * 2**20  # bytes; the largest published tokenizer.json has 17 MB
-_EXPONENT = {"F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}  # all ones: NaN or infinity
 STEM = "diffusion_pytorch_model"  # as diffusers writes it
 _UNSAFE = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".msgpack", ".h5"}
 _AGAIN = "Download it again, from a repository that publishes safetensors files."
@@ -253,19 +252,6 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
 
 
-def count_nonfinite(array: np.ndarray) -> int:
-    """How many numbers are NaN or infinite, in pieces, so that no second array of that size is made."""
-    flat, total = array.reshape(-1), 0
-    for start in range(0, flat.size, 2**22):
-        piece = flat[start : start + 2**22]
-        if array.dtype.itemsize == 2:
-            mask = _EXPONENT["F16" if array.dtype == np.float16 else "BF16"]
-            total += np.count_nonzero((piece.view(np.uint16) & mask) == mask)
-        else:
-            total += piece.size - np.count_nonzero(np.isfinite(piece))
-    return int(total)
-
-
 def _runs(tensor: Tensor, index: Sequence[slice] | None) -> tuple[list[int], list[int], int]:
     """(shape of a part of a tensor, where its contiguous runs of bytes begin in the file, bytes of each run)."""
     spans = [s.indices(n)[:2] for s, n in zip(index or [slice(None)] * len(tensor.shape), tensor.shape, strict=True)]
@@ -310,25 +296,39 @@ class Folder:
         view = array.reshape(-1).view(np.uint8).data
         with readable(tensor.file), open(tensor.file, "rb", buffering=0) as file:
             for number, place in enumerate(places):
-                done, end = number * run, (number + 1) * run
-                while done < end:
-                    got = os.preadv(file.fileno(), [view[done : min(end, done + 2**30)]], place + done - number * run)
-                    if got == 0:
-                        raise CorruptFile(f"{tensor.file}: became shorter while it was being read.\n{_AGAIN}")
-                    done += got
-            if _identity(os.fstat(file.fileno())) != self.files[tensor.file]:
-                raise IntegrityError(
-                    f"{tensor.file}: source changed while reading.\n"
-                    "Wait until the download or copy is finished, then start again."
-                )
-        if count := count_nonfinite(array):
-            if not self.allow_nonfinite:
-                raise CheckpointError(
-                    f"{tensor.file}: tensor {shown(name)} holds {count:,} NaN or infinite numbers of {array.size:,}.\n"
-                    "The weights are damaged; take another copy (convert has --allow_nonfinite to keep them)."
-                )
-            self.nonfinite[name] = count
+                read_into(tensor.file, file, view[number * run : (number + 1) * run], place)
+            self.check_same(tensor.file, file)
+        self.judge(name, count_nonfinite(array))
         return array
+
+    def check_same(self, file: Path, opened: BinaryIO) -> None:
+        """Raises IntegrityError where a file is not the one whose header was read."""
+        if _identity(os.fstat(opened.fileno())) != self.files[file]:
+            raise IntegrityError(
+                f"{file}: source changed while reading.\nWait until the download or copy is finished, then start again."
+            )
+
+    def judge(self, name: str, nonfinite: int) -> None:
+        """Raises CheckpointError where a tensor holds NaN or infinity, or notes how many where they are let through."""
+        if nonfinite and not self.allow_nonfinite:
+            tensor = self.tensors[name]
+            raise CheckpointError(
+                f"{tensor.file}: tensor {shown(name)} holds {nonfinite:,} NaN or infinite numbers of "
+                f"{math.prod(tensor.shape):,}.\n"
+                "The weights are damaged; take another copy (convert has --allow_nonfinite to keep them)."
+            )
+        if nonfinite:
+            self.nonfinite[name] = nonfinite
+
+
+def read_into(path: Path, file: BinaryIO, view: Any, place: int) -> None:
+    """Fills a buffer of bytes from a place in a file; raises CorruptFile where the file became too short for that."""
+    done = 0
+    while done < len(view):
+        got = os.preadv(file.fileno(), [view[done : done + 2**30]], place + done)
+        if got == 0:
+            raise CorruptFile(f"{path}: became shorter while it was being read.\n{_AGAIN}")
+        done += got
 
 
 def open_folder(

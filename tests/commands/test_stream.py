@@ -302,9 +302,7 @@ def test_what_cannot_be_resumed_is_left_as_it_is(damage, fields, status, words, 
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
-def test_a_state_is_not_resumed_with_other_weights(
-    resume, copied, tiny_causal_repository, tmp_path, no_weights, capsys
-):
+def test_a_state_is_not_resumed_with_other_weights(resume, copied, tiny_causal_repository, tmp_path, capsys):
     other = shutil.copytree(tiny_causal_repository, tmp_path / "other")
     scheduler = other / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text() + "\n")

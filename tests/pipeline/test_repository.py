@@ -14,6 +14,7 @@ from jvdiff import pipeline
 from jvdiff.errors import CheckpointError, CorruptFile, IntegrityError, UnsafeFormat, UsageError
 from jvdiff.models.family import read_weights
 from jvdiff.pipeline import repository, settings
+from jvdiff.weights import manifest
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,20 @@ def test_digests_tell_weights_apart(copy, orbax, tmp_path):
     data[-1] ^= 1
     file.write_bytes(data)
     assert repository.inspect(copy).digest != first
+
+
+def test_what_is_loaded_is_hashed_meanwhile_and_read_once(copy, monkeypatch):
+    first, second, hashed, sha256 = repository.inspect(copy), repository.inspect(copy), [], manifest.file_sha256
+    known = first.digest
+    monkeypatch.setattr(manifest, "file_sha256", lambda file: hashed.append(file.suffix) or sha256(file))
+    pipeline.load(second, "float32")
+    assert second.digest == known and hashed and ".safetensors" not in hashed
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(IntegrityError, match=f"{file}: changed since it was read before"):
+        pipeline.load(first, "float32")
 
 
 READ = [

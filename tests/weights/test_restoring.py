@@ -1,8 +1,10 @@
 """Inspecting, restoring and saving: exact, sharded, and nothing damaged is ever used (F28-F31, F39-F42)."""
 
 import functools
+import hashlib
 import json
 import math
+import os
 import shutil
 
 import jax
@@ -20,11 +22,11 @@ from jvdiff.errors import (
 )
 from jvdiff.models.family import read_config
 from jvdiff.models.wan.family import TEXT_TO_VIDEO
-from jvdiff.weights import manifest, restore, restoring, save
+from jvdiff.weights import manifest, one_pass, restore, restoring, save
 from jvdiff.weights import orbax as directories
 from jvdiff.weights import safetensors as reader
 from jvdiff.weights.manifest import verify_files
-from jvdiff.weights.naming import flatten
+from jvdiff.weights.naming import assemble, flatten
 from jvdiff.weights.orbax import stored_leaves
 
 TREE = {
@@ -148,8 +150,36 @@ def test_what_was_saved_under_one_mesh_is_restored_under_any_other(tiny_reposito
             assert jax.tree.map(lambda leaf: leaf.sharding, last) == shardings
 
 
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 8}, {"data": 2, "fsdp": 4}])
+@pytest.mark.parametrize("large", [0, 2**24])
+def test_each_file_is_read_once_in_order_and_hashed_meanwhile(tiny_repository, monkeypatch, axes, large):
+    """Leaf by leaf, and where leaves grow on their devices, the numbers and their places are those of `assemble`."""
+    folder = tiny_repository / "text_encoder"
+    part, file = Part(folder), folder / "model.safetensors"
+    wanted, places, digests = part.abstract(jnp.bfloat16), [], {}
+    shardings = sharded(wanted, "fsdp", mesh(**axes)) if axes else None
+    monkeypatch.setattr(restoring, "_LARGE", large)
+    monkeypatch.setattr(restoring, "_on_host", lambda place: large > 0)
+    monkeypatch.setattr(restoring, "_BLOCK", 3)
+    monkeypatch.setattr(one_pass, "PIECE", 64)
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda f, views, at: places.append((at, len(views[0]))) or preadv(f, views, at))
+    with jax.default_device(jax.devices()[3]):
+        found = restore(folder, wanted, part.names, shardings, stem="model", digests=digests)
+    assert [begin for begin, _ in places] == [sum(n for _, n in places[:i]) for i in range(len(places))]
+    assert sum(n for _, n in places) == file.stat().st_size
+    assert digests == {file: hashlib.sha256(file.read_bytes()).hexdigest()}
+    exact = assemble(part.names, wanted, reader.open_folder(folder, "model"))
+    for (name, leaf), array in zip(flatten(found).items(), flatten(exact).values(), strict=True):
+        assert leaf.dtype == array.dtype and np.asarray(leaf).tobytes() == array.tobytes(), name
+    if axes:
+        assert jax.tree.map(lambda leaf: leaf.sharding, found) == shardings
+    else:
+        assert {device for leaf in flatten(found).values() for device in leaf.devices()} == {jax.devices()[3]}
+
+
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}])
-def test_one_shard_is_in_host_memory_at_a_time_and_read_once(tiny_repository, monkeypatch, axes):
+def test_of_many_processes_one_shard_is_in_host_memory_at_a_time_and_read_once(tiny_repository, monkeypatch, axes):
     folder = tiny_repository / "text_encoder"
     part = Part(folder)
     wanted = part.abstract(jnp.float32)
@@ -160,6 +190,7 @@ def test_one_shard_is_in_host_memory_at_a_time_and_read_once(tiny_repository, mo
         return counts[-1]
 
     fill, read, numbers = restoring.fill, reader.Folder.read, []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(restoring, "fill", counted)
     monkeypatch.setattr(reader.Folder, "read", lambda *args: numbers.append((array := read(*args)).nbytes) or array)
     found = flatten(restore(folder, wanted, part.names, shardings, stem="model"))
@@ -213,18 +244,32 @@ def test_f39_a_flipped_bit_in_any_file_is_noticed(orbax, tmp_path):
     restore(folder / "vae", wanted, ())
 
 
-def test_f39_damaged_files_never_reach_orbax(orbax, tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_f39_damaged_numbers_are_never_given_out(orbax, tmp_path, monkeypatch, processes):
+    """Files are read and compared side by side, and the comparison has the last word."""
     folder = shutil.copytree(orbax, tmp_path / "orbax")
     file = max((folder / "vae" / "params").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-    opened = []
-    monkeypatch.setattr(restoring, "stored_leaves", lambda path: opened.append(path))
-    monkeypatch.setattr(jax, "device_put", lambda *args: opened.append(args))
-    with pytest.raises(IntegrityError):
-        restore(folder / "vae", Part(folder / "vae").abstract(jnp.float32), ())
-    assert opened == []
+    whole, wanted = file.read_bytes(), Part(folder / "vae").abstract(jnp.float32)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(restoring, "_METADATA", 2**12)
+    for place in np.random.default_rng(0).integers(len(whole), size=4):
+        data = bytearray(whole)
+        data[place] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(IntegrityError, match=f"{file.relative_to(folder)} has other content"):
+            restore(folder / "vae", wanted, ())
+
+
+def test_f39_an_array_that_differs_from_its_record_is_named(saved):
+    manifest = json.loads((saved / "jvdiff.json").read_text())
+    manifest["tensors"]["params/layers/bias"]["sha256"] = "0" * 64
+    (saved / "jvdiff.json").write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match="array layers/bias differs"):
+        restore(saved, abstract(TREE), ())
+    del manifest["tensors"]["params/layers/bias"]
+    (saved / "jvdiff.json").write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match="array layers/bias differs"):
+        restore(saved, abstract(TREE), ())
 
 
 @pytest.mark.parametrize("how", ["removed", "cut"])

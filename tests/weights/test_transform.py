@@ -147,7 +147,7 @@ def test_what_differs_from_its_abstract_is_refused_by_name(folder, change, words
     assert "float32[2, 1, 8]" in text and len(text.splitlines()) <= 6
 
 
-def test_one_whole_leaf_is_in_host_memory_at_a_time(folder, monkeypatch):
+def test_one_whole_leaf_is_in_host_memory_at_a_time_and_one_that_is_hashed(folder, monkeypatch):
     from jvdiff.weights import orbax
 
     seen = []
@@ -155,7 +155,7 @@ def test_one_whole_leaf_is_in_host_memory_at_a_time(folder, monkeypatch):
     @dataclass(frozen=True)
     class Watched(Int8):
         def apply(self, path, array):
-            assert [x() for x in seen] == [None] * len(seen)
+            assert [x() for x in seen[:-1]] == [None] * len(seen[:-1])
             seen.append(weakref.ref(array))
             return jax.tree.map(np.copy, super().apply(path, array))
 
