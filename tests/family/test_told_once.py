@@ -46,13 +46,13 @@ def test_one_clip_is_derived_once_and_three_compile_once(tiny_repository, tmp_pa
     jax.clear_caches()  # of other tests
     load = pipeline.load
 
-    def waiting(*args):
+    def waiting(*args, **how):
         """Weights are not read before all is compiled: that needs none of them."""
         until = time.monotonic() + 120
         while sum(name in PROGRAMS for name in compiled) < 4 and time.monotonic() < until:
             time.sleep(0.01)
         compiled.append("loaded")
-        return load(*args)
+        return load(*args, **how)
 
     monkeypatch.setattr(pipeline, "load", waiting)
     counts = {
