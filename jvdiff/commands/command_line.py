@@ -258,7 +258,7 @@ def compile_cache(where: str | None) -> None:
 
     Raises:
         SetupError: the folder that was named is another user's, or others may write into it or replace it.
-        UsageError: it is no path.
+        UsageError: it is not a path.
     """
     import jax
 

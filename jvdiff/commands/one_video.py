@@ -127,7 +127,7 @@ class _Making:
     @property
     def last(self) -> int:
         """The step after which this run stops."""
-        return max(self.done, min(self.steps, self.maker.config.stop_at or self.steps))
+        return _last(self.steps, self.done, self.maker.config.stop_at)
 
     @property
     def bases(self) -> list[Path]:
@@ -244,10 +244,15 @@ def _compile(making: _Making) -> None:
                 maker.compiled.add(call.key)
 
 
+def _last(steps: int, done: int, stop_at: int | None) -> int:
+    """The step after which a run of `steps`, of which some are done, stops."""
+    return max(done, min(steps, stop_at or steps))
+
+
 def calls(context: pipeline.Context, weights: Mapping[str, Any], job: Job, stop_at: int | None) -> list[pipeline.Call]:
     """The programs that a job runs, see `pipeline.trace`."""
     steps, done = len(job.clip.sampler.make()), job.state.done if job.state else 0
-    last = max(done, min(steps, stop_at or steps))
+    last = _last(steps, done, stop_at)
     return pipeline.trace(context, weights, job.clip, job.inputs, None if last == steps else last, done)
 
 

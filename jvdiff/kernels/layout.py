@@ -177,14 +177,14 @@ def grouped(x: jax.Array, heads: int) -> jax.Array:
 
 
 def places(tokens: int) -> int:
-    """The places of a block of so many tokens in the kernels of GPUs, which work on 64 of them; small ones stay."""
+    """The places of a block of that many tokens in the kernels of GPUs, which work on 64 at once; small ones stay."""
     return -(-tokens // 64) * 64 if tokens >= 64 else tokens
 
 
 def choose(
     q: Any, count: int, tokens: int, implementation: str | None, target: Target | None = None
 ) -> tuple[str, int]:
-    """The implementation for q [B,L,N,K] in `count` blocks of up to so many tokens, and the places of a block.
+    """The implementation for q [B,L,N,K] in `count` blocks of at most `tokens` tokens, and the places of a block.
 
     Raises as `block_sparse.choose` does.
     """
@@ -195,8 +195,6 @@ def choose(
 
     wide = places(tokens)
     on_cpus = ("xla", "reference")  # which take blocks of any size
-    return (
-        (name, wide)
-        if implementation not in on_cpus and (name := chosen(wide)) not in on_cpus
-        else (chosen(tokens), tokens)
-    )
+    if implementation not in on_cpus and (name := chosen(wide)) not in on_cpus:
+        return name, wide
+    return chosen(tokens), tokens

@@ -156,7 +156,7 @@ class _Functions:
 
     @property
     def _sink(self) -> int:
-        """How many frames at the beginning of the video stay in the cache for ever."""
+        """How many of the video's first latent frames are never dropped from the cache."""
         return getattr(self._transformer, "sink_size_t", 0)
 
     def _of_frames(self, first: Array, level: Callable[[float], float]) -> Array:

@@ -103,8 +103,8 @@ class StreamInferencePipeline:
 
         Raises:
             UsageError: `key` is neither a key nor a seed; prompts and text are both given, or neither is; a prompt is
-                invalid, or there is no tokenizer for it; the shape of text or image does not fit; text has more rows
-                than text_rows; the mesh cannot divide the model.
+                invalid, or the repository has no tokenizer; the shape of text or image does not fit; text has more
+                than `text_rows` rows; the mesh cannot divide the model.
             NumericsError: the text encoder made NaN or infinity.
         """
         data = guards.check_key(self.config.diffusion_model.seed if key is None else key)

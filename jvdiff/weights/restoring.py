@@ -99,7 +99,7 @@ def restore(
 
     Raises:
         MissingTensor, ShapeMismatch: names, shapes or (with cast=False) dtypes differ from `abstract`; all are listed.
-        IntegrityError: a file or an array differs from the manifest, or there is no manifest.
+        IntegrityError: the manifest is missing, or a file or an array differs from it.
         UnsafeFormat: a file is a link to elsewhere.
         CheckpointError: damaged or unusable files; see `jvdiff.weights.safetensors`.
         UsageError: the transform gives something other than its `abstract` says.
