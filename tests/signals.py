@@ -37,8 +37,9 @@ SIGNALS = {
     "ignored SIGTERM": (signal.SIGTERM,),
     "ignored SIGHUP": (signal.SIGHUP,),
 }
-# As in a process of its own: Python's own start is over, and the program is not there yet.
-BEGIN = "import os, signal; os.setpgrp(); signal.signal(signal.SIGINT, signal.SIG_DFL)"
+# As in a process of its own: Python's own start is over, and the program is not there yet. SIGINT and SIGHUP are heard
+# under nohup and behind & too.
+BEGIN = "import os, signal; os.setpgrp(); [signal.signal(number, signal.SIG_DFL) for number in (2, 1)]"
 INSTALLER = """
 import time
 from pathlib import Path
