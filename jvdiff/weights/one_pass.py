@@ -1,7 +1,7 @@
 """Published files, each read once from its first byte to its last: hashed, checked and cast on the way.
 
-A file has two threads: one reads it, looks for NaN and casts, the other hashes what was read. Half as many files as
-there are cores are read side by side; of each, a few pieces and one tensor are in memory at a time.
+A file has two threads: one reads it, looks for NaN and casts, the other hashes what was read. As many files as there
+are cores are read side by side; of each, a few pieces and one tensor are in memory at a time.
 """
 
 import collections
@@ -56,7 +56,7 @@ def read_all(folder: Folder, wanted: Mapping[str, Wanted], use: Callable[[str, n
     for name, tensor in sorted(folder.tensors.items(), key=lambda item: item[1].begin):
         tensors[tensor.file].append((name, tensor))
     stop = threading.Event()
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             files = {file: pool.submit(_read, folder, file, tensors[file], wanted, use, stop) for file in tensors}
             wait(files.values(), return_when=FIRST_EXCEPTION)
