@@ -115,7 +115,7 @@ def ended(
             threading.excepthook = sys.unraisablehook = lambda _: None
     code = verdict.leave(code, message)
     over(code)
-    if ahead.busy() and program.ours():
+    if program.ours() and (ahead.busy() or message == stopped[1]):  # Python would wait for threads that compile or save
         verdict.end_now(code)
     return code
 

@@ -89,8 +89,8 @@ async def _all_waited_for() -> AsyncIterator[None]:
 
 
 def read_leaves(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of an Orbax directory in turn, as stored, the next being read meanwhile; memory is bounded by three of the
-    largest, or 192 MiB."""
+    """The arrays of an Orbax directory in turn, as stored, the next being read meanwhile; memory is bounded by three of
+    the largest, or 192 MiB."""
     leaves = list(stored_leaves(path).items())
     groups = _groups([math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for _, leaf in leaves])
     with ThreadPoolExecutor(_AHEAD) as readers:

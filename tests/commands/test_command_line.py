@@ -9,6 +9,7 @@ import pytest
 
 from jvdiff.commands import command_line
 from jvdiff.errors import ResourceError
+from tests.forks import Process
 
 ROOT = Path(__file__).parents[2]
 CHECK = """
@@ -72,3 +73,16 @@ def test_an_error_of_ours_keeps_its_words(capsys):
         raise ResourceError("full of x")
 
     assert command_line.ended(work, ["x"]) == 4 and capsys.readouterr().err == "error: full of x\n"
+
+
+def test_who_stops_at_once_waits_for_no_thread():
+    """Orbax's, for instance, when a second Ctrl-C comes while a training state is saved."""
+    setup = """
+import threading, time
+from jvdiff.commands import verify
+threading.Thread(target=time.sleep, args=(60,)).start()
+def stopped(words): raise KeyboardInterrupt
+verify._verify = stopped
+"""
+    process = Process("-m", "jvdiff", "verify", "x", setup=setup)
+    assert process.wait(30) == 130 and "stopped at once" in process.err
