@@ -107,7 +107,7 @@ KINDS = {
     "train": Kind(lambda folder, checkpoint: kills.train(folder), ("/out/config.json", "/out/state/2")),
     "convert": Kind(kills.convert, (HALF, f"{HALF}transformer/params*"), stopped=5),
     "to_hf": Kind(to_hf, (HALF, f"{HALF}transformer/*"), stopped=5),
-    "plan": Kind(plan, ("mesh",)),
+    "plan": Kind(plan, ("video tokens", "denoise")),
     "verify": Kind(verify, (": repository",)),
     "digits": Kind(digits, (HALF, f"{HALF}*/0001.mp4")),
     "install": Kind(install, ("installing",), "jvdiff.commands.compiler", INSTALLER),
