@@ -49,6 +49,7 @@ from jvdiff.kernels.block_sparse import mosaic_gpu, triton
 from jvdiff.models import wan
 from jvdiff.models.wan import places
 from jvdiff.models.wan.family import TEXT_LENGTH
+from jvdiff.runtime.target import here
 from jvdiff.sharding import MeshShape, collectives, param_shardings, read_mesh
 
 # Grid of tokens after patchify, and heads; 81 frames, HunyuanVideo 117. All have head dim 128, --head-dim asks what if.
@@ -312,7 +313,7 @@ def predicted(target: str, model: str, shape: MeshShape) -> dict[str, Any]:
 
     began = time.monotonic()
     with _printed():
-        compiled = plan.compile_for(placement, jax.jit(velocity), params, *inputs)
+        compiled = plan.compile_for(placement, jax.jit(velocity), params, *inputs, options=placement.target.options)
     compiled_in = time.monotonic() - began
     text = compiled.as_text() or ""
     memory: Any = compiled.memory_analysis()
@@ -383,7 +384,7 @@ def measure(cfg: Any, height: int, width: int) -> float:
 
     params = jax.tree.unflatten(tree, random(jax.random.key(0)))
     inputs = [jnp.ones(shape, dtype) for shape, dtype in step_inputs(cfg, 1, height, width)]
-    velocity = jax.jit(lambda params, *inputs: wan.velocity(params, cfg, *inputs))
+    velocity = jax.jit(lambda params, *inputs: wan.velocity(params, cfg, *inputs), compiler_options=here().options)
 
     def run() -> None:
         for _ in range(2):

@@ -159,7 +159,7 @@ def compiled(target: str) -> list[dict[str, Any]]:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here if x.ndim else None), tree
     )
     params = there(abstract_params(config, dtypes))
-    pipe = config.setup(params, placement)
+    pipe = config.setup(params, placement=placement)
     cache = there(pipe.abstract_cache(1))
     rows = []
     print(f"{'program':<14}{'GiB weights':>12}{'cache':>8}{'temporary':>11}{'TFLOP':>8}{'predicted ms':>14}")

@@ -26,6 +26,7 @@ import numpy as np
 
 from jvdiff.errors import UsageError
 from jvdiff.precision import DECODING
+from jvdiff.runtime.target import Target
 from jvdiff.types import Array
 
 
@@ -164,7 +165,9 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * row(scale, x)
+        # Without the barrier XLA for GPUs writes the result in float32, for what follows (a rotation) to read again.
+        inverse = jax.lax.optimization_barrier(jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps))
+        return x * inverse * row(scale, x)
 
 
 def row(vector: Array, x: Array) -> Array:
@@ -178,7 +181,14 @@ def layer_norm(x: Array, eps: float) -> Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def gelu(x: Array) -> Array:
+def gelu(x: Array, target: Target | None = None) -> Array:
+    """GELU by tanh, computed in float32.
+
+    target: what the program is made for; where its products take GELU too (`Target.epilogues`) it is written in the
+        dtype of x, which is how XLA knows it, and computed from the product's float32 sums.
+    """
+    if target is not None and target.epilogues:
+        return nn.gelu(x, approximate=True)
     return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 

@@ -25,6 +25,7 @@ from jvdiff.models.family import Clip, Family, Forward, Models, Run, Segment, St
 from jvdiff.pipeline.lending import Weights
 from jvdiff.precision import Precision
 from jvdiff.runtime import draws
+from jvdiff.runtime.target import Target
 from jvdiff.sharding import Placement, param_shardings
 from jvdiff.types import Array, Params
 
@@ -296,12 +297,15 @@ def _step(
     if segment.guidance != 1:
         mode = "batched" if clip.batched(clips, placement and placement.shape) else "sequential"
     name = "denoise" if len(clip.segments) == 1 else f"denoise {segment.part}"
-    stage = Stage(name, segment.part, _denoise_program(network, solver.advance, mode))
+    target = context.forward(clip, segment).target
+    stage = Stage(name, segment.part, _denoise_program(network, solver.advance, mode, target))
     return functools.partial(run, stage, condition, other if mode else None, segment.guidance)
 
 
 @functools.lru_cache(maxsize=16)  # jit compiles once for each function object
-def _denoise_program(network: Callable[..., Array], advance: Callable[..., Any], mode: str | None) -> Any:
+def _denoise_program(
+    network: Callable[..., Array], advance: Callable[..., Any], mode: str | None, target: Target
+) -> Any:
     """jitted (params, condition, other, scale, state, timestep, row) -> state; the state is donated."""
 
     def denoise(params: Params, condition: Any, other: Any, scale: Any, state: Any, t: Any, row: Any) -> Any:
@@ -313,7 +317,7 @@ def _denoise_program(network: Callable[..., Array], advance: Callable[..., Any],
         )
         return sampling.advanced(advance, velocity, state, t, row)
 
-    return jax.jit(denoise, donate_argnames="state")
+    return jax.jit(denoise, donate_argnames="state", compiler_options=target.options)
 
 
 def decode(

@@ -31,6 +31,19 @@ class Target:
     devices: int = 1
     cudnn: int | None = None
 
+    @property
+    def epilogues(self) -> bool:
+        """Whether cuBLASLt makes bias and GELU behind a product in its own kernel: asked for on Hopper alone."""
+        return self.capability is not None and self.capability[0] == 9
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """XLA's options of the programs of Wan's transformer; they go beside what XLA_FLAGS says, and before it.
+
+        Where products may be Triton's, XLA leaves their bias and GELU to another kernel.
+        """
+        return {"xla_gpu_enable_triton_gemm": False} if self.epilogues else {}
+
 
 def of(devices: Sequence[Any]) -> Target:
     """That of these devices, which are alike."""

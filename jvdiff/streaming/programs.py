@@ -18,6 +18,7 @@ from jvdiff.diffusion import Solver, add_noise, denoise_scan
 from jvdiff.errors import UsageError
 from jvdiff.models.pixels import nonfinite_share, to_pixels
 from jvdiff.runtime import draws
+from jvdiff.runtime.target import here
 from jvdiff.sharding import Placement
 from jvdiff.streaming.config import DiffusionModelConfig
 from jvdiff.streaming.contracts import Decoder, Encoder, Transformer
@@ -58,13 +59,14 @@ def programs(
         name = type(model.scheduler).__name__
         raise UsageError(f"{name}.setup gives {solver!r:.60}; expected a jvdiff.diffusion.Solver.")
     functions = _Functions(model, encoder, decoder, placement, solver)
+    options = (placement.target if placement else here()).options
     return Programs(
         text_keys=jax.jit(functions.text_keys),
         encode=jax.jit(functions.encode),
-        diffuse=jax.jit(functions.diffuse, static_argnames="batch"),
+        diffuse=jax.jit(functions.diffuse, static_argnames="batch", compiler_options=options),
         decode=jax.jit(functions.decode),
-        finalize=jax.jit(functions.finalize, donate_argnums=(2, 3)),
-        reencode=jax.jit(functions.reencode, donate_argnums=2),
+        finalize=jax.jit(functions.finalize, donate_argnums=(2, 3), compiler_options=options),
+        reencode=jax.jit(functions.reencode, donate_argnums=2, compiler_options=options),
     )
 
 

@@ -3,6 +3,7 @@
 import functools
 import logging
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jvdiff import kernels, plan
 from jvdiff.errors import SetupError
-from jvdiff.kernels import linear
+from jvdiff.kernels import dense, linear
 from jvdiff.kernels.block_sparse import mosaic_gpu, triton
 from jvdiff.kernels.dense import cudnn, xla
 from jvdiff.runtime.target import Target, here
@@ -231,7 +232,7 @@ def test_blocks_compile_for_a_gpu_that_is_not_there():
 
     both = lambda q, k, v, n: jax.vjp(lambda *x: f(*x, n), q, k, v)[1](f(q, k, v, n))  # noqa: E731
     program = plan.compile_for(placement, jax.jit(both), x, x, x, n)
-    assert plan.attention_in(program.as_text() or "") == ("mosaic_gpu",)
+    assert plan.attention_in(program.as_text() or "") == ("cudnn", "mosaic_gpu")  # the latter where there is a gradient
     memory = program.memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes < 12 * 16_384 * 3 * 128 * 4
 
@@ -281,23 +282,57 @@ def test_none_picks_one_that_works_and_says_which(caplog):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "target", "head_dim", "return_lse", "reason"),
+    ("dtype", "target", "head_dim", "reason"),
     [
-        (jnp.float32, HOPPER, 128, False, "takes bfloat16 and float16 operands, not float32"),
-        (jnp.bfloat16, Target("cpu", "cpu"), 128, False, "needs an NVIDIA GPU, and the backend is 'cpu'"),
-        (jnp.bfloat16, Target("gpu", "AMD Instinct MI300X"), 128, False, "needs an NVIDIA GPU"),
-        (jnp.bfloat16, Target("gpu", "Tesla T4", (7, 5)), 128, False, "8.0 or later, and Tesla T4 is not one"),
-        (jnp.bfloat16, HOPPER, 20, False, "multiples of 8 up to 128, not 20"),
-        (jnp.bfloat16, HOPPER, 512, False, "multiples of 8 up to 128, not 512"),
-        (jnp.bfloat16, HOPPER, 128, True, "log-sum-exp"),
+        (jnp.float32, HOPPER, 128, "takes bfloat16 and float16 operands, not float32"),
+        (jnp.bfloat16, Target("cpu", "cpu"), 128, "needs an NVIDIA GPU, and the backend is 'cpu'"),
+        (jnp.bfloat16, Target("gpu", "AMD Instinct MI300X"), 128, "needs an NVIDIA GPU"),
+        (jnp.bfloat16, Target("gpu", "Tesla T4", (7, 5)), 128, "8.0 or later, and Tesla T4 is not one"),
+        (jnp.bfloat16, HOPPER, 20, "multiples of 8 up to 128, not 20"),
+        (jnp.bfloat16, HOPPER, 512, "multiples of 8 up to 128, not 512"),
     ],
 )
-def test_cudnn_says_why_it_cannot(dtype, target, head_dim, return_lse, reason):
+def test_cudnn_says_why_it_cannot(dtype, target, head_dim, reason):
     x = jax.ShapeDtypeStruct((1, 8, 2, head_dim), dtype)
-    how = dict(return_lse=return_lse, target=target)
     with pytest.raises(NotImplementedError, match=f"'cudnn': .*{reason}"):
+        kernels.choose(x, x, x, implementation="cudnn", target=target)
+    assert kernels.choose(x, x, x, target=target) == "xla"
+
+
+def test_cudnn_gives_the_log_sum_exp_where_jax_has_it(monkeypatch):
+    x = jax.ShapeDtypeStruct((1, 128, 2, 128), jnp.bfloat16)
+    how = dict(return_lse=True, target=HOPPER)
+    assert kernels.choose(x, x, x, **how) == "cudnn"
+    monkeypatch.setattr(cudnn, "_private", lambda: None)
+    assert kernels.choose(x, x, x, **how) == "blocks" and kernels.choose(x, x, x, target=HOPPER) == "cudnn"
+    with pytest.raises(NotImplementedError, match="no float32 log-sum-exp through JAX"):
         kernels.choose(x, x, x, implementation="cudnn", **how)
-    assert kernels.choose(x, x, x, **how) == ("blocks" if return_lse else "xla")
+
+
+def test_cudnns_log_sum_exp_has_a_cotangent(monkeypatch):
+    """An imitation of JAX's function, whose backward pass forgets it: it is not asked for one."""
+
+    def imitation(query, key, value, *, q_seqlen=None, kv_seqlen=None, scale, mask_type=None, return_residual):
+        assert (
+            return_residual and scale == query.shape[-1] ** -0.5 and (mask_type == "padding") == (kv_seqlen is not None)
+        )
+        n = None if kv_seqlen is None else kv_seqlen[0]
+        return jax.lax.stop_gradient(kernels.attention(query, key, value, kv_length=n, return_lse=True))
+
+    private = SimpleNamespace(dot_product_attention=imitation, MaskType=SimpleNamespace(PADDING="padding"))
+    monkeypatch.setattr(cudnn, "_private", lambda: private)
+    monkeypatch.setattr(cudnn, "unsupported", lambda *_: None)
+    monkeypatch.setattr(dense, "IMPLEMENTATIONS", {"xla": xla, "cudnn": cudnn})
+    x, cotangents = operands(2, 5, 9, 2, 8), (operands(2, 5, 9, 2, 8, seed=1)[0], jnp.ones((2, 2, 5)))
+
+    def run(name, n):
+        f = lambda *x: kernels.attention(*x, kv_length=n, return_lse=True, implementation=name)  # noqa: E731
+        out, pull = jax.vjp(f, *x)
+        return f(*x), out, pull(cotangents)
+
+    for n in (None, 7):
+        for a, b in zip(*(jax.tree.leaves(run(name, n)) for name in ("cudnn", "xla")), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_cudnn_gives_gradients_and_leaves_tangents_to_xla(monkeypatch, caplog):

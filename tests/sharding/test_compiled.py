@@ -44,9 +44,9 @@ def compiled(mesh, batch=1, pattern=DENSE, layers=3, gradient=False, options=Non
 
 
 def in_a_block(mesh, batch=1):
-    """The collectives of one layer; attention is cuDNN's, and in a ring, which needs the log-sum-exp, Mosaic's too."""
+    """The collectives of one layer; attention is cuDNN's, in a ring too, which needs the log-sum-exp."""
     text = compiled(mesh, batch)
-    assert plan.attention_in(text) == (("cudnn", "mosaic_gpu") if "ring" in mesh else ("cudnn",))
+    assert plan.attention_in(text) == ("cudnn",)
     return [c for c in collectives.read(text) if c.runs == CFG.num_layers]
 
 
@@ -65,8 +65,7 @@ def in_a_block(mesh, batch=1):
 def test_cudnns_attention_compiles_on_every_axis(mesh, batch, pattern, gradient):
     """The attention to text is dense under every pattern. The other axes are in the tests below."""
     text = compiled(mesh, batch, pattern, 1, gradient, SOON)
-    sparse = pattern is not DENSE or "ring" in mesh
-    assert plan.attention_in(text) == (("cudnn", "mosaic_gpu") if sparse else ("cudnn",))
+    assert plan.attention_in(text) == (("cudnn",) if pattern is DENSE else ("cudnn", "mosaic_gpu"))
     assert ("__cudnn$fmhaSoftmaxBackward" in text) == gradient
 
 

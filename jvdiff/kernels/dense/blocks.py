@@ -2,7 +2,8 @@
 
 B batch · L query tokens · S key tokens · N heads · K head dim.
 
-cuDNN is faster, but gives the log-sum-exp in the operands' dtype, which is too coarse to merge results by.
+cuDNN is faster, but its backward pass takes no cotangent of the log-sum-exp: this one takes its place there, and where
+there is no cuDNN.
 """
 
 from typing import Any

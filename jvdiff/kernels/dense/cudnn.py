@@ -4,15 +4,17 @@ B batch · L query tokens · S key tokens · N heads · K head dim.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import zero_from_primal
 
-from jvdiff.kernels.dense import xla
+from jvdiff.kernels.dense import blocks, xla
 from jvdiff.kernels.linear import linear, say_left
 from jvdiff.runtime.target import Target
 
@@ -27,8 +29,8 @@ def unsupported(q: Any, k: Any, v: Any, return_lse: bool, target: Target) -> str
         return f"needs an NVIDIA GPU of compute capability 8.0 or later, and {target.kind} is not one"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         return f"takes head dims that are multiples of 8 up to 128, not {q.shape[-1]}"
-    if return_lse:
-        return "returns the log-sum-exp only in the operands' dtype, and float32 is asked for"
+    if return_lse and _private() is None:
+        return f"gives no float32 log-sum-exp through JAX {jax.__version__}"
     return None
 
 
@@ -36,7 +38,41 @@ def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, return_lse: bool, kv_length: jax.Array | None, target: Target
 ) -> tuple[jax.Array, jax.Array | None]:
     """The contract of `jvdiff.kernels.attention`, for the operands that `unsupported` lets through."""
+    if return_lse:
+        return _with_lse(target, q, k, v, kv_length)  # pyright: ignore[reportGeneralTypeIssues]
     return _attention(target, q, k, v, kv_length), None  # pyright: ignore[reportGeneralTypeIssues]
+
+
+@cache
+def _private() -> ModuleType | None:
+    """JAX's module of cuDNN's attention, if it gives the log-sum-exp, which `jax.nn` rounds to the operands' dtype."""
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as private
+    except ImportError:
+        return None
+    wanted = {"q_seqlen", "kv_seqlen", "scale", "mask_type", "return_residual"}
+    asked = inspect.signature(getattr(private, "dot_product_attention", lambda: None)).parameters
+    return private if wanted <= set(asked) and hasattr(private, "MaskType") else None
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_lse(target: Target, q: jax.Array, k: jax.Array, v: jax.Array, kv_length: Any) -> tuple[jax.Array, jax.Array]:
+    """out [B,L,N,K] and the log-sum-exp [B,N,L]."""
+    private: Any = _private()
+    count: dict[str, Any] = {}
+    if kv_length is not None:
+        lengths = (jnp.broadcast_to(jnp.int32(n), q.shape[:1]) for n in (q.shape[1], kv_length))
+        count = dict(zip(("q_seqlen", "kv_seqlen"), lengths, strict=True), mask_type=private.MaskType.PADDING)
+    with version_of(target):
+        return private.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, return_residual=True, **count)
+
+
+@_with_lse.defjvp
+def _with_lse_derivative(target: Target, primals: Any, tangents: Any) -> Any:
+    """Another kernel's: JAX's backward pass forgets that the log-sum-exp has a cotangent."""
+    q, k, v, kv_length = primals
+    other = xla if blocks.unsupported(q, k, v, True, target) else blocks
+    return jax.jvp(lambda q, k, v: other.attention(q, k, v, True, kv_length, target), (q, k, v), tangents[:3])
 
 
 def _cudnn(target: Target, q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | None) -> jax.Array:

@@ -141,14 +141,28 @@ def _attend_rows(q: Array, k: Array, v: Array, extra: int, how: Any) -> Array:
     """
     if extra == 0:
         return kernels.attention(q, k, v, **how)
-    if kernels.choose(q, k, v, **how) == "cudnn":  # gives no float32 log-sum-exp
-        pad = ((0, 0), (0, extra), (0, 0), (0, 0))
-        k, v = jnp.pad(k, pad, "edge"), jnp.pad(v, pad, "edge")  # [B,S+extra,N,K]
-        return kernels.attention(q, k, v, **how)
+    attend = jax.custom_jvp(partial(_attend_merged, extra, how))
+
+    @attend.defjvp
+    def derivative(primals: Any, tangents: Any) -> Any:
+        cudnn = kernels.choose(*primals, **how) == "cudnn"  # whose backward pass knows nothing of what is merged
+        return jax.jvp(partial(_attend_padded if cudnn else _attend_merged, extra, how), primals, tangents)
+
+    return attend(q, k, v)
+
+
+def _attend_merged(extra: int, how: Any, q: Array, k: Array, v: Array) -> Array:
+    """The rows, and the last one again, merged."""
     out, lse = kernels.attention(q, k, v, return_lse=True, **how)
     last = jnp.einsum("blnk,bnk->bnl", q, k[:, -1], preferred_element_type=jnp.float32)  # its logits [B,N,L]
     lse_last = last * q.shape[-1] ** -0.5 + math.log(extra)
     return kernels.merge(out, lse, jnp.broadcast_to(v[:, -1:], out.shape), lse_last)[0]
+
+
+def _attend_padded(extra: int, how: Any, q: Array, k: Array, v: Array) -> Array:
+    """As many rows as count."""
+    pad = ((0, 0), (0, extra), (0, 0), (0, 0))
+    return kernels.attention(q, jnp.pad(k, pad, "edge"), jnp.pad(v, pad, "edge"), **how)  # [B,S+extra,N,K]
 
 
 def _dense(implementation: str | Attend | None) -> str | None:

@@ -236,7 +236,8 @@ class _Block(nn.Module):
         x = x + h
 
         h = layer_norm(x, cfg.eps) * (1 + scale_2) + shift_2
-        h = MLP(cfg.ffn_dim, cfg.width, gelu, names=("up", "down"), dtype=plan.dtype, name="ffn")(h)
+        activation = partial(gelu, target=plan.target)
+        h = MLP(cfg.ffn_dim, cfg.width, activation, names=("up", "down"), dtype=plan.dtype, name="ffn")(h)
         x = x + gate_2 * h.astype(jnp.float32)
         return x, memory
 
