@@ -275,6 +275,13 @@ def check_attention(job: Job, context: Context) -> None:
         raise UsageError(f"{error}.\nLeave --attention out to take the best that can.") from None
 
 
+def tell_tables(jobs: Sequence[Job], repository: Repository) -> None:
+    """Says of every pattern that it was found with other weights, if so; reads all, unless they are loaded."""
+    for pattern in dict.fromkeys(segment.pattern for job in jobs for segment in job.clip.segments):
+        if (of := pattern.recorded_of) not in (None, repository.digest):
+            say(f"notice: {pattern} was recorded of other weights ({of:.12}); it is taken all the same.")
+
+
 def attention(context: Context, clip: Clip, inputs: Any) -> list[Mapping[str, str]]:
     """The implementation of each kind of attention that a clip takes, for each segment."""
     return [

@@ -255,6 +255,8 @@ class Family:
         the one that was asked for cannot compute the clip, or not on this machine
     describe: (models, one subject) -> what the record says of it; `facts` of them decide the numbers
     facts: names in `describe` that say which clip it is; the first is the subject, as `check_subject` takes it
+    window_losses: (models, part, forward, tile, candidate windows) -> (weights, x, t, condition) -> (velocity, how far
+        each window is from dense attention, float32 [layers,candidates,heads]); None: it has no patterns of tiles
     published: what can be planned without a download: name of a published repository -> its models
     at_once: whether it makes a clip at once, rather than chunk by chunk (`jvdiff.models.rollout`)
     """
@@ -281,6 +283,7 @@ class Family:
     finish: Callable[[Clip, Any, tuple[Any, Any], Array], Array] = lambda clip, inputs, conditions, latents: latents
     facts: tuple[str, ...] = ("prompt",)
     takes: tuple[str, ...] = ()
+    window_losses: Callable[..., Callable[[Params, Array, Array, Any], tuple[Array, Array]]] | None = None
     published: Mapping[str, Models] = dataclasses.field(default_factory=dict)
     at_once: bool = True
 
