@@ -27,6 +27,7 @@ from jvdiff.sharding import MeshShape
 
 MAX_SEEDS = 10_000
 WEIGHTS = "checkpoint_digest"  # the fact that names the weights
+PATTERN = "pattern_sha256"  # and that of a file with the pattern, where it has one
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -248,6 +249,7 @@ def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], r
     try:
         settings = {name: saved[name] for name in options.names(family.settings) if name in saved}
         clip = family.clip(repository.models, repository.settings(**settings, fps=config.get("fps")))
+        run_state.check_same(saved, {name: value for name, value in clip.facts().items() if name == PATTERN}, folder)
         image = _picture(config, *clip.frames[1:])
         if image is not None or "image" in saved:
             digest = None if image is None else hashlib.sha256(image.tobytes()).hexdigest()

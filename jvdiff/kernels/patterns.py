@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jvdiff.errors import IntegrityError, UsageError
+from jvdiff.errors import UsageError
 from jvdiff.kernels import block_sparse, dense, layout, tiles, windows
 from jvdiff.kernels.block_causal import block_causal_attention, block_causal_blocks, visible
 from jvdiff.kernels.sliding_tile import Windows, sliding_tile_attention, window_lists
@@ -42,6 +42,7 @@ class Pattern:
     raster: whether the tokens stay in raster order; otherwise `ordered` and its inverse move them, once each.
     ring: whether keys may go round a ring of devices; if not, devices exchange heads.
     gated: whether a gate for each token and channel is used, where the model has one.
+    sha256: of the file that it is read from, where it is.
     recorded_of: the digest of the checkpoint that it was found with, where it is one's.
     example: the text of one, with what its numbers mean; None: there is no text for it.
     """
@@ -49,6 +50,7 @@ class Pattern:
     raster = True
     ring = False
     gated = False
+    sha256: str | None = None
     recorded_of: str | None = None
     example: str | None = None
 
@@ -272,6 +274,10 @@ class WindowTable(_Tiled):
         return self.table.tile
 
     @property
+    def sha256(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.digest
+
+    @property
     def recorded_of(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.table.recorded.get("checkpoint_digest")
 
@@ -290,7 +296,7 @@ class WindowTable(_Tiled):
         self.check(heads, layers)
         if self.timesteps is None:
             raise UsageError(
-                f"{self._name} has a row for each step of a sampler, and no timesteps; make it one of a sampler's "
+                f"pattern {self} has a row for each step of a sampler, and no timesteps; make it one of a sampler's "
                 "steps first, with `at`."
             )
         row = jnp.sum(timestep < windows.bounds(self.timesteps)[None], axis=1)  # [B]
@@ -304,7 +310,7 @@ class WindowTable(_Tiled):
         each = tuple(map(float, timesteps))
         if len(each) != len(self.table.table) or not windows.falling(each):
             raise UsageError(
-                f"{self._name} has rows for {len(self.table.table)} steps, and there are {len(each)}; expected as "
+                f"pattern {self} has rows for {len(self.table.table)} steps, and there are {len(each)}; expected as "
                 "many, of falling timesteps, or a table that names the timestep of each row."
             )
         return replace(self, timesteps=each)
@@ -314,19 +320,15 @@ class WindowTable(_Tiled):
         expected = [n if wanted is None else wanted for n, wanted in zip(found, (layers, heads), strict=True)]
         if found != expected:
             raise UsageError(
-                f"{self._name} is for {found[0]} layers of {found[1]} heads, and the model has {expected[0]} of "
+                f"pattern {self} is for {found[0]} layers of {found[1]} heads, and the model has {expected[0]} of "
                 f"{expected[1]}: it was recorded of another model."
             )
         super().check(heads, layers)
 
-    @property
-    def _name(self) -> str:
-        return f"pattern windows:{self.file}"
-
     def _check_grid(self, grid: Grid) -> None:
         if tuple(grid) != self.table.canvas:
             raise UsageError(
-                f"{self._name} is for {_text(self.table.canvas)} tokens, and the video has {_text(grid)}; expected "
+                f"pattern {self} is for {_text(self.table.canvas)} tokens, and the video has {_text(grid)}; expected "
                 "another size of the video, or a table that was recorded at this one."
             )
 
@@ -336,16 +338,14 @@ class WindowTable(_Tiled):
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        match = re.fullmatch(r"windows:(.+?)(?::([0-9a-f]{64}))?", text)
-        if match is None:
+        if not text.startswith("windows:"):
             return None
-        table, digest = windows.read(match[1])
-        if match[2] not in (None, digest):
-            raise IntegrityError(f"{match[1]}: expected the file of digest {match[2]}, found {digest}: it was changed.")
-        return cls(match[1], digest, table.timesteps, table)
+        file = text.removeprefix("windows:")
+        table, digest = windows.read(file)
+        return cls(file, digest, table.timesteps, table)
 
     def __str__(self) -> str:
-        return f"windows:{self.file}:{self.digest}"
+        return f"windows:{self.file}"
 
 
 @dataclass(frozen=True)
@@ -453,12 +453,11 @@ PATTERNS: tuple[type[Pattern], ...] = (Dense, SlidingTile, VideoSparse, WindowTa
 
 
 def read(text: str, heads: int | None = None, layers: int | None = None) -> Pattern:
-    """The pattern that a text (above) says, for a model of so many heads and layers; `str` is its inverse, and names
-    the digest of a file, which is compared where it is read again.
+    """The pattern that a text (above) says, for a model of so many heads and layers; `str` is its inverse.
 
     Raises:
         UsageError: anything else.
-        CheckpointError: a file that is damaged, or not the one whose digest is named.
+        CheckpointError: a file that is no table of windows.
     """
     pattern = next((found for kind in PATTERNS if (found := kind.parse(text)) is not None), None)
     if pattern is None:

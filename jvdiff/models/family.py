@@ -157,7 +157,9 @@ class Clip:
     def facts(self) -> dict[str, Any]:
         """What of the settings decides the numbers, as JSON values: for the record and for saved states."""
         values = {name: value for name, value in dataclasses.asdict(self.settings).items() if name != "fps"}
-        return {name: _told(value) if callable(value) else value for name, value in values.items()}
+        told = {name: _told(value) if callable(value) else value for name, value in values.items()}
+        files = {segment.pattern.sha256 for segment in self.segments} - {None}
+        return told | ({"pattern_sha256": files.pop()} if files else {})
 
 
 def _told(function: Any) -> str:

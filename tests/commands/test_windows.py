@@ -1,5 +1,6 @@
 """Windows from clips to a file, and from the file to a clip: the commands on a tiny repository."""
 
+import hashlib
 import json
 import shutil
 
@@ -18,7 +19,7 @@ def recorded(tiny_repository, tmp_path_factory):
     return file
 
 
-def test_what_is_recorded_makes_a_clip_whose_record_names_it(tiny_repository, recorded, tmp_path, capsys):
+def test_what_is_recorded_makes_a_clip_whose_record_names_it(tiny_repository, recorded, tmp_path, capsys, printed):
     table = json.loads(recorded.read_text())
     assert table["canvas"] == [2, 1, 1] and len(table["timesteps"]) == len(table["table"]) == 3
     assert {choice for row in table["table"] for layer in row for choice in layer} == {1}  # which leaves nothing out
@@ -26,22 +27,23 @@ def test_what_is_recorded_makes_a_clip_whose_record_names_it(tiny_repository, re
     line = ["sample", f"--checkpoint={tiny_repository}", f"--output={output}", *CLIP]
     line += [f"--pattern=windows:{file}", "--dense_steps=1"]
     assert sample.main([*line, "--stop_at=2"]) == 0
+    again = printed()
     (folder,) = output.glob("*.state")
     facts = json.loads((folder / "state.json").read_text())["facts"]
-    name, digest = facts["pattern"].rsplit(":", 1)
-    assert name == f"windows:{file}" and len(digest) == 64 and facts["dense_steps"] == 1
+    digest = hashlib.sha256(recorded.read_bytes()).hexdigest()
+    assert facts["pattern"] == f"windows:{file}" and facts["pattern_sha256"] == digest and facts["dense_steps"] == 1
     assert facts["checkpoint_digest"] == table["recorded"]["checkpoint_digest"]
     before = recorded.read_bytes()
     file = tmp_path / "windows.json"
     file.write_bytes(before.replace(b'"seeds"', b'"other"'))
     capsys.readouterr()
     assert sample.main(["sample", f"--checkpoint={tiny_repository}", f"--resume={folder}"]) == 3
-    assert f"expected the file of digest {digest}, found" in capsys.readouterr().err
+    assert f"pattern_sha256: the state has '{digest[:40]}" in capsys.readouterr().err
     file.write_bytes(before)
-    assert sample.main(["sample", f"--checkpoint={tiny_repository}", f"--output={output}", f"--resume={folder}"]) == 0
+    assert sample.main(again) == 0
     (record,) = output.glob("*.json")
     record = json.loads(record.read_text())
-    assert record["pattern"] == facts["pattern"] and record["attention_chosen"] == [{"self": "xla", "cross": "xla"}] * 2
+    assert record["pattern_sha256"] == digest and record["attention_chosen"] == [{"self": "xla", "cross": "xla"}] * 2
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,6 @@ def make_clip(models: Models, settings: Settings) -> Clip:
     frames = 1 + (settings.num_frames - 1) // vae.temporal_factor
     grid = frames, settings.height // vae.spatial_factor, settings.width // vae.spatial_factor
     if isinstance(pattern, WindowTable):
-        settings = dataclasses.replace(settings, pattern=str(pattern))  # which names the file's digest
         t, h, w = (n // p for n, p in zip(grid, dit.patch_size, strict=True))
         pattern = pattern.at(sampler.make().timesteps.tolist(), (t, h, w))
     return Clip(
