@@ -62,8 +62,8 @@ def run(config: Any) -> Path:
     """Makes the table and returns its path.
 
     Raises:
-        UsageError: a model without patterns of tiles, clips that differ in more than prompt and seed, a mesh, or
-            candidates that are no windows of their video.
+        UsageError: a model without patterns of tiles, clips that differ in size or sampler, a mesh, or candidates that
+            are no windows of their video.
     """
     from jvdiff.kernels import windows
     from jvdiff.runtime.files import atomic
@@ -71,6 +71,8 @@ def run(config: Any) -> Path:
     path = Path(config.table)
     if path.is_dir():
         raise UsageError(f"table is {path}, a folder; expected the name of a file.")
+    if other := next((name for name in ("plan", "resume", "stop_at") if config.get(name)), None):
+        raise UsageError(f"{other} is of `jvdiff sample`; leave it out.")
     if config.mask_strategy is not None:
         made = _converted(config)
     elif config.canvas is not None:

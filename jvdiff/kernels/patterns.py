@@ -281,7 +281,7 @@ class WindowTable(_Tiled):
     def recorded_of(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.table.recorded.get("checkpoint_digest")
 
-    def attend(self, q, k, v, gate, *, grid, first_head=None, chosen=None, implementation=None, target=None):
+    def attend(self, q, k, v, gate, *, grid, first_head=None, chosen: Any = None, implementation=None, target=None):
         self._check_grid(grid)
         if first_head is not None:  # of the heads of all devices those that are here; padding takes the last one's
             own = jnp.minimum(first_head + np.arange(q.shape[2], dtype=np.int32), chosen.shape[1] - 1)

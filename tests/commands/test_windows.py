@@ -53,6 +53,7 @@ def test_what_is_recorded_makes_a_clip_whose_record_names_it(tiny_repository, re
         (["--candidates=1x1"], "candidates is '1x1'; expected three whole numbers, as 6x8x8."),
         ([], "no candidates; give windows in tiles to choose among"),
         (["--candidates=1x1x1", "--mesh=data=2"], "windows are recorded on one device"),
+        (["--candidates=1x1x1", "--plan=true"], "plan is of `jvdiff sample`; leave it out."),
         (["--canvas=18x48x80"], "canvas is that of a mask_strategy"),
         (["--mask_strategy=nowhere.json"], "a mask_strategy does not say of which video it is"),
         (["--mask_strategy=nowhere.json", "--canvas=18x48x80"], "mask_strategy: nowhere.json cannot be read"),
