@@ -25,7 +25,13 @@ import numpy as np
 
 from jvdiff.errors import UsageError
 from jvdiff.kernels import block_sparse, dense, layout, tiles, windows
-from jvdiff.kernels.block_causal import block_causal_attention, block_causal_blocks, visible
+from jvdiff.kernels.block_causal import (
+    block_causal_attention,
+    block_causal_blocks,
+    causal_tile_attention,
+    near,
+    visible,
+)
 from jvdiff.kernels.sliding_tile import Windows, sliding_tile_attention, window_lists
 from jvdiff.kernels.tiles import Grid
 from jvdiff.kernels.video_sparse import video_sparse_attention
@@ -395,12 +401,15 @@ class BlockCausal(Pattern):
     sink: how many of the video's first frames stay visible for ever.
     teacher_forcing: the frames are two copies of a video, one clean and one noisy. The noisy copy of a chunk sees
         itself, and of all others the clean copy, which is what it sees when a video is made chunk by chunk.
+    near: of what a chunk sees, a tile sees the window of tiles around its own, and of the sink those there, however
+        long ago it is. In time the window is cut off where the past, or the chunk, ends. None: all of it.
     """
 
     chunk: int = 3
     window: int | None = None
     sink: int = 0
     teacher_forcing: bool = False
+    near: SlidingTile | None = None
 
     def __post_init__(self):
         window = self.chunk if self.window is None else self.window
@@ -410,12 +419,47 @@ class BlockCausal(Pattern):
                 f"{self}: expected whole numbers, chunk from 1, sink from 0, and a window of at least one chunk, which "
                 "counts as a part of it."
             )
+        if self.near is not None:
+            self._check_near(self.near)
+
+    def _check_near(self, near: SlidingTile) -> None:
+        near.check(None)
+        a, kept = near.tile[0], (self.chunk, self.sink, 0 if self.window is None else self.window)
+        if len(near._windows) > 1:
+            raise UsageError(
+                f"pattern {near}: a causal model takes one window for all heads, not {len(near._windows)}."
+            )
+        if any(n % a for n in kept):
+            raise UsageError(
+                f"pattern {near}: its tiles have {a} frames, which do not divide the chunk of {self.chunk}, the window "
+                f"of {self.window} and the sink of {self.sink}; expected a divisor of these."
+            )
 
     def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
-        seen = self.visible(grid[0])
-        return block_causal_attention(q, k, v, seen, implementation=implementation, target=target)
+        seen, how = self.visible(grid[0]), dict(implementation=implementation, target=target)
+        if self.near is None:
+            return block_causal_attention(q, k, v, seen, **how)
+        frames = self.frames(grid[0])
+        return self.attend_near(q, k, v, self.tiles_seen(seen, frames, frames), grid, **how)
+
+    def attend_near(self, q: Any, k: Any, v: Any, seen: Any, grid: Grid, **how: Any) -> jax.Array:
+        """Attention of q [B,T*H*W,N,K] to frames k, v [B,S*H*W,N,K], of which tiles see each other as `tiles_seen` has
+        it; grid (T,H,W)."""
+        assert self.near is not None
+        (window,), tile = self.near._windows, self.near.tile
+        most = None if isinstance(seen, np.ndarray) else (self.chunk + self.sink) // tile[0] + window[0] // 2
+        return causal_tile_attention(q, k, v, seen, frame=grid[1:], tile=tile, window=window, most=most, **how)
+
+    def tiles_seen(self, seen: Any, queries: Any, keys: Any) -> Any:
+        """bool [T/a,S/a]: which tiles in time see which, where frames `queries` int32 [T] of a video see frames `keys`
+        int32 [S] as `seen` bool [T,S] has it; numpy or traced. Frames of a tile stand together."""
+        assert self.near is not None
+        (window,), a = self.near._windows, self.near.tile[0]
+        return seen[::a, ::a] & near(queries[::a] // a, keys[::a] // a, window[0], self.sink // a)
 
     def choose(self, q, grid, *, lse=False, implementation=None, target=None):
+        if self.near is not None:
+            return self.near.choose(q, grid, implementation=implementation, target=target)
         count, tokens = block_causal_blocks(self.visible(grid[0]), q.shape[1])
         return layout.choose(q, count, tokens, implementation, target)[0]
 

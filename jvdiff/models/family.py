@@ -306,7 +306,8 @@ class Rollout:
     config: (name, models) -> StreamInferencePipelineConfig that a repository asks for
     dtype_of: weights of the transformer -> dtype of its keys and values
     span: (latent frames of a chunk, of the window, of the sink, whether positions are relative) -> how much of a video
-        a chunk sees, with `chunk`, `slots` (frames that are kept) and `pattern`
+        a chunk sees, with `chunk`, `slots` (frames that are kept) and `pattern`; the text of a pattern of these tokens
+        comes last, unless it is dense
     encode_texts: (configuration, weights, tokenizer, texts, placement) -> rows [B,S,D], zeros beyond each text's end
     token_counts: (tokenizer, texts) -> tokens of each text
     text_keys: (weights, configuration, rows [B,S,D], placement=) -> keys and values of the text, [layers,B,S,...]

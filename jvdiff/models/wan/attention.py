@@ -111,17 +111,22 @@ def _attend_past(plan: Plan, q: Array, k: Array, v: Array, past: tuple[Array, Ar
     """Attention of a chunk's tokens [B,L,N,K] to themselves and to the past; or among themselves, as a matrix says."""
     (state, rope), implementation = common, plan.implementation
     assert not callable(implementation)  # `make_plan` has looked
+    pattern: Any = plan.pattern
+    how: Any = dict(implementation=implementation, target=plan.target)
     turned = lambda x, rope: rotate(x.astype(jnp.float32), *rope).astype(x.dtype)  # noqa: E731
     if rope is not None:
         q, k = turned(q, rope), turned(k, rope)
     if past is None:
-        how: Any = dict(implementation=implementation, target=plan.target)
+        if pattern.near is not None:
+            return pattern.attend_near(q, k, v, state.visible, plan.grid, **how)
         return kernels.block_causal_attention(q, k, v, state.visible, **how)
     old_k, old_v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in past)  # [B,frames,V,N,K] -> [B,S,N,K]
     if state.rope is not None:
         old_k = turned(old_k, state.rope)
     # The past behind the chunk: of its slots the first are filled, so that one length says which count.
     k, v = jnp.concatenate([k, old_k], axis=1), jnp.concatenate([v, old_v], axis=1)  # [B,L+S,N,K]
+    if pattern.near is not None:
+        return pattern.attend_near(q, k, v, state.visible, plan.grid, **how)
     length = q.shape[1] + state.length
     return kernels.attention(q, k, v, kv_length=length, implementation=_dense(implementation), target=plan.target)
 

@@ -92,7 +92,8 @@ class Past(NamedTuple):
 
     length: int32 [], how many of its tokens there are; None: there is no past to read.
     rope: the rotation [S,K/2] of each of them, where their keys are not rotated yet.
-    visible: bool [T,T], which frames see which, where there is no past to read.
+    visible: bool [T,T], which frames see which, where there is no past to read; for a pattern with tiles, with a past
+      or without, which of these in time (`BlockCausal.tiles_seen`).
     """
 
     length: Array | None
