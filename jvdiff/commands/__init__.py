@@ -17,6 +17,7 @@ __all__ = [
     "stream",
     "train",
     "verify",
+    "windows",
 ]
 
 __getattr__ = attach(__name__, __all__)

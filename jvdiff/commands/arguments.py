@@ -36,6 +36,8 @@ WORDS = {
     "sample_shift": "shift",
     "scheduler": "solver",
     "sample_solver": "solver",
+    "skip_time_steps": "dense_steps",
+    "vsa_dense_first_n_steps": "dense_steps",
     "n_prompt": "negative_prompt",
     "frame_num": "num_frames",
     "frames": "num_frames",

@@ -27,6 +27,7 @@ from jvdiff.sharding import MeshShape
 
 MAX_SEEDS = 10_000
 WEIGHTS = "checkpoint_digest"  # the fact that names the weights
+PATTERN = "pattern_sha256"  # and that of a file with the pattern, where it has one
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -248,6 +249,7 @@ def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], r
     try:
         settings = {name: saved[name] for name in options.names(family.settings) if name in saved}
         clip = family.clip(repository.models, repository.settings(**settings, fps=config.get("fps")))
+        run_state.check_same(saved, {name: value for name, value in clip.facts().items() if name == PATTERN}, folder)
         image = _picture(config, *clip.frames[1:])
         if image is not None or "image" in saved:
             digest = None if image is None else hashlib.sha256(image.tobytes()).hexdigest()
@@ -273,6 +275,13 @@ def check_attention(job: Job, context: Context) -> None:
         attention(context, job.clip, job.inputs)
     except NotImplementedError as error:
         raise UsageError(f"{error}.\nLeave --attention out to take the best that can.") from None
+
+
+def tell_tables(jobs: Sequence[Job], repository: Repository) -> None:
+    """Says of every pattern that it was found with other weights, if so; reads all, unless they are loaded."""
+    for pattern in dict.fromkeys(segment.pattern for job in jobs for segment in job.clip.segments):
+        if (of := pattern.recorded_of) not in (None, repository.digest):
+            say(f"notice: {pattern} was recorded of other weights ({of:.12}); it is taken all the same.")
 
 
 def attention(context: Context, clip: Clip, inputs: Any) -> list[Mapping[str, str]]:

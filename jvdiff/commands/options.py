@@ -142,6 +142,17 @@ STREAM = (StreamContent, StreamModel, StreamOutput)
 
 
 @dataclass(frozen=True)
+class Windows:
+    """the table"""
+
+    table: str = option("windows.json", "the file to write", path=True)
+    tile: str = option("6x8x8", "tokens of a tile: frames x height x width")
+    candidates: str | None = option(None, "windows in tiles to choose among, of about the same size: 3x3x3,1x5x7,3x1x9")
+    mask_strategy: str | None = option(None, "a file of FastVideo's to make the table of, without a model", path=True)
+    canvas: str | None = option(None, "with mask_strategy: tokens of its video, as 18x48x80")
+
+
+@dataclass(frozen=True)
 class Convert:
     """what to convert"""
 

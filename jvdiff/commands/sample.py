@@ -188,6 +188,7 @@ def _run(request: Request) -> list[Path]:
             with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_video.stage("load"):
                 pipe = pipeline.load(repository, dtypes.name, mesh, vae_decode=dtypes.vae_decode)
             peers.agree("of which weights", repository.digest)
+            jobs.tell_tables(wanted, repository)
             if config.resume is not None:
                 run_state.check_same(state.facts, jobs.weights(repository), config.resume)
         again = None if batch is None else request.command(stop_at=request.unset("stop_at"))

@@ -63,16 +63,20 @@ def choose_windows(losses: np.ndarray, candidates: tuple[Grid, ...], full: Grid,
       candidates: C windows in tiles.
       full: the window of full attention, used in the first `skip` timesteps.
     """
-    if losses.ndim != 5 or losses.shape[1] != len(candidates) or not np.isfinite(losses).all():
-        raise ValueError(
-            f"choose_windows: losses must be finite [prompts,{len(candidates)},timesteps,layers,heads], one entry for "
-            f"each candidate, not {list(losses.shape)}"
-        )
-    best = np.argmin(losses.mean(axis=0), axis=0)
     return tuple(
         tuple(tuple(full if t < skip else candidates[c] for c in heads) for heads in layers)
-        for t, layers in enumerate(best)
+        for t, layers in enumerate(best(losses, len(candidates)))
     )
+
+
+def best(losses: np.ndarray, count: int) -> np.ndarray:
+    """int [timesteps,layers,heads]: the number of that candidate, of `count`; losses as in `choose_windows`."""
+    if losses.ndim != 5 or losses.shape[1] != count or not np.isfinite(losses).all():
+        raise ValueError(
+            f"choose_windows: losses must be finite [prompts,{count},timesteps,layers,heads], one entry for each "
+            f"candidate, not {list(losses.shape)}"
+        )
+    return np.argmin(losses.mean(axis=0), axis=0)
 
 
 def sparsity(table: Table, full: Grid) -> float:

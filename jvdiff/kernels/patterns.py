@@ -8,21 +8,30 @@ of `jvdiff.kernels`. `read` makes one of text, and `str` gives the text back:
     dense
     sliding_tile:6x8x8:3x3x3    tile in tokens, window in tiles, time first; or a window for each head, with commas
     video_sparse:4x4x4:0.9      tile in tokens, and the share of tiles that a tile does not see
+    windows:FILE                tile and windows of each timestep, layer and head, in a file (`windows`)
 """
 
 import logging
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jvdiff.errors import UsageError
-from jvdiff.kernels import block_sparse, dense, layout, tiles
-from jvdiff.kernels.block_causal import block_causal_attention, block_causal_blocks, visible
+from jvdiff.kernels import block_sparse, dense, layout, tiles, windows
+from jvdiff.kernels.block_causal import (
+    block_causal_attention,
+    block_causal_blocks,
+    causal_tile_attention,
+    near,
+    visible,
+)
 from jvdiff.kernels.sliding_tile import Windows, sliding_tile_attention, window_lists
 from jvdiff.kernels.tiles import Grid
 from jvdiff.kernels.video_sparse import video_sparse_attention
@@ -39,12 +48,16 @@ class Pattern:
     raster: whether the tokens stay in raster order; otherwise `ordered` and its inverse move them, once each.
     ring: whether keys may go round a ring of devices; if not, devices exchange heads.
     gated: whether a gate for each token and channel is used, where the model has one.
+    sha256: of the file that it is read from, where it is.
+    recorded_of: the digest of the checkpoint that it was found with, where it is one's.
     example: the text of one, with what its numbers mean; None: there is no text for it.
     """
 
     raster = True
     ring = False
     gated = False
+    sha256: str | None = None
+    recorded_of: str | None = None
     example: str | None = None
 
     def attend(
@@ -63,8 +76,17 @@ class Pattern:
 
         gate: [B,L,N,K], or None. first_head: int32 [], where the heads of q are those from this one on. implementation:
         one of `implementations`; None takes the best. target: what the program is made for; None: the devices at hand.
+        A pattern with `of_layers` also gets a layer's share of it, as `chosen`.
         """
         raise NotImplementedError
+
+    def of_layers(self, timestep: Any, layers: int, heads: int) -> Any:
+        """Arrays [layers,B,...] that tell the layers apart at timestep [B,1]; None: nothing does."""
+        return None
+
+    def full(self, gated: bool) -> "Pattern":
+        """The pattern that leaves nothing out, for a model with a gate or without."""
+        return Dense()
 
     def choose(
         self,
@@ -110,8 +132,8 @@ class Pattern:
         """The pattern that a text says, or None; unchecked."""
         return None
 
-    def check(self, heads: int | None) -> None:
-        """Raises UsageError for numbers that no model with `heads` heads can use."""
+    def check(self, heads: int | None, layers: int | None = None) -> None:
+        """Raises UsageError for numbers that no model with so many heads and layers can use; None: any number."""
 
 
 @dataclass(frozen=True)
@@ -165,10 +187,14 @@ class _Tiled(Pattern):
         sizes = tiles.variable_block_sizes(grid, self.tile)
         parts = block_sparse.IMPLEMENTATIONS[name].parts(q, block, target or here())
         queries, keys = (-(-sizes // part) * part for part in parts)  # [tiles]
-        return float(np.sum(queries * self._seen(grid, keys)) / sizes.sum() ** 2)
+        seen = self._seen(grid, keys, name in ("xla", "reference"))  # which do not look at how long a list is
+        return float(np.sum(queries * seen) / sizes.sum() ** 2)
 
-    def _seen(self, grid: Grid, keys: np.ndarray) -> np.ndarray:
-        """[tiles]: how many keys a query of each tile sees, in the mean of all heads; keys [tiles], of each tile."""
+    def _seen(self, grid: Grid, keys: np.ndarray, widest: bool) -> np.ndarray:
+        """[tiles]: how many keys a query of each tile sees, in the mean of all heads; keys [tiles], of each tile.
+
+        widest: each head as many as the one with the widest window.
+        """
         raise NotImplementedError
 
     def _tell(self, q, grid, implementation, target) -> None:
@@ -184,7 +210,7 @@ class _Tiled(Pattern):
     def unordered(self, x, grid):
         return layout.raster_order(x, grid, self.tile)
 
-    def check(self, heads: int | None) -> None:
+    def check(self, heads: int | None, layers: int | None = None) -> None:
         _at_most("the number of tokens in a tile of pattern", math.prod(self.tile), 1, TILE_TOKENS)
 
 
@@ -213,16 +239,14 @@ class SlidingTile(_Tiled):
             return cls(_sizes(match[1]), windows if len(windows) > 1 else windows[0])
         return None
 
-    def check(self, heads: int | None) -> None:
+    def check(self, heads: int | None, layers: int | None = None) -> None:
         windows = self._windows
         if heads is not None and len(windows) not in (1, heads):
             raise UsageError(f"pattern has {len(windows)} windows; expected one, or one for each of the {heads} heads.")
-        super().check(heads)
+        super().check(heads, layers)
 
-    def _seen(self, grid: Grid, keys: np.ndarray) -> np.ndarray:
-        q2k, count = window_lists(tiles.counts(grid, self.tile), self._windows)
-        listed = np.arange(q2k.shape[-1]) < count[..., None]  # [1,windows,tiles,M]
-        return (keys[q2k] * listed).sum(axis=-1).mean(axis=(0, 1))
+    def _seen(self, grid: Grid, keys: np.ndarray, widest: bool) -> np.ndarray:
+        return _seen_of(self._windows, tiles.counts(grid, self.tile), keys, widest).mean(axis=0)
 
     @property
     def _windows(self) -> tuple[Grid, ...]:
@@ -231,6 +255,103 @@ class SlidingTile(_Tiled):
 
     def __str__(self) -> str:
         return f"sliding_tile:{_text(self.tile)}:{','.join(map(_text, self._windows))}"
+
+
+@dataclass(frozen=True)
+class WindowTable(_Tiled):
+    """Sliding tile attention with a window for each timestep, layer and head, as a file says (`kernels.windows`).
+
+    One program serves all steps: which windows hold is looked up by the timestep, and which tiles a head sees are
+    numbers that its layer is given. Two of them are equal if their files are, and their timesteps.
+
+    file: its path, as it was given.
+    digest: its sha256.
+    table: its content; timesteps: of its rows, where the file or a sampler says them.
+    """
+
+    file: str
+    digest: str
+    timesteps: tuple[float, ...] | None = field(repr=False)
+    table: windows.Windows = field(compare=False, repr=False)
+    example = "'windows:FILE' (a file of windows)"
+
+    @property
+    def tile(self) -> Grid:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.table.tile
+
+    @property
+    def sha256(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.digest
+
+    @property
+    def recorded_of(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.table.recorded.get("checkpoint_digest")
+
+    def attend(self, q, k, v, gate, *, grid, first_head=None, chosen: Any = None, implementation=None, target=None):
+        self._check_grid(grid)
+        if first_head is not None:  # of the heads of all devices those that are here; padding takes the last one's
+            own = jnp.minimum(first_head + np.arange(q.shape[2], dtype=np.int32), chosen.shape[1] - 1)
+            chosen = chosen[:, own]
+        common: Any = dict(grid=grid, tile=self.tile, tiled=True, implementation=implementation, target=target)
+        out = sliding_tile_attention(q, k, v, window=self.table.choices, chosen=chosen, **common)
+        self._tell(q, grid, implementation, target)
+        return out
+
+    def of_layers(self, timestep: Any, layers: int, heads: int) -> jax.Array:
+        """int32 [layers,B,heads]: the number of each head's window at timestep [B,1]."""
+        self.check(heads, layers)
+        if self.timesteps is None:
+            raise UsageError(
+                f"pattern {self} has a row for each step of a sampler, and no timesteps; make it one of a sampler's "
+                "steps first, with `at`."
+            )
+        row = jnp.sum(timestep < windows.bounds(self.timesteps)[None], axis=1)  # [B]
+        return jnp.moveaxis(jnp.asarray(self.table.table)[row], 0, 1)  # [B,layers,N]
+
+    def at(self, timesteps: Sequence[float], grid: Grid) -> Self:
+        """The same for a sampler's steps and a grid of tokens; UsageError where it is for others."""
+        self._check_grid(grid)
+        if self.timesteps is not None:
+            return self
+        each = tuple(map(float, timesteps))
+        if len(each) != len(self.table.table) or not windows.falling(each):
+            raise UsageError(
+                f"pattern {self} has rows for {len(self.table.table)} steps, and there are {len(each)}; expected as "
+                "many, of falling timesteps, or a table that names the timestep of each row."
+            )
+        return replace(self, timesteps=each)
+
+    def check(self, heads: int | None, layers: int | None = None) -> None:
+        _, *found = self.table.table.shape
+        expected = [n if wanted is None else wanted for n, wanted in zip(found, (layers, heads), strict=True)]
+        if found != expected:
+            raise UsageError(
+                f"pattern {self} is for {found[0]} layers of {found[1]} heads, and the model has {expected[0]} of "
+                f"{expected[1]}: it was recorded of another model."
+            )
+        super().check(heads, layers)
+
+    def _check_grid(self, grid: Grid) -> None:
+        if tuple(grid) != self.table.canvas:
+            raise UsageError(
+                f"pattern {self} is for {_text(self.table.canvas)} tokens, and the video has {_text(grid)}; expected "
+                "another size of the video, or a table that was recorded at this one."
+            )
+
+    def _seen(self, grid: Grid, keys: np.ndarray, widest: bool) -> np.ndarray:
+        seen = _seen_of(self.table.choices, tiles.counts(grid, self.tile), keys, widest)
+        return np.average(seen, axis=0, weights=np.bincount(self.table.table.ravel(), minlength=len(seen)))
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        if not text.startswith("windows:"):
+            return None
+        file = text.removeprefix("windows:")
+        table, digest = windows.read(file)
+        return cls(file, digest, table.timesteps, table)
+
+    def __str__(self) -> str:
+        return f"windows:{self.file}"
 
 
 @dataclass(frozen=True)
@@ -252,7 +373,10 @@ class VideoSparse(_Tiled):
         self._tell(q, grid, implementation, target)
         return out
 
-    def _seen(self, grid: Grid, keys: np.ndarray) -> np.ndarray:
+    def full(self, gated: bool) -> Pattern:
+        return VideoSparse(self.tile, 0.0) if gated else Dense()  # its coarse branch stays
+
+    def _seen(self, grid: Grid, keys: np.ndarray, widest: bool) -> np.ndarray:
         return np.full(keys.size, tiles.top_k_count(self.sparsity, keys.size) * keys.mean())  # whichever they are
 
     @classmethod
@@ -260,9 +384,9 @@ class VideoSparse(_Tiled):
         match = re.fullmatch(rf"video_sparse:({_THREE}):(0|1|[01]?\.[0-9]+)", text)
         return match and cls(_sizes(match[1]), float(match[2]))
 
-    def check(self, heads: int | None) -> None:
+    def check(self, heads: int | None, layers: int | None = None) -> None:
         _at_most("the sparsity of pattern", self.sparsity, 0, 1)
-        super().check(heads)
+        super().check(heads, layers)
 
     def __str__(self) -> str:
         return f"video_sparse:{_text(self.tile)}:{np.format_float_positional(self.sparsity, trim='-')}"
@@ -277,12 +401,15 @@ class BlockCausal(Pattern):
     sink: how many of the video's first frames stay visible for ever.
     teacher_forcing: the frames are two copies of a video, one clean and one noisy. The noisy copy of a chunk sees
         itself, and of all others the clean copy, which is what it sees when a video is made chunk by chunk.
+    near: of what a chunk sees, a tile sees the window of tiles around its own, and of the sink those there, however
+        long ago it is. In time the window is cut off where the past, or the chunk, ends. None: all of it.
     """
 
     chunk: int = 3
     window: int | None = None
     sink: int = 0
     teacher_forcing: bool = False
+    near: SlidingTile | None = None
 
     def __post_init__(self):
         window = self.chunk if self.window is None else self.window
@@ -292,12 +419,47 @@ class BlockCausal(Pattern):
                 f"{self}: expected whole numbers, chunk from 1, sink from 0, and a window of at least one chunk, which "
                 "counts as a part of it."
             )
+        if self.near is not None:
+            self._check_near(self.near)
+
+    def _check_near(self, near: SlidingTile) -> None:
+        near.check(None)
+        a, kept = near.tile[0], (self.chunk, self.sink, 0 if self.window is None else self.window)
+        if len(near._windows) > 1:
+            raise UsageError(
+                f"pattern {near}: a causal model takes one window for all heads, not {len(near._windows)}."
+            )
+        if any(n % a for n in kept):
+            raise UsageError(
+                f"pattern {near}: its tiles have {a} frames, which do not divide the chunk of {self.chunk}, the window "
+                f"of {self.window} and the sink of {self.sink}; expected a divisor of these."
+            )
 
     def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
-        seen = self.visible(grid[0])
-        return block_causal_attention(q, k, v, seen, implementation=implementation, target=target)
+        seen, how = self.visible(grid[0]), dict(implementation=implementation, target=target)
+        if self.near is None:
+            return block_causal_attention(q, k, v, seen, **how)
+        frames = self.frames(grid[0])
+        return self.attend_near(q, k, v, self.tiles_seen(seen, frames, frames), grid, **how)
+
+    def attend_near(self, q: Any, k: Any, v: Any, seen: Any, grid: Grid, **how: Any) -> jax.Array:
+        """Attention of q [B,T*H*W,N,K] to frames k, v [B,S*H*W,N,K], of which tiles see each other as `tiles_seen` has
+        it; grid (T,H,W)."""
+        assert self.near is not None
+        (window,), tile = self.near._windows, self.near.tile
+        most = None if isinstance(seen, np.ndarray) else (self.chunk + self.sink) // tile[0] + window[0] // 2
+        return causal_tile_attention(q, k, v, seen, frame=grid[1:], tile=tile, window=window, most=most, **how)
+
+    def tiles_seen(self, seen: Any, queries: Any, keys: Any) -> Any:
+        """bool [T/a,S/a]: which tiles in time see which, where frames `queries` int32 [T] of a video see frames `keys`
+        int32 [S] as `seen` bool [T,S] has it; numpy or traced. Frames of a tile stand together."""
+        assert self.near is not None
+        (window,), a = self.near._windows, self.near.tile[0]
+        return seen[::a, ::a] & near(queries[::a] // a, keys[::a] // a, window[0], self.sink // a)
 
     def choose(self, q, grid, *, lse=False, implementation=None, target=None):
+        if self.near is not None:
+            return self.near.choose(q, grid, implementation=implementation, target=target)
         count, tokens = block_causal_blocks(self.visible(grid[0]), q.shape[1])
         return layout.choose(q, count, tokens, implementation, target)[0]
 
@@ -331,21 +493,29 @@ class BlockCausal(Pattern):
         return seen
 
 
-PATTERNS: tuple[type[Pattern], ...] = (Dense, SlidingTile, VideoSparse, BlockCausal)
+PATTERNS: tuple[type[Pattern], ...] = (Dense, SlidingTile, VideoSparse, WindowTable, BlockCausal)
 
 
-def read(text: str, heads: int | None = None) -> Pattern:
-    """The pattern that a text (above) says, for a model with `heads` heads; `str` is its inverse.
+def read(text: str, heads: int | None = None, layers: int | None = None) -> Pattern:
+    """The pattern that a text (above) says, for a model of so many heads and layers; `str` is its inverse.
 
     Raises:
         UsageError: anything else.
+        CheckpointError: a file that is no table of windows.
     """
     pattern = next((found for kind in PATTERNS if (found := kind.parse(text)) is not None), None)
     if pattern is None:
         *first, last = (kind.example for kind in PATTERNS if kind.example)
         raise UsageError(f"pattern is {text!r:.80}; expected {', '.join(first)} or {last}.")
-    pattern.check(heads)
+    pattern.check(heads, layers)
     return pattern
+
+
+def _seen_of(every: Sequence[Grid], counts: Grid, keys: np.ndarray, widest: bool) -> np.ndarray:
+    """[windows,tiles]: how many keys a query of each tile sees in each window; see `_Tiled._seen`."""
+    q2k, count = window_lists(counts, tuple(every))
+    listed = widest | (np.arange(q2k.shape[-1]) < count[..., None])  # [1,windows,tiles,M]
+    return (keys[q2k] * listed).sum(axis=-1)[0]
 
 
 @cache

@@ -34,6 +34,7 @@ def sliding_tile_attention(
     return_lse: bool = False,
     tiled: bool = False,
     first_head: Any = None,
+    chosen: Any = None,
     implementation: str | None = None,
     target: Target | None = None,
 ) -> Any:
@@ -55,6 +56,7 @@ def sliding_tile_attention(
       first_head: where there is a window for each of more heads than N, the heads of q are those from this one on
         (int32 [], may be traced; where they are shared among devices). Heads beyond the last window have none of their
         own, and take the last one's.
+      chosen: int32 [B or 1,N], may be traced: which of the windows, of which there are any number, each head has.
       implementation: of `block_sparse_attention`; None takes the best.
       target: what the program is made for; None: the devices at hand.
 
@@ -77,7 +79,8 @@ def sliding_tile_attention(
     if causal and slots:
         raise ValueError("sliding_tile_attention: causal does not go with text slots: text sees the whole video")
     k, v = layout.grouped(k, q.shape[2]), layout.grouped(v, q.shape[2])
-    q2k, count = window_lists(counts, check_windows(window, q.shape[2] if first_head is None else None), causal)
+    own = q.shape[2] if first_head is None and chosen is None else None
+    q2k, count = window_lists(counts, check_windows(window, own), causal)
 
     n = int(np.prod(counts))
     name, block = layout.choose(q, n, int(np.prod(tile)), implementation, target)
@@ -94,6 +97,8 @@ def sliding_tile_attention(
     if first_head is not None and q2k.shape[1] > 1:
         heads = jnp.minimum(first_head + np.arange(q.shape[2], dtype=np.int32), q2k.shape[1] - 1)
         q2k, count = jnp.asarray(q2k)[:, heads], jnp.asarray(count)[:, heads]  # rows of the N heads that are here
+    if chosen is not None:
+        q2k, count = (jnp.take(x[0], chosen, axis=0, mode="clip") for x in (q2k, count))  # [B or 1,N,tiles,...]
     out, lse = blocks.attend(q, k, v, q2k, count, sizes, start=0, end=n, scale=scale)
     if slots:
         everything = layout.everything(texts, sizes)

@@ -157,7 +157,9 @@ class Clip:
     def facts(self) -> dict[str, Any]:
         """What of the settings decides the numbers, as JSON values: for the record and for saved states."""
         values = {name: value for name, value in dataclasses.asdict(self.settings).items() if name != "fps"}
-        return {name: _told(value) if callable(value) else value for name, value in values.items()}
+        told = {name: _told(value) if callable(value) else value for name, value in values.items()}
+        files = {segment.pattern.sha256 for segment in self.segments} - {None}
+        return told | ({"pattern_sha256": files.pop()} if files else {})
 
 
 def _told(function: Any) -> str:
@@ -255,6 +257,8 @@ class Family:
         the one that was asked for cannot compute the clip, or not on this machine
     describe: (models, one subject) -> what the record says of it; `facts` of them decide the numbers
     facts: names in `describe` that say which clip it is; the first is the subject, as `check_subject` takes it
+    window_losses: (models, part, forward, tile, candidate windows) -> (weights, x, t, condition) -> (velocity, how far
+        each window is from dense attention, float32 [layers,candidates,heads]); None: it has no patterns of tiles
     published: what can be planned without a download: name of a published repository -> its models
     at_once: whether it makes a clip at once, rather than chunk by chunk (`jvdiff.models.rollout`)
     """
@@ -281,6 +285,7 @@ class Family:
     finish: Callable[[Clip, Any, tuple[Any, Any], Array], Array] = lambda clip, inputs, conditions, latents: latents
     facts: tuple[str, ...] = ("prompt",)
     takes: tuple[str, ...] = ()
+    window_losses: Callable[..., Callable[[Params, Array, Array, Any], tuple[Array, Array]]] | None = None
     published: Mapping[str, Models] = dataclasses.field(default_factory=dict)
     at_once: bool = True
 
@@ -301,7 +306,8 @@ class Rollout:
     config: (name, models) -> StreamInferencePipelineConfig that a repository asks for
     dtype_of: weights of the transformer -> dtype of its keys and values
     span: (latent frames of a chunk, of the window, of the sink, whether positions are relative) -> how much of a video
-        a chunk sees, with `chunk`, `slots` (frames that are kept) and `pattern`
+        a chunk sees, with `chunk`, `slots` (frames that are kept) and `pattern`; the text of a pattern of these tokens
+        comes last, unless it is dense
     encode_texts: (configuration, weights, tokenizer, texts, placement) -> rows [B,S,D], zeros beyond each text's end
     token_counts: (tokenizer, texts) -> tokens of each text
     text_keys: (weights, configuration, rows [B,S,D], placement=) -> keys and values of the text, [layers,B,S,...]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -296,10 +296,17 @@ def _step(
     mode = None
     if segment.guidance != 1:
         mode = "batched" if clip.batched(clips, placement and placement.shape) else "sequential"
-    name = "denoise" if len(clip.segments) == 1 else f"denoise {segment.part}"
-    target = context.forward(clip, segment).target
-    stage = Stage(name, segment.part, _denoise_program(network, solver.advance, mode, target))
+    program = _denoise_program(network, solver.advance, mode, context.forward(clip, segment).target)
+    stage = Stage(_name_of(segment, clip.segments), segment.part, program)
     return functools.partial(run, stage, condition, other if mode else None, segment.guidance)
+
+
+def _name_of(segment: Segment, every: Sequence[Segment]) -> str:
+    """What the program of a segment is called: by its part, or by its steps where a part has several."""
+    if len(every) == 1:
+        return "denoise"
+    shared = sum(other.part == segment.part for other in every) > 1
+    return f"denoise {segment.start + 1}-{segment.stop}" if shared else f"denoise {segment.part}"
 
 
 @functools.lru_cache(maxsize=16)  # jit compiles once for each function object

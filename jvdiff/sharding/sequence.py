@@ -22,22 +22,31 @@ from jvdiff.sharding.placement import Split
 from jvdiff.types import Array
 
 # (q, k, v, gate, first head) -> out, all [B,L,n,K]; the gate may be None. The n heads are those from `first head` on.
-Local = Callable[[Array, Array, Array, Array | None, Any], Array]
+# Where there are numbers of all heads, they come last.
+Local = Callable[..., Array]
 
 
 def self_attention(
-    local: Local, split: Split, q: Array, k: Array, v: Array, gate: Array | None, implementation: str | None = None
+    local: Local,
+    split: Split,
+    q: Array,
+    k: Array,
+    v: Array,
+    gate: Array | None,
+    implementation: str | None = None,
+    numbers: Array | None = None,
 ) -> Array:
     """`local` over whole sequences, for operands [B,L,N,K] divided as `split` says, L padded; the result likewise.
 
     Where `split` has a ring, dense attention (`implementation` of `jvdiff.kernels.attention`) takes the place of
     `local`. Heads that U does not divide are padded. At most four all-to-alls: a gate travels with the values.
+    numbers: int32 [B,N] of all heads, which every device of a clip has.
     """
     whole = P(split.batch, split.ring + split.heads, split.tensor)
-    operands = (q, k, v) if gate is None else (q, k, v, gate)
     body = partial(_exchanged, local, split, implementation)
-    run = jax.shard_map(body, mesh=split.mesh, in_specs=(whole,) * len(operands), out_specs=whole, check_vma=False)
-    return run(*operands)
+    specs = (whole, whole, whole, whole, P(split.batch))  # None has no leaf that would need one
+    run = jax.shard_map(body, mesh=split.mesh, in_specs=specs, out_specs=whole, check_vma=False)
+    return run(q, k, v, gate, numbers)
 
 
 def cross_attention(local: Callable[[Array, Array, Array], Array], split: Split, q: Array, k: Array, v: Array) -> Array:
@@ -104,7 +113,14 @@ def _exchanged_past(local: Any, split: Split, q: Array, k: Array, v: Array, past
 
 
 def _exchanged(
-    local: Local, split: Split, implementation: str | None, q: Array, k: Array, v: Array, *gate: Array
+    local: Local,
+    split: Split,
+    implementation: str | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    gate: Array | None,
+    numbers: Array | None,
 ) -> Array:
     """On each device: [B,L/(R U),n,K] -> the same."""
     tokens, U = split.tokens, split.devices(split.heads)
@@ -118,11 +134,12 @@ def _exchanged(
         x = jnp.pad(x, ((0, 0), (0, 0), (0, share * U - heads), (0, 0)))  # n a multiple of U
         return lax.all_to_all(x, split.heads, split_axis=2, concat_axis=1, tiled=True)  # [B,L/R,n/U,K]
 
-    values = scatter_heads(jnp.concatenate([v, *gate], axis=-1) if gate else v)  # [B,L/R,n/U,K or 2K]
+    values = scatter_heads(v if gate is None else jnp.concatenate([v, gate], axis=-1))  # [B,L/R,n/U,K or 2K]
     q, k, length = scatter_heads(q), scatter_heads(k), values.shape[1]
     if not split.ring:
-        gates = values[:, :tokens, :, K:] if gate else None
-        out = local(q[:, :tokens], k[:, :tokens], values[:, :tokens, :, :K], gates, first)
+        gates = None if gate is None else values[:, :tokens, :, K:]
+        more = () if numbers is None else (numbers,)
+        out = local(q[:, :tokens], k[:, :tokens], values[:, :tokens, :, :K], gates, first, *more)
         out = jnp.pad(out, ((0, 0), (0, length - tokens), (0, 0), (0, 0)))  # [B,L,n/U,K], L padded
     else:
         out = _ring(q, k, values, split, implementation)

@@ -157,6 +157,8 @@ class TransformerConfig:
     first_guidance_scale: that of the first chunk, where it differs: that chunk has no past to say what things look
         like. What guidance exaggerates is the next chunk's past, so that a strong one makes a long video drift
     attention: an implementation of `jvdiff.kernels.attention`; None: the best
+    pattern: which of the tokens that a chunk sees each of its own sees: dense, or sliding_tile:3x8x8:13x3x3 (tile in
+        tokens, window in tiles, time first). Tiles must divide len_t, window_size_t and sink_size_t
     """
 
     network: Any
@@ -172,6 +174,7 @@ class TransformerConfig:
     guidance_scale: float = 1.0
     first_guidance_scale: float | None = None
     attention: str | None = None
+    pattern: str = "dense"
     setup = bind
 
     def __str__(self) -> str:
@@ -212,7 +215,8 @@ class TransformerConfig:
     def span(self) -> Any:
         """How much of a video a chunk sees."""
         span = models.rollout(self.network).span
-        return span(self.len_t, self.window_size_t, self.sink_size_t, not self.apply_rope_before_kvcache)
+        sparse = () if self.pattern == "dense" else (self.pattern,)
+        return span(self.len_t, self.window_size_t, self.sink_size_t, not self.apply_rope_before_kvcache, *sparse)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -418,4 +422,6 @@ class StreamInferencePipelineConfig:
         """Names what a cache must agree with: all but the name, the default seed and whether time is taken."""
         same = to_json(self) | {"name": "", "enable_sync_and_profile": False}
         same["diffusion_model"]["seed"] = 0
+        if same["diffusion_model"]["transformer"].get("pattern") == "dense":  # of versions that had no other
+            del same["diffusion_model"]["transformer"]["pattern"]
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]

@@ -3,14 +3,18 @@
 B batch · L tokens · T frames · N heads · K head dim.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jvdiff.errors import UsageError
-from jvdiff.kernels import BlockCausal, block_causal_attention
+from jvdiff.kernels import BlockCausal, SlidingTile, block_causal_attention
 from jvdiff.kernels.block_causal import visible
+
+slower = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="more of the same, for make kernels")
 
 
 def operands(frames, tokens, seed=0):
@@ -20,7 +24,7 @@ def operands(frames, tokens, seed=0):
 
 def dense(mask, q, k, v, dout):
     """The attention and its three gradients in float64; rows that see nothing give 0."""
-    tokens = q.shape[1] // len(mask)
+    tokens = q.shape[1] // len(mask)  # 1 for a mask of tokens
     seen = np.repeat(np.repeat(mask, tokens, 0), tokens, 1)
     q, k, v, dout = (x.astype(np.float64) for x in (q, k, v, dout))
     scale = q.shape[-1] ** -0.5
@@ -114,3 +118,63 @@ def test_what_does_not_fit_is_told():
         block_causal_attention(q, q, q, np.ones((5, 5), bool))
     with pytest.raises(ValueError, match=r"k is float32\[1, 6, 1, 8\] beside q"):
         block_causal_attention(q, q[:, :6], q, np.ones((3, 3), bool))
+
+
+def by_tiles(pattern, count, frame):
+    """bool [L,L] from the definition, token by token: what chunks see, and of that the sink and the tiles nearby."""
+    place = np.stack(np.meshgrid(pattern.frames(count), *map(np.arange, frame), indexing="ij"), -1).reshape(-1, 3)
+    seen = np.repeat(np.repeat(pattern.visible(count), np.prod(frame), 0), np.prod(frame), 1)
+    (wt, *window), (a, *tile) = pattern.near.window, pattern.near.tile
+    time = place[:, 0] // a
+    seen &= (abs(time[:, None] - time) <= wt // 2) | (place[:, 0] < pattern.sink)
+    for axis, n, size, w in zip((1, 2), frame, tile, window, strict=True):
+        own, tiles = place[:, axis] // size, -(-n // size)
+        width = min(2 * (w // 2) + 1, tiles)
+        first = np.clip(own - w // 2, 0, tiles - width)[:, None]
+        seen &= (first <= own) & (own < first + width)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("pattern", "frames", "frame"),
+    [
+        (BlockCausal(2, 6, 2, near=SlidingTile((2, 2, 3), (3, 1, 3))), 12, (3, 7)),
+        pytest.param(BlockCausal(3, None, near=SlidingTile((1, 2, 2), (5, 3, 1))), 6, (5, 4), marks=slower),
+        pytest.param(
+            BlockCausal(2, 4, 2, teacher_forcing=True, near=SlidingTile((2, 3, 2), (3, 1, 1))), 8, (4, 5), marks=slower
+        ),
+    ],
+    ids=["sink", "all of the past", "two copies"],
+)
+@pytest.mark.parametrize("traced", [False, True])
+def test_tiles_nearby_against_a_dense_mask(pattern, frames, frame, traced):
+    given, grid = operands(frames, int(np.prod(frame))), (frames, *frame)
+    mask = by_tiles(pattern, frames, frame)
+    assert not mask.all(axis=1).any() and mask.any(axis=1).all()
+
+    def attend(seen, q, k, v):
+        if not traced:
+            return pattern.attend(q, k, v, None, grid=grid)
+        numbers = jnp.asarray(pattern.frames(frames))
+        return pattern.attend_near(q, k, v, pattern.tiles_seen(seen, numbers, numbers), grid)
+
+    @jax.jit
+    def run(q, k, v, dout, seen):
+        out, back = jax.vjp(functools.partial(attend, seen), q, k, v)
+        return out, *back(dout)
+
+    for ours, want in zip(run(*given, jnp.asarray(pattern.visible(frames))), dense(mask, *given), strict=True):
+        np.testing.assert_allclose(ours, want, atol=3e-6 * np.abs(want).max())
+
+
+def test_tiles_that_a_causal_model_cannot_have():
+    for bad, message in (
+        (
+            dict(chunk=3, near=SlidingTile((2, 2, 2), (1, 1, 1))),
+            "tiles have 2 frames, which do not divide the chunk of 3",
+        ),
+        (dict(chunk=2, sink=1, near=SlidingTile((2, 2, 2), (1, 1, 1))), "and the sink of 1; expected a divisor"),
+        (dict(chunk=2, near=SlidingTile((1, 2, 2), ((1, 1, 1),) * 2)), "takes one window for all heads, not 2"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            BlockCausal(**bad)

@@ -32,8 +32,8 @@ def test_a_text_is_a_pattern_and_a_pattern_is_its_text(text):
     [
         (
             "block_causal:3",
-            "pattern is 'block_causal:3'; expected 'dense', 'sliding_tile:6x8x8:3x3x3' (tile, window) or "
-            "'video_sparse:4x4x4:0.9' (tile, sparsity).",
+            "pattern is 'block_causal:3'; expected 'dense', 'sliding_tile:6x8x8:3x3x3' (tile, window), "
+            "'video_sparse:4x4x4:0.9' (tile, sparsity) or 'windows:FILE' (a file of windows).",
         ),
         (
             "sliding_tile:1x1x1:1x1x1,1x1x1,3x3x3",

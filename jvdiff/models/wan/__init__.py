@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         text_keys,
     )
     from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, WAN_2_1_VAE, DiTConfig, VAEConfig
-    from jvdiff.models.wan.dit import velocity
+    from jvdiff.models.wan.dit import velocity, window_losses
     from jvdiff.models.wan.params import abstract_params, init_params
     from jvdiff.models.wan.plan import mesh_sizes
     from jvdiff.models.wan.vae import (
@@ -65,6 +65,7 @@ __all__ = [
     "remembered",
     "text_keys",
     "velocity",
+    "window_losses",
 ]
 
 __getattr__ = attach(__name__, __all__, ("config", "params", "plan", "attention", "dit", "causal", "vae"))

@@ -19,7 +19,7 @@ from jvdiff.kernels.tiles import Grid
 from jvdiff.models.layers import Linear, RMSNorm
 from jvdiff.models.wan.config import DiTConfig
 from jvdiff.models.wan.layers import rotate
-from jvdiff.models.wan.plan import Attend, Plan, Shared
+from jvdiff.models.wan.plan import Attend, Layer, Plan, Shared
 from jvdiff.runtime.target import Target
 from jvdiff.sharding import sequence
 from jvdiff.types import Array
@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
 
 def attend_video(
-    plan: Plan, shared: Shared, past: tuple[Array, Array] | None, q: Array, k: Array, v: Array, gate: Array | None
+    plan: Plan, shared: Shared, layer: Layer, q: Array, k: Array, v: Array, gate: Array | None
 ) -> tuple[Array, Any]:
     """Self-attention of video tokens [B,L,N,K], in tile order where the pattern has tiles; and what is to be kept."""
     split, implementation = plan.split, plan.implementation
@@ -76,19 +76,24 @@ def attend_video(
         attend = partial(_attend_past, plan)
         common: Any = shared.past, shared.rope if plan.relative else None
         if split is None:
-            return attend(q, k, v, past, common), (k, v) if plan.keep else None
-        out, memory = sequence.cached_attention(attend, split, q, k, v, past, common)
+            return attend(q, k, v, layer.past, common), (k, v) if plan.keep else None
+        out, memory = sequence.cached_attention(attend, split, q, k, v, layer.past, common)
         return out, memory if plan.keep else None
 
-    def local(q: Array, k: Array, v: Array, gate: Array | None, first_head: Any = None) -> Array:
+    def local(q: Array, k: Array, v: Array, gate: Array | None, first_head: Any = None, chosen: Any = None) -> Array:
         if callable(implementation):
             return _attend_by(implementation, q, k, v)
         common: Any = dict(grid=plan.grid, first_head=first_head, implementation=implementation, target=plan.target)
+        common |= {} if chosen is None else {"chosen": chosen}
         return plan.pattern.attend(q, k, v, gate, **common)
 
     if split is None:
-        return local(q, k, v, gate), None
-    return sequence.self_attention(local, split, q, k, v, gate, _dense(implementation)), None
+        out, (tile, candidates) = local(q, k, v, gate, None, layer.chosen), plan.measured or (None, ())
+        if tile is None:
+            return out, None
+        how: Any = dict(grid=plan.grid, tile=tile, candidates=candidates)
+        return out, kernels.mask_search.losses(q, k, v, **how, implementation=None)
+    return sequence.self_attention(local, split, q, k, v, gate, _dense(implementation), layer.chosen), None
 
 
 def _attend_by(attend: Attend, q: Array, k: Array, v: Array) -> Array:
@@ -106,17 +111,22 @@ def _attend_past(plan: Plan, q: Array, k: Array, v: Array, past: tuple[Array, Ar
     """Attention of a chunk's tokens [B,L,N,K] to themselves and to the past; or among themselves, as a matrix says."""
     (state, rope), implementation = common, plan.implementation
     assert not callable(implementation)  # `make_plan` has looked
+    pattern: Any = plan.pattern
+    how: Any = dict(implementation=implementation, target=plan.target)
     turned = lambda x, rope: rotate(x.astype(jnp.float32), *rope).astype(x.dtype)  # noqa: E731
     if rope is not None:
         q, k = turned(q, rope), turned(k, rope)
     if past is None:
-        how: Any = dict(implementation=implementation, target=plan.target)
+        if pattern.near is not None:
+            return pattern.attend_near(q, k, v, state.visible, plan.grid, **how)
         return kernels.block_causal_attention(q, k, v, state.visible, **how)
     old_k, old_v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in past)  # [B,frames,V,N,K] -> [B,S,N,K]
     if state.rope is not None:
         old_k = turned(old_k, state.rope)
     # The past behind the chunk: of its slots the first are filled, so that one length says which count.
     k, v = jnp.concatenate([k, old_k], axis=1), jnp.concatenate([v, old_v], axis=1)  # [B,L+S,N,K]
+    if pattern.near is not None:
+        return pattern.attend_near(q, k, v, state.visible, plan.grid, **how)
     length = q.shape[1] + state.length
     return kernels.attention(q, k, v, kv_length=length, implementation=_dense(implementation), target=plan.target)
 

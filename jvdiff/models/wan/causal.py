@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jvdiff.errors import UsageError
-from jvdiff.kernels import BlockCausal
+from jvdiff.kernels import BlockCausal, SlidingTile
 from jvdiff.kernels.block_causal import visible
 from jvdiff.models.layers import MLP, Linear, RMSNorm, gelu
 from jvdiff.models.wan.config import DiTConfig
@@ -43,12 +43,14 @@ class Span:
     sink: first frames of the video that stay.
     relative: frames are counted from the oldest that is kept, and keys rotated when they are read; otherwise from the
         beginning of the video, and keys are rotated when they are written.
+    near: what of it a tile sees, see `BlockCausal`; None: all.
     """
 
     chunk: int = 3
     window: int = 21
     sink: int = 0
     relative: bool = False
+    near: SlidingTile | None = None
 
     def __post_init__(self):
         if not isinstance(self.window, int):
@@ -58,7 +60,7 @@ class Span:
     @property
     def pattern(self) -> BlockCausal:
         """The same of a whole video."""
-        return BlockCausal(self.chunk, self.window, self.sink)
+        return BlockCausal(self.chunk, self.window, self.sink, near=self.near)
 
     @property
     def ring(self) -> int:
@@ -235,7 +237,7 @@ def reencode(
     shape = (len(history), *history.shape[1:4])
     plan = _plan(cfg, span, shape, text, text_length, implementation, placement, dtype, keep=True)
     places = span.places(past.frames) if span.relative else frames
-    state = Past(length=None, visible=seen)
+    state = Past(length=None, visible=span.pattern.tiles_seen(seen, frames, frames) if span.near else seen)
     layers = Layer(None, text)
     timestep = timestep.reshape(len(timestep), -1)  # [B] -> [B,1]; [B,F] stays
     _, memory = apply(params, cfg, plan, history, timestep, None, frames=places, layers=layers, past=state)
@@ -272,9 +274,21 @@ def _chunk(
     if span.relative:
         rope = rope_tables((span.slots, h, w), cfg.attention_head_dim, span.places(past.frames))
         frames = filled + jnp.arange(span.chunk, dtype=jnp.int32)
-    layers, state = Layer((past.keys, past.values), text), Past(filled * (h * w), rope)
+    layers, state = Layer((past.keys, past.values), text), Past(filled * (h * w), rope, _near(span, past.frames))
     timestep = timestep.reshape(len(timestep), -1)  # [B] -> [B,1]; [B,T] stays
     return apply(params, cfg, plan, latents, timestep, None, frames=frames, layers=layers, past=state)
+
+
+def _near(span: Span, frames: Array) -> Array | None:
+    """bool [chunk/a,(chunk+F)/a]: which tiles in time those of a chunk see of itself and of the slots behind it, after
+    `frames` frames of the video; None: all that there is."""
+    if span.near is None:
+        return None
+    now, held = frames + jnp.arange(span.chunk, dtype=jnp.int32), span.held(frames)
+    filled = jnp.arange(span.slots, dtype=jnp.int32) < span.filled(frames)
+    there = jnp.concatenate([jnp.ones(span.chunk, bool), filled])  # [chunk+F]
+    there = jnp.broadcast_to(there[None], (span.chunk, there.size))
+    return span.pattern.tiles_seen(there, now, jnp.concatenate([now, held]))  # frames of both, [chunk+F]
 
 
 def _check(cfg: DiTConfig, span: Span, latents: Array, timestep: Array, past: KVCache) -> None:

@@ -16,6 +16,7 @@ The forward pass of one chunk of an endless video, which reads what earlier chun
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from flax import traverse_util
 
 from jvdiff.errors import UsageError
 from jvdiff.kernels import Dense, Pattern, VideoSparse
+from jvdiff.kernels.tiles import Grid
 from jvdiff.models.layers import MLP, Linear, gelu, layer_norm, sinusoid
 from jvdiff.models.wan import places
 from jvdiff.models.wan.attention import Attention, attend_text, attend_video
@@ -89,6 +91,28 @@ def velocity(
     frames = pattern.frames(plan.grid[0])
     v, _ = apply(params, cfg, plan, latents, timestep, text, frames=frames, remat=remat)
     return v
+
+
+def window_losses(
+    params: Params,
+    cfg: DiTConfig,
+    latents: Array,
+    timestep: Array,
+    text: Array,
+    *,
+    tile: Grid,
+    candidates: tuple[Grid, ...],
+    text_length: int | None = None,
+    dtype: Any = None,
+) -> tuple[Array, Array]:
+    """The dense velocity on one device, and float32 [layers,candidates,N]: how far each window would lead each head.
+
+    Arguments as in `velocity`; of a window the mean squared difference from the head's dense attention.
+    """
+    check(cfg, latents, timestep, text, text_length, Dense())
+    plan = make_plan(cfg, latents.shape[:4], Dense(), text.shape[-2], text_length, None, None, dtype)
+    plan = replace(plan, measured=(tile, candidates))
+    return apply(params, cfg, plan, latents, timestep[:, None], text[:, None])
 
 
 def apply(
@@ -194,7 +218,9 @@ class Transformer(nn.Module):
             in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] - documented, and wrongly annotated
             length=cfg.num_layers,
         )(cfg, plan, name="blocks")
-        x, memory = blocks(x, Shared(modulation, text, rope, past), layers or Layer(None, None))
+        chosen = pattern.of_layers(timestep, cfg.num_layers, cfg.num_attention_heads)
+        layers = (layers or Layer())._replace(chosen=chosen)
+        x, memory = blocks(x, Shared(modulation, text, rope, past), layers)
 
         x = _Head(cfg, plan, name="head")(x, t)
         if placement and split:
@@ -223,7 +249,7 @@ class _Block(nn.Module):
 
         h = layer_norm(x, cfg.eps) * (1 + scale_1) + shift_1
         gated = cfg.gate_compress and plan.pattern.gated
-        attend = partial(attend_video, plan, shared, layer.past)
+        attend = partial(attend_video, plan, shared, layer)
         rope = None if plan.relative else shared.rope
         h, memory = Attention(cfg, gated, plan.dtype, name="self_attn")(h, h, rope, attend)
         x = x + gate_1 * h

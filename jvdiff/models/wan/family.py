@@ -20,7 +20,9 @@ import jax.numpy as jnp
 from jvdiff.config import known_fields, multiple
 from jvdiff.diffusion import samplers
 from jvdiff.errors import UsageError
+from jvdiff.kernels.patterns import Pattern, WindowTable
 from jvdiff.kernels.patterns import read as read_pattern
+from jvdiff.kernels.tiles import Grid
 from jvdiff.models import wan
 from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Request, Run, Segment, Stage
 from jvdiff.models.pixels import nonfinite_share, to_pixels
@@ -155,7 +157,7 @@ def make_clip(models: Models, settings: Settings) -> Clip:
     """
     dit, vae = models.configs["transformer"], models.configs["vae"]
     _check_sizes(settings, dit, vae)
-    pattern = read_pattern(settings.pattern, dit.num_attention_heads)
+    pattern = read_pattern(settings.pattern, dit.num_attention_heads, dit.num_layers)
     if isinstance(settings.attention, str) and settings.attention not in pattern.implementations:
         expected = ", ".join(pattern.implementations)
         raise UsageError(f"attention is {settings.attention!r}; expected one of {expected}.")
@@ -164,15 +166,32 @@ def make_clip(models: Models, settings: Settings) -> Clip:
     sampler = samplers.read(settings.solver, settings.steps, settings.shift, GRIDS[settings.grid])
     frames = 1 + (settings.num_frames - 1) // vae.temporal_factor
     grid = frames, settings.height // vae.spatial_factor, settings.width // vae.spatial_factor
+    if isinstance(pattern, WindowTable):
+        t, h, w = (n // p for n, p in zip(grid, dit.patch_size, strict=True))
+        pattern = pattern.at(sampler.make().timesteps.tolist(), (t, h, w))
     return Clip(
         settings=settings,
         frames=(settings.num_frames, settings.height, settings.width),
         latents=(*grid, vae.z_dim),
         tokens=wan.mesh_sizes(dit, grid, 1, pattern).tokens,
         sampler=sampler,
-        segments=(Segment(0, sampler.steps, "transformer", settings.guidance, pattern),),
+        segments=_segments(settings, sampler.steps, pattern, dit.gate_compress),
         attention=settings.attention,
     )
+
+
+def _segments(settings: Settings, steps: int, pattern: Pattern, gated: bool) -> tuple[Segment, ...]:
+    """The first `dense_steps`, under the pattern that leaves nothing out, and the others; one if both are the same."""
+    full, border = pattern.full(gated), settings.dense_steps or 0
+    if pattern == full:
+        border = 0
+    if border >= steps:
+        raise UsageError(
+            f"dense_steps is {border} of {steps} steps, which leaves none for the pattern {settings.pattern:.80}; "
+            f"expected 0 to {steps - 1}, or pattern=dense."
+        )
+    spans = ((0, border, full), (border, steps, pattern))
+    return tuple(Segment(a, b, "transformer", settings.guidance, each) for a, b, each in spans if a < b)
 
 
 def _check_sizes(settings: Settings, dit: wan.DiTConfig, vae: wan.VAEConfig) -> None:
@@ -185,8 +204,12 @@ def _check_sizes(settings: Settings, dit: wan.DiTConfig, vae: wan.VAEConfig) -> 
 
 def _mesh_sizes(models: Models, clip: Clip, clips: int, shape: MeshShape) -> Sizes:
     """What a mesh must divide to denoise `clips` clips at once."""
+    return _sizes(models, clip, clips, shape, clip.segments[-1].pattern)  # the first ones are no more particular
+
+
+def _sizes(models: Models, clip: Clip, clips: int, shape: MeshShape, pattern: Pattern) -> Sizes:
     branches = 2 if clip.guided and clip.batched(clips, shape) else 1
-    return wan.mesh_sizes(models.configs["transformer"], clip.latents[:3], clips * branches, clip.segments[0].pattern)
+    return wan.mesh_sizes(models.configs["transformer"], clip.latents[:3], clips * branches, pattern)
 
 
 # --------------------------------------------------------------------------------------------------------------- text
@@ -279,6 +302,15 @@ def _velocity(cfg: wan.DiTConfig, forward: Forward) -> Callable[..., Array]:
     return network
 
 
+def _window_losses(models: Models, part: str, forward: Forward, tile: Grid, candidates: Sequence[Grid]) -> Any:
+    how: Any = dict(tile=tile, candidates=tuple(candidates), text_length=TEXT_LENGTH, dtype=forward.dtype)
+
+    def network(params: Params, x: Array, t: Array, text: Array) -> tuple[Array, Array]:
+        return wan.window_losses(params, models.configs[part], x, t, text, **how)
+
+    return network
+
+
 def _attention(models: Models, clip: Clip, forward: Forward, inputs: Tokens) -> Mapping[str, str]:
     dit, placement = models.configs["transformer"], forward.placement
     shape = placement and placement.shape
@@ -289,7 +321,7 @@ def _attention(models: Models, clip: Clip, forward: Forward, inputs: Tokens) -> 
         text_rows=inputs.ids.shape[1],
         dtype=jnp.dtype(forward.dtype),
         implementation=forward.implementation,
-        ring=shape is not None and _mesh_sizes(models, clip, 1, shape).ring(shape) > 1,
+        ring=shape is not None and _sizes(models, clip, 1, shape, forward.pattern).ring(shape) > 1,
         target=forward.target,
     )
     if reason := forward.pattern.unavailable(choices["self"], forward.target):
@@ -366,6 +398,7 @@ TEXT_TO_VIDEO = Family(
     decode=_decode,
     preview=_preview,
     attention=_attention,
+    window_losses=_window_losses,
     describe=lambda models, prompt: {"prompt": prompt},
     published={
         name: Models({"transformer": dit, "vae": wan.WAN_2_1_VAE, "text_encoder": umt5.UMT5_XXL}, {}, {})

@@ -35,6 +35,7 @@ class Plan:
     dtype: of the products in the blocks and the text embedding; None: that of each matrix.
     keep: return every layer's keys and values.
     relative: keys are kept before their rotation, which counts from the oldest frame that is kept.
+    measured: tile and windows whose distance from dense attention every layer keeps, float32 [windows,N].
     """
 
     grid: Grid
@@ -46,6 +47,7 @@ class Plan:
     dtype: Any = None
     keep: bool = False
     relative: bool = False
+    measured: tuple[Grid, tuple[Grid, ...]] | None = None
 
     @property
     def target(self) -> Target:
@@ -77,10 +79,12 @@ class Layer(NamedTuple):
 
     past: keys and values [B,frames,V,N,K] of past frames of V tokens, N padded to the mesh.
     text: keys and values [B,S,N,K] of the text.
+    chosen: what the pattern gives the layer (`Pattern.of_layers`).
     """
 
-    past: tuple[Array, Array] | None
-    text: tuple[Array, Array] | None
+    past: tuple[Array, Array] | None = None
+    text: tuple[Array, Array] | None = None
+    chosen: Array | None = None
 
 
 class Past(NamedTuple):
@@ -88,7 +92,8 @@ class Past(NamedTuple):
 
     length: int32 [], how many of its tokens there are; None: there is no past to read.
     rope: the rotation [S,K/2] of each of them, where their keys are not rotated yet.
-    visible: bool [T,T], which frames see which, where there is no past to read.
+    visible: bool [T,T], which frames see which, where there is no past to read; for a pattern with tiles, with a past
+      or without, which of these in time (`BlockCausal.tiles_seen`).
     """
 
     length: Array | None

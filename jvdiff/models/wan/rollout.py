@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from jvdiff.diffusion import schedules
+from jvdiff.errors import UsageError
+from jvdiff.kernels import patterns
 from jvdiff.models import wan
 from jvdiff.models.family import Models, Rollout
 from jvdiff.models.text import umt5
@@ -46,6 +48,19 @@ def _token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     return np.asarray(family.tokenize(tokenizer, texts).mask).sum(axis=1).tolist()
 
 
+def _span(chunk: int, window: int, sink: int, relative: bool, pattern: str = "dense") -> wan.Span:
+    near = patterns.read(pattern)
+    if isinstance(near, patterns.Dense):
+        near = None
+    elif not isinstance(near, patterns.SlidingTile):
+        raise UsageError(
+            f"pattern of a stream is {pattern!r:.80}; expected dense, or sliding_tile:3x8x8:13x3x3 (tile, window).\n"
+            "Video sparse attention is for weights that were trained with it, and no causal ones are published; a\n"
+            "table of windows is of whole clips."
+        )
+    return wan.Span(chunk, window, sink, relative, near)
+
+
 # At the size of the published models, 480x832, with all rows of text.
 _transformer = functools.partial(
     TransformerConfig, height=60, width=104, text_length=family.TEXT_LENGTH, text_rows=family.TEXT_LENGTH
@@ -69,7 +84,7 @@ ROLLOUT = Rollout(
     configs=(wan.DiTConfig, wan.VAEConfig, umt5.Config),
     config=_config,
     dtype_of=lambda params: params["blocks"]["self_attn"]["k"]["kernel"].dtype,
-    span=wan.Span,
+    span=_span,
     encode_texts=_encode_texts,
     token_counts=_token_counts,
     text_keys=wan.text_keys,

@@ -34,8 +34,10 @@ class Settings:
     )
     pattern: str = option(
         "dense",
-        "which tokens see each other: dense, sliding_tile:6x8x8:3x3x3 (tile, window) or video_sparse:4x4x4:0.9",
+        "which tokens see each other: dense, sliding_tile:6x8x8:3x3x3 (tile, window), video_sparse:4x4x4:0.9, or "
+        "windows:FILE (docs/sparse_attention.md)",
     )
+    dense_steps: int | None = option(None, "first steps in which all tokens see each other; none: 0", low=0, high=999)
     attention: str | Callable[..., Any] | None = option(
         None, "implementation of self-attention in jvdiff.kernels (in Python also a function); none: the best that can"
     )
