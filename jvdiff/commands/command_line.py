@@ -24,7 +24,7 @@ from jvdiff import program
 from jvdiff.commands.arguments import Request, Told, traced
 from jvdiff.config import expanded
 from jvdiff.errors import JvdiffError, ResourceError, SetupError, UsageError
-from jvdiff.runtime import ahead, cache, environment, foreign, peers, progress, verdict
+from jvdiff.runtime import ahead, cache, environment, foreign, gpus, peers, progress, verdict
 from jvdiff.runtime.interrupts import STOPPED, command, over
 
 SHARED = (
@@ -233,6 +233,18 @@ def say(message: str) -> None:
     """A line for the person at the terminal, which no prompt commands; of several processes the first speaks."""
     if peers.writes():
         progress.tell(f"{message.translate(_CONTROL)}\n", sys.stderr)
+
+
+def use_device() -> None:
+    """What comes before a run's first look at its devices: how much of them JAX takes, and which kernels are right.
+
+    Raises:
+        SetupError: a GPU is there, and JAX cannot use it.
+    """
+    from jvdiff.kernels import admission
+
+    gpus.reserve()
+    admission.admit(say)
 
 
 def say_device(params: Any, mesh: Any) -> None:

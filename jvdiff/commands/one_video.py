@@ -35,6 +35,7 @@ from jvdiff.runtime import environment, peers, progress, rescue, run_state
 from jvdiff.runtime.files import atomic, claim
 from jvdiff.runtime.interrupts import deferred
 from jvdiff.runtime.records import signed
+from jvdiff.runtime.target import here
 from jvdiff.streaming import StreamInferencePipeline
 
 T = TypeVar("T")
@@ -457,4 +458,5 @@ def device(pipe: Pipeline | StreamInferencePipeline) -> dict[str, Any]:
         "used": mesh.devices if mesh else 1,
         "present": jax.device_count(),
         "mesh": mesh and str(mesh),
+        **({"refused": dict(refused)} if (refused := here().refused) else {}),
     }

@@ -85,6 +85,7 @@ def run(request: Request) -> list[Path]:
     from jvdiff.training import record, states
 
     folder = command_line.writable(config.folder, "folder")
+    command_line.use_device()
     fields, processes = config.to_dict(), configs.names(options.Processes)
     with alone(folder / "run", folder), _quiet_orbax():
         if config.get("resume"):

@@ -17,6 +17,7 @@ import numpy as np
 
 from jvdiff import precision as precisions
 from jvdiff.errors import UsageError
+from jvdiff.kernels import admission
 from jvdiff.models.family import Clip, Family, Models, Request, read_weights
 from jvdiff.pipeline import stages
 from jvdiff.pipeline.lending import Weights
@@ -125,7 +126,9 @@ def load(
         CheckpointError: incomplete, damaged or unknown weights or configurations.
         UsageError: no such folder, a causal model (see `jvdiff.streaming.load`), an unknown precision, or a mesh of
             more devices than there are.
+        SetupError: a GPU is there, and JAX cannot use it.
     """
+    admission.admit()
     placement, dtypes = place(read_mesh(mesh)), precisions.choose(precision, vae_decode)
     if not isinstance(path, Repository):
         path = inspect(path, at_once=True, family=family, follow_symlinks=follow_symlinks)
