@@ -256,8 +256,13 @@ def say_device(params: Any, mesh: Any) -> None:
     device, several = jax.devices()[0], f"{mesh.devices} x " if mesh else ""
     shared = f", mesh {mesh}" if mesh else ""
     say(f"device: {several}{device.device_kind} ({jax.default_backend()}){shared}, jax {jax.__version__}")
+    if (pool := (device.memory_stats() or {}).get("bytes_limit")) is not None:
+        say(
+            f"memory: JAX's pool is {pool / 2**30:.1f} GiB on each device, {gpus.share():g} of it ({gpus.FRACTIONS[0]})"
+        )
     if jax.default_backend() == "cpu" and count >= LARGE:
-        say("warning: no GPU was found; a model of this size takes hours on a CPU (see docs for the GPU extras)")
+        there = "JAX has no package for the GPU" if gpus.devices() and not gpus.packages() else "no GPU was found"
+        say(f"warning: {there}; a model of this size takes hours on a CPU (`jvdiff doctor` says what to do)")
 
 
 def compile_cache(where: str | None) -> None:

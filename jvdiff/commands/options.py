@@ -165,6 +165,14 @@ class Verify:
 
 
 @dataclass(frozen=True)
+class Doctor:
+    """what must be there"""
+
+    devices: int | None = option(None, "GPUs; fewer are exit status 7", low=1)
+    limit: float = option(120.0, "seconds for each examination", low=1)
+
+
+@dataclass(frozen=True)
 class ToHf:
     """what to export"""
 

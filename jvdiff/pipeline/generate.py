@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,7 +25,8 @@ from jvdiff.pipeline.lending import Weights
 from jvdiff.pipeline.repository import Repository, check_at_once, inspect
 from jvdiff.pipeline.settings import check_seed
 from jvdiff.pipeline.stages import Context, Executor
-from jvdiff.runtime import peers
+from jvdiff.runtime import memory, peers
+from jvdiff.runtime.target import here
 from jvdiff.sharding import MeshShape, Placement, check_mesh, make_mesh, read_mesh
 from jvdiff.types import Params
 
@@ -141,7 +143,15 @@ def load(
 
 
 def read_parts(repository: Repository, dtypes: precisions.Precision, placement: Placement | None) -> Weights:
-    """The weights of every part, where they live; the repository knows their digests afterwards."""
+    """The weights of every part, where they live; the repository knows their digests afterwards.
+
+    Raises:
+        ResourceError: that is the host's memory, and they are more than it has for this process.
+    """
+    if here().platform == "cpu":
+        abstract = abstract_params(repository.family, repository.models, dtypes)
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+        memory.check_host(size, f"{repository.path}: its weights", "Use a machine with more, or --precision=bfloat16.")
 
     def read(name: str, cfg: Any) -> Params:
         part, digests = repository.family.parts[name], {}

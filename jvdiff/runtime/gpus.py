@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jvdiff.errors import SetupError
+from jvdiff.errors import SetupError, UsageError
 from jvdiff.runtime import children
 
 # Where it is looked, and what is asked; tests put others in their place.
@@ -81,20 +81,39 @@ def packages() -> list[int]:
     return [cuda for cuda in NEEDED if importlib.util.find_spec(f"jax_plugins.xla_cuda{cuda}")]
 
 
-def unwanted() -> bool:
-    """Whether somebody asked for another platform, or for no GPU."""
-    asked = os.environ.get("JAX_PLATFORMS", "")
+def asked() -> str:
+    """The platforms that somebody asked JAX for: "cuda,cpu"; "" for whatever there is."""
     if jax := sys.modules.get("jax"):
         config: Any = jax.config
-        asked = config.jax_platforms or ""
+        return config.jax_platforms or ""
+    return os.environ.get("JAX_PLATFORMS", "")
+
+
+def unwanted() -> bool:
+    """Whether somebody asked for another platform, or for no GPU."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles")
-    return hidden or bool(asked and not {"cuda", "gpu"} & set(asked.split(",")))
+    return hidden or bool(asked() and not {"cuda", "gpu"} & set(asked().split(",")))
 
 
 def reserve() -> None:
     """JAX's pool takes `FRACTION` of a GPU, unless the environment says otherwise; before JAX looks for devices."""
     if not any(os.environ.get(name) for name in FRACTIONS):
         os.environ[FRACTIONS[0]] = FRACTION
+
+
+def share() -> float:
+    """How much of a GPU's memory JAX's pool takes in a run of ours.
+
+    Raises:
+        UsageError: the environment has something else than a number.
+    """
+    name, text = next(((name, os.environ[name]) for name in FRACTIONS if os.environ.get(name)), ("", FRACTION))
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(
+            f"{name} is {text!r:.40}; expected a share of a GPU's memory, for instance {FRACTION}."
+        ) from None
 
 
 def check_used() -> None:
@@ -121,12 +140,13 @@ def unused(found: Driver) -> list[str]:
         f"Found: {there}; driver {found.version or 'unknown'}, which serves {serves}.",
         f"Needed: driver {NEEDED[cuda]} or newer, for JAX's packages for CUDA {cuda}.",
         *([f"The driver says: {found.problem}."] if found.problem else []),
-        _advice(found, cuda),
+        advice(found, cuda),
         "`jvdiff doctor` looks closer; JAX_PLATFORMS=cpu takes the CPU on purpose.",
     ]
 
 
-def _advice(found: Driver, cuda: int) -> str:
+def advice(found: Driver, cuda: int) -> str:
+    """What to do where JAX's packages for a version of CUDA cannot use the GPUs that are there."""
     if found.cuda is not None and found.cuda[0] < cuda:
         other = "" if found.cuda[0] < 12 else ", or install jvdiff[cuda12] in place of jvdiff[cuda13]"
         return f"Update the driver{other}."
