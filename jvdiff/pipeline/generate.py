@@ -25,7 +25,7 @@ from jvdiff.pipeline.lending import Weights
 from jvdiff.pipeline.repository import Repository, check_at_once, inspect
 from jvdiff.pipeline.settings import check_seed
 from jvdiff.pipeline.stages import Context, Executor
-from jvdiff.runtime import memory, peers
+from jvdiff.runtime import memory, peers, profiling
 from jvdiff.runtime.target import here
 from jvdiff.sharding import MeshShape, Placement, check_mesh, make_mesh, read_mesh
 from jvdiff.types import Params
@@ -184,6 +184,7 @@ def generate(
     renoise: Any = None,
     image: Any = None,
     callback: Callable[[int, Any], Any] | None = None,
+    profile: str | Path | None = None,
     **settings: Any,
 ) -> Output:
     """Videos of prompts, or of class labels, as one batch.
@@ -196,6 +197,8 @@ def generate(
         renoise: float32 [steps-1,B,T,H,W,C] in place of what a solver draws.
         image: uint8 [Y,X,3], the first frame, where the model takes one.
         callback: see `stages.denoise`.
+        profile: a folder that gets a trace of `jax.profiler` of the stages; the programs are compiled in it, unless
+            they were before.
         settings: any of the family's (`pipe.family.settings`): num_frames, height, width, steps, guidance and so on.
             What is missing or None comes from the repository, else from the family.
 
@@ -219,12 +222,13 @@ def generate(
         _check_array("noise", noise, np.float32, shape)
     request = make_request(pipe.family, clip, subjects, image=image)
     inputs, solver = pipe.family.inputs(pipe.models, clip, request), clip.sampler.make()
-    conditions = stages.encode(pipe.context, clip, inputs, pipe.run)
-    standard = stages.initial_noise(seeds, clip.latents) if noise is None else noise
-    state = stages.begin(clip, solver, standard, seeds, renoise)
-    state = stages.denoise(pipe.context, clip, conditions, state, solver, pipe.run, callback=callback)
-    latents = np.array(pipe.family.finish(clip, inputs, conditions, state.x))
-    video = stages.decode(pipe.context, clip, latents, pipe.run)
+    with profiling.profile(profile):
+        conditions = stages.encode(pipe.context, clip, inputs, pipe.run)
+        standard = stages.initial_noise(seeds, clip.latents) if noise is None else noise
+        state = stages.begin(clip, solver, standard, seeds, renoise)
+        state = stages.denoise(pipe.context, clip, conditions, state, solver, pipe.run, callback=callback)
+        latents = np.array(pipe.family.finish(clip, inputs, conditions, state.x))
+        video = stages.decode(pipe.context, clip, latents, pipe.run)
     return Output(video, latents, subjects, seeds, clip.settings)
 
 

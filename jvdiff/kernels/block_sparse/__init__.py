@@ -101,7 +101,8 @@ def block_sparse_attention(
     if not SCALES[0] <= scale <= SCALES[1]:  # padded keys are masked by what the products are
         raise ValueError(f"block_sparse_attention: scale is {scale!r}; it must lie in {SCALES[0]}..{SCALES[1]}")
     _log_once(name, q.shape, k.shape[1], str(q.dtype), block)
-    out, lse = _attention(name, block, target, scale, q, k, v, lists)  # pyright: ignore[reportGeneralTypeIssues]
+    with jax.named_scope(f"{name}_block_sparse"):
+        out, lse = _attention(name, block, target, scale, q, k, v, lists)  # pyright: ignore[reportGeneralTypeIssues]
     return (out, lse) if return_lse else out
 
 
