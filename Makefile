@@ -4,7 +4,7 @@
 #   make sample    a prompt becomes a video in out/, with the checkpoint that ships
 #   make test      the tests, without torch
 #   make parity    live comparisons with torch, diffusers and transformers
-#   make kernels   the tests of attention and of meshes on Python 3.12 and the newest JAX, with the CUDA compiler (0.7 GB
+#   make kernels   the tests of attention and of meshes on Python 3.12 and the JAX below, with the CUDA compiler (0.7 GB
 #                  in ~/.cache/jvdiff/compiler, no GPU needed)
 #   make wheel     the wheel, in an empty environment elsewhere, makes a clip
 #   make lint      ruff and pyright
@@ -16,6 +16,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST ?= # more arguments for pytest, for instance -x or a file
+JAX = 0.12.0.1# of make kernels: a newer one changes what kernels compile to, and is tried before it stands here
 WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 
 # How XLA compiles for tests: soon, and so that a loop has the bits of its steps (no fused multiplications; on x86 only).
@@ -44,7 +45,7 @@ lint: .venv/.test
 # Without a Python 3.12 there is nothing to compare with: that is said, and is no failure.
 kernels:
 	@python=$$(.ci/find_python 3.12) || { echo "kernels: skipped, no Python 3.12 on this machine"; exit 0; }; \
-	$(MAKE) --no-print-directory .venv312/.kernels PYTHON312="$$python" && \
+	$(MAKE) --no-print-directory .venv312/.kernels-$(JAX) PYTHON312="$$python" && \
 	.venv312/bin/python -m jvdiff.commands.compiler --install && \
 	.venv312/bin/python -m jvdiff.commands.compiler -m pytest \
 		tests/kernels tests/sharding tests/models/wan/test_mesh.py tests/models/wan/test_vae_compiled.py $(PYTEST)
@@ -73,9 +74,9 @@ wheel:
 	$(RUN) $(PIP) --editable ".[parity]"
 	@touch $@
 
-.venv312/.kernels: pyproject.toml setup.py
+.venv312/.kernels-$(JAX): pyproject.toml setup.py
 	$(PYTHON312) -m venv --clear .venv312
-	.venv312/bin/python $(PIP) --editable . "jax>=0.11" pytest safetensors
+	.venv312/bin/python $(PIP) --editable . "jax==$(JAX)" pytest safetensors
 	@touch $@
 
 clean:

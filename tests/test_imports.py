@@ -21,7 +21,7 @@ LEVELS = [
     {"models.*.rollout", "models.*.objective", "models.*.runs", "models.*.trainings"}
     | {"models.wan.flow_matching", "models.wan.teacher_forcing", "models.wan.reconstruction"},
     {"plan", "convert"},
-    {"commands", "data", "digits", "sample", "stream", "train", "windows", "__main__"},
+    {"commands", "data", "digits", "doctor", "sample", "stream", "train", "windows", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(p for p in (ROOT / "jvdiff").rglob("*.py") if p != ROOT / "jvdiff" / "__init__.py")

@@ -18,6 +18,8 @@ TALK = (
     "runtime/claims.py",  # what is waited for
     "runtime/interrupts.py",  # what Ctrl-C will do
     "runtime/verdict.py",  # the last words of a process that ends at once
+    "runtime/children.py",  # a child answers who asked
+    "runtime/libcuda.py",  # such a child
     "plan/targets.py",  # flushes before another process writes to the same terminal
 )
 STREAMS = ("stdin", "stdout", "stderr", "__stdout__", "__stderr__")

@@ -6,6 +6,8 @@ __all__ = [
     "arguments",
     "command_line",
     "convert",
+    "doctor",
+    "examinations",
     "help",
     "jobs",
     "one_stream",

@@ -24,7 +24,7 @@ from jvdiff import program
 from jvdiff.commands.arguments import Request, Told, traced
 from jvdiff.config import expanded
 from jvdiff.errors import JvdiffError, ResourceError, SetupError, UsageError
-from jvdiff.runtime import ahead, cache, environment, foreign, peers, progress, verdict
+from jvdiff.runtime import ahead, cache, environment, foreign, gpus, peers, progress, verdict
 from jvdiff.runtime.interrupts import STOPPED, command, over
 
 SHARED = (
@@ -235,6 +235,18 @@ def say(message: str) -> None:
         progress.tell(f"{message.translate(_CONTROL)}\n", sys.stderr)
 
 
+def use_device() -> None:
+    """What comes before a run's first look at its devices: how much of them JAX takes, and which kernels are right.
+
+    Raises:
+        SetupError: a GPU is there, and JAX cannot use it.
+    """
+    from jvdiff.kernels import admission
+
+    gpus.reserve()
+    admission.admit(say)
+
+
 def say_device(params: Any, mesh: Any) -> None:
     """Says what models with these parameters, which may be abstract, will be computed on."""
     import jax
@@ -244,8 +256,13 @@ def say_device(params: Any, mesh: Any) -> None:
     device, several = jax.devices()[0], f"{mesh.devices} x " if mesh else ""
     shared = f", mesh {mesh}" if mesh else ""
     say(f"device: {several}{device.device_kind} ({jax.default_backend()}){shared}, jax {jax.__version__}")
+    if (pool := (device.memory_stats() or {}).get("bytes_limit")) is not None:
+        say(
+            f"memory: JAX's pool is {pool / 2**30:.1f} GiB on each device, {gpus.share():g} of it ({gpus.FRACTIONS[0]})"
+        )
     if jax.default_backend() == "cpu" and count >= LARGE:
-        say("warning: no GPU was found; a model of this size takes hours on a CPU (see docs for the GPU extras)")
+        there = "JAX has no package for the GPU" if gpus.devices() and not gpus.packages() else "no GPU was found"
+        say(f"warning: {there}; a model of this size takes hours on a CPU (`jvdiff doctor` says what to do)")
 
 
 def compile_cache(where: str | None) -> None:

@@ -27,7 +27,7 @@ from jvdiff.errors import CheckpointError, Interrupted, NumericsError, ResourceE
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
 from jvdiff.pipeline import Repository
-from jvdiff.runtime import environment, progress, rescue, run_state
+from jvdiff.runtime import environment, profiling, progress, rescue, run_state
 from jvdiff.runtime.files import alone, atomic, claim
 from jvdiff.runtime.interrupts import deferred
 from jvdiff.runtime.records import signed
@@ -40,6 +40,7 @@ from jvdiff.streaming import (
 )
 
 FACTS = ("negative_prompt", "seed", "fps", "precision", "reencode")  # of a rollout, which a state holds as they are
+PROFILED = 4  # chunks of a trace
 SHEET = 16  # frames that are kept for the contact sheet, at most
 _SHEET = "sheet "  # what their names in a state begin with
 _UNWRITTEN = "unwritten"  # in a state: the frames of its last chunk, where the video could not take them
@@ -242,7 +243,7 @@ def make(
         film = FragmentedMP4(f"{base}.mp4", rollout.fps, rollout.facts(), frames=frames, kept=kept)
         saved = rollout.done if rollout.state else None
         making = _Making(pipe, rollout, base, film, cache, sheet, rollout.done, saved, Path(config.resume or ""))
-        with deferred(), _kept(making, again):
+        with deferred(), _kept(making, again), profiling.profile(config.profile, PROFILED):
             if unwritten is not None:  # the chunk that the disk did not take when it was made
                 film.append(unwritten)
             _make_chunks(making, config, asked_to_stop, began)
@@ -274,7 +275,7 @@ def _make_chunks(making: _Making, config: Any, asked_to_stop: Callable[[], bool]
         progress.bar("chunks", config.chunks or None, start=making.done) as show,
     ):
         while (making.done < config.chunks or not config.chunks) and not asked_to_stop():
-            with stage(f"chunk {making.done}"), _what_is_left(making):
+            with stage(f"chunk {making.done}"), _what_is_left(making), profiling.step("chunk", making.done):
                 line, shown = _make_chunk(making)
             _count(making.totals, line, (shown - began) * 1000)
             making.line = _line(line)
@@ -300,7 +301,7 @@ def _make_chunk(making: _Making) -> tuple[dict[str, Any], float]:
     The frames are in the file before anybody waits for `finalize`; where no time is taken, that runs meanwhile.
     """
     pipe, rollout, i, cache = making.pipe, making.rollout, making.done, making.cache
-    begun, profile = time.perf_counter(), pipe.config.enable_sync_and_profile
+    begun, timed = time.perf_counter(), pipe.config.enable_sync_and_profile
     line: dict[str, Any] = {"chunk": i, "prompt": making.prompt(i)}
     if i and i in rollout.prompts:
         against, reencode = rollout.negative_prompt, rollout.reencode
@@ -308,7 +309,7 @@ def _make_chunk(making: _Making) -> tuple[dict[str, Any], float]:
         line["prompt_ms"] = (time.perf_counter() - begun) * 1000
     frames, cache, final = pipe.generate(i, cache, rollout.image if i == 0 else None)
     statistics = {}
-    if not profile:
+    if not timed:
         cache, _ = pipe.finalize(i, cache, final)
     pixels = np.asarray(frames)[0]  # [1,F,Y,X,3] -> [F,Y,X,3]
     shown = time.perf_counter()
@@ -317,7 +318,7 @@ def _make_chunk(making: _Making) -> tuple[dict[str, Any], float]:
     making.latest = pixels, cache, final
     making.film.append(pixels)
     written = time.perf_counter()
-    if profile:
+    if timed:
         cache, statistics = pipe.finalize(i, cache, final)
     ended = time.perf_counter()
     making.count(pixels, cache)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jvdiff import pipeline, precision
+from jvdiff import pipeline, plan, precision
 from jvdiff.commands import command_line
 from jvdiff.commands.arguments import Request
 from jvdiff.commands.command_line import say
@@ -31,7 +31,7 @@ from jvdiff.errors import CheckpointError, Interrupted, InUse, NumericsError, Re
 from jvdiff.media import video as videos
 from jvdiff.models.family import Clip
 from jvdiff.pipeline import Pipeline
-from jvdiff.runtime import environment, peers, progress, rescue, run_state
+from jvdiff.runtime import environment, memory, peers, progress, rescue, run_state
 from jvdiff.runtime.files import atomic, claim
 from jvdiff.runtime.interrupts import deferred
 from jvdiff.runtime.records import signed
@@ -64,8 +64,8 @@ class Maker:
     output: folder of the files
     asked_to_stop: whether Ctrl-C was pressed
     again: the command that goes on with a batch; None where there is one video, whose state goes on
-    compiled: keys of the programs that were compiled
-    ahead: waits for programs that are compiled since before weights were read, and gives their keys
+    compiled: bytes that each program needs besides the weights, of those that were compiled, by key
+    ahead: waits for programs that are compiled since before weights were read, and gives them by key
     """
 
     pipe: Pipeline
@@ -74,8 +74,8 @@ class Maker:
     output: Path
     asked_to_stop: Callable[[], bool]
     again: str | None = None
-    compiled: set[Any] = dataclasses.field(default_factory=set)
-    ahead: Callable[[], set[Any]] = set
+    compiled: dict[Any, int] = dataclasses.field(default_factory=dict)
+    ahead: Callable[[], dict[Any, Any]] = dict
 
     def command(self, state: Path) -> str:
         """The command that goes on from a saved state."""
@@ -208,9 +208,10 @@ def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
     with claimed(maker.output, job.stem) as base:
         done = job.state.done if job.state else 0
         making = _Making(maker, job, base, job.clip.sampler.make(), done, seconds)
-        _compile(making)
+        leaving = _compile(making)
         with progress.phase("encode", seconds, "encode"), stage("encode"):
             conditions = pipeline.encode(pipe.context, job.clip, job.inputs, pipe.run)
+            _let_go(making, leaving)
         making.state = _begin(making)
         with deferred():
             with making.keeping():
@@ -234,15 +235,36 @@ def _description(pipe: Pipeline, job: Job) -> str:
     return "   ".join(f"{name.replace('_', ' ')}: {value}" for name, value in subject.items())
 
 
-def _compile(making: _Making) -> None:
-    """Compiles what the clip runs and no clip before it did."""
-    maker = making.maker
+def _compile(making: _Making) -> tuple[str, ...]:
+    """Compiles what the clip runs and no clip before it did; the parts that are to leave after encoding."""
+    maker, pipe = making.maker, making.maker.pipe
+    shape, pool = pipe.placement and pipe.placement.shape, plan.pool()
     with progress.phase("compiling", making.seconds, "compile"), stage("compile"):
-        maker.compiled.update(maker.ahead())
-        for call in calls(maker.pipe.context, maker.pipe.weights, making.job, maker.config.stop_at):
+        ready, needs = maker.ahead(), []
+        for call in calls(pipe.context, pipe.weights, making.job, maker.config.stop_at):
+            part = call.stage.part
             if call.key not in maker.compiled:
-                call.traced.lower().compile()
-                maker.compiled.add(call.key)
+                program = ready.get(call.key) or call.traced.lower().compile()
+                places = pipe.family.parts[part].places
+                measured = plan.memory_of(call, program, pipe.weights[part], places, shape) if pool else (0,)
+                maker.compiled[call.key] = sum(measured[1:])
+            needs.append((part, maker.compiled[call.key]))
+    if not pool:
+        return ()
+    return plan.let_go(making.clip, needs, sum(size for _, size in plan.resident(pipe.context, shape).values()), pool)
+
+
+def _let_go(making: _Making, parts: tuple[str, ...]) -> None:
+    """Sends parts to the host, whose memory must take them, until the next clip needs them."""
+    for part in parts:
+        if part not in making.maker.pipe.weights.away():
+            weights, spoken = making.maker.pipe.weights, part.replace("_", " ")
+            size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights[part]))
+            memory.check_host(size, f"the {spoken} must leave the device, and", "Use --precision=bfloat16.")
+            say(
+                f"notice: not all weights fit beside the next stages; the {spoken} leaves the device until it is needed"
+            )
+            weights.leave(part)
 
 
 def _last(steps: int, done: int, stop_at: int | None) -> int:
@@ -459,4 +481,5 @@ def device(pipe: Pipeline | StreamInferencePipeline) -> dict[str, Any]:
         "present": jax.device_count(),
         "mesh": mesh and str(mesh),
         "compiler_options": (pipe.placement.target if pipe.placement else here()).options,
+        **({"refused": dict(refused)} if (refused := here().refused) else {}),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.config import option
-from jvdiff.models.options import family, follow_symlinks
+from jvdiff.models.options import family, follow_symlinks, profile
 from jvdiff.runtime.peers import Processes
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -66,6 +66,7 @@ class Output:
     resume: str | None = option(None, "a .state folder, to go on with", path=True)
     stop_at: int | None = option(None, "stop after this step and save the state", low=1)
     preview_every: int = option(0, "write NAME.preview.png, a rough strip of all latent frames, every N steps", low=0)
+    profile: str | None = profile()  # of the first video
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class StreamModel:
     precision: str | None = option(None, "none: what the device is good at", choices=("float32", "bfloat16"))
     vae_decode: str | None = _vae_decode()
     mesh: str | dict[str, int] | None = option(None, "several devices: sequence=4,tensor=2; none: one")
-    profile: bool = option(True, "milliseconds of each stage, for which each is waited for; false: a little faster")
+    timed: bool = option(True, "milliseconds of each stage, for which each is waited for; false: a little faster")
     compile_cache: str | None = option(
         None, 'a folder of your own, or "off"; none: the user\'s cache folder', path=True
     )
@@ -133,6 +134,7 @@ class StreamOutput:
     name: str | None = option(None, "of the files; none: from prompt and seed")
     resume: str | None = option(None, "a .state folder; goes on in its video, up to `chunks` in all", path=True)
     save_every: int = option(0, "save the state every N chunks and at the end; 0: when interrupted only", low=0)
+    profile: str | None = profile()  # of the first chunks
 
 
 STREAM = (StreamContent, StreamModel, StreamOutput)
@@ -173,6 +175,14 @@ class Verify:
 
     follow_symlinks: bool = option(False, "allow links to files elsewhere")
     family: str | None = family()
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """what must be there"""
+
+    devices: int | None = option(None, "GPUs; fewer are exit status 7", low=1)
+    limit: float = option(120.0, "seconds for each examination", low=1)
 
 
 @dataclass(frozen=True)

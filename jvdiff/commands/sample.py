@@ -27,7 +27,7 @@ from jvdiff.commands import arguments, command_line, options
 from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.commands.command_line import say
 from jvdiff.errors import CheckpointError, JvdiffError, NumericsError, UsageError
-from jvdiff.runtime import ahead, peers, progress
+from jvdiff.runtime import ahead, peers, profiling, progress
 from jvdiff.runtime.files import alone
 from jvdiff.runtime.interrupts import interrupts
 from jvdiff.weights import locate
@@ -152,6 +152,7 @@ def _run(request: Request) -> list[Path]:
     output = command_line.writable(config.output, "output")
     how: dict[str, Any] = {"family": models.named(config.family), "follow_symlinks": config.follow_symlinks}
     repository = pipeline.inspect(_folder(config.checkpoint), at_once=True, **how)
+    command_line.use_device()
     batch, problems = None, []
     if config.resume is not None:
         state = run_state.load(config.resume)
@@ -232,7 +233,8 @@ def _made(maker: Any, jobs: Sequence[Any], batch: Any, problems: list[str], seco
             if len(jobs) > 1:
                 say(f"video {number + 1} of {len(jobs)}")
             try:
-                paths += one_video.make(maker, job, dict(seconds))
+                with profiling.profile(maker.config.profile if not paths else None):
+                    paths += one_video.make(maker, job, dict(seconds))
             except (UsageError, CheckpointError, NumericsError) as error:
                 if batch is None or peers.several():  # where others wait for this one
                     raise

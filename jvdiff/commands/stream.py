@@ -126,6 +126,7 @@ def _run(request: Request, began: float) -> list[Path]:
     mesh = sharding.read_mesh(config.mesh)
     how: dict[str, Any] = {"family": models.named(config.family), "follow_symlinks": config.follow_symlinks}
     repository = pipeline.inspect(locate(config.checkpoint, tell=say), at_once=False, **how)
+    command_line.use_device()
     if config.resume is None:
         rollout = _new(config, repository)
     else:
@@ -165,7 +166,7 @@ def _new(config: Any, repository: Any) -> Rollout:
     prompts = {0: check_prompt(config.prompt)} | _schedule(config.then)
     patch, defaults = config.pipeline or {}, repository.defaults
     dtypes = precision.choose(config.precision, config.vae_decode)
-    chosen = streaming.decoding(_override(streaming.config_of(repository), patch, config.profile), dtypes)
+    chosen = streaming.decoding(_override(streaming.config_of(repository), patch, config.timed), dtypes)
     if config.vae_decode not in (None, (told := one_stream.decoded(chosen))):
         raise UsageError(f"vae_decode is {config.vae_decode}, and pipeline.decoder.arithmetic {told}; leave one out.")
     seed = config.seed
@@ -232,7 +233,7 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
     if given.get("output") and Path(given["output"]).resolve() != base.parent:
         raise UsageError(f"output is {config.output}; a rollout goes on where it is, in {base.parent}.")
     return Rollout(
-        config=_override(chosen, {}, config.profile),
+        config=_override(chosen, {}, config.timed),
         prompts=past | {i: prompt for i, prompt in sorted(to_come.items()) if i >= done},
         image=None,
         image_digest=facts["image"],
@@ -244,12 +245,12 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
     )
 
 
-def _override(config: Any, patch: Mapping[str, Any], profile: bool) -> Any:
+def _override(config: Any, patch: Mapping[str, Any], timed: bool) -> Any:
     """A pipeline's configuration with the values of a config's field `pipeline`."""
     from jvdiff import streaming
 
     try:
-        return dataclasses.replace(streaming.override(config, patch), enable_sync_and_profile=profile)
+        return dataclasses.replace(streaming.override(config, patch), enable_sync_and_profile=timed)
     except (KeyError, TypeError, ValueError, JvdiffError) as error:
         raise UsageError(f"pipeline: {error.args[0]}") from None
 

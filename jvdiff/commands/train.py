@@ -33,7 +33,7 @@ from jvdiff.commands.arguments import Command, Request, Section
 from jvdiff.commands.command_line import say
 from jvdiff.config import nearest
 from jvdiff.errors import UsageError
-from jvdiff.runtime import peers
+from jvdiff.runtime import peers, profiling
 from jvdiff.runtime.files import alone
 from jvdiff.training.options import Going, Kind, Training, function
 
@@ -83,8 +83,10 @@ def run(request: Request) -> list[Path]:
             print(line, flush=True)
         return []
     from jvdiff.training import record, states
+    from jvdiff.training.loop import PROFILED
 
     folder = command_line.writable(config.folder, "folder")
+    command_line.use_device()
     fields, processes = config.to_dict(), configs.names(options.Processes)
     with alone(folder / "run", folder), _quiet_orbax():
         if config.get("resume"):
@@ -94,7 +96,13 @@ def run(request: Request) -> list[Path]:
         record.begin(folder, fields, kind, bool(config.get("allow_changes")), processes)
         command_line.compile_cache(config.get("compile_cache"))  # type: ignore[arg-type]
         advice = "Try a smaller batch or model; what was saved before is kept."
-        with command_line.device_memory(str(folder), advice), command_line.plain_logs(), _going_on(request, folder):
+        traced = profiling.profile(config.get("profile"), PROFILED)
+        with (
+            command_line.device_memory(str(folder), advice),
+            command_line.plain_logs(),
+            _going_on(request, folder),
+            traced,
+        ):
             return [function(kind.run)(config, folder)]
 
 

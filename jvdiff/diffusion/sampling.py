@@ -18,6 +18,7 @@ from jax.tree_util import Partial
 
 from jvdiff.diffusion.solvers import Solver
 from jvdiff.errors import UsageError
+from jvdiff.runtime import profiling
 from jvdiff.types import Array
 
 Velocity = Callable[[Array, Array], Array]
@@ -58,8 +59,11 @@ def loop(
 ) -> Any:
     """The loop of `denoise`, for any step(state, timestep, row of the solver's table) -> state."""
     for i in range(start, _check_range(solver, start, stop)):
-        state = step(state, solver.timesteps[i], solver.table[i])
-        if callback is not None and callback(i + 1, jax.block_until_ready(state)):
+        with profiling.step("denoise", i):
+            state = step(state, solver.timesteps[i], solver.table[i])
+            if callback is not None:
+                jax.block_until_ready(state)
+        if callback is not None and callback(i + 1, state):
             break
     return state
 

@@ -29,3 +29,9 @@ def guidance(default: float) -> Any:
     """Weight of classifier-free guidance."""
     meaning, note = "weight of classifier-free guidance; 1: none, and half the work", "1 means without guidance"
     return option(default, meaning, low=1.0, high=100.0, note=note)
+
+
+def profile() -> Any:
+    """The option `profile`."""
+    meaning = "a folder that gets a trace of jax.profiler: stages, steps, layers and kernels on a time line"
+    return option(None, meaning, path=True)

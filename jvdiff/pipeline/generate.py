@@ -12,18 +12,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jvdiff import precision as precisions
 from jvdiff.errors import UsageError
+from jvdiff.kernels import admission
 from jvdiff.models.family import Clip, Family, Models, Request, read_weights
 from jvdiff.pipeline import stages
 from jvdiff.pipeline.lending import Weights
 from jvdiff.pipeline.repository import Repository, check_at_once, inspect
 from jvdiff.pipeline.settings import check_seed
 from jvdiff.pipeline.stages import Context, Executor
-from jvdiff.runtime import peers
+from jvdiff.runtime import memory, peers, profiling
+from jvdiff.runtime.target import here
 from jvdiff.sharding import MeshShape, Placement, check_mesh, make_mesh, read_mesh
 from jvdiff.types import Params
 
@@ -125,7 +128,9 @@ def load(
         CheckpointError: incomplete, damaged or unknown weights or configurations.
         UsageError: no such folder, a causal model (see `jvdiff.streaming.load`), an unknown precision, or a mesh of
             more devices than there are.
+        SetupError: a GPU is there, and JAX cannot use it.
     """
+    admission.admit()
     placement, dtypes = place(read_mesh(mesh)), precisions.choose(precision, vae_decode)
     if not isinstance(path, Repository):
         path = inspect(path, at_once=True, family=family, follow_symlinks=follow_symlinks)
@@ -138,7 +143,15 @@ def load(
 
 
 def read_parts(repository: Repository, dtypes: precisions.Precision, placement: Placement | None) -> Weights:
-    """The weights of every part, where they live; the repository knows their digests afterwards."""
+    """The weights of every part, where they live; the repository knows their digests afterwards.
+
+    Raises:
+        ResourceError: that is the host's memory, and they are more than it has for this process.
+    """
+    if here().platform == "cpu":
+        abstract = abstract_params(repository.family, repository.models, dtypes)
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+        memory.check_host(size, f"{repository.path}: its weights", "Use a machine with more, or --precision=bfloat16.")
 
     def read(name: str, cfg: Any) -> Params:
         part, digests = repository.family.parts[name], {}
@@ -171,6 +184,7 @@ def generate(
     renoise: Any = None,
     image: Any = None,
     callback: Callable[[int, Any], Any] | None = None,
+    profile: str | Path | None = None,
     **settings: Any,
 ) -> Output:
     """Videos of prompts, or of class labels, as one batch.
@@ -183,6 +197,8 @@ def generate(
         renoise: float32 [steps-1,B,T,H,W,C] in place of what a solver draws.
         image: uint8 [Y,X,3], the first frame, where the model takes one.
         callback: see `stages.denoise`.
+        profile: a folder that gets a trace of `jax.profiler` of the stages; the programs are compiled in it, unless
+            they were before.
         settings: any of the family's (`pipe.family.settings`): num_frames, height, width, steps, guidance and so on.
             What is missing or None comes from the repository, else from the family.
 
@@ -206,12 +222,13 @@ def generate(
         _check_array("noise", noise, np.float32, shape)
     request = make_request(pipe.family, clip, subjects, image=image)
     inputs, solver = pipe.family.inputs(pipe.models, clip, request), clip.sampler.make()
-    conditions = stages.encode(pipe.context, clip, inputs, pipe.run)
-    standard = stages.initial_noise(seeds, clip.latents) if noise is None else noise
-    state = stages.begin(clip, solver, standard, seeds, renoise)
-    state = stages.denoise(pipe.context, clip, conditions, state, solver, pipe.run, callback=callback)
-    latents = np.array(pipe.family.finish(clip, inputs, conditions, state.x))
-    video = stages.decode(pipe.context, clip, latents, pipe.run)
+    with profiling.profile(profile):
+        conditions = stages.encode(pipe.context, clip, inputs, pipe.run)
+        standard = stages.initial_noise(seeds, clip.latents) if noise is None else noise
+        state = stages.begin(clip, solver, standard, seeds, renoise)
+        state = stages.denoise(pipe.context, clip, conditions, state, solver, pipe.run, callback=callback)
+        latents = np.array(pipe.family.finish(clip, inputs, conditions, state.x))
+        video = stages.decode(pipe.context, clip, latents, pipe.run)
     return Output(video, latents, subjects, seeds, clip.settings)
 
 

@@ -24,7 +24,7 @@ from jvdiff.errors import NumericsError, UsageError
 from jvdiff.models.family import Clip, Family, Forward, Models, Run, Segment, Stage
 from jvdiff.pipeline.lending import Weights
 from jvdiff.precision import Precision
-from jvdiff.runtime import draws
+from jvdiff.runtime import draws, profiling
 from jvdiff.runtime.target import Target
 from jvdiff.sharding import Placement, param_shardings
 from jvdiff.types import Array, Params
@@ -67,7 +67,7 @@ class Executor:
     placement: Placement | None = None
 
     def __call__(self, stage: Stage, *arguments: Any) -> Any:
-        with self.weights.use(stage.part) as params:
+        with profiling.stage(stage.name), self.weights.use(stage.part) as params:
             return stage.program(params, *self._placed(arguments))
 
     def _placed(self, tree: Any) -> Any:

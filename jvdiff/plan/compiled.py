@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -83,8 +83,7 @@ def programs(
         began = time.monotonic()
         compiled = compile_for(context.placement, call.traced)
         took = time.monotonic() - began
-        memory: Any = compiled.memory_analysis()
-        weights = _weights_used(call.traced, abstract[part], family.parts[part].places, shape)
+        weights, data, temporary = memory_of(call, compiled, abstract[part], family.parts[part].places, shape)
         text = compiled.as_text() or ""
         largest, elements = largest_array(text)
         sent = collectives.read(text)
@@ -94,8 +93,8 @@ def programs(
             times=call.times,
             flops=count_flops(counted.traced.jaxpr.jaxpr) / (shape.devices if shape else 1),
             weights=weights,
-            data=memory.argument_size_in_bytes - weights + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-            temporary=memory.temp_size_in_bytes,
+            data=data,
+            temporary=temporary,
             largest=largest,
             largest_elements=elements,
             seconds=took,
@@ -104,6 +103,35 @@ def programs(
             asynchronous=sum(each.asynchronous for each in sent),
             collectives=len(sent),
         )
+
+
+def memory_of(
+    call: pipeline.Call, compiled: Any, tree: Params, places: Rules, shape: MeshShape | None
+) -> tuple[int, int, int]:
+    """Bytes on one device of a compiled program: its weights, other arguments and results, temporary arrays.
+
+    tree, places: the weights of its part, which may be abstract, and their rules.
+    """
+    memory = compiled.memory_analysis()
+    weights = _weights_used(call.traced, tree, places, shape)
+    outside = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return weights, outside - weights, memory.temp_size_in_bytes
+
+
+def let_go(clip: Clip, needs: Iterable[tuple[str, int]], held: int, limit: int) -> tuple[str, ...]:
+    """The parts that are to leave the device once they have encoded; none where everything fits.
+
+    needs: (part, bytes besides the weights) of each program of the clip, in order.
+    held: bytes of all weights.
+    limit: of the device.
+    """
+    every = list(needs)
+    if held + max(need for _, need in every) <= limit:
+        return ()
+    steps = {segment.part for segment in clip.segments}
+    first = next((i for i, (part, _) in enumerate(every) if part in steps), len(every))
+    later = {part for part, _ in every[first:]}
+    return tuple(dict.fromkeys(part for part, _ in every[:first] if part not in later))
 
 
 def stage_text(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from jvdiff.models.family import Clip
 from jvdiff.pipeline import Context
 from jvdiff.plan.compiled import programs, resident
 from jvdiff.plan.counting import gib
+from jvdiff.runtime import memory
 from jvdiff.sharding import MeshShape
 from jvdiff.sharding.rules import REPLICATED
 
@@ -91,8 +91,11 @@ def candidates(devices: int) -> Iterator[MeshShape]:
 
 
 def memory_limit() -> int:
-    """Bytes that a program may take on a device at hand; a CPU's are the host's."""
+    """Bytes that a program may take on a device at hand; a CPU's are what the host has for this process."""
+    return pool() or memory.host()[0]
+
+
+def pool() -> int | None:
+    """Bytes that JAX takes of a device at hand; None where that has no memory of its own, or JAX has no bound."""
     stats: Any = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return stats.get("bytes_limit") if stats else None

@@ -16,6 +16,7 @@ from jvdiff import models
 from jvdiff.config import nearest
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.plan.targets import check_target, described, target_memory
+from jvdiff.runtime import gpus
 from jvdiff.weights import locate
 
 
@@ -84,7 +85,8 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
     """
     import jax
 
-    from jvdiff.plan.compiled import programs, resident
+    from jvdiff.plan import meshes
+    from jvdiff.plan.compiled import let_go, programs, resident
     from jvdiff.plan.counting import flops, gib
     from jvdiff.sharding import check_mesh
 
@@ -113,6 +115,13 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
         f"one clip: {flops(total)}FLOPs;{communication} device memory, all weights resident: {gib(most).strip()}"
         f" (each part there only while it works: {gib(in_turn).strip()})"
     )
+    if (pool := target_memory(target) if target else meshes.pool()) is not None:
+        gone = let_go(clip, [(program.part, program.needs) for program in every], weights, pool)
+        later = max((program.needs for program in every if program.part not in gone), default=0)
+        rest = weights - sum(held[part][1] for part in gone) + later
+        after = f"; {', '.join(gone)} leaves it after encoding, then {gib(rest).strip()}" if gone else ""
+        yield f"JAX's pool on each device: {gib(pool).strip()}, {gpus.share():g} of it{after}"
+        yield "not in these figures: the workspaces of cuDNN, cuBLAS and NCCL"
     frames, height, width = clip.frames
     yield f"host memory for its frames: {gib(frames * height * width * 3).strip()}"
 

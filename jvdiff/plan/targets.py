@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from jvdiff import program
 from jvdiff.errors import SetupError, UsageError
-from jvdiff.runtime import cache
+from jvdiff.runtime import cache, gpus
 from jvdiff.runtime.interrupts import shielded
 from jvdiff.runtime.verdict import unfinished
 
@@ -211,9 +211,8 @@ def described_number(name: str, field: str) -> float:
 
 
 def target_memory(target: str) -> int:
-    """Bytes that JAX takes of the memory of a described GPU: three quarters, or XLA_PYTHON_CLIENT_MEM_FRACTION."""
-    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
-    return int(described_number(target, "device_memory_size") * share)
+    """Bytes that JAX takes of the memory of a described GPU in a run of ours, see `gpus.share`."""
+    return int(described_number(target, "device_memory_size") * gpus.share())
 
 
 def target_placement(target: str, shape: Any = None) -> Placement:

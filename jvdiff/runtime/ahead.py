@@ -18,8 +18,8 @@ _begun: list[Future[Any]] = []
 @contextlib.contextmanager
 def compiling(
     programs: Callable[[], Iterable[tuple[Hashable, Any]]],
-) -> Iterator[Callable[[], set[Hashable]]]:
-    """Traces and compiles beside the block; yields what waits for that, and gives the keys of what was compiled.
+) -> Iterator[Callable[[], dict[Hashable, Any]]]:
+    """Traces and compiles beside the block; yields what waits for that, and gives what was compiled by its key.
 
     A program that cannot be compiled is left to who runs it, and tells why.
 
@@ -34,11 +34,11 @@ def compiling(
             _begun.append(found[key])
         return found
 
-    def compiled() -> set[Hashable]:
+    def compiled() -> dict[Hashable, Any]:
         found = {} if begun.exception() else begun.result()
-        keys = {key for key, program in found.items() if not program.exception()}
+        programs = {key: program.result() for key, program in found.items() if not program.exception()}
         pool.shutdown()
-        return keys
+        return programs
 
     begun = pool.submit(begin)
     _begun.append(begun)

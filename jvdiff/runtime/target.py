@@ -23,6 +23,7 @@ class Target:
     capability: CUDA's, (9, 0) of a Hopper; None: not an NVIDIA GPU
     devices: how many share the work
     cudnn: version that a GPU which is not there is taken to have, 91200 for 9.12; None: JAX asks the library at hand
+    refused: (name, reason) of the kernels that were seen to be wrong there (`kernels.admission`)
     """
 
     platform: str
@@ -30,6 +31,20 @@ class Target:
     capability: tuple[int, int] | None = None
     devices: int = 1
     cudnn: int | None = None
+    refused: tuple[tuple[str, str], ...] = ()
+
+    def refusal(self, kernel: str) -> str | None:
+        """Why a kernel is not to run there, or None."""
+        reason = dict(self.refused).get(kernel)
+        return reason and f"failed its check on {self.kind}: {reason}"
+
+
+_refused: dict[str, str] = {}
+
+
+def refuse(kernel: str, reason: str) -> None:
+    """From now on the GPUs at hand refuse a kernel; reason: the end of a sentence."""
+    _refused[kernel] = reason
 
     @property
     def epilogues(self) -> bool:
@@ -51,7 +66,8 @@ def of(devices: Sequence[Any]) -> Target:
     capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     platform = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
     numbers = (int(capability[1]), int(capability[2])) if capability and platform == "gpu" else None
-    return Target(platform, device.device_kind, numbers, len(devices))
+    refused = tuple(_refused.items()) if platform == "gpu" else ()
+    return Target(platform, device.device_kind, numbers, len(devices), refused=refused)
 
 
 def here() -> Target:

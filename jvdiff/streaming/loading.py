@@ -12,6 +12,7 @@ from typing import Any
 from jvdiff import models, pipeline
 from jvdiff import precision as precisions
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.kernels import admission
 from jvdiff.models.family import Family, Rollout
 from jvdiff.pipeline import Repository
 from jvdiff.pipeline.lending import Weights
@@ -201,7 +202,9 @@ def load(
         CheckpointError: incomplete, damaged or unknown weights or configurations.
         UsageError: no such folder, a model that is not causal, an unknown precision, or a mesh of more devices than
             there are.
+        SetupError: a GPU is there, and JAX cannot use it.
     """
+    admission.admit()
     if isinstance(path, Repository):
         repository = path
     else:

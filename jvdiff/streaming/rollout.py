@@ -31,7 +31,7 @@ import numpy as np
 
 from jvdiff.errors import NumericsError, UsageError
 from jvdiff.pipeline.stages import nonfinite
-from jvdiff.runtime import run_state
+from jvdiff.runtime import profiling, run_state
 from jvdiff.sharding import Placement
 from jvdiff.streaming import guards
 from jvdiff.streaming import programs as stream_programs
@@ -180,16 +180,19 @@ class StreamInferencePipeline:
         payload, encoded, decoded = None, cache.encoder, cache.decoder
         if config.encoder is not None:
             weights = self._weights(config.encoder)
-            payload, encoded = programs.encode(weights, self._everywhere(input), cache.encoder)
+            with profiling.stage("encode"):
+                payload, encoded = programs.encode(weights, self._everywhere(input), cache.encoder)
             clock.done("encode", payload)
         weights = self._weights(self._transformer)
-        latents, bad = programs.diffuse(
-            weights, cache.text, cache.past, cache.key, np.int32(i), payload, batch=cache.rollouts
-        )
+        with profiling.stage("diffuse"):
+            latents, bad = programs.diffuse(
+                weights, cache.text, cache.past, cache.key, np.int32(i), payload, batch=cache.rollouts
+            )
         frames = latents
         clock.done("diffuse", latents)
         if config.decoder is not None:
-            frames, bad, decoded = programs.decode(self._weights(config.decoder), latents, bad, cache.decoder)
+            with profiling.stage("decode"):
+                frames, bad, decoded = programs.decode(self._weights(config.decoder), latents, bad, cache.decoder)
             clock.done("decode", frames)
         after = dataclasses.replace(cache, generated=np.int32(i + 1), encoder=encoded, decoder=decoded)
         return frames, after, FinalState(latents, payload, bad, int(i), tuple(clock.milliseconds))
@@ -214,10 +217,11 @@ class StreamInferencePipeline:
         i = autoregressive_index
         guards.check_finalize(self.config, i, cache, final)
         clock = Clock(self.config.enable_sync_and_profile, final.milliseconds)
-        past, history = self.programs.finalize(
-            self._weights(self._transformer), cache.text, cache.past, cache.history, cache.key, np.int32(i),
-            final.latents, final.payload,
-        )  # fmt: skip
+        with profiling.stage("finalize"):
+            past, history = self.programs.finalize(
+                self._weights(self._transformer), cache.text, cache.past, cache.history, cache.key, np.int32(i),
+                final.latents, final.payload,
+            )  # fmt: skip
         clock.done("finalize", past)
         after = dataclasses.replace(cache, finalized=np.int32(i + 1), past=past, history=history)
         return after, clock.statistics()

@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvdiff.errors import Interrupted, NumericsError, UsageError
-from jvdiff.runtime import draws, peers, rescue
+from jvdiff.runtime import draws, peers, profiling, rescue
 from jvdiff.runtime.interrupts import deferred, interrupts
 from jvdiff.runtime.staging import lock
 from jvdiff.sharding import MeshShape, make_mesh, param_shardings, shape_of, spec_on
@@ -39,6 +39,7 @@ from jvdiff.training.options import Schedule
 from jvdiff.types import Array, Params
 
 _log = logging.getLogger("jvdiff.training")
+PROFILED = 10  # steps of a trace
 
 
 class State(NamedTuple):
@@ -212,6 +213,7 @@ def fit(
     most_skipped: int = 10,
     log_to: Sequence[str] = (),
     mesh: Mesh | None = None,
+    profile: str | Path | None = None,
 ) -> State:
     """Trains, or goes on training, until `schedule.steps` steps are done.
 
@@ -225,6 +227,7 @@ def fit(
       log_to: "tensorboard" and "wandb", besides `metrics.jsonl`.
       mesh: of `jvdiff.sharding.make_mesh`, whose devices share every batch, and the state by `task.rules`; None: one
         device. A run may go on under another mesh than it began with.
+      profile: a folder that gets a trace of `jax.profiler` of the first `PROFILED` steps, the first of which compiles.
 
     Raises:
       Interrupted: SIGINT or SIGTERM came; the state after the last whole step is saved.
@@ -246,7 +249,7 @@ def fit(
         every, begun = _Every(save_every, log_every, show_every), int(state.step)
         with Metrics(folder, begun, schedule.steps, log_to) as metrics:
             run = _Run(folder, manager, metrics, most_skipped, state, begun)
-            with deferred(lambda: run.done > begun), run.keeping():
+            with deferred(lambda: run.done > begun), run.keeping(), profiling.profile(profile, PROFILED):
                 run.train(task, schedule.steps, step, mesh, every, stopped)
                 run.save()
                 with states.disk(folder):
@@ -318,7 +321,8 @@ class _Run:
             for batch in batches:
                 if stopped():
                     break
-                self.state, values = step(self.state, shared(batch, mesh))
+                with profiling.step("train", self.done):
+                    self.state, values = step(self.state, shared(batch, mesh))
                 self.after_step(task, every, values, self.done + 1 == steps)
 
     def after_step(self, task: Task, every: _Every, values: Mapping[str, Any], last: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jvdiff.config import option
 from jvdiff.errors import UsageError
-from jvdiff.models.options import family, follow_symlinks
+from jvdiff.models.options import family, follow_symlinks, profile
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,14 @@ class Going:
         None, 'a folder of your own, or "off"; none: the user\'s cache folder', path=True
     )
     follow_symlinks: bool = follow_symlinks()
+    profile: str | None = profile()  # of the first steps
 
 
 # Whatever these are, the numbers are the same: a run may go on with others.
 FREE = frozenset({
     *("folder", "family", "compile_cache", "allow_changes", "resume", "plan", "plan_target", "follow_symlinks"),
     *("loop.mesh", "loop.save_every", "loop.log_every", "loop.show_every", "loop.keep", "loop.log_to"),
-    *("loop.most_skipped",),
+    *("loop.most_skipped", "profile"),
 })  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import jvdiff
-from jvdiff import kernels, pipeline
+from jvdiff import kernels, pipeline, plan
 from jvdiff.commands import command_line, sample, verify
 from jvdiff.errors import ResourceError, SetupError
 from jvdiff.media import video as videos
@@ -450,6 +450,20 @@ def test_out_of_device_memory_names_the_stage(command, tmp_path, monkeypatch, ca
     assert f"stage {stage}" in said and "--precision=bfloat16" in said and "--num_frames" in said
     assert ("CUDA_VISIBLE_DEVICES" in said) == (stage == "load")  # where another process may have taken it
     assert (tmp_path / "out" / f"{STEM}.state").is_dir() == (stage == "decode")
+
+
+def test_an_encoder_leaves_a_device_that_is_too_small_and_comes_back(command, tmp_path, monkeypatch, capsys):
+    sizes = iter([1, 2**40])  # of the pool, for one clip and the next
+    monkeypatch.setattr(plan, "pool", lambda: next(sizes))
+    trace = {"profile": tmp_path / "trace"}  # of the first clip
+    assert sample.main(command(seed=None, seeds="3:5", steps=2, save_arrays="true", **trace)) == 0
+    notices = [line for line in capsys.readouterr().err.splitlines() if "leaves the device" in line]
+    assert len(notices) == 1 and "the text encoder leaves the device until it is needed" in notices[0]
+    first, second = (read(path) for path in sorted((tmp_path / "out").glob("*.npz")))
+    (trace,) = (tmp_path / "trace").rglob("*.xplane.pb")
+    words = (b"denoise", b"text", b"decode next", b"self_attn", b"ffn", b"xla_attention")
+    assert [word for word in words if word not in trace.read_bytes()] == []
+    assert np.isfinite(second["latents"]).all() and not np.array_equal(first["latents"], second["latents"])
 
 
 def test_an_output_that_cannot_be_written_is_told_first(command, tmp_path, capsys, no_weights):

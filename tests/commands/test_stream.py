@@ -141,13 +141,15 @@ def test_chunks_become_a_video_with_statistics_and_a_record(command, tmp_path, t
     assert videos.read_metadata(f"{base}.mp4")["prompts"] == record["prompts"]
 
 
-def test_without_a_profile_the_frames_are_the_same_and_names_are_never_taken_twice(command, tmp_path, written):
-    for profile in ("true", "false"):
-        assert stream.main(command(chunks=2, profile=profile)) == 0
+def test_without_times_the_frames_are_the_same_and_names_are_never_taken_twice(command, tmp_path, written):
+    for timed, trace in (("true", None), ("false", tmp_path / "trace")):
+        assert stream.main(command(chunks=2, timed=timed, profile=trace)) == 0
     for one, other in zip(written[:2], written[2:], strict=True):
         np.testing.assert_array_equal(one, other)
     (line, _), base = lines(tmp_path / "out" / f"{STEM}-2"), tmp_path / "out" / STEM
     assert "diffuse_ms" not in line and line["total_ms"] > 0 and line["fps"] > 0 and len(lines(base)) == 2
+    (trace,) = (tmp_path / "trace").rglob("*.xplane.pb")
+    assert [word for word in (b"chunk", b"diffuse", b"finalize", b"self_attn") if word not in trace.read_bytes()] == []
 
 
 def test_memory_of_the_contact_sheet_is_bounded_and_its_frames_are_spread():
@@ -227,7 +229,7 @@ def test_the_command_that_is_printed_makes_every_file_of_the_whole_run(
 ):
     """Byte for byte; it says all that the command line said, but what the state holds."""
     held = {"then.1": OTHER, "negative_prompt": "red", "fps": 5, f"{SCHEDULER}.shift": 4.0, "vae_decode": "bf16"}
-    kept = {"profile": "false", "save_every": 2}
+    kept = {"timed": "false", "save_every": 2}
     assert stream.main(command(held | kept, output=tmp_path / "whole")) == 0
     append = FragmentedMP4.append
     monkeypatch.setattr(

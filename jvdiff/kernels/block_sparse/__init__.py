@@ -101,7 +101,8 @@ def block_sparse_attention(
     if not SCALES[0] <= scale <= SCALES[1]:  # padded keys are masked by what the products are
         raise ValueError(f"block_sparse_attention: scale is {scale!r}; it must lie in {SCALES[0]}..{SCALES[1]}")
     _log_once(name, q.shape, k.shape[1], str(q.dtype), block)
-    out, lse = _attention(name, block, target, scale, q, k, v, lists)  # pyright: ignore[reportGeneralTypeIssues]
+    with jax.named_scope(f"{name}_block_sparse"):
+        out, lse = _attention(name, block, target, scale, q, k, v, lists)  # pyright: ignore[reportGeneralTypeIssues]
     return (out, lse) if return_lse else out
 
 
@@ -136,15 +137,18 @@ def choose(
             )
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"block_sparse_attention: q, k and v must be of a float dtype, not {q.dtype}")
+    on = target or here()
     if implementation is None:
-        on = target or here()
-        able = (n for n, i in IMPLEMENTATIONS.items() if not (i.unsupported(q, k, v, block) or i.unavailable(on)))
-        return next(able)
+        every = IMPLEMENTATIONS.items()
+        able = (n for n, i in every if not (i.unsupported(q, k, v, block) or i.unavailable(on) or on.refusal(n)))
+        if (name := next(able)) != "mosaic_gpu" and mosaic_gpu.too_old(on):
+            _say_once(mosaic_gpu.too_old(on))
+        return name
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"no block-sparse attention implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"
         )
-    if reason := IMPLEMENTATIONS[implementation].unsupported(q, k, v, block):
+    if reason := IMPLEMENTATIONS[implementation].unsupported(q, k, v, block) or on.refusal(implementation):
         raise NotImplementedError(f"block-sparse attention implementation {implementation!r}: {reason}")
     return implementation
 
@@ -235,6 +239,11 @@ def _cotangents(name: str, how: Any, residuals: Any, dout: jax.Array, dlse: jax.
     (q, k, v, lists), (out, lse) = residuals
     dlse = jnp.where(jnp.isfinite(lse), dlse, 0)  # the log-sum-exp of no keys is a constant
     return IMPLEMENTATIONS[name].backward(q, k, v, out, lse, dout, dlse, lists, **how)
+
+
+@cache
+def _say_once(line: str | None) -> None:
+    _log.warning("%s", line)
 
 
 @cache

@@ -49,6 +49,16 @@ def shapes(block: int, head_dim: int, kind: str) -> dict[str, Shape]:
     return {kernel: Shape(**cut) for kernel, cut in table[f"{rows}x{head_dim}"].items()}
 
 
+def too_old(target: Target) -> str | None:
+    """A notice where the target is a Hopper, and this JAX has not what these kernels need."""
+    if target.capability != (9, 0) or jax.__version_info__ >= (0, 11):
+        return None
+    return (
+        f"notice: on this Hopper sparse attention and rings run on other kernels than Mosaic's, which need JAX 0.11; "
+        f"this is {jax.__version__}. Python 3.12 or newer gets it."
+    )
+
+
 def unsupported(q: Any, k: Any, v: Any, block: int) -> str | None:
     """Why these kernels cannot do these shapes and dtypes, or None."""
     if jax.__version_info__ < (0, 11):

@@ -57,13 +57,14 @@ def attention(
     how: Any = dict(return_lse=return_lse, implementation=implementation, target=target)
     name = choose(q, k, v, kv_length=kv_length, **how)
     _log_once(name, q.shape, k.shape[1], str(q.dtype))
+    attend = jax.named_scope(f"{name}_attention")(IMPLEMENTATIONS[name].attention)
     if kv_length is None:
-        out, lse = IMPLEMENTATIONS[name].attention(q, k, v, return_lse, None, target)
+        out, lse = attend(q, k, v, return_lse, None, target)
         return (out, lse) if return_lse else out
     # Without keys one is attended to and the result thrown away, so that nothing is infinite on the way, nor backwards.
     kv_length = jnp.asarray(kv_length, jnp.int32)
     length = jnp.clip(kv_length, 1, k.shape[1])
-    out, lse = IMPLEMENTATIONS[name].attention(q, k, v, return_lse, length, target)
+    out, lse = attend(q, k, v, return_lse, length, target)
     out = jnp.where(kv_length > 0, out, 0)
     return (out, jnp.where(kv_length > 0, lse, -jnp.inf)) if return_lse else out
 

@@ -24,7 +24,10 @@ def unsupported(q: Any, k: Any, v: Any, return_lse: bool, target: Target) -> str
     if not return_lse:
         return "is there for the log-sum-exp, which is not asked for"
     kernels = (("mosaic_gpu", mosaic_gpu), ("triton", triton))
-    reasons = {name: kernel.unsupported(q, k, v, BLOCK) or kernel.unavailable(target) for name, kernel in kernels}
+    reasons = {
+        name: kernel.unsupported(q, k, v, BLOCK) or kernel.unavailable(target) or target.refusal(name)
+        for name, kernel in kernels
+    }
     return "; ".join(f"{name} {reason}" for name, reason in reasons.items()) if all(reasons.values()) else None
 
 
