@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": ("jvdiff.commands.convert:main", "a Hugging Face repository becomes an Orbax directory"),
     "to_hf": ("jvdiff.commands.convert:to_hf", "a converted or trained repository becomes a Diffusers folder"),
     "verify": ("jvdiff.commands.verify:main", "whether checkpoints, runs, states and clips are what was written"),
+    "tune": ("jvdiff.commands.tune:main", "the fastest cut of the kernels of sparse attention on this GPU"),
     "sharding": ("jvdiff.commands.sharding:main", "where weights would live on a mesh"),
     "digits": ("jvdiff.digits.__main__:main", "moving digits as MP4 files"),
 }

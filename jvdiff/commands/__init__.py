@@ -16,6 +16,7 @@ __all__ = [
     "sharding",
     "stream",
     "train",
+    "tune",
     "verify",
 ]
 
