@@ -11,7 +11,8 @@ at the same mask.
 `difference` is the relative L2 distance to float64 of the results for two tiles of one head, and of the gradients of
 a loss that sees those.
 
-Rivals under PyTorch, where they are installed: scaled dot product attention for the dense rows, FlexAttention with a
+Dense rows of a GPU are cuDNN's, those of the block-sparse kernel with every block listed, and flash-attn3-jax's. Rivals
+under PyTorch, where they are installed: scaled dot product attention for the dense rows, FlexAttention with a
 block mask and the Triton kernel of fastvideo-kernel for the sparse ones. The last two get operands in padded tile order
 and finished lists, and have no coarse branch: what they leave out is timed on our side.
 
@@ -43,12 +44,14 @@ from jvdiff import kernels
 from jvdiff.errors import JvdiffError, SetupError
 from jvdiff.kernels import Dense, SlidingTile, VideoSparse, block_sparse, tiles
 from jvdiff.kernels.block_sparse import Lists
+from jvdiff.kernels.dense import blocks
 from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.kernels.sliding_tile import check_windows, window_lists
 from jvdiff.runtime.target import here
 
 DIRECTIONS = {"forward": 4.0, "backward": 10.0}  # FLOPs of one query-key pair and channel
 WRONG = 0.05  # a relative error that no rounding explains
+FLASH = "flash-attn3-jax"  # FlashAttention-3 under JAX, beside cuDNN in the dense rows
 _DENSE_TILE = (4, 8, 8)  # dense attention has no tiles; its results are checked in such ones
 
 
@@ -141,8 +144,15 @@ class Problem:
     def attend(self, implementation: str | None) -> Callable[..., jax.Array]:
         """The public function on the operands."""
         pattern, common = self.pattern, dict[str, Any](implementation=implementation)
+        if implementation == FLASH:
+            from flash_attn3_jax import flash_mha  # pyright: ignore[reportMissingImports]
+
+            return flash_mha
         if isinstance(pattern, Dense):
-            return lambda q, k, v: kernels.attention(q, k, v, **common)
+            # `blocks` is there for the log-sum-exp, and asked for it.
+            lse = implementation == "blocks"
+            attend = lambda q, k, v: kernels.attention(q, k, v, return_lse=lse, **common)  # noqa: E731
+            return lambda q, k, v: attend(q, k, v)[0] if lse else attend(q, k, v)
         common |= {"grid": self.shape.grid, "tile": pattern.tile}
         if isinstance(pattern, SlidingTile):
             return lambda q, k, v: kernels.sliding_tile_attention(q, k, v, window=pattern.window, **common)
@@ -284,6 +294,9 @@ def implementations(problem: Problem, gpu: bool) -> Iterator[tuple[str, str | No
     if isinstance(problem.pattern, Dense):
         q = problem.operands[0]
         yield kernels.choose(q, q, q), None
+        if gpu:
+            yield "blocks", blocks.unsupported(q, q, q, True, here())
+            yield FLASH, None if _installed(FLASH) else "it is not installed: pip install flash-attn3-jax"
         return
     slots = (1, problem.block * problem.lists.kv_sizes.size, problem.shape.heads, problem.shape.head_dim)
     x = jax.ShapeDtypeStruct(slots, problem.dout.dtype)
@@ -468,7 +481,7 @@ def measure(
             "pattern": problem.name,
             "direction": direction,
             "implementation": name,
-            "ours": name in own,
+            "ours": name in own and name != FLASH,
             "kept": short(problem.pairs / (float(np.prod(shape.grid)) ** 2 * shape.heads)),
             "ms": short(median[name] * 1e3),
             "tflops_per_s": short(flops / median[name] / 1e12),

@@ -15,6 +15,7 @@ B batch · L video tokens · N heads · K head dim.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -22,20 +23,17 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if "--check" not in sys.argv:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # before jax: its CUDA plugin would ask for a driver
-# What the compilers print, which is read below: that of Mosaic's kernels, and that of all others.
-os.environ["MOSAIC_GPU_DUMP_PTXAS"] = os.environ["MOSAIC_GPU_DUMP_RESOURCES"] = "1"
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_force_compilation_parallelism=1"  # in order
-os.environ["TF_CPP_VMODULE"] = "subprocess_compilation=2,xtile_compiler=2,thunk_emitter=3"
+from jvdiff.plan import resources
+
+if __name__ == "__main__":
+    if "--check" not in sys.argv:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # before jax: its CUDA plugin would ask for a driver
+    resources.ask()
 
 import jax
 import jax.numpy as jnp
@@ -44,31 +42,17 @@ from timing import RESULTS, in_turn
 
 from jvdiff import plan
 from jvdiff.errors import JvdiffError, SetupError, UsageError
-from jvdiff.kernels import Dense, block_sparse_attention, layout, tiles
+from jvdiff.kernels import Dense, Pattern, block_sparse_attention, layout, tiles
 from jvdiff.kernels.block_sparse import mosaic_gpu, triton
+from jvdiff.kernels.block_sparse.cuts import KERNELS
+from jvdiff.kernels.tuning import MODELS, PATTERNS
 from jvdiff.models import wan
 from jvdiff.models.wan import places
 from jvdiff.models.wan.family import TEXT_LENGTH
+from jvdiff.plan.resources import ctas, printed, read_log, shared_memory_of
 from jvdiff.runtime.target import here
 from jvdiff.sharding import MeshShape, collectives, param_shardings, read_mesh
 
-# Grid of tokens after patchify, and heads; 81 frames, HunyuanVideo 117. All have head dim 128, --head-dim asks what if.
-MODELS = {
-    "Wan 1.3B 480p": ((21, 30, 52), 12),
-    "Wan 14B 480p": ((21, 30, 52), 40),
-    "Wan 1.3B 720p": ((21, 45, 80), 12),
-    "Wan 14B 720p": ((21, 45, 80), 40),
-    "HunyuanVideo 768p": ((30, 48, 80), 24),
-}
-# Tile, and n tiles -> how many of them each tile sees.
-PATTERNS: dict[str, tuple[tuple[int, int, int], Callable[[int], int]]] = {
-    "STA 6x8x8": ((6, 8, 8), lambda n: min(n, 27)),
-    "VSA 4x4x4": ((4, 4, 4), lambda n: tiles.top_k_count(0.9, n)),
-    "VSA 4x4x8": ((4, 4, 8), lambda n: tiles.top_k_count(0.9, n)),
-    "VSA 4x8x8": ((4, 8, 8), lambda n: tiles.top_k_count(0.9, n)),
-}
-KERNELS = ("forward", "dq", "dkv")
-REGISTERS = 65_536  # of an SM
 STEPS = {
     f"{name} {height}p": (cfg, height, width)
     for name, cfg in (("Wan 1.3B", wan.WAN_2_1_T2V_1_3B), ("Wan 14B", wan.WAN_2_1_T2V_14B))
@@ -156,7 +140,7 @@ def kernels(
     target: str, implementation: str, models: Iterable[str], patterns: Iterable[str], dtype: str, head_dim: int
 ) -> Iterator[dict[str, Any]]:
     """Compiles the three kernels of each shape and yields a row for each of them."""
-    with _printed():  # the compiler's greeting
+    with printed():  # the compiler's greeting
         placement = plan.target_placement(target)
     struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=placement.everywhere)  # noqa: E731
     for model, pattern in itertools.product(models, patterns):
@@ -186,10 +170,10 @@ def kernels(
 
         cotangents = x, struct((1, heads, rows), jnp.float32)
         began = time.monotonic()
-        with _printed() as log:
+        with printed() as log:
             plan.compile_for(placement, jax.jit(both), (x, x, x), lists, cotangents)
         seconds = time.monotonic() - began
-        found = read_log(log[0])
+        found = read_log(log[0], KERNELS)
         for kernel in KERNELS:
             cut = threads(placement.target.kind, implementation, kernel, block, head_dim, dtype)
             row = {
@@ -204,61 +188,9 @@ def kernels(
 def threads(kind: str, implementation: str, kernel: str, block: int, head_dim: int, dtype: str) -> int:
     """The number of threads of one CTA."""
     if implementation == "triton":
-        return 32 * triton.shapes(block, head_dim, dtype)[kernel].warps
-    cut = mosaic_gpu.shapes(block, head_dim, kind)[kernel]
+        return 32 * triton.shapes(block, head_dim, dtype, kind)[kernel].warps
+    cut = mosaic_gpu.shapes(block, head_dim, dtype, kind)[kernel]
     return 128 * (cut.warpgroups + cut.producer)
-
-
-def shared_memory_of(target: str) -> int:
-    """Bytes that one CTA may have."""
-    return int(plan.described_number(target, "shared_memory_per_block_optin"))
-
-
-def ctas(target: str, *, registers: int, shared_memory: int, threads: int, spills: int = 0) -> int:
-    """How many CTAs fit on an SM at once: registers come in eights, and each CTA takes 1 KiB more than it asks for."""
-    by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
-    by_memory = plan.described_number(target, "shared_memory_per_core") // (shared_memory + 1024)
-    by_threads = plan.described_number(target, "threads_per_core_limit") // threads
-    return int(min(by_registers, by_memory, by_threads))
-
-
-def read_log(log: str) -> dict[str, dict[str, int]]:
-    """registers, spills (bytes stored) and shared_memory (bytes) of each kernel, from what the compilers print.
-
-    Shared memory is printed without a name, in the order in which kernels are lowered.
-    """
-    pattern = (
-        r"Function properties for block_sparse_([a-z]+)\w*\s+\d+ bytes stack frame, (\d+) bytes spill stores, "
-        r"\d+ bytes spill loads\s+ptxas info\s*: Used (\d+) registers"
-    )
-    found = {
-        kernel: {"registers": int(used), "spills": int(spills)} for kernel, spills, used in re.findall(pattern, log)
-    }
-    order = re.findall(r"Generating: block_sparse_([a-z]+)", log) or KERNELS
-    memory = re.findall(r"Resources\(smem_scratch_bytes=(\d+)|Shared memory usage: (\d+) B", log)
-    for kernel, sizes in zip(order, memory, strict=True):
-        found[kernel]["shared_memory"] = int(max(sizes))
-    return found
-
-
-@contextmanager
-def _printed() -> Iterator[list[str]]:
-    """What is written to stdout and stderr within, also outside Python: one text, at the end."""
-    texts: list[str] = []
-    kept = [os.dup(1), os.dup(2)]
-    sys.stdout.flush()
-    with tempfile.TemporaryFile() as file:
-        try:
-            for number in (1, 2):
-                os.dup2(file.fileno(), number)
-            yield texts
-        finally:
-            sys.stdout.flush()
-            for number, old in zip((1, 2), kept, strict=True):
-                os.dup2(old, number)
-                os.close(old)
-            file.seek(0)
-            texts.append(file.read().decode(errors="replace"))
 
 
 STEP_COLUMNS = f"{'GiB weights':>13}{'temporary':>11}{'GB sent':>9}{'async':>9}{'seconds':>17}{'efficiency':>13}"
@@ -296,7 +228,7 @@ def steps(target: str, models: Iterable[str], meshes: Sequence[MeshShape]) -> It
 def predicted(target: str, model: str, shape: MeshShape) -> dict[str, Any]:
     """What the compiler says of one step on a mesh of such GPUs, and how long it should take."""
     cfg, height, width = STEPS[model]
-    with _printed():
+    with printed():
         placement = plan.target_placement(target, shape)
     abstract = wan.abstract_params(cfg, jnp.bfloat16)
     params = jax.tree.map(
@@ -312,7 +244,7 @@ def predicted(target: str, model: str, shape: MeshShape) -> dict[str, Any]:
         return placement.replicate(wan.velocity(params, cfg, *inputs, placement=placement))
 
     began = time.monotonic()
-    with _printed():
+    with printed():
         compiled = plan.compile_for(placement, jax.jit(velocity), params, *inputs, options=placement.target.options)
     compiled_in = time.monotonic() - began
     text = compiled.as_text() or ""
@@ -373,8 +305,9 @@ def check() -> int:
     return 0
 
 
-def measure(cfg: Any, height: int, width: int) -> float:
+def measure(cfg: Any, height: int, width: int, pattern: Pattern = Dense()) -> float:  # noqa: B008 - frozen
     """Seconds of one step, both branches in turn, on the device at hand, with random weights: the best of three."""
+    cfg = dataclasses.replace(cfg, gate_compress=pattern.gated)
     leaves, tree = jax.tree.flatten(wan.abstract_params(cfg, jnp.bfloat16))
 
     @jax.jit
@@ -384,7 +317,8 @@ def measure(cfg: Any, height: int, width: int) -> float:
 
     params = jax.tree.unflatten(tree, random(jax.random.key(0)))
     inputs = [jnp.ones(shape, dtype) for shape, dtype in step_inputs(cfg, 1, height, width)]
-    velocity = jax.jit(lambda params, *inputs: wan.velocity(params, cfg, *inputs), compiler_options=here().options)
+    network = lambda params, *inputs: wan.velocity(params, cfg, *inputs, pattern=pattern)  # noqa: E731
+    velocity = jax.jit(network, compiler_options=here().options)
 
     def run() -> None:
         for _ in range(2):

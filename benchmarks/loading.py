@@ -59,10 +59,10 @@ for _ in range(3):
     del weights
 print(*map(min, zip(*times)), most)
 """
-WIDE = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "freq_dim": 256}
+WIDE = {"attention_head_dim": 128, "ffn_dim": 8960, "freq_dim": 256}
 
 
-def make(folder: Path, layers: int) -> dict[str, Path]:
+def make(folder: Path, layers: int, heads: int) -> dict[str, Path]:
     """The folder in each layout, by name."""
     from safetensors.numpy import save_file
 
@@ -70,7 +70,9 @@ def make(folder: Path, layers: int) -> dict[str, Path]:
     source, part = made["safetensors"], TEXT_TO_VIDEO.parts["transformer"]
     shutil.copytree(shipped("checkpoints") / "digits", source)
     file = source / "transformer" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | WIDE | {"num_layers": layers}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | WIDE | {"num_layers": layers, "num_attention_heads": heads})
+    )
     (source / "transformer" / f"{part.stem}.safetensors").unlink()
     assert part.names is not None
     cfg = read_config(source / "transformer", part)
@@ -101,6 +103,7 @@ def run(folder: Path, checkout: Path) -> tuple[float, float, float]:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8, help="of the transformer, of 186 MB each")
+    parser.add_argument("--heads", type=int, default=12, help="of the transformer, of 128 channels each")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--against", type=Path, help="another checkout")
     parser.add_argument("--folder", type=Path, help="where the folders are, or are made; none: a temporary one")
@@ -111,7 +114,9 @@ def main(words: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         names = ("safetensors", "orbax", "orbax, compressed")
-        made = {n: folder / n for n in names} if (folder / names[-1]).is_dir() else make(folder, args.layers)
+        made = (
+            {n: folder / n for n in names} if (folder / names[-1]).is_dir() else make(folder, args.layers, args.heads)
+        )
         found: dict[str, list[tuple[float, float, float]]] = {}
         for name, path in args.runs * [*made.items()]:
             for version, checkout in checkouts.items():
@@ -125,7 +130,9 @@ def main(words: Sequence[str] | None = None) -> int:
         report[name] |= {"gb_per_s": size / wall / 1e9, "gb_per_cpu_s": size / cpu / 1e9, "memory_mb": memory / 1e6}
         report[name] = {key: short(value) for key, value in report[name].items()}
         print(f"{name:28}" + "   ".join(f"{key} {value:g}" for key, value in report[name].items()))
-    words = [f"--{name}={value}" for name, value in (("layers", args.layers), ("runs", args.runs))]
+    words = [
+        f"--{name}={value}" for name, value in (("layers", args.layers), ("heads", args.heads), ("runs", args.runs))
+    ]
     write(args.output, {"machine": machine.describe(), "command": " ".join(words), "loads": report})
     return 0
 

@@ -68,9 +68,9 @@ def real(checkpoint: str, clips: int) -> dict[str, Any]:
     }
 
 
-def random_wide(seed: int, size: int) -> dict[str, Any]:
-    """A random VAE of the published width: 9 frames of `size` pixels a side."""
-    cfg, rng = wan.WAN_2_1_VAE, np.random.default_rng(seed)
+def random_params(cfg: wan.VAEConfig, seed: int) -> Params:
+    """Normal weights that keep the scale of what they multiply, numpy."""
+    rng = np.random.default_rng(seed)
 
     def leaf(path: Any, x: Any) -> np.ndarray:
         kind = path[-1].key
@@ -79,10 +79,15 @@ def random_wide(seed: int, size: int) -> dict[str, Any]:
         spread = np.prod(x.shape[:-1]) ** -0.5 if kind == "kernel" else 0.1
         return (rng.standard_normal(x.shape) * spread).astype(np.float32)
 
-    params = jax.tree_util.tree_map_with_path(leaf, wan.abstract_params(cfg))
+    return jax.tree_util.tree_map_with_path(leaf, wan.abstract_params(cfg))
+
+
+def random_wide(seed: int, size: int) -> dict[str, Any]:
+    """A random VAE of the published width: 9 frames of `size` pixels a side."""
+    cfg = wan.WAN_2_1_VAE
     side = size // cfg.spatial_factor
-    latents = rng.standard_normal((1, 3, side, side, cfg.z_dim)).astype(np.float32)
-    found, frames = distances(params, cfg, latents, peak=None)
+    latents = np.random.default_rng([seed, 1]).standard_normal((1, 3, side, side, cfg.z_dim)).astype(np.float32)
+    found, frames = distances(random_params(cfg, seed), cfg, latents, peak=None)
     return {"seed": seed, "frames": list(frames.shape[:-1]), "pairs": found}
 
 

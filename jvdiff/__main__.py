@@ -26,6 +26,7 @@ COMMANDS = {
     "verify": ("jvdiff.commands.verify:main", "whether checkpoints, runs, states and clips are what was written"),
     "windows": ("jvdiff.commands.windows:main", "records which windows of sparse attention a model's heads need"),
     "doctor": ("jvdiff.commands.doctor:main", "what this machine has for jvdiff, and what to do about what is wrong"),
+    "tune": ("jvdiff.commands.tune:main", "the fastest cut of the kernels of sparse attention on this GPU"),
     "sharding": ("jvdiff.commands.sharding:main", "where weights would live on a mesh"),
     "digits": ("jvdiff.digits.__main__:main", "moving digits as MP4 files"),
 }

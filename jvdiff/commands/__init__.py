@@ -18,6 +18,7 @@ __all__ = [
     "sharding",
     "stream",
     "train",
+    "tune",
     "verify",
     "windows",
 ]

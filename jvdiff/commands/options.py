@@ -186,6 +186,16 @@ class Doctor:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """what to time"""
+
+    seconds: int = option(180, "how long it may take; the most valuable shapes come first", low=1)
+    only: str = option("", 'shapes and kernels whose line contains this: "STA", "480p", "forward"')
+    output: Path | None = option(None, "the file of cuts; none: this machine's own, ~/.cache/jvdiff/tuned.json")
+    target: str | None = option(None, "no GPU: compile every cut for this one, and print what it takes of it (h200)")
+
+
+@dataclass(frozen=True)
 class ToHf:
     """what to export"""
 

@@ -6,6 +6,7 @@ meshes     the smallest split that fits
 training   the plan of a training
 counting   operations of a traced program, arrays of a compiled one
 targets    GPUs that are not there
+resources  what a kernel takes of one
 """
 
 from jvdiff.lazy import attach
@@ -38,6 +39,7 @@ __all__ = [
     "report",
     "resident",
     "resolved",
+    "resources",
     "run_with_compiler",
     "sampling",
     "smallest_mesh",

@@ -63,7 +63,7 @@ def compared(facts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def autotuning() -> str | None:
-    """A digest of what XLA has found out about this GPU's kernels and keeps beside the compiled programs.
+    """A digest of what was found out about this GPU's kernels: by XLA, beside compiled programs, and by `jvdiff tune`.
 
     None: not a GPU, or nothing is kept.
     """
@@ -72,10 +72,14 @@ def autotuning() -> str | None:
     from jvdiff.runtime.target import here
 
     folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if here().platform != "gpu" or not folder:
+    if here().platform != "gpu":
         return None
-    total = hashlib.sha256()
-    files = sorted(path for path in Path(folder, "xla_gpu_per_fusion_autotune_cache_dir").rglob("*") if path.is_file())
+    total, files = hashlib.sha256(), []
+    if folder:
+        kept = Path(folder, "xla_gpu_per_fusion_autotune_cache_dir")
+        files = sorted(path for path in kept.rglob("*") if path.is_file())
+    with contextlib.suppress(SetupError):  # where no home folder is known
+        files += [path for path in [cache.folder("tuned.json")] if path.is_file()]
     for path in files:
         with contextlib.suppress(OSError):  # another process may replace one
             total.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())

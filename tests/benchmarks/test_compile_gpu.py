@@ -51,11 +51,11 @@ def compile_gpu(monkeypatch):
 
 
 def test_what_the_compilers_print_is_read(compile_gpu):
-    found = compile_gpu.read_log(MOSAIC)
+    found = compile_gpu.read_log(MOSAIC, compile_gpu.KERNELS)
     assert found["forward"] == {"registers": 128, "spills": 0, "shared_memory": 50176}
     assert found["dq"] == {"registers": 162, "spills": 0, "shared_memory": 66560}
     assert found["dkv"] == {"registers": 241, "spills": 4, "shared_memory": 99328}
-    found = compile_gpu.read_log(TRITON)
+    found = compile_gpu.read_log(TRITON, compile_gpu.KERNELS)
     assert found["forward"] == {"registers": 237, "spills": 0, "shared_memory": 49172}
     assert found["dq"] == {"registers": 127, "spills": 0, "shared_memory": 73748}
 

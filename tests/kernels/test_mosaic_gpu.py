@@ -93,6 +93,6 @@ def test_needs_a_new_jax_and_a_hopper(monkeypatch):
 @pytest.mark.parametrize("block", [64, 128, 192, 256, 384])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_every_block_has_a_cut_that_divides_it(block, head_dim, device):
-    for cut in mosaic_gpu.shapes(block, head_dim, device).values():
+    for cut in mosaic_gpu.shapes(block, head_dim, "bfloat16", device).values():
         assert block % (64 * cut.warpgroups) == 0 and block % cut.step == 0
         assert cut.producer == (cut.warpgroups > 1)

@@ -5,6 +5,7 @@ Needs the CUDA compiler (`make kernels`), no GPU.
 
 import dataclasses
 import functools
+import re
 from importlib.util import find_spec
 
 import jax
@@ -15,6 +16,7 @@ from jvdiff import plan, sample
 from jvdiff.kernels import Dense, SlidingTile, VideoSparse
 from jvdiff.models import wan
 from jvdiff.models.wan.places import DIT
+from jvdiff.runtime import target
 from jvdiff.sharding import MeshShape, collectives, param_shardings, read_mesh
 
 pytestmark = pytest.mark.skipif(
@@ -26,17 +28,21 @@ TOKENS, WIDTH = 5 * 16 * 16, 1024
 DENSE, STA, VSA = Dense(), SlidingTile((4, 4, 4), (3, 1, 1)), VideoSparse((4, 4, 4), 0.5)
 
 
-def compiled(mesh, batch=1, pattern=DENSE, layers=3, gradient=False, options=None):
-    """The text of a forward pass in bfloat16, or of the gradient of one."""
+def compiled(mesh, batch=1, pattern=DENSE, layers=3, gradient=False, options=None, meshless=False):
+    """The text of a forward pass in bfloat16, or of the gradient of one; meshless: the model gets no placement."""
     shape, cfg = read_mesh(mesh), dataclasses.replace(CFG, num_layers=layers, gate_compress=pattern.gated)
     placement = plan.target_placement("h200", shape)
     abstract = wan.abstract_params(cfg, jnp.bfloat16)
-    places = param_shardings(placement.mesh, abstract, DIT)
-    struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=placement.everywhere)
+    places, everywhere = param_shardings(placement.mesh, abstract, DIT), placement.everywhere
+    if meshless:
+        everywhere = jax.sharding.SingleDeviceSharding(placement.mesh.devices.flat[0])
+        places = jax.tree.map(lambda x: everywhere, abstract)
+    struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=everywhere)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
 
     def velocity(params, x, t, text):
-        return wan.velocity(params, cfg, x, t, text, pattern=pattern, placement=placement, text_length=80)
+        where = None if meshless else placement
+        return wan.velocity(params, cfg, x, t, text, pattern=pattern, placement=where, text_length=80)
 
     run = jax.jit(jax.grad(lambda *args: jnp.sum(velocity(*args))) if gradient else velocity)
     inputs = struct((batch, 5, 32, 32, 16)), struct((batch,)), struct((batch, 64, cfg.text_dim))
@@ -67,6 +73,25 @@ def test_cudnns_attention_compiles_on_every_axis(mesh, batch, pattern, gradient)
     text = compiled(mesh, batch, pattern, 1, gradient, SOON)
     assert plan.attention_in(text) == (("cudnn",) if pattern is DENSE else ("cudnn", "mosaic_gpu"))
     assert ("__cudnn$fmhaSoftmaxBackward" in text) == gradient
+
+
+def test_a_mesh_of_one_costs_nothing(monkeypatch):
+    """Its program is that of no mesh, instruction by instruction."""
+    monkeypatch.setattr(target, "of", lambda devices: plan.described("h200"))  # the devices at hand
+    alone, meshed = (plain(compiled("data=1", layers=1, options=SOON, meshless=x)) for x in (True, False))
+    assert alone.count("__cudnn$fmhaSoftmax") == 2 and alone == meshed  # the video's and the text's
+
+
+def plain(text):
+    """The instructions of a program with their names numbered, without where they come from."""
+    text = text.partition("\n")[2]
+    inner = r"\{[^{}]*\}"
+    for _ in range(3):
+        inner = rf"\{{(?:[^{{}}]|{inner})*\}}"
+    text = re.sub(rf", (metadata|backend_config|frontend_attributes|origin|sharding)={inner}", "", text)
+    text = re.sub(r"\n(FileNames|FunctionNames|FileLocations|StackFrames)\n(.*\n)*?(?=\n)", "\n", text)
+    names = {}
+    return re.sub(r"%[\w.\-]+", lambda name: names.setdefault(name[0], f"%{len(names)}"), text)
 
 
 def test_every_stage_of_a_clip_compiles_on_a_mesh(tiny_repository):

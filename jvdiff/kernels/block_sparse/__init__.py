@@ -10,6 +10,7 @@ Each implementation is a file of plain functions:
     forward(q, k, v, lists, *, block, target, scale) -> (out, lse)
     backward(q, k, v, out, lse, dout, dlse, lists, *, block, target, scale) -> (dq, dk, dv)
 
+Those of GPUs, `mosaic_gpu` and `triton`, also have `shapes`, how their kernels are cut (see `cuts`), and take `cuts=`.
 They may rely on `lists` naming no key block without valid tokens. A row with no entries gives 0 and a log-sum-exp of
 -inf. No backward pass uses atomics: the same operands give the same bits.
 """
@@ -94,7 +95,7 @@ def block_sparse_attention(
     """
     target, anywhere = target or here(), q_first is not None
     name = choose(q, k, v, block=block, implementation=implementation, target=target, anywhere=anywhere)
-    lists = _checked(q, k, Lists(q2k, q2k_count, kv_sizes, q_sizes, q_first, kv_first), block)
+    lists = prepared(q, k, Lists(q2k, q2k_count, kv_sizes, q_sizes, q_first, kv_first), block)
     if not isinstance(q, Tracer) and (reason := IMPLEMENTATIONS[name].unavailable(target)):
         raise NotImplementedError(f"block-sparse attention implementation {name!r}: {reason}")
     scale = scale_of(q, scale)
@@ -153,8 +154,8 @@ def choose(
     return implementation
 
 
-def _checked(q: Any, k: Any, lists: Lists, block: int) -> Lists:
-    """The lists as int32, without key blocks that have no valid tokens."""
+def prepared(q: Any, k: Any, lists: Lists, block: int) -> Lists:
+    """The lists as implementations take them: checked, int32, without key blocks that have no valid tokens."""
     _check_lists(q, k, lists, block)
     sizes = lists.kv_sizes
     lists = jax.tree.map(lambda x: x.astype(np.int32), lists)

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jvdiff.runtime.target import Target
-
 
 class Lists(NamedTuple):
     """The key blocks of every query block, as integer arrays; B and N may be 1, which stands for all.
@@ -134,13 +132,11 @@ def padded_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """An implementation's `forward` for padded blocks -> one for blocks that begin anywhere, too."""
 
     @functools.wraps(forward)
-    def anywhere(q, k, v, lists: Lists, *, block: int, target: Target, scale: float) -> tuple[jax.Array, jax.Array]:
+    def anywhere(q, k, v, lists: Lists, **how: Any) -> tuple[jax.Array, jax.Array]:
         if lists.q_first is None:
-            return forward(q, k, v, lists, block=block, target=target, scale=scale)
+            return forward(q, k, v, lists, **how)
         queries, keys, plain = _maps(lists)
-        out, lse = forward(
-            queries.padded(q), keys.padded(k), keys.padded(v), plain, block=block, target=target, scale=scale
-        )
+        out, lse = forward(queries.padded(q), keys.padded(k), keys.padded(v), plain, **how)
         return queries.packed(out), queries.packed(lse, axis=2)
 
     return anywhere
@@ -150,15 +146,13 @@ def padded_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
     """The same for `backward`."""
 
     @functools.wraps(backward)
-    def anywhere(
-        q, k, v, out, lse, dout, dlse, lists: Lists, *, block: int, target: Target, scale: float
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def anywhere(q, k, v, out, lse, dout, dlse, lists: Lists, **how: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         if lists.q_first is None:
-            return backward(q, k, v, out, lse, dout, dlse, lists, block=block, target=target, scale=scale)
+            return backward(q, k, v, out, lse, dout, dlse, lists, **how)
         queries, keys, plain = _maps(lists)
         of_queries = queries.padded(q), keys.padded(k), keys.padded(v), queries.padded(out), queries.padded(lse, axis=2)
         cotangents = queries.padded(dout), queries.padded(dlse, axis=2)
-        dq, dk, dv = backward(*of_queries, *cotangents, plain, block=block, target=target, scale=scale)
+        dq, dk, dv = backward(*of_queries, *cotangents, plain, **how)
         return queries.packed(dq), keys.packed(dk), keys.packed(dv)
 
     return anywhere

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jvdiff.kernels.block_sparse import cuts
 from jvdiff.kernels.block_sparse.lists import Lists
 from jvdiff.runtime.target import Target
 
@@ -36,14 +37,38 @@ class Shape(NamedTuple):
     producer: bool
 
 
+SHARED_MEMORY = 232_448  # bytes that a CTA of a Hopper may have
 # By device kind, then by block and head dim; where a GPU has no entries, the H200's hold.
-TUNED = json.loads(Path(__file__).with_name("tuned.json").read_text())["mosaic_gpu"]
+SHIPPED = json.loads(Path(__file__).with_name("tuned.json").read_text())["mosaic_gpu"]
+# What `jvdiff tune` tries, where it fits.
+CUTS = {
+    "forward": tuple(
+        Shape(warpgroups, step, stages, warpgroups > 1)
+        for warpgroups, step, stages in (
+            *((1, 64, 1), (1, 64, 2), (1, 64, 3)),
+            *((2, 128, 2), (2, 128, 3), (2, 192, 2), (2, 64, 2), (2, 64, 4)),
+            *((3, 128, 2), (3, 64, 4), (3, 64, 3)),
+        )
+    ),
+    "dq": tuple(
+        Shape(warpgroups, step, stages, warpgroups > 1)
+        for warpgroups, step, stages in ((1, 64, 1), (1, 64, 2), (2, 64, 2), (2, 64, 3), (2, 64, 4), (3, 64, 2))
+    ),
+    "dkv": tuple(
+        Shape(warpgroups, step, stages, warpgroups > 1)
+        for warpgroups, step, stages in ((1, 64, 1), (1, 64, 2), (2, 64, 2), (2, 64, 3), (3, 64, 2))
+    ),
+}
 
 
-def shapes(block: int, head_dim: int, kind: str) -> dict[str, Shape]:
-    """The cut of the kernels "forward", "dq" and "dkv" for a kind of device: that of the largest block in its table
-    that divides `block`."""
-    table = TUNED.get(kind, TUNED["NVIDIA H200"])
+def shapes(block: int, head_dim: int, dtype: Any, kind: str) -> dict[str, Shape]:
+    """The cut of the kernels "forward", "dq" and "dkv" for a kind of device."""
+    return cuts.shapes("mosaic_gpu", block, head_dim, dtype, kind)
+
+
+def shipped(block: int, head_dim: int, dtype: Any, kind: str) -> dict[str, Shape]:
+    """As they ship: the cuts of the largest block in the table that divides `block`."""
+    table = SHIPPED.get(kind, SHIPPED["NVIDIA H200"])
     sizes = (tuple(map(int, key.split("x"))) for key in table)
     rows = max(rows for rows, K in sizes if block % rows == 0 and head_dim == K)
     return {kernel: Shape(**cut) for kernel, cut in table[f"{rows}x{head_dim}"].items()}
@@ -57,6 +82,24 @@ def too_old(target: Target) -> str | None:
         f"notice: on this Hopper sparse attention and rings run on other kernels than Mosaic's, which need JAX 0.11; "
         f"this is {jax.__version__}. Python 3.12 or newer gets it."
     )
+
+
+def unfit(kernel: str, cut: Shape, block: int, head_dim: int) -> str | None:
+    """Why a kernel cannot be cut so for these blocks, as far as numbers say, or None."""
+    warpgroups, step, stages, producer = cut
+    if any(type(x) is not int or x < 1 for x in (warpgroups, step, stages)) or type(producer) is not bool:
+        return f"warpgroups, step and stages must be whole numbers from 1 on, producer true or false, not {[*cut]}"
+    if warpgroups > 3 or block % (ROWS * warpgroups):
+        return f"{warpgroups} warpgroups do not divide a block of {block} tokens; expected 1 to 3 times {ROWS}"
+    if step % ROWS or step > 256 or block % step:
+        return f"a step of {step} rows does not divide a block of {block}; expected multiples of {ROWS} up to 256"
+    if producer != (warpgroups > 1):
+        return f"producer is {producer} with {warpgroups} warpgroups; expected it from two warpgroups on, and only then"
+    own, each, numbers = {"forward": (1, 2, 0), "dq": (2, 2, 0), "dkv": (2, 2, 8)}[kernel]  # arrays of K channels
+    held = warpgroups * ROWS * (own * 2 * head_dim + 8) + stages * step * (each * 2 * head_dim + numbers)
+    if held > SHARED_MEMORY - 1024:
+        return f"it needs {held:,} bytes of shared memory; there are {SHARED_MEMORY:,}"
+    return None
 
 
 def unsupported(q: Any, k: Any, v: Any, block: int) -> str | None:
@@ -85,17 +128,26 @@ def unavailable(target: Target) -> str | None:
 
 def parts(q: Any, block: int, target: Target) -> tuple[int, int]:
     """Queries and keys of those parts of blocks that are left out where they hold no tokens."""
-    shape = shapes(block, q.shape[-1], target.kind)["forward"]
+    shape = shapes(block, q.shape[-1], q.dtype, target.kind)["forward"]
     return ROWS * shape.warpgroups, shape.step
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lists: Lists,
+    *,
+    block: int,
+    target: Target,
+    scale: float,
+    cuts: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, and the natural log-sum-exp, float32 [B,N,L]."""
     from jvdiff.kernels.block_sparse import mosaic_kernels
 
-    return mosaic_kernels.forward(q, k, v, lists, block=block, target=target, scale=scale)
+    cuts = cuts or shapes(block, q.shape[-1], q.dtype, target.kind)
+    return mosaic_kernels.forward(q, k, v, lists, block=block, scale=scale, cuts=cuts)
 
 
 def backward(
@@ -111,8 +163,10 @@ def backward(
     block: int,
     target: Target,
     scale: float,
+    cuts: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk and dv in the dtypes of q, k and v, from the cotangents of out and of the log-sum-exp."""
     from jvdiff.kernels.block_sparse import mosaic_kernels
 
-    return mosaic_kernels.backward(q, k, v, out, lse, dout, dlse, lists, block=block, target=target, scale=scale)
+    cuts = cuts or shapes(block, q.shape[-1], q.dtype, target.kind)
+    return mosaic_kernels.backward(q, k, v, out, lse, dout, dlse, lists, block=block, scale=scale, cuts=cuts)

@@ -15,7 +15,7 @@ and one more does nothing but copy.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,8 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jvdiff.kernels.block_sparse import mosaic_gpu
 from jvdiff.kernels.block_sparse.lists import Lists, padded_backward, parts_of, split, starts_of, transpose
-from jvdiff.kernels.block_sparse.mosaic_gpu import ROWS, Shape, shapes
-from jvdiff.runtime.target import Target
+from jvdiff.kernels.block_sparse.mosaic_gpu import ROWS, Shape
 
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2)
@@ -39,11 +38,10 @@ _EIGHT = 8  # rows that a copy cannot divide, since they lie together in shared 
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target, scale: float
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, scale: float, cuts: Mapping[str, Shape]
 ) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, and the natural log-sum-exp, float32 [B,N,L]."""
-    B, L, N, _ = q.shape
-    shape = shapes(block, q.shape[-1], target.kind)["forward"]
+    (B, L, N, _), shape = q.shape, cuts["forward"]
     places = lists.q2k.shape[2] * block
     if lists.q_first is not None and mosaic_gpu.INTERPRET is not None:
         q, k, v = (jnp.pad(x, ((0, 0), (0, block), (0, 0), (0, 0))) for x in (q, k, v))  # a copy reads zeros there
@@ -168,18 +166,18 @@ def backward(
     lists: Lists,
     *,
     block: int,
-    target: Target,
     scale: float,
+    cuts: Mapping[str, Shape],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk and dv in the dtypes of q, k and v, from the cotangents of out and of the log-sum-exp."""
-    B, L, N, K = q.shape
+    B, L, N, _ = q.shape
     products = dout.astype(jnp.float32) * out.astype(jnp.float32)
     delta = jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2) - dlse  # [B,L,N] -> [B,N,L]
     # A query without keys has no place in any list that is walked over; only its number must be finite.
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse * _LOG2_E)
     stats = jnp.stack([lse, delta], axis=2)  # [B,N,2,L]: one copy brings both
 
-    shape = shapes(block, K, target.kind)["dq"]
+    shape = cuts["dq"]
     dq = _call(
         "dq",
         functools.partial(_dq_kernel, shape=shape, block=block, scale=scale),
@@ -198,7 +196,7 @@ def backward(
         ),
     )(q, k, v, dout, stats, *_entries(lists, block, shape))
 
-    shape = shapes(block, K, target.kind)["dkv"]
+    shape = cuts["dkv"]
     parts = lists if shape.step == block else split(lists, block, shape.step, block)
     dk, dv = _call(
         "dkv",

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jvdiff.kernels.block_sparse import cuts
 from jvdiff.kernels.block_sparse.lists import Lists, padded_backward, padded_forward, split, transpose
 from jvdiff.runtime.target import Target
 
@@ -55,11 +56,28 @@ class Shape(NamedTuple):
     stages: int
 
 
-def shapes(block: int, head_dim: int, dtype: Any) -> dict[str, Shape]:
-    """The cut of each kernel, by registers and shared memory: half-width ones do not spill on compute capability 8.0.
+# What `jvdiff tune` tries, where it divides.
+CUTS = {
+    "forward": tuple(
+        Shape(*cut)
+        for cut in (
+            *((64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (64, 64, 128, 8, 3)),
+            *((128, 64, 64, 8, 3), (128, 64, 64, 8, 4), (128, 64, 128, 8, 2), (128, 128, 64, 8, 2), (64, 32, 64, 4, 4)),
+        )
+    ),
+} | dict.fromkeys(
+    ("dq", "dkv"),
+    tuple(Shape(*cut) for cut in ((64, 64, 128, 8, 2), (64, 64, 128, 8, 3), (64, 64, 128, 4, 2), (64, 64, 64, 4, 2))),
+)
 
-    `block` must be a multiple of both of its block sizes, which are powers of two.
-    """
+
+def shapes(block: int, head_dim: int, dtype: Any, kind: str) -> dict[str, Shape]:
+    """The cut of each kernel, for a kind of device; `block` is a multiple of both of its block sizes."""
+    return cuts.shapes("triton", block, head_dim, dtype, kind)
+
+
+def shipped(block: int, head_dim: int, dtype: Any, kind: str) -> dict[str, Shape]:
+    """As they ship, by registers and shared memory: half-width ones do not spill on compute capability 8.0."""
     rows = min(64, block & -block)
     if jnp.dtype(dtype) == jnp.float32:  # without tensor cores, whose products are not of whole float32 numbers
         rows = min(32, rows)
@@ -72,6 +90,17 @@ def shapes(block: int, head_dim: int, dtype: Any) -> dict[str, Shape]:
         "dq": Shape(rows, rows, 128, 8, 3),
         "dkv": Shape(rows, rows, 128, 8, 3),
     }
+
+
+def unfit(kernel: str, cut: Shape, block: int, head_dim: int) -> str | None:
+    """Why a kernel cannot be cut so for these blocks, as far as numbers say, or None."""
+    if any(type(x) is not int or x < 1 or x & (x - 1) for x in cut[:4]) or type(cut.stages) is not int:
+        return f"expected powers of two, and a whole number of stages, found {[*cut]}"
+    if min(cut[:3]) < 16 or block % cut.block_q or block % cut.block_kv:
+        return f"blocks of {cut.block_q} and {cut.block_kv} rows do not divide one of {block}; expected 16 or more"
+    if cut.warps > 16 or not 1 <= cut.stages <= 8:
+        return f"{cut.warps} warps and {cut.stages} stages; expected at most 16, and 1 to 8"
+    return None
 
 
 def unsupported(q: Any, k: Any, v: Any, block: int) -> str | None:
@@ -99,16 +128,24 @@ def unavailable(target: Target) -> str | None:
 
 def parts(q: Any, block: int, target: Target) -> tuple[int, int]:
     """Queries and keys of those parts of blocks that are left out where they hold no tokens."""
-    return shapes(block, q.shape[-1], q.dtype)["forward"][:2]
+    return shapes(block, q.shape[-1], q.dtype, target.kind)["forward"][:2]
 
 
 @padded_forward
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, *, block: int, target: Target, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lists: Lists,
+    *,
+    block: int,
+    target: Target,
+    scale: float,
+    cuts: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """out [B,L,N,K] in the dtype of q, and the natural log-sum-exp, float32 [B,N,L]."""
     B, L, N, K = q.shape
-    shape = shapes(block, K, q.dtype)["forward"]
+    shape = (cuts or shapes(block, K, q.dtype, target.kind))["forward"]
     lists = _split(lists, block, shape)
     return _call(
         functools.partial(_forward_kernel, shape=shape, scale=scale),
@@ -160,6 +197,7 @@ def backward(
     block: int,
     target: Target,
     scale: float,
+    cuts: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk and dv in the dtypes of q, k and v, from the cotangents of out and of the log-sum-exp."""
     B, L, N, K = q.shape
@@ -167,7 +205,7 @@ def backward(
     delta = jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2) - dlse  # [B,L,N] -> [B,N,L]
     # Of a query without keys exp2(logit - lse) must be 0.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * _LOG2_E)
-    shape = shapes(block, K, q.dtype)
+    shape = cuts or shapes(block, K, q.dtype, target.kind)
 
     rows, keys, *_ = shape["dq"]
     parts = _split(lists, block, shape["dq"])
