@@ -33,19 +33,6 @@ class Target:
     cudnn: int | None = None
     refused: tuple[tuple[str, str], ...] = ()
 
-    def refusal(self, kernel: str) -> str | None:
-        """Why a kernel is not to run there, or None."""
-        reason = dict(self.refused).get(kernel)
-        return reason and f"failed its check on {self.kind}: {reason}"
-
-
-_refused: dict[str, str] = {}
-
-
-def refuse(kernel: str, reason: str) -> None:
-    """From now on the GPUs at hand refuse a kernel; reason: the end of a sentence."""
-    _refused[kernel] = reason
-
     @property
     def epilogues(self) -> bool:
         """Whether cuBLASLt makes bias and GELU behind a product in its own kernel: asked for on Hopper alone."""
@@ -58,6 +45,19 @@ def refuse(kernel: str, reason: str) -> None:
         Where products may be Triton's, XLA leaves their bias and GELU to another kernel.
         """
         return {"xla_gpu_enable_triton_gemm": False} if self.epilogues else {}
+
+    def refusal(self, kernel: str) -> str | None:
+        """Why a kernel is not to run there, or None."""
+        reason = dict(self.refused).get(kernel)
+        return reason and f"failed its check on {self.kind}: {reason}"
+
+
+_refused: dict[str, str] = {}
+
+
+def refuse(kernel: str, reason: str) -> None:
+    """From now on the GPUs at hand refuse a kernel; reason: the end of a sentence."""
+    _refused[kernel] = reason
 
 
 def of(devices: Sequence[Any]) -> Target:
