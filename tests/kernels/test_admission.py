@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jvdiff import kernels
 from jvdiff.kernels import admission, block_sparse
 from jvdiff.runtime import gpus, target
 
