@@ -253,7 +253,7 @@ def say_device(params: Any, mesh: Any) -> None:
 
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
-    device, several = jax.devices()[0], f"{mesh.devices} x " if mesh else ""
+    device, several = jax.local_devices()[0], f"{mesh.devices} x " if mesh else ""
     shared = f", mesh {mesh}" if mesh else ""
     say(f"device: {several}{device.device_kind} ({jax.default_backend()}){shared}, jax {jax.__version__}")
     if (pool := (device.memory_stats() or {}).get("bytes_limit")) is not None:
