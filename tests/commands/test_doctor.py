@@ -120,8 +120,7 @@ def test_what_each_pattern_gets_on_a_gpu_and_why():
     assert told["dense"] == ["cudnn", {}]
     name, reasons = told["sliding_tile:6x8x8:3x3x3"]
     assert name == "xla" and reasons["triton"] == "failed its check on NVIDIA A100: it did not end within 120 s"
-    name, reasons = told[examinations.RING]
-    assert name == "xla" and "log-sum-exp" in reasons["cudnn"] and "it did not end" in reasons["blocks"]
+    assert told[examinations.RING] == ["cudnn", {}]
 
 
 def test_a_record_says_which_kernels_were_refused(monkeypatch):
