@@ -111,7 +111,7 @@ def _recorded(config: Any) -> Any:
         raise UsageError("windows are recorded on one device; leave --mesh and --distributed out.")
     tile, candidates = _three("tile", config.tile), _candidates(config.candidates)
     how: Any = {"family": models.named(config.family), "follow_symlinks": config.follow_symlinks}
-    repository = pipeline.inspect(sample._folder(config.checkpoint), at_once=True, **how)
+    repository = pipeline.inspect(sample.folder_of(config.checkpoint), at_once=True, **how)
     if repository.family.window_losses is None:
         raise UsageError(f"{repository.family.name} has no patterns of tiles; there is nothing to record.")
     wanted, problems = jobs.make_jobs(config, repository)

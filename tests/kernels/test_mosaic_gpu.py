@@ -3,14 +3,17 @@
 B batch · N heads · K head dim · Nq, Nkv blocks of queries and keys.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jvdiff import kernels
-from jvdiff.kernels import SlidingTile, VideoSparse, block_sparse, tiles
+from jvdiff.kernels import BlockCausal, SlidingTile, VideoSparse, block_sparse, tiles, windows
 from jvdiff.kernels.block_sparse import mosaic_gpu
+from jvdiff.kernels.patterns import WindowTable
 from jvdiff.runtime.target import here
 
 new_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's interpreter needs JAX 0.11 (Python 3.12)")
@@ -63,6 +66,30 @@ def test_tiles_are_read_where_they_lie(pattern, grid, races):
     assert slots > L and (padded == 0) == isinstance(pattern, SlidingTile)
     out = np.asarray(attend(q, k, v, gate, name="mosaic_gpu"), np.float32)
     want = attend(*(x.astype(jnp.float32) for x in (q, k, v, gate)), name="reference")
+    assert np.linalg.norm(out - want) < 6e-3 * np.linalg.norm(want) and not races()
+
+
+@new_jax
+def test_lists_that_are_numbers_of_the_program(races):
+    """A window for each head by a table, and a chunk that sees its own and the slots behind it."""
+    table = windows.Windows((1, 8, 8), (2, 8, 16), ((1, 1, 1), (1, 1, 2)), np.array([[[0, 1]]], np.int32), (500.0,))
+    pattern, causal = (
+        WindowTable("it", "", (500.0,), table),
+        BlockCausal(1, 3, 1, near=SlidingTile((1, 8, 8), (3, 1, 1))),
+    )
+    q, k = (jax.random.normal(key, (1, 256, 2, 64), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
+
+    def attend(q, k, t, frame, *, implementation):
+        chosen = pattern.of_layers(t, 1, 2)[0]
+        by_head = pattern.attend(q, k, k, None, grid=(2, 8, 16), chosen=chosen, implementation=implementation)
+        frames = jnp.array([0, 5], jnp.int32)
+        seen = causal.tiles_seen(jnp.ones((1, 2), bool), frame[None], frames)
+        near = causal.attend_near(q[:, :128], k, k, seen, (1, 8, 16), implementation=implementation)
+        return jnp.concatenate([by_head, near], axis=1)  # [B,256+128,N,K]
+
+    given = jnp.full((1, 1), 300.0), jnp.int32(7)
+    out = np.asarray(jax.jit(functools.partial(attend, implementation="mosaic_gpu"))(q, k, *given), np.float32)
+    want = attend(q.astype(jnp.float32), k.astype(jnp.float32), *given, implementation="reference")
     assert np.linalg.norm(out - want) < 6e-3 * np.linalg.norm(want) and not races()
 
 
