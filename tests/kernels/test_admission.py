@@ -42,11 +42,12 @@ def machine(tmp_path, monkeypatch):
     (tmp_path / "nvidia0").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(gpus, "DEVICES", tmp_path)
+    monkeypatch.setattr(gpus, "LIMIT", 600.0)
     monkeypatch.setattr(gpus, "LIBCUDA", (sys.executable, "-S", "-c", f"print({json.dumps(json.dumps(DRIVER))})"))
     monkeypatch.setattr(gpus, "unwanted", lambda: False)
     monkeypatch.setattr(gpus, "check_used", lambda: None)
 
-    def has(code, limit=60.0):
+    def has(code, limit=600.0):
         monkeypatch.setattr(target, "_refused", {})
         monkeypatch.setattr(admission, "_known", [])
         monkeypatch.setattr(admission, "COMMAND", (sys.executable, "-c", code))
@@ -58,7 +59,7 @@ def machine(tmp_path, monkeypatch):
 @pytest.mark.parametrize("fault", CHILDREN)
 def test_a_kernel_that_fails_its_check_gives_way_to_the_next(fault, machine):
     code, problem = CHILDREN[fault]
-    machine(code, 0.3 if fault == "hangs" else 60.0)
+    machine(code, 0.3 if fault == "hangs" else 600.0)
     lines = []
     admission.admit(lines.append)
     admission.admit(lines.append)
