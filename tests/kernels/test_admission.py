@@ -10,6 +10,7 @@ import pytest
 
 from jvdiff import kernels
 from jvdiff.kernels import admission, block_sparse
+from jvdiff.kernels.block_sparse import triton
 from jvdiff.runtime import gpus, target
 
 A100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
@@ -99,3 +100,9 @@ def test_without_a_gpu_nothing_is_checked(machine, tmp_path):
 
 def test_the_case_finds_a_right_kernel_right():
     assert next(admission.differences("xla", admission.CASES[:1], head_dim=16), None) is None
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="once is enough: make kernels does it, on Python 3.12")
+def test_the_case_finds_the_interpreted_kernel_right(monkeypatch):
+    monkeypatch.setattr(triton, "INTERPRET", True)
+    assert next(admission.differences("triton", admission.CASES[:1], head_dim=16), None) is None
