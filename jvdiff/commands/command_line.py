@@ -235,14 +235,17 @@ def say(message: str) -> None:
         progress.tell(f"{message.translate(_CONTROL)}\n", sys.stderr)
 
 
-def use_device() -> None:
+def use_device(config: Any) -> None:
     """What comes before a run's first look at its devices: how much of them JAX takes, and which kernels are right.
 
     Raises:
         SetupError: a GPU is there, and JAX cannot use it.
+        ResourceError: the field `profile` names a folder in which nothing can be written.
     """
     from jvdiff.kernels import admission
 
+    if config.get("profile"):
+        writable(config.profile, "profile")
     gpus.reserve()
     admission.admit(say)
 

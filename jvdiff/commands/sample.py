@@ -152,7 +152,7 @@ def _run(request: Request) -> list[Path]:
     output = command_line.writable(config.output, "output")
     how: dict[str, Any] = {"family": models.named(config.family), "follow_symlinks": config.follow_symlinks}
     repository = pipeline.inspect(folder_of(config.checkpoint), at_once=True, **how)
-    command_line.use_device()
+    command_line.use_device(config)
     batch, problems = None, []
     if config.resume is not None:
         state = run_state.load(config.resume)

@@ -14,7 +14,7 @@ from jvdiff import kernels
 from jvdiff.kernels import BlockCausal, SlidingTile, VideoSparse, block_sparse, tiles, windows
 from jvdiff.kernels.block_sparse import mosaic_gpu
 from jvdiff.kernels.patterns import WindowTable
-from jvdiff.runtime.target import here
+from jvdiff.runtime.target import Target, here
 
 new_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's interpreter needs JAX 0.11 (Python 3.12)")
 
@@ -108,12 +108,18 @@ def test_says_what_it_cannot_do(shape, dtype, block, reason, monkeypatch):
         block_sparse.choose(x, x, x, block=block, implementation="mosaic_gpu")
 
 
-def test_needs_a_new_jax_and_a_hopper(monkeypatch):
+def test_needs_a_new_jax_and_a_hopper(monkeypatch, caplog):
     x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     assert "needs JAX 0.11 or newer" in mosaic_gpu.unsupported(x, x, x, 64)
     assert mosaic_gpu.unavailable(here()) == "needs an NVIDIA GPU, and the backend is 'cpu'"
     assert block_sparse.choose(x, x, x) == "xla"
+    block_sparse._say_once.cache_clear()
+    with caplog.at_level("WARNING", "jvdiff.kernels"):
+        for kind, capability in (("NVIDIA H100", (9, 0)), ("NVIDIA H100", (9, 0)), ("NVIDIA A100", (8, 0))):
+            assert block_sparse.choose(x, x, x, target=Target("gpu", kind, capability)) == "triton"
+    (said,) = caplog.messages
+    assert "on this Hopper sparse attention and rings run on other kernels" in said and "Python 3.12 or newer" in said
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
