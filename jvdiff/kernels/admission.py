@@ -138,8 +138,10 @@ def _place(name: str, found: gpus.Driver) -> Path | None:
 
 @functools.cache
 def digest() -> str:
-    """Of the kernels' source and of how they are cut."""
+    """Of the kernels' source and of how they are cut, on this machine too."""
     total = hashlib.sha256()
+    with contextlib.suppress(OSError, SetupError):
+        total.update(block_sparse.cuts.path().read_bytes())
     for path in sorted(Path(block_sparse.__file__).parent.iterdir()):
         if path.suffix in (".py", ".json"):
             total.update(path.name.encode() + b"\0" + path.read_bytes())
