@@ -305,8 +305,17 @@ def check() -> int:
     return 0
 
 
-def measure(cfg: Any, height: int, width: int, pattern: Pattern = Dense()) -> float:  # noqa: B008 - frozen
-    """Seconds of one step, both branches in turn, on the device at hand, with random weights: the best of three."""
+def measure(
+    cfg: Any,
+    height: int,
+    width: int,
+    pattern: Pattern = Dense(),  # noqa: B008 - a frozen value
+    text_rows: int = TEXT_LENGTH,
+) -> float:
+    """Seconds of one step, both branches in turn, on the device at hand, with random weights: the best of three.
+
+    text_rows: of a prompt; the last stands for the others, up to TEXT_LENGTH
+    """
     cfg = dataclasses.replace(cfg, gate_compress=pattern.gated)
     leaves, tree = jax.tree.flatten(wan.abstract_params(cfg, jnp.bfloat16))
 
@@ -316,8 +325,9 @@ def measure(cfg: Any, height: int, width: int, pattern: Pattern = Dense()) -> fl
         return [0.02 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
 
     params = jax.tree.unflatten(tree, random(jax.random.key(0)))
-    inputs = [jnp.ones(shape, dtype) for shape, dtype in step_inputs(cfg, 1, height, width)]
-    network = lambda params, *inputs: wan.velocity(params, cfg, *inputs, pattern=pattern)  # noqa: E731
+    x, t, text = (jnp.ones(shape, dtype) for shape, dtype in step_inputs(cfg, 1, height, width))
+    inputs, how = (x, t, text[:, :text_rows]), dict[str, Any](pattern=pattern, text_length=TEXT_LENGTH)
+    network = lambda params, *inputs: wan.velocity(params, cfg, *inputs, **how)  # noqa: E731
     velocity = jax.jit(network, compiler_options=here().options)
 
     def run() -> None:

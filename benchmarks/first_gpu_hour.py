@@ -80,6 +80,7 @@ PARTS = (
     own("attention, dense, side by side", 60, "side_by_side"),
     own("step, STA", 60, "step", STA),
     own("step, VSA", 60, "step", VSA),
+    own("step, without what it gained", 180, "without"),
     Part(
         "stream",
         180,

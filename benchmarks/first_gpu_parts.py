@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +34,9 @@ from jvdiff.kernels.block_sparse import mosaic_gpu, triton
 from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.models import wan
 from jvdiff.models.text import umt5
+from jvdiff.models.wan import attention as text_attention
 from jvdiff.runtime.files import atomic
-from jvdiff.runtime.target import here
+from jvdiff.runtime.target import Target, here
 
 # As the interpreted tests have them: B, query and key blocks, N, K, V, places in a row.
 BLOCKS = {
@@ -150,14 +152,17 @@ def _listed(lists: Any, how: Any, q: Any, k: Any, v: Any) -> Any:
 
 
 def _dense(how: Any, q: Any, k: Any, v: Any) -> Any:
-    return (kernels.attention(q, k, v, **how),)
+    found = kernels.attention(q, k, v, **how)
+    return found if how["return_lse"] else (found,)
 
 
 def _dense_cases(tiny: bool) -> Any:
     """The same of cuDNN's attention, in a rehearsal of XLA's: itself, to text, and to the keys that count."""
     name = "xla" if tiny else "cudnn"
-    for label, L, S, length in (("square", 333, 333, None), ("to text", 1560, 65, None), ("counted", 256, 512, 300)):
-        f, reference = (partial(_dense, dict(kv_length=length, implementation=each)) for each in (name, "reference"))
+    sizes = {"square": (333, 333), "to text": (1560, 65), "keys that count": (256, 512), "log-sum-exp": (333, 77)}
+    for label, (L, S) in sizes.items():
+        how = dict(kv_length=300 if label == "keys that count" else None, return_lse=label == "log-sum-exp")
+        f, reference = (partial(_dense, how | {"implementation": each}) for each in (name, "reference"))
         yield label, f, reference, [(1, rows // (8 if tiny else 1), 2, 128) for rows in (L, S, S)]
         if tiny:
             return
@@ -200,17 +205,40 @@ def seconds_of(run: Callable[[], Any], repeats: int = 3) -> tuple[float, float]:
     return first, statistics.median(in_turn([lambda: jax.block_until_ready(run())], repeats)[0])
 
 
+TEXT_ROWS = 64  # of a prompt
+# What a step gains by each of three changes is found out without it.
+WITHOUT = {
+    "GELU in the product's kernel": lambda: mock.patch.object(Target, "epilogues", False),
+    "the barrier between norm and rotation": lambda: mock.patch.object(lax, "optimization_barrier", lambda x: x),
+    "attention to the text's own rows": lambda: mock.patch.object(
+        text_attention, "_attend_merged", text_attention._attend_padded
+    ),
+}
+
+
+def without(tell: Told, tiny: bool) -> None:
+    """`step` of dense attention, without each of three changes in turn."""
+    for name, left_out in WITHOUT.items():
+        with left_out():
+            tell(**{name: _step(tiny, "dense")})
+
+
 def step(tell: Told, tiny: bool, pattern: str) -> None:
-    """A step of Wan 1.3B at 480p, 81 frames, both branches in turn, with random weights."""
+    """A step of Wan 1.3B at 480p, 81 frames, both branches in turn, random weights, a prompt of 64 rows."""
+    began = time.perf_counter()
+    tell(seconds=_step(tiny, pattern))
+    tell(all_s=short(time.perf_counter() - began))
+
+
+def _step(tiny: bool, pattern: str) -> float:
     import compile_gpu
 
     cfg, height, width = compile_gpu.STEPS["Wan 1.3B 480p"]
     if tiny:
         cfg, height, width = wan.DiTConfig(in_channels=4, out_channels=4, **TINY), 32, 32
         pattern = {"d": "dense", "s": "sliding_tile:6x2x2:1x1x1", "v": "video_sparse:6x2x2:0.5"}[pattern[0]]
-    began = time.perf_counter()
-    seconds = compile_gpu.measure(cfg, height, width, read_pattern(pattern, cfg.num_attention_heads))
-    tell(seconds=short(seconds), all_s=short(time.perf_counter() - began))
+    pattern_of = read_pattern(pattern, cfg.num_attention_heads)
+    return short(compile_gpu.measure(cfg, height, width, pattern_of, TEXT_ROWS))
 
 
 def decode(tell: Told, tiny: bool) -> None:
@@ -317,7 +345,7 @@ def cold(tell: Told, tiny: bool) -> None:
     tell(all_s=short(time.perf_counter() - began))
 
 
-FUNCTIONS = {f.__name__: f for f in (machine, right, step, decode, side_by_side, top_k, cold)}
+FUNCTIONS = {f.__name__: f for f in (machine, right, step, without, decode, side_by_side, top_k, cold)}
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -123,6 +123,7 @@ def _recorded(config: Any) -> Any:
     network = repository.models.configs[clip.segments[-1].part]
     canvas: Any = tuple(n // p for n, p in zip(clip.latents[:3], network.patch_size, strict=True))
     _check_candidates(candidates, canvas, tile)
+    command_line.use_device(config)
     command_line.compile_cache(config.compile_cache)
     pipe = pipeline.load(repository, precision.choose(config.precision).name)
     measure = _measure(pipe, clip, tile, candidates)

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jvdiff.kernels.block_sparse import mosaic_gpu, reference, triton, xla
+from jvdiff.kernels.block_sparse import cuts, mosaic_gpu, reference, triton, xla
 from jvdiff.kernels.block_sparse.lists import Lists, map_of, split, transpose
 from jvdiff.kernels.linear import linear, say_left
 from jvdiff.runtime.target import Target, here
 
-__all__ = ["IMPLEMENTATIONS", "Lists", "block_sparse_attention", "choose", "split", "transpose"]
+__all__ = ["IMPLEMENTATIONS", "Lists", "block_sparse_attention", "choose", "cuts", "split", "transpose"]
 
 ALIGNED = 8  # rows: blocks that are not padded begin at multiples of it, as a Hopper's copies must
 
