@@ -207,9 +207,11 @@ def _operations(run: Run, named: Mapping[str, Mapping[str, Instruction]], share:
     if name.startswith(_PRODUCTS) or instruction.opcode == "dot":
         left = run.computation[instruction.operands[0]].type
         return _kind(instruction, left, "products", bool(name)), _flops(instruction, left)
-    inside = [(dot, body) for body in _bodies(instruction, named) for dot in body.values() if dot.opcode == "dot"]
-    found = [(dot, body[dot.operands[0]].type) for dot, body in inside]
-    kind = _kind(*found[0], "products", "__triton" in instruction.attributes) if found else ""
+    inside = [(each, body) for body in _bodies(instruction, named) for each in body.values()]
+    dots = [(dot, body) for dot, body in inside if dot.opcode == "dot" or _target(dot).startswith(_PRODUCTS)]
+    found = [(dot, body[dot.operands[0]].type) for dot, body in dots]
+    by_the_gpu = "__triton" in instruction.attributes or any(_target(dot) for dot, _ in dots)
+    kind = _kind(*found[0], "products", by_the_gpu) if found else ""
     return kind, sum(_flops(dot, left) for dot, left in found)
 
 

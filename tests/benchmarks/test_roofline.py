@@ -1,6 +1,7 @@
 """The arithmetic of predicted times: operations and traffic read from compiled programs, and what is made of them."""
 
 import importlib
+import re
 from pathlib import Path
 
 import jax
@@ -89,6 +90,14 @@ GPU = """HloModule jit_f
   ROOT %r = f32[8,32]{1,0} tanh(%p), metadata={op_name="jit(f)/Net/while/body/blocks/norm/tanh"}
 }
 
+%sliced (p0: bf16[3,8,16], p1: bf16[16,32]) -> (bf16[8,32], s8[99]) {
+  %p0 = bf16[3,8,16]{2,1,0} parameter(0)
+  %p1 = bf16[16,32]{1,0} parameter(1)
+  %piece = bf16[1,8,16]{2,1,0} slice(%p0), slice={[0:1], [0:8], [0:16]}
+  %flat = bf16[8,16]{1,0} bitcast(%piece)
+  ROOT %four = (bf16[8,32]{1,0}, s8[99]{0}) custom-call(%flat, %p1), PRODUCT
+}
+
 ENTRY %main (x: f32[8,16], w: f32[16,32], y: bf16[8,16], z: bf16[16,32], a: bf16[1,6,6,3], b: bf16[5,3,3,3]) -> f32[] {
   %x = f32[8,16]{1,0} parameter(0)
   %w = f32[16,32]{1,0} parameter(1)
@@ -125,6 +134,16 @@ def test_a_table_has_operations_bytes_and_the_longer_of_their_times(roofline):
     ]
     assert roofline.work(GPU).flops == 2 * product + convolution and roofline.work(GPU).traffic == 2048
     assert list(roofline.printed(roofline.table(roofline.kernels(GPU), [], rates)))[-1].startswith("sum")
+
+
+def test_a_product_in_a_fusion_is_a_product(roofline):
+    """Of a slice, for instance, which the library reads where it lies."""
+    call = "%two = (bf16[8,32]{1,0}, s8[99]{0}) custom-call(%y, %z), PRODUCT".partition(", PRODUCT")[0]
+    fused = GPU.replace("y: bf16[8,16]", "y: bf16[3,8,16]").replace("%y = bf16[8,16]{1,0}", "%y = bf16[3,8,16]{2,1,0}")
+    fused = re.sub(
+        re.escape(call) + ".*", f"{call.replace('custom-call', 'fusion')}, kind=kCustom, calls=%sliced", fused
+    )
+    assert roofline.work(fused).products == roofline.work(GPU).products > 0
 
 
 def test_sparse_attention_is_a_share_of_all_pairs(roofline):
