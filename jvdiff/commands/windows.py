@@ -26,7 +26,7 @@ from jvdiff import config as configs
 from jvdiff.commands import command_line, options, sample
 from jvdiff.commands.arguments import Section
 from jvdiff.commands.command_line import say
-from jvdiff.errors import UsageError
+from jvdiff.errors import NumericsError, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +64,7 @@ def run(config: Any) -> Path:
     Raises:
         UsageError: a model without patterns of tiles, clips that differ in size or sampler, a mesh, or candidates that
             are no windows of their video.
+        NumericsError: NaN or infinity.
     """
     from jvdiff.kernels import windows
     from jvdiff.runtime.files import atomic
@@ -115,8 +116,8 @@ def _recorded(config: Any) -> Any:
     if repository.family.window_losses is None:
         raise UsageError(f"{repository.family.name} has no patterns of tiles; there is nothing to record.")
     wanted, problems = jobs.make_jobs(config, repository)
-    if problems:
-        raise UsageError(problems[0])
+    if problems or not wanted:
+        raise UsageError(problems[0] if problems else f"part is {config.part}, which has no clip.")
     clip = wanted[0].clip
     timesteps = tuple(clip.sampler.make().timesteps.tolist())
     _check(wanted, timesteps)
@@ -128,6 +129,9 @@ def _recorded(config: Any) -> Any:
     pipe = pipeline.load(repository, precision.choose(config.precision).name)
     measure = _measure(pipe, clip, tile, candidates)
     losses = np.stack([np.stack(measure(job), axis=1) for job in wanted])  # [clips,candidates,steps,layers,heads]
+    if not np.isfinite(losses).all():
+        clips, _, steps, layers, _ = np.argwhere(~np.isfinite(losses))[0]
+        raise NumericsError(f"{wanted[clips].stem}: step {steps + 1}, layer {layers}: attention is NaN or infinite.")
     table = mask_search.best(losses, len(candidates)).astype(np.int32)
     facts = {name: value for name, value in clip.facts().items() if name not in ("pattern", "attention", "dense_steps")}
     recorded = {

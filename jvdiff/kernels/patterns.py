@@ -258,8 +258,8 @@ class BlockCausal(Pattern):
             )
 
     def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
-        seen = self.visible(grid[0])
         how: Any = dict(implementation=implementation, target=target)
+        seen = self.visible(grid[0])
         if self.near is None:
             return block_causal_attention(q, k, v, seen, **how)
         frames = self.frames(grid[0])
