@@ -109,6 +109,10 @@ def test_every_option_has_a_meaning():
             assert each.default is None or configs.typed(path, each.default, each.kind) == each.default
 
 
+# Keywords that are no option of a training, or one of the command: `profile`.
+UNDECLARED = {"seed", "params", "profile", "placement", "noise_schedule", "compute_dtype"}
+
+
 def test_a_training_declares_what_its_functions_take():
     """The options of `loss` and `loop` are keywords of the task and of `fit`, with the same defaults."""
     from jvdiff.models.latent_video.objective import latent_video_task
@@ -125,7 +129,7 @@ def test_a_training_declares_what_its_functions_take():
         keywords = {p.name: p.default for p in inspect.signature(task).parameters.values() if p.kind is p.KEYWORD_ONLY}
         declared = {field.name: field.default for field in dataclasses.fields(group)}
         assert declared == {name: keywords[name] for name in declared}
-        assert set(keywords) - set(declared) <= {"seed", "params", "placement", "noise_schedule", "compute_dtype"}
+        assert set(keywords) - set(declared) <= UNDECLARED
 
 
 def test_programs_are_where_they_are_said_to_be():
