@@ -48,7 +48,8 @@ kernels:
 	$(MAKE) --no-print-directory .venv312/.kernels-$(JAX) PYTHON312="$$python" && \
 	.venv312/bin/python -m jvdiff.commands.compiler --install && \
 	.venv312/bin/python -m jvdiff.commands.compiler -m pytest \
-		tests/kernels tests/sharding tests/models/wan/test_mesh.py tests/models/wan/test_vae_compiled.py $(PYTEST)
+		tests/kernels tests/sharding $(addprefix tests/models/wan/test_,mesh.py dit_compiled.py vae_compiled.py \
+		windows.py causal_tiles.py) $(PYTEST)
 
 wheel:
 	@.ci/wheel $(PYTHON)

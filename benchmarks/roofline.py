@@ -289,7 +289,7 @@ def _read(run: Run, inside: Mapping[str, Instruction], index: int) -> int:
 
 # ----------------------------------------------------------------------------------------------------------- the table
 
-_LABELS = {"": "no products", "float32": "products, float32", "tf32": "products and convolutions, TF32"}
+_LABELS = {"": "other kernels", "float32": "products, float32", "tf32": "products and convolutions, TF32"}
 _WRAPPERS = {"while", "body", "cond", "closed_call", "checkpoint", "eval_jaxpr", "shard_map", "rematted_computation"}
 
 

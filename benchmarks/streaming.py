@@ -3,12 +3,12 @@
     python benchmarks/streaming.py --checkpoint checkpoints/digits-stream     # on whatever is here
     python benchmarks/streaming.py --device gpu                               # 1.3B, 480x832, random weights
     python benchmarks/streaming.py --target h200                              # compiled for one, no GPU needed
+    python benchmarks/streaming.py --target h200 --table                      # and where the time should go
 
 The 1.3B model makes chunks of 3 latent (12 pixel) frames in 4 steps, with a window of 21 latent frames. Beside it
 stands what FlashDreams publishes for the same (its documentation, 2026): 344 ms for the network's calls of the 6th
 chunk on an H100, 432 ms for Self-Forcing's own program. --target needs the CUDA compiler (`python -m
-jvdiff.commands.compiler --install`); its attention is compiled in the blocked XLA form, so that its times are
-predictions for the fused kernel (`roofline`).
+jvdiff.commands.compiler --install`); its times are predictions (`roofline`).
 
 B rollouts.
 """
@@ -49,13 +49,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--device", choices=("gpu", "cpu"), help="refuse to run on another")
     parser.add_argument("--target", help="compile for this GPU and print memory, for instance h200")
+    parser.add_argument("--table", action="store_true", help="with --target: what each class of kernels should take")
     parser.add_argument("--json", type=Path, help="write the report there")
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(words)
     if args.target:
         if (status := plan.run_with_compiler(args.target, [__file__, *words])) is not None:
             return status
-        report: dict[str, Any] = {"target": args.target, "programs": compiled(args.target)}
+        report: dict[str, Any] = {"target": args.target, "programs": compiled(args.target, args.table)}
     else:
         report = measured(args.checkpoint, args.chunks, args.device)
     report |= {"machine": machine.describe()}
@@ -149,8 +150,11 @@ def resident() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def compiled(target: str) -> list[dict[str, Any]]:
-    """Compiles the 1.3B model's programs for one such GPU and prints what each needs and should take."""
+def compiled(target: str, table: bool = False) -> list[dict[str, Any]]:
+    """Compiles the 1.3B model's programs for one such GPU and prints what each needs and should take.
+
+    table: by classes of kernels too.
+    """
     placement = plan.target_placement(target)
     here = placement.everywhere
     dtypes = precision.choose("bfloat16", target=plan.described(target))
@@ -187,6 +191,9 @@ def compiled(target: str) -> list[dict[str, Any]]:
             f"{name:<14}{weights:>12.2f}{row['cache_gib']:>8.2f}{row['temporary_gib']:>11.2f}{told}",
             flush=True,
         )
+        if table:
+            kinds = roofline.table(roofline.kernels(text), collectives.read(text), roofline.RATES[target])
+            print(*roofline.printed(kinds), "", sep="\n", flush=True)
     return rows
 
 

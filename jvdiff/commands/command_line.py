@@ -235,14 +235,17 @@ def say(message: str) -> None:
         progress.tell(f"{message.translate(_CONTROL)}\n", sys.stderr)
 
 
-def use_device() -> None:
+def use_device(config: Any) -> None:
     """What comes before a run's first look at its devices: how much of them JAX takes, and which kernels are right.
 
     Raises:
         SetupError: a GPU is there, and JAX cannot use it.
+        ResourceError: the field `profile` names a folder in which nothing can be written.
     """
     from jvdiff.kernels import admission
 
+    if config.get("profile"):
+        writable(config.profile, "profile")
     gpus.reserve()
     admission.admit(say)
 
@@ -253,7 +256,7 @@ def say_device(params: Any, mesh: Any) -> None:
 
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
-    device, several = jax.devices()[0], f"{mesh.devices} x " if mesh else ""
+    device, several = jax.local_devices()[0], f"{mesh.devices} x " if mesh else ""
     shared = f", mesh {mesh}" if mesh else ""
     say(f"device: {several}{device.device_kind} ({jax.default_backend()}){shared}, jax {jax.__version__}")
     if (pool := (device.memory_stats() or {}).get("bytes_limit")) is not None:

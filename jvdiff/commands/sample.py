@@ -151,8 +151,8 @@ def _run(request: Request) -> list[Path]:
         raise UsageError("no checkpoint; give --checkpoint=FOLDER.")
     output = command_line.writable(config.output, "output")
     how: dict[str, Any] = {"family": models.named(config.family), "follow_symlinks": config.follow_symlinks}
-    repository = pipeline.inspect(_folder(config.checkpoint), at_once=True, **how)
-    command_line.use_device()
+    repository = pipeline.inspect(folder_of(config.checkpoint), at_once=True, **how)
+    command_line.use_device(config)
     batch, problems = None, []
     if config.resume is not None:
         state = run_state.load(config.resume)
@@ -244,7 +244,7 @@ def _made(maker: Any, jobs: Sequence[Any], batch: Any, problems: list[str], seco
     return paths
 
 
-def _folder(checkpoint: str) -> Path:
+def folder_of(checkpoint: str) -> Path:
     """Where the weights are; raises as `locate`, and says what to do where a training has not made them yet."""
     if Path(checkpoint).name == RESULT and not Path(checkpoint).exists():
         raise UsageError(f"{checkpoint}: no such folder; train a model first, or give --checkpoint=FOLDER.")

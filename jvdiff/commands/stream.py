@@ -126,7 +126,7 @@ def _run(request: Request, began: float) -> list[Path]:
     mesh = sharding.read_mesh(config.mesh)
     how: dict[str, Any] = {"family": models.named(config.family), "follow_symlinks": config.follow_symlinks}
     repository = pipeline.inspect(locate(config.checkpoint, tell=say), at_once=False, **how)
-    command_line.use_device()
+    command_line.use_device(config)
     if config.resume is None:
         rollout = _new(config, repository)
     else:

@@ -86,7 +86,7 @@ def run(request: Request) -> list[Path]:
     from jvdiff.training.loop import PROFILED
 
     folder = command_line.writable(config.folder, "folder")
-    command_line.use_device()
+    command_line.use_device(config)
     fields, processes = config.to_dict(), configs.names(options.Processes)
     with alone(folder / "run", folder), _quiet_orbax():
         if config.get("resume"):

@@ -111,7 +111,7 @@ def _recorded(config: Any) -> Any:
         raise UsageError("windows are recorded on one device; leave --mesh and --distributed out.")
     tile, candidates = _three("tile", config.tile), _candidates(config.candidates)
     how: Any = {"family": models.named(config.family), "follow_symlinks": config.follow_symlinks}
-    repository = pipeline.inspect(sample._folder(config.checkpoint), at_once=True, **how)
+    repository = pipeline.inspect(sample.folder_of(config.checkpoint), at_once=True, **how)
     if repository.family.window_losses is None:
         raise UsageError(f"{repository.family.name} has no patterns of tiles; there is nothing to record.")
     wanted, problems = jobs.make_jobs(config, repository)
@@ -123,6 +123,7 @@ def _recorded(config: Any) -> Any:
     network = repository.models.configs[clip.segments[-1].part]
     canvas: Any = tuple(n // p for n, p in zip(clip.latents[:3], network.patch_size, strict=True))
     _check_candidates(candidates, canvas, tile)
+    command_line.use_device(config)
     command_line.compile_cache(config.compile_cache)
     pipe = pipeline.load(repository, precision.choose(config.precision).name)
     measure = _measure(pipe, clip, tile, candidates)

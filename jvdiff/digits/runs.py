@@ -304,6 +304,8 @@ def _mesh(shape: MeshShape, sizes: Sizes) -> tuple[Mesh, Placement]:
 def _patterns(config: Any, heads: int) -> Callable[[int], wan.Pattern]:
     """step -> the pattern of the self-attention."""
     pattern = read_pattern(config.get("pattern") or "dense", heads)
+    if pattern.sha256 is not None:
+        raise UsageError(f"pattern is {pattern}; a training takes one that needs no file: its record names none.")
     if not (warmup := config.get("sparsity_warmup")):
         return lambda step: pattern
     names = ("rate", "interval")

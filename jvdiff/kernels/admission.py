@@ -27,6 +27,7 @@ import numpy as np
 
 from jvdiff.errors import ResourceError, SetupError
 from jvdiff.kernels import block_sparse
+from jvdiff.kernels.block_sparse import cuts
 from jvdiff.kernels.sliding_tile import sliding_tile_attention
 from jvdiff.runtime import cache, children, gpus, peers, target
 from jvdiff.runtime.files import atomic
@@ -138,13 +139,13 @@ def _place(name: str, found: gpus.Driver) -> Path | None:
 
 @functools.cache
 def digest() -> str:
-    """Of the kernels' source and of how they are cut, on this machine too."""
+    """Of the kernels' source and of how they are cut, also by this machine's own file."""
     total = hashlib.sha256()
-    with contextlib.suppress(OSError, SetupError):
-        total.update(block_sparse.cuts.path().read_bytes())
-    for path in sorted(Path(block_sparse.__file__).parent.iterdir()):
-        if path.suffix in (".py", ".json"):
-            total.update(path.name.encode() + b"\0" + path.read_bytes())
+    files = [path for path in sorted(Path(block_sparse.__file__).parent.iterdir()) if path.suffix in (".py", ".json")]
+    with contextlib.suppress(SetupError):  # where no home folder is known
+        files += [path for path in [cuts.path()] if path.is_file()]
+    for path in files:
+        total.update(path.name.encode() + b"\0" + path.read_bytes())
     return total.hexdigest()[:16]
 
 

@@ -1,9 +1,8 @@
-"""The patterns of a model's self-attention: small frozen values that answer whatever is asked of them.
+"""The patterns of a model's self-attention: small frozen values that answer whatever is asked of them (`pattern`).
 
 B batch · T H W the grid of tokens · L video tokens · N heads · K head dim.
 
-`Pattern` is what models, settings, meshes and records ask; a pattern is one class here, whose attention is a function
-of `jvdiff.kernels`. `read` makes one of text, and `str` gives the text back:
+`read` makes one of text, and `str` gives the text back:
 
     dense
     sliding_tile:6x8x8:3x3x3    tile in tokens, window in tiles, time first; or a window for each head, with commas
@@ -11,12 +10,9 @@ of `jvdiff.kernels`. `read` makes one of text, and `str` gives the text back:
     windows:FILE                tile and windows of each timestep, layer and head, in a file (`windows`)
 """
 
-import logging
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, Self
 
 import jax
@@ -24,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvdiff.errors import UsageError
-from jvdiff.kernels import block_sparse, dense, layout, tiles, windows
+from jvdiff.kernels import layout, tiles, windows
 from jvdiff.kernels.block_causal import (
     block_causal_attention,
     block_causal_blocks,
@@ -32,190 +28,16 @@ from jvdiff.kernels.block_causal import (
     near,
     visible,
 )
-from jvdiff.kernels.sliding_tile import Windows, sliding_tile_attention, window_lists
+from jvdiff.kernels.pattern import Dense, Pattern, Tiled, at_most, seen_of, text_of
+from jvdiff.kernels.sliding_tile import Windows, sliding_tile_attention
 from jvdiff.kernels.tiles import Grid
 from jvdiff.kernels.video_sparse import video_sparse_attention
-from jvdiff.runtime.target import Target, here
 
-TILE_TOKENS = 4096
-_log = logging.getLogger("jvdiff.kernels")
 _THREE = "[1-9][0-9]{0,3}x[1-9][0-9]{0,3}x[1-9][0-9]{0,3}"
 
 
-class Pattern:
-    """Which tokens see each other. What is here is what most patterns answer.
-
-    raster: whether the tokens stay in raster order; otherwise `ordered` and its inverse move them, once each.
-    ring: whether keys may go round a ring of devices; if not, devices exchange heads.
-    gated: whether a gate for each token and channel is used, where the model has one.
-    sha256: of the file that it is read from, where it is.
-    recorded_of: the digest of the checkpoint that it was found with, where it is one's.
-    example: the text of one, with what its numbers mean; None: there is no text for it.
-    """
-
-    raster = True
-    ring = False
-    gated = False
-    sha256: str | None = None
-    recorded_of: str | None = None
-    example: str | None = None
-
-    def attend(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        gate: Any,
-        *,
-        grid: Grid,
-        first_head: Any = None,
-        implementation: str | None = None,
-        target: Target | None = None,
-    ) -> jax.Array:
-        """Attention of the tokens [B,L,N,K] of a grid, in the pattern's order, to one another.
-
-        gate: [B,L,N,K], or None. first_head: int32 [], where the heads of q are those from this one on. implementation:
-        one of `implementations`; None takes the best. target: what the program is made for; None: the devices at hand.
-        A pattern with `of_layers` also gets a layer's share of it, as `chosen`.
-        """
-        raise NotImplementedError
-
-    def of_layers(self, timestep: Any, layers: int, heads: int) -> Any:
-        """Arrays [layers,B,...] that tell the layers apart at timestep [B,1]; None: nothing does."""
-        return None
-
-    def full(self, gated: bool) -> "Pattern":
-        """The pattern that leaves nothing out, for a model with a gate or without."""
-        return Dense()
-
-    def choose(
-        self,
-        q: Any,
-        grid: Grid,
-        *,
-        lse: bool = False,
-        implementation: str | None = None,
-        target: Target | None = None,
-    ) -> str:
-        """The implementation that `attend` takes for q [B,L,N,K]; lse: where a log-sum-exp is needed (a ring).
-
-        Raises:
-            NotImplementedError: the named one cannot do this; the message says why.
-        """
-        raise NotImplementedError
-
-    @property
-    def implementations(self) -> tuple[str, ...]:
-        """The names that `implementation` may have."""
-        return tuple(block_sparse.IMPLEMENTATIONS)
-
-    def unavailable(self, implementation: str, target: Target) -> str | None:
-        """Why an implementation cannot run on the target, or None."""
-        if reason := block_sparse.IMPLEMENTATIONS[implementation].unavailable(target):
-            return f"block-sparse attention implementation {implementation!r}: {reason}"
-        return None
-
-    def frames(self, count: int) -> np.ndarray | None:
-        """int32 [T]: the place in the video of each of `count` frames; None: 0, 1, ..."""
-        return None
-
-    def ordered(self, x: jax.Array, grid: Grid) -> jax.Array:
-        """[B,L,...] in raster order -> in the pattern's."""
-        return x
-
-    def unordered(self, x: jax.Array, grid: Grid) -> jax.Array:
-        """The inverse of `ordered`."""
-        return x
-
-    @classmethod
-    def parse(cls, text: str) -> Self | None:
-        """The pattern that a text says, or None; unchecked."""
-        return None
-
-    def check(self, heads: int | None, layers: int | None = None) -> None:
-        """Raises UsageError for numbers that no model with so many heads and layers can use; None: any number."""
-
-
 @dataclass(frozen=True)
-class Dense(Pattern):
-    """Every token sees every token."""
-
-    ring = True
-    example = "'dense'"
-
-    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
-        return dense.attention(q, k, v, implementation=implementation, target=target)
-
-    def choose(self, q, grid, *, lse=False, implementation=None, target=None):
-        return dense.choose(q, q, q, return_lse=lse, implementation=implementation, target=target)
-
-    @property
-    def implementations(self) -> tuple[str, ...]:
-        return tuple(dense.IMPLEMENTATIONS)
-
-    def unavailable(self, implementation: str, target: Target) -> str | None:
-        return None  # `choose` has looked at the target
-
-    @classmethod
-    def parse(cls, text: str) -> Self | None:
-        return cls() if text == "dense" else None
-
-    def __str__(self) -> str:
-        return "dense"
-
-
-class _Tiled(Pattern):
-    """Tokens in the order of tiles, so that every tile is a block of the sparse kernel."""
-
-    raster = False
-    tile: Grid
-
-    def choose(self, q, grid, *, lse=False, implementation=None, target=None):
-        return self._blocks(q, grid, implementation, target)[0]
-
-    def _blocks(self, q, grid, implementation, target) -> tuple[str, int]:
-        """The implementation, and the places of a block in it."""
-        count, tokens = math.prod(tiles.counts(grid, self.tile)), math.prod(self.tile)
-        return layout.choose(q, count, tokens, implementation, target)
-
-    def share(self, q: Any, grid: Grid, *, implementation: str | None = None, target: Target | None = None) -> float:
-        """The query-key pairs that `attend` computes for q [B,L,N,K], padded ones too, as a share of dense attention's.
-
-        It is above 1 where tiles that the grid fills badly cost more than what is skipped.
-        """
-        name, block = self._blocks(q, grid, implementation, target)
-        sizes = tiles.variable_block_sizes(grid, self.tile)
-        parts = block_sparse.IMPLEMENTATIONS[name].parts(q, block, target or here())
-        queries, keys = (-(-sizes // part) * part for part in parts)  # [tiles]
-        seen = self._seen(grid, keys, name in ("xla", "reference"))  # which do not look at how long a list is
-        return float(np.sum(queries * seen) / sizes.sum() ** 2)
-
-    def _seen(self, grid: Grid, keys: np.ndarray, widest: bool) -> np.ndarray:
-        """[tiles]: how many keys a query of each tile sees, in the mean of all heads; keys [tiles], of each tile.
-
-        widest: each head as many as the one with the widest window.
-        """
-        raise NotImplementedError
-
-    def _tell(self, q, grid, implementation, target) -> None:
-        if (share := self.share(q, grid, implementation=implementation, target=target)) > 1:
-            _say_once(
-                f"pattern {self}: on {_text(grid)} tokens it computes {share:.2f} times what dense attention does: its "
-                f"tiles fill that grid badly. Expected a smaller window, another tile, or dense."
-            )
-
-    def ordered(self, x, grid):
-        return layout.tile_order(x, grid, self.tile)
-
-    def unordered(self, x, grid):
-        return layout.raster_order(x, grid, self.tile)
-
-    def check(self, heads: int | None, layers: int | None = None) -> None:
-        _at_most("the number of tokens in a tile of pattern", math.prod(self.tile), 1, TILE_TOKENS)
-
-
-@dataclass(frozen=True)
-class SlidingTile(_Tiled):
+class SlidingTile(Tiled):
     """The pattern of `sliding_tile_attention`.
 
     tile: in tokens.
@@ -246,7 +68,7 @@ class SlidingTile(_Tiled):
         super().check(heads, layers)
 
     def _seen(self, grid: Grid, keys: np.ndarray, widest: bool) -> np.ndarray:
-        return _seen_of(self._windows, tiles.counts(grid, self.tile), keys, widest).mean(axis=0)
+        return seen_of(self._windows, tiles.counts(grid, self.tile), keys, widest).mean(axis=0)
 
     @property
     def _windows(self) -> tuple[Grid, ...]:
@@ -254,11 +76,11 @@ class SlidingTile(_Tiled):
         return (window,) if np.ndim(window) == 1 else window
 
     def __str__(self) -> str:
-        return f"sliding_tile:{_text(self.tile)}:{','.join(map(_text, self._windows))}"
+        return f"sliding_tile:{text_of(self.tile)}:{','.join(map(text_of, self._windows))}"
 
 
 @dataclass(frozen=True)
-class WindowTable(_Tiled):
+class WindowTable(Tiled):
     """Sliding tile attention with a window for each timestep, layer and head, as a file says (`kernels.windows`).
 
     One program serves all steps: which windows hold is looked up by the timestep, and which tiles a head sees are
@@ -334,12 +156,12 @@ class WindowTable(_Tiled):
     def _check_grid(self, grid: Grid) -> None:
         if tuple(grid) != self.table.canvas:
             raise UsageError(
-                f"pattern {self} is for {_text(self.table.canvas)} tokens, and the video has {_text(grid)}; expected "
-                "another size of the video, or a table that was recorded at this one."
+                f"pattern {self} is for {text_of(self.table.canvas)} tokens, and the video has {text_of(grid)}; "
+                "expected another size of the video, or a table that was recorded at this one."
             )
 
     def _seen(self, grid: Grid, keys: np.ndarray, widest: bool) -> np.ndarray:
-        seen = _seen_of(self.table.choices, tiles.counts(grid, self.tile), keys, widest)
+        seen = seen_of(self.table.choices, tiles.counts(grid, self.tile), keys, widest)
         return np.average(seen, axis=0, weights=np.bincount(self.table.table.ravel(), minlength=len(seen)))
 
     @classmethod
@@ -355,7 +177,7 @@ class WindowTable(_Tiled):
 
 
 @dataclass(frozen=True)
-class VideoSparse(_Tiled):
+class VideoSparse(Tiled):
     """The pattern of `video_sparse_attention`.
 
     tile: in tokens.
@@ -385,11 +207,11 @@ class VideoSparse(_Tiled):
         return match and cls(_sizes(match[1]), float(match[2]))
 
     def check(self, heads: int | None, layers: int | None = None) -> None:
-        _at_most("the sparsity of pattern", self.sparsity, 0, 1)
+        at_most("the sparsity of pattern", self.sparsity, 0, 1)
         super().check(heads, layers)
 
     def __str__(self) -> str:
-        return f"video_sparse:{_text(self.tile)}:{np.format_float_positional(self.sparsity, trim='-')}"
+        return f"video_sparse:{text_of(self.tile)}:{np.format_float_positional(self.sparsity, trim='-')}"
 
 
 @dataclass(frozen=True)
@@ -436,7 +258,8 @@ class BlockCausal(Pattern):
             )
 
     def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
-        seen, how = self.visible(grid[0]), dict(implementation=implementation, target=target)
+        seen = self.visible(grid[0])
+        how: Any = dict(implementation=implementation, target=target)
         if self.near is None:
             return block_causal_attention(q, k, v, seen, **how)
         frames = self.frames(grid[0])
@@ -511,27 +334,6 @@ def read(text: str, heads: int | None = None, layers: int | None = None) -> Patt
     return pattern
 
 
-def _seen_of(every: Sequence[Grid], counts: Grid, keys: np.ndarray, widest: bool) -> np.ndarray:
-    """[windows,tiles]: how many keys a query of each tile sees in each window; see `_Tiled._seen`."""
-    q2k, count = window_lists(counts, tuple(every))
-    listed = widest | (np.arange(q2k.shape[-1]) < count[..., None])  # [1,windows,tiles,M]
-    return (keys[q2k] * listed).sum(axis=-1)[0]
-
-
-@cache
-def _say_once(line: str) -> None:
-    _log.warning("%s", line)
-
-
 def _sizes(text: str) -> Grid:
     t, h, w = map(int, text.split("x"))
     return t, h, w
-
-
-def _text(sizes: Grid) -> str:
-    return "x".join(map(str, sizes))
-
-
-def _at_most(name: str, value: float, low: int, high: int) -> None:
-    if value > high:
-        raise UsageError(f"{name} is {value}; expected {low} to {high}. The nearest is {high}.")

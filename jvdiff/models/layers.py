@@ -157,16 +157,20 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Over the last axis: [...,D] in any dtype -> float32."""
+    """Over the last axis: [...,D] in any dtype -> float32.
+
+    rotated: a rotation follows, before which XLA for GPUs would else write the result in float32, to read it again.
+    """
 
     eps: float
+    rotated: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
-        # Without the barrier XLA for GPUs writes the result in float32, for what follows (a rotation) to read again.
-        inverse = jax.lax.optimization_barrier(jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps))
+        inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        inverse = jax.lax.optimization_barrier(inverse) if self.rotated else inverse
         return x * inverse * row(scale, x)
 
 

@@ -1,13 +1,13 @@
 """Ctrl-C, SIGTERM (preemption) and SIGHUP (a closed terminal): one mechanism for every command.
 
 As long as a run has nothing to lose, a signal ends it at once, by KeyboardInterrupt in the main thread. Inside
-`deferred` it is noted instead, `asked` tells of it, and all processes obey after the same step. A signal that was
-ignored when the program began (`nohup`, `&`) stays ignored.
+`deferred` it is noted instead, `asked` tells of it, and all processes obey after the same step; a second Ctrl-C ends it
+at once there too. A signal that was ignored when the program began (`nohup`, `&`) stays ignored.
 
 Python runs handlers when the main thread is back from what it computes, and a compiler keeps it for minutes. So a
 command has a second thread, which hears of signals through a pipe and ends the process if the main thread does not. In
-a process of our own, whichever thread hears of a signal first does so at once as long as there is nothing to lose: an
-exception in the middle of an import of JAX's modules is a crash.
+a process of our own, whichever thread hears of it first does so at once: an exception in the middle of an import of
+JAX's modules is a crash, and one while garbage is collected is lost.
 """
 
 import contextlib
@@ -69,10 +69,9 @@ def _handle(number: int, frame: Any) -> None:
     if _now.waiting:
         raise KeyboardInterrupt
     if not _now.shielded and (again or not _now.stakes):
-        if _now.ours and not _now.stakes:
-            if not peers.several():  # to whom this thread may be talking; then the other thread ends the process
-                verdict.end_now(*_now.stopped)
-        elif not (_now.leaving and _now.watched):  # there too
+        if _now.ours and not peers.several():  # to whom this thread may be talking
+            verdict.end_now(*_now.stopped)
+        elif not ((_now.ours and not _now.stakes) or (_now.leaving and _now.watched)):  # there the other thread ends it
             _now.leaving = True
             raise KeyboardInterrupt
         return

@@ -30,6 +30,7 @@ from jvdiff.errors import JvdiffError, SetupError
 
 GRACE = 3.0  # seconds between the news of a failure and the end of a process whose main thread does not react
 member: Member | None = None  # this process as one of several; `peers.join` sets it
+EVERY = "*"
 _unfinished: list[tuple[Path, str]] = []
 _ending = threading.Lock()
 
@@ -91,7 +92,8 @@ def unfinished(path: Path, mark: str = "") -> Iterator[None]:
     """Inside the block `path` is half written, and is removed if the process has to end at once.
 
     A folder, or a hidden file. Where process 0 dies outright and the others see its files, they remove it.
-    `mark`: text in a file that is this process's own; one of this name without it is another's, and stays.
+    `mark`: text in a file that is this process's own; one of this name without it is another's, and stays. `EVERY`: the
+    last part of `path` is a pattern, and all that it fits is removed.
     """
 
     def tell() -> None:
@@ -122,7 +124,8 @@ def end_now(code: int, message: str = "") -> None:
             if message:
                 os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what threads of other packages say now comes of this
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # it was just being written to
+            sys.stdout.flush()
         for path, mark in list(_unfinished):  # last, since other threads go on writing, and make the folder again
             _remove(path, mark)
     finally:
@@ -131,7 +134,10 @@ def end_now(code: int, message: str = "") -> None:
 
 def _remove(path: Path, mark: str) -> None:
     with contextlib.suppress(OSError):
-        if path.is_dir():
+        if mark == EVERY:
+            for each in path.parent.glob(path.name):
+                _remove(each, "")
+        elif path.is_dir():
             for _ in range(20):  # another package's thread may still be writing there
                 shutil.rmtree(path, ignore_errors=True)
                 if not path.exists():

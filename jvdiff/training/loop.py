@@ -31,6 +31,7 @@ from jvdiff.errors import Interrupted, NumericsError, UsageError
 from jvdiff.runtime import draws, peers, profiling, rescue
 from jvdiff.runtime.interrupts import deferred, interrupts
 from jvdiff.runtime.staging import lock
+from jvdiff.runtime.verdict import EVERY, unfinished
 from jvdiff.sharding import MeshShape, make_mesh, param_shardings, shape_of, spec_on
 from jvdiff.sharding.rules import REPLICATED, Rules
 from jvdiff.training import states
@@ -393,7 +394,8 @@ def _ahead(batches: Generator[Any, None, None], count: int) -> Generator[Any, No
 @contextmanager
 def _managed(folder: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
     """Orbax's manager of a run's states, the last of which is what was written; no other process has it meanwhile."""
-    with lock(folder) if peers.writes() else nullcontext():
+    mine = peers.writes()
+    with lock(folder) if mine else nullcontext(), unfinished(folder / states.UNNAMED, EVERY) if mine else nullcontext():
         states.remove_unfinished(folder)
         states.set_damaged_aside(folder)
         manager = states.manager(folder, keep)

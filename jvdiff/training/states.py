@@ -26,7 +26,7 @@ from jvdiff.training import record
 from jvdiff.training.metrics import METRICS
 from jvdiff.weights.manifest import verify_files, write_manifest
 
-_UNNAMED = "*.orbax-checkpoint-tmp*"  # what Orbax writes, until it is complete
+UNNAMED = "*.orbax-checkpoint-tmp*"  # what Orbax writes, until it is complete
 _log = logging.getLogger("jvdiff.training")
 
 # One device writes what many hold: by default Orbax cuts that into a part for each, by a program for each shape.
@@ -47,14 +47,14 @@ def manager(states: Path, keep: int) -> ocp.CheckpointManager:
 def _sign(states: Path) -> None:
     """Writes the manifest of a state that is complete and has not its name yet; in Orbax's own thread."""
     if peers.writes():
-        for unnamed in states.glob(_UNNAMED):
+        for unnamed in states.glob(UNNAMED):
             write_manifest(unnamed, {}, {}, "default/")  # what Orbax itself writes beside it changes once more
 
 
 def remove_unfinished(states: Path) -> None:
     """Removes what a killed process, or a disk that refused it, has left of states; nobody else may write there."""
     if peers.writes():
-        for unnamed in states.glob(_UNNAMED):
+        for unnamed in states.glob(UNNAMED):
             shutil.rmtree(unnamed, ignore_errors=True)
 
 

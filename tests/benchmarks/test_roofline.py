@@ -119,7 +119,7 @@ def test_a_table_has_operations_bytes_and_the_longer_of_their_times(roofline):
     product, convolution, pictures = 2.0 * 8 * 16 * 32, 2.0 * 16 * 5 * 27, 2 * (108 + 135 + 80)
     assert roofline.table(roofline.kernels(GPU), [], rates) == [
         ("products and convolutions, TF32: blocks/ffn", 1, product, tf32, product / 1e-3),
-        ("no products: blocks/norm", 1, 0.0, 2 * 4 * 8 * 32, 2048.0),
+        ("other kernels: blocks/norm", 1, 0.0, 2 * 4 * 8 * 32, 2048.0),
         ("products: blocks/ffn", 1, product, bf16, float(bf16)),
         ("convolutions: blocks/ffn", 1, convolution, pictures, float(pictures)),
     ]

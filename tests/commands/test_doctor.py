@@ -37,7 +37,8 @@ def examined(tmp_path, monkeypatch, capsys):
     (tmp_path / "dev/nvidia0").touch()
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun\n")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name, value in {"DEVICES": tmp_path / "dev", "DRIVER": tmp_path / "version"}.items():
+    monkeypatch.setattr(admission, "LIMIT", 600.0)
+    for name, value in {"DEVICES": tmp_path / "dev", "DRIVER": tmp_path / "version", "LIMIT": 600.0}.items():
         monkeypatch.setattr(gpus, name, value)
     for name, value in {"packages": lambda: [13], "asked": lambda: "", "reserve": lambda: None}.items():
         monkeypatch.setattr(gpus, name, value)
@@ -52,7 +53,7 @@ def examined(tmp_path, monkeypatch, capsys):
 
         def asked(words, limit, environment=None):
             known = words[len(doctor.EXAMINE)] if tuple(words[:3]) == doctor.EXAMINE else ""
-            return ask(parts[known], 0.5 if parts[known] is HANGS else 60) if known else ask(words, limit, environment)
+            return ask(parts[known], 0.5 if parts[known] is HANGS else 600) if known else ask(words, limit, environment)
 
         with monkeypatch.context() as inside:
             inside.setattr(doctor.children, "ask", asked)
@@ -120,8 +121,7 @@ def test_what_each_pattern_gets_on_a_gpu_and_why():
     assert told["dense"] == ["cudnn", {}]
     name, reasons = told["sliding_tile:6x8x8:3x3x3"]
     assert name == "xla" and reasons["triton"] == "failed its check on NVIDIA A100: it did not end within 120 s"
-    name, reasons = told[examinations.RING]
-    assert name == "xla" and "log-sum-exp" in reasons["cudnn"] and "it did not end" in reasons["blocks"]
+    assert told[examinations.RING] == ["cudnn", {}]
 
 
 def test_a_record_says_which_kernels_were_refused(monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from jvdiff import pipeline, precision
 from jvdiff.commands import sample, windows
 
 CLIP = ["--prompt=a red seven moving left", "--seed=3", "--steps=3", "--guidance=1"]
@@ -85,3 +86,13 @@ def test_a_mask_strategy_becomes_a_table(tmp_path):
 def test_steps_that_are_all_dense_are_refused(tiny_repository, changes, capsys):
     assert sample.main(["sample", f"--checkpoint={tiny_repository}", *CLIP, *changes]) == 2
     assert "dense_steps is 3 of 3 steps, which leaves none for the pattern" in capsys.readouterr().err
+
+
+def test_dense_steps_are_a_program_of_their_own(tiny_repository):
+    repository = pipeline.inspect(tiny_repository)
+    family, models = repository.family, repository.models
+    values = dict(steps=4, guidance=1.0, pattern="sliding_tile:1x1x1:1x1x1", dense_steps=2)
+    clip, dtypes = family.clip(models, repository.settings(**values)), precision.choose("float32")
+    context, params = pipeline.Context(family, models, dtypes), pipeline.abstract_params(family, models, dtypes)
+    calls = pipeline.trace(context, params, clip, family.longest(models, clip, 1), last=3)
+    assert [(call.stage.name, call.times) for call in calls] == [("text", 1), ("denoise 1-2", 2), ("denoise 3-4", 1)]

@@ -1,5 +1,6 @@
 """The GPU kernels, compiled for an H200 and an A100 that are not there: nothing spills, everything fits."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jvdiff import kernels, plan
+from jvdiff.kernels import BlockCausal, SlidingTile, windows
+from jvdiff.kernels.patterns import WindowTable
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -44,6 +48,27 @@ def test_each_gpu_gets_its_kernels_forwards_and_backwards(gpu):
         warnings.simplefilter("error", DeprecationWarning)
         text = plan.compile_for(placement, jax.jit(lambda x: jax.vjp(attend, x)[1](x)), x).as_text() or ""
     assert set(plan.attention_in(text)) == {"cudnn", GPUS[gpu]}
+
+
+def test_windows_of_a_table_and_streams_of_tiles_take_the_sparse_kernel():
+    """Forwards and backwards, with lists that the program works out."""
+    placement = plan.target_placement("h200")
+    table = windows.Windows((4, 4, 4), (8, 8, 8), ((1, 1, 1), (1, 2, 2)), np.array([[[0, 1]]], np.int32), (500.0,))
+    by_head, causal = (
+        WindowTable("it", "", (500.0,), table),
+        BlockCausal(4, 8, 4, near=SlidingTile((4, 4, 4), (3, 1, 1))),
+    )
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=placement.everywhere)
+    given = struct((1, 512, 2, 128), jnp.bfloat16), struct((1, 1), jnp.float32), struct((8,), jnp.int32)
+
+    def attend(x, t, frames):
+        how = dict(target=placement.target)
+        x = by_head.attend(x, x, x, None, grid=(8, 8, 8), chosen=by_head.of_layers(t, 1, 2)[0], **how)
+        seen = causal.tiles_seen(jnp.ones((8, 8), bool), frames, frames)
+        return causal.attend_near(x, x, x, seen, (8, 8, 8), **how)
+
+    run = jax.jit(lambda x, *more: jax.vjp(lambda x: attend(x, *more), x)[1](x))
+    assert plan.attention_in(plan.compile_for(placement, run, *given).as_text() or "") == ("mosaic_gpu",)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -3,15 +3,18 @@
 B batch · N heads · K head dim · Nq, Nkv blocks of queries and keys.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jvdiff import kernels
-from jvdiff.kernels import SlidingTile, VideoSparse, block_sparse, tiles
+from jvdiff.kernels import BlockCausal, SlidingTile, VideoSparse, block_sparse, tiles, windows
 from jvdiff.kernels.block_sparse import mosaic_gpu
-from jvdiff.runtime.target import here
+from jvdiff.kernels.patterns import WindowTable
+from jvdiff.runtime.target import Target, here
 
 new_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's interpreter needs JAX 0.11 (Python 3.12)")
 
@@ -66,6 +69,30 @@ def test_tiles_are_read_where_they_lie(pattern, grid, races):
     assert np.linalg.norm(out - want) < 6e-3 * np.linalg.norm(want) and not races()
 
 
+@new_jax
+def test_lists_that_are_numbers_of_the_program(races):
+    """A window for each head by a table, and a chunk that sees its own and the slots behind it."""
+    table = windows.Windows((1, 8, 8), (2, 8, 16), ((1, 1, 1), (1, 1, 2)), np.array([[[0, 1]]], np.int32), (500.0,))
+    pattern, causal = (
+        WindowTable("it", "", (500.0,), table),
+        BlockCausal(1, 3, 1, near=SlidingTile((1, 8, 8), (3, 1, 1))),
+    )
+    q, k = (jax.random.normal(key, (1, 256, 2, 64), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
+
+    def attend(q, k, t, frame, *, implementation):
+        chosen = pattern.of_layers(t, 1, 2)[0]
+        by_head = pattern.attend(q, k, k, None, grid=(2, 8, 16), chosen=chosen, implementation=implementation)
+        frames = jnp.array([0, 5], jnp.int32)
+        seen = causal.tiles_seen(jnp.ones((1, 2), bool), frame[None], frames)
+        near = causal.attend_near(q[:, :128], k, k, seen, (1, 8, 16), implementation=implementation)
+        return jnp.concatenate([by_head, near], axis=1)  # [B,256+128,N,K]
+
+    given = jnp.full((1, 1), 300.0), jnp.int32(7)
+    out = np.asarray(jax.jit(functools.partial(attend, implementation="mosaic_gpu"))(q, k, *given), np.float32)
+    want = attend(q.astype(jnp.float32), k.astype(jnp.float32), *given, implementation="reference")
+    assert np.linalg.norm(out - want) < 6e-3 * np.linalg.norm(want) and not races()
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "block", "reason"),
     [
@@ -81,12 +108,18 @@ def test_says_what_it_cannot_do(shape, dtype, block, reason, monkeypatch):
         block_sparse.choose(x, x, x, block=block, implementation="mosaic_gpu")
 
 
-def test_needs_a_new_jax_and_a_hopper(monkeypatch):
+def test_needs_a_new_jax_and_a_hopper(monkeypatch, caplog):
     x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     assert "needs JAX 0.11 or newer" in mosaic_gpu.unsupported(x, x, x, 64)
     assert mosaic_gpu.unavailable(here()) == "needs an NVIDIA GPU, and the backend is 'cpu'"
     assert block_sparse.choose(x, x, x) == "xla"
+    block_sparse._say_once.cache_clear()
+    with caplog.at_level("WARNING", "jvdiff.kernels"):
+        for kind, capability in (("NVIDIA H100", (9, 0)), ("NVIDIA H100", (9, 0)), ("NVIDIA A100", (8, 0))):
+            assert block_sparse.choose(x, x, x, target=Target("gpu", kind, capability)) == "triton"
+    (said,) = caplog.messages
+    assert "on this Hopper sparse attention and rings run on other kernels" in said and "Python 3.12 or newer" in said
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])

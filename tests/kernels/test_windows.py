@@ -35,6 +35,8 @@ def test_a_file_is_a_pattern_that_has_its_digest(tmp_path):
     assert pattern.digest == hashlib.sha256(file.read_bytes()).hexdigest()
     assert windows.parse(windows.to_text(pattern.table).encode(), "it").table.tolist() == GOOD["table"]
     assert pattern.recorded_of == "ab" and pattern.full(True) == patterns.Dense()
+    best = patterns.VideoSparse((1, 2, 2), 0.5)
+    assert best.full(True) == patterns.VideoSparse((1, 2, 2), 0.0) and best.full(False) == patterns.Dense()
     file.write_text(json.dumps(GOOD | {"recorded": {}}))
     assert patterns.read(f"windows:{file}") != pattern
 

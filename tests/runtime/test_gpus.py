@@ -22,6 +22,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(gpus, "DEVICES", tmp_path)
     monkeypatch.setattr(gpus, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(gpus, "packages", lambda: [13])
+    monkeypatch.setattr(gpus, "LIMIT", 600.0)
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr(gpus, "asked", lambda: "")

@@ -73,7 +73,7 @@ def too_old(target: Target) -> str | None:
     if target.capability != (9, 0) or jax.__version_info__ >= (0, 11):
         return None
     return (
-        f"notice: on this Hopper sparse attention and rings run on other kernels than Mosaic's, which need JAX 0.11; "
+        f"notice: on this Hopper sparse attention runs on other kernels than Mosaic's, which need JAX 0.11; "
         f"this is {jax.__version__}. Python 3.12 or newer gets it."
     )
 

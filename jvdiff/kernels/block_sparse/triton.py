@@ -357,6 +357,7 @@ def _list_specs(lists: Lists) -> list[Any]:
 def _call(kernel: Any, name: str, shape: Shape, **arguments: Any) -> Any:
     from jax.experimental.pallas import triton as plt  # 0.1 s, which most processes never need
 
+    _answer_deprecation()
     return pl.pallas_call(
         kernel,
         name=f"block_sparse_{name}",
@@ -366,15 +367,24 @@ def _call(kernel: Any, name: str, shape: Shape, **arguments: Any) -> Any:
     )
 
 
+def _answer_deprecation() -> None:
+    """JAX warns of its Triton backend where a program is lowered. This file knows, and nobody who runs one can help it.
+
+    Mosaic GPU, its successor, has no such kernels yet (docs/sparse_attention.md). For programs that are lowered later
+    than they were traced, under other filters, there is `lowering`.
+    """
+    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+
+
 @contextlib.contextmanager
 def lowering(target: Target) -> Iterator[None]:
     """Within it, programs with these kernels can be lowered for a GPU that is not there.
 
     Since 0.11 JAX works out the compute capability by the name of the GPU at hand, or of an abstract one, of which it
-    knows a few: the target's is the answer. And it warns that the Triton backend is deprecated, which this file knows.
+    knows a few: the target's is the answer. And it warns of the Triton backend.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+        _answer_deprecation()
         if target.capability is None or jax.__version_info__ < (0, 11):
             yield
             return

@@ -53,10 +53,11 @@ class Attention(nn.Module):
         heads = lambda a: a.reshape(*a.shape[:2], -1, cfg.attention_head_dim)  # noqa: E731 - [B,L,D] -> [B,L,N,K]
         q = linear(name="q")(x)
         dtype = q.dtype
-        q = heads(RMSNorm(cfg.eps, name="q_norm")(q))
+        norm = partial(RMSNorm, cfg.eps, rope is not None)
+        q = heads(norm(name="q_norm")(q))
         if keys is None:
             k, v = linear(name="k")(context), heads(linear(name="v")(context))
-            k = heads(RMSNorm(cfg.eps, name="k_norm")(k))
+            k = heads(norm(name="k_norm")(k))
         else:
             k, v = keys
         gate = heads(linear(kernel_init=nn.initializers.zeros, name="gate")(x)) if self.gated else None
