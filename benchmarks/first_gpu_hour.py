@@ -192,10 +192,10 @@ def run(part: Part, limit: float, rehearse: bool, cache: Path) -> dict[str, Any]
         return told
 
 
-def waiting(parts: Sequence[Part], report: Any, only: str) -> list[Part]:
-    """The parts to run: those of a name; else those that never ran, then those that were not done."""
+def waiting(parts: Sequence[Part], report: Any, only: Sequence[str]) -> list[Part]:
+    """The parts to run: those of some names; else those that never ran, then those that were not done."""
     if only:
-        return [part for part in parts if only in part.name]
+        return [part for part in parts if any(words in part.name for words in only)]
     status = {part.name: report["parts"].get(part.name, {}).get("status") for part in parts}
     fresh = [part for part in parts if status[part.name] is None]
     return fresh + [part for part in parts if status[part.name] not in (None, "done")]
@@ -218,13 +218,15 @@ def line(name: str, told: Any) -> str:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--only", default="", help="parts whose name contains this")
+    parser.add_argument("--only", action="append", default=[], help="parts whose name contains this, or another --only")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on whatever is here")
     parser.add_argument("--output", type=Path, help="the report; none: by the device's name")
     args = parser.parse_args(words)
     end = time.monotonic() + 60 * args.minutes
-    if args.only and not any(args.only in part.name for part in PARTS):
-        raise UsageError(f"--only={args.only!r:.80} is in none of: {'; '.join(part.name for part in PARTS)}.")
+    for wanted in args.only:
+        if any(wanted in part.name for part in PARTS):
+            continue
+        raise UsageError(f"--only={wanted!r:.80} is in none of: {'; '.join(part.name for part in PARTS)}.")
     folder = args.output.parent if args.output else HERE / "results"
     cache = folder / ".first_gpu_hour"
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -260,6 +262,9 @@ def main(words: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
     except JvdiffError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -171,7 +171,7 @@ def test_the_cut_that_ships_is_the_first_of_every_case(case):
     shape = tuning.shape_of(case, "mosaic_gpu", gpu) if case.model == "Wan 1.3B 480p" else None
     block = shape.block if shape else 64
     found = tuning.candidates("mosaic_gpu", case.kernel, block, H200)
-    assert found[0] == mosaic_gpu.shipped(block, 128, jnp.bfloat16, H200)[case.kernel] and 1 < len(found) < 12
+    assert found[0] == mosaic_gpu.shipped(block, 128, jnp.bfloat16, H200)[case.kernel] and len(found) < 12
     if shape and case.pattern == tuning.STREAM:
         assert shape.rows == (4736, 32768) and np.sum(shape.lists.kv_sizes) == 32_760  # 37 blocks of 12 heads
 
