@@ -42,10 +42,10 @@ from timing import RESULTS, in_turn
 
 from jvdiff import plan
 from jvdiff.errors import JvdiffError, SetupError, UsageError
-from jvdiff.kernels import Dense, Pattern, block_sparse_attention, layout, tiles
+from jvdiff.kernels import Dense, Pattern, block_sparse_attention, layout, tiles, tuning
 from jvdiff.kernels.block_sparse import mosaic_gpu, triton
 from jvdiff.kernels.block_sparse.cuts import KERNELS
-from jvdiff.kernels.tuning import MODELS, PATTERNS
+from jvdiff.kernels.tuning import PATTERNS
 from jvdiff.models import wan
 from jvdiff.models.wan import places
 from jvdiff.models.wan.family import TEXT_LENGTH
@@ -53,6 +53,7 @@ from jvdiff.plan.resources import ctas, printed, read_log, shared_memory_of
 from jvdiff.runtime.target import here
 from jvdiff.sharding import MeshShape, collectives, param_shardings, read_mesh
 
+MODELS = {("HunyuanVideo 768p" if size == "13B 768p" else f"Wan {size}"): x for size, x in tuning.MODELS.items()}
 STEPS = {
     f"{name} {height}p": (cfg, height, width)
     for name, cfg in (("Wan 1.3B", wan.WAN_2_1_T2V_1_3B), ("Wan 14B", wan.WAN_2_1_T2V_14B))

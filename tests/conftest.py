@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:  # under nohup or behind &; commands would ignore them too
@@ -36,6 +37,18 @@ import pytest  # noqa: E402
 
 from jvdiff.runtime import interrupts  # noqa: E402
 
+
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores, since tests wait for processes a fifth of the time."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None
+
+
+def pytest_collection_modifyitems(items):
+    """The files at the root first: they take longest, and none of them should be the last to run."""
+    items.sort(key=lambda item: item.path.parent != ROOT)
+
+
+ROOT = Path(__file__).parent
 interrupts.GRACE = 60.0  # tests send signals to their own process, which a slow machine must not end meanwhile
 
 

@@ -20,6 +20,7 @@ TALK = (
     "runtime/verdict.py",  # the last words of a process that ends at once
     "runtime/children.py",  # a child answers who asked
     "runtime/libcuda.py",  # such a child
+    "plan/resources.py",  # flushes before it reads what compilers wrote to the same files
     "plan/targets.py",  # flushes before another process writes to the same terminal
 )
 STREAMS = ("stdin", "stdout", "stderr", "__stdout__", "__stderr__")

@@ -1,7 +1,7 @@
 """The command line that records which windows of sliding tile attention the heads of a model need.
 
     jvdiff windows --checkpoint=FOLDER --prompts=FILE --tile=6x8x8 --candidates=3x3x3,1x5x7,3x1x9 --table=windows.json
-    jvdiff windows --mask_strategy=mask_strategy_wan.json --canvas=18x48x80 --table=windows.json
+    jvdiff windows --mask_strategy=mask_strategy.json --canvas=18x48x80 --table=windows.json
 
 Every clip is made up to its latents, with dense attention. At each step, in each layer, what every candidate would make
 of the same queries, keys and values is compared with what dense attention makes of them; each head gets the candidate

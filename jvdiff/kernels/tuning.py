@@ -23,11 +23,11 @@ from jvdiff.runtime.target import Target
 
 # Grid of tokens after patchify, and heads; 81 frames, HunyuanVideo 117.
 MODELS = {
-    "Wan 1.3B 480p": ((21, 30, 52), 12),
-    "Wan 14B 480p": ((21, 30, 52), 40),
-    "Wan 1.3B 720p": ((21, 45, 80), 12),
-    "Wan 14B 720p": ((21, 45, 80), 40),
-    "HunyuanVideo 768p": ((30, 48, 80), 24),
+    "1.3B 480p": ((21, 30, 52), 12),
+    "14B 480p": ((21, 30, 52), 40),
+    "1.3B 720p": ((21, 45, 80), 12),
+    "14B 720p": ((21, 45, 80), 40),
+    "13B 768p": ((30, 48, 80), 24),
 }
 # Tile, and n tiles -> how many of them each tile sees.
 PATTERNS: dict[str, tuple[tiles.Grid, Callable[[int], int]]] = {
@@ -55,14 +55,14 @@ class Case(NamedTuple):
 
 # The most valuable first: forward passes of clips as most people make them, then larger ones, then backward passes.
 CASES = (
-    *(Case("Wan 1.3B 480p", pattern, "forward") for pattern in ("STA 6x8x8", "VSA 4x4x4")),
-    *(Case("Wan 14B 720p", pattern, "forward") for pattern in ("STA 6x8x8", "VSA 4x4x4")),
-    *(Case("Wan 1.3B 480p", pattern, "forward") for pattern in (STREAM, "VSA 4x8x8")),
-    *(Case("Wan 1.3B 480p", p, kernel) for p in ("STA 6x8x8", "VSA 4x4x4") for kernel in ("dq", "dkv")),
-    *(Case(m, p, "forward") for m in ("Wan 14B 480p", "Wan 1.3B 720p") for p in ("STA 6x8x8", "VSA 4x4x4")),
-    *(Case("Wan 14B 720p", p, kernel) for p in ("STA 6x8x8", "VSA 4x4x4") for kernel in ("dq", "dkv")),
-    *(Case("Wan 1.3B 480p", p, kernel) for p in (STREAM, "VSA 4x8x8") for kernel in ("dq", "dkv")),
-    Case("Wan 14B 720p", "VSA 4x8x8", "forward"),
+    *(Case("1.3B 480p", pattern, "forward") for pattern in ("STA 6x8x8", "VSA 4x4x4")),
+    *(Case("14B 720p", pattern, "forward") for pattern in ("STA 6x8x8", "VSA 4x4x4")),
+    *(Case("1.3B 480p", pattern, "forward") for pattern in (STREAM, "VSA 4x8x8")),
+    *(Case("1.3B 480p", p, kernel) for p in ("STA 6x8x8", "VSA 4x4x4") for kernel in ("dq", "dkv")),
+    *(Case(m, p, "forward") for m in ("14B 480p", "1.3B 720p") for p in ("STA 6x8x8", "VSA 4x4x4")),
+    *(Case("14B 720p", p, kernel) for p in ("STA 6x8x8", "VSA 4x4x4") for kernel in ("dq", "dkv")),
+    *(Case("1.3B 480p", p, kernel) for p in (STREAM, "VSA 4x8x8") for kernel in ("dq", "dkv")),
+    Case("14B 720p", "VSA 4x8x8", "forward"),
 )
 
 

@@ -40,7 +40,7 @@ class Target:
 
     @property
     def options(self) -> dict[str, bool]:
-        """XLA's options of the programs of Wan's transformer; they go beside what XLA_FLAGS says, and before it.
+        """XLA's options of a transformer's programs; they go beside what XLA_FLAGS says, and before it.
 
         Where products may be Triton's, XLA leaves their bias and GELU to another kernel.
         """

@@ -36,7 +36,7 @@ def parts(hour, monkeypatch):
     machine = {"device": "NVIDIA H200", "driver": "580.1", "jax": "0.12.0", "python": "3.12", "commit": "abc"}
     parts = [
         script(hour, "right", writes({"tried": 3})),
-        script(hour, "hangs", writes({"tried": 1}) + "time.sleep(100)", 2.0),
+        script(hour, "hangs", writes({"tried": 1}) + "time.sleep(100)", 4.0),
         script(hour, "crashes", "os.abort()"),
         script(hour, "wrong", "sys.exit('mosaic_gpu is wrong')"),
         script(hour, "step, dense", writes({"seconds": 0.9})),
