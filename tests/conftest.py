@@ -38,6 +38,7 @@ import pytest  # noqa: E402
 from jvdiff.runtime import interrupts  # noqa: E402
 
 
+@pytest.hookimpl(optionalhook=True)  # xdist may not be there
 def pytest_xdist_auto_num_workers():
     """One more than there are cores, since tests wait for processes a fifth of the time."""
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None
