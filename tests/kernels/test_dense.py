@@ -332,7 +332,7 @@ def test_cudnns_log_sum_exp_has_a_cotangent(monkeypatch):
 
     for n in (None, 7):
         for a, b in zip(*(jax.tree.leaves(run(name, n)) for name in ("cudnn", "xla")), strict=True):
-            np.testing.assert_array_equal(a, b)
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # compiled at once, and in parts
 
 
 def test_cudnn_gives_gradients_and_leaves_tangents_to_xla(monkeypatch, caplog):
