@@ -63,7 +63,7 @@ def run(config: Any) -> Path:
 
     Raises:
         UsageError: a model without patterns of tiles, clips that differ in size or sampler, a mesh, or candidates that
-            are no windows of their video.
+            do not fit into their video.
         NumericsError: NaN or infinity.
     """
     from jvdiff.kernels import windows
@@ -225,13 +225,10 @@ def _check_candidates(candidates: Any, canvas: Any, tile: Any) -> None:
 
 def _kept(made: Any) -> float:
     """The share of pairs that the windows of a table keep, in the mean."""
-    import numpy as np
-
     from jvdiff.kernels import tiles
-    from jvdiff.kernels.sliding_tile import window_lists
+    from jvdiff.kernels.pattern import seen_of
 
     sizes = tiles.variable_block_sizes(made.canvas, made.tile)
-    q2k, count = window_lists(tiles.counts(made.canvas, made.tile), made.choices)
-    keys = (sizes[q2k] * (np.arange(q2k.shape[-1]) < count[..., None])).sum(axis=-1)[0]  # [choices,tiles]
-    shares = (keys * sizes).sum(axis=1) / sizes.sum() ** 2
+    seen = seen_of(made.choices, tiles.counts(made.canvas, made.tile), sizes, widest=False)  # [choices,tiles]
+    shares = (seen * sizes).sum(axis=1) / sizes.sum() ** 2
     return float(shares[made.table].mean())

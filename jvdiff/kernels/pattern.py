@@ -117,7 +117,7 @@ class Pattern:
         return None
 
     def check(self, heads: int | None, layers: int | None = None) -> None:
-        """Raises UsageError for numbers that no model with so many heads and layers can use; None: any number."""
+        """Raises UsageError unless a model with that many heads and layers can use it; None: any number."""
 
 
 @dataclass(frozen=True)

@@ -320,11 +320,11 @@ PATTERNS: tuple[type[Pattern], ...] = (Dense, SlidingTile, VideoSparse, WindowTa
 
 
 def read(text: str, heads: int | None = None, layers: int | None = None) -> Pattern:
-    """The pattern that a text (above) says, for a model of so many heads and layers; `str` is its inverse.
+    """The pattern that a text (above) says, for a model with that many heads and layers; `str` is its inverse.
 
     Raises:
         UsageError: anything else.
-        CheckpointError: a file that is no table of windows.
+        CheckpointError: a file that is not a table of windows.
     """
     pattern = next((found for kind in PATTERNS if (found := kind.parse(text)) is not None), None)
     if pattern is None:

@@ -80,7 +80,7 @@ def parse(text: bytes, where: str) -> Windows:
     """What the text of a file says; raises CorruptFile with `where` and what is wrong."""
 
     def no_number(name: str) -> None:
-        raise ValueError(f"{name} is no number of JSON")
+        raise ValueError(f"{name} is not a number in JSON")
 
     try:
         if len(text) > LIMIT:

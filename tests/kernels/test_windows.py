@@ -52,7 +52,7 @@ def test_a_file_is_a_pattern_that_has_its_digest(tmp_path):
         ({"table": [[[0, 2], [1, 0]]] * 2}, "table[0][0][1] is 2, and there are 2 choices, from 0"),
         ({"table": [[[0, 1], [1]]] * 2}, "table is not [rows][layers][heads] whole numbers"),
         ({"table": [[[0, 1.5], [1, 0]]] * 2}, "table is not [rows][layers][heads] whole numbers"),
-        ({"table": [[[0, float("nan")], [1, 0]]] * 2}, "NaN is no number of JSON"),
+        ({"table": [[[0, float("nan")], [1, 0]]] * 2}, "NaN is not a number in JSON"),
         ({"timesteps": [900, 900]}, "timesteps is not 2 falling numbers from 1000 to 0"),
         ({"timesteps": [900]}, "timesteps is not 2 falling numbers"),
         ({"recorded": []}, "recorded is not an object"),

@@ -5,7 +5,7 @@ A file of cuts is JSON: implementation, kind of device, block and head dim, kern
     {"mosaic_gpu": {"NVIDIA H200": {"384x128": {"forward": {"warpgroups": 3, "step": 128, "stages": 2, ...}}}}}
 
 Of a machine's own file an entry holds for all blocks that are multiples of its own, unless a larger one does, and goes
-before what ships. One that is no cut, or that the compiler refuses, is left out with a sentence.
+before what ships. An invalid entry, or one that the compiler refuses, is left out, and a warning says why.
 """
 
 from __future__ import annotations
