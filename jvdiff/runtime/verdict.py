@@ -30,7 +30,7 @@ from jvdiff.errors import JvdiffError, SetupError
 
 GRACE = 3.0  # seconds between the news of a failure and the end of a process whose main thread does not react
 member: Member | None = None  # this process as one of several; `peers.join` sets it
-EVERY = "*"
+EVERY = "*"  # a mark, see `unfinished`
 _unfinished: list[tuple[Path, str]] = []
 _ending = threading.Lock()
 
