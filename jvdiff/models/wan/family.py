@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jvdiff.config import known_fields, multiple
 from jvdiff.diffusion import samplers
@@ -22,11 +23,12 @@ from jvdiff.errors import UsageError
 from jvdiff.kernels.patterns import Pattern, WindowTable
 from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.kernels.tiles import Grid
-from jvdiff.models import wan
+from jvdiff.models import vae_tiles, wan
 from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Run, Segment, Stage
 from jvdiff.models.pixels import nonfinite_share, to_pixels
 from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5, umt5_names
+from jvdiff.models.vae_tiles import Tiles
 from jvdiff.models.wan import conditions, names, places
 from jvdiff.models.wan.conditions import TEXT_LENGTH, Condition, Inputs
 from jvdiff.models.wan.settings import Settings, scheduled
@@ -137,6 +139,8 @@ def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, A
     values, scheduler = {**defaults, **given}, models.files.get("scheduler")
     if scheduler is not None and not {"solver", "shift", "grid"} <= values.keys():
         values = {**scheduled(scheduler), **values}
+    if isinstance(tiles := values.get("vae_tiles"), Tiles):
+        values["vae_tiles"] = str(tiles)
     listed = samplers.own_steps(str(values.get("solver")))
     return values | ({"steps": listed} if listed and "steps" not in given else {})
 
@@ -173,7 +177,15 @@ def make_clip(models: Models, settings: Settings) -> Clip:
         sampler=sampler,
         segments=_segments(settings, sampler.steps, pattern, dit.gate_compress),
         attention=settings.attention,
+        vae_tiles=_tiles(settings, vae),
     )
+
+
+def _tiles(settings: Settings, vae: wan.VAEConfig) -> Tiles | None:
+    tiles = vae_tiles.read(settings.vae_tiles)
+    if tiles is not None:
+        tiles.check(vae.spatial_factor)
+    return tiles
 
 
 def _segments(settings: Settings, steps: int, pattern: Pattern, gated: bool) -> tuple[Segment, ...]:
@@ -258,7 +270,10 @@ def _attention(models: Models, clip: Clip, forward: Forward, inputs: Inputs) -> 
 def _decode(
     models: Models, clip: Clip, forward: Forward, run: Run, latents: Array
 ) -> Iterator[tuple[Array, Array, int]]:
-    """One latent frame at a time: device memory does not depend on T."""
+    """One latent frame at a time: device memory does not depend on T. Tiles are decoded one after the other."""
+    if wan.cut_to_decode(models.configs["vae"], clip.vae_tiles, *clip.latents[1:3]):
+        yield from _decode_tiles(models.configs["vae"], clip, forward, run, latents)
+        return
     program, cache = _decode_program(models.configs["vae"], forward.placement, forward.decode), None
     for t in range(clip.latents[0]):
         stage = Stage("decode next" if t else "decode first", "vae", program, pictures=clip.latents[1:3])
@@ -282,6 +297,55 @@ def _decode_program(cfg: wan.VAEConfig, placement: Placement | None, arithmetic:
         return pixels, bad, cache
 
     return jax.jit(decode, donate_argnums=2)
+
+
+def _decode_tiles(
+    cfg: wan.VAEConfig, clip: Clip, forward: Forward, run: Run, latents: Array
+) -> Iterator[tuple[Any, Any, int]]:
+    """Every tile over all frames, kept on the device as float32 until the frames are put together one after another."""
+    frames, *grid = clip.latents[:3]
+    where, placement = wan.cut_to_decode(cfg, clip.vae_tiles, *grid), forward.placement
+    assert where is not None
+    tile, tiles = Stage("decode tile", "vae", _tile_program(cfg, placement, forward.decode)), []
+    for rows in where.rows:
+        tiles.append([])
+        for columns in where.columns:
+            tiles[-1].append(run(tile, latents[:, :, rows, columns]))  # [1,T,h,w,C] -> [1,F,y,x,3*p*p]
+            yield np.zeros((1, 0, *clip.frames[1:], 3), np.uint8), 0.0, 0
+    for t in range(frames):
+        count = cfg.temporal_factor if t else 1
+        program = _join_program(cfg, clip.vae_tiles, *grid, count, placement)
+        stage = Stage("join next" if t else "join first", "vae", program)
+        pixels, bad = run(stage, tiles, np.int32(t and 1 + (t - 1) * count))  # [1,count,Y,X,3]
+        yield pixels, bad, t + 1
+
+
+@functools.lru_cache(maxsize=8)
+def _tile_program(cfg: wan.VAEConfig, placement: Placement | None, arithmetic: str | None) -> Any:
+    """jitted (params, normalised latents [1,T,h,w,C] of a tile) -> float32 [1,F,y,x,3*p*p] for `wan.join_tiles`."""
+
+    def tile(params: Params, latents: Array) -> Array:
+        latents = wan.denormalize_latents(cfg, latents)
+        patches = wan.decode_tile(params, cfg, latents, placement=placement, arithmetic=arithmetic)
+        return patches if placement is None else placement.replicate(patches)
+
+    return jax.jit(tile)
+
+
+@functools.lru_cache(maxsize=8)
+def _join_program(
+    cfg: wan.VAEConfig, tiles: Tiles, height: int, width: int, count: int, placement: Placement | None
+) -> Any:
+    """jitted (params, every tile, int32 first frame) -> (uint8 [1,count,Y,X,3], non-finite share)."""
+    where: Any = wan.cut_to_decode(cfg, tiles, height, width)
+
+    def join(params: Params, rows: Any, start: Array) -> tuple[Array, Array]:
+        rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, count, axis=1), rows)
+        frames = wan.join_tiles(cfg, rows, where)
+        pixels, bad = to_pixels(frames), nonfinite_share(frames)
+        return (pixels, bad) if placement is None else placement.replicate((pixels, bad))
+
+    return jax.jit(join)
 
 
 def _preview(models: Models, forward: Forward) -> Stage:

@@ -38,6 +38,11 @@ class Settings:
         "windows:FILE (docs/sparse_attention.md)",
     )
     dense_steps: int | None = option(None, "first steps in which all tokens see each other; none: 0", low=0, high=999)
+    vae_tiles: str | None = option(
+        None,
+        "the VAE in tiles, 256x256:192x192 (height x width of a tile, then of the stride, in pixels), which takes less "
+        "memory and gives other frames; off: never; none: where nothing else fits",
+    )
     attention: str | Callable[..., Any] | None = option(
         None, "implementation of self-attention in jvdiff.kernels (in Python also a function); none: the best that can"
     )
