@@ -1,4 +1,4 @@
-"""Wan 2.1 as families: text-to-video at once, and chunk by chunk (Self-Forcing).
+"""Wan as families: text-to-video at once, with a picture or without, and chunk by chunk (Self-Forcing).
 
     B batch · T latent frames · H W latent grid · C latent channels · S text tokens · D text width
 
@@ -31,14 +31,14 @@ from jvdiff.models.text import umt5, umt5_names
 from jvdiff.models.vae_tiles import Tiles
 from jvdiff.models.wan import conditions, names, places
 from jvdiff.models.wan.conditions import TEXT_LENGTH, Condition, Inputs
-from jvdiff.models.wan.settings import Settings, scheduled
+from jvdiff.models.wan.settings import EXPANDED, Settings, kind_defaults, scheduled
 from jvdiff.sharding import MeshShape, Placement, Sizes
 from jvdiff.sharding.rules import REPLICATED
 from jvdiff.types import Array, Params
 from jvdiff.weights.safetensors import read_json
 
 GRIDS = {"diffusers": "diffusers", "wan": "training"}  # the setting `grid`: what `diffusion.schedules` calls it
-_PIPELINE_OPTIONS = ("boundary_ratio", "expand_timesteps")  # of Wan 2.2; diffusers writes that they are off
+_PIPELINE_OPTIONS = ("boundary_ratio",)  # of Wan 2.2; diffusers writes that it is off
 _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler")
 
 
@@ -111,7 +111,7 @@ def _misfits(models: Models) -> str | None:
         )
     values = {name: value for name, value in models.index.items() if not isinstance(value, list)}
     off = [name for name in _PIPELINE_OPTIONS if values.get(name) in (None, False)]
-    known_fields("model_index.json", values, ("_class_name", *off))
+    known_fields("model_index.json", values, ("_class_name", EXPANDED, *off))
     if "tokenizer" in models.files:
         tokenizers.check_vocabulary(models.files["tokenizer"], text.vocab_size)
     scheduler = models.files.get("scheduler")
@@ -136,7 +136,8 @@ def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, A
 
     A solver that lists its own timesteps says how many steps there are, unless `steps` is given too.
     """
-    values, scheduler = {**defaults, **given}, models.files.get("scheduler")
+    values = {**kind_defaults(models.configs["vae"].z_dim), **defaults, **given}
+    scheduler = models.files.get("scheduler")
     if scheduler is not None and not {"solver", "shift", "grid"} <= values.keys():
         values = {**scheduled(scheduler), **values}
     if isinstance(tiles := values.get("vae_tiles"), Tiles):
@@ -202,6 +203,10 @@ def _segments(settings: Settings, steps: int, pattern: Pattern, gated: bool) -> 
     return tuple(Segment(a, b, "transformer", settings.guidance, each) for a, b, each in spans if a < b)
 
 
+def _unit(models: Models) -> int:
+    return models.configs["vae"].spatial_factor * models.configs["transformer"].patch_size[1]
+
+
 def _check_sizes(settings: Settings, dit: wan.DiTConfig, vae: wan.VAEConfig) -> None:
     most, time = dit.rope_max_seq_len, vae.temporal_factor
     multiple("num_frames", settings.num_frames, time, 1, (most - 1) * time + 1, extra=1)
@@ -232,9 +237,18 @@ def _velocity(cfg: wan.DiTConfig, forward: Forward) -> Callable[..., Array]:
     how: Any = {name: getattr(forward, name) for name in ("pattern", "implementation", "placement", "dtype")}
 
     def network(params: Params, x: Array, t: Array, condition: Condition) -> Array:
+        if (first := condition.first) is not None:
+            x = jnp.concatenate([first, x[:, 1:]], axis=1)  # [B,T,H,W,C], its first frame as given at every step
+            t = jnp.stack([jnp.zeros_like(t), t], axis=1)  # [B] -> [B,2]
         return wan.velocity(params, cfg, x, t, condition.text, text_length=TEXT_LENGTH, **how)
 
     return network
+
+
+def _finish(clip: Clip, inputs: Inputs, both: tuple[Condition, Condition | None], latents: Array) -> Array:
+    """The first frame as it was given; what the solver made of it is of no account."""
+    first = both[0].first
+    return latents if first is None else jnp.concatenate([first, latents[:, 1:]], axis=1)
 
 
 def _window_losses(models: Models, part: str, forward: Forward, tile: Grid, candidates: Sequence[Grid]) -> Any:
@@ -373,6 +387,7 @@ TEXT_TO_VIDEO = Family(
     files={"scheduler": SCHEDULER, "tokenizer": TOKENIZER},
     settings=Settings,
     subject="prompts",
+    unit=_unit,
     misfits=_misfits,
     complete=_complete,
     check_subject=_check_prompt,
@@ -392,6 +407,19 @@ TEXT_TO_VIDEO = Family(
         for name, dit in (
             ("Wan2.1-T2V-1.3B-Diffusers", wan.WAN_2_1_T2V_1_3B),
             ("Wan2.1-T2V-14B-Diffusers", wan.WAN_2_1_T2V_14B),
+        )
+    },
+)
+TEXT_AND_IMAGE_TO_VIDEO = dataclasses.replace(
+    TEXT_TO_VIDEO,
+    name="Wan 2.2 text- and image-to-video",
+    takes=("image",),
+    finish=_finish,
+    published={
+        "Wan2.2-TI2V-5B-Diffusers": Models(
+            {"transformer": wan.WAN_2_2_TI2V_5B, "vae": wan.WAN_2_2_VAE, "text_encoder": umt5.UMT5_XXL},
+            {},
+            {EXPANDED: True},
         )
     },
 )
