@@ -37,7 +37,6 @@ from jvdiff.weights.safetensors import read_json
 
 log = logging.getLogger("jvdiff")
 
-GRIDS = {"diffusers": "diffusers", "wan": "training"}  # the setting `grid`: what `diffusion.schedules` calls it
 TEXT_LENGTH = 512  # rows of text that the DiT attends to; those beyond the prompt are zeros (Wan pads, without a mask)
 TEXT_BUCKETS = (32, 64, 128, 256, TEXT_LENGTH)
 _PIPELINE_OPTIONS = ("boundary_ratio", "expand_timesteps")  # of Wan 2.2; diffusers writes that they are off
@@ -133,15 +132,18 @@ def _pipeline_of(dit: wan.DiTConfig) -> str:
 
 
 def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The repository's defaults and the given values; solver, shift and grid come from scheduler_config.json where
-    neither has them.
+    """The repository's defaults and the given values; solver, shift and noise levels come from scheduler_config.json
+    where neither has them.
 
-    A solver that lists its own timesteps says how many steps there are, unless `steps` is given too.
+    A solver or a grid that is a list says how many steps there are, unless `steps` is given too.
     """
     values, scheduler = {**defaults, **given}, models.files.get("scheduler")
     if scheduler is not None and not {"solver", "shift", "grid"} <= values.keys():
-        values = {**scheduled(scheduler), **values}
-    listed = samplers.own_steps(str(values.get("solver")))
+        asked = scheduled(scheduler)
+        if samplers.own_steps(str(values.get("solver"))):  # timesteps of a training table, which no file bends
+            asked = {name: asked[name] for name in ("solver", "shift")}
+        values = {**asked, **values}
+    listed = samplers.own_steps(str(values.get("solver")), str(values.get("grid")))
     return values | ({"steps": listed} if listed and "steps" not in given else {})
 
 
@@ -163,7 +165,8 @@ def make_clip(models: Models, settings: Settings) -> Clip:
         raise UsageError(f"attention is {settings.attention!r}; expected one of {expected}.")
     if settings.negative_prompt:
         tokenizers.check_prompt(settings.negative_prompt, "negative_prompt")
-    sampler = samplers.read(settings.solver, settings.steps, settings.shift, GRIDS[settings.grid])
+    levels = "training" if settings.grid == "wan" else settings.grid
+    sampler = samplers.read(settings.solver, settings.steps, settings.shift, levels, settings.shift_terminal)
     frames = 1 + (settings.num_frames - 1) // vae.temporal_factor
     grid = frames, settings.height // vae.spatial_factor, settings.width // vae.spatial_factor
     if isinstance(pattern, WindowTable):
