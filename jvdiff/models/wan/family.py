@@ -37,7 +37,6 @@ from jvdiff.sharding.rules import REPLICATED
 from jvdiff.types import Array, Params
 from jvdiff.weights.safetensors import read_json
 
-GRIDS = {"diffusers": "diffusers", "wan": "training"}  # the setting `grid`: what `diffusion.schedules` calls it
 _PIPELINE_OPTIONS = ("boundary_ratio",)  # of Wan 2.2; diffusers writes that it is off
 _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler")
 
@@ -131,18 +130,21 @@ def _pipeline_of(dit: wan.DiTConfig) -> str:
 
 
 def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The repository's defaults and the given values; solver, shift and grid come from scheduler_config.json where
-    neither has them.
+    """The repository's defaults and the given values; solver, shift and noise levels come from scheduler_config.json
+    where neither has them.
 
-    A solver that lists its own timesteps says how many steps there are, unless `steps` is given too.
+    A solver or a grid that is a list says how many steps there are, unless `steps` is given too.
     """
     values = {**kind_defaults(models.configs["vae"].z_dim), **defaults, **given}
     scheduler = models.files.get("scheduler")
     if scheduler is not None and not {"solver", "shift", "grid"} <= values.keys():
-        values = {**scheduled(scheduler), **values}
+        asked = scheduled(scheduler)
+        if samplers.own_steps(str(values.get("solver"))):  # timesteps of a training table, which no file bends
+            asked = {name: asked[name] for name in ("solver", "shift")}
+        values = {**asked, **values}
     if isinstance(tiles := values.get("vae_tiles"), Tiles):
         values["vae_tiles"] = str(tiles)
-    listed = samplers.own_steps(str(values.get("solver")))
+    listed = samplers.own_steps(str(values.get("solver")), str(values.get("grid")))
     return values | ({"steps": listed} if listed and "steps" not in given else {})
 
 
@@ -164,7 +166,8 @@ def make_clip(models: Models, settings: Settings) -> Clip:
         raise UsageError(f"attention is {settings.attention!r}; expected one of {expected}.")
     if settings.negative_prompt:
         tokenizers.check_prompt(settings.negative_prompt, "negative_prompt")
-    sampler = samplers.read(settings.solver, settings.steps, settings.shift, GRIDS[settings.grid])
+    levels = "training" if settings.grid == "wan" else settings.grid
+    sampler = samplers.read(settings.solver, settings.steps, settings.shift, levels, settings.shift_terminal)
     frames = 1 + (settings.num_frames - 1) // vae.temporal_factor
     grid = frames, settings.height // vae.spatial_factor, settings.width // vae.spatial_factor
     if isinstance(pattern, WindowTable):
