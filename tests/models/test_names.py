@@ -41,7 +41,7 @@ def published(name):
         ("wan2_1_t2v_1_3b", TRANSFORMER, wan.WAN_2_1_T2V_1_3B, 825, 1_418_996_800),
         ("wan2_1_t2v_1_3b", TRANSFORMER, SELF_FORCING, 825, 1_418_996_800),  # the published lists are equal
         ("fastwan2_1_t2v_1_3b", TRANSFORMER, FASTWAN, 885, 1_489_821_760),
-        ("wan2_1_t2v_14b", TRANSFORMER, wan.WAN_2_1_T2V_14B, 1095, 14_288_491_584),
+        ("wan2_1_t2v_14b", TRANSFORMER, wan.WAN_2_1_T2V_14B, 1095, 14_288_491_584),  # and both of Wan 2.2 T2V-A14B
         ("wan2_1_vae", VAE, wan.WAN_2_1_VAE, 194, 126_892_531),
         ("umt5_xxl", TEXT_ENCODER, umt5.UMT5_XXL, 242, 5_680_910_336),
     ],
