@@ -48,7 +48,7 @@ from jvdiff.kernels.block_sparse.cuts import KERNELS
 from jvdiff.kernels.tuning import PATTERNS
 from jvdiff.models import wan
 from jvdiff.models.wan import places
-from jvdiff.models.wan.family import TEXT_LENGTH
+from jvdiff.models.wan.conditions import TEXT_LENGTH
 from jvdiff.plan.resources import ctas, printed, read_log, shared_memory_of
 from jvdiff.runtime.target import here
 from jvdiff.sharding import MeshShape, collectives, param_shardings, read_mesh

@@ -15,6 +15,7 @@ from jvdiff import pipeline, precision, streaming
 from jvdiff.errors import CheckpointError, NumericsError, UsageError
 from jvdiff.models import wan
 from jvdiff.models.family import Clip, Request
+from jvdiff.models.wan import conditions
 from jvdiff.models.wan import family as wan_family
 from jvdiff.runtime.target import Target
 
@@ -108,23 +109,23 @@ def test_decoding_in_chunks_is_the_whole_decoder(pipe, out):
 
 
 def test_short_text_rows_stand_for_512(pipe, out, monkeypatch):
-    monkeypatch.setattr(wan_family, "TEXT_BUCKETS", (512,))
+    monkeypatch.setattr(conditions, "TEXT_BUCKETS", (512,))
     full = jvdiff.generate(pipe, PROMPT, seed=3)
     np.testing.assert_allclose(full.latents, out.latents, rtol=1e-4, atol=1e-4)
 
 
 def test_text_rows_are_zero_beyond_the_prompt(pipe):
-    text, negative = encoded(pipe, pipe.clip(), PROMPT, "left")
+    text, negative = (each.text for each in encoded(pipe, pipe.clip(), PROMPT, "left"))
     assert text.shape == (2, 32, 16) and negative.shape == text.shape
     used = np.asarray(jnp.any(text != 0, axis=-1)).sum(axis=1)
     assert used.tolist() == [6, 2] and np.asarray(negative)[0, 1:].max() == 0  # words and eos; eos alone
 
 
 def test_a_prompt_of_512_tokens_or_more_uses_every_row(pipe, caplog):
-    ids, mask = wan_family.tokenize(pipe.models.files["tokenizer"], ["red " * 511])
+    ids, mask = conditions.tokenize(pipe.models.files["tokenizer"], ["red " * 511])
     assert ids.shape == (1, 512) and mask.all() and not caplog.records
     with caplog.at_level(logging.WARNING, "jvdiff"):
-        ids, mask = wan_family.tokenize(pipe.models.files["tokenizer"], ["red " * 600])
+        ids, mask = conditions.tokenize(pipe.models.files["tokenizer"], ["red " * 600])
     assert ids.shape == (1, 512) and mask.all() and ids[0, -1] == 1
     assert "the last 89 of its 601 tokens are cut" in caplog.text
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,22 +27,19 @@ from jvdiff.kernels.patterns import Pattern, WindowTable
 from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.kernels.tiles import Grid
 from jvdiff.models import wan
-from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Request, Run, Segment, Stage
+from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Run, Segment, Stage
 from jvdiff.models.pixels import nonfinite_share, to_pixels
 from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5, umt5_names
-from jvdiff.models.wan import names, places
+from jvdiff.models.wan import conditions, names, places
+from jvdiff.models.wan.conditions import TEXT_LENGTH, Condition, Inputs
 from jvdiff.models.wan.settings import Settings, boundary, scheduled
 from jvdiff.sharding import MeshShape, Placement, Sizes
 from jvdiff.sharding.rules import REPLICATED
 from jvdiff.types import Array, Params
 from jvdiff.weights.safetensors import read_json
 
-log = logging.getLogger("jvdiff")
-
 GRIDS = {"diffusers": "diffusers", "wan": "training"}  # the setting `grid`: what `diffusion.schedules` calls it
-TEXT_LENGTH = 512  # rows of text that the DiT attends to; those beyond the prompt are zeros (Wan pads, without a mask)
-TEXT_BUCKETS = (32, 64, 128, 256, TEXT_LENGTH)
 _PIPELINE_OPTIONS = ("boundary_ratio", "expand_timesteps")  # of Wan 2.2; diffusers writes that the second is off
 EXPERTS = ("transformer", "transformer_2")  # of much noise, and of little; one of them may do all the work
 _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler")
@@ -280,79 +276,6 @@ def _sizes(models: Models, clip: Clip, clips: int, shape: MeshShape, pattern: Pa
     return wan.mesh_sizes(expert(models), clip.latents[:3], clips * branches, pattern)
 
 
-# --------------------------------------------------------------------------------------------------------------- text
-
-
-class Tokens(NamedTuple):
-    """Tokens of prompts, the negative prompt last.
-
-    ids: int32 [B,S]
-    mask: bool [B,S], true where there is a token
-    """
-
-    ids: Any
-    mask: Any
-
-
-def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tokens:
-    """At the smallest bucket S that leaves a padding row, or at 512 rows.
-
-    A longer prompt is cut after 512 tokens, the end token kept, and a warning says so.
-
-    Raises:
-        UsageError: a prompt that cannot be tokenised.
-    """
-    ids, mask, cut = tokenizers.tokenize(tokenizer, [tokenizers.clean(p) for p in prompts], TEXT_LENGTH)
-    for prompt, tokens in zip(prompts, cut, strict=True):
-        if tokens:
-            whole = tokens + TEXT_LENGTH
-            log.warning("prompt %.40r...: the last %d of its %d tokens are cut", prompt, tokens, whole)
-    longest = int(mask.sum(axis=1).max())
-    bucket = next(b for b in TEXT_BUCKETS if longest < b or b == TEXT_LENGTH)
-    return Tokens(ids[:, :bucket], mask[:, :bucket])
-
-
-def _inputs(models: Models, clip: Clip, request: Request) -> Tokens:
-    negative = [clip.settings.negative_prompt] if clip.guided else []
-    return tokenize(models.files["tokenizer"], [*request.prompts, *negative])
-
-
-def _longest(models: Models, clip: Clip, clips: int) -> Tokens:
-    shape = (clips + clip.guided, TEXT_LENGTH)
-    return Tokens(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_))
-
-
-def _encode(models: Models, clip: Clip, forward: Forward, run: Run, inputs: Tokens) -> tuple[Array, Array | None]:
-    """Text rows [B,S,D] of the prompts and of the negative prompt; zeros beyond each prompt's end.
-
-    S is a bucket, not 512: the last row, zero like the 512 - S that would follow, stands for all of them
-    (`velocity(..., text_length=512)`).
-    """
-    program = _text_program(models.configs["text_encoder"], forward.placement, clip.guided)
-    return run(Stage("text", "text_encoder", program), *inputs)
-
-
-@functools.lru_cache(maxsize=8)
-def _text_program(cfg: umt5.Config, placement: Placement | None, guided: bool) -> Any:
-    """jitted (params, ids int32 [B+guided,S], mask) -> rows [B,S,D], and [B,S,D] of the last text or None."""
-
-    def text(params: Params, ids: Array, mask: Array) -> tuple[Array, Array | None]:
-        rows = encode_text(params, cfg, ids, mask, placement)
-        rows = rows if placement is None else placement.replicate(rows)
-        if not guided:
-            return rows, None
-        wanted = rows[:-1]  # [B+1,S,D] -> [B,S,D]
-        return wanted, jnp.broadcast_to(rows[-1:], wanted.shape)  # [1,S,D] -> [B,S,D]
-
-    return jax.jit(text)
-
-
-def encode_text(params: Params, cfg: umt5.Config, ids: Array, mask: Array, placement: Placement | None = None) -> Array:
-    """ids int32 [B,S], mask bool [B,S] -> text rows [B,S,D], zero where the mask is false."""
-    rows = umt5.encode(params, cfg, ids, mask, placement=placement)
-    return jnp.where(mask[:, :, None], rows, jnp.zeros((), rows.dtype))
-
-
 # ------------------------------------------------------------------------------------------------------- transformer
 
 
@@ -364,8 +287,8 @@ def _network(models: Models, segment: Segment, forward: Forward) -> Callable[...
 def _velocity(cfg: wan.DiTConfig, forward: Forward) -> Callable[..., Array]:
     how: Any = {name: getattr(forward, name) for name in ("pattern", "implementation", "placement", "dtype")}
 
-    def network(params: Params, x: Array, t: Array, text: Array) -> Array:
-        return wan.velocity(params, cfg, x, t, text, text_length=TEXT_LENGTH, **how)
+    def network(params: Params, x: Array, t: Array, condition: Condition) -> Array:
+        return wan.velocity(params, cfg, x, t, condition.text, text_length=TEXT_LENGTH, **how)
 
     return network
 
@@ -373,20 +296,20 @@ def _velocity(cfg: wan.DiTConfig, forward: Forward) -> Callable[..., Array]:
 def _window_losses(models: Models, part: str, forward: Forward, tile: Grid, candidates: Sequence[Grid]) -> Any:
     how: Any = dict(tile=tile, candidates=tuple(candidates), text_length=TEXT_LENGTH, dtype=forward.dtype)
 
-    def network(params: Params, x: Array, t: Array, text: Array) -> tuple[Array, Array]:
-        return wan.window_losses(params, models.configs[part], x, t, text, **how)
+    def network(params: Params, x: Array, t: Array, condition: Condition) -> tuple[Array, Array]:
+        return wan.window_losses(params, models.configs[part], x, t, condition.text, **how)
 
     return network
 
 
-def _attention(models: Models, clip: Clip, forward: Forward, inputs: Tokens) -> Mapping[str, str]:
+def _attention(models: Models, clip: Clip, forward: Forward, inputs: Inputs) -> Mapping[str, str]:
     dit, placement = expert(models), forward.placement
     shape = placement and placement.shape
     choices = wan.attention_choice(
         dit,
         clip.latents[:3],
         pattern=forward.pattern,
-        text_rows=inputs.ids.shape[1],
+        text_rows=inputs.tokens.ids.shape[1],
         dtype=jnp.dtype(forward.dtype),
         implementation=forward.implementation,
         ring=shape is not None and _sizes(models, clip, 1, shape, forward.pattern).ring(shape) > 1,
@@ -466,9 +389,9 @@ TEXT_TO_VIDEO = Family(
     check_subject=_check_prompt,
     clip=make_clip,
     mesh_sizes=_mesh_sizes,
-    inputs=_inputs,
-    longest=_longest,
-    encode=_encode,
+    inputs=conditions.inputs,
+    longest=conditions.longest,
+    encode=conditions.encode,
     network=_network,
     decode=_decode,
     preview=_preview,

@@ -16,7 +16,7 @@ from jvdiff.kernels import patterns
 from jvdiff.models import wan
 from jvdiff.models.family import Models, Rollout
 from jvdiff.models.text import umt5
-from jvdiff.models.wan import family
+from jvdiff.models.wan import conditions
 from jvdiff.sharding import Placement
 from jvdiff.streaming.codec import StreamingVideoDecoder
 from jvdiff.streaming.config import (
@@ -32,20 +32,20 @@ from jvdiff.types import Array, Params
 @functools.lru_cache(maxsize=8)
 def _text_program(cfg: umt5.Config, placement: Placement | None) -> Any:
     """jitted (params, ids int32 [B,S], mask bool [B,S]) -> rows [B,S,D], zero where the mask is false."""
-    return jax.jit(lambda params, ids, mask: family.encode_text(params, cfg, ids, mask, placement))
+    return jax.jit(lambda params, ids, mask: conditions.encode_text(params, cfg, ids, mask, placement))
 
 
 def _encode_texts(
     cfg: umt5.Config, params: Params, tokenizer: Any, texts: Sequence[str], placement: Placement | None = None
 ) -> Array:
-    ids, mask = family.tokenize(tokenizer, texts)
+    ids, mask = conditions.tokenize(tokenizer, texts)
     if placement is not None:
         ids, mask = jax.device_put((ids, mask), placement.everywhere)
     return _text_program(cfg, placement)(params, ids, mask)
 
 
 def _token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    return np.asarray(family.tokenize(tokenizer, texts).mask).sum(axis=1).tolist()
+    return np.asarray(conditions.tokenize(tokenizer, texts).mask).sum(axis=1).tolist()
 
 
 def _span(chunk: int, window: int, sink: int, relative: bool, pattern: str = "dense") -> wan.Span:
@@ -63,7 +63,7 @@ def _span(chunk: int, window: int, sink: int, relative: bool, pattern: str = "de
 
 # At the size of the published models, 480x832, with all rows of text.
 _transformer = functools.partial(
-    TransformerConfig, height=60, width=104, text_length=family.TEXT_LENGTH, text_rows=family.TEXT_LENGTH
+    TransformerConfig, height=60, width=104, text_length=conditions.TEXT_LENGTH, text_rows=conditions.TEXT_LENGTH
 )
 
 

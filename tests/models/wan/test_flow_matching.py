@@ -14,7 +14,7 @@ from jvdiff import pipeline
 from jvdiff.kernels import Dense, VideoSparse
 from jvdiff.models import wan
 from jvdiff.models.text import tokenizer, umt5
-from jvdiff.models.wan import family, flow_matching
+from jvdiff.models.wan import conditions, flow_matching
 from jvdiff.training import loop
 
 DIT = wan.DiTConfig(
@@ -74,7 +74,7 @@ def test_the_exact_velocity_has_no_loss_and_an_offset_has_its_square(monkeypatch
         value, metrics = task().loss(tree, batch(), jax.random.key(3))
         np.testing.assert_allclose(value, offset**2, atol=1e-6)
     assert set(metrics) == {"loss_noisy"} and 0 < seen["timestep"].min() <= seen["timestep"].max() < 1000
-    assert seen["options"]["text_length"] == family.TEXT_LENGTH and seen["text"].shape == (4, 7, 16)
+    assert seen["options"]["text_length"] == conditions.TEXT_LENGTH and seen["text"].shape == (4, 7, 16)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -104,7 +104,7 @@ def test_text_rows_are_those_of_the_pipeline(tiny_repository):
     clip = pipe.clip(guidance=3.0, negative_prompt="")
     inputs = pipe.family.inputs(pipe.models, clip, pipeline.make_request(pipe.family, clip, tuple(prompts[:2])))
     theirs, empty = pipeline.encode(pipe.context, clip, inputs, pipe.run)
-    theirs = jnp.concatenate([theirs, empty[:1]])
+    theirs = jnp.concatenate([theirs.text, empty.text[:1]])
     np.testing.assert_allclose(rows, theirs[:, :9], atol=1e-5)
     assert rows.shape[1] == 9 and theirs.shape[1] > 9 and not rows[:, -1].any() and not theirs[:, 9:].any()
 
@@ -113,7 +113,7 @@ def test_text_rows_are_those_of_the_pipeline(tiny_repository):
         x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 2, 2, 4)), jnp.float32)
         t = jnp.array([900.0, 500.0, 20.0])
         return wan.velocity(
-            pipe.weights["transformer"], configs["transformer"], x, t, text, text_length=family.TEXT_LENGTH
+            pipe.weights["transformer"], configs["transformer"], x, t, text, text_length=conditions.TEXT_LENGTH
         )
 
     np.testing.assert_allclose(velocity(rows), velocity(theirs), atol=1e-5)
