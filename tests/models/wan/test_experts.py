@@ -1,10 +1,12 @@
 """Two transformers of one clip (Wan 2.2 A14B): which steps are whose, with which guidance, and one solver for both."""
 
 import dataclasses
+import gc
 import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -13,6 +15,7 @@ import jvdiff
 from jvdiff import pipeline, plan
 from jvdiff.commands import sample
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.models.family import Request
 from jvdiff.models.wan.family import TEXT_TO_VIDEO
 from jvdiff.pipeline import repository
 
@@ -179,3 +182,41 @@ def test_the_plan_of_the_published_models():
     assert sizes["transformer"] == sizes["transformer_2"] == 14_288_491_584
     one, two = (context.family.network(context.models, s, context.forward(clip, s)) for s in clip.segments)
     assert one is two  # compiled once
+
+
+def live(kind):
+    """Bytes of all arrays in memory of a kind."""
+    return sum(x.nbytes for x in jax.live_arrays() if x.sharding.memory_kind == kind)
+
+
+@pytest.mark.parametrize("mesh", [None, "data=1"])
+def test_what_a_device_holds_between_stages(pipe, folder, mesh):
+    """One part at a time, the others in host memory; where arrays have a place to come back to, it is pinned."""
+    sizes = {part: sum(x.nbytes for x in jax.tree.leaves(tree)) for part, tree in pipe.weights.items()}
+    clip = pipe.clip()
+    expected = jvdiff.generate(pipe, PROMPT, seed=1)
+    gc.collect()
+    before, seen = live("device"), []
+    turns = jvdiff.load(folder, "float32", mesh, in_turn="all")
+    assert live("device") == before and turns.weights.away() == ("transformer", "transformer_2", "vae", "text_encoder")
+    assert live("pinned_host") == (sum(sizes.values()) if mesh else 0)
+
+    def run(stage, *arguments):
+        result = turns.run(stage, *arguments)
+        seen.append((stage.part, live("device") - before))
+        return result
+
+    context = turns.context
+    inputs = turns.family.inputs(turns.models, clip, Request(prompts=(PROMPT,)))
+    solver = clip.sampler.make()
+    state = pipeline.begin(clip, solver, pipeline.initial_noise([1], clip.latents), [1])
+    state = pipeline.denoise(context, clip, pipeline.encode(context, clip, inputs, run), state, solver, run)
+    video = pipeline.decode(context, clip, state.x, run)
+    parts = ["text_encoder", "transformer", "transformer", "transformer_2", "transformer_2", "vae", "vae"]
+    assert [part for part, _ in seen] == parts
+    for part, size in seen:
+        rest = sizes["transformer" if part == "vae" else "text_encoder"]  # conditions, latents, what a decoder keeps
+        assert sizes[part] < size < sizes[part] + rest
+    assert live("pinned_host") == (sum(sizes.values()) if mesh else 0)  # copies stay
+    np.testing.assert_allclose(state.x, expected.latents, rtol=0, atol=1e-5 if mesh else 0)
+    np.testing.assert_allclose(video, expected.video, rtol=0, atol=1 if mesh else 0)
