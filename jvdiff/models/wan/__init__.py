@@ -21,7 +21,15 @@ if TYPE_CHECKING:
         remembered,
         text_keys,
     )
-    from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, WAN_2_1_VAE, DiTConfig, VAEConfig
+    from jvdiff.models.wan.config import (
+        WAN_2_1_T2V_1_3B,
+        WAN_2_1_T2V_14B,
+        WAN_2_1_VAE,
+        WAN_2_2_TI2V_5B,
+        WAN_2_2_VAE,
+        DiTConfig,
+        VAEConfig,
+    )
     from jvdiff.models.wan.dit import velocity, window_losses
     from jvdiff.models.wan.params import abstract_params, init_params
     from jvdiff.models.wan.plan import mesh_sizes
@@ -41,6 +49,8 @@ __all__ = [
     "WAN_2_1_T2V_1_3B",
     "WAN_2_1_T2V_14B",
     "WAN_2_1_VAE",
+    "WAN_2_2_TI2V_5B",
+    "WAN_2_2_VAE",
     "DiTConfig",
     "KVCache",
     "Pattern",

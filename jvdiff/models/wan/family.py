@@ -39,7 +39,6 @@ from jvdiff.sharding.rules import REPLICATED
 from jvdiff.types import Array, Params
 from jvdiff.weights.safetensors import read_json
 
-GRIDS = {"diffusers": "diffusers", "wan": "training"}  # the setting `grid`: what `diffusion.schedules` calls it
 _PIPELINE_OPTIONS = ("boundary_ratio", "expand_timesteps")  # of Wan 2.2; diffusers writes that the second is off
 EXPERTS = ("transformer", "transformer_2")  # of much noise, and of little; one of them may do all the work
 _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler")
@@ -146,10 +145,10 @@ def _pipeline_of(dit: wan.DiTConfig) -> str:
 
 
 def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The repository's defaults and the given values; solver, shift and grid come from scheduler_config.json where
-    neither has them, and the boundary between two transformers from model_index.json.
+    """The repository's defaults and the given values; solver, shift and noise levels come from scheduler_config.json
+    where neither has them, and the boundary between two transformers from model_index.json.
 
-    A solver that lists its own timesteps says how many steps there are, unless `steps` is given too. A boundary that is
+    A solver or a grid that is a list says how many steps there are, unless `steps` is given too. A boundary that is
     given, in either way, is the only one.
     """
     values, scheduler = {**defaults, **given}, models.files.get("scheduler")
@@ -158,8 +157,11 @@ def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, A
     elif "boundary_step" in given and "boundary" not in given:
         values.pop("boundary", None)
     if scheduler is not None and not {"solver", "shift", "grid"} <= values.keys():
-        values = {**scheduled(scheduler), **values}
-    listed = samplers.own_steps(str(values.get("solver")))
+        asked = scheduled(scheduler)
+        if samplers.own_steps(str(values.get("solver"))):  # timesteps of a training table, which no file bends
+            asked = {name: asked[name] for name in ("solver", "shift")}
+        values = {**asked, **values}
+    listed = samplers.own_steps(str(values.get("solver")), str(values.get("grid")))
     return values | ({"steps": listed} if listed and "steps" not in given else {})
 
 
@@ -181,7 +183,8 @@ def make_clip(models: Models, settings: Settings) -> Clip:
         raise UsageError(f"attention is {settings.attention!r}; expected one of {expected}.")
     if settings.negative_prompt:
         tokenizers.check_prompt(settings.negative_prompt, "negative_prompt")
-    sampler = samplers.read(settings.solver, settings.steps, settings.shift, GRIDS[settings.grid])
+    levels = "training" if settings.grid == "wan" else settings.grid
+    sampler = samplers.read(settings.solver, settings.steps, settings.shift, levels, settings.shift_terminal)
     frames = 1 + (settings.num_frames - 1) // vae.temporal_factor
     grid = frames, settings.height // vae.spatial_factor, settings.width // vae.spatial_factor
     if isinstance(pattern, WindowTable):

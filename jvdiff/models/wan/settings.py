@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from jvdiff.config import option
-from jvdiff.errors import CheckpointError
+from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import options
 from jvdiff.weights.safetensors import read_json
 
 PIPELINES = {"WanPipeline": "TEXT_TO_VIDEO", "WanCausalDMDPipeline": "CAUSAL"}  # _class_name: name in family.py
+
+_GRIDS = ("diffusers", "wan", "karras", "exponential", "beta", "sigmas", "timesteps")
+
+
+def _check_grid(name: str, value: str) -> None:
+    if value.partition(":")[0] not in _GRIDS:
+        raise UsageError(f"{name} is {value!r:.80}; expected one of {', '.join(_GRIDS)}, the last two with numbers.")
 
 
 @dataclass(frozen=True)
@@ -41,9 +48,19 @@ class Settings:
     )
     negative_prompt: str = option("", "what guidance leads away from", prose=True)
     shift: float = option(3.0, "how much the noise levels lean towards noise", low=0.01, high=100.0)
-    solver: str = option("unipc", "unipc, euler, or renoise:1000,750,500,250 (timesteps of a distilled model)")
+    solver: str = option(
+        "unipc",
+        "unipc (unipc:1, unipc:3: of that order), euler, renoise, or renoise:1000,750,500,250 and dmd:1000,757,522 "
+        "(timesteps of a distilled model)",
+    )
     grid: str = option(
-        "diffusers", "whose noise levels: diffusers, or wan (the authors' programs)", choices=("diffusers", "wan")
+        "diffusers",
+        "which noise levels: diffusers, wan (the authors' programs), karras, exponential, beta, or a list: "
+        "sigmas:1,0.9,0.75,0.5 (before the shift), timesteps:1000,750,500,250",
+        check=_check_grid,
+    )
+    shift_terminal: float | None = option(
+        None, "the last noise level above 0, to which the others are stretched; none: as it is", low=1e-6, high=0.999999
     )
     pattern: str = option(
         "dense",
@@ -107,8 +124,8 @@ def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
 
 
 def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """The settings that a repository's own files ask for: solver, shift and grid of its scheduler, and the boundary
-    between two transformers.
+    """The settings that a repository's own files ask for: solver, noise levels and shift of its scheduler, and the
+    boundary between two transformers.
 
     Raises:
         CheckpointError: jvdiff has no equivalent of the scheduler, or the boundary is not a share.
