@@ -65,7 +65,8 @@ def score(judge: Params, videos: np.ndarray, wanted: Sequence[Combo], pictures: 
     rights = {"direction": moved, "colour": coloured, "digit_in_every_frame": kept, "all": moved & coloured & kept}
     counts = {name: {"right": int(x.sum()), "percent": round(100 * float(x.mean()), 1)} for name, x in rights.items()}
     decibels = psnr(videos[:, 0], pictures)
-    return counts | {"first_frame_db": {"mean": round(float(decibels.mean()), 2), "lowest": round(float(decibels.min()), 2)}}
+    first = {name: round(float(found), 2) for name, found in (("mean", decibels.mean()), ("lowest", decibels.min()))}
+    return counts | {"first_frame_db": first}
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> np.ndarray:
