@@ -1,9 +1,9 @@
-"""Wan 2.1 as families: text-to-video at once, and chunk by chunk (Self-Forcing).
+"""Wan as families: text-to-video at once, in few steps (FastWan), and chunk by chunk (Self-Forcing).
 
     B batch · T latent frames · H W latent grid · C latent channels · S text tokens · D text width
 
-Source: the published repositories Wan-AI/Wan2.1-T2V-*-Diffusers as diffusers' WanPipeline runs them, and
-wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers.
+Source: the published repositories Wan-AI/Wan2.1-T2V-*-Diffusers as diffusers' WanPipeline runs them,
+FastVideo/FastWan2.*-Diffusers as FastVideo's WanDMDPipeline does, and wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5, umt5_names
 from jvdiff.models.wan import conditions, names, places
 from jvdiff.models.wan.conditions import TEXT_LENGTH, Condition, Inputs
-from jvdiff.models.wan.settings import Settings, scheduled
+from jvdiff.models.wan.settings import Settings, few_steps, scheduled, with_gate
 from jvdiff.sharding import MeshShape, Placement, Sizes
 from jvdiff.sharding.rules import REPLICATED
 from jvdiff.types import Array, Params
@@ -42,13 +42,6 @@ _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler"
 # ---------------------------------------------------------------------------------------------------------- the folders
 
 
-def _with_gate(config: Mapping[str, Any], tensors: Any) -> Mapping[str, Any]:
-    """Files do not say in config.json whether the blocks have the gate of video sparse attention; their tensors do."""
-    if "gate_compress" in config or f"{names.GATE.format(layer=0)}.weight" not in tensors:
-        return config
-    return {**config, "gate_compress": True}
-
-
 TRANSFORMER = Part(
     config=wan.DiTConfig,
     classes=("WanTransformer3DModel", "CausalWanTransformer3DModel"),
@@ -57,7 +50,7 @@ TRANSFORMER = Part(
     names=names.transformer,
     precision="transformer",
     published=("diffusers", lambda cfg: cfg.to_json()["_class_name"]),
-    complete=_with_gate,
+    complete=with_gate,
 )
 VAE = Part(
     config=wan.VAEConfig,
@@ -100,14 +93,16 @@ def _misfits(models: Models) -> str | None:
             f"the transformer takes {dit.in_channels} latent channels and text of width {dit.text_dim},\n"
             f"the VAE gives {vae.z_dim} and the text encoder {text.d_model}."
         )
-    pipeline, expected = models.index.get("_class_name"), _pipeline_of(dit)
-    if pipeline != expected:
+    pipeline, expected = models.index.get("_class_name"), _pipelines_of(dit)
+    if pipeline not in expected:
         return (
             f"model_index.json describes a {pipeline}, transformer/config.json a {dit.to_json()['_class_name']}; "
-            f"expected {expected} with that."
+            f"expected {' or '.join(expected)} with that."
         )
     values = {name: value for name, value in models.index.items() if not isinstance(value, list)}
     off = [name for name in _PIPELINE_OPTIONS if values.get(name) in (None, False)]
+    if pipeline == "WanDMDPipeline":  # a timestep for each token, all of them the same
+        off.append("expand_timesteps")
     known_fields("model_index.json", values, ("_class_name", *off))
     if "tokenizer" in models.files:
         tokenizers.check_vocabulary(models.files["tokenizer"], text.vocab_size)
@@ -120,8 +115,8 @@ def _misfits(models: Models) -> str | None:
     return None
 
 
-def _pipeline_of(dit: wan.DiTConfig) -> str:
-    return "WanCausalDMDPipeline" if dit.causal else "WanPipeline"
+def _pipelines_of(dit: wan.DiTConfig) -> tuple[str, ...]:
+    return ("WanCausalDMDPipeline",) if dit.causal else ("WanPipeline", "WanDMDPipeline")
 
 
 # ------------------------------------------------------------------------------------------------- what settings mean
@@ -141,6 +136,11 @@ def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, A
         values = {**asked, **values}
     listed = samplers.own_steps(str(values.get("solver")), str(values.get("grid")))
     return values | ({"steps": listed} if listed and "steps" not in given else {})
+
+
+def _complete_few_steps(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    dit = models.configs["transformer"]
+    return _complete(models, {**few_steps(dit.in_channels, dit.gate_compress), **defaults}, given)
 
 
 def _check_prompt(models: Models, prompt: Any) -> str:
@@ -331,6 +331,22 @@ TEXT_TO_VIDEO = Family(
         for name, dit in (
             ("Wan2.1-T2V-1.3B-Diffusers", wan.WAN_2_1_T2V_1_3B),
             ("Wan2.1-T2V-14B-Diffusers", wan.WAN_2_1_T2V_14B),
+        )
+    },
+)
+_GATED = (dataclasses.replace(cfg, gate_compress=True) for cfg in (wan.WAN_2_1_T2V_1_3B, wan.WAN_2_1_T2V_14B))
+FEW_STEPS = dataclasses.replace(
+    TEXT_TO_VIDEO,
+    name="FastWan",
+    pipeline="WanDMDPipeline",
+    complete=_complete_few_steps,
+    published={
+        name: Models({"transformer": dit, "vae": vae, "text_encoder": umt5.UMT5_XXL}, {}, {})
+        for name, dit, vae in zip(
+            ("FastWan2.1-T2V-1.3B-Diffusers", "FastWan2.1-T2V-14B-Diffusers", "FastWan2.2-TI2V-5B-FullAttn-Diffusers"),
+            (*_GATED, wan.WAN_2_2_TI2V_5B),
+            (wan.WAN_2_1_VAE, wan.WAN_2_1_VAE, wan.WAN_2_2_VAE),
+            strict=True,
         )
     },
 )
