@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jvdiff import config as options
 from jvdiff import plan, sharding
 from jvdiff.commands.command_line import say
 from jvdiff.commands.prompts import Entry, read_subjects
 from jvdiff.errors import CheckpointError, UsageError
-from jvdiff.media import video as videos
-from jvdiff.models.family import SUBJECTS, Clip
+from jvdiff.media import pictures
+from jvdiff.models.family import PICTURES, SUBJECTS, Clip
 from jvdiff.pipeline import Context, Repository, check_seed, check_subjects, make_request
 from jvdiff.precision import Precision
 from jvdiff.runtime import environment, peers, run_state
@@ -39,7 +39,7 @@ class Job:
     clip: what its settings mean
     inputs: arrays of its request, made once
     name: of its files
-    image: uint8 [Y,X,3] of the first frame, where there is one
+    pictures: digests of its pictures, by option (`image`, `last_image`)
     numbered: whether the seed stands behind the name
     seed_given: somebody asked for this seed
     state: where an earlier run stopped
@@ -51,7 +51,7 @@ class Job:
     clip: Clip
     inputs: Any
     name: str
-    image: Any = None
+    pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     numbered: bool = False
     seed_given: bool = True
     state: run_state.RunState | None = None
@@ -73,8 +73,7 @@ def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]
     _check_fields(config, field)
     common = {name: config.get(name) for name in options.names(family.settings)}
     clip = family.clip(repository.models, repository.settings(**common))
-    picture = functools.cache(lambda height, width: _picture(config, height, width))
-    picture(*clip.frames[1:])  # a file that cannot be read is told once, not line by line
+    shown = _pictures(config)  # a file that cannot be read is told once, not line by line
     seeds, (part, parts) = _seeds(config), _part(config.part)
     first = peers.gather(check_seed(config.seed))[0]  # of several processes each would draw its own
     for i, entry in enumerate(_entries(config, field, repository)):
@@ -82,7 +81,7 @@ def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]
         if not (chosen := [seed for j, seed in enumerate(every, i * len(every)) if j % parts == part - 1]):
             continue
         try:
-            job = _job(entry, common, clip, picture, repository)
+            job = _job(entry, common, clip, shown, repository)
             if seeds and job.seed_given:
                 raise UsageError(f"seed is {job.seed}, and --seeds={config.seeds}; leave one of them out.")
             if job.seed_given:
@@ -119,7 +118,9 @@ def _entries(config: Any, field: str, repository: Repository) -> list[Entry]:
     return entries
 
 
-def _job(entry: Entry, common: dict[str, Any], clip: Clip, picture: Any, repository: Repository) -> Job:
+def _job(
+    entry: Entry, common: dict[str, Any], clip: Clip, shown: Mapping[str, np.ndarray], repository: Repository
+) -> Job:
     """The job of an entry, whose seed is 0 where it has none; UsageError where it cannot be made."""
     if entry.problem is not None:
         raise UsageError(entry.problem)
@@ -129,8 +130,8 @@ def _job(entry: Entry, common: dict[str, Any], clip: Clip, picture: Any, reposit
         clip = family.clip(repository.models, repository.settings(**common | changes))
     subject, seed, name = values[SUBJECTS[family.subject]], values.get("seed"), values.get("id")
     told = {"seed_given": seed is not None, "numbered": name is None}
-    seed, image = 0 if seed is None else check_seed(seed), picture(*clip.frames[1:])
-    return make_job(repository, subject, seed, clip, name or slug(subject), image, **told)
+    seed = 0 if seed is None else check_seed(seed)
+    return make_job(repository, subject, seed, clip, name or slug(subject), shown, **told)
 
 
 def _seeds(config: Any) -> list[int]:
@@ -162,10 +163,23 @@ def _part(text: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def make_job(repository: Repository, subject: Any, seed: int, clip: Clip, name: str, image: Any, **more: Any) -> Job:
-    """A job and the arrays of its request."""
-    request = make_request(repository.family, clip, (subject,), image=image)
-    return Job(subject, seed, clip, repository.family.inputs(repository.models, clip, request), name, image, **more)
+def make_job(
+    repository: Repository,
+    subject: Any,
+    seed: int,
+    clip: Clip,
+    name: str,
+    shown: Mapping[str, np.ndarray],
+    **more: Any,
+) -> Job:
+    """A job and the arrays of its request; shown: its pictures uint8 [Y,X,3] by option."""
+    request = make_request(repository.family, clip, (subject,), **{name: (each,) for name, each in shown.items()})
+    inputs = repository.family.inputs(repository.models, clip, request)
+    return Job(subject, seed, clip, inputs, name, _digests(shown), **more)
+
+
+def _digests(shown: Mapping[str, np.ndarray]) -> dict[str, str]:
+    return {name: pictures.digest(each) for name, each in shown.items()}
 
 
 def _check_fields(config: Any, field: str) -> None:
@@ -182,10 +196,9 @@ def _check_kind(fields: Any, field: str) -> None:
         raise UsageError(f"{other} is given; this model takes {field}.")
 
 
-def _picture(config: Any, height: int, width: int) -> Any:
-    """The pixels uint8 [Y,X,3] of the field `image`, None where it is empty."""
-    path = config.get("image")
-    return None if path is None else videos.read_picture(path, height, width)
+def _pictures(fields: Any) -> dict[str, np.ndarray]:
+    """The pictures uint8 [Y,X,3] that fields name, by option."""
+    return {name: pictures.read(fields[name], name) for name in PICTURES if fields.get(name) is not None}
 
 
 def slug(text: Any) -> str:
@@ -207,11 +220,10 @@ def asked(job: Job, repository: Repository, dtypes: Precision) -> dict[str, Any]
     """The facts but for the weights: what is known before those are read."""
     family = repository.family
     subject = family.describe(repository.models, job.subject)
-    image = {} if job.image is None else {"image": hashlib.sha256(job.image.tobytes()).hexdigest()}
     return {
         **{name: subject[name] for name in family.facts},
         "seed": job.seed,
-        **image,
+        **job.pictures,
         **job.clip.facts(),
         "precision": dtypes.name,
         "vae_decode": dtypes.vae_decode,
@@ -238,7 +250,7 @@ def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], r
             raise UsageError(f"{name} is {fields[name]}, and {folder} is the state of one video; leave it out.")
     now: dict[str, Any] = {}
     for name, value in fields.items():
-        if name in saved and value is not None and name != "image":  # a state has its digest, compared below
+        if name in saved and value is not None and name not in PICTURES:  # a state has their digests, compared below
             now[name] = float(value) if isinstance(saved[name], float) else value
     if (named := fields.get(field)) is not None:
         subjects = check_subjects(repository, **{family.subject: named})
@@ -250,13 +262,11 @@ def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], r
         settings = {name: saved[name] for name in options.names(family.settings) if name in saved}
         clip = family.clip(repository.models, repository.settings(**settings, fps=config.get("fps")))
         run_state.check_same(saved, {name: value for name, value in clip.facts().items() if name == PATTERN}, folder)
-        image = _picture(config, *clip.frames[1:])
-        if image is not None or "image" in saved:
-            digest = None if image is None else hashlib.sha256(image.tobytes()).hexdigest()
-            run_state.check_same({"image": saved.get("image")}, {"image": digest}, folder)
+        shown = _pictures(config)
+        run_state.check_same(saved, dict.fromkeys(PICTURES) | _digests(shown), folder)
         name = Path(folder).resolve().name.removesuffix(".state")
         subject = family.check_subject(repository.models, saved[fact])
-        return make_job(repository, subject, saved["seed"], clip, name, image, state=state)
+        return make_job(repository, subject, saved["seed"], clip, name, shown, state=state)
     except UsageError as error:
         raise CheckpointError(f"{folder}: the state does not describe a run of this model: {error}") from None
 

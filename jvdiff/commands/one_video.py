@@ -376,6 +376,7 @@ def _record(making: _Making) -> dict[str, Any]:
             "dtypes": precision.told(pipe.precision),
             "sigmas": samplers.sigmas(making.solver),
             "attention_chosen": chosen[0] if len(chosen) == 1 else chosen,
+            "vae_tiles_chosen": str(job.clip.vae_tiles or "off"),
             "environment": environment.numerics(),
             "autotuning": environment.autotuning(),
             "device": device(pipe),

@@ -32,7 +32,8 @@ class Content:
         path=True,
     )
     class_label: int | str | tuple[Any, ...] | None = option(None, "a class by name or number, or a tuple of them")
-    image: str | None = option(None, "a picture's file, for models that take one", path=True)
+    image: str | None = option(None, "a picture's file: what the first frame shows, for models that take it", path=True)
+    last_image: str | None = option(None, "likewise, what the last frame shows", path=True)
     seed: int | None = option(None, "video i gets seed + i; none draws one and prints it")
     seeds: str | None = option(None, "in place of seed: 0:16 makes sixteen videos of each prompt; or a list, 3,5,8")
     part: str | None = option(None, "3/16 makes the third of sixteen equal parts of the videos")

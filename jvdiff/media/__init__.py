@@ -2,6 +2,6 @@
 
 from jvdiff.lazy import attach
 
-__all__ = ["clips", "fragmented_mp4", "video"]
+__all__ = ["clips", "fragmented_mp4", "pictures", "video"]
 
 __getattr__ = attach(__name__, __all__)

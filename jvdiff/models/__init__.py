@@ -35,6 +35,7 @@ __all__ = [
     "select",
     "settings",
     "text",
+    "vision",
     *FAMILIES,
 ]
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from jvdiff.diffusion.samplers import Sampler
 from jvdiff.errors import CheckpointError, UnsafeFormat
 from jvdiff.kernels import Dense
@@ -106,6 +108,8 @@ class Models:
 
 # Fields of `Request` with one entry for each clip, and the option of the command line that names one.
 SUBJECTS = {"prompts": "prompt", "labels": "class_label"}
+# Pictures that a clip may have, as options, prompts files and records name them, and the fields of `Request`.
+PICTURES = {"image": "images", "last_image": "last_images"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +118,14 @@ class Request:
 
     prompts: text of each clip, where the family takes prompts
     labels: class of each clip, by name or number, where the family takes labels
-    image: uint8 [Y,X,3], the first frame, where the family takes one
+    images, last_images: uint8 [Y,X,3] for each clip, the picture that its first or last frame is to show, as it was
+        given: of any size; None: no clip has one
     """
 
     prompts: tuple[str, ...] = ()
     labels: tuple[Any, ...] = ()
-    image: Any = None
+    images: tuple[np.ndarray, ...] | None = None
+    last_images: tuple[np.ndarray, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,7 @@ class Clip:
     sampler: value that makes the solver
     segments: which steps run under which velocity
     attention: implementation of self-attention; None is the best that can
+    vae_tiles: how the VAE's pictures are cut, `models.vae_tiles.Tiles`; None: not at all
     """
 
     settings: Any
@@ -142,6 +149,7 @@ class Clip:
     sampler: Sampler
     segments: tuple[Segment, ...]
     attention: Any = None
+    vae_tiles: Any = None
 
     @property
     def guided(self) -> bool:
@@ -238,7 +246,10 @@ class Family:
     parts, files: folders of a repository
     settings: type of what a user may set, a group of `jvdiff.config.option`s
     subject: the field of `Request` with one entry for each clip, of SUBJECTS
-    takes: the other fields of `Request` that it takes, "image" for instance
+    takes: pictures that it takes, of PICTURES
+    needs: those of them that it cannot do without
+    unit: models -> of what height and width of a clip are multiples; where it takes pictures, whose proportions a clip
+        has unless its size is given
     misfits: models -> what does not fit together, or None
     complete: (models, defaults of the repository, values that are given) -> complete values, with what the
         repository's other files ask for
@@ -251,7 +262,7 @@ class Family:
     network: (models, segment, forward) -> (weights, x, t, condition) -> velocity; the same object for equal arguments
     finish: (clip, inputs, both conditions as `encode` gave them, latents) -> latents, after the last step
     decode: (models, clip, forward, run, latents [1,T,H,W,C]) -> (uint8 [1,F,Y,X,3], non-finite share, latent frames
-        so far), as frames come
+        so far), as frames come; F is 0 where there is none yet, and only a chance to stop
     preview: (models, forward) -> Stage of (latents [B,1,H,W,C]) -> float32 [B,1,Y,X,3] in -1..1
     attention: (models, clip, forward, inputs) -> implementation of each attention by kind; NotImplementedError where
         the one that was asked for cannot compute the clip, or not on this machine
@@ -285,6 +296,8 @@ class Family:
     finish: Callable[[Clip, Any, tuple[Any, Any], Array], Array] = lambda clip, inputs, conditions, latents: latents
     facts: tuple[str, ...] = ("prompt",)
     takes: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    unit: Callable[[Models], int] = lambda models: 1
     window_losses: Callable[..., Callable[[Params, Array, Array, Any], tuple[Array, Array]]] | None = None
     published: Mapping[str, Models] = dataclasses.field(default_factory=dict)
     at_once: bool = True

@@ -11,6 +11,7 @@ from jvdiff.pipeline.generate import (
     make_request,
     place,
     read_parts,
+    sized,
 )
 from jvdiff.pipeline.lending import Weights
 from jvdiff.pipeline.repository import Repository, inspect, save
@@ -44,5 +45,6 @@ __all__ = [
     "read_parts",
     "resolve",
     "save",
+    "sized",
     "trace",
 ]

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import numpy as np
 from jvdiff import precision as precisions
 from jvdiff.errors import UsageError
 from jvdiff.kernels import admission
-from jvdiff.models.family import Clip, Family, Models, Request, read_weights
+from jvdiff.media import pictures
+from jvdiff.models.family import PICTURES, Clip, Family, Models, Request, read_weights
 from jvdiff.pipeline import stages
 from jvdiff.pipeline.lending import Weights
 from jvdiff.pipeline.repository import Repository, check_at_once, inspect
@@ -183,6 +184,7 @@ def generate(
     noise: Any = None,
     renoise: Any = None,
     image: Any = None,
+    last_image: Any = None,
     callback: Callable[[int, Any], Any] | None = None,
     profile: str | Path | None = None,
     **settings: Any,
@@ -195,7 +197,10 @@ def generate(
         seed: clip i gets seed + i, whatever else is in the batch; None draws one (`Output.seeds` tells).
         noise: float32 [B,T,H,W,C] to start from instead of the seed's; what a solver draws is still the seed's.
         renoise: float32 [steps-1,B,T,H,W,C] in place of what a solver draws.
-        image: uint8 [Y,X,3], the first frame, where the model takes one.
+        image: what the first frame shows, where the model takes it: uint8 [Y,X,3] of any size, a Pillow picture or the
+            path of a file (`jvdiff.media.pictures`); one for all clips, or a list with one each. A clip has its
+            proportions, at the model's area, unless height and width are given.
+        last_image: likewise, what the last frame shows.
         callback: see `stages.denoise`.
         profile: a folder that gets a trace of `jax.profiler` of the stages; the programs are compiled in it, unless
             they were before.
@@ -211,7 +216,9 @@ def generate(
     if callback is not None and not callable(callback):
         raise UsageError(f"callback is {callback!r:.80}; expected a function of (steps done, state).")
     subjects = check_subjects(pipe.repository, prompts=prompts, labels=labels)
-    clip = pipe.clip(**settings)
+    given = {"image": image, "last_image": last_image}
+    shown = {name: pictures.one_each(value, len(subjects), name) for name, value in given.items()}
+    clip = pipe.clip(**sized(pipe.repository, settings, shown["image"]))
     check_fits(pipe.context, clip, len(subjects))
     shape = (len(subjects), *clip.latents)
     first = check_seed(seed)
@@ -220,7 +227,7 @@ def generate(
     seeds = tuple((first + i) % 2**32 for i in range(len(subjects)))
     if noise is not None:
         _check_array("noise", noise, np.float32, shape)
-    request = make_request(pipe.family, clip, subjects, image=image)
+    request = make_request(pipe.family, clip, subjects, **shown)
     inputs, solver = pipe.family.inputs(pipe.models, clip, request), clip.sampler.make()
     with profiling.profile(profile):
         conditions = stages.encode(pipe.context, clip, inputs, pipe.run)
@@ -251,21 +258,50 @@ def check_subjects(repository: Repository, **fields: Any) -> tuple[Any, ...]:
     return tuple(family.check_subject(models, subject) for subject in subjects)
 
 
-def make_request(family: Family, clip: Clip, subjects: tuple[Any, ...], *, image: Any = None) -> Request:
-    """A request with these subjects, in the family's field, and what else the family takes.
+def sized(repository: Repository, given: Mapping[str, Any], images: Sequence[np.ndarray] | None) -> dict[str, Any]:
+    """The given settings, with the size that the pictures ask for where neither height nor width is given.
 
     Raises:
-        UsageError: a field that the family does not take, or a picture of another size than the clip's.
+        UsageError: the pictures of a batch ask for several.
     """
-    if image is not None:
-        _check_picture(family, clip, image)
-    return Request(**{family.subject: subjects}, image=image)
+    if not images or any(given.get(name) is not None for name in ("height", "width")):
+        return dict(given)
+    settings, unit = repository.settings(**given), repository.family.unit(repository.models)
+    area = settings.height * settings.width
+    sizes = {pictures.fitting(image.shape[0], image.shape[1], area, unit) for image in images}
+    if len(sizes) > 1:
+        several = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)[:4])
+        raise UsageError(
+            f"the pictures ask for clips of {len(sizes)} sizes ({several}), and a batch has one; give height and width."
+        )
+    height, width = sizes.pop()
+    return {**given, "height": height, "width": width}
 
 
-def _check_picture(family: Family, clip: Clip, image: Any) -> None:
-    if "image" not in family.takes:
-        raise UsageError(f"{family.name} takes no image; leave it out.")
-    _check_array("image", image, np.uint8, (*clip.frames[1:], 3))
+def make_request(
+    family: Family,
+    clip: Clip,
+    subjects: tuple[Any, ...],
+    *,
+    image: tuple[np.ndarray, ...] | None = None,
+    last_image: tuple[np.ndarray, ...] | None = None,
+) -> Request:
+    """A request with these subjects, in the family's field, and a picture of each clip, uint8 [Y,X,3] of any size.
+
+    Raises:
+        UsageError: a picture that the family does not take, or none where it needs one.
+    """
+    given = {"image": image, "last_image": last_image}
+    for name, each in given.items():
+        if each is not None and name not in family.takes:
+            raise UsageError(f"{family.name} takes no {name}; leave it out.")
+        if each is None and name in family.needs:
+            raise UsageError(f"{family.name} needs {' and '.join(family.needs)}; give {name}.")
+    if last_image is not None and (image is None or clip.frames[0] == 1):
+        found = "there is no image" if image is None else "the clip has one frame"
+        raise UsageError(f"last_image is given, and {found}; it is the last frame of a clip whose first is image.")
+    more: dict[str, Any] = {PICTURES[name]: each for name, each in given.items()}
+    return Request(**{family.subject: subjects}, **more)
 
 
 def _check_array(name: str, value: Any, dtype: Any, shape: tuple[int, ...]) -> None:

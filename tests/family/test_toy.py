@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from jvdiff.convert.to_diffusers import to_hf
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from toy import networks
 from toy.family import TOY
@@ -19,6 +20,7 @@ from jvdiff import models, pipeline, plan, precision
 from jvdiff.commands import convert, jobs, planning, sample
 from jvdiff.errors import CheckpointError, NumericsError, UsageError
 from jvdiff.media import video as videos
+from jvdiff.models.vision.pictures import squash
 from jvdiff.sharding import rules
 from jvdiff.weights.naming import disassemble, flatten, unflatten
 from jvdiff.weights.orbax import stored_leaves
@@ -111,8 +113,29 @@ def test_the_picture_is_put_back(pipe, clip):
     np.testing.assert_allclose(clip.latents[:, :1], first, rtol=0, atol=1e-5)
     without = jvdiff.generate(pipe, "a red seven", seed=3)
     assert np.abs(without.latents - clip.latents).max(axis=(0, 2, 3, 4)).min() > 0.01  # in every frame
-    with pytest.raises(UsageError, match=r"image is uint8\[3, 4, 3\]; this request needs uint8\[16, 16, 3\]"):
-        jvdiff.generate(pipe, "a red seven", image=np.zeros((3, 4, 3), np.uint8))
+
+
+def test_pictures_of_any_size(pipe, clip, tmp_path):
+    """Each clip has its own, squashed to the clip; without a size the clip has the picture's proportions."""
+    wide = np.random.default_rng(6).integers(0, 256, (9, 20, 3), np.uint8)
+    videos.write_png(tmp_path / "wide.png", wide)
+    both = jvdiff.generate(pipe, ["seven", "a red seven"], seed=2, image=[tmp_path / "wide.png", PICTURE], height=16)
+    first = networks.encode(pipe.weights["vae"], squash(wide, 16, 16)[None])
+    np.testing.assert_allclose(both.latents[:1, :1], first, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(both.latents[1], clip.latents[0], rtol=0, atol=1e-5)
+    alone = jvdiff.generate(pipe, "seven", image=Image.fromarray(wide), steps=1, solver="euler", num_frames=1)
+    assert alone.video.shape == (1, 1, 10, 24, 3)
+    for change, sentence in (
+        ({"image": [PICTURE] * 3}, "image has 3 pictures for 2 clips"),
+        ({"image": [wide, PICTURE]}, r"clips of 2 sizes \(24x10, 16x16\)"),
+        ({"image": PICTURE.astype(float)}, r"image is float64\[16, 16, 3\]; expected uint8"),
+        ({"last_image": PICTURE}, "the toy takes no last_image"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            jvdiff.generate(pipe, ["seven", "two"], **change)
+    needs = dataclasses.replace(TOY, needs=("image",))
+    with pytest.raises(UsageError, match="the toy needs image; give image"):
+        pipeline.make_request(needs, pipe.clip(), ("seven",))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +261,7 @@ def test_a_line_of_a_file_gets_the_picture_at_its_own_size(command, repository, 
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "two"}\n{"prompt": "seven", "height": 8, "width": 32}')
     config = sample.parse(command(prompts=tmp_path / "prompts.jsonl")).config
     made, problems = jobs.make_jobs(config, pipeline.inspect(repository, family=TOY))
-    assert [job.image.shape for job in made] == [(16, 16, 3), (8, 32, 3)] and not problems
+    assert [job.inputs["image"].shape for job in made] == [(1, 16, 16, 3), (1, 8, 32, 3)] and not problems
 
 
 def test_help_has_the_defaults_of_its_files(repository, capsys):

@@ -1,4 +1,5 @@
-"""Wan as families: text-to-video at once, in few steps (FastWan), and chunk by chunk (Self-Forcing).
+"""Wan as families: text-to-video at once, with a picture or without, in few steps (FastWan), and chunk by chunk
+(Self-Forcing).
 
     B batch · T latent frames · H W latent grid · C latent channels · S text tokens · D text width
 
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jvdiff.config import known_fields, multiple
 from jvdiff.diffusion import samplers
@@ -22,20 +24,21 @@ from jvdiff.errors import UsageError
 from jvdiff.kernels.patterns import Pattern, WindowTable
 from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.kernels.tiles import Grid
-from jvdiff.models import wan
+from jvdiff.models import vae_tiles, wan
 from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Run, Segment, Stage
 from jvdiff.models.pixels import nonfinite_share, to_pixels
 from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5, umt5_names
+from jvdiff.models.vae_tiles import Tiles
 from jvdiff.models.wan import conditions, names, places
 from jvdiff.models.wan.conditions import TEXT_LENGTH, Condition, Inputs
-from jvdiff.models.wan.settings import Settings, few_steps, scheduled, with_gate
+from jvdiff.models.wan.settings import EXPANDED, Settings, few_steps, kind_defaults, scheduled, with_gate
 from jvdiff.sharding import MeshShape, Placement, Sizes
 from jvdiff.sharding.rules import REPLICATED
 from jvdiff.types import Array, Params
 from jvdiff.weights.safetensors import read_json
 
-_PIPELINE_OPTIONS = ("boundary_ratio", "expand_timesteps")  # of Wan 2.2; diffusers writes that they are off
+_PIPELINE_OPTIONS = ("boundary_ratio",)  # of Wan 2.2; diffusers writes that it is off
 _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler")
 
 
@@ -101,9 +104,7 @@ def _misfits(models: Models) -> str | None:
         )
     values = {name: value for name, value in models.index.items() if not isinstance(value, list)}
     off = [name for name in _PIPELINE_OPTIONS if values.get(name) in (None, False)]
-    if pipeline == "WanDMDPipeline":  # a timestep for each token, all of them the same
-        off.append("expand_timesteps")
-    known_fields("model_index.json", values, ("_class_name", *off))
+    known_fields("model_index.json", values, ("_class_name", EXPANDED, *off))
     if "tokenizer" in models.files:
         tokenizers.check_vocabulary(models.files["tokenizer"], text.vocab_size)
     scheduler = models.files.get("scheduler")
@@ -128,12 +129,15 @@ def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, A
 
     A solver or a grid that is a list says how many steps there are, unless `steps` is given too.
     """
-    values, scheduler = {**defaults, **given}, models.files.get("scheduler")
+    values = {**kind_defaults(models.configs["vae"].z_dim), **defaults, **given}
+    scheduler = models.files.get("scheduler")
     if scheduler is not None and not {"solver", "shift", "grid"} <= values.keys():
         asked = scheduled(scheduler)
         if samplers.own_steps(str(values.get("solver"))):  # timesteps of a training table, which no file bends
             asked = {name: asked[name] for name in ("solver", "shift")}
         values = {**asked, **values}
+    if isinstance(tiles := values.get("vae_tiles"), Tiles):
+        values["vae_tiles"] = str(tiles)
     listed = samplers.own_steps(str(values.get("solver")), str(values.get("grid")))
     return values | ({"steps": listed} if listed and "steps" not in given else {})
 
@@ -176,7 +180,15 @@ def make_clip(models: Models, settings: Settings) -> Clip:
         sampler=sampler,
         segments=_segments(settings, sampler.steps, pattern, dit.gate_compress),
         attention=settings.attention,
+        vae_tiles=_tiles(settings, vae),
     )
+
+
+def _tiles(settings: Settings, vae: wan.VAEConfig) -> Tiles | None:
+    tiles = vae_tiles.read(settings.vae_tiles)
+    if tiles is not None:
+        tiles.check(vae.spatial_factor)
+    return tiles
 
 
 def _segments(settings: Settings, steps: int, pattern: Pattern, gated: bool) -> tuple[Segment, ...]:
@@ -191,6 +203,10 @@ def _segments(settings: Settings, steps: int, pattern: Pattern, gated: bool) -> 
         )
     spans = ((0, border, full), (border, steps, pattern))
     return tuple(Segment(a, b, "transformer", settings.guidance, each) for a, b, each in spans if a < b)
+
+
+def _unit(models: Models) -> int:
+    return models.configs["vae"].spatial_factor * models.configs["transformer"].patch_size[1]
 
 
 def _check_sizes(settings: Settings, dit: wan.DiTConfig, vae: wan.VAEConfig) -> None:
@@ -223,9 +239,18 @@ def _velocity(cfg: wan.DiTConfig, forward: Forward) -> Callable[..., Array]:
     how: Any = {name: getattr(forward, name) for name in ("pattern", "implementation", "placement", "dtype")}
 
     def network(params: Params, x: Array, t: Array, condition: Condition) -> Array:
+        if (first := condition.first) is not None:
+            x = jnp.concatenate([first, x[:, 1:]], axis=1)  # [B,T,H,W,C], its first frame as given at every step
+            t = jnp.stack([jnp.zeros_like(t), t], axis=1)  # [B] -> [B,2]
         return wan.velocity(params, cfg, x, t, condition.text, text_length=TEXT_LENGTH, **how)
 
     return network
+
+
+def _finish(clip: Clip, inputs: Inputs, both: tuple[Condition, Condition | None], latents: Array) -> Array:
+    """The first frame as it was given; what the solver made of it is of no account."""
+    first = both[0].first
+    return latents if first is None else jnp.concatenate([first, latents[:, 1:]], axis=1)
 
 
 def _window_losses(models: Models, part: str, forward: Forward, tile: Grid, candidates: Sequence[Grid]) -> Any:
@@ -261,7 +286,10 @@ def _attention(models: Models, clip: Clip, forward: Forward, inputs: Inputs) -> 
 def _decode(
     models: Models, clip: Clip, forward: Forward, run: Run, latents: Array
 ) -> Iterator[tuple[Array, Array, int]]:
-    """One latent frame at a time: device memory does not depend on T."""
+    """One latent frame at a time: device memory does not depend on T. Tiles are decoded one after the other."""
+    if wan.cut_to_decode(models.configs["vae"], clip.vae_tiles, *clip.latents[1:3]):
+        yield from _decode_tiles(models.configs["vae"], clip, forward, run, latents)
+        return
     program, cache = _decode_program(models.configs["vae"], forward.placement, forward.decode), None
     for t in range(clip.latents[0]):
         stage = Stage("decode next" if t else "decode first", "vae", program, pictures=clip.latents[1:3])
@@ -285,6 +313,55 @@ def _decode_program(cfg: wan.VAEConfig, placement: Placement | None, arithmetic:
         return pixels, bad, cache
 
     return jax.jit(decode, donate_argnums=2)
+
+
+def _decode_tiles(
+    cfg: wan.VAEConfig, clip: Clip, forward: Forward, run: Run, latents: Array
+) -> Iterator[tuple[Any, Any, int]]:
+    """Every tile over all frames, kept on the device as float32 until the frames are put together one after another."""
+    frames, *grid = clip.latents[:3]
+    where, placement = wan.cut_to_decode(cfg, clip.vae_tiles, *grid), forward.placement
+    assert where is not None
+    tile, tiles = Stage("decode tile", "vae", _tile_program(cfg, placement, forward.decode)), []
+    for rows in where.rows:
+        tiles.append([])
+        for columns in where.columns:
+            tiles[-1].append(run(tile, latents[:, :, rows, columns]))  # [1,T,h,w,C] -> [1,F,y,x,3*p*p]
+            yield np.zeros((1, 0, *clip.frames[1:], 3), np.uint8), 0.0, 0
+    for t in range(frames):
+        count = cfg.temporal_factor if t else 1
+        program = _join_program(cfg, clip.vae_tiles, *grid, count, placement)
+        stage = Stage("join next" if t else "join first", "vae", program)
+        pixels, bad = run(stage, tiles, np.int32(t and 1 + (t - 1) * count))  # [1,count,Y,X,3]
+        yield pixels, bad, t + 1
+
+
+@functools.lru_cache(maxsize=8)
+def _tile_program(cfg: wan.VAEConfig, placement: Placement | None, arithmetic: str | None) -> Any:
+    """jitted (params, normalised latents [1,T,h,w,C] of a tile) -> float32 [1,F,y,x,3*p*p] for `wan.join_tiles`."""
+
+    def tile(params: Params, latents: Array) -> Array:
+        latents = wan.denormalize_latents(cfg, latents)
+        patches = wan.decode_tile(params, cfg, latents, placement=placement, arithmetic=arithmetic)
+        return patches if placement is None else placement.replicate(patches)
+
+    return jax.jit(tile)
+
+
+@functools.lru_cache(maxsize=8)
+def _join_program(
+    cfg: wan.VAEConfig, tiles: Tiles, height: int, width: int, count: int, placement: Placement | None
+) -> Any:
+    """jitted (params, every tile, int32 first frame) -> (uint8 [1,count,Y,X,3], non-finite share)."""
+    where: Any = wan.cut_to_decode(cfg, tiles, height, width)
+
+    def join(params: Params, rows: Any, start: Array) -> tuple[Array, Array]:
+        rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, count, axis=1), rows)
+        frames = wan.join_tiles(cfg, rows, where)
+        pixels, bad = to_pixels(frames), nonfinite_share(frames)
+        return (pixels, bad) if placement is None else placement.replicate((pixels, bad))
+
+    return jax.jit(join)
 
 
 def _preview(models: Models, forward: Forward) -> Stage:
@@ -312,6 +389,7 @@ TEXT_TO_VIDEO = Family(
     files={"scheduler": SCHEDULER, "tokenizer": TOKENIZER},
     settings=Settings,
     subject="prompts",
+    unit=_unit,
     misfits=_misfits,
     complete=_complete,
     check_subject=_check_prompt,
@@ -331,6 +409,19 @@ TEXT_TO_VIDEO = Family(
         for name, dit in (
             ("Wan2.1-T2V-1.3B-Diffusers", wan.WAN_2_1_T2V_1_3B),
             ("Wan2.1-T2V-14B-Diffusers", wan.WAN_2_1_T2V_14B),
+        )
+    },
+)
+TEXT_AND_IMAGE_TO_VIDEO = dataclasses.replace(
+    TEXT_TO_VIDEO,
+    name="Wan 2.2 text- and image-to-video",
+    takes=("image",),
+    finish=_finish,
+    published={
+        "Wan2.2-TI2V-5B-Diffusers": Models(
+            {"transformer": wan.WAN_2_2_TI2V_5B, "vae": wan.WAN_2_2_VAE, "text_encoder": umt5.UMT5_XXL},
+            {},
+            {EXPANDED: True},
         )
     },
 )

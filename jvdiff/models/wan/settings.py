@@ -18,7 +18,7 @@ PIPELINES = {  # _class_name: name in family.py
     "WanDMDPipeline": "FEW_STEPS",
     "WanCausalDMDPipeline": "CAUSAL",
 }
-
+EXPANDED = "expand_timesteps"  # in model_index.json: a picture is the first frame, and that has a timestep of its own
 _GRIDS = ("diffusers", "wan", "karras", "exponential", "beta", "sigmas", "timesteps")
 
 
@@ -32,8 +32,8 @@ class Settings:
     """Everything besides prompt, seed and weights that decides what a clip looks like."""
 
     num_frames: int = option(81, "pixel frames, 1 + 4k")
-    height: int = option(480, "pixels, a multiple of 16")
-    width: int = option(832, "pixels, a multiple of 16")
+    height: int = option(480, "pixels, a multiple of 16; of 32 where latents have 48 channels")
+    width: int = option(832, "pixels, as height")
     fps: int = options.fps(16)
     steps: int = options.steps(50)
     guidance: float = options.guidance(5.0)
@@ -59,6 +59,11 @@ class Settings:
         "windows:FILE (docs/sparse_attention.md)",
     )
     dense_steps: int | None = option(None, "first steps in which all tokens see each other; none: 0", low=0, high=999)
+    vae_tiles: str | None = option(
+        None,
+        "the VAE in tiles, 256x256:192x192 (height x width of a tile, then of the stride, in pixels), which takes less "
+        "memory and gives other frames; off: never; none: where nothing else fits",
+    )
     attention: str | Callable[..., Any] | None = option(
         None, "implementation of self-attention in jvdiff.kernels (in Python also a function); none: the best that can"
     )
@@ -111,11 +116,15 @@ def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
             "holds two transformers (Wan 2.2 A14B), which jvdiff does not run yet.\n"
             "Use a Wan 2.1 text-to-video repository."
         )
-    return PIPELINES.get(name)
+    expanded = index.get(EXPANDED)
+    if expanded not in (None, False, True):
+        raise CheckpointError(f"model_index.json: {EXPANDED} is {expanded!r:.40}; expected true or false.")
+    return "TEXT_AND_IMAGE_TO_VIDEO" if name == "WanPipeline" and expanded else PIPELINES.get(name)
 
 
 def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """The settings that a repository's own files ask for: solver, noise levels and shift of its scheduler.
+    """The settings that a repository's own files ask for: solver, noise levels and shift of its scheduler, and the
+    sizes that its kind of VAE shows.
 
     Raises:
         CheckpointError: jvdiff has no equivalent of the scheduler.
@@ -126,7 +135,14 @@ def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
         )
         return few_steps(config.get("in_channels", 16), config.get("gate_compress", False))
     file = folder / "scheduler" / "scheduler_config.json"
-    return scheduled(read_json(file)) if file.is_file() else {}
+    vae = folder / "vae" / "config.json"
+    kind = kind_defaults(read_json(vae).get("z_dim")) if vae.is_file() else {}
+    return {**kind, **(scheduled(read_json(file)) if file.is_file() else {})}
+
+
+def kind_defaults(channels: Any) -> Mapping[str, Any]:
+    """What a kind of model makes that its files do not say, by the channels of its latents: 48 are Wan 2.2's 5B."""
+    return {"num_frames": 121, "height": 704, "width": 1280, "fps": 24} if channels == 48 else {}
 
 
 def scheduled(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -143,9 +159,7 @@ def few_steps(channels: int, gated: bool) -> Mapping[str, Any]:
     Args:
         channels: of the latents, 48 for Wan 2.2's 5B. gated: whether it was trained with video sparse attention.
     """
-    size = {"num_frames": 61, "height": 448, "width": 832, "fps": 16}
-    if channels == 48:
-        size = {"num_frames": 121, "height": 704, "width": 1280, "fps": 24}
+    size = {"num_frames": 61, "height": 448, "width": 832, "fps": 16, **kind_defaults(channels)}
     sampler = {"solver": "dmd:1000,757,522", "steps": 3, "shift": 8.0, "grid": "diffusers", "guidance": 1.0}
     return {**size, **sampler, "pattern": "video_sparse:4x4x4:0.8" if gated else "dense"}
 

@@ -20,6 +20,7 @@ from jvdiff.errors import UsageError
 from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Request, Run, Segment, Stage
 from jvdiff.models.layers import product
 from jvdiff.models.pixels import nonfinite_share, to_pixels
+from jvdiff.models.vision.pictures import squash
 from jvdiff.sharding import MeshShape, Placement, Sizes
 from jvdiff.sharding.rules import REPLICATED
 from jvdiff.types import Array, Params
@@ -132,7 +133,9 @@ def _inputs(models: Models, clip: Clip, request: Request) -> dict[str, Any]:
     """Tokens of each encoder, the empty prompt last; the guidance to embed [B]; the picture uint8 [B,Y,X,3] if any."""
     texts = [*request.prompts, *([""] if clip.guided else [])]
     clips = len(request.prompts)
-    picture = {} if request.image is None else {"image": np.stack([request.image] * clips)}
+    picture = {}
+    if request.images is not None:
+        picture["image"] = np.stack([squash(image, *clip.frames[1:]) for image in request.images])
     tokens = {encoder: _ids(models.files[tokenizer], texts) for encoder, tokenizer in ENCODERS.items()}
     return {**tokens, **picture, "guidance": np.full(clips, clip.settings.embedded_guidance, np.float32)}
 
@@ -255,6 +258,7 @@ TOY = Family(
     settings=Settings,
     subject="prompts",
     takes=("image",),
+    unit=lambda models: 2,
     misfits=_misfits,
     complete=_complete,
     check_subject=_check_prompt,
