@@ -3,8 +3,8 @@
 
     B batch · T latent frames · H W latent grid · C latent channels · S text tokens · D text width
 
-Source: the published repositories Wan-AI/Wan2.1-T2V-*-Diffusers and Wan-AI/Wan2.2-T2V-A14B-Diffusers as diffusers'
-WanPipeline runs them, FastVideo/FastWan2.*-Diffusers as FastVideo's WanDMDPipeline does, and
+Source: the published repositories Wan-AI/Wan2.1-T2V-*-Diffusers, Wan2.2-T2V-A14B-Diffusers and Wan2.2-TI2V-5B-Diffusers
+as diffusers' WanPipeline runs them, FastVideo/FastWan2.*-Diffusers as FastVideo's WanDMDPipeline does, and
 wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers.
 """
 

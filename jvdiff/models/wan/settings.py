@@ -13,10 +13,10 @@ from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import options
 from jvdiff.weights.safetensors import STEM, read_json, tensor_names
 
-PIPELINES = {  # _class_name: name in family.py
-    "WanPipeline": "TEXT_TO_VIDEO",
-    "WanDMDPipeline": "FEW_STEPS",
-    "WanCausalDMDPipeline": "CAUSAL",
+PIPELINES = {  # _class_name: names in family.py
+    "WanPipeline": ("TEXT_TO_VIDEO", "TEXT_AND_IMAGE_TO_VIDEO"),
+    "WanDMDPipeline": ("FEW_STEPS",),
+    "WanCausalDMDPipeline": ("CAUSAL",),
 }
 EXPANDED = "expand_timesteps"  # in model_index.json: a picture is the first frame, and that has a timestep of its own
 _GRIDS = ("diffusers", "wan", "karras", "exponential", "beta", "sigmas", "timesteps")
@@ -132,7 +132,8 @@ def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
     expanded = index.get(EXPANDED)
     if expanded not in (None, False, True):
         raise CheckpointError(f"model_index.json: {EXPANDED} is {expanded!r:.40}; expected true or false.")
-    return "TEXT_AND_IMAGE_TO_VIDEO" if name == "WanPipeline" and expanded else PIPELINES.get(name)
+    names = PIPELINES.get(name, (None,))
+    return names[-1] if expanded else names[0]
 
 
 def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
