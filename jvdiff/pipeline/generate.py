@@ -108,6 +108,7 @@ def load(
     mesh: Any = None,
     *,
     vae_decode: str | None = None,
+    in_turn: Collection[str] = (),
     family: Family | None = None,
     follow_symlinks: bool = False,
 ) -> Pipeline:
@@ -121,14 +122,17 @@ def load(
             `jvdiff.sharding.MeshShape`. None: one device.
         vae_decode: how frames are decoded, "exact", "tf32" or "bf16"; None is as `precision` has it on GPUs ("bf16"
             with bfloat16), exact elsewhere.
+        in_turn: parts whose weights are on the device only while they work, and in the host's memory otherwise:
+            ["text_encoder", "transformer"], or "all". What fits is what `jvdiff.plan` tells.
         family: your own Family, where the repository is of none that jvdiff has (docs/adding_a_family.md); None: as its
             files say.
         follow_symlinks: let files be links to elsewhere; those into a cache of the hub are files anyway.
 
     Raises:
         CheckpointError: incomplete, damaged or unknown weights or configurations.
-        UsageError: no such folder, a causal model (see `jvdiff.streaming.load`), an unknown precision, or a mesh of
-            more devices than there are.
+        UsageError: no such folder, a causal model (see `jvdiff.streaming.load`), an unknown precision or part, or a
+            mesh of more devices than there are.
+        ResourceError: the host has too little memory for the parts that are in turn.
         SetupError: a GPU is there, and JAX cannot use it.
     """
     admission.admit()
@@ -140,19 +144,37 @@ def load(
             f"family is {family.name!r}, and {path.path} was inspected as {path.family.name!r}; leave it out."
         )
     check_at_once(path.path, path.family, True)
-    return Pipeline(path, read_parts(path, dtypes, placement), dtypes, placement)
+    return Pipeline(path, read_parts(path, dtypes, placement, check_parts(path.models, in_turn)), dtypes, placement)
 
 
-def read_parts(repository: Repository, dtypes: precisions.Precision, placement: Placement | None) -> Weights:
+def check_parts(models: Models, in_turn: str | Collection[str]) -> tuple[str, ...]:
+    """The parts of a repository that a user named; "all" are all. Raises UsageError for one that is not there."""
+    there = tuple(models.configs)
+    named = there if in_turn == "all" else in_turn.split(",") if isinstance(in_turn, str) else in_turn
+    for name in named:
+        if name not in there:
+            raise UsageError(f"in_turn is {in_turn!r:.80}; expected all, or some of {', '.join(there)}.")
+    return tuple(name for name in there if name in named)
+
+
+def read_parts(
+    repository: Repository,
+    dtypes: precisions.Precision,
+    placement: Placement | None,
+    in_turn: Collection[str] = (),
+) -> Weights:
     """The weights of every part, where they live; the repository knows their digests afterwards.
 
+    in_turn: parts that leave the device as soon as they are read, and are read first.
+
     Raises:
-        ResourceError: that is the host's memory, and they are more than it has for this process.
+        ResourceError: those that the host is to hold are more than it has for this process.
     """
-    if here().platform == "cpu":
-        abstract = abstract_params(repository.family, repository.models, dtypes)
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
-        memory.check_host(size, f"{repository.path}: its weights", "Use a machine with more, or --precision=bfloat16.")
+    abstract = abstract_params(repository.family, repository.models, dtypes)
+    on_host = abstract if here().platform == "cpu" else {name: abstract[name] for name in in_turn}
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(on_host))
+    memory.check_host(size, f"{repository.path}: its weights", "Use a machine with more, or --precision=bfloat16.")
+    weights = Weights({}, in_turn)
 
     def read(name: str, cfg: Any) -> Params:
         part, digests = repository.family.parts[name], {}
@@ -161,7 +183,9 @@ def read_parts(repository: Repository, dtypes: precisions.Precision, placement: 
         repository.note(digests)
         return params
 
-    return Weights({name: read(name, cfg) for name, cfg in repository.models.configs.items()})
+    for name, cfg in sorted(repository.models.configs.items(), key=lambda item: item[0] not in in_turn):
+        weights.take(name, read(name, cfg))
+    return weights
 
 
 def place(shape: MeshShape | str | None) -> Placement | None:

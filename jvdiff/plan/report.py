@@ -94,9 +94,11 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
     """
     import jax
 
+    from jvdiff.pipeline.lending import PINNED
     from jvdiff.plan import meshes
-    from jvdiff.plan.compiled import let_go, programs, resident
+    from jvdiff.plan.compiled import programs, resident
     from jvdiff.plan.counting import flops, gib
+    from jvdiff.plan.residency import Work, choose, ways
     from jvdiff.sharding import check_mesh
 
     if shape is not None:
@@ -116,21 +118,18 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
         yield from _program(program, clip.tokens)
     total = sum(program.flops * program.times for program in every)
     sent = sum(program.times * sum(size for _, size in program.sends.values()) for program in every)
-    weights = sum(size for _, size in held.values())
-    most = weights + max(program.needs for program in every)
-    in_turn = max(held[program.part][1] + program.needs for program in every)
     communication = f" sends {gib(sent).strip()};" if shape is not None else ""
-    yield (
-        f"one clip: {flops(total)}FLOPs;{communication} device memory, all weights resident: {gib(most).strip()}"
-        f" (each part there only while it works: {gib(in_turn).strip()})"
-    )
+    yield f"one clip: {flops(total)}FLOPs;{communication} device memory, by whose weights are on the device together:"
+    sizes, works = {part: size for part, (_, size) in held.items()}, [Work(p.name, p.part, p.needs) for p in every]
+    for way in ways(clip, works, sizes):
+        stages = ", ".join(f"{name} {gib(peak).strip()}" for name, peak in way.peaks.items())
+        host = sum(sizes[part] for part in way.in_turn)
+        waiting = f"; in host memory ({PINNED} on a mesh): {gib(host).strip()}" if host else ""
+        yield f"  {way}: {gib(way.peak).strip()} at most ({stages}){waiting}"
     if (pool := target_memory(target) if target else meshes.pool()) is not None:
-        gone = let_go(clip, [(program.part, program.needs) for program in every], weights, pool)
-        later = max((program.needs for program in every if program.part not in gone), default=0)
-        rest = weights - sum(held[part][1] for part in gone) + later
-        after = f"; {', '.join(gone)} leaves it after encoding, then {gib(rest).strip()}" if gone else ""
-        yield f"JAX's pool on each device: {gib(pool).strip()}, {gpus.share():g} of it{after}"
-        yield "not in these figures: the workspaces of cuDNN, cuBLAS and NCCL"
+        yield choose(clip, works, sizes, pool)[1]
+        yield f"JAX's pool on each device: {gib(pool).strip()}, {gpus.share():g} of it"
+    yield "not in these figures: the workspaces of cuDNN, cuBLAS and NCCL"
     frames, height, width = clip.frames
     yield f"host memory for its frames: {gib(frames * height * width * 3).strip()}"
 

@@ -1,4 +1,4 @@
-"""The tables name exactly the published tensors, with their shapes, for every published text-to-video configuration.
+"""The tables name exactly the published tensors, with their shapes, for every published configuration.
 
 The lists in tests/data/tensors are those of the published repositories' files: name, shape, and for a repeated layer
 how many there are.
@@ -41,8 +41,10 @@ def published(name):
         ("wan2_1_t2v_1_3b", TRANSFORMER, wan.WAN_2_1_T2V_1_3B, 825, 1_418_996_800),
         ("wan2_1_t2v_1_3b", TRANSFORMER, SELF_FORCING, 825, 1_418_996_800),  # the published lists are equal
         ("fastwan2_1_t2v_1_3b", TRANSFORMER, FASTWAN, 885, 1_489_821_760),
-        ("wan2_1_t2v_14b", TRANSFORMER, wan.WAN_2_1_T2V_14B, 1095, 14_288_491_584),
+        ("wan2_1_t2v_14b", TRANSFORMER, wan.WAN_2_1_T2V_14B, 1095, 14_288_491_584),  # and both of Wan 2.2 T2V-A14B
         ("wan2_1_vae", VAE, wan.WAN_2_1_VAE, 194, 126_892_531),
+        ("wan2_2_ti2v_5b", TRANSFORMER, wan.WAN_2_2_TI2V_5B, 825, 4_999_787_712),
+        ("wan2_2_vae", VAE, wan.WAN_2_2_VAE, 196, 704_688_668),
         ("umt5_xxl", TEXT_ENCODER, umt5.UMT5_XXL, 242, 5_680_910_336),
     ],
 )

@@ -12,10 +12,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jvdiff.models import wan
 from jvdiff.models.family import Clip, Forward, Models, Request, Run, Stage
+from jvdiff.models.pixels import from_pixels
 from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5
+from jvdiff.models.vae_tiles import Tiles
+from jvdiff.models.vision.pictures import squash
+from jvdiff.models.wan.settings import EXPANDED
 from jvdiff.sharding import Placement
 from jvdiff.types import Array, Params
 
@@ -55,9 +61,11 @@ class Inputs(NamedTuple):
     """A request as arrays.
 
     tokens: of the prompts
+    first: uint8 [B,Y,X,3], what the first frame is to show, in the clip's size; None: nothing is given
     """
 
     tokens: Tokens
+    first: Any = None
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tokens:
@@ -81,13 +89,19 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tokens:
 def inputs(models: Models, clip: Clip, request: Request) -> Inputs:
     """The arrays of a request, made once."""
     negative = [clip.settings.negative_prompt] if clip.guided else []
-    return Inputs(tokenize(models.files["tokenizer"], [*request.prompts, *negative]))
+    tokens = tokenize(models.files["tokenizer"], [*request.prompts, *negative])
+    if request.images is None:
+        return Inputs(tokens)
+    return Inputs(tokens, np.stack([squash(image, *clip.frames[1:]) for image in request.images]))
 
 
 def longest(models: Models, clip: Clip, clips: int) -> Inputs:
-    """The arrays of `clips` clips as ShapeDtypeStructs, with the longest text."""
+    """The arrays of `clips` clips as ShapeDtypeStructs, with the longest text, and a picture where one is taken."""
     shape = (clips + clip.guided, TEXT_LENGTH)
-    return Inputs(Tokens(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)))
+    tokens = Tokens(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_))
+    if not models.index.get(EXPANDED):
+        return Inputs(tokens)
+    return Inputs(tokens, jax.ShapeDtypeStruct((clips, *clip.frames[1:], 3), jnp.uint8))
 
 
 def encode(
@@ -96,11 +110,27 @@ def encode(
     """The condition of the prompts and that of the negative prompt, None without guidance.
 
     S of the text is a bucket, not 512: the last row, zero like the 512 - S that would follow, stands for all of them
-    (`velocity(..., text_length=512)`).
+    (`velocity(..., text_length=512)`). A picture is the same for both.
     """
     program = _text_program(models.configs["text_encoder"], forward.placement, clip.guided)
     rows, other = run(Stage("text", "text_encoder", program), *inputs.tokens)
-    return Condition(rows), None if other is None else Condition(other)
+    first = None
+    if inputs.first is not None:
+        program = _first_program(models.configs["vae"], forward.placement, clip.vae_tiles)
+        first = run(Stage("picture", "vae", program), inputs.first)
+    return Condition(rows, first=first), None if other is None else Condition(other, first=first)
+
+
+@functools.lru_cache(maxsize=8)
+def _first_program(cfg: wan.VAEConfig, placement: Placement | None, tiles: Tiles | None) -> Any:
+    """jitted (params, uint8 [B,Y,X,3]) -> normalised latents float32 [B,1,H,W,C] of a clip of one frame."""
+
+    def first(params: Params, pictures: Array) -> Array:
+        latents = wan.encode(params, cfg, from_pixels(pictures)[:, None], placement=placement, tiles=tiles)
+        latents = wan.normalize_latents(cfg, latents)
+        return latents if placement is None else placement.replicate(latents)
+
+    return jax.jit(first)
 
 
 @functools.lru_cache(maxsize=8)
