@@ -82,14 +82,15 @@ class Maker:
     def kept(self) -> pipeline.Kept:
         return pipeline.Kept(self.pipe.run)
 
-    def command(self, state: Path) -> str:
-        """The command that goes on from a saved state."""
+    def command(self, state: Path, job: Job) -> str:
+        """The command that goes on from a saved state of a job."""
         return self.request.command(
             checkpoint=self.config.checkpoint,
             output=self.config.output,
             resume=state,
             stop_at=self.request.unset("stop_at"),
             **dict.fromkeys(_OF_ONE_RUN),
+            **job.files,
         )
 
 
@@ -163,7 +164,7 @@ class _Making:
     def _command(self, state: Path) -> str:
         """The command that goes on: with the whole batch, where that finds the state."""
         found = self.maker.again if state.parent == self.base.parent else None
-        return found or self.maker.command(state)
+        return found or self.maker.command(state, self.job)
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
@@ -227,7 +228,7 @@ def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
                 raise making.interrupted()
             if making.done < making.steps:
                 folder = making.save()
-                command = maker.command(folder)
+                command = maker.command(folder, job)
                 say(f"stopped after step {making.done} of {making.steps}; finish it with:\n  {command}")
                 return [folder]
             with making.keeping():

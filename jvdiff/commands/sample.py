@@ -140,7 +140,7 @@ def _run(request: Request) -> list[Path]:
     if config.plan:
         from jvdiff import plan  # before jax: it may have to be kept from looking for GPUs
 
-        for line in plan.sampling(config):
+        for line in plan.sampling(config, request.given):
             print(line, flush=True)
         return []
     from jvdiff import pipeline, precision
@@ -162,7 +162,8 @@ def _run(request: Request) -> list[Path]:
         dtypes = precision.choose(state.facts["precision"], state.facts["vae_decode"])
     else:
         dtypes = precision.choose(config.precision, config.vae_decode)
-        wanted, problems = jobs.make_jobs(config, repository)
+        wanted, problems = jobs.make_jobs(config, repository, request.given)
+        wanted = jobs.by_size(wanted)
         if config.seeds is not None or jobs.are_entries(config, repository):
             batch = batches.Batch(wanted, repository, dtypes, output, config.stop_at)
             wanted = _left(batch)

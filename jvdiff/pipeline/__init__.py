@@ -11,7 +11,7 @@ from jvdiff.pipeline.generate import (
     make_request,
     place,
     read_parts,
-    sized,
+    size_for,
 )
 from jvdiff.pipeline.lending import Weights
 from jvdiff.pipeline.repository import Repository, inspect, save
@@ -62,6 +62,6 @@ __all__ = [
     "read_parts",
     "resolve",
     "save",
-    "sized",
+    "size_for",
     "trace",
 ]

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,7 @@ def generate(
         renoise: float32 [steps-1,B,T,H,W,C] in place of what a solver draws.
         image: what the first frame shows, where the model takes it: uint8 [Y,X,3] of any size, a Pillow picture or the
             path of a file (`jvdiff.media.pictures`); one for all clips, or a list with one each. A clip has its
-            proportions, at the model's area, unless height and width are given.
+            proportions, at the model's area; a height or width that is given stays.
         last_image: likewise, what the last frame shows.
         callback: see `stages.denoise`.
         profile: a folder that gets a trace of `jax.profiler` of the stages; the programs are compiled in it, unless
@@ -234,7 +234,10 @@ def generate(
     subjects = check_subjects(pipe.repository, prompts=prompts, labels=labels)
     given = {"image": image, "last_image": last_image}
     shown = {name: pictures.one_each(value, len(subjects), name) for name, value in given.items()}
-    clip = pipe.clip(**sized(pipe.repository, settings, shown["image"]))
+    if shown["image"]:
+        chosen = {name for name, value in settings.items() if value is not None}
+        settings |= size_for(pipe.family, pipe.models, pipe.settings(**settings), shown["image"], chosen)
+    clip = pipe.clip(**settings)
     check_fits(pipe.context, clip, len(subjects))
     shape = (len(subjects), *clip.latents)
     first = check_seed(seed)
@@ -274,24 +277,33 @@ def check_subjects(repository: Repository, **fields: Any) -> tuple[Any, ...]:
     return tuple(family.check_subject(models, subject) for subject in subjects)
 
 
-def sized(repository: Repository, given: Mapping[str, Any], images: Sequence[np.ndarray] | None) -> dict[str, Any]:
-    """The given settings, with the size that the pictures ask for where neither height nor width is given.
+def size_for(
+    family: Family, models: Models, settings: Any, images: Sequence[np.ndarray], given: Collection[str]
+) -> dict[str, int]:
+    """The height and width of a clip that begins with these pictures: their proportions, at the area of the settings.
+
+    Args:
+        settings: complete.
+        given: which of height and width the user chose: these stay, and the other one follows.
 
     Raises:
-        UsageError: the pictures of a batch ask for several.
+        UsageError: the pictures of a batch ask for several, or the family takes none.
     """
-    if not images or any(given.get(name) is not None for name in ("height", "width")):
-        return dict(given)
-    settings, unit = repository.settings(**given), repository.family.unit(repository.models)
-    area = settings.height * settings.width
-    sizes = {pictures.fitting(image.shape[0], image.shape[1], area, unit) for image in images}
+    _check_takes(family, "image")
+    chosen = {name: getattr(settings, name) for name in ("height", "width")}
+    fixed, unit = {name: size for name, size in chosen.items() if name in given}, family.unit(models)
+    if len(fixed) == 2:
+        return chosen
+    sizes = set()
+    for y, x in (image.shape[:2] for image in images):
+        area = {"height": settings.height**2 * x / y, "width": settings.width**2 * y / x}
+        sizes.add(pictures.fitting(y, x, area[next(iter(fixed))] if fixed else settings.height * settings.width, unit))
     if len(sizes) > 1:
         several = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)[:4])
         raise UsageError(
             f"the pictures ask for clips of {len(sizes)} sizes ({several}), and a batch has one; give height and width."
         )
-    height, width = sizes.pop()
-    return {**given, "height": height, "width": width}
+    return dict(zip(chosen, sizes.pop(), strict=True)) | fixed
 
 
 def make_request(
@@ -309,8 +321,8 @@ def make_request(
     """
     given = {"image": image, "last_image": last_image}
     for name, each in given.items():
-        if each is not None and name not in family.takes:
-            raise UsageError(f"{family.name} takes no {name}; leave it out.")
+        if each is not None:
+            _check_takes(family, name)
         if each is None and name in family.needs:
             raise UsageError(f"{family.name} needs {' and '.join(family.needs)}; give {name}.")
     if last_image is not None and (image is None or clip.frames[0] == 1):
@@ -318,6 +330,11 @@ def make_request(
         raise UsageError(f"last_image is given, and {found}; it is the last frame of a clip whose first is image.")
     more: dict[str, Any] = {PICTURES[name]: each for name, each in given.items()}
     return Request(**{family.subject: subjects}, **more)
+
+
+def _check_takes(family: Family, name: str) -> None:
+    if name not in family.takes:
+        raise UsageError(f"{family.name} takes no {name}; leave it out.")
 
 
 def _check_array(name: str, value: Any, dtype: Any, shape: tuple[int, ...]) -> None:

@@ -56,6 +56,23 @@ def test_published_tensors(name, part, cfg, count, parameters):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == parameters
 
 
+def test_fastwan_14b_is_derived():
+    """No list of it is published: a gate beside each block of Wan 2.1's, as in the list of the 1.3B."""
+
+    def gated(name, layers, width):
+        gates = {"weight": (width, width), "bias": (width,)}
+        return published(name) | {
+            f"blocks.{i}.to_gate_compress.{k}": v for i in range(layers) for k, v in gates.items()
+        }
+
+    assert gated("wan2_1_t2v_1_3b", 30, 1536) == published("fastwan2_1_t2v_1_3b")
+    cfg = dataclasses.replace(wan.WAN_2_1_T2V_14B, gate_compress=True)
+    abstract = TRANSFORMER.abstract(cfg, jnp.bfloat16)
+    ours = {tensor: entry.shape for tensor, entry in rules.expected(TRANSFORMER.names(cfg), abstract).items()}
+    assert ours == gated("wan2_1_t2v_14b", 40, 5120)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == 15_337_272_384
+
+
 def test_the_causal_class(tmp_path):
     """The class's name is all in which Self-Forcing's config.json differs from Wan 2.1's."""
     config = wan.WAN_2_1_T2V_1_3B.to_json() | {"_class_name": "CausalWanTransformer3DModel"}

@@ -195,6 +195,11 @@ class VAEConfig:
         return self.base_dim if self.decoder_base_dim is None else self.decoder_base_dim
 
     @property
+    def latent_channels(self) -> int:
+        """C, of the latents."""
+        return self.z_dim
+
+    @property
     def pixel_channels(self) -> int:
         """Channels of what the network sees as one pixel."""
         return 3 * self.patch_size**2

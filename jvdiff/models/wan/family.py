@@ -1,10 +1,11 @@
-"""Wan as families: text-to-video at once, with one transformer or two, with a picture or without, and chunk by chunk
+"""Wan as families: text-to-video at once, with one transformer or two, with a picture or without, in few steps
+(FastWan), and chunk by chunk (Self-Forcing).
 (Self-Forcing).
 
     B batch · T latent frames · H W latent grid · C latent channels · S text tokens · D text width
 
-Source: the published repositories Wan-AI/Wan2.1-T2V-*-Diffusers and Wan-AI/Wan2.2-T2V-A14B-Diffusers as diffusers'
-WanPipeline runs them, and
+Source: the published repositories Wan-AI/Wan2.1-T2V-*-Diffusers, Wan2.2-T2V-A14B-Diffusers and Wan2.2-TI2V-5B-Diffusers
+as diffusers' WanPipeline runs them, FastVideo/FastWan2.*-Diffusers as FastVideo's WanDMDPipeline does, and
 wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers.
 """
 
@@ -35,7 +36,7 @@ from jvdiff.models.text import umt5, umt5_names
 from jvdiff.models.vae_tiles import Tiles
 from jvdiff.models.wan import conditions, names, places
 from jvdiff.models.wan.conditions import TEXT_LENGTH, Condition, Inputs
-from jvdiff.models.wan.settings import EXPANDED, Settings, boundary, kind_defaults, scheduled
+from jvdiff.models.wan.settings import EXPANDED, Settings, boundary, few_steps, kind_defaults, scheduled, with_gate
 from jvdiff.sharding import MeshShape, Placement, Sizes
 from jvdiff.sharding.rules import REPLICATED
 from jvdiff.types import Array, Params
@@ -48,13 +49,6 @@ _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler"
 # ---------------------------------------------------------------------------------------------------------- the folders
 
 
-def _with_gate(config: Mapping[str, Any], tensors: Any) -> Mapping[str, Any]:
-    """Files do not say in config.json whether the blocks have the gate of video sparse attention; their tensors do."""
-    if "gate_compress" in config or f"{names.GATE.format(layer=0)}.weight" not in tensors:
-        return config
-    return {**config, "gate_compress": True}
-
-
 TRANSFORMER = Part(
     config=wan.DiTConfig,
     classes=("WanTransformer3DModel", "CausalWanTransformer3DModel"),
@@ -63,7 +57,7 @@ TRANSFORMER = Part(
     names=names.transformer,
     precision="transformer",
     published=("diffusers", lambda cfg: cfg.to_json()["_class_name"]),
-    complete=_with_gate,
+    complete=with_gate,
     optional=True,  # one of EXPERTS may be missing, which `_misfits` knows
 )
 VAE = Part(
@@ -112,11 +106,11 @@ def _misfits(models: Models) -> str | None:
             f"the transformer takes {dit.in_channels} latent channels and text of width {dit.text_dim},\n"
             f"the VAE gives {vae.z_dim} and the text encoder {text.d_model}."
         )
-    pipeline, expected = models.index.get("_class_name"), _pipeline_of(dit)
-    if pipeline != expected:
+    pipeline, expected = models.index.get("_class_name"), _pipelines_of(dit)
+    if pipeline not in expected:
         return (
             f"model_index.json describes a {pipeline}, transformer/config.json a {dit.to_json()['_class_name']}; "
-            f"expected {expected} with that."
+            f"expected {' or '.join(expected)} with that."
         )
     values = {name: value for name, value in models.index.items() if not isinstance(value, list)}
     known_fields("model_index.json", values, ("_class_name", EXPANDED, "boundary_ratio"))
@@ -137,8 +131,8 @@ def _interface(dit: wan.DiTConfig) -> tuple[Any, ...]:
     return dit.patch_size, dit.in_channels, dit.out_channels, dit.text_dim, dit.causal
 
 
-def _pipeline_of(dit: wan.DiTConfig) -> str:
-    return "WanCausalDMDPipeline" if dit.causal else "WanPipeline"
+def _pipelines_of(dit: wan.DiTConfig) -> tuple[str, ...]:
+    return ("WanCausalDMDPipeline",) if dit.causal else ("WanPipeline", "WanDMDPipeline")
 
 
 # ------------------------------------------------------------------------------------------------- what settings mean
@@ -166,6 +160,11 @@ def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, A
         values["vae_tiles"] = str(tiles)
     listed = samplers.own_steps(str(values.get("solver")), str(values.get("grid")))
     return values | ({"steps": listed} if listed and "steps" not in given else {})
+
+
+def _complete_few_steps(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    dit = models.configs["transformer"]
+    return _complete(models, {**few_steps(dit.in_channels, dit.gate_compress), **defaults}, given)
 
 
 def _check_prompt(models: Models, prompt: Any) -> str:
@@ -494,6 +493,22 @@ TEXT_AND_IMAGE_TO_VIDEO = dataclasses.replace(
             {"transformer": wan.WAN_2_2_TI2V_5B, "vae": wan.WAN_2_2_VAE, "text_encoder": umt5.UMT5_XXL},
             {},
             {EXPANDED: True},
+        )
+    },
+)
+_GATED = (dataclasses.replace(cfg, gate_compress=True) for cfg in (wan.WAN_2_1_T2V_1_3B, wan.WAN_2_1_T2V_14B))
+FEW_STEPS = dataclasses.replace(
+    TEXT_TO_VIDEO,
+    name="FastWan",
+    pipeline="WanDMDPipeline",
+    complete=_complete_few_steps,
+    published={
+        name: Models({"transformer": dit, "vae": vae, "text_encoder": umt5.UMT5_XXL}, {}, {})
+        for name, dit, vae in zip(
+            ("FastWan2.1-T2V-1.3B-Diffusers", "FastWan2.1-T2V-14B-Diffusers", "FastWan2.2-TI2V-5B-FullAttn-Diffusers"),
+            (*_GATED, wan.WAN_2_2_TI2V_5B),
+            (wan.WAN_2_1_VAE, wan.WAN_2_1_VAE, wan.WAN_2_2_VAE),
+            strict=True,
         )
     },
 )

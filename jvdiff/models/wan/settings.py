@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,14 @@ from typing import Any
 from jvdiff.config import option
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import options
-from jvdiff.weights.safetensors import read_json
+from jvdiff.weights.safetensors import STEM, read_json, tensor_names
 
-PIPELINES = {"WanPipeline": "TEXT_TO_VIDEO", "WanCausalDMDPipeline": "CAUSAL"}  # _class_name: name in family.py
+PIPELINES = {  # _class_name: names in family.py
+    "WanPipeline": ("TEXT_TO_VIDEO", "TEXT_AND_IMAGE_TO_VIDEO"),
+    "WanDMDPipeline": ("FEW_STEPS",),
+    "WanCausalDMDPipeline": ("CAUSAL",),
+}
 EXPANDED = "expand_timesteps"  # in model_index.json: a picture is the first frame, and that has a timestep of its own
-
 _GRIDS = ("diffusers", "wan", "karras", "exponential", "beta", "sigmas", "timesteps")
 
 
@@ -129,7 +132,8 @@ def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
     expanded = index.get(EXPANDED)
     if expanded not in (None, False, True):
         raise CheckpointError(f"model_index.json: {EXPANDED} is {expanded!r:.40}; expected true or false.")
-    return "TEXT_AND_IMAGE_TO_VIDEO" if name == "WanPipeline" and expanded else PIPELINES.get(name)
+    names = PIPELINES.get(name, (None,))
+    return names[-1] if expanded else names[0]
 
 
 def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
@@ -139,6 +143,11 @@ def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     Raises:
         CheckpointError: jvdiff has no equivalent of the scheduler, or the boundary is not a share.
     """
+    if index.get("_class_name") == "WanDMDPipeline":
+        config = with_gate(
+            read_json(folder / "transformer" / "config.json"), tensor_names(folder / "transformer", STEM)
+        )
+        return few_steps(config.get("in_channels", 16), config.get("gate_compress", False))
     file = folder / "scheduler" / "scheduler_config.json"
     vae = folder / "vae" / "config.json"
     kind = kind_defaults(read_json(vae).get("z_dim")) if vae.is_file() else {}
@@ -168,3 +177,22 @@ def scheduled(config: Mapping[str, Any]) -> Mapping[str, Any]:
     from jvdiff.diffusion import schedules  # has numpy, which no other page of help needs
 
     return schedules.from_scheduler_config(config)._asdict()
+
+
+def few_steps(channels: int, gated: bool) -> Mapping[str, Any]:
+    """The settings of FastWan, which none of its files has: FastVideo's sampler of three steps, whose shift is 8 for
+    every model and which does without guidance, at the size of the training. The scheduler's file is not used.
+
+    Args:
+        channels: of the latents, 48 for Wan 2.2's 5B. gated: whether it was trained with video sparse attention.
+    """
+    size = {"num_frames": 61, "height": 448, "width": 832, "fps": 16, **kind_defaults(channels)}
+    sampler = {"solver": "dmd:1000,757,522", "steps": 3, "shift": 8.0, "grid": "diffusers", "guidance": 1.0}
+    return {**size, **sampler, "pattern": "video_sparse:4x4x4:0.8" if gated else "dense"}
+
+
+def with_gate(config: Mapping[str, Any], tensors: Collection[str]) -> Mapping[str, Any]:
+    """Files do not say in config.json whether the blocks have the gate of video sparse attention; their tensors do."""
+    if "gate_compress" in config or "blocks.0.to_gate_compress.weight" not in tensors:
+        return config
+    return {**config, "gate_compress": True}

@@ -84,7 +84,7 @@ def test_a_clip_depends_neither_on_its_batch_nor_on_the_noise_of_its_first_frame
     changed = noise.copy()
     changed[:, 0] += 3
     np.testing.assert_array_equal(jvdiff.generate(pipe, PROMPT, noise=changed, **more).latents, one.latents)
-    np.testing.assert_array_equal(one.latents[:, 0], out.latents[:1, 0])
+    np.testing.assert_allclose(one.latents[:, 0], out.latents[:1, 0], atol=1e-5)
     dense = jvdiff.generate(pipe, PROMPT, noise=noise, **more | {"pattern": "dense"})
     np.testing.assert_allclose(dense.latents, one.latents, atol=1e-4)
     without = jvdiff.generate(pipe, PROMPT, noise=noise, **more | {"image": None})
