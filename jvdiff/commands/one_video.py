@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +66,7 @@ class Maker:
     again: the command that goes on with a batch; None where there is one video, whose state goes on
     compiled: bytes that each program needs besides the weights, of those that were compiled, by key
     ahead: waits for programs that are compiled since before weights were read, and gives them by key
+    kept: what encoders made of prompts and pictures
     """
 
     pipe: Pipeline
@@ -76,6 +77,10 @@ class Maker:
     again: str | None = None
     compiled: dict[Any, int] = dataclasses.field(default_factory=dict)
     ahead: Callable[[], dict[Any, Any]] = dict
+
+    @functools.cached_property
+    def kept(self) -> pipeline.Kept:
+        return pipeline.Kept(self.pipe.run)
 
     def command(self, state: Path, job: Job) -> str:
         """The command that goes on from a saved state of a job."""
@@ -214,7 +219,7 @@ def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
         making = _Making(maker, job, base, job.clip.sampler.make(), done, seconds)
         making.residency = _compile(making)
         with progress.phase("encode", seconds, "encode"), stage("encode"):
-            conditions = pipeline.encode(pipe.context, job.clip, job.inputs, pipe.run)
+            conditions = pipeline.encode(pipe.context, job.clip, job.inputs, maker.kept)
         making.state = _begin(making)
         with deferred():
             with making.keeping():
@@ -246,6 +251,7 @@ def _compile(making: _Making) -> plan.Residency | None:
     maker, pipe = making.maker, making.maker.pipe
     with progress.phase("compiling", making.seconds, "compile"), stage("compile"):
         works = measured(pipe.context, making.job, maker.config.stop_at, maker.compiled, maker.ahead)
+    maker.kept.parts = plan.encoders(making.clip, works)
     if (pool := plan.pool()) is None and maker.config.in_turn is None:
         return None
     chosen, sentence = residency(pipe.context, making.clip, works, maker.config.in_turn, pool)
@@ -253,6 +259,21 @@ def _compile(making: _Making) -> plan.Residency | None:
         say(sentence)
         pipe.weights.take_turns(chosen.in_turn)
     return chosen
+
+
+def encode_ahead(maker: Maker, jobs: Sequence[Job]) -> int:
+    """Lets encoders that are in turn see these jobs one encoder after another, before any clip is made.
+
+    So the weights of each come to the device once. Returns how many jobs they have seen, as far as that is kept.
+    """
+    pipe, kept = maker.pipe, maker.kept
+    if len(jobs) < 2 or not pipe.weights.in_turn:
+        return 0
+    works = measured(pipe.context, jobs[0], maker.config.stop_at, maker.compiled, maker.ahead)
+    kept.parts = plan.encoders(jobs[0].clip, works)
+    kept.clear()
+    with progress.phase("encoding what is to be made", {}, "encode"), stage("encode"):
+        return pipeline.encode_ahead(pipe.context, [(job.clip, job.inputs) for job in jobs], kept)
 
 
 def measured(
