@@ -247,12 +247,14 @@ def _made(maker: Any, jobs: Sequence[Any], batch: Any, problems: list[str], seco
     """
     from jvdiff.commands import one_video
 
-    paths: list[Path] = []
+    paths, encoded = [], 0
     turns = (each for each in enumerate(jobs)) if batch is None else batch.turns(maker.asked_to_stop, maker.again)
     with contextlib.closing(turns):
         for number, job in turns:
             if len(jobs) > 1:
                 say(f"video {number + 1} of {len(jobs)}")
+            if number >= encoded:
+                encoded = number + one_video.encode_ahead(maker, jobs[number:])
             try:
                 with profiling.profile(maker.config.profile if not paths else None):
                     paths += one_video.make(maker, job, dict(seconds))

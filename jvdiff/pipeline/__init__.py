@@ -3,7 +3,6 @@
 from jvdiff.pipeline.generate import (
     Output,
     Pipeline,
-    abstract_params,
     check_fits,
     check_parts,
     check_subjects,
@@ -17,12 +16,27 @@ from jvdiff.pipeline.generate import (
 from jvdiff.pipeline.lending import Weights
 from jvdiff.pipeline.repository import Repository, inspect, save
 from jvdiff.pipeline.settings import check_seed, read_defaults, resolve
-from jvdiff.pipeline.stages import Call, Context, Executor, Tracer, begin, decode, denoise, encode, initial_noise, trace
+from jvdiff.pipeline.stages import (
+    Call,
+    Context,
+    Executor,
+    Kept,
+    Tracer,
+    abstract_params,
+    begin,
+    decode,
+    denoise,
+    encode,
+    encode_ahead,
+    initial_noise,
+    trace,
+)
 
 __all__ = [
     "Call",
     "Context",
     "Executor",
+    "Kept",
     "Output",
     "Pipeline",
     "Repository",
@@ -37,6 +51,7 @@ __all__ = [
     "decode",
     "denoise",
     "encode",
+    "encode_ahead",
     "generate",
     "initial_noise",
     "inspect",

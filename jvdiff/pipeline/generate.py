@@ -25,7 +25,7 @@ from jvdiff.pipeline import stages
 from jvdiff.pipeline.lending import Weights
 from jvdiff.pipeline.repository import Repository, check_at_once, inspect
 from jvdiff.pipeline.settings import check_seed
-from jvdiff.pipeline.stages import Context, Executor
+from jvdiff.pipeline.stages import Context, Executor, abstract_params
 from jvdiff.runtime import memory, peers, profiling
 from jvdiff.runtime.target import here
 from jvdiff.sharding import MeshShape, Placement, check_mesh, make_mesh, read_mesh
@@ -92,14 +92,6 @@ class Output:
     subjects: tuple[str, ...]
     seeds: tuple[int, ...]
     settings: Any
-
-
-def abstract_params(family: Family, models: Models, dtypes: precisions.Precision) -> dict[str, Params]:
-    """The parameter tree of each part as ShapeDtypeStructs, in the dtypes of the precision table."""
-    return {
-        name: family.parts[name].abstract(cfg, jnp.dtype(getattr(dtypes, family.parts[name].precision)))
-        for name, cfg in models.configs.items()
-    }
 
 
 def load(

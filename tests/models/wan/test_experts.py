@@ -220,3 +220,16 @@ def test_what_a_device_holds_between_stages(pipe, folder, mesh):
     assert live("pinned_host") == (sum(sizes.values()) if mesh else 0)  # copies stay
     np.testing.assert_allclose(state.x, expected.latents, rtol=0, atol=1e-5 if mesh else 0)
     np.testing.assert_allclose(video, expected.video, rtol=0, atol=1 if mesh else 0)
+
+
+def test_what_is_encoded_ahead_has_a_limit(pipe, monkeypatch):
+    """Of the first encoder, which comes to the device again for what is left; equal requests are computed once."""
+    clip = pipe.clip()
+    texts = ("a", "a red seven", "a")
+    requests = [(clip, pipe.family.inputs(pipe.models, clip, Request(prompts=(text,)))) for text in texts]
+    kept = pipeline.Kept(pipe.run, ("text_encoder",))
+    assert pipeline.encode_ahead(pipe.context, requests, kept) == 3
+    monkeypatch.setattr(pipeline.Kept, "LIMIT", 1)
+    assert kept.full and pipeline.encode_ahead(pipe.context, requests, kept) == 1
+    direct, again = (pipeline.encode(pipe.context, *requests[1], run) for run in (pipe.run, kept))
+    jax.tree.map(np.testing.assert_array_equal, again, direct)
