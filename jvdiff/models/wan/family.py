@@ -143,9 +143,13 @@ def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, A
     where neither has them, and the boundary between two transformers from model_index.json.
 
     A solver or a grid that is a list says how many steps there are, unless `steps` is given too. A boundary that is
-    given, in either way, is the only one.
+    given, in either way, is the only one; a guidance that is given is that of both transformers.
     """
-    values = {**kind_defaults(models.configs["vae"].z_dim), **defaults, **given}
+    second = models.configs.get("transformer_2")
+    kind = dict(kind_defaults(models.configs["vae"].z_dim, second and second.in_channels))
+    if "guidance" in {**defaults, **given}:
+        kind.pop("guidance_2", None)
+    values = {**kind, **defaults, **given}
     scheduler = models.files.get("scheduler")
     if not {"boundary", "boundary_step"} & values.keys():
         values |= boundary(models.index)

@@ -123,8 +123,7 @@ def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
         CheckpointError: it is of this family, and jvdiff does not run it.
     """
     name = str(index.get("_class_name"))
-    second = index.get("transformer_2")
-    if name == "WanCausalDMDPipeline" and isinstance(second, list) and second[:1] not in ([], [None]):
+    if name == "WanCausalDMDPipeline" and two_experts(index):
         raise CheckpointError(
             "holds two causal transformers (Self-Forcing of Wan 2.2), which jvdiff does not run.\n"
             "Use a causal repository with one, wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers for instance."
@@ -149,14 +148,32 @@ def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
         )
         return few_steps(config.get("in_channels", 16), config.get("gate_compress", False))
     file = folder / "scheduler" / "scheduler_config.json"
-    vae = folder / "vae" / "config.json"
-    kind = kind_defaults(read_json(vae).get("z_dim")) if vae.is_file() else {}
+    vae, second = folder / "vae" / "config.json", folder / "transformer_2" / "config.json"
+    channels = read_json(second).get("in_channels") if two_experts(index) and second.is_file() else None
+    kind = kind_defaults(read_json(vae).get("z_dim"), channels) if vae.is_file() else {}
     return {**kind, **(scheduled(read_json(file)) if file.is_file() else {}), **boundary(index)}
 
 
-def kind_defaults(channels: Any) -> Mapping[str, Any]:
-    """What a kind of model makes that its files do not say, by the channels of its latents: 48 are Wan 2.2's 5B."""
-    return {"num_frames": 121, "height": 704, "width": 1280, "fps": 24} if channels == 48 else {}
+def two_experts(index: Mapping[str, Any]) -> bool:
+    """Whether a model_index.json names a second transformer."""
+    second = index.get("transformer_2")
+    return isinstance(second, list) and second[:1] not in ([], [None])
+
+
+def kind_defaults(channels: Any, second: Any = None) -> Mapping[str, Any]:
+    """What a kind of model is run with that its files do not say; {} for Wan 2.1.
+
+    Args:
+        channels: of the latents; 48 are Wan 2.2's 5B.
+        second: channels that a second transformer takes, which Wan 2.2's A14B has; more than those of the latents are
+            those of the model for pictures. None: there is none.
+    """
+    if channels == 48:
+        return {"num_frames": 121, "height": 704, "width": 1280, "fps": 24}
+    if second is None:
+        return {}
+    guidance = (4.0, 3.0) if second == channels else (3.5, 3.5)
+    return {"height": 720, "width": 1280, "steps": 40, **dict(zip(("guidance", "guidance_2"), guidance, strict=True))}
 
 
 def boundary(index: Mapping[str, Any]) -> Mapping[str, Any]:
