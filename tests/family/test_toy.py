@@ -318,6 +318,10 @@ def test_a_line_of_a_file_has_its_own_pictures(command, repository, illustrated,
         "(image file is truncated); save it anew as PNG.",
         "line 4: image is 5; expected the path of a picture.",
     ]
+    jobs._kept.cache_clear()
+    videos.write_png(path.parent / "wide.png", 255 - wide)
+    with pytest.raises(CheckpointError, match=r"wide\.png: changed since it was read before; start again"):
+        [job.inputs for job in made[::-1]]
     request = sample.parse(command(prompts=path, **SQUARE))
     made, _ = jobs.make_jobs(request.config, pipeline.inspect(repository, family=TOY), request.given)
     assert {job.clip.frames[1:] for job in made} == {(16, 16), (8, 16)}

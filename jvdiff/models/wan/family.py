@@ -1,6 +1,5 @@
 """Wan as families: text-to-video at once, with one transformer or two, with a picture or without, in few steps
 (FastWan), and chunk by chunk (Self-Forcing).
-(Self-Forcing).
 
     B batch · T latent frames · H W latent grid · C latent channels · S text tokens · D text width
 
@@ -167,7 +166,7 @@ def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, A
 
 
 def _complete_few_steps(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
-    dit = models.configs["transformer"]
+    dit = expert(models)
     return _complete(models, {**few_steps(dit.in_channels, dit.gate_compress), **defaults}, given)
 
 
