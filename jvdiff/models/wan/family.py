@@ -28,12 +28,12 @@ from jvdiff.kernels.patterns import Pattern, WindowTable
 from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.kernels.tiles import Grid
 from jvdiff.models import vae_tiles, wan
-from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Run, Segment, Stage
+from jvdiff.models.family import Clip, Embedding, Family, Files, Forward, Models, Part, Run, Segment, Stage
 from jvdiff.models.pixels import nonfinite_share, to_pixels
 from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5, umt5_names
 from jvdiff.models.vae_tiles import Tiles
-from jvdiff.models.wan import conditions, names, places
+from jvdiff.models.wan import conditions, embeddings, names, places
 from jvdiff.models.wan.conditions import TEXT_LENGTH, Condition, Inputs
 from jvdiff.models.wan.settings import EXPANDED, Settings, boundary, few_steps, kind_defaults, scheduled, with_gate
 from jvdiff.sharding import MeshShape, Placement, Sizes
@@ -480,6 +480,7 @@ TEXT_TO_VIDEO = Family(
     attention=_attention,
     window_losses=_window_losses,
     describe=lambda models, prompt: {"prompt": prompt},
+    embeddings={"text_embeddings": Embedding("text_encoder", embeddings.text)},
     published={
         "Wan2.1-T2V-1.3B-Diffusers": _published(wan.WAN_2_1_T2V_1_3B),
         "Wan2.1-T2V-14B-Diffusers": _published(wan.WAN_2_1_T2V_14B),
