@@ -387,45 +387,43 @@ def _decode_program(cfg: wan.VAEConfig, placement: Placement | None, arithmetic:
 def _decode_tiles(
     cfg: wan.VAEConfig, clip: Clip, forward: Forward, run: Run, latents: Array
 ) -> Iterator[tuple[Any, Any, int]]:
-    """Every tile over all frames, kept on the device as float32 until the frames are put together one after another."""
-    frames, *grid = clip.latents[:3]
-    where, placement = wan.cut_to_decode(cfg, clip.vae_tiles, *grid), forward.placement
+    """Every tile over all frames, which go to the host, whence they are put together one latent frame after another."""
+    height, width, placement = *clip.latents[1:3], forward.placement
+    where = wan.cut_to_decode(cfg, clip.vae_tiles, height, width)
     assert where is not None
-    tile, tiles = Stage("decode tile", "vae", _tile_program(cfg, placement, forward.decode)), []
-    for rows in where.rows:
-        tiles.append([])
-        for columns in where.columns:
-            tiles[-1].append(run(tile, latents[:, :, rows, columns]))  # [1,T,h,w,C] -> [1,F,y,x,3*p*p]
+    tile, rows = Stage("decode tile", "vae", _tile_program(cfg, placement, forward.decode)), []
+    for y in where.rows:
+        rows.append([])
+        for x in where.columns:
+            rows[-1].append(jax.device_get(run(tile, latents[:, :, y, x])))
             yield np.zeros((1, 0, *clip.frames[1:], 3), np.uint8), 0.0, 0
-    for t in range(frames):
-        count = cfg.temporal_factor if t else 1
-        program = _join_program(cfg, clip.vae_tiles, *grid, count, placement)
-        stage = Stage("join next" if t else "join first", "vae", program)
-        pixels, bad = run(stage, tiles, np.int32(t and 1 + (t - 1) * count))  # [1,count,Y,X,3]
+    join = _join_program(cfg, clip.vae_tiles, height, width, placement)
+    for t in range(clip.latents[0]):
+        stage = Stage("join next" if t else "join first", "vae", join)
+        pixels, bad = run(stage, [[tile[t] for tile in row] for row in rows])
         yield pixels, bad, t + 1
 
 
 @functools.lru_cache(maxsize=8)
 def _tile_program(cfg: wan.VAEConfig, placement: Placement | None, arithmetic: str | None) -> Any:
-    """jitted (params, normalised latents [1,T,h,w,C] of a tile) -> float32 [1,F,y,x,3*p*p] for `wan.join_tiles`."""
+    """jitted (params, normalised latents [1,T,h,w,C] of a tile) -> for each latent frame what `wan.join_tiles` takes,
+    float32 [1,F,y,x,C], F as in `_decode_program`."""
 
-    def tile(params: Params, latents: Array) -> Array:
+    def tile(params: Params, latents: Array) -> list[Array]:
         latents = wan.denormalize_latents(cfg, latents)
         patches = wan.decode_tile(params, cfg, latents, placement=placement, arithmetic=arithmetic)
-        return patches if placement is None else placement.replicate(patches)
+        patches = patches if placement is None else placement.replicate(patches)
+        return jnp.split(patches, list(range(1, patches.shape[1], cfg.temporal_factor)), axis=1)
 
     return jax.jit(tile)
 
 
 @functools.lru_cache(maxsize=8)
-def _join_program(
-    cfg: wan.VAEConfig, tiles: Tiles, height: int, width: int, count: int, placement: Placement | None
-) -> Any:
-    """jitted (params, every tile, int32 first frame) -> (uint8 [1,count,Y,X,3], non-finite share)."""
+def _join_program(cfg: wan.VAEConfig, tiles: Tiles, height: int, width: int, placement: Placement | None) -> Any:
+    """jitted (params, rows of tiles [1,F,y,x,C]) -> (uint8 [1,F,Y,X,3], non-finite share)."""
     where: Any = wan.cut_to_decode(cfg, tiles, height, width)
 
-    def join(params: Params, rows: Any, start: Array) -> tuple[Array, Array]:
-        rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, count, axis=1), rows)
+    def join(params: Params, rows: Any) -> tuple[Array, Array]:
         frames = wan.join_tiles(cfg, rows, where)
         pixels, bad = to_pixels(frames), nonfinite_share(frames)
         return (pixels, bad) if placement is None else placement.replicate((pixels, bad))
