@@ -21,7 +21,15 @@ if TYPE_CHECKING:
         remembered,
         text_keys,
     )
-    from jvdiff.models.wan.config import WAN_2_1_T2V_1_3B, WAN_2_1_T2V_14B, WAN_2_1_VAE, DiTConfig, VAEConfig
+    from jvdiff.models.wan.config import (
+        WAN_2_1_FLF2V_14B,
+        WAN_2_1_I2V_14B,
+        WAN_2_1_T2V_1_3B,
+        WAN_2_1_T2V_14B,
+        WAN_2_1_VAE,
+        DiTConfig,
+        VAEConfig,
+    )
     from jvdiff.models.wan.dit import velocity, window_losses
     from jvdiff.models.wan.params import abstract_params, init_params
     from jvdiff.models.wan.plan import mesh_sizes
@@ -38,6 +46,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DECODER",
+    "WAN_2_1_FLF2V_14B",
+    "WAN_2_1_I2V_14B",
     "WAN_2_1_T2V_1_3B",
     "WAN_2_1_T2V_14B",
     "WAN_2_1_VAE",

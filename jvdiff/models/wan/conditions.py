@@ -1,6 +1,12 @@
 """What steers a clip of this family: tokens and pictures as a request has them, and what networks make of them.
 
-B batch · T latent frames · H W latent grid · C latent channels · S text tokens · D text width
+B batch · T latent frames · H W latent grid · C latent channels · S text tokens · D text width ·
+P different pictures, 1 or B · n pictures of a clip, 1 or 2 · I tokens of a clip's pictures · Y X pixel height, width.
+
+A picture goes two ways, each from the original: squashed to the clip's size into the VAE, whose latents stand behind
+the noisy ones in the network's input; and the way of CLIP into an image encoder, whose tokens stand beside the text.
+
+Source: diffusers' WanImageToVideoPipeline (0.42).
 """
 
 from __future__ import annotations
@@ -12,10 +18,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
+from jvdiff.errors import UsageError
+from jvdiff.models import wan
 from jvdiff.models.family import Clip, Forward, Models, Request, Run, Stage
 from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5
+from jvdiff.models.vision import clip as towers
+from jvdiff.models.vision import pictures
 from jvdiff.sharding import Placement
 from jvdiff.types import Array, Params
 
@@ -30,7 +42,7 @@ class Condition(NamedTuple):
 
     text: [B,S,D], zero beyond each prompt's end; the last row stands for all up to TEXT_LENGTH
     image: [B,I,width of the image encoder], what it made of the pictures
-    latents: float32 [B,T,H,W,channels], behind the noisy latents in the network's input
+    latents: float32 [B,T,H,W,channels(vae)], behind the noisy latents in the network's input
     first: float32 [B,1,H,W,C], latents that the first frame has at every step
     """
 
@@ -55,9 +67,13 @@ class Inputs(NamedTuple):
     """A request as arrays.
 
     tokens: of the prompts
+    pixels: uint8 [P,n,Y,X,3], the clips' pictures at their size
+    seen: float32 [P,n,S,S,3], the same pictures as the image encoder takes them
     """
 
     tokens: Tokens
+    pixels: Any = None
+    seen: Any = None
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tokens:
@@ -79,28 +95,130 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tokens:
 
 
 def inputs(models: Models, clip: Clip, request: Request) -> Inputs:
-    """The arrays of a request, made once."""
+    """The arrays of a request, made once. One picture that all clips share is there once.
+
+    Raises:
+        UsageError: a second picture for a network that attends to the tokens of one.
+    """
+    dit = models.configs["transformer"]
+    if request.last_images is not None and dit.image_dim and not dit.pos_embed_seq_len:
+        raise UsageError(
+            "last_image is given, and these weights take one picture; leave it out, or take weights for two: "
+            "Wan2.1-FLF2V-14B-720P or Wan2.2-I2V-A14B."
+        )
     negative = [clip.settings.negative_prompt] if clip.guided else []
-    return Inputs(tokenize(models.files["tokenizer"], [*request.prompts, *negative]))
+    tokens = tokenize(models.files["tokenizer"], [*request.prompts, *negative])
+    if request.images is None:
+        return Inputs(tokens)
+    shown = list(zip(*(each for each in (request.images, request.last_images) if each is not None), strict=True))
+    if all(one is other for each in shown for one, other in zip(each, shown[0], strict=True)):
+        shown = shown[:1]
+    _, height, width = clip.frames
+    pixels = np.stack([[pictures.squash(one, height, width) for one in each] for each in shown])
+    if "image_encoder" not in models.configs:
+        return Inputs(tokens, pixels)
+    processor = models.files["image_processor"]
+    return Inputs(tokens, pixels, np.stack([[pictures.seen_by_clip(one, processor) for one in each] for each in shown]))
 
 
 def longest(models: Models, clip: Clip, clips: int) -> Inputs:
-    """The arrays of `clips` clips as ShapeDtypeStructs, with the longest text."""
-    shape = (clips + clip.guided, TEXT_LENGTH)
-    return Inputs(Tokens(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)))
+    """The arrays of `clips` clips as ShapeDtypeStructs, with the longest text and pictures of their own each."""
+    struct, shape = jax.ShapeDtypeStruct, (clips + clip.guided, TEXT_LENGTH)
+    tokens = Tokens(struct(shape, jnp.int32), struct(shape, jnp.bool_))
+    dit, tower = models.configs["transformer"], models.configs.get("image_encoder")
+    if dit.in_channels == dit.out_channels:
+        return Inputs(tokens)
+    count = 2 if dit.pos_embed_seq_len else 1
+    pixels = struct((clips, count, *clip.frames[1:], 3), jnp.uint8)
+    if tower is None:
+        return Inputs(tokens, pixels)
+    return Inputs(tokens, pixels, struct((clips, count, tower.image_size, tower.image_size, 3), jnp.float32))
 
 
 def encode(
     models: Models, clip: Clip, forward: Forward, run: Run, inputs: Inputs
 ) -> tuple[Condition, Condition | None]:
-    """The condition of the prompts and that of the negative prompt, None without guidance.
+    """The condition of the prompts and that of the negative prompt, None without guidance; pictures are of both.
 
     S of the text is a bucket, not 512: the last row, zero like the 512 - S that would follow, stands for all of them
     (`velocity(..., text_length=512)`).
     """
-    program = _text_program(models.configs["text_encoder"], forward.placement, clip.guided)
+    placement, clips = forward.placement, len(inputs.tokens.ids) - clip.guided
+    program = _text_program(models.configs["text_encoder"], placement, clip.guided)
     rows, other = run(Stage("text", "text_encoder", program), *inputs.tokens)
-    return Condition(rows), None if other is None else Condition(other)
+    image = latents = None
+    if inputs.seen is not None:
+        program = _image_program(models.configs["image_encoder"], placement, clips)
+        image = run(Stage("image", "image_encoder", program), inputs.seen)
+    if inputs.pixels is not None:
+        program = _picture_program(models.configs["vae"], placement, clips, clip.latents[0])
+        latents = run(Stage("picture", "vae", program), inputs.pixels)
+    return Condition(rows, image, latents), None if other is None else Condition(other, image, latents)
+
+
+def channels(vae: wan.VAEConfig) -> int:
+    """Channels of `Condition.latents`: a mask over a latent frame's pixel frames, and latents."""
+    return vae.temporal_factor + vae.z_dim
+
+
+def network_input(condition: Condition, x: Array) -> Array:
+    """Noisy latents [B,T,H,W,C] with what a condition puts behind them."""
+    return x if condition.latents is None else jnp.concatenate([x, condition.latents], axis=-1)
+
+
+@functools.lru_cache(maxsize=8)
+def _image_program(cfg: towers.Config, placement: Placement | None, clips: int) -> Any:
+    """jitted (params, float32 [P,n,S,S,3]) -> picture tokens [B,I,D], those of a clip's pictures behind one another."""
+
+    def image(params: Params, seen: Array) -> Array:
+        rows = towers.encode(params, cfg, seen.reshape(-1, *seen.shape[2:]), placement=placement)
+        rows = rows.reshape(len(seen), -1, rows.shape[-1])  # [P*n,257,D] -> [P,I,D]
+        rows = jnp.broadcast_to(rows, (clips, *rows.shape[1:]))
+        return rows if placement is None else placement.replicate(rows)
+
+    return jax.jit(image)
+
+
+@functools.lru_cache(maxsize=8)
+def _picture_program(cfg: wan.VAEConfig, placement: Placement | None, clips: int, frames: int) -> Any:
+    """jitted (params, uint8 [P,n,Y,X,3]) -> `Condition.latents` of clips of this many latent frames."""
+
+    def picture(params: Params, pixels: Array) -> Array:
+        shown = pixels.astype(jnp.float32) / 255 * 2 - 1
+        latents = wan.normalize_latents(cfg, encode_shown(params, cfg, shown, frames, placement))
+        mask = np.zeros((frames, cfg.temporal_factor), np.float32)
+        mask[0] = 1  # the first latent frame is one pixel frame, which counts as often as the others have some
+        if shown.shape[1] == 2:
+            mask[-1, -1] = 1
+        mask = jnp.broadcast_to(mask[None, :, None, None], (*latents.shape[:-1], mask.shape[1]))  # [P,T,H,W,4]
+        both = jnp.concatenate([mask, latents], axis=-1)
+        both = jnp.broadcast_to(both, (clips, *both.shape[1:]))  # [P,T,H,W,channels] -> [B,T,H,W,channels]
+        return both if placement is None else placement.replicate(both)
+
+    return jax.jit(picture)
+
+
+def encode_shown(
+    params: Params, cfg: wan.VAEConfig, shown: Array, frames: int, placement: Placement | None = None
+) -> Array:
+    """The posterior's mean [P,T,H,W,C] of clips of T = `frames` latent frames that are grey but for their pictures.
+
+    shown: float32 [P,n,Y,X,3] in -1..1, the first frame, and for n = 2 the last; grey is 0.
+    """
+    step = functools.partial(wan.encode_chunk, params, cfg, placement=placement)
+    first, cache = step(shown[:, :1], None)
+    if frames == 1:
+        return first
+    grey = jnp.zeros_like(shown[:, :1])
+
+    def following(cache: Any, last: Array) -> tuple[Any, Array]:
+        end = jnp.where(last, shown[:, -1:], grey) if shown.shape[1] == 2 else grey
+        chunk = jnp.concatenate([grey] * (cfg.temporal_factor - 1) + [end], axis=1)
+        latents, cache = step(chunk, cache)
+        return cache, latents
+
+    _, later = lax.scan(following, cache, jnp.arange(1, frames) == frames - 1)  # [T-1,P,1,H,W,C]
+    return jnp.concatenate([first, jnp.moveaxis(later[:, :, 0], 0, 1)], axis=1)
 
 
 @functools.lru_cache(maxsize=8)

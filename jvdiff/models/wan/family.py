@@ -27,6 +27,7 @@ from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Run
 from jvdiff.models.pixels import nonfinite_share, to_pixels
 from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5, umt5_names
+from jvdiff.models.vision import clip, clip_names, pictures
 from jvdiff.models.wan import conditions, names, places
 from jvdiff.models.wan.conditions import TEXT_LENGTH, Condition, Inputs
 from jvdiff.models.wan.settings import Settings, scheduled
@@ -43,11 +44,11 @@ _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler"
 # ---------------------------------------------------------------------------------------------------------- the folders
 
 
-def _with_gate(config: Mapping[str, Any], tensors: Any) -> Mapping[str, Any]:
-    """Files do not say in config.json whether the blocks have the gate of video sparse attention; their tensors do."""
-    if "gate_compress" in config or f"{names.GATE.format(layer=0)}.weight" not in tensors:
-        return config
-    return {**config, "gate_compress": True}
+def _with_fields(config: Mapping[str, Any], tensors: Any) -> Mapping[str, Any]:
+    """Files do not say in config.json whether the blocks have the gate of video sparse attention, or the norm that
+    nobody uses; their tensors do."""
+    shown = {"gate_compress": f"{names.GATE}.weight", "image_q_norm": names.IMAGE_Q_NORM}
+    return {**{field: True for field, name in shown.items() if name.format(layer=0) in tensors}, **config}
 
 
 TRANSFORMER = Part(
@@ -58,7 +59,7 @@ TRANSFORMER = Part(
     names=names.transformer,
     precision="transformer",
     published=("diffusers", lambda cfg: cfg.to_json()["_class_name"]),
-    complete=_with_gate,
+    complete=_with_fields,
 )
 VAE = Part(
     config=wan.VAEConfig,
@@ -80,6 +81,22 @@ TEXT_ENCODER = Part(
     published=("transformers", lambda cfg: "UMT5EncoderModel"),
     stem="model",
 )
+IMAGE_ENCODER = Part(
+    config=clip.Config,
+    classes=("clip_vision_model",),
+    abstract=clip.abstract_params,
+    places=clip.PLACES,
+    names=clip_names.rules,
+    precision="image_encoder",
+    published=("transformers", clip.class_of),
+    stem="model",
+    ignored=lambda cfg: clip_names.IGNORED,
+    complete=clip.complete,
+    optional=True,
+)
+IMAGE_PROCESSOR = Files(
+    (pictures.FILE,), pictures.read_processor, ("transformers", lambda processor: "CLIPImageProcessor"), optional=True
+)
 TOKENIZER = Files(
     ("*.json", "*.model", "*.txt"),
     tokenizers.load,
@@ -96,11 +113,15 @@ SCHEDULER = Files(
 def _misfits(models: Models) -> str | None:
     """What of a repository does not fit together."""
     dit, vae, text = (models.configs[name] for name in ("transformer", "vae", "text_encoder"))
-    if dit.in_channels != vae.z_dim or dit.text_dim != text.d_model:
+    conditioned = models.index.get("_class_name") == "WanImageToVideoPipeline"
+    channels = vae.z_dim + (conditions.channels(vae) if conditioned else 0)
+    if (dit.in_channels, dit.out_channels, dit.text_dim) != (channels, vae.z_dim, text.d_model):
         return (
-            f"the transformer takes {dit.in_channels} latent channels and text of width {dit.text_dim},\n"
-            f"the VAE gives {vae.z_dim} and the text encoder {text.d_model}."
+            f"the transformer takes {dit.in_channels} latent channels, gives {dit.out_channels}, and takes text of "
+            f"width {dit.text_dim};\nexpected {channels} and {vae.z_dim} with this VAE, and text of {text.d_model}."
         )
+    if (problem := _image_misfits(models, dit)) is not None:
+        return problem
     pipeline, expected = models.index.get("_class_name"), _pipeline_of(dit)
     if pipeline != expected:
         return (
@@ -121,8 +142,29 @@ def _misfits(models: Models) -> str | None:
     return None
 
 
+def _image_misfits(models: Models, dit: wan.DiTConfig) -> str | None:
+    """What does not fit together of the transformer and the image encoder, if there is one."""
+    encoder, processor = models.configs.get("image_encoder"), models.files.get("image_processor")
+    if dit.image_dim is None and encoder is None:
+        return None
+    if encoder is None or dit.image_dim != encoder.hidden_size:
+        given = "there is none" if encoder is None else f"the one that is there gives {encoder.hidden_size}"
+        return f"the transformer's image_dim is {dit.image_dim}: what its image encoder gives; {given}."
+    if dit.pos_embed_seq_len not in (None, 2 * encoder.tokens):
+        return (
+            f"the transformer has places for {dit.pos_embed_seq_len} picture tokens (pos_embed_seq_len); the image "
+            f"encoder makes {encoder.tokens} of each of two pictures."
+        )
+    if models.files and getattr(processor, "side", None) != encoder.image_size:
+        made = "there is no image processor" if processor is None else f"the image processor makes {processor.side}"
+        return f"the image encoder takes pictures of {encoder.image_size} pixels a side; {made}."
+    return None
+
+
 def _pipeline_of(dit: wan.DiTConfig) -> str:
-    return "WanCausalDMDPipeline" if dit.causal else "WanPipeline"
+    if dit.causal:
+        return "WanCausalDMDPipeline"
+    return "WanPipeline" if dit.in_channels == dit.out_channels else "WanImageToVideoPipeline"
 
 
 # ------------------------------------------------------------------------------------------------- what settings mean
@@ -220,7 +262,8 @@ def _velocity(cfg: wan.DiTConfig, forward: Forward) -> Callable[..., Array]:
     how: Any = {name: getattr(forward, name) for name in ("pattern", "implementation", "placement", "dtype")}
 
     def network(params: Params, x: Array, t: Array, condition: Condition) -> Array:
-        return wan.velocity(params, cfg, x, t, condition.text, text_length=TEXT_LENGTH, **how)
+        x, text, image = conditions.network_input(condition, x), condition.text, condition.image
+        return wan.velocity(params, cfg, x, t, text, image=image, text_length=TEXT_LENGTH, **how)
 
     return network
 
@@ -229,7 +272,8 @@ def _window_losses(models: Models, part: str, forward: Forward, tile: Grid, cand
     how: Any = dict(tile=tile, candidates=tuple(candidates), text_length=TEXT_LENGTH, dtype=forward.dtype)
 
     def network(params: Params, x: Array, t: Array, condition: Condition) -> tuple[Array, Array]:
-        return wan.window_losses(params, models.configs[part], x, t, condition.text, **how)
+        x, image = conditions.network_input(condition, x), condition.image
+        return wan.window_losses(params, models.configs[part], x, t, condition.text, image=image, **how)
 
     return network
 
@@ -302,6 +346,12 @@ def _first_frames(cfg: wan.VAEConfig, placement: Placement | None, arithmetic: s
 
 # ------------------------------------------------------------------------------------------------------------- values
 
+
+def _published(dit: wan.DiTConfig, **more: Any) -> Models:
+    """What a published repository says of itself."""
+    return Models({"transformer": dit, "vae": wan.WAN_2_1_VAE, "text_encoder": umt5.UMT5_XXL, **more}, {}, {})
+
+
 TEXT_TO_VIDEO = Family(
     name="Wan 2.1 text-to-video",
     pipeline="WanPipeline",
@@ -324,12 +374,29 @@ TEXT_TO_VIDEO = Family(
     window_losses=_window_losses,
     describe=lambda models, prompt: {"prompt": prompt},
     published={
-        name: Models({"transformer": dit, "vae": wan.WAN_2_1_VAE, "text_encoder": umt5.UMT5_XXL}, {}, {})
-        for name, dit in (
-            ("Wan2.1-T2V-1.3B-Diffusers", wan.WAN_2_1_T2V_1_3B),
-            ("Wan2.1-T2V-14B-Diffusers", wan.WAN_2_1_T2V_14B),
-        )
+        "Wan2.1-T2V-1.3B-Diffusers": _published(wan.WAN_2_1_T2V_1_3B),
+        "Wan2.1-T2V-14B-Diffusers": _published(wan.WAN_2_1_T2V_14B),
     },
+)
+IMAGE_TO_VIDEO = dataclasses.replace(
+    TEXT_TO_VIDEO,
+    name="Wan image-to-video",
+    pipeline="WanImageToVideoPipeline",
+    parts={**TEXT_TO_VIDEO.parts, "image_encoder": IMAGE_ENCODER},
+    files={**TEXT_TO_VIDEO.files, "image_processor": IMAGE_PROCESSOR},
+    takes=("image", "last_image"),  # the second where the network has no picture tokens, see `conditions.inputs`
+    needs=("image",),
+    unit=lambda models: models.configs["vae"].spatial_factor * models.configs["transformer"].patch_size[1],
+    published={
+        "Wan2.1-I2V-14B-480P-Diffusers": _published(wan.WAN_2_1_I2V_14B, image_encoder=clip.VIT_H_14),
+        "Wan2.1-I2V-14B-720P-Diffusers": _published(wan.WAN_2_1_I2V_14B, image_encoder=clip.VIT_H_14),
+    },
+)
+FIRST_LAST_FRAME = dataclasses.replace(
+    IMAGE_TO_VIDEO,
+    name="Wan first-last-frame to video",
+    needs=("image", "last_image"),
+    published={"Wan2.1-FLF2V-14B-720P-Diffusers": _published(wan.WAN_2_1_FLF2V_14B, image_encoder=clip.VIT_H_14)},
 )
 CAUSAL = dataclasses.replace(
     TEXT_TO_VIDEO, name="causal Wan 2.1 text-to-video", pipeline="WanCausalDMDPipeline", published={}, at_once=False

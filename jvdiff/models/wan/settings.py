@@ -13,7 +13,11 @@ from jvdiff.errors import CheckpointError
 from jvdiff.models import options
 from jvdiff.weights.safetensors import read_json
 
-PIPELINES = {"WanPipeline": "TEXT_TO_VIDEO", "WanCausalDMDPipeline": "CAUSAL"}  # _class_name: name in family.py
+PIPELINES = {  # _class_name: names in family.py
+    "WanPipeline": ("TEXT_TO_VIDEO",),
+    "WanImageToVideoPipeline": ("IMAGE_TO_VIDEO", "FIRST_LAST_FRAME"),
+    "WanCausalDMDPipeline": ("CAUSAL",),
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,9 @@ def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
             "holds two transformers (Wan 2.2 A14B), which jvdiff does not run yet.\n"
             "Use a Wan 2.1 text-to-video repository."
         )
-    return PIPELINES.get(name)
+    names = PIPELINES.get(name, (None,))
+    # Of the image-to-video models those have learned places for their picture tokens that take two pictures.
+    return names[-1] if configs.get("transformer", {}).get("pos_embed_seq_len") else names[0]
 
 
 def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
