@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jvdiff.commands.prompts import Entry, read_subjects
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.media import pictures
 from jvdiff.models.family import PICTURES, SUBJECTS, Clip
-from jvdiff.pipeline import Context, Repository, check_seed, check_subjects, make_request
+from jvdiff.pipeline import Context, Repository, check_seed, check_subjects, make_request, size_for
 from jvdiff.precision import Precision
 from jvdiff.runtime import environment, peers, run_state
 from jvdiff.runtime.claims import Claim
@@ -40,6 +41,7 @@ class Job:
     inputs: arrays of its request, made once
     name: of its files
     pictures: digests of its pictures, by option (`image`, `last_image`)
+    files: where those of them are that its own entry names
     numbered: whether the seed stands behind the name
     seed_given: somebody asked for this seed
     state: where an earlier run stopped
@@ -52,6 +54,7 @@ class Job:
     inputs: Any
     name: str
     pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     numbered: bool = False
     seed_given: bool = True
     state: run_state.RunState | None = None
@@ -63,17 +66,19 @@ class Job:
         return f"{self.name}_seed{self.seed}" if self.numbered else self.name
 
 
-def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]]:
+def make_jobs(config: Any, repository: Repository, given: Collection[str] = ()) -> tuple[list[Job], list[str]]:
     """What to make, checked, before any weight is read; and the problems of single entries of a file or a tuple.
 
-    Entry i has the seed `config.seed` + i, whether the entries before it can be used or not.
+    Entry i has the seed `config.seed` + i, whether the entries before it can be used or not. given: the fields that the
+    command line itself sets: a height or width among them stays, whatever a picture's proportions.
     """
     family, jobs, problems = repository.family, [], []
     field = SUBJECTS[family.subject]
     _check_fields(config, field)
     common = {name: config.get(name) for name in options.names(family.settings)}
-    clip = family.clip(repository.models, repository.settings(**common))
-    shown = _pictures(config)  # a file that cannot be read is told once, not line by line
+    family.clip(repository.models, repository.settings(**common))
+    plan = _Common(repository, common, _paths(config), frozenset(given))
+    plan.read(plan.paths)  # a file that cannot be read is told once, not line by line
     seeds, (part, parts) = _seeds(config), _part(config.part)
     first = peers.gather(check_seed(config.seed))[0]  # of several processes each would draw its own
     for i, entry in enumerate(_entries(config, field, repository)):
@@ -81,19 +86,59 @@ def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]
         if not (chosen := [seed for j, seed in enumerate(every, i * len(every)) if j % parts == part - 1]):
             continue
         try:
-            job = _job(entry, common, clip, shown, repository)
+            job = _job(entry, plan)
             if seeds and job.seed_given:
                 raise UsageError(f"seed is {job.seed}, and --seeds={config.seeds}; leave one of them out.")
             if job.seed_given:
                 jobs.append(job)
                 continue
-            given, numbered = bool(seeds) or config.seed is not None, job.numbered or bool(seeds)
-            jobs += [dataclasses.replace(job, seed=seed, seed_given=given, numbered=numbered) for seed in chosen]
-        except UsageError as error:
+            told, numbered = bool(seeds) or config.seed is not None, job.numbered or bool(seeds)
+            jobs += [dataclasses.replace(job, seed=seed, seed_given=told, numbered=numbered) for seed in chosen]
+        except (UsageError, CheckpointError) as error:
             if not are_entries(config, repository):
                 raise
             problems.append(f"{entry.where}: {str(error).splitlines()[0]}")
     return jobs, problems
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Common:
+    """What all entries share.
+
+    repository: of the weights
+    settings: of the configuration
+    paths: of its pictures, by option
+    given: fields that the command line itself sets
+    """
+
+    repository: Repository
+    settings: Mapping[str, Any]
+    paths: Mapping[str, str]
+    given: frozenset[str]
+
+    def read(self, paths: Mapping[str, str]) -> dict[str, np.ndarray]:
+        """The pictures uint8 [Y,X,3] of these files, by option."""
+        return {name: self._picture(path, name) for name, path in paths.items()}
+
+    @functools.cached_property
+    def _picture(self) -> Callable[[str, str], np.ndarray]:
+        return functools.lru_cache(maxsize=4)(pictures.read)  # entry after entry may name the same file
+
+    @functools.cached_property
+    def clip(self) -> Callable[[Any], Clip]:
+        """Of complete settings."""
+        return functools.cache(functools.partial(self.repository.family.clip, self.repository.models))
+
+
+def by_size(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs with those of one size together, so that each size is compiled once; where there are several, that is
+    said."""
+    sizes = collections.Counter(job.clip.frames for job in jobs)
+    if len(sizes) > 1:
+        each = ", ".join(f"{n} of {width}x{height} and {frames} frames" for (frames, height, width), n in sizes.items())
+        say(f"{len(sizes)} sizes of clips, each compiled once: {each:.200}")
+    order = {size: number for number, size in enumerate(sizes)}
+    return sorted(jobs, key=lambda job: order[job.clip.frames])
 
 
 def are_entries(config: Any, repository: Repository) -> bool:
@@ -118,20 +163,26 @@ def _entries(config: Any, field: str, repository: Repository) -> list[Entry]:
     return entries
 
 
-def _job(
-    entry: Entry, common: dict[str, Any], clip: Clip, shown: Mapping[str, np.ndarray], repository: Repository
-) -> Job:
-    """The job of an entry, whose seed is 0 where it has none; UsageError where it cannot be made."""
+def _job(entry: Entry, common: _Common) -> Job:
+    """The job of an entry, whose seed is 0 where it has none; UsageError or CheckpointError where it cannot be made."""
     if entry.problem is not None:
         raise UsageError(entry.problem)
-    family, values = repository.family, entry.values
-    changes = {name: values[name] for name in common if values.get(name) is not None}
-    if changes:
-        clip = family.clip(repository.models, repository.settings(**common | changes))
-    subject, seed, name = values[SUBJECTS[family.subject]], values.get("seed"), values.get("id")
-    told = {"seed_given": seed is not None, "numbered": name is None}
+    values, repository, own = entry.values, common.repository, _paths(entry.values)
+    changes = {name: values[name] for name in common.settings if values.get(name) is not None}
+    settings, shown = {**common.settings, **changes}, common.read({**common.paths, **own})
+    complete = repository.settings(**settings)
+    if "image" in shown:
+        size = size_for(repository.family, repository.models, complete, [shown["image"]], common.given | changes.keys())
+        complete = dataclasses.replace(complete, **size)
+    subject, seed, name = values[SUBJECTS[repository.family.subject]], values.get("seed"), values.get("id")
+    told = {"seed_given": seed is not None, "numbered": name is None, "files": own}
     seed = 0 if seed is None else check_seed(seed)
-    return make_job(repository, subject, seed, clip, name or slug(subject), shown, **told)
+    return make_job(repository, subject, seed, common.clip(complete), name or slug(subject), shown, **told)
+
+
+def _paths(fields: Any) -> dict[str, str]:
+    """The files of pictures that fields name, by option."""
+    return {name: options.expanded(name, fields[name]) for name in PICTURES if fields.get(name) is not None}
 
 
 def _seeds(config: Any) -> list[int]:
@@ -196,11 +247,6 @@ def _check_kind(fields: Any, field: str) -> None:
         raise UsageError(f"{other} is given; this model takes {field}.")
 
 
-def _pictures(fields: Any) -> dict[str, np.ndarray]:
-    """The pictures uint8 [Y,X,3] that fields name, by option."""
-    return {name: pictures.read(fields[name], name) for name in PICTURES if fields.get(name) is not None}
-
-
 def slug(text: Any) -> str:
     """A prompt, or the name of a class, as a part of a file's name."""
     return re.sub(r"\W+", "-", str(text).lower())[:48].strip("-_") or "video"
@@ -223,7 +269,7 @@ def asked(job: Job, repository: Repository, dtypes: Precision) -> dict[str, Any]
     return {
         **{name: subject[name] for name in family.facts},
         "seed": job.seed,
-        **job.pictures,
+        **{name: job.pictures.get(name) for name in family.takes},
         **job.clip.facts(),
         "precision": dtypes.name,
         "vae_decode": dtypes.vae_decode,
@@ -262,7 +308,7 @@ def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], r
         settings = {name: saved[name] for name in options.names(family.settings) if name in saved}
         clip = family.clip(repository.models, repository.settings(**settings, fps=config.get("fps")))
         run_state.check_same(saved, {name: value for name, value in clip.facts().items() if name == PATTERN}, folder)
-        shown = _pictures(config)
+        shown = {name: pictures.read(path, name) for name, path in _paths(config).items()}
         run_state.check_same(saved, dict.fromkeys(PICTURES) | _digests(shown), folder)
         name = Path(folder).resolve().name.removesuffix(".state")
         subject = family.check_subject(repository.models, saved[fact])

@@ -31,7 +31,7 @@ from jvdiff.errors import CheckpointError, Interrupted, InUse, NumericsError, Re
 from jvdiff.media import video as videos
 from jvdiff.models.family import Clip
 from jvdiff.pipeline import Pipeline
-from jvdiff.runtime import environment, memory, peers, progress, rescue, run_state
+from jvdiff.runtime import environment, peers, progress, rescue, run_state
 from jvdiff.runtime.files import atomic, claim
 from jvdiff.runtime.interrupts import deferred
 from jvdiff.runtime.records import signed
@@ -77,19 +77,21 @@ class Maker:
     compiled: dict[Any, int] = dataclasses.field(default_factory=dict)
     ahead: Callable[[], dict[Any, Any]] = dict
 
-    def command(self, state: Path) -> str:
-        """The command that goes on from a saved state."""
+    def command(self, state: Path, job: Job) -> str:
+        """The command that goes on from a saved state of a job."""
         return self.request.command(
             checkpoint=self.config.checkpoint,
             output=self.config.output,
             resume=state,
             stop_at=self.request.unset("stop_at"),
             **dict.fromkeys(_OF_ONE_RUN),
+            **job.files,
         )
 
 
 # What stands in the record alone, and not in the video's and picture's metadata.
-_OF_THE_RECORD = ("sigmas", "seconds", "versions", "device", "environment", "autotuning", "resumed_at_step")
+_OF_THE_RECORD = ("sigmas", "seconds", "versions", "device", "residency", "environment", "autotuning")
+_OF_THE_RECORD += ("resumed_at_step",)
 # Fields that a state holds itself, or that were about the run that it stopped.
 _OF_ONE_RUN = ("prompt", "prompts", "class_label", "seed", "seeds", "part")
 
@@ -106,6 +108,7 @@ class _Making:
     seconds: how long each phase took
     state: of the solver after those steps; on the host, which a lost device does not take with it
     video: uint8 [F,Y,X,3], once it is decoded
+    residency: whose weights are on the device together, where that was a question
     """
 
     maker: Maker
@@ -116,6 +119,7 @@ class _Making:
     seconds: dict[str, float]
     state: Any = None
     video: np.ndarray | None = None
+    residency: plan.Residency | None = None
 
     @property
     def clip(self) -> Clip:
@@ -155,7 +159,7 @@ class _Making:
     def _command(self, state: Path) -> str:
         """The command that goes on: with the whole batch, where that finds the state."""
         found = self.maker.again if state.parent == self.base.parent else None
-        return found or self.maker.command(state)
+        return found or self.maker.command(state, self.job)
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
@@ -208,10 +212,9 @@ def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
     with claimed(maker.output, job.stem) as base:
         done = job.state.done if job.state else 0
         making = _Making(maker, job, base, job.clip.sampler.make(), done, seconds)
-        leaving = _compile(making)
+        making.residency = _compile(making)
         with progress.phase("encode", seconds, "encode"), stage("encode"):
             conditions = pipeline.encode(pipe.context, job.clip, job.inputs, pipe.run)
-            _let_go(making, leaving)
         making.state = _begin(making)
         with deferred():
             with making.keeping():
@@ -220,7 +223,7 @@ def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
                 raise making.interrupted()
             if making.done < making.steps:
                 folder = making.save()
-                command = maker.command(folder)
+                command = maker.command(folder, job)
                 say(f"stopped after step {making.done} of {making.steps}; finish it with:\n  {command}")
                 return [folder]
             with making.keeping():
@@ -235,36 +238,56 @@ def _description(pipe: Pipeline, job: Job) -> str:
     return "   ".join(f"{name.replace('_', ' ')}: {value}" for name, value in subject.items())
 
 
-def _compile(making: _Making) -> tuple[str, ...]:
-    """Compiles what the clip runs and no clip before it did; the parts that are to leave after encoding."""
+def _compile(making: _Making) -> plan.Residency | None:
+    """Compiles what the clip runs and no clip before it did; whose weights are to be in turn, as far as that is known.
+
+    The weights are told so, and the person at the terminal where it is another way than before.
+    """
     maker, pipe = making.maker, making.maker.pipe
-    shape, pool = pipe.placement and pipe.placement.shape, plan.pool()
     with progress.phase("compiling", making.seconds, "compile"), stage("compile"):
-        ready, needs = maker.ahead(), []
-        for call in calls(pipe.context, pipe.weights, making.job, maker.config.stop_at):
-            part = call.stage.part
-            if call.key not in maker.compiled:
-                program = ready.get(call.key) or call.traced.lower().compile()
-                places = pipe.family.parts[part].places
-                measured = plan.memory_of(call, program, pipe.weights[part], places, shape) if pool else (0,)
-                maker.compiled[call.key] = sum(measured[1:])
-            needs.append((part, maker.compiled[call.key]))
-    if not pool:
-        return ()
-    return plan.let_go(making.clip, needs, sum(size for _, size in plan.resident(pipe.context, shape).values()), pool)
+        works = measured(pipe.context, making.job, maker.config.stop_at, maker.compiled, maker.ahead)
+    if (pool := plan.pool()) is None and maker.config.in_turn is None:
+        return None
+    chosen, sentence = residency(pipe.context, making.clip, works, maker.config.in_turn, pool)
+    if chosen.in_turn != pipe.weights.in_turn:
+        say(sentence)
+        pipe.weights.take_turns(chosen.in_turn)
+    return chosen
 
 
-def _let_go(making: _Making, parts: tuple[str, ...]) -> None:
-    """Sends parts to the host, whose memory must take them, until the next clip needs them."""
-    for part in parts:
-        if part not in making.maker.pipe.weights.away():
-            weights, spoken = making.maker.pipe.weights, part.replace("_", " ")
-            size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights[part]))
-            memory.check_host(size, f"the {spoken} must leave the device, and", "Use --precision=bfloat16.")
-            say(
-                f"notice: not all weights fit beside the next stages; the {spoken} leaves the device until it is needed"
-            )
-            weights.leave(part)
+def measured(
+    context: pipeline.Context,
+    job: Job,
+    stop_at: int | None,
+    compiled: dict[Any, int],
+    ahead: Callable[[], dict[Any, Any]],
+) -> list[plan.Work]:
+    """The programs that a job runs, in order, with the memory that each needs besides weights.
+
+    compiled: those bytes, by key, of what was compiled before; it gets the others. ahead: see `Maker`.
+    """
+    family, shape = context.family, context.placement and context.placement.shape
+    abstract, ready, works = pipeline.abstract_params(family, context.models, context.precision), ahead(), []
+    for call in calls(context, abstract, job, stop_at):
+        part = call.stage.part
+        if call.key not in compiled:
+            program = ready.get(call.key) or call.traced.lower().compile()
+            _, data, temporary = plan.memory_of(call, program, abstract[part], family.parts[part].places, shape)
+            compiled[call.key] = data + temporary
+        works.append(plan.Work(call.stage.name, part, compiled[call.key]))
+    return works
+
+
+def residency(
+    context: pipeline.Context, clip: Clip, works: list[plan.Work], asked: str | None, pool: int | None
+) -> tuple[plan.Residency, str]:
+    """Whose weights are in turn, and a line about it: what was asked for, else what fits into `pool` bytes."""
+    shape = context.placement and context.placement.shape
+    held = {part: size for part, (_, size) in plan.resident(context, shape).items()}
+    if asked is None:
+        return plan.choose(clip, works, held, pool)
+    chosen = plan.with_turns(pipeline.check_parts(context.models, () if asked == "off" else asked), works, held)
+    return chosen, f"weights on the device: {chosen}, as asked for"
 
 
 def _last(steps: int, done: int, stop_at: int | None) -> int:
@@ -376,9 +399,11 @@ def _record(making: _Making) -> dict[str, Any]:
             "dtypes": precision.told(pipe.precision),
             "sigmas": samplers.sigmas(making.solver),
             "attention_chosen": chosen[0] if len(chosen) == 1 else chosen,
+            "vae_tiles_chosen": str(job.clip.vae_tiles or "off"),
             "environment": environment.numerics(),
             "autotuning": environment.autotuning(),
             "device": device(pipe),
+            "residency": making.residency and making.residency._asdict(),
             "versions": versions(),
             "resumed_at_step": job.state.done if job.state else None,
             "seconds": {name: round(value, 3) for name, value in making.seconds.items()},

@@ -52,6 +52,11 @@ class Weights:
     mesh: str | dict[str, int] | None = option(
         None, "several devices: sequence=4,tensor=2, or auto (the smallest that fits); none: one"
     )
+    in_turn: str | None = option(
+        None,
+        "parts whose weights are on the device only while they work: text_encoder,transformer, or all, or off; none: "
+        "as few as memory asks for",
+    )
     compile_cache: str | None = option(
         None, 'a folder of your own, or "off"; none: the user\'s cache folder', path=True
     )

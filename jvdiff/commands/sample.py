@@ -140,7 +140,7 @@ def _run(request: Request) -> list[Path]:
     if config.plan:
         from jvdiff import plan  # before jax: it may have to be kept from looking for GPUs
 
-        for line in plan.sampling(config):
+        for line in plan.sampling(config, request.given):
             print(line, flush=True)
         return []
     from jvdiff import pipeline, precision
@@ -162,7 +162,8 @@ def _run(request: Request) -> list[Path]:
         dtypes = precision.choose(state.facts["precision"], state.facts["vae_decode"])
     else:
         dtypes = precision.choose(config.precision, config.vae_decode)
-        wanted, problems = jobs.make_jobs(config, repository)
+        wanted, problems = jobs.make_jobs(config, repository, request.given)
+        wanted = jobs.by_size(wanted)
         if config.seeds is not None or jobs.are_entries(config, repository):
             batch = batches.Batch(wanted, repository, dtypes, output, config.stop_at)
             wanted = _left(batch)
@@ -186,8 +187,9 @@ def _run(request: Request) -> list[Path]:
             return [(call.key, call.traced) for call in one_video.calls(context, abstract, wanted[0], config.stop_at)]
 
         with ahead.compiling(programs) as compiled:
+            in_turn = _in_turn(config, context, wanted[0], compiled, seconds)
             with progress.phase(f"loading {config.checkpoint}", seconds, "load"), one_video.stage("load"):
-                pipe = pipeline.load(repository, dtypes.name, mesh, vae_decode=dtypes.vae_decode)
+                pipe = pipeline.load(repository, dtypes.name, mesh, vae_decode=dtypes.vae_decode, in_turn=in_turn)
             peers.agree("of which weights", repository.digest)
             jobs.tell_tables(wanted, repository)
             if config.resume is not None:
@@ -196,6 +198,25 @@ def _run(request: Request) -> list[Path]:
         maker = one_video.Maker(pipe, config, request, output, asked_to_stop, again, ahead=compiled)
         every = wanted if batch is None else batch.jobs
         return _summed(problems, _made(maker, every, batch, problems, seconds))
+
+
+def _in_turn(config: Any, context: Any, job: Any, ahead: Any, seconds: dict[str, float]) -> tuple[str, ...]:
+    """The parts whose weights are to be in turn, told before any is read.
+
+    Where devices have memory of their own that is known when the programs are compiled, which is waited for.
+    """
+    from jvdiff import plan
+    from jvdiff.commands import one_video
+
+    works, pool = [], plan.pool()
+    if pool is not None:
+        with progress.phase("compiling", seconds, "compile"), one_video.stage("compile"):
+            works = one_video.measured(context, job, config.stop_at, {}, ahead)
+    elif config.in_turn is None:
+        return ()
+    chosen, sentence = one_video.residency(context, job.clip, works, config.in_turn, pool)
+    say(sentence)
+    return chosen.in_turn
 
 
 def _sift(wanted: list[Any], batch: Any, problems: list[str], check: Callable[[Any], None]) -> None:

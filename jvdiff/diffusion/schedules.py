@@ -15,8 +15,11 @@ import numpy as np
 from jvdiff.config import known_fields, tell_once
 from jvdiff.errors import CheckpointError, UsageError
 
-GRIDS = ("diffusers", "training")
+SPACINGS = ("karras", "exponential", "beta")  # grids between two ends
+LISTS = ("sigmas", "timesteps")  # grids that are given
+GRIDS = ("diffusers", "training", *SPACINGS, *LISTS)
 SOLVERS = ("unipc", "euler")
+_EPS = 1e-6  # how far below 1 the first sigma of UniPC is
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,20 +39,29 @@ class Schedule:
 
 
 class Defaults(NamedTuple):
-    """What a repository's scheduler_config.json asks for, as arguments of `make`.
+    """What a repository's scheduler_config.json asks for, as `diffusion.samplers.read` takes it.
 
-    solver: one of SOLVERS
+    solver: "unipc" with its order ("unipc:3") where that is not 2, "euler", or "renoise"
     shift: how much the noise levels lean towards noise
-    grid: one of GRIDS
+    grid: one of GRIDS, with numbers behind it where it has any ("karras:157.4,0.01")
+    shift_terminal: the last noise level above 0; None leaves it where it is
     """
 
     solver: str
     shift: float
     grid: str
+    shift_terminal: float | None = None
 
 
 def make(
-    steps: int, *, shift: float, grid: str = "diffusers", solver: str = "unipc", train_steps: int = 1000
+    steps: int,
+    *,
+    shift: float,
+    grid: str = "diffusers",
+    solver: str = "unipc",
+    values: Sequence[float] = (),
+    terminal: float | None = None,
+    train_steps: int = 1000,
 ) -> Schedule:
     """The sigmas and timesteps of `steps` steps.
 
@@ -62,8 +74,17 @@ def make(
     grid "training", either solver: the authors' programs of video models (FlowUniPCMultistepScheduler, built with
         shift 1 and shifted in set_timesteps), which begin at the highest level of training.
         linspace(1 - 1/train_steps, 0, steps + 1) without its end, shifted; timesteps truncated.
+    grid "karras", "exponential", "beta", solver "euler": diffusers' spacings between the ends of its own grid, or
+        between `values` (highest, lowest). Timesteps are not truncated.
+    grid "karras", solver "unipc": `karras` between `values`, by default those of 1000 linear betas; no shift.
+    grid "sigmas": `values`, shifted; as diffusers takes `sigmas=`, so that UniPC's timesteps are truncated.
+    grid "timesteps": sigma is the shifted value / train_steps, and the network gets train_steps * sigma, not truncated.
+        UniPC lowers the first sigma of a list by 1e-6 where it is 1.
 
-    Raises UsageError for steps < 1, a shift that is not a positive finite number, or an unknown name.
+    terminal: the sigmas are stretched so that this is the last one above 0 (diffusers' shift_terminal).
+
+    Raises UsageError for steps < 1, a shift that is not a positive finite number, an unknown name, values that are not
+    those of the grid, or noise levels that do not fall.
     """
     _check_count("steps", steps)
     _check_count("train_steps", train_steps)
@@ -72,20 +93,84 @@ def make(
         raise UsageError(f"grid must be one of {', '.join(GRIDS)}; found {grid!r}")
     if solver not in SOLVERS:
         raise UsageError(f"solver must be one of {', '.join(SOLVERS)}; found {solver!r}")
+    _check_values(steps, grid, solver, values, train_steps)
+    unipc = solver == "unipc"
+    if unipc and grid == "karras":
+        if terminal is not None:
+            raise UsageError("shift_terminal does nothing to unipc on the grid karras; leave it out.")
+        highest, lowest = values or edges(np.linspace(1e-4, 0.02, 1000, dtype=np.float32))
+        return karras(steps, sigma_max=highest, sigma_min=lowest, train_steps=train_steps)
+    sigmas = _shifted(_unshifted(steps, shift, grid, solver, values, train_steps), shift)
+    if terminal is not None:
+        sigmas = _stretched(sigmas, terminal)
+    if grid in SPACINGS:
+        sigmas = _spaced(grid, steps, *(values or sigmas[[0, -1]]))
+    if unipc and grid != "training" and abs(sigmas[0] - 1) < _EPS:
+        sigmas[0] -= _EPS
+    if not np.all(np.diff(sigmas, append=0.0) < 0):
+        raise UsageError(f"the noise levels are {np.round(sigmas, 6).tolist()}; expected falling ones above 0.")
+    truncated = grid == "training" or (unipc and grid != "timesteps")
+    timesteps = sigmas * train_steps
+    return _schedule(sigmas, np.trunc(timesteps) if truncated else timesteps)
 
+
+def _unshifted(steps: int, shift: float, grid: str, solver: str, values: Sequence[float], train_steps: int) -> Any:
+    if grid in LISTS:
+        return np.asarray(values, np.float64) / (train_steps if grid == "timesteps" else 1)
     if grid == "training":
-        # The official program keeps this end in float32; a little more than 0.999, it decides some truncations below.
-        top = float(np.float32(1 - 1 / train_steps))
-        sigmas = _shifted(np.linspace(top, 0, steps + 1)[:-1], shift)
-        timesteps = np.trunc(sigmas * train_steps)
-    elif solver == "unipc":
-        sigmas = _shifted(np.linspace(1, 1 / train_steps, steps + 1)[:-1], shift)
-        sigmas[0] -= 1e-6
-        timesteps = np.trunc(sigmas * train_steps)
-    else:
-        sigmas = _shifted(np.linspace(1, _shifted(1 / train_steps, shift), steps), shift)
-        timesteps = sigmas * train_steps
-    return _schedule(sigmas, timesteps)
+        # The official program keeps this end in float32; a little more than 0.999, it decides some truncations.
+        return np.linspace(float(np.float32(1 - 1 / train_steps)), 0, steps + 1)[:-1]
+    if solver == "unipc":
+        return np.linspace(1, 1 / train_steps, steps + 1)[:-1]
+    return np.linspace(1, _shifted(1 / train_steps, shift), steps)
+
+
+def _check_values(steps: int, grid: str, solver: str, values: Sequence[float], train_steps: int) -> None:
+    """Raises UsageError unless the numbers are those that a grid takes."""
+    if solver == "unipc" and grid in ("exponential", "beta"):
+        raise UsageError(f"grid is {grid!r}; unipc has no such levels of a flow. Expected another grid, or euler.")
+    if not (values or grid in LISTS):
+        return
+    most = train_steps if grid == "timesteps" else math.inf if solver == "unipc" and grid == "karras" else 1
+    falling = all(map(_is_number, values)) and np.all(np.diff([*values, 0.0]) < 0) and max(values, default=1) <= most
+    if grid not in (*SPACINGS, *LISTS) or not falling:
+        what = "no numbers" if grid not in (*SPACINGS, *LISTS) else f"falling numbers above 0, at most {most}"
+        raise UsageError(f"grid {grid!r} has the numbers {list(values)!r:.120}; expected {what}.")
+    count = steps if grid in LISTS else 2
+    if len(values) != count:
+        whose = f"one for each of {steps} steps" if grid in LISTS else "the highest level and the lowest"
+        raise UsageError(f"grid {grid!r} has {len(values)} numbers; expected {whose}.")
+
+
+def _stretched(sigmas: np.ndarray, terminal: float) -> np.ndarray:
+    """1 - (1 - sigma) / c, with c such that the last is `terminal`."""
+    if not (_is_number(terminal) and 0 < terminal < 1):
+        raise UsageError(f"shift_terminal is {terminal!r}; expected a number between 0 and 1, both excluded.")
+    clean = 1 - sigmas
+    if not clean[-1] > 0:
+        raise UsageError(f"shift_terminal is {terminal}, and there is no noise level below 1 to move; take more steps.")
+    return 1 - clean / (clean[-1] / (1 - terminal))  # in this order, which decides truncations
+
+
+def _spaced(spacing: str, steps: int, highest: float, lowest: float) -> np.ndarray:
+    if spacing == "karras":
+        return _karras(steps, highest, lowest, 7.0)
+    if spacing == "exponential":
+        return np.exp(np.linspace(math.log(highest), math.log(lowest), steps))
+    from scipy.special import betaincinv  # takes a while to import
+
+    return lowest + (highest - lowest) * betaincinv(0.6, 0.6, 1 - np.linspace(0, 1, steps))
+
+
+def _karras(steps: int, highest: float, lowest: float, rho: float) -> np.ndarray:
+    return np.linspace(highest ** (1 / rho), lowest ** (1 / rho), steps) ** rho
+
+
+def edges(betas: np.ndarray) -> tuple[float, float]:
+    """The highest and the lowest noise-to-signal ratio of betas float32 [N], in the arithmetic of torch."""
+    clean = np.cumprod((1 - betas).astype(np.float64)).astype(np.float32)  # torch multiplies in float64
+    levels = np.sqrt((1 - clean) / clean)
+    return float(levels[-1]), float(levels[0])
 
 
 def karras(
@@ -99,7 +184,7 @@ def karras(
     """
     _check_count("steps", steps)
     _check_count("train_steps", train_steps)
-    levels = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho
+    levels = _karras(steps, sigma_max, sigma_min, rho)
     sigmas = levels / (1 + levels)
     return _schedule(sigmas, np.trunc(sigmas * train_steps))
 
@@ -214,7 +299,8 @@ def _check_count(name: str, count: Any) -> None:
 
 # The keys of diffusers' classes: (the class's default, the values that we can reproduce). ANY: without effect on flow
 # sigmas, whatever it says. NUMBER: the shift itself. LEVEL: a sigma.
-_ANY, _NUMBER, _LEVEL = "any", "number", "level"
+# TERMINAL: a level below 1, or nothing.
+_ANY, _NUMBER, _LEVEL, _TERMINAL = "any", "number", "level", "terminal"
 _WHERE = "scheduler_config.json"
 _UNIPC = {
     "num_train_timesteps": (1000, (1000,)),
@@ -222,7 +308,7 @@ _UNIPC = {
     "beta_end": (0.02, _ANY),
     "beta_schedule": ("linear", _ANY),
     "trained_betas": (None, _ANY),
-    "solver_order": (2, (2,)),
+    "solver_order": (2, (1, 2, 3)),
     "prediction_type": ("epsilon", ("flow_prediction",)),
     "thresholding": (False, (False,)),
     "dynamic_thresholding_ratio": (0.995, _ANY),
@@ -232,7 +318,7 @@ _UNIPC = {
     "lower_order_final": (True, (True,)),
     "disable_corrector": ([], ([],)),
     "solver_p": (None, (None,)),
-    "use_karras_sigmas": (False, (False,)),
+    "use_karras_sigmas": (False, (False, True)),
     "use_exponential_sigmas": (False, (False,)),
     "use_beta_sigmas": (False, (False,)),
     "use_flow_sigmas": (False, (True,)),
@@ -245,7 +331,7 @@ _UNIPC = {
     "time_shift_type": ("exponential", _ANY),
     "sigma_min": (None, _ANY),
     "sigma_max": (None, _ANY),
-    "shift_terminal": (None, (None,)),
+    "shift_terminal": (None, _TERMINAL),
 }
 _EULER = {
     "num_train_timesteps": (1000, (1000,)),
@@ -256,12 +342,23 @@ _EULER = {
     "base_image_seq_len": (256, _ANY),
     "max_image_seq_len": (4096, _ANY),
     "invert_sigmas": (False, (False,)),
-    "shift_terminal": (None, (None,)),
-    "use_karras_sigmas": (False, (False,)),
-    "use_exponential_sigmas": (False, (False,)),
-    "use_beta_sigmas": (False, (False,)),
+    "shift_terminal": (None, _TERMINAL),
+    "use_karras_sigmas": (False, (False, True)),
+    "use_exponential_sigmas": (False, (False, True)),
+    "use_beta_sigmas": (False, (False, True)),
     "time_shift_type": ("exponential", ("exponential", "linear")),
-    "stochastic_sampling": (False, (False,)),
+    "stochastic_sampling": (False, (False, True)),
+    "sigma_min": (None, _ANY),  # no argument of the class, which reads what another scheduler left there
+    "sigma_max": (None, _ANY),
+}
+_REASONS = {  # why a value is refused that diffusers takes, or seems to
+    "use_dynamic_shifting": "a dynamic shift follows a number mu, which no pipeline gives that jvdiff runs",
+    "solver_type": "bh1 makes NaN of the last step, to noise level 0",
+    "lower_order_final": "an order above 1 makes infinity of the last step, to noise level 0",
+    "final_sigmas_type": "it leaves noise in the clip",
+    "use_exponential_sigmas": "their levels are noise-to-signal ratios, not those of a flow",
+    "use_beta_sigmas": "their levels are noise-to-signal ratios, not those of a flow",
+    "invert_sigmas": "it turns noise and data around, for models of another kind",
 }
 # Arguments of diffusers' other schedulers. `CLASS.from_config(other.config)`, the documented way to change a scheduler,
 # leaves them in the file that it writes, and the class, which has no such argument, does not see them.
@@ -292,7 +389,7 @@ _CLASSES = {  # _class_name: (solver, key of the shift, table)
 
 
 def from_scheduler_config(config: Mapping[str, Any]) -> Defaults:
-    """Solver, shift and grid of a scheduler_config.json, read as diffusers reads it (absent keys: class defaults).
+    """The sampler of a scheduler_config.json, read as diffusers reads it (absent keys: class defaults).
 
     Keys that diffusers leaves there of the scheduler before (`from_config`) do nothing, as in diffusers, and are told.
 
@@ -308,7 +405,8 @@ def from_scheduler_config(config: Mapping[str, Any]) -> Defaults:
         )
     solver, shift_key, table = _CLASSES[name]
     others = _check_config(config, table)
-    shift = config.get(shift_key, table[shift_key][0])
+    values = {key: config.get(key, default) for key, (default, _) in table.items()}
+    shift = values[shift_key]
     elsewhere = {key: config[key] for _, key, _ in _CLASSES.values() if key in others and config[key] != shift}
     if elsewhere and shift_key not in config:
         (key, value), *_ = elsewhere.items()
@@ -321,7 +419,53 @@ def from_scheduler_config(config: Mapping[str, Any]) -> Defaults:
             f"{_WHERE}: a {name} does not read {', '.join(others)}, of the scheduler before, and neither does jvdiff; "
             f"its shift is {shift}"
         )
-    return Defaults(solver, float(shift), "diffusers")
+    if solver == "unipc" and values["solver_order"] != 2:
+        solver = f"unipc:{values['solver_order']}"
+    if values.get("stochastic_sampling"):
+        solver = "renoise"
+    return Defaults(solver, float(shift), *_grid_of(values, solver))
+
+
+def _grid_of(values: Mapping[str, Any], solver: str) -> tuple[str, float | None]:
+    """The grid with its numbers, and shift_terminal, that a scheduler's complete values ask for."""
+    spacings = [spacing for spacing in SPACINGS if values[f"use_{spacing}_sigmas"]]
+    terminal = float(values["shift_terminal"]) if values["shift_terminal"] else None
+    if len(spacings) > 1:
+        raise CheckpointError(
+            f"{_WHERE}: use_{spacings[0]}_sigmas and use_{spacings[1]}_sigmas are both true; diffusers refuses that "
+            "too.\nSet one of them to false, or give solver, shift and grid yourself."
+        )
+    if not spacings:
+        return "diffusers", terminal
+    ends = [values["sigma_max"], values["sigma_min"]]
+    if not all(end is None or (_is_number(end) and end > 0) for end in ends):
+        raise CheckpointError(f"{_WHERE}: sigma_max and sigma_min are {ends}; expected positive numbers, or null.")
+    if solver.startswith("unipc"):
+        terminal = None  # which diffusers applies to its own grid alone
+        own = edges(_betas(values)) if None in ends else ends
+    elif ends == [None, None]:
+        return spacings[0], terminal  # between the ends of Euler's own grid, which steps and shift decide
+    elif None in ends:
+        raise CheckpointError(f"{_WHERE}: sigma_max and sigma_min are {ends}; expected both, or neither of them.")
+    else:
+        own = ends
+    numbers = [float(a if b is None else b) for a, b in zip(own, ends, strict=True)]
+    return f"{spacings[0]}:{','.join(map(repr, numbers))}", terminal
+
+
+def _betas(values: Mapping[str, Any]) -> np.ndarray:
+    """float32 [1000]: what UniPC's levels of Karras et al. lie between, even with flow sigmas."""
+    if values["trained_betas"] is not None:
+        return np.asarray(values["trained_betas"], np.float32)
+    kind, first, last = (values[f"beta_{key}"] for key in ("schedule", "start", "end"))
+    if kind not in ("linear", "scaled_linear") or values["rescale_betas_zero_snr"]:
+        raise CheckpointError(
+            f"{_WHERE}: use_karras_sigmas is true, beta_schedule {kind!r:.80} and rescale_betas_zero_snr "
+            f"{values['rescale_betas_zero_snr']!r:.80}.\nExpected linear or scaled_linear, and false: the levels lie "
+            "between those of the betas.\nGive sigma_max and sigma_min in the file, or grid yourself."
+        )
+    power = 1 if kind == "linear" else 0.5
+    return np.linspace(first**power, last**power, 1000, dtype=np.float32) ** np.float32(1 / power)
 
 
 def from_self_forcing_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -346,22 +490,28 @@ def _check_config(config: Mapping[str, Any], table: Mapping[str, tuple[Any, Any]
     known_fields(f"{_WHERE} of a {name}", config, (*table, *others))
     for key, (default, allowed) in table.items():
         value = config.get(key, default)
-        if allowed is _ANY:
-            continue
-        if allowed is _NUMBER:
-            good, expected = _is_number(value) and value > 0, "a positive finite number"
-        elif allowed is _LEVEL:
-            good, expected = _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"
-        else:
-            good = any(type(value) is type(a) and value == a for a in allowed)
-            expected = " or ".join(repr(a) for a in allowed)
+        good, expected = _allowed(value, allowed)
         if not good:
             raise CheckpointError(
                 f"{_WHERE}: {key} is {value!r}{'' if key in config else ' (absent, the default of ' + name + ')'}.\n"
-                f"Expected {expected}; jvdiff samples flow-matching models only.\n"
+                f"Expected {expected}; {_REASONS.get(key, 'jvdiff samples flow-matching models only')}.\n"
                 "Use a repository with a supported scheduler, or give solver, shift and grid yourself."
             )
     return others
+
+
+def _allowed(value: Any, allowed: Any) -> tuple[bool, str]:
+    """Whether a value of a scheduler's table is one that we can reproduce, and which are."""
+    if allowed is _ANY:
+        return True, ""
+    if allowed is _NUMBER:
+        return _is_number(value) and value > 0, "a positive finite number"
+    if allowed is _LEVEL:
+        return _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"
+    if allowed is _TERMINAL:  # 0 is none to diffusers
+        return value is None or (_is_number(value) and 0 <= value < 1), "a number from 0, below 1, or null"
+    good = any(type(value) is type(a) and value == a for a in allowed)
+    return good, " or ".join(repr(a) for a in allowed)
 
 
 def _is_number(value: Any) -> bool:

@@ -9,6 +9,9 @@ same shape.
 """
 
 import dataclasses
+import functools
+import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,6 +64,14 @@ class UniPCState(NamedTuple):
     clean_2: Array  # and two steps earlier
 
 
+class UniPC3State(NamedTuple):
+    x: Array  # as in UniPCState
+    corrected: Array
+    clean_1: Array
+    clean_2: Array
+    clean_3: Array  # the estimate three steps earlier
+
+
 class NoisyState(NamedTuple):
     x: Array  # float32 [B,...], the latents at the current sigma; after the last step the clean ones
     noise: Array  # key data uint32 [B,2] that the noise of all steps is drawn from, or the noise itself [N-1,B,...]
@@ -72,40 +83,67 @@ def euler(schedule: Schedule) -> Solver:
     return _solver(schedule, table, _euler_init, _euler_advance)
 
 
-def unipc(schedule: Schedule) -> Solver:
-    """UniPC of order 2, variant B(h) = exp(h) - 1 ("bh2"), predicting clean latents (arXiv:2302.04867).
+def unipc(schedule: Schedule, order: int = 2) -> Solver:
+    """UniPC of order 1 to 3, variant B(h) = exp(h) - 1 ("bh2"), predicting clean latents (arXiv:2302.04867).
 
-    Steps, orders and corrections are those of diffusers' UniPCMultistepScheduler with lower_order_final: the
-    predictor has order 1 in the first and last step and 2 between; from step 1 on, the latents are corrected with
-    the velocity just computed, in the order of the previous step's predictor. One network evaluation a step.
+    Steps, orders and corrections are those of diffusers' UniPCMultistepScheduler with lower_order_final: the order of
+    the predictor rises from 1 in the first step to `order`, and falls to 1 in the last; from step 1 on, the latents are
+    corrected with the velocity just computed, in the order of the previous step's predictor. One network evaluation a
+    step.
     """
     sigma = schedule.sigmas
     alpha = 1 - sigma
-    steps = len(schedule)
+    steps, kept = len(schedule), max(order, 2)  # estimates that the state keeps
     lam = np.log(alpha[:-1]) - np.log(sigma[:-1])  # half log-SNR; infinite at the last sigma, which no formula needs
-    order = [1 if i in (0, steps - 1) else 2 for i in range(steps)]
-    table = np.zeros((steps, 9))  # sigma | corrected x = 5 weights | predicted x = 3 weights
+    orders = [min(order, steps - i, i + 1) for i in range(steps)]
+    table = np.zeros((steps, 5 + 2 * kept))  # sigma | corrected x = 3 + kept weights | predicted x = 1 + kept weights
     for i in range(steps):
-        correct = 1.0, 0.0, 0.0, 0.0, 0.0  # of x, corrected, clean_0, clean_1, clean_2
+        correct = [1.0] + [0.0] * (2 + kept)  # of x, corrected, clean_0, clean_1, clean_2 ..
         if i > 0:  # from sigma[i-1] to sigma[i] once more, now knowing the estimate at sigma[i]
-            h = lam[i] - lam[i - 1]
-            r, rho_old, rho = 1.0, 0.0, 0.5
-            if order[i - 1] == 2:
-                r = (lam[i - 2] - lam[i - 1]) / h
-                phi_1 = np.expm1(-h)
-                phi_2 = phi_1 / -h - 1
-                phi_3 = phi_2 / -h - 0.5
-                rho_old, rho = np.linalg.solve([[1, 1], [r, 1]], [phi_2 / phi_1, 2 * phi_3 / phi_1])
+            slopes, rho = _unipc_correction(lam[: i + 1], orders[i - 1])
             ratio = sigma[i] / sigma[i - 1]
             gain = alpha[i] - alpha[i - 1] * ratio  # alpha (1 - exp(-h)), without the logarithms
-            slope = rho_old / r
-            correct = 0.0, ratio, gain * rho, gain * (1 - rho - slope), gain * slope
-        slope = 0.5 * (lam[i + 1] - lam[i]) / (lam[i - 1] - lam[i]) if order[i] == 2 else 0.0
+            weights = [rho, 1 - rho - sum(slopes), *slopes, *[0.0] * (kept - 1 - len(slopes))]
+            correct = [0.0, ratio, *(gain * weight for weight in weights)]
+        slopes = _unipc_prediction(lam[: i + 2], orders[i])
         ratio = sigma[i + 1] / sigma[i]
         gain = alpha[i + 1] - alpha[i] * ratio
-        predict = ratio, gain * (1 - slope), gain * slope  # of the corrected x, clean_0, clean_1
-        table[i] = sigma[i], *correct, *predict
-    return _solver(schedule, table, _unipc_init, _unipc_advance)
+        weights = [1 - sum(slopes), *slopes, *[0.0] * (kept - 1 - len(slopes))]
+        table[i] = sigma[i], *correct, ratio, *(gain * weight for weight in weights)  # of corrected x, clean_0 ..
+    init = _unipc_init if kept == 2 else _unipc_3_init
+    return _solver(schedule, table, init, _unipc_advance)
+
+
+def _unipc_prediction(lam: np.ndarray, order: int) -> list[float]:
+    """The weights of the differences to earlier estimates in the predictor from the last but one of `lam` to the
+    last."""
+    if order == 1:
+        return []
+    r, b = _unipc_equations(lam, order)
+    rho = [0.5] if order == 2 else np.linalg.solve([r[:-1] ** k for k in range(order - 1)], b[:-1])
+    return list(rho / r[:-1])
+
+
+def _unipc_correction(lam: np.ndarray, order: int) -> tuple[list[float], float]:
+    """As `_unipc_prediction` for the corrector, and the weight of the estimate at the last of `lam`."""
+    if order == 1:
+        return [], 0.5
+    r, b = _unipc_equations(lam, order)
+    *rho, last = np.linalg.solve([r**k for k in range(order)], b)
+    return list(rho / r[:-1]), last
+
+
+def _unipc_equations(lam: np.ndarray, order: int) -> tuple[np.ndarray, list[float]]:
+    """Where the estimates are, in steps from the last but one of `lam` to the last, the latest last; and what the
+    weights must give: phi_(k+1) k! / phi_1 of k = 1 .. order."""
+    h = lam[-1] - lam[-2]
+    r = np.array([*((lam[-2 - k] - lam[-2]) / h for k in range(1, order)), 1.0])
+    phi_1 = np.expm1(-h)
+    phi, b = phi_1 / -h - 1, []
+    for k in range(1, order + 1):
+        b.append(math.factorial(k) * phi / phi_1)
+        phi = phi / -h - 1 / math.factorial(k + 1)
+    return r, b
 
 
 def renoise(schedule: Schedule) -> Solver:
@@ -139,6 +177,26 @@ def ddpm(schedule: Schedule) -> Solver:
     return _solver(schedule, table, _noisy_init, _ddpm_advance)
 
 
+def euler_tokens(schedule: Schedule, x: Array, v: Array, timestep: Array, noise: Array | None = None) -> Array:
+    """One step of Euler's in which each token has a timestep of its own (diffusers' `per_token_timesteps`).
+
+    A token at sigma = timestep / 1000 goes to the highest level of the schedule below it, by more than 1e-6; one at 0
+    stays. diffusers adds (sigma - sigma_next) times what it is given, hence wants -v here.
+
+    Args:
+        x, v: float32 [B,L,...], latents and velocity.
+        timestep: float32 [B,L], in 0..1000.
+        noise: float32 [B,L,...], standard normal: then the clean estimate is noised anew, as in `renoise`.
+    """
+    sigma = timestep / 1000
+    levels = jnp.asarray(schedule.sigmas, jnp.float32)[:, None, None]  # [N+1,1,1]
+    below = jnp.max(jnp.where(levels < sigma[None] - 1e-6, levels, 0.0), axis=0)  # [B,L]
+    sigma, below = (jnp.expand_dims(each, range(2, x.ndim)) for each in (sigma, below))
+    if noise is None:
+        return x + (below - sigma) * v
+    return (1 - below) * (x - sigma * v) + below * noise
+
+
 def add_noise(clean: Array, sigma: Any, key: Array) -> Array:
     """(1 - sigma) clean + sigma * noise, float32 [B,...]; noise float32 at the (global) shape of `clean`, from `key`.
 
@@ -165,12 +223,20 @@ def _unipc_init(x: Array, noise: Any = None) -> UniPCState:
     return UniPCState(_copy(x), *(jnp.zeros(x.shape, jnp.float32) for _ in range(3)))
 
 
-def _unipc_advance(state: UniPCState, v: Array, row: Array) -> UniPCState:
-    x, corrected, clean_1, clean_2 = state
-    clean_0 = x - row[0] * v
-    corrected = row[1] * x + row[2] * corrected + row[3] * clean_0 + row[4] * clean_1 + row[5] * clean_2
-    x = row[6] * corrected + row[7] * clean_0 + row[8] * clean_1
-    return UniPCState(x, corrected, clean_0, clean_1)
+def _unipc_3_init(x: Array, noise: Any = None) -> UniPC3State:
+    return UniPC3State(*_unipc_init(x), jnp.zeros(x.shape, jnp.float32))
+
+
+def _unipc_advance(state: Any, v: Array, row: Array) -> Any:
+    x, corrected, *clean = state
+    clean = [x - row[0] * v, *clean]
+
+    def weighted(first: int, *terms: Array) -> Array:
+        return functools.reduce(operator.add, (row[first + i] * term for i, term in enumerate(terms)))
+
+    corrected = weighted(1, x, corrected, *clean)
+    x = weighted(3 + len(clean), corrected, *clean[:-1])
+    return type(state)(x, corrected, *clean[:-1])
 
 
 def _noisy_init(x: Array, noise: Any) -> NoisyState:

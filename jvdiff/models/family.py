@@ -139,6 +139,7 @@ class Clip:
     sampler: value that makes the solver
     segments: which steps run under which velocity
     attention: implementation of self-attention; None is the best that can
+    vae_tiles: how the VAE's pictures are cut, `models.vae_tiles.Tiles`; None: not at all
     """
 
     settings: Any
@@ -148,6 +149,7 @@ class Clip:
     sampler: Sampler
     segments: tuple[Segment, ...]
     attention: Any = None
+    vae_tiles: Any = None
 
     @property
     def guided(self) -> bool:
@@ -260,7 +262,7 @@ class Family:
     network: (models, segment, forward) -> (weights, x, t, condition) -> velocity; the same object for equal arguments
     finish: (clip, inputs, both conditions as `encode` gave them, latents) -> latents, after the last step
     decode: (models, clip, forward, run, latents [1,T,H,W,C]) -> (uint8 [1,F,Y,X,3], non-finite share, latent frames
-        so far), as frames come
+        so far), as frames come; F is 0 where there is none yet, and only a chance to stop
     preview: (models, forward) -> Stage of (latents [B,1,H,W,C]) -> float32 [B,1,Y,X,3] in -1..1
     attention: (models, clip, forward, inputs) -> implementation of each attention by kind; NotImplementedError where
         the one that was asked for cannot compute the clip, or not on this machine

@@ -12,6 +12,11 @@ def to_pixels(frames: Array) -> Array:
     return jnp.round(jnp.clip(frames / 2 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
 
 
+def from_pixels(pictures: Array) -> Array:
+    """uint8 -> float32 in -1..1: the inverse of `to_pixels`, as diffusers does it."""
+    return 2 * (pictures.astype(jnp.float32) / 255) - 1
+
+
 def nonfinite_share(x: Array) -> Array:
     """The share of numbers that are NaN or infinite, float32."""
     return jnp.mean(1.0 - jnp.isfinite(x).astype(jnp.float32))

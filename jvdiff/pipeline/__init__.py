@@ -5,13 +5,14 @@ from jvdiff.pipeline.generate import (
     Pipeline,
     abstract_params,
     check_fits,
+    check_parts,
     check_subjects,
     generate,
     load,
     make_request,
     place,
     read_parts,
-    sized,
+    size_for,
 )
 from jvdiff.pipeline.lending import Weights
 from jvdiff.pipeline.repository import Repository, inspect, save
@@ -30,6 +31,7 @@ __all__ = [
     "abstract_params",
     "begin",
     "check_fits",
+    "check_parts",
     "check_seed",
     "check_subjects",
     "decode",
@@ -45,6 +47,6 @@ __all__ = [
     "read_parts",
     "resolve",
     "save",
-    "sized",
+    "size_for",
     "trace",
 ]

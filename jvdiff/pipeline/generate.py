@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,7 @@ def load(
     mesh: Any = None,
     *,
     vae_decode: str | None = None,
+    in_turn: Collection[str] = (),
     family: Family | None = None,
     follow_symlinks: bool = False,
 ) -> Pipeline:
@@ -121,14 +122,17 @@ def load(
             `jvdiff.sharding.MeshShape`. None: one device.
         vae_decode: how frames are decoded, "exact", "tf32" or "bf16"; None is as `precision` has it on GPUs ("bf16"
             with bfloat16), exact elsewhere.
+        in_turn: parts whose weights are on the device only while they work, and in the host's memory otherwise:
+            ["text_encoder", "transformer"], or "all". What fits is what `jvdiff.plan` tells.
         family: your own Family, where the repository is of none that jvdiff has (docs/adding_a_family.md); None: as its
             files say.
         follow_symlinks: let files be links to elsewhere; those into a cache of the hub are files anyway.
 
     Raises:
         CheckpointError: incomplete, damaged or unknown weights or configurations.
-        UsageError: no such folder, a causal model (see `jvdiff.streaming.load`), an unknown precision, or a mesh of
-            more devices than there are.
+        UsageError: no such folder, a causal model (see `jvdiff.streaming.load`), an unknown precision or part, or a
+            mesh of more devices than there are.
+        ResourceError: the host has too little memory for the parts that are in turn.
         SetupError: a GPU is there, and JAX cannot use it.
     """
     admission.admit()
@@ -140,19 +144,37 @@ def load(
             f"family is {family.name!r}, and {path.path} was inspected as {path.family.name!r}; leave it out."
         )
     check_at_once(path.path, path.family, True)
-    return Pipeline(path, read_parts(path, dtypes, placement), dtypes, placement)
+    return Pipeline(path, read_parts(path, dtypes, placement, check_parts(path.models, in_turn)), dtypes, placement)
 
 
-def read_parts(repository: Repository, dtypes: precisions.Precision, placement: Placement | None) -> Weights:
+def check_parts(models: Models, in_turn: str | Collection[str]) -> tuple[str, ...]:
+    """The parts of a repository that a user named; "all" are all. Raises UsageError for one that is not there."""
+    there = tuple(models.configs)
+    named = there if in_turn == "all" else in_turn.split(",") if isinstance(in_turn, str) else in_turn
+    for name in named:
+        if name not in there:
+            raise UsageError(f"in_turn is {in_turn!r:.80}; expected all, or some of {', '.join(there)}.")
+    return tuple(name for name in there if name in named)
+
+
+def read_parts(
+    repository: Repository,
+    dtypes: precisions.Precision,
+    placement: Placement | None,
+    in_turn: Collection[str] = (),
+) -> Weights:
     """The weights of every part, where they live; the repository knows their digests afterwards.
 
+    in_turn: parts that leave the device as soon as they are read, and are read first.
+
     Raises:
-        ResourceError: that is the host's memory, and they are more than it has for this process.
+        ResourceError: those that the host is to hold are more than it has for this process.
     """
-    if here().platform == "cpu":
-        abstract = abstract_params(repository.family, repository.models, dtypes)
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
-        memory.check_host(size, f"{repository.path}: its weights", "Use a machine with more, or --precision=bfloat16.")
+    abstract = abstract_params(repository.family, repository.models, dtypes)
+    on_host = abstract if here().platform == "cpu" else {name: abstract[name] for name in in_turn}
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(on_host))
+    memory.check_host(size, f"{repository.path}: its weights", "Use a machine with more, or --precision=bfloat16.")
+    weights = Weights({}, in_turn)
 
     def read(name: str, cfg: Any) -> Params:
         part, digests = repository.family.parts[name], {}
@@ -161,7 +183,9 @@ def read_parts(repository: Repository, dtypes: precisions.Precision, placement: 
         repository.note(digests)
         return params
 
-    return Weights({name: read(name, cfg) for name, cfg in repository.models.configs.items()})
+    for name, cfg in sorted(repository.models.configs.items(), key=lambda item: item[0] not in in_turn):
+        weights.take(name, read(name, cfg))
+    return weights
 
 
 def place(shape: MeshShape | str | None) -> Placement | None:
@@ -199,7 +223,7 @@ def generate(
         renoise: float32 [steps-1,B,T,H,W,C] in place of what a solver draws.
         image: what the first frame shows, where the model takes it: uint8 [Y,X,3] of any size, a Pillow picture or the
             path of a file (`jvdiff.media.pictures`); one for all clips, or a list with one each. A clip has its
-            proportions, at the model's area, unless height and width are given.
+            proportions, at the model's area; a height or width that is given stays.
         last_image: likewise, what the last frame shows.
         callback: see `stages.denoise`.
         profile: a folder that gets a trace of `jax.profiler` of the stages; the programs are compiled in it, unless
@@ -218,7 +242,10 @@ def generate(
     subjects = check_subjects(pipe.repository, prompts=prompts, labels=labels)
     given = {"image": image, "last_image": last_image}
     shown = {name: pictures.one_each(value, len(subjects), name) for name, value in given.items()}
-    clip = pipe.clip(**sized(pipe.repository, settings, shown["image"]))
+    if shown["image"]:
+        chosen = {name for name, value in settings.items() if value is not None}
+        settings |= size_for(pipe.family, pipe.models, pipe.settings(**settings), shown["image"], chosen)
+    clip = pipe.clip(**settings)
     check_fits(pipe.context, clip, len(subjects))
     shape = (len(subjects), *clip.latents)
     first = check_seed(seed)
@@ -258,24 +285,33 @@ def check_subjects(repository: Repository, **fields: Any) -> tuple[Any, ...]:
     return tuple(family.check_subject(models, subject) for subject in subjects)
 
 
-def sized(repository: Repository, given: Mapping[str, Any], images: Sequence[np.ndarray] | None) -> dict[str, Any]:
-    """The given settings, with the size that the pictures ask for where neither height nor width is given.
+def size_for(
+    family: Family, models: Models, settings: Any, images: Sequence[np.ndarray], given: Collection[str]
+) -> dict[str, int]:
+    """The height and width of a clip that begins with these pictures: their proportions, at the area of the settings.
+
+    Args:
+        settings: complete.
+        given: which of height and width the user chose: these stay, and the other one follows.
 
     Raises:
-        UsageError: the pictures of a batch ask for several.
+        UsageError: the pictures of a batch ask for several, or the family takes none.
     """
-    if not images or any(given.get(name) is not None for name in ("height", "width")):
-        return dict(given)
-    settings, unit = repository.settings(**given), repository.family.unit(repository.models)
-    area = settings.height * settings.width
-    sizes = {pictures.fitting(image.shape[0], image.shape[1], area, unit) for image in images}
+    _check_takes(family, "image")
+    chosen = {name: getattr(settings, name) for name in ("height", "width")}
+    fixed, unit = {name: size for name, size in chosen.items() if name in given}, family.unit(models)
+    if len(fixed) == 2:
+        return chosen
+    sizes = set()
+    for y, x in (image.shape[:2] for image in images):
+        area = {"height": settings.height**2 * x / y, "width": settings.width**2 * y / x}
+        sizes.add(pictures.fitting(y, x, area[next(iter(fixed))] if fixed else settings.height * settings.width, unit))
     if len(sizes) > 1:
         several = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)[:4])
         raise UsageError(
             f"the pictures ask for clips of {len(sizes)} sizes ({several}), and a batch has one; give height and width."
         )
-    height, width = sizes.pop()
-    return {**given, "height": height, "width": width}
+    return dict(zip(chosen, sizes.pop(), strict=True)) | fixed
 
 
 def make_request(
@@ -293,8 +329,8 @@ def make_request(
     """
     given = {"image": image, "last_image": last_image}
     for name, each in given.items():
-        if each is not None and name not in family.takes:
-            raise UsageError(f"{family.name} takes no {name}; leave it out.")
+        if each is not None:
+            _check_takes(family, name)
         if each is None and name in family.needs:
             raise UsageError(f"{family.name} needs {' and '.join(family.needs)}; give {name}.")
     if last_image is not None and (image is None or clip.frames[0] == 1):
@@ -302,6 +338,11 @@ def make_request(
         raise UsageError(f"last_image is given, and {found}; it is the last frame of a clip whose first is image.")
     more: dict[str, Any] = {PICTURES[name]: each for name, each in given.items()}
     return Request(**{family.subject: subjects}, **more)
+
+
+def _check_takes(family: Family, name: str) -> None:
+    if name not in family.takes:
+        raise UsageError(f"{family.name} takes no {name}; leave it out.")
 
 
 def _check_array(name: str, value: Any, dtype: Any, shape: tuple[int, ...]) -> None:

@@ -100,7 +100,7 @@ def inspect(
         manifest.verify_small(path, follow_symlinks)
     index = _model_index(path)
     family = family or _family(path, index)
-    converted = (path / next(iter(family.parts)) / orbax.PARAMS).is_dir()
+    converted = any((path / name / orbax.PARAMS).is_dir() for name in family.parts)
     if signed:
         manifest.check_known(path, _small_files(path, family))
     models = _models(path, family, index)

@@ -3,6 +3,7 @@
 report     the plan of a sampling run, line by line
 compiled   its compiled programs, measured
 meshes     the smallest split that fits
+residency  whose weights are on a device together
 training   the plan of a training
 counting   operations of a traced program, arrays of a compiled one
 targets    GPUs that are not there
@@ -14,9 +15,12 @@ from jvdiff.lazy import attach
 __all__ = [
     "TARGETS",
     "Program",
+    "Residency",
+    "Work",
     "attention_in",
     "candidates",
     "check_target",
+    "choose",
     "compile_for",
     "compiled",
     "count_flops",
@@ -29,7 +33,6 @@ __all__ = [
     "known_targets",
     "largest_array",
     "leaves",
-    "let_go",
     "lines",
     "memory_limit",
     "memory_of",
@@ -37,6 +40,7 @@ __all__ = [
     "pool",
     "programs",
     "report",
+    "residency",
     "resident",
     "resolved",
     "resources",
@@ -49,8 +53,10 @@ __all__ = [
     "target_placement",
     "targets",
     "training",
+    "ways",
+    "with_turns",
 ]
 
 # `targets` is searched first, since it must run before JAX is imported.
 
-__getattr__ = attach(__name__, __all__, ("targets", "counting", "report", "compiled", "meshes"))
+__getattr__ = attach(__name__, __all__, ("targets", "counting", "report", "compiled", "meshes", "residency"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -116,22 +116,6 @@ def memory_of(
     weights = _weights_used(call.traced, tree, places, shape)
     outside = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return weights, outside - weights, memory.temp_size_in_bytes
-
-
-def let_go(clip: Clip, needs: Iterable[tuple[str, int]], held: int, limit: int) -> tuple[str, ...]:
-    """The parts that are to leave the device once they have encoded; none where everything fits.
-
-    needs: (part, bytes besides the weights) of each program of the clip, in order.
-    held: bytes of all weights.
-    limit: of the device.
-    """
-    every = list(needs)
-    if held + max(need for _, need in every) <= limit:
-        return ()
-    steps = {segment.part for segment in clip.segments}
-    first = next((i for i, (part, _) in enumerate(every) if part in steps), len(every))
-    later = {part for part, _ in every[first:]}
-    return tuple(dict.fromkeys(part for part, _ in every[:first] if part not in later))
 
 
 def stage_text(

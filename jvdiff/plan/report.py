@@ -8,20 +8,22 @@ L video tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from jvdiff import models
 from jvdiff.config import nearest
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.media import pictures
 from jvdiff.plan.targets import check_target, described, target_memory
 from jvdiff.runtime import gpus
 from jvdiff.weights import locate
 
 
-def sampling(config: Any) -> Iterator[str]:
-    """The plan of a sampling config, line by line, each as soon as it is known.
+def sampling(config: Any, given: Collection[str] = ()) -> Iterator[str]:
+    """The plan of a sampling config, line by line, each as soon as it is known; given: as of `resolved`.
 
     Raises:
         UsageError: neither a folder nor a published model, settings or a mesh that they cannot use.
@@ -34,7 +36,7 @@ def sampling(config: Any) -> Iterator[str]:
     from jvdiff.sharding import read_mesh
 
     shape = read_mesh(config.mesh)
-    context, clip = resolved(config)
+    context, clip = resolved(config, given)
     if shape == "auto":
         devices, limit = (8, target_memory(config.plan_target)) if config.plan_target else (None, None)
         shape, sentence = smallest_mesh(context, clip, devices, limit, config.plan_target)
@@ -42,14 +44,21 @@ def sampling(config: Any) -> Iterator[str]:
     yield from lines(context, clip, config.plan_target, shape)
 
 
-def resolved(config: Any) -> tuple[Any, Any]:
-    """(Context, Clip) of a sampling config, without weights."""
+def resolved(config: Any, given: Collection[str] = ()) -> tuple[Any, Any]:
+    """(Context, Clip) of a sampling config, without weights.
+
+    given: the fields that the command line itself sets: a height or width among them stays, whatever the proportions of
+    the picture that the clip begins with.
+    """
     from jvdiff import pipeline, precision
     from jvdiff.config import names
 
     family, known, defaults = describe(config.checkpoint, config.get("family"), bool(config.get("follow_symlinks")))
-    given = {name: config.get(name) for name in names(family.settings)}
-    clip = family.clip(known, pipeline.resolve(family, known, defaults, given))
+    settings = pipeline.resolve(family, known, defaults, {name: config.get(name) for name in names(family.settings)})
+    if config.get("image") is not None and "image" in family.takes:
+        size = pipeline.size_for(family, known, settings, [pictures.read(config.image)], given)
+        settings = dataclasses.replace(settings, **size)
+    clip = family.clip(known, settings)
     target = config.plan_target
     dtypes = precision.choose(config.precision, config.get("vae_decode"), described(target) if target else None)
     return pipeline.Context(family, known, dtypes), clip
@@ -85,9 +94,11 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
     """
     import jax
 
+    from jvdiff.pipeline.lending import PINNED
     from jvdiff.plan import meshes
-    from jvdiff.plan.compiled import let_go, programs, resident
+    from jvdiff.plan.compiled import programs, resident
     from jvdiff.plan.counting import flops, gib
+    from jvdiff.plan.residency import Work, choose, ways
     from jvdiff.sharding import check_mesh
 
     if shape is not None:
@@ -107,21 +118,18 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
         yield from _program(program, clip.tokens)
     total = sum(program.flops * program.times for program in every)
     sent = sum(program.times * sum(size for _, size in program.sends.values()) for program in every)
-    weights = sum(size for _, size in held.values())
-    most = weights + max(program.needs for program in every)
-    in_turn = max(held[program.part][1] + program.needs for program in every)
     communication = f" sends {gib(sent).strip()};" if shape is not None else ""
-    yield (
-        f"one clip: {flops(total)}FLOPs;{communication} device memory, all weights resident: {gib(most).strip()}"
-        f" (each part there only while it works: {gib(in_turn).strip()})"
-    )
+    yield f"one clip: {flops(total)}FLOPs;{communication} device memory, by whose weights are on the device together:"
+    sizes, works = {part: size for part, (_, size) in held.items()}, [Work(p.name, p.part, p.needs) for p in every]
+    for way in ways(clip, works, sizes):
+        stages = ", ".join(f"{name} {gib(peak).strip()}" for name, peak in way.peaks.items())
+        host = sum(sizes[part] for part in way.in_turn)
+        waiting = f"; in host memory ({PINNED} on a mesh): {gib(host).strip()}" if host else ""
+        yield f"  {way}: {gib(way.peak).strip()} at most ({stages}){waiting}"
     if (pool := target_memory(target) if target else meshes.pool()) is not None:
-        gone = let_go(clip, [(program.part, program.needs) for program in every], weights, pool)
-        later = max((program.needs for program in every if program.part not in gone), default=0)
-        rest = weights - sum(held[part][1] for part in gone) + later
-        after = f"; {', '.join(gone)} leaves it after encoding, then {gib(rest).strip()}" if gone else ""
-        yield f"JAX's pool on each device: {gib(pool).strip()}, {gpus.share():g} of it{after}"
-        yield "not in these figures: the workspaces of cuDNN, cuBLAS and NCCL"
+        yield choose(clip, works, sizes, pool)[1]
+        yield f"JAX's pool on each device: {gib(pool).strip()}, {gpus.share():g} of it"
+    yield "not in these figures: the workspaces of cuDNN, cuBLAS and NCCL"
     frames, height, width = clip.frames
     yield f"host memory for its frames: {gib(frames * height * width * 3).strip()}"
 

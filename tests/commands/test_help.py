@@ -63,7 +63,7 @@ def test_sampling_lists_every_field_with_type_default_and_meaning(capsys, monkey
     fields = listed(text)
     assert set(fields) == set(sample.default_config())
     assert fields["steps"] == ("whole number", "20") and fields["output"] == ("text", "out")
-    assert fields["grid"] == ("diffusers|wan", "diffusers") and fields["save_arrays"] == ("true or false", "false")
+    assert fields["grid"] == ("text", "diffusers") and fields["save_arrays"] == ("true or false", "false")
     titles = ("what to make", "picture and time", "sampler", "weights and devices", "output", "plan", "many processes")
     assert [title for title in titles if re.search(rf"^{title}", text, re.MULTILINE)] == list(titles)
     assert "frames a second; only written into the file (1 to 240)" in text

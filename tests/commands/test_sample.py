@@ -452,18 +452,28 @@ def test_out_of_device_memory_names_the_stage(command, tmp_path, monkeypatch, ca
     assert (tmp_path / "out" / f"{STEM}.state").is_dir() == (stage == "decode")
 
 
-def test_an_encoder_leaves_a_device_that_is_too_small_and_comes_back(command, tmp_path, monkeypatch, capsys):
-    sizes = iter([1, 2**40])  # of the pool, for one clip and the next
+def test_weights_take_turns_on_a_device_that_is_too_small(command, tmp_path, monkeypatch, capsys):
+    sizes = iter([1, 1, 2**40])  # of the pool: before weights are read, for one clip, for the next
     monkeypatch.setattr(plan, "pool", lambda: next(sizes))
     trace = {"profile": tmp_path / "trace"}  # of the first clip
     assert sample.main(command(seed=None, seeds="3:5", steps=2, save_arrays="true", **trace)) == 0
-    notices = [line for line in capsys.readouterr().err.splitlines() if "leaves the device" in line]
-    assert len(notices) == 1 and "the text encoder leaves the device until it is needed" in notices[0]
+    said = capsys.readouterr().err
+    told = [line for line in said.splitlines() if line.startswith("weights on the device:")]
+    assert len(told) == 2 and "transformer, vae, text_encoder in turn" in told[0] and "too little" in told[0]
+    assert "all weights resident" in told[1] and said.index(told[0]) < said.index("loading") < said.index(told[1])
+    records = [json.loads(path.read_text())["residency"] for path in sorted((tmp_path / "out").glob("*.json"))]
+    assert [record["in_turn"] for record in records] == [["transformer", "vae", "text_encoder"], []]
+    assert all(peak < records[1]["peaks"][name] for name, peak in records[0]["peaks"].items())
     first, second = (read(path) for path in sorted((tmp_path / "out").glob("*.npz")))
     (trace,) = (tmp_path / "trace").rglob("*.xplane.pb")
     words = (b"denoise", b"text", b"decode next", b"self_attn", b"ffn", b"xla_attention")
     assert [word for word in words if word not in trace.read_bytes()] == []
     assert np.isfinite(second["latents"]).all() and not np.array_equal(first["latents"], second["latents"])
+    monkeypatch.undo()
+    for asked, status in (("text_encoder", 0), ("off", 0), ("textencoder", 2)):
+        assert sample.main(command(steps=2, save_arrays="true", in_turn=asked, output=tmp_path / asked)) == status
+    assert "expected all, or some of transformer, vae, text_encoder" in capsys.readouterr().err
+    np.testing.assert_array_equal(read(tmp_path / "text_encoder" / f"{STEM}.npz")["latents"], first["latents"])
 
 
 def test_an_output_that_cannot_be_written_is_told_first(command, tmp_path, capsys, no_weights):

@@ -70,7 +70,22 @@ def test_every_schedule_falls_to_zero(grid, solver, shift, steps):
         (4, {"shift": float("nan")}, "shift"),
         (4, {"shift": float("inf")}, "shift"),
         (4, {"shift": "3"}, "shift"),
-        (4, {"shift": 3.0, "grid": "karras"}, "grid"),
+        (4, {"shift": 3.0, "grid": "wan"}, "grid must be one of"),
+        (4, {"shift": 3.0, "grid": "beta"}, "unipc has no such levels"),
+        (4, {"shift": 3.0, "grid": "karras", "terminal": 0.1}, "shift_terminal does nothing"),
+        (4, {"shift": 3.0, "grid": "karras", "values": (0.1, 0.9)}, "falling numbers"),
+        (4, {"shift": 3.0, "grid": "karras", "values": (0.9, 0.5, 0.1)}, "the highest level and the lowest"),
+        (4, {"shift": 3.0, "grid": "karras", "solver": "euler", "values": (80.0, 0.1)}, "at most 1"),
+        (2, {"shift": 3.0, "grid": "diffusers", "values": (0.9, 0.1)}, "expected no numbers"),
+        (2, {"shift": 3.0, "grid": "sigmas", "values": (0.9, 0.0)}, "falling numbers above 0, at most 1"),
+        (2, {"shift": 3.0, "grid": "sigmas", "values": (0.9, 0.9)}, "falling numbers"),
+        (2, {"shift": 3.0, "grid": "sigmas", "values": (1.1, 0.9)}, "at most 1"),
+        (2, {"shift": 3.0, "grid": "sigmas", "values": (float("nan"), 0.9)}, "falling numbers"),
+        (2, {"shift": 3.0, "grid": "sigmas"}, "0 numbers; expected one for each of 2 steps"),
+        (2, {"shift": 3.0, "grid": "timesteps", "values": (1001, 900)}, "at most 1000"),
+        (2, {"shift": 1e9, "grid": "sigmas", "values": (1.0, 0.9999)}, r"levels are .* expected falling ones"),
+        (2, {"shift": 3.0, "terminal": 1.0}, "between 0 and 1"),
+        (1, {"shift": 3.0, "terminal": 0.1}, "no noise level below 1"),
         (4, {"shift": 3.0, "solver": "dpm++"}, "solver"),
     ],
 )
@@ -169,10 +184,10 @@ def test_bad_self_forcing(kwargs, message):
 @pytest.mark.parametrize(
     "name,expected",
     [
-        ("wan_2_1", ("unipc", 3.0, "diffusers")),
-        ("wan_2_2_a14b", ("unipc", 3.0, "diffusers")),
-        ("wan_2_2_ti2v_5b", ("unipc", 5.0, "diffusers")),
-        ("hunyuan_video", ("euler", 7.0, "diffusers")),
+        ("wan_2_1", ("unipc", 3.0, "diffusers", None)),
+        ("wan_2_2_a14b", ("unipc", 3.0, "diffusers", None)),
+        ("wan_2_2_ti2v_5b", ("unipc", 5.0, "diffusers", None)),
+        ("hunyuan_video", ("euler", 7.0, "diffusers", None)),
     ],
 )
 def test_published_configs(name, expected):
@@ -222,10 +237,10 @@ def test_self_forcing_configs_that_are_refused(key, value):
 
 def test_absent_keys_take_the_class_defaults():
     minimal = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-    assert schedules.from_scheduler_config(minimal) == ("euler", 1.0, "diffusers")
+    assert schedules.from_scheduler_config(minimal) == ("euler", 1.0, "diffusers", None)
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     minimal = {"_class_name": "UniPCMultistepScheduler"} | flow
-    assert schedules.from_scheduler_config(minimal) == ("unipc", 1.0, "diffusers")
+    assert schedules.from_scheduler_config(minimal) == ("unipc", 1.0, "diffusers", None)
     with pytest.raises(CheckpointError, match=r"prediction_type is 'epsilon' \(absent"):
         schedules.from_scheduler_config({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True})
 
@@ -233,13 +248,16 @@ def test_absent_keys_take_the_class_defaults():
 @pytest.mark.parametrize(
     "base,key,value",
     [
-        ("wan_2_1", "solver_order", 3),
+        ("wan_2_1", "solver_order", 4),
+        ("wan_2_1", "solver_order", True),
         ("wan_2_1", "solver_type", "bh1"),
         ("wan_2_1", "final_sigmas_type", "sigma_min"),
         ("wan_2_1", "lower_order_final", False),
         ("wan_2_1", "disable_corrector", [0]),
         ("wan_2_1", "use_flow_sigmas", False),
-        ("wan_2_1", "use_karras_sigmas", True),
+        ("wan_2_1", "use_exponential_sigmas", True),
+        ("wan_2_1", "use_beta_sigmas", True),
+        ("wan_2_1", "shift_terminal", 1.0),
         ("wan_2_1", "prediction_type", "v_prediction"),
         ("wan_2_1", "predict_x0", False),
         ("wan_2_1", "thresholding", True),
@@ -250,9 +268,9 @@ def test_absent_keys_take_the_class_defaults():
         ("wan_2_1", "num_train_timesteps", 10**9),
         ("wan_2_2_a14b", "use_dynamic_shifting", True),
         ("hunyuan_video", "use_dynamic_shifting", True),
-        ("hunyuan_video", "stochastic_sampling", True),
+        ("hunyuan_video", "stochastic_sampling", 1),
         ("hunyuan_video", "invert_sigmas", True),
-        ("hunyuan_video", "shift_terminal", 0.1),
+        ("hunyuan_video", "shift_terminal", -0.1),
         ("hunyuan_video", "shift", True),
         ("hunyuan_video", "sihft", 3.0),
         ("hunyuan_video", "_class_name", "DDIMScheduler"),
@@ -264,3 +282,74 @@ def test_what_we_cannot_reproduce_is_refused(base, key, value):
         schedules.from_scheduler_config(read(base) | {key: value})
     message = str(error.value)
     assert key in message and repr(value) in message and len(message.splitlines()) <= 6
+
+
+@pytest.mark.parametrize(
+    "base,asked,message",
+    [
+        ("wan_2_1", {"solver_type": "bh1"}, "bh1 makes NaN of the last step"),
+        ("wan_2_2_a14b", {"use_dynamic_shifting": True}, "follows a number mu"),
+        ("wan_2_1", {"use_beta_sigmas": True}, "noise-to-signal ratios, not those of a flow"),
+        (
+            "hunyuan_video",
+            {"use_beta_sigmas": True, "use_karras_sigmas": True},
+            "both true; diffusers refuses",
+        ),
+        ("wan_2_1", {"use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"}, "linear or scaled_linear"),
+        ("wan_2_1", {"use_karras_sigmas": True, "sigma_min": -1}, "positive numbers, or null"),
+        ("hunyuan_video", {"use_karras_sigmas": True, "sigma_min": 0.1}, "both, or neither"),
+    ],
+)
+def test_why_a_config_is_refused(base, asked, message):
+    with pytest.raises(CheckpointError, match=message):
+        schedules.from_scheduler_config(read(base) | asked)
+
+
+@pytest.mark.parametrize(
+    "base,asked,expected",
+    [
+        ("wan_2_1", {"solver_order": 3, "shift_terminal": 0.1}, ("unipc:3", 3.0, "diffusers", 0.1)),
+        ("wan_2_1", {"shift_terminal": 0}, ("unipc", 3.0, "diffusers", None)),
+        (
+            "wan_2_1",
+            {"use_karras_sigmas": True, "sigma_max": 80, "sigma_min": 0.002, "shift_terminal": 0.1},
+            ("unipc", 3.0, "karras:80.0,0.002", None),
+        ),
+        ("hunyuan_video", {"use_beta_sigmas": True, "shift_terminal": 0.1}, ("euler", 7.0, "beta", 0.1)),
+        ("hunyuan_video", {"stochastic_sampling": True}, ("renoise", 7.0, "diffusers", None)),
+        (
+            "hunyuan_video",
+            {"use_karras_sigmas": True, "sigma_max": 0.9, "sigma_min": 0.1},  # left by another scheduler
+            ("euler", 7.0, "karras:0.9,0.1", None),
+        ),
+    ],
+)
+def test_what_a_config_asks_for(base, asked, expected):
+    assert schedules.from_scheduler_config(read(base) | asked) == expected
+
+
+def test_a_list_of_sigmas_is_shifted_and_unipc_truncates():
+    euler = schedules.make(4, shift=5.0, grid="sigmas", solver="euler", values=(1, 0.75, 0.5, 0.25))
+    np.testing.assert_allclose(euler.sigmas, [1, 0.9375, 5 / 6, 0.625, 0], rtol=1e-15)
+    np.testing.assert_allclose(euler.timesteps, [1000, 937.5, 2500 / 3, 625], rtol=1e-15)
+    unipc = schedules.make(4, shift=5.0, grid="sigmas", values=(1, 0.75, 0.5, 0.25))
+    np.testing.assert_allclose(unipc.sigmas, [1 - 1e-6, 0.9375, 5 / 6, 0.625, 0], rtol=1e-15)
+    assert unipc.timesteps.tolist() == [999, 937, 833, 625]
+    assert schedules.make(2, shift=1.0, grid="sigmas", values=(0.9, 0.4)).sigmas.tolist() == [0.9, 0.4, 0]  # no 1
+
+
+def test_a_list_of_timesteps_is_shifted_and_never_truncated():
+    for solver in schedules.SOLVERS:
+        schedule = schedules.make(3, shift=5.0, grid="timesteps", solver=solver, values=(1000, 750, 500))
+        np.testing.assert_allclose(schedule.sigmas, [1, 0.9375, 5 / 6, 0], rtol=1.01e-6)
+        assert (schedule.sigmas[0] == 1) == (solver == "euler")
+        np.testing.assert_array_equal(schedule.timesteps, 1000 * schedule.sigmas[:-1])
+
+
+@pytest.mark.parametrize("grid", schedules.SPACINGS)
+def test_spacings_go_from_end_to_end(grid):
+    own, spaced = (schedules.make(6, shift=3.0, solver="euler", grid=each).sigmas for each in ("diffusers", grid))
+    np.testing.assert_allclose(spaced[[0, -2]], own[[0, -2]], rtol=1e-12)
+    assert np.abs(spaced - own).max() > 0.05
+    named = schedules.make(6, shift=3.0, solver="euler", grid=grid, values=(0.9, 0.1)).sigmas
+    np.testing.assert_allclose(named[[0, -2]], [0.9, 0.1], rtol=1e-12)

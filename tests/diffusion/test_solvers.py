@@ -65,6 +65,24 @@ def test_order_of_convergence(name, low, high):
     assert np.all((low < orders) & (orders < high)), (errors, orders)
 
 
+def test_a_higher_order_converges_faster():
+    errors, grid = {}, schedules.make(40, shift=1.0, grid="training")
+    schedule = schedules.Schedule(grid.sigmas, grid.sigmas[:-1] * 1000)
+    x = np.linspace(-2, 2, 9)[None].astype(np.float32)
+    for order in (1, 2, 3):
+        solver = solvers.unipc(schedule, order)
+        state = denoise(gaussian_velocity, solver, solver.init(jnp.asarray(x)))
+        errors[order] = np.abs(np.asarray(state.x) - gaussian_solution(x, schedule.sigmas[0])).max()
+    assert errors[1] > 3 * errors[2] > 9 * errors[3], errors
+
+
+def test_order_3_is_resumed_bit_for_bit():
+    solver = solvers.unipc(schedules.make(5, shift=3.0), 3)
+    whole = denoise_scan(stub, solver, solver.init(X))
+    saved = jax.tree.map(np.array, denoise(stub, solver, solver.init(X), stop=3))
+    np.testing.assert_array_equal(denoise(stub, solver, saved, start=3).x, whole.x)
+
+
 def test_unipc_beats_euler_at_equal_cost():
     error = {}
     for name in ("euler", "unipc"):
@@ -301,6 +319,18 @@ def test_renoise_is_the_same_on_eight_devices():
     got = denoise(stub, solver, state)
     assert got.x.sharding.is_equivalent_to(rows, 3)
     np.testing.assert_allclose(got.x, denoise(stub, solver, solver.init(noise, KEYS)).x, rtol=0, atol=1e-6)
+
+
+def test_each_token_goes_to_the_level_below_its_own():
+    schedule = schedules.make(4, shift=3.0, solver="euler")
+    whole = np.asarray(solvers.euler(schedule).step(solvers.EulerState(X), 1, X).x)  # all at the second level
+    timestep = jnp.full(X.shape[:2], schedule.timesteps[1], jnp.float32).at[0, 0].set(0)
+    found = np.asarray(solvers.euler_tokens(schedule, X, X, timestep))
+    np.testing.assert_array_equal(found[0, 0], X[0, 0])
+    np.testing.assert_allclose(found[1], whole[1], rtol=1e-6)
+    noised = solvers.euler_tokens(schedule, X, X, timestep, jnp.ones_like(X))
+    sigma, below = schedule.sigmas[1:3]
+    np.testing.assert_allclose(noised[1], (1 - below) * (1 - sigma) * X[1] + below, atol=1e-6)
 
 
 def test_add_noise():

@@ -44,10 +44,12 @@ def published(name):
         ("wan2_1_t2v_1_3b", TRANSFORMER, wan.WAN_2_1_T2V_1_3B, 825, 1_418_996_800),
         ("wan2_1_t2v_1_3b", TRANSFORMER, SELF_FORCING, 825, 1_418_996_800),  # the published lists are equal
         ("fastwan2_1_t2v_1_3b", TRANSFORMER, FASTWAN, 885, 1_489_821_760),
-        ("wan2_1_t2v_14b", TRANSFORMER, wan.WAN_2_1_T2V_14B, 1095, 14_288_491_584),
+        ("wan2_1_t2v_14b", TRANSFORMER, wan.WAN_2_1_T2V_14B, 1095, 14_288_491_584),  # and both of Wan 2.2 T2V-A14B
         ("wan2_1_i2v_14b", TRANSFORMER, WITH_DEAD_NORM, 1343, 16_395_083_584),  # 480P and 720P alike
         ("wan2_1_i2v_image_encoder", IMAGE_ENCODER, clip.VIT_H_14, 520, 632_076_800),
         ("wan2_1_vae", VAE, wan.WAN_2_1_VAE, 194, 126_892_531),
+        ("wan2_2_ti2v_5b", TRANSFORMER, wan.WAN_2_2_TI2V_5B, 825, 4_999_787_712),
+        ("wan2_2_vae", VAE, wan.WAN_2_2_VAE, 196, 704_688_668),
         ("umt5_xxl", TEXT_ENCODER, umt5.UMT5_XXL, 242, 5_680_910_336),
     ],
 )
@@ -73,6 +75,23 @@ def test_derived_tensors(cfg, more, count, parameters):
     expected = {name: shape for name, shape in published("wan2_1_i2v_14b").items() if "norm_added_q" not in name}
     assert ours == expected | more and len(ours) == count
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == parameters
+
+
+def test_fastwan_14b_is_derived():
+    """No list of it is published: a gate beside each block of Wan 2.1's, as in the list of the 1.3B."""
+
+    def gated(name, layers, width):
+        gates = {"weight": (width, width), "bias": (width,)}
+        return published(name) | {
+            f"blocks.{i}.to_gate_compress.{k}": v for i in range(layers) for k, v in gates.items()
+        }
+
+    assert gated("wan2_1_t2v_1_3b", 30, 1536) == published("fastwan2_1_t2v_1_3b")
+    cfg = dataclasses.replace(wan.WAN_2_1_T2V_14B, gate_compress=True)
+    abstract = TRANSFORMER.abstract(cfg, jnp.bfloat16)
+    ours = {tensor: entry.shape for tensor, entry in rules.expected(TRANSFORMER.names(cfg), abstract).items()}
+    assert ours == gated("wan2_1_t2v_14b", 40, 5120)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == 15_337_272_384
 
 
 def test_the_causal_class(tmp_path):

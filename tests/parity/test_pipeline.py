@@ -104,13 +104,14 @@ CASES = {
 }
 
 
-def diffusers_clip(pipe, noise, prompts, guidance, negative_prompt, steps, size):
+def diffusers_clip(pipe, noise, prompts, guidance, negative_prompt, steps, size, guidance_2=None):
     """(latents [B,T,H,W,C], frames uint8 [B,F,Y,X,3]) of WanPipeline; decoded apart, as its own last lines do."""
     generator = torch.Generator().manual_seed(0)  # never drawn from: noise is given
     latents = pipe(
         prompt=prompts,
         negative_prompt=negative_prompt,
         guidance_scale=guidance,
+        guidance_scale_2=guidance_2,
         num_inference_steps=steps,
         latents=torch.from_numpy(noise.transpose(0, 4, 1, 2, 3).copy()),
         generator=generator,
@@ -154,3 +155,57 @@ def test_another_prompt_is_another_clip(both):
         for prompt in ("a red seven moving left", "a blue two moving right")
     )
     assert np.linalg.norm(one - other) / np.linalg.norm(one) > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------- two experts
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """(ours of the folder, ours converted, theirs, size of a clip) of a repository with two transformers."""
+    root, components = tmp_path_factory.mktemp("experts"), random_components()
+    cfg, params = components["transformer"]
+    components["transformer_2"] = cfg, jax.tree.map(lambda x: np.ascontiguousarray(x[::-1]), params)
+    digits_tokenizer.save(digits_tokenizer.build(WORDS), root / "words")
+    files = {"tokenizer": root / "words", "scheduler": {"scheduler_config.json": SCHEDULERS["unipc"]}}
+    repository.save(root / "orbax", TEXT_TO_VIDEO, components, files=files, index={"boundary_ratio": 0.9})
+    to_hf(root / "orbax", root / "hf")
+    theirs = diffusers.WanPipeline.from_pretrained(root / "hf", torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    ours = [jvdiff.load(root / name, precision="float32") for name in ("hf", "orbax")]
+    return *ours, theirs, {"num_frames": 5, "height": 32, "width": 48}
+
+
+def test_two_experts(experts):
+    """The step at t = 900 is the boundary's own; a guidance for each; two prompts, a negative one."""
+    ours, converted, theirs, size = experts
+    given = {"guidance": 4.0, "guidance_2": 2.5, "negative_prompt": "blue right", "steps": 4}
+    prompts = ["a red seven moving left", "two"]
+    noise = np.random.default_rng(5).standard_normal((2, *ours.clip(**size).latents), np.float32)
+    assert 900 in ours.clip(**size, steps=4).sampler.schedule.timesteps
+    latents, frames = diffusers_clip(theirs, noise, prompts, size=size, **given)
+    out = jvdiff.generate(ours, prompts, noise=noise, **given, **size)
+    same_clip(out, latents, frames)
+    again = jvdiff.generate(converted, prompts, noise=noise, **given, **size)
+    np.testing.assert_array_equal(again.latents, out.latents)
+    for change in ({"boundary": 0.9001}, {"guidance_2": None}):  # what a mistake at the boundary would be
+        other = jvdiff.generate(ours, prompts, noise=noise, **{**given, **change}, **size).latents
+        assert np.linalg.norm(other - latents) / np.linalg.norm(latents) > 1e-3
+
+
+def test_one_expert_is_null(experts):
+    """All steps of a boundary of 1 are below it; unguided by `guidance`, whatever `guidance_2` says."""
+    ours, _, theirs, size = experts
+    null = diffusers.WanPipeline(**{**theirs.components, "transformer": None}, boundary_ratio=1.0)
+    null.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(6).standard_normal((1, *ours.clip(**size).latents), np.float32)
+    given = {"guidance": 1.0, "guidance_2": 3.0, "negative_prompt": "", "steps": 3}
+    latents, frames = diffusers_clip(null, noise, ["a red two"], size=size, **given)
+    same_clip(jvdiff.generate(ours, ["a red two"], noise=noise, boundary=1.0, **given, **size), latents, frames)
+
+
+def same_clip(out, latents, frames):
+    assert out.latents.shape == latents.shape and out.video.shape == frames.shape
+    assert np.linalg.norm(out.latents - latents) / np.linalg.norm(latents) <= 1e-4
+    assert 10 * np.log10(255**2 / max(np.mean((out.video.astype(np.float64) - frames) ** 2), 1e-12)) >= 52
+    assert latents.std() > 0.1 and frames.std() > 5

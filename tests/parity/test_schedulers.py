@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from jvdiff.diffusion import denoise, schedules, solvers, variance_preserving
+from jvdiff.diffusion import denoise, samplers, schedules, solvers, variance_preserving
 from jvdiff.errors import CheckpointError
 
 torch = pytest.importorskip("torch")
@@ -178,6 +178,142 @@ def test_ancestral(kind, name):
 WAN = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 
+UNIPC, EULER = diffusers.UniPCMultistepScheduler, diffusers.FlowMatchEulerDiscreteScheduler
+# Files that diffusers takes, besides those of a plain solver.
+FILES = [
+    *((UNIPC, WAN | {"solver_order": order}) for order in (1, 2, 3)),
+    (UNIPC, WAN | {"solver_order": 3, "flow_shift": 12.0, "shift_terminal": 0.1}),
+    (UNIPC, WAN | {"shift_terminal": 0.02}),
+    (UNIPC, WAN | {"shift_terminal": 0.0}),
+    (UNIPC, WAN | {"use_karras_sigmas": True, "shift_terminal": 0.1}),
+    (UNIPC, WAN | {"use_karras_sigmas": True, "solver_order": 3, "beta_schedule": "scaled_linear"}),
+    (UNIPC, WAN | {"use_karras_sigmas": True, "sigma_max": 80.0, "solver_order": 1}),
+    (UNIPC, WAN | {"use_karras_sigmas": True, "trained_betas": np.linspace(2e-4, 1e-2, 1000).tolist()}),
+    *((EULER, {"shift": 5.0, f"use_{spacing}_sigmas": True}) for spacing in schedules.SPACINGS),
+    *((EULER, {f"use_{spacing}_sigmas": True, "shift_terminal": 0.1}) for spacing in schedules.SPACINGS),
+    (EULER, {"shift": 8.0, "shift_terminal": 0.1}),
+    (EULER, {"shift": 3.0, "stochastic_sampling": True}),
+    (EULER, {"shift": 3.0, "stochastic_sampling": True, "use_beta_sigmas": True, "shift_terminal": 0.05}),
+]
+
+
+def ours_of(scheduler, steps):
+    found = schedules.from_scheduler_config(json.loads(scheduler.to_json_string()))
+    return samplers.read(found.solver, steps, found.shift, found.grid, found.shift_terminal)
+
+
+def stepped(scheduler, field, x, noises, monkeypatch):
+    """What diffusers makes of x float32 with these noises, one a step."""
+    module = diffusers.schedulers.scheduling_flow_match_euler_discrete
+    drawn = iter([*noises, np.zeros_like(x)])
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch.tensor(next(drawn)))
+    return run_reference(scheduler, field, x, scheduler.timesteps.numpy(), torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("steps", (2, 4, 15))
+@pytest.mark.parametrize("kind,config", FILES)
+def test_files_of_schedulers(kind, config, steps, monkeypatch):
+    """Sigmas, timesteps and latents of what a scheduler_config.json asks for, as it is in diffusers."""
+    theirs = kind(**config)
+    theirs.set_timesteps(steps)
+    sampler = ours_of(theirs, steps)
+    np.testing.assert_allclose(sampler.schedule.sigmas, theirs.sigmas.numpy(), rtol=0, atol=1e-7)
+    if kind is UNIPC:
+        np.testing.assert_array_equal(sampler.schedule.timesteps, theirs.timesteps.numpy())
+    else:
+        np.testing.assert_allclose(sampler.schedule.timesteps, theirs.timesteps.numpy(), rtol=4e-7)
+    field, jax_field = random_field(steps)
+    x, *noises = np.random.default_rng(steps).normal(size=(steps, 2, 5, 6)).astype(np.float32)
+    wanted = stepped(theirs, field, x, noises, monkeypatch)
+    noise = jnp.asarray(noises) if config.get("stochastic_sampling") else None
+    solver = sampler.make()
+    found = denoise(jax_field, solver, solver.init(jnp.asarray(x), noise)).x
+    # diffusers' coefficients are float32; those of order 3 are differences of nearly equal numbers
+    assert relative(np.asarray(found), wanted) <= (1e-4 if solver.table.shape[1] == 11 else 1e-5)
+
+
+@pytest.mark.parametrize("order", (1, 3))
+@pytest.mark.parametrize("steps", (1, 2, 3, 5, 20))
+def test_orders_float64(order, steps):
+    schedule = schedules.make(steps, shift=5.0)
+    theirs = UNIPC(**WAN | {"solver_order": order, "flow_shift": 5.0})
+    theirs.set_timesteps(steps)
+    theirs.sigmas = torch.tensor(schedule.sigmas)
+    field, jax_field = random_field(order)
+    x = np.random.default_rng(order).normal(size=(2, 5, 6)).astype(np.float32).astype(np.float64)
+    wanted = run_reference(theirs, field, x, schedule.timesteps, torch.float64)
+    solver = solvers.unipc(schedule, order)
+    found = denoise(jax_field, solver, solver.init(jnp.asarray(x, jnp.float32))).x
+    assert relative(np.asarray(found), wanted) <= 5e-6
+
+
+LEVELS = (1.0, 0.9, 0.8, 0.55, 0.2)
+
+
+@pytest.mark.parametrize("sigmas", (LEVELS, LEVELS[1:], (0.9999995, 0.5)))
+@pytest.mark.parametrize("kind,config", [(UNIPC, WAN), (EULER, {"shift": 5.0}), FILES[4]])
+def test_sigmas_that_are_given(kind, config, sigmas):
+    """Both shift them; UniPC lowers the first if it is 1, and truncates what the network is told."""
+    theirs = kind(**config)
+    theirs.set_timesteps(sigmas=np.array(sigmas))
+    found = schedules.from_scheduler_config(json.loads(theirs.to_json_string()))
+    text = "sigmas:" + ",".join(map(str, sigmas))
+    schedule = samplers.read(found.solver, len(sigmas), found.shift, text, found.shift_terminal).schedule
+    np.testing.assert_allclose(schedule.sigmas, theirs.sigmas.numpy(), rtol=0, atol=1.2e-7)
+    np.testing.assert_allclose(schedule.timesteps, theirs.timesteps.numpy(), rtol=4e-7)
+
+
+def test_timesteps_that_are_given():
+    """The sigmas are those of diffusers; it tells the network the numbers as given, and warns that they do not fit."""
+    given = (1000, 750, 500, 250)
+    theirs = EULER(shift=5.0)
+    theirs.set_timesteps(timesteps=list(given))
+    schedule = samplers.read("euler", 4, 5.0, "timesteps:1000,750,500,250").schedule
+    np.testing.assert_allclose(schedule.sigmas, theirs.sigmas.numpy(), rtol=0, atol=1e-7)
+    np.testing.assert_array_equal(theirs.timesteps.numpy(), given)
+    np.testing.assert_allclose(schedule.timesteps, [1000, 937.5, 2500 / 3, 625], rtol=1e-12)
+
+
+@pytest.mark.parametrize("stochastic", (False, True))
+def test_a_timestep_for_each_token(stochastic, monkeypatch):
+    theirs = EULER(shift=3.0, stochastic_sampling=stochastic)
+    theirs.set_timesteps(5)
+    schedule = schedules.make(5, shift=3.0, solver="euler")
+    rng = np.random.default_rng(0)
+    x, v, noise = rng.normal(size=(3, 2, 7, 6)).astype(np.float32)
+    levels = theirs.timesteps.numpy()
+    timestep = np.stack([[0, *levels, 333], rng.uniform(0, 1000, 7)]).astype(np.float32)  # [B,L]
+    module = diffusers.schedulers.scheduling_flow_match_euler_discrete
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch.tensor(noise))
+    sign = 1 if stochastic else -1  # as its own pipelines give it
+    told = theirs.timesteps[0], torch.tensor(x)
+    kept = {"per_token_timesteps": torch.tensor(timestep), "return_dict": False}
+    wanted = theirs.step(torch.tensor(sign * v), *told, **kept)[0].numpy()
+    found = solvers.euler_tokens(
+        schedule, *map(jnp.asarray, (x, v, timestep)), jnp.asarray(noise) if stochastic else None
+    )
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
+    assert not stochastic or np.abs(wanted[:, 2] - x[:, 2]).max() > 0.1
+    if not stochastic:
+        np.testing.assert_array_equal(found[0, 0], x[0, 0])  # at 0 already
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "asked,reason",
+    [({"solver_type": "bh1"}, "makes NaN of the last"), ({"lower_order_final": False}, "makes infinity of the last")],
+)
+def test_what_is_refused_for_nan_is_not_finite_in_diffusers(asked, reason):
+    theirs = UNIPC(**WAN | asked)
+    theirs.set_timesteps(4)
+    field, _ = random_field(0)
+    x = np.ones((1, 2, 6), np.float32)
+    assert not np.isfinite(run_reference(theirs, field, x, theirs.timesteps.numpy(), torch.float32)).any()
+    with pytest.raises(CheckpointError, match=reason):
+        ours_of(theirs, 4)
+
+
 def swapped():
     """(name, scheduler) as people make them from one another with `CLASS.from_config(other.config)`."""
     unipc, euler = diffusers.UniPCMultistepScheduler, diffusers.FlowMatchEulerDiscreteScheduler
@@ -211,7 +347,7 @@ def test_swapped_schedulers_have_the_sigmas_that_diffusers_gives_them(tmp_path):
             refused[name] = str(error)
             continue
         again.set_timesteps(20)
-        ours = schedules.make(20, shift=found.shift, grid=found.grid, solver=found.solver)
+        ours = samplers.read(found.solver, 20, found.shift, found.grid, found.shift_terminal).schedule
         np.testing.assert_allclose(ours.sigmas, again.sigmas.numpy(), atol=1e-6, err_msg=name)
         taken += 1
     assert taken > 30 and not any("unknown field" in text for text in refused.values()), refused

@@ -4,6 +4,7 @@ B batch · T latent frames · H W latent grid · C channels · F pixel frames ·
 """
 
 import dataclasses
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from jvdiff.models import wan
+from jvdiff.models.vae_tiles import Tiles
 from jvdiff.models.wan import names
 from jvdiff.weights import naming as rules
 
@@ -24,6 +26,16 @@ TINY = wan.VAEConfig(base_dim=8, num_res_blocks=1)
 TWO_BLOCKS = wan.VAEConfig(base_dim=8, num_res_blocks=2)
 DIGITS = wan.VAEConfig(  # the shipped model's proportions
     base_dim=4, dim_mult=(1, 4, 8, 8), num_res_blocks=1, z_dim=8, latents_mean=(0.0,) * 8, latents_std=(1.0,) * 8
+)
+RESIDUAL = wan.VAEConfig(  # Wan 2.2's, in widths that differ on every level
+    base_dim=4,
+    decoder_base_dim=8,
+    num_res_blocks=1,
+    z_dim=6,
+    is_residual=True,
+    patch_size=2,
+    latents_mean=(0.0,) * 6,
+    latents_std=(1.0,) * 6,
 )
 encode = jax.jit(wan.encode, static_argnums=1, static_argnames="chunk")
 decode = jax.jit(wan.decode, static_argnums=1, static_argnames="chunk")
@@ -82,6 +94,8 @@ def error(a, b):
         (TWO_BLOCKS, (1, 2, 3, 5), 1, 5),
         (TWO_BLOCKS, (1, 5, 2, 3), 4, 6),
         (DIGITS, (2, 5, 3, 2), 1, 7),
+        (RESIDUAL, (2, 1, 3, 5), 1, 8),
+        (RESIDUAL, (1, 3, 3, 2), 1, 9),
     ],
 )
 def test_float32(cfg, size, chunk, seed):
@@ -95,6 +109,27 @@ def test_float32(cfg, size, chunk, seed):
     )
     print(f"encode {errors[0]:.1e}, decode {errors[1]:.1e}")
     assert max(errors) <= 1e-5
+
+
+SMALL = dict(dim_mult=(1, 2, 2), temperal_downsample=(True, True), num_res_blocks=1)
+
+
+@pytest.mark.parametrize("cfg", [dataclasses.replace(TINY, **SMALL), dataclasses.replace(RESIDUAL, **SMALL)])
+def test_tiles(cfg):
+    """Several on each axis, the last of them narrow; frames go beyond [-1,1] before they are blended."""
+    model, params = reference(cfg, 0)
+    with torch.no_grad():
+        model.decoder.conv_out.weight.mul_(5)
+    params["decoder"]["conv_out"]["kernel"] *= 5
+    q = cfg.spatial_factor
+    tiles = Tiles((4 * q, 4 * q), (3 * q, 2 * q))
+    model.enable_tiling(*tiles.tile, *tiles.stride)
+    video, latents = inputs(cfg, 1, 1, 7, 6)
+    mean, frames = theirs(model, video, latents)
+    assert (np.abs(frames) == 1).mean() > 0.05
+    run = partial(jax.jit, static_argnums=1, static_argnames="tiles")
+    assert error(run(wan.encode)(params, cfg, video, tiles=tiles), mean) <= 1e-5
+    assert error(run(wan.decode)(params, cfg, latents, tiles=tiles), frames) <= 1e-5
 
 
 def test_the_published_size():

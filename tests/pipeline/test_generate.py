@@ -1,6 +1,7 @@
 """The stages and what `generate` makes of them, on a tiny random repository."""
 
 import dataclasses
+import functools
 import json
 import logging
 import shutil
@@ -15,6 +16,7 @@ from jvdiff import pipeline, precision, streaming
 from jvdiff.errors import CheckpointError, NumericsError, UsageError
 from jvdiff.models import wan
 from jvdiff.models.family import Clip, Request
+from jvdiff.models.vae_tiles import Tiles
 from jvdiff.models.wan import conditions
 from jvdiff.models.wan import family as wan_family
 from jvdiff.runtime.target import Target
@@ -108,6 +110,28 @@ def test_decoding_in_chunks_is_the_whole_decoder(pipe, out):
     assert np.abs(whole - out.video).max() <= 1
 
 
+def test_decoding_in_tiles_is_the_vae_in_tiles(pipe):
+    """Every tile over all frames, and a chance to stop after each; then frame after frame."""
+    clip = pipe.clip(vae_tiles=Tiles((16, 16), (8, 8)), height=32, num_frames=9)
+    assert clip.settings.vae_tiles == "16x16:8x8" and clip.vae_tiles == Tiles((16, 16), (8, 8))
+    vae, z = pipe.models.configs["vae"], np.asarray(pipeline.initial_noise([0], clip.latents))
+    told = []
+    video = pipeline.decode(pipe.context, clip, z, pipe.run, callback=told.append)
+    assert video.shape == (1, 9, 32, 16, 3) and told == [0] * 8 + [1, 2, 3]
+
+    @functools.partial(jax.jit, static_argnames="tiles")
+    def decode(params, tiles):
+        return wan.decode(params, vae, wan.denormalize_latents(vae, jnp.asarray(z)), tiles=tiles)
+
+    whole, tiled = (np.asarray(decode(pipe.weights["vae"], tiles)) for tiles in ("off", "16x16:8x8"))
+    levels = np.round(np.clip(tiled / 2 + 0.5, 0, 1) * 255)
+    assert np.abs(levels - video).max() <= 1
+    assert np.abs(whole - tiled).max() > 0.05
+    with pytest.raises(UsageError, match=r"multiples of 8\. The nearest is 16x16:8x16\."):
+        pipe.clip(vae_tiles="16x16:8x12")
+    assert not pipe.clip(vae_tiles="off").vae_tiles
+
+
 def test_short_text_rows_stand_for_512(pipe, out, monkeypatch):
     monkeypatch.setattr(conditions, "TEXT_BUCKETS", (512,))
     full = jvdiff.generate(pipe, PROMPT, seed=3)
@@ -177,7 +201,8 @@ def test_large_clips_are_guided_in_turn_with_the_same_result(pipe, out, monkeypa
         ("guidance", 0.5, "without guidance"),
         ("shift", float("inf"), "nearest is 100"),
         ("solver", "ddim", "unipc, euler"),
-        ("grid", "karras", "diffusers, wan"),
+        ("grid", "training", "diffusers, wan"),
+        ("grid", "sigmas:1,2", "at most 1"),
         ("attention", "flash9", "xla"),
         ("pattern", "dance", "expected 'dense'"),
         ("negative_prompt", "bad \ud800", "surrogate"),

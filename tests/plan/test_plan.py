@@ -245,13 +245,27 @@ def test_the_smallest_mesh_that_fits(monkeypatch):
         find(8, 20)
 
 
-def test_what_leaves_a_device_after_encoding():
-    """Wan 1.3B with what its programs need said instead of measured, in GiB."""
-    _, clip = planned("Wan2.1-T2V-1.3B-Diffusers")
-    needs = [("text_encoder", 1), ("transformer", 2), ("vae", 5), ("vae", 8)]
-    assert plan.let_go(clip, needs, 14, 22) == () and plan.let_go(clip, needs, 14, 21) == ("text_encoder",)
-    assert plan.let_go(clip, [("text_encoder", 1), ("vae", 1), *needs[1:]], 14, 21) == ("text_encoder",)  # a picture
-    assert plan.let_go(clip, needs[1:], 14, 21) == ()
+def test_whose_weights_are_on_a_device_together():
+    """Wan 2.2 A14B with what its programs need said instead of measured, in GiB."""
+    gib, held = 2**30, {"transformer": 27, "transformer_2": 27, "vae": 1, "text_encoder": 11, "image_encoder": 2}
+    held = {part: size * gib for part, size in held.items()}
+    _, clip = planned("Wan2.2-T2V-A14B-Diffusers")
+    stages = ("text", "text_encoder", 1), ("one", "transformer", 8), ("two", "transformer_2", 8), ("frames", "vae", 20)
+    works = [plan.Work(name, part, needs * gib) for name, part, needs in stages]
+    every = list(plan.ways(clip, works, held))
+    encoders, experts = ("text_encoder", "image_encoder"), ("transformer", "transformer_2")
+    assert [set(way.in_turn) for way in every] == [set(), {*encoders}, {*encoders, *experts}, {*held}]
+    peaks = [{name: peak // gib for name, peak in way.peaks.items()} for way in every]
+    assert peaks[0] == {"text": 69, "one": 76, "two": 76, "frames": 88} and every[0].peak == 88 * gib
+    assert peaks[1] == {"text": 67, "one": 63, "two": 63, "frames": 75}
+    assert peaks[2] == {"text": 13, "one": 36, "two": 36, "frames": 21}
+    assert peaks[3] == {"text": 12, "one": 35, "two": 35, "frames": 21}
+    for limit, way in ((None, 0), (88, 0), (87, 1), (74, 2), (35, 3), (34, 3)):
+        chosen, line = plan.choose(clip, works, held, limit and limit * gib)
+        assert chosen == every[way]
+        assert ("(all weights resident: 88.00 GiB)" in line) == (way > 0) and ("too little" in line) == (limit == 34)
+    picture = [plan.Work("picture", "vae", gib), *works]  # a VAE that encodes, and decodes later
+    assert {*next(way for way in plan.ways(clip, picture, held) if way.in_turn).in_turn} == {*encoders}
 
 
 def test_memory_of_devices(monkeypatch):

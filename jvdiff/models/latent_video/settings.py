@@ -30,7 +30,7 @@ class Settings:
 
 def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The value in family.py that a repository is made for; None where it is of another family."""
-    return next(iter(PIPELINES.get(str(index.get("_class_name")), ())), None)
+    return PIPELINES.get(str(index.get("_class_name")), (None,))[0]
 
 
 def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:

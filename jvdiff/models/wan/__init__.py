@@ -1,6 +1,6 @@
-"""Wan 2.1: the diffusion transformer and the causal VAE, as pure functions over nested dicts of arrays.
+"""Wan 2.1 and 2.2: the diffusion transformer and the causal VAE, as pure functions over nested dicts of arrays.
 
-Sources: the published repositories `Wan-AI/Wan2.1-T2V-*-Diffusers` and diffusers 0.42, whose numbers these match.
+Sources: the published repositories `Wan-AI/Wan2.*-Diffusers` and diffusers 0.42, whose numbers these match.
 """
 
 from typing import TYPE_CHECKING
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
         WAN_2_1_T2V_1_3B,
         WAN_2_1_T2V_14B,
         WAN_2_1_VAE,
+        WAN_2_2_I2V_A14B,
+        WAN_2_2_TI2V_5B,
+        WAN_2_2_VAE,
         DiTConfig,
         VAEConfig,
     )
@@ -35,12 +38,16 @@ if TYPE_CHECKING:
     from jvdiff.models.wan.plan import mesh_sizes
     from jvdiff.models.wan.vae import (
         DECODER,
+        cut_to_decode,
         decode,
         decode_chunk,
+        decode_tile,
         denormalize_latents,
         encode,
         encode_chunk,
+        encode_shown,
         init_cache,
+        join_tiles,
         normalize_latents,
     )
 
@@ -51,6 +58,9 @@ __all__ = [
     "WAN_2_1_T2V_1_3B",
     "WAN_2_1_T2V_14B",
     "WAN_2_1_VAE",
+    "WAN_2_2_I2V_A14B",
+    "WAN_2_2_TI2V_5B",
+    "WAN_2_2_VAE",
     "DiTConfig",
     "KVCache",
     "Pattern",
@@ -60,15 +70,19 @@ __all__ = [
     "abstract_params",
     "attention_choice",
     "chunk_velocity",
+    "cut_to_decode",
     "decode",
     "decode_chunk",
+    "decode_tile",
     "denormalize_latents",
     "encode",
     "encode_chunk",
+    "encode_shown",
     "extend",
     "init_cache",
     "init_kv_cache",
     "init_params",
+    "join_tiles",
     "mesh_sizes",
     "normalize_latents",
     "reencode",

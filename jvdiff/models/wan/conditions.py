@@ -4,7 +4,8 @@ B batch · T latent frames · H W latent grid · C latent channels · S text tok
 P different pictures, 1 or B · n pictures of a clip, 1 or 2 · I tokens of a clip's pictures · Y X pixel height, width.
 
 A picture goes two ways, each from the original: squashed to the clip's size into the VAE, whose latents stand behind
-the noisy ones in the network's input; and the way of CLIP into an image encoder, whose tokens stand beside the text.
+the noisy ones in the network's input, or are its first frame; and the way of CLIP into an image encoder, whose tokens
+stand beside the text.
 
 Source: diffusers' WanImageToVideoPipeline (0.42).
 """
@@ -19,15 +20,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jvdiff.errors import UsageError
 from jvdiff.models import wan
 from jvdiff.models.family import Clip, Forward, Models, Request, Run, Stage
+from jvdiff.models.pixels import from_pixels
 from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5
+from jvdiff.models.vae_tiles import Tiles
 from jvdiff.models.vision import clip as towers
 from jvdiff.models.vision import pictures
+from jvdiff.models.wan.config import expert
+from jvdiff.models.wan.settings import EXPANDED
 from jvdiff.sharding import Placement
 from jvdiff.types import Array, Params
 
@@ -100,7 +104,7 @@ def inputs(models: Models, clip: Clip, request: Request) -> Inputs:
     Raises:
         UsageError: a second picture for a network that attends to the tokens of one.
     """
-    dit = models.configs["transformer"]
+    dit = expert(models.configs)
     if request.last_images is not None and dit.image_dim and not dit.pos_embed_seq_len:
         raise UsageError(
             "last_image is given, and these weights take one picture; leave it out, or take weights for two: "
@@ -125,8 +129,8 @@ def longest(models: Models, clip: Clip, clips: int) -> Inputs:
     """The arrays of `clips` clips as ShapeDtypeStructs, with the longest text and pictures of their own each."""
     struct, shape = jax.ShapeDtypeStruct, (clips + clip.guided, TEXT_LENGTH)
     tokens = Tokens(struct(shape, jnp.int32), struct(shape, jnp.bool_))
-    dit, tower = models.configs["transformer"], models.configs.get("image_encoder")
-    if dit.in_channels == dit.out_channels:
+    dit, tower = expert(models.configs), models.configs.get("image_encoder")
+    if dit.in_channels == dit.out_channels and not models.index.get(EXPANDED):
         return Inputs(tokens)
     count = 2 if dit.pos_embed_seq_len else 1
     pixels = struct((clips, count, *clip.frames[1:], 3), jnp.uint8)
@@ -146,14 +150,16 @@ def encode(
     placement, clips = forward.placement, len(inputs.tokens.ids) - clip.guided
     program = _text_program(models.configs["text_encoder"], placement, clip.guided)
     rows, other = run(Stage("text", "text_encoder", program), *inputs.tokens)
-    image = latents = None
+    image = latents = first = None
     if inputs.seen is not None:
         program = _image_program(models.configs["image_encoder"], placement, clips)
         image = run(Stage("image", "image_encoder", program), inputs.seen)
     if inputs.pixels is not None:
-        program = _picture_program(models.configs["vae"], placement, clips, clip.latents[0])
-        latents = run(Stage("picture", "vae", program), inputs.pixels)
-    return Condition(rows, image, latents), None if other is None else Condition(other, image, latents)
+        frames = None if models.index.get(EXPANDED) else clip.latents[0]
+        program = _picture_program(models.configs["vae"], placement, clips, frames, clip.vae_tiles)
+        made = run(Stage("picture", "vae", program), inputs.pixels)
+        first, latents = (made, None) if frames is None else (None, made)
+    return Condition(rows, image, latents, first), other if other is None else Condition(other, image, latents, first)
 
 
 def channels(vae: wan.VAEConfig) -> int:
@@ -180,45 +186,25 @@ def _image_program(cfg: towers.Config, placement: Placement | None, clips: int) 
 
 
 @functools.lru_cache(maxsize=8)
-def _picture_program(cfg: wan.VAEConfig, placement: Placement | None, clips: int, frames: int) -> Any:
-    """jitted (params, uint8 [P,n,Y,X,3]) -> `Condition.latents` of clips of this many latent frames."""
+def _picture_program(
+    cfg: wan.VAEConfig, placement: Placement | None, clips: int, frames: int | None, tiles: Tiles | None
+) -> Any:
+    """jitted (params, uint8 [P,n,Y,X,3]) -> `Condition.latents` of clips of this many latent frames; None: `first`."""
 
     def picture(params: Params, pixels: Array) -> Array:
-        shown = pixels.astype(jnp.float32) / 255 * 2 - 1
-        latents = wan.normalize_latents(cfg, encode_shown(params, cfg, shown, frames, placement))
-        mask = np.zeros((frames, cfg.temporal_factor), np.float32)
-        mask[0] = 1  # the first latent frame is one pixel frame, which counts as often as the others have some
-        if shown.shape[1] == 2:
-            mask[-1, -1] = 1
-        mask = jnp.broadcast_to(mask[None, :, None, None], (*latents.shape[:-1], mask.shape[1]))  # [P,T,H,W,4]
-        both = jnp.concatenate([mask, latents], axis=-1)
-        both = jnp.broadcast_to(both, (clips, *both.shape[1:]))  # [P,T,H,W,channels] -> [B,T,H,W,channels]
-        return both if placement is None else placement.replicate(both)
+        latents = wan.encode_shown(params, cfg, from_pixels(pixels), frames or 1, placement=placement, tiles=tiles)
+        latents = wan.normalize_latents(cfg, latents)
+        if frames is not None:
+            mask = np.zeros((frames, cfg.temporal_factor), np.float32)
+            mask[0] = 1  # one pixel frame, which counts as often as other latent frames have some
+            if pixels.shape[1] == 2:
+                mask[-1, -1] = 1
+            mask = jnp.broadcast_to(mask[None, :, None, None], (*latents.shape[:-1], mask.shape[1]))  # [P,T,H,W,4]
+            latents = jnp.concatenate([mask, latents], axis=-1)
+        latents = jnp.broadcast_to(latents, (clips, *latents.shape[1:]))  # [P,T,H,W,..] -> [B,T,H,W,..]
+        return latents if placement is None else placement.replicate(latents)
 
     return jax.jit(picture)
-
-
-def encode_shown(
-    params: Params, cfg: wan.VAEConfig, shown: Array, frames: int, placement: Placement | None = None
-) -> Array:
-    """The posterior's mean [P,T,H,W,C] of clips of T = `frames` latent frames that are grey but for their pictures.
-
-    shown: float32 [P,n,Y,X,3] in -1..1, the first frame, and for n = 2 the last; grey is 0.
-    """
-    step = functools.partial(wan.encode_chunk, params, cfg, placement=placement)
-    first, cache = step(shown[:, :1], None)
-    if frames == 1:
-        return first
-    grey = jnp.zeros_like(shown[:, :1])
-
-    def following(cache: Any, last: Array) -> tuple[Any, Array]:
-        end = jnp.where(last, shown[:, -1:], grey) if shown.shape[1] == 2 else grey
-        chunk = jnp.concatenate([grey] * (cfg.temporal_factor - 1) + [end], axis=1)
-        latents, cache = step(chunk, cache)
-        return cache, latents
-
-    _, later = lax.scan(following, cache, jnp.arange(1, frames) == frames - 1)  # [T-1,P,1,H,W,C]
-    return jnp.concatenate([first, jnp.moveaxis(later[:, :, 0], 0, 1)], axis=1)
 
 
 @functools.lru_cache(maxsize=8)

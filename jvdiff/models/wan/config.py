@@ -24,7 +24,9 @@ _INT_RANGES = {
 _FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
 # Of models that attend to pictures; None in the others.
 _IMAGE_RANGES = {"image_dim": (1, 65536), "added_kv_proj_dim": (1, 65536), "pos_embed_seq_len": (1, 65536)}
+EXPERTS = ("transformer", "transformer_2")  # of much noise, and of little; one of them may do all the work
 _SCALES = ("scale_factor_temporal", "scale_factor_spatial")  # of the VAE, which follow from its other fields
+_OF_2_2 = ("decoder_base_dim", "is_residual", "patch_size")  # fields that Wan 2.1's VAE leaves as they are
 _CLASSES = {"WanTransformer3DModel": False, "CausalWanTransformer3DModel": True}  # _class_name: DiTConfig.causal
 
 
@@ -131,6 +133,14 @@ WAN_2_1_T2V_1_3B = DiTConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30
 WAN_2_1_T2V_14B = DiTConfig()
 WAN_2_1_I2V_14B = DiTConfig(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
 WAN_2_1_FLF2V_14B = dataclasses.replace(WAN_2_1_I2V_14B, pos_embed_seq_len=514)
+WAN_2_2_I2V_A14B = DiTConfig(in_channels=36)
+WAN_2_2_TI2V_5B = DiTConfig(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48)
+
+
+def expert(configs: Mapping[str, Any]) -> DiTConfig:
+    """The configuration of a transformer, of those of all parts: what is asked of it is the same for both, where there
+    are two."""
+    return next(configs[name] for name in EXPERTS if name in configs)
 
 
 def _error(field: str, value: Any, allowed: str) -> CheckpointError:
@@ -150,6 +160,9 @@ class VAEConfig:
     num_res_blocks: on each level of the encoder; the decoder has one more.
     temperal_downsample: whether the step after each level halves time too.
     latents_mean, latents_std: of each channel of the latents that the encoder makes.
+    decoder_base_dim: channels of the decoder at full size; None: base_dim.
+    is_residual: Wan 2.2's: every level has a shortcut without parameters, and the decoder's steps keep their width.
+    patch_size: pixels of a square that the network sees as one with more channels.
     """
 
     base_dim: int = 96
@@ -165,6 +178,9 @@ class VAEConfig:
         2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
     )  # fmt: skip
+    decoder_base_dim: int | None = None
+    is_residual: bool = False
+    patch_size: int = 1
 
     def __post_init__(self):
         def check(field: str, ok: bool, expected: str):
@@ -189,6 +205,29 @@ class VAEConfig:
                 f"{self.z_dim} finite numbers (z_dim)",
             )
         check("latents_std", all(v > 0 for v in self.latents_std), "positive numbers")
+        width = self.decoder_width
+        check("decoder_base_dim", type(width) is int and 0 < width <= 4096, "none or a whole number from 1 to 4096")
+        check("is_residual", type(self.is_residual) is bool, "true or false")
+        check("patch_size", type(self.patch_size) is int and 0 < self.patch_size <= 16, "a whole number from 1 to 16")
+        if self.is_residual:
+            check(
+                "dim_mult", self._has_shortcuts(), "widths that the shortcut of each level can make of the one before"
+            )
+
+    def _has_shortcuts(self) -> bool:
+        """Whether the means and repetitions that lead past each level have whole sizes."""
+        down, times = self.dim_mult, self.temperal_downsample
+        up = down[::-1]
+        means = zip((1, *down[:-1]), down, (*times, None), strict=True)
+        copies = zip((up[0], *up[:-2]), up[:-1], times[::-1], strict=True)
+        return all(a * _cells(time) % b == 0 for a, b, time in means) and all(
+            b * _cells(time) % a == 0 for a, b, time in copies
+        )
+
+    @property
+    def decoder_width(self) -> int:
+        """Channels of the decoder at full size."""
+        return self.base_dim if self.decoder_base_dim is None else self.decoder_base_dim
 
     @property
     def latent_channels(self) -> int:
@@ -196,9 +235,14 @@ class VAEConfig:
         return self.z_dim
 
     @property
+    def pixel_channels(self) -> int:
+        """Channels of what the network sees as one pixel."""
+        return 3 * self.patch_size**2
+
+    @property
     def spatial_factor(self) -> int:
         """Pixels per latent cell, along height and along width."""
-        return 2 ** (len(self.dim_mult) - 1)
+        return self.patch_size * 2 ** (len(self.dim_mult) - 1)
 
     @property
     def temporal_factor(self) -> int:
@@ -210,34 +254,66 @@ class VAEConfig:
         """From diffusers' `vae/config.json`; absent keys take the class's defaults.
 
         Raises:
-          CheckpointError: a value out of range, an unknown field, or a variant (Wan 2.2's residual VAE) that this class
-            is not.
+          CheckpointError: a value out of range, or an unknown field.
         """
-        supported = {"is_residual": False, "attn_scales": [], "in_channels": 3, "out_channels": 3, "patch_size": None}
-        for key, value in supported.items():
-            if fields.get(key, value) not in (value, None):
-                raise CheckpointError(
-                    f"VAE configuration: {key} is {fields[key]!r}, but only {value!r} (the Wan 2.1 VAE) is supported."
-                )
-        names, derived = cls.__dataclass_fields__, ("decoder_base_dim", *_SCALES)
-        known = known_fields("vae config.json", fields, (*names, *supported, *derived, "dropout"))
+        if fields.get("attn_scales", []) not in ([], None):
+            raise CheckpointError(
+                f"VAE configuration: attn_scales is {fields['attn_scales']!r:.80}, but only [] is supported, as "
+                "published."
+            )
+        names = cls.__dataclass_fields__
+        derived = ("in_channels", "out_channels", *_SCALES)
+        known = known_fields("vae config.json", fields, (*names, *derived, "attn_scales", "clip_output", "dropout"))
         own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items() if k in names}
+        own["patch_size"] = 1 if own.get("patch_size") is None else own["patch_size"]
+        if own.get("decoder_base_dim") == own.get("base_dim", cls.base_dim):
+            own["decoder_base_dim"] = None
         cfg = cls(**own)
-        sizes = {"decoder_base_dim": cfg.base_dim, **cfg._scales()}
-        for key in derived:
-            if known.get(key, None) not in (sizes[key], None):
+        absent = {"in_channels": 3, "out_channels": 3}  # what the class takes for keys that are not there
+        for key, size in cfg._derived().items():
+            if (value := known.get(key, absent.get(key))) not in (size, None):
                 raise CheckpointError(
-                    f"VAE configuration: {key} is {known[key]!r:.80}, but the other fields make it {sizes[key]}."
+                    f"VAE configuration: {key} is {value!r:.80}, but the other fields make it {size}."
                 )
         return cfg
 
     def to_json(self) -> dict[str, Any]:
-        """The `config.json` that diffusers' AutoencoderKLWan loads."""
+        """The `config.json` that diffusers' AutoencoderKLWan loads; only in Wan 2.2's stands what is its own."""
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        return {"_class_name": "AutoencoderKLWan", **fields, "attn_scales": [], "dropout": 0.0, **self._scales()}
+        plain = self.patch_size == 1
+        for name in [name for name in _OF_2_2 if fields[name] == type(self).__dataclass_fields__[name].default]:
+            del fields[name]
+        own = {name: size for name, size in self._derived().items() if name in _SCALES or not plain}
+        return {"_class_name": "AutoencoderKLWan", **fields, "attn_scales": [], "dropout": 0.0, **own}
 
-    def _scales(self) -> dict[str, int]:
-        return dict(zip(_SCALES, (self.temporal_factor, self.spatial_factor), strict=True))
+    def _derived(self) -> dict[str, int]:
+        """What follows from the other fields."""
+        scales = zip(_SCALES, (self.temporal_factor, self.spatial_factor), strict=True)
+        return {"in_channels": self.pixel_channels, "out_channels": self.pixel_channels, **dict(scales)}
+
+
+def _cells(time: bool | None) -> int:
+    """How many cells become one in a step that halves the grid, and time too or not; None: there is no step."""
+    return 1 if time is None else 8 if time else 4
 
 
 WAN_2_1_VAE = VAEConfig()
+WAN_2_2_VAE = VAEConfig(
+    base_dim=160,
+    decoder_base_dim=256,
+    z_dim=48,
+    is_residual=True,
+    patch_size=2,
+    latents_mean=(
+        -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+        0.157, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+        -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.123, -0.0313, -0.1649, 0.0117, 0.0723,
+        -0.2839, -0.2083, -0.052, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+    ),
+    latents_std=(
+        0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.499, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+        0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+        0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+        0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+    ),
+)  # fmt: skip

@@ -60,8 +60,8 @@ def velocity(
     Args:
       params: the tree of `abstract_params(cfg)`; a kernel may be a `models.quantised.Quantised`.
       latents: float32 [B,T,H,W,C]; T, H, W multiples of the patch size.
-      timestep: float32 [B] in 0..1000, or [B,T] with one for each frame, which sparse patterns do not take. Never lower
-        precision: bfloat16 turns 937.5 into 936.
+      timestep: float32 [B] in 0..1000; or [B,2], of the first frame and of the others; or [B,T], of each frame. Never
+        lower precision: bfloat16 turns 937.5 into 936.
       text: [B,S,text_dim], the text encoder's output, zero beyond each prompt's end; or [B,P,S,text_dim], one for each
         of P equal parts of the frames.
       pattern: which tokens the self-attention sees; no choice changes the parameters. `VideoSparse` adds its coarse
@@ -89,7 +89,7 @@ def velocity(
         )
     check(cfg, latents, timestep, text, text_length, pattern)
     check_image(cfg, image, len(latents))
-    timestep = timestep.reshape(len(timestep), -1)  # [B] -> [B,1]; [B,T] stays
+    timestep = timestep.reshape(len(timestep), -1)  # [B] -> [B,1]; [B,2] and [B,T] stay
     text = text if text.ndim == 4 else text[:, None]  # [B,P,S,D]
     plan = make_plan(cfg, latents.shape[:4], pattern, text.shape[-2], text_length, implementation, placement, dtype)
     check_texts(text, plan.split)
@@ -138,8 +138,8 @@ def apply(
 ) -> tuple[Array, Any]:
     """(velocity, keys and values of every layer [layers,B,L,N,K] where `plan.keep`) of latents [B,T,H,W,C].
 
-    timestep [B,1] or [B,T]; text [B,P,S,D], or None where `layers` have its keys; image [B,I,image_dim] or None;
-    frames: see `rope_tables`.
+    timestep [B,1], [B,2] or [B,T]; text [B,P,S,D], or None where `layers` have its keys; image [B,I,image_dim]
+    or None; frames: see `rope_tables`.
     """
     if placement := plan.placement:
         whole: Any = placement.whole({k: v for k, v in params.items() if k != "blocks"}, places.DIT)
@@ -174,7 +174,7 @@ def init_params(key: Array, cfg: DiTConfig) -> dict[str, Any]:
 
 
 class Transformer(nn.Module):
-    """Latents [B,T,H,W,C], timestep [B,1 or T], text [B,P,S,D] -> velocity [B,T,H,W,C], and what `plan.keep` keeps."""
+    """Latents [B,T,H,W,C], timestep [B,1, 2 or T], text [B,P,S,D] -> velocity [B,T,H,W,C], and what `keep` keeps."""
 
     cfg: DiTConfig
     plan: Plan
@@ -210,10 +210,12 @@ class Transformer(nn.Module):
                 padded = (jnp.pad(table, ((0, split.padding), (0, 0))) for table in rope)
                 rope = tuple(split.constrain(table, split.ring + split.heads) for table in padded)
         x = Linear(D, exact=True, name="patch_embed")(x)
+        each = timestep.shape[1] == 1 or (timestep.shape[1] == T and pattern.raster)
+        token_frames = None if each else _frames_of_tokens(plan, x.shape[1])
 
         t = MLP(D, D, nn.silu, exact=True, name="time_embed")(sinusoid(timestep, cfg.freq_dim))
         modulation = Linear(6 * D, exact=True, name="time_proj")(nn.silu(t))
-        modulation = modulation.reshape(*timestep.shape, 6, D)  # [B,1 or T,6,D]
+        modulation = modulation.reshape(*timestep.shape, 6, D)  # [B,1, 2 or T,6,D]
         if text is not None:
             text = MLP(D, D, gelu, dtype=plan.dtype, name="text_embed")(text)
         if image is not None:
@@ -232,11 +234,11 @@ class Transformer(nn.Module):
             in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] - documented, and wrongly annotated
             length=cfg.num_layers,
         )(cfg, plan, name="blocks")
-        chosen = pattern.of_layers(timestep, cfg.num_layers, cfg.num_attention_heads)
+        chosen = pattern.of_layers(timestep[:, -1:], cfg.num_layers, cfg.num_attention_heads)
         layers = (layers or Layer())._replace(chosen=chosen)
-        x, memory = blocks(x, Shared(modulation, text, rope, past, image), layers)
+        x, memory = blocks(x, Shared(modulation, text, rope, past, token_frames, image), layers)
 
-        x = _Head(cfg, plan, name="head")(x, t)
+        x = _Head(cfg, plan, name="head")(x, t, token_frames)
         if placement and split:
             x = placement.replicate(x)[:, : split.tokens]
         x = pattern.unordered(x, grid)
@@ -277,8 +279,10 @@ class _Block(nn.Module):
             text = None if text is None else split.constrain(text, split.batch)
             image = None if image is None else split.constrain(image, split.batch)
         table = self.param("modulation", _modulation_init, (6, cfg.width), jnp.float32)
-        each = jnp.moveaxis(shared.modulation + table[None, None], 2, 0)  # [6,B,1 or T,D]
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (_per_token(m, plan, x.shape[1]) for m in each)
+        each = jnp.moveaxis(shared.modulation + table[None, None], 2, 0)  # [6,B,1, 2 or T,D]
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (
+            _per_token(m, plan, shared.frames, x.shape[1]) for m in each
+        )
 
         h = layer_norm(x, cfg.eps) * (1 + scale_1) + shift_1
         gated = cfg.gate_compress and plan.pattern.gated
@@ -302,27 +306,40 @@ class _Block(nn.Module):
         return x, memory
 
 
-def _per_token(m: Array, plan: Plan, length: int) -> Array:
-    """A modulation [B,1 or T,D] for tokens [B,length,D] of T frames, padding behind them."""
+def _frames_of_tokens(plan: Plan, length: int) -> Array:
+    """int32 [length]: the frame of each token in the pattern's order, 0 for the padding behind them."""
+    frames, *cells = plan.grid
+    every = jnp.repeat(jnp.arange(frames, dtype=jnp.int32), math.prod(cells))  # [L]
+    return jnp.pad(plan.pattern.ordered(every[None], plan.grid)[0], (0, length - every.size))
+
+
+def _per_token(m: Array, plan: Plan, frames: Array | None, length: int) -> Array:
+    """A modulation [B,1, 2 or T,D] for tokens [B,length,D], whose frames are [length], or None where they are in raster
+    order and each has a modulation."""
     if m.shape[1] == 1:
         return m
-    m = jnp.repeat(m, math.prod(plan.grid) // m.shape[1], axis=1)  # [B,T,D] -> [B,T*h*w,D]
-    m = jnp.pad(m, ((0, 0), (0, length - m.shape[1]), (0, 0)))  # [B,length,D]
+    if frames is None:
+        m = jnp.repeat(m, math.prod(plan.grid) // m.shape[1], axis=1)  # [B,T,D] -> [B,T*h*w,D]
+        m = jnp.pad(m, ((0, 0), (0, length - m.shape[1]), (0, 0)))  # [B,length,D]
+    elif m.shape[1] == 2:  # a choice between two takes no memory
+        m = jnp.where((frames == 0)[None, :, None], m[:, :1], m[:, 1:])
+    else:
+        m = m[:, frames]
     return plan.split.along_tokens(m) if plan.split else m
 
 
 class _Head(nn.Module):
-    """x [B,L,D] and the timestep's embedding [B,1 or T,D], before its SiLU -> patches [B,L,pt*ph*pw*C]."""
+    """x [B,L,D] and the timestep's embedding [B,1, 2 or T,D], before its SiLU -> patches [B,L,pt*ph*pw*C]."""
 
     cfg: DiTConfig
     plan: Plan
 
     @nn.compact
-    def __call__(self, x: Array, t: Array) -> Array:
+    def __call__(self, x: Array, t: Array, frames: Array | None = None) -> Array:
         cfg = self.cfg
         table = self.param("modulation", _modulation_init, (2, cfg.width), jnp.float32)
-        each = jnp.moveaxis(t[:, :, None] + table[None, None], 2, 0)  # [2,B,1 or T,D]
-        shift, scale = (_per_token(m, self.plan, x.shape[1]) for m in each)
+        each = jnp.moveaxis(t[:, :, None] + table[None, None], 2, 0)  # [2,B,1, 2 or T,D]
+        shift, scale = (_per_token(m, self.plan, frames, x.shape[1]) for m in each)
         x = layer_norm(x, cfg.eps) * (1 + scale) + shift
         features = cfg.out_channels * math.prod(cfg.patch_size)
         return Linear(features, nn.initializers.zeros, exact=True, name="proj")(x)

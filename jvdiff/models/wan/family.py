@@ -1,8 +1,11 @@
-"""Wan 2.1 as families: text-to-video at once, and chunk by chunk (Self-Forcing).
+"""Wan as families: text-to-video at once, with one transformer or two, with a picture or without, in few steps
+(FastWan), and chunk by chunk (Self-Forcing).
 
     B batch · T latent frames · H W latent grid · C latent channels · S text tokens · D text width
 
-Source: the published repositories Wan-AI/Wan2.1-T2V-*-Diffusers as diffusers' WanPipeline runs them, and
+Source: the published repositories Wan-AI/Wan2.1-T2V-*-Diffusers, Wan2.2-T2V-A14B-Diffusers and Wan2.2-TI2V-5B-Diffusers
+as diffusers' WanPipeline runs them, Wan2.1-I2V-*, Wan2.1-FLF2V-* and Wan2.2-I2V-A14B-Diffusers as its
+WanImageToVideoPipeline does, FastVideo/FastWan2.*-Diffusers as FastVideo's WanDMDPipeline does, and
 wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers.
 """
 
@@ -10,45 +13,41 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jvdiff.config import known_fields, multiple
 from jvdiff.diffusion import samplers
+from jvdiff.diffusion.samplers import Sampler
 from jvdiff.errors import UsageError
 from jvdiff.kernels.patterns import Pattern, WindowTable
 from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.kernels.tiles import Grid
-from jvdiff.models import wan
+from jvdiff.models import vae_tiles, wan
 from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Run, Segment, Stage
 from jvdiff.models.pixels import nonfinite_share, to_pixels
 from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5, umt5_names
+from jvdiff.models.vae_tiles import Tiles
 from jvdiff.models.vision import clip, clip_names, pictures
 from jvdiff.models.wan import conditions, names, places
 from jvdiff.models.wan.conditions import TEXT_LENGTH, Condition, Inputs
-from jvdiff.models.wan.settings import Settings, scheduled
+from jvdiff.models.wan.config import EXPERTS, expert
+from jvdiff.models.wan.settings import EXPANDED, Settings, boundary, few_steps, kind_defaults, scheduled, with_fields
 from jvdiff.sharding import MeshShape, Placement, Sizes
 from jvdiff.sharding.rules import REPLICATED
 from jvdiff.types import Array, Params
 from jvdiff.weights.safetensors import read_json
 
-GRIDS = {"diffusers": "diffusers", "wan": "training"}  # the setting `grid`: what `diffusion.schedules` calls it
-_PIPELINE_OPTIONS = ("boundary_ratio", "expand_timesteps")  # of Wan 2.2; diffusers writes that they are off
 _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler")
 
 
 # ---------------------------------------------------------------------------------------------------------- the folders
-
-
-def _with_fields(config: Mapping[str, Any], tensors: Any) -> Mapping[str, Any]:
-    """Files do not say in config.json whether the blocks have the gate of video sparse attention, or the norm that
-    nobody uses; their tensors do."""
-    shown = {"gate_compress": f"{names.GATE}.weight", "image_q_norm": names.IMAGE_Q_NORM}
-    return {**{field: True for field, name in shown.items() if name.format(layer=0) in tensors}, **config}
 
 
 TRANSFORMER = Part(
@@ -59,7 +58,8 @@ TRANSFORMER = Part(
     names=names.transformer,
     precision="transformer",
     published=("diffusers", lambda cfg: cfg.to_json()["_class_name"]),
-    complete=_with_fields,
+    complete=with_fields,
+    optional=True,  # one of EXPERTS may be missing, which `_misfits` knows
 )
 VAE = Part(
     config=wan.VAEConfig,
@@ -112,9 +112,15 @@ SCHEDULER = Files(
 
 def _misfits(models: Models) -> str | None:
     """What of a repository does not fit together."""
-    dit, vae, text = (models.configs[name] for name in ("transformer", "vae", "text_encoder"))
-    conditioned = models.index.get("_class_name") == "WanImageToVideoPipeline"
-    channels = vae.z_dim + (conditions.channels(vae) if conditioned else 0)
+    experts = [models.configs[name] for name in EXPERTS if name in models.configs]
+    if not experts:
+        return "there is no transformer."
+    dit, vae, text = experts[0], models.configs["vae"], models.configs["text_encoder"]
+    if len({_interface(expert) for expert in experts}) > 1:
+        return f"transformer and transformer_2 differ in what they take and give: {experts[0]}, {experts[1]}."
+    pipeline, expected = models.index.get("_class_name"), _pipelines_of(dit, models.index)
+    concatenated = pipeline == "WanImageToVideoPipeline" and not models.index.get(EXPANDED)
+    channels = vae.z_dim + (conditions.channels(vae) if concatenated else 0)
     if (dit.in_channels, dit.out_channels, dit.text_dim) != (channels, vae.z_dim, text.d_model):
         return (
             f"the transformer takes {dit.in_channels} latent channels, gives {dit.out_channels}, and takes text of "
@@ -122,15 +128,14 @@ def _misfits(models: Models) -> str | None:
         )
     if (problem := _image_misfits(models, dit)) is not None:
         return problem
-    pipeline, expected = models.index.get("_class_name"), _pipeline_of(dit)
-    if pipeline != expected:
+    if pipeline not in expected:
         return (
             f"model_index.json describes a {pipeline}, transformer/config.json a {dit.to_json()['_class_name']}; "
-            f"expected {expected} with that."
+            f"expected {' or '.join(expected)} with that."
         )
     values = {name: value for name, value in models.index.items() if not isinstance(value, list)}
-    off = [name for name in _PIPELINE_OPTIONS if values.get(name) in (None, False)]
-    known_fields("model_index.json", values, ("_class_name", *off))
+    known_fields("model_index.json", values, ("_class_name", EXPANDED, "boundary_ratio"))
+    boundary(models.index)
     if "tokenizer" in models.files:
         tokenizers.check_vocabulary(models.files["tokenizer"], text.vocab_size)
     scheduler = models.files.get("scheduler")
@@ -140,6 +145,11 @@ def _misfits(models: Models) -> str | None:
             f"{', '.join(_CAUSAL_SCHEDULERS)}."
         )
     return None
+
+
+def _interface(dit: wan.DiTConfig) -> tuple[Any, ...]:
+    """What two transformers of one clip have in common."""
+    return dit.patch_size, dit.in_channels, dit.out_channels, dit.text_dim, dit.image_dim, dit.causal
 
 
 def _image_misfits(models: Models, dit: wan.DiTConfig) -> str | None:
@@ -161,26 +171,44 @@ def _image_misfits(models: Models, dit: wan.DiTConfig) -> str | None:
     return None
 
 
-def _pipeline_of(dit: wan.DiTConfig) -> str:
+def _pipelines_of(dit: wan.DiTConfig, index: Mapping[str, Any]) -> tuple[str, ...]:
     if dit.causal:
-        return "WanCausalDMDPipeline"
-    return "WanPipeline" if dit.in_channels == dit.out_channels else "WanImageToVideoPipeline"
+        return ("WanCausalDMDPipeline",)
+    if dit.in_channels != dit.out_channels:
+        return ("WanImageToVideoPipeline",)
+    return ("WanPipeline", "WanDMDPipeline", *(["WanImageToVideoPipeline"] if index.get(EXPANDED) else []))
 
 
 # ------------------------------------------------------------------------------------------------- what settings mean
 
 
 def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The repository's defaults and the given values; solver, shift and grid come from scheduler_config.json where
-    neither has them.
+    """The repository's defaults and the given values; solver, shift and noise levels come from scheduler_config.json
+    where neither has them, and the boundary between two transformers from model_index.json.
 
-    A solver that lists its own timesteps says how many steps there are, unless `steps` is given too.
+    A solver or a grid that is a list says how many steps there are, unless `steps` is given too. A boundary that is
+    given, in either way, is the only one.
     """
-    values, scheduler = {**defaults, **given}, models.files.get("scheduler")
+    values = {**kind_defaults(models.configs["vae"].z_dim), **defaults, **given}
+    scheduler = models.files.get("scheduler")
+    if not {"boundary", "boundary_step"} & values.keys():
+        values |= boundary(models.index)
+    elif "boundary_step" in given and "boundary" not in given:
+        values.pop("boundary", None)
     if scheduler is not None and not {"solver", "shift", "grid"} <= values.keys():
-        values = {**scheduled(scheduler), **values}
-    listed = samplers.own_steps(str(values.get("solver")))
+        asked = scheduled(scheduler)
+        if samplers.own_steps(str(values.get("solver"))):  # timesteps of a training table, which no file bends
+            asked = {name: asked[name] for name in ("solver", "shift")}
+        values = {**asked, **values}
+    if isinstance(tiles := values.get("vae_tiles"), Tiles):
+        values["vae_tiles"] = str(tiles)
+    listed = samplers.own_steps(str(values.get("solver")), str(values.get("grid")))
     return values | ({"steps": listed} if listed and "steps" not in given else {})
+
+
+def _complete_few_steps(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    dit = models.configs["transformer"]
+    return _complete(models, {**few_steps(dit.in_channels, dit.gate_compress), **defaults}, given)
 
 
 def _check_prompt(models: Models, prompt: Any) -> str:
@@ -193,7 +221,7 @@ def make_clip(models: Models, settings: Settings) -> Clip:
     Raises:
         UsageError: a size that the models cannot make (with the nearest), a pattern or an implementation they lack.
     """
-    dit, vae = models.configs["transformer"], models.configs["vae"]
+    dit, vae = expert(models.configs), models.configs["vae"]
     _check_sizes(settings, dit, vae)
     pattern = read_pattern(settings.pattern, dit.num_attention_heads, dit.num_layers)
     if isinstance(settings.attention, str) and settings.attention not in pattern.implementations:
@@ -201,7 +229,8 @@ def make_clip(models: Models, settings: Settings) -> Clip:
         raise UsageError(f"attention is {settings.attention!r}; expected one of {expected}.")
     if settings.negative_prompt:
         tokenizers.check_prompt(settings.negative_prompt, "negative_prompt")
-    sampler = samplers.read(settings.solver, settings.steps, settings.shift, GRIDS[settings.grid])
+    levels = "training" if settings.grid == "wan" else settings.grid
+    sampler = samplers.read(settings.solver, settings.steps, settings.shift, levels, settings.shift_terminal)
     frames = 1 + (settings.num_frames - 1) // vae.temporal_factor
     grid = frames, settings.height // vae.spatial_factor, settings.width // vae.spatial_factor
     if isinstance(pattern, WindowTable):
@@ -213,23 +242,75 @@ def make_clip(models: Models, settings: Settings) -> Clip:
         latents=(*grid, vae.z_dim),
         tokens=wan.mesh_sizes(dit, grid, 1, pattern).tokens,
         sampler=sampler,
-        segments=_segments(settings, sampler.steps, pattern, dit.gate_compress),
+        segments=_segments(models, settings, sampler, pattern),
         attention=settings.attention,
+        vae_tiles=_tiles(settings, vae),
     )
 
 
-def _segments(settings: Settings, steps: int, pattern: Pattern, gated: bool) -> tuple[Segment, ...]:
-    """The first `dense_steps`, under the pattern that leaves nothing out, and the others; one if both are the same."""
-    full, border = pattern.full(gated), settings.dense_steps or 0
+def _tiles(settings: Settings, vae: wan.VAEConfig) -> Tiles | None:
+    tiles = vae_tiles.read(settings.vae_tiles)
+    if tiles is not None:
+        tiles.check(vae.spatial_factor)
+    return tiles
+
+
+def _segments(models: Models, settings: Settings, sampler: Sampler, pattern: Pattern) -> tuple[Segment, ...]:
+    """Steps under one transformer and one pattern each: cut at the boundary, and behind the first `dense_steps`, which
+    are under the pattern that leaves nothing out.
+
+    Whether there is guidance at all is what `guidance` says, of both transformers.
+    """
+    full, dense = pattern.full(expert(models.configs).gate_compress), settings.dense_steps or 0
     if pattern == full:
-        border = 0
-    if border >= steps:
+        dense = 0
+    if dense >= sampler.steps:
         raise UsageError(
-            f"dense_steps is {border} of {steps} steps, which leaves none for the pattern {settings.pattern:.80}; "
-            f"expected 0 to {steps - 1}, or pattern=dense."
+            f"dense_steps is {dense} of {sampler.steps} steps, which leaves none for the pattern "
+            f"{settings.pattern:.80}; expected 0 to {sampler.steps - 1}, or pattern=dense."
         )
-    spans = ((0, border, full), (border, steps, pattern))
-    return tuple(Segment(a, b, "transformer", settings.guidance, each) for a, b, each in spans if a < b)
+    border = _border(models, settings, sampler)
+    second = settings.guidance if settings.guidance_2 is None or settings.guidance <= 1 else settings.guidance_2
+    cuts = sorted({0, dense, border, sampler.steps})
+    return tuple(
+        Segment(a, b, EXPERTS[a >= border], (settings.guidance, second)[a >= border], full if a < dense else pattern)
+        for a, b in itertools.pairwise(cuts)
+    )
+
+
+def _border(models: Models, settings: Settings, sampler: Sampler) -> int:
+    """The step with which the second transformer begins; all of them where there is only the first.
+
+    Timesteps are compared as float32, which is how torch compares its integers with a boundary.
+
+    Raises:
+        UsageError: two boundaries, one for a single transformer, or steps of a transformer that is not there.
+    """
+    steps, ratio, step = sampler.steps, settings.boundary, settings.boundary_step
+    if ratio is not None and step is not None:
+        raise UsageError(f"boundary is {ratio} and boundary_step is {step}; leave one of them out.")
+    if settings.guidance_2 is not None and "transformer_2" not in models.configs:
+        raise UsageError(
+            f"guidance_2 is {settings.guidance_2}, and these weights have no second transformer; leave it out."
+        )
+    if step is not None:
+        border, where = min(step, steps), f"boundary_step {step}"
+    elif ratio is not None:
+        timesteps = np.asarray(sampler.schedule.timesteps, np.float32)
+        border, where = int(np.sum(timesteps >= np.float32(1000 * ratio))), f"boundary {ratio}"
+    else:
+        border, where = steps, "no boundary"
+    for name, first, last, other in zip(EXPERTS, (1, border + 1), (border, steps), ("=0", f"={steps}"), strict=True):
+        if first <= last and name not in models.configs:
+            raise UsageError(
+                f"with {where}, steps {first} to {last} of {steps} are those of {name}, which these weights lack; "
+                f"all are those of {next(iter({*EXPERTS} & models.configs.keys()))} with --boundary_step{other}."
+            )
+    return border
+
+
+def _unit(models: Models) -> int:
+    return models.configs["vae"].spatial_factor * expert(models.configs).patch_size[1]
 
 
 def _check_sizes(settings: Settings, dit: wan.DiTConfig, vae: wan.VAEConfig) -> None:
@@ -241,13 +322,14 @@ def _check_sizes(settings: Settings, dit: wan.DiTConfig, vae: wan.VAEConfig) -> 
 
 
 def _mesh_sizes(models: Models, clip: Clip, clips: int, shape: MeshShape) -> Sizes:
-    """What a mesh must divide to denoise `clips` clips at once."""
+    """What a mesh must divide to denoise `clips` clips at once, in every segment."""
     return _sizes(models, clip, clips, shape, clip.segments[-1].pattern)  # the first ones are no more particular
 
 
 def _sizes(models: Models, clip: Clip, clips: int, shape: MeshShape, pattern: Pattern) -> Sizes:
-    branches = 2 if clip.guided and clip.batched(clips, shape) else 1
-    return wan.mesh_sizes(models.configs["transformer"], clip.latents[:3], clips * branches, pattern)
+    guided = all(segment.guidance != 1 for segment in clip.segments)
+    branches = 2 if guided and clip.batched(clips, shape) else 1
+    return wan.mesh_sizes(expert(models.configs), clip.latents[:3], clips * branches, pattern)
 
 
 # ------------------------------------------------------------------------------------------------------- transformer
@@ -262,10 +344,19 @@ def _velocity(cfg: wan.DiTConfig, forward: Forward) -> Callable[..., Array]:
     how: Any = {name: getattr(forward, name) for name in ("pattern", "implementation", "placement", "dtype")}
 
     def network(params: Params, x: Array, t: Array, condition: Condition) -> Array:
+        if (first := condition.first) is not None:
+            x = jnp.concatenate([first, x[:, 1:]], axis=1)  # [B,T,H,W,C], its first frame as given at every step
+            t = jnp.stack([jnp.zeros_like(t), t], axis=1)  # [B] -> [B,2]
         x, text, image = conditions.network_input(condition, x), condition.text, condition.image
         return wan.velocity(params, cfg, x, t, text, image=image, text_length=TEXT_LENGTH, **how)
 
     return network
+
+
+def _finish(clip: Clip, inputs: Inputs, both: tuple[Condition, Condition | None], latents: Array) -> Array:
+    """The first frame as it was given; what the solver made of it is of no account."""
+    first = both[0].first
+    return latents if first is None else jnp.concatenate([first, latents[:, 1:]], axis=1)
 
 
 def _window_losses(models: Models, part: str, forward: Forward, tile: Grid, candidates: Sequence[Grid]) -> Any:
@@ -279,7 +370,7 @@ def _window_losses(models: Models, part: str, forward: Forward, tile: Grid, cand
 
 
 def _attention(models: Models, clip: Clip, forward: Forward, inputs: Inputs) -> Mapping[str, str]:
-    dit, placement = models.configs["transformer"], forward.placement
+    dit, placement = expert(models.configs), forward.placement
     shape = placement and placement.shape
     choices = wan.attention_choice(
         dit,
@@ -302,7 +393,10 @@ def _attention(models: Models, clip: Clip, forward: Forward, inputs: Inputs) -> 
 def _decode(
     models: Models, clip: Clip, forward: Forward, run: Run, latents: Array
 ) -> Iterator[tuple[Array, Array, int]]:
-    """One latent frame at a time: device memory does not depend on T."""
+    """One latent frame at a time: device memory does not depend on T. Tiles are decoded one after the other."""
+    if wan.cut_to_decode(models.configs["vae"], clip.vae_tiles, *clip.latents[1:3]):
+        yield from _decode_tiles(models.configs["vae"], clip, forward, run, latents)
+        return
     program, cache = _decode_program(models.configs["vae"], forward.placement, forward.decode), None
     for t in range(clip.latents[0]):
         stage = Stage("decode next" if t else "decode first", "vae", program, pictures=clip.latents[1:3])
@@ -328,6 +422,55 @@ def _decode_program(cfg: wan.VAEConfig, placement: Placement | None, arithmetic:
     return jax.jit(decode, donate_argnums=2)
 
 
+def _decode_tiles(
+    cfg: wan.VAEConfig, clip: Clip, forward: Forward, run: Run, latents: Array
+) -> Iterator[tuple[Any, Any, int]]:
+    """Every tile over all frames, kept on the device as float32 until the frames are put together one after another."""
+    frames, *grid = clip.latents[:3]
+    where, placement = wan.cut_to_decode(cfg, clip.vae_tiles, *grid), forward.placement
+    assert where is not None
+    tile, tiles = Stage("decode tile", "vae", _tile_program(cfg, placement, forward.decode)), []
+    for rows in where.rows:
+        tiles.append([])
+        for columns in where.columns:
+            tiles[-1].append(run(tile, latents[:, :, rows, columns]))  # [1,T,h,w,C] -> [1,F,y,x,3*p*p]
+            yield np.zeros((1, 0, *clip.frames[1:], 3), np.uint8), 0.0, 0
+    for t in range(frames):
+        count = cfg.temporal_factor if t else 1
+        program = _join_program(cfg, clip.vae_tiles, *grid, count, placement)
+        stage = Stage("join next" if t else "join first", "vae", program)
+        pixels, bad = run(stage, tiles, np.int32(t and 1 + (t - 1) * count))  # [1,count,Y,X,3]
+        yield pixels, bad, t + 1
+
+
+@functools.lru_cache(maxsize=8)
+def _tile_program(cfg: wan.VAEConfig, placement: Placement | None, arithmetic: str | None) -> Any:
+    """jitted (params, normalised latents [1,T,h,w,C] of a tile) -> float32 [1,F,y,x,3*p*p] for `wan.join_tiles`."""
+
+    def tile(params: Params, latents: Array) -> Array:
+        latents = wan.denormalize_latents(cfg, latents)
+        patches = wan.decode_tile(params, cfg, latents, placement=placement, arithmetic=arithmetic)
+        return patches if placement is None else placement.replicate(patches)
+
+    return jax.jit(tile)
+
+
+@functools.lru_cache(maxsize=8)
+def _join_program(
+    cfg: wan.VAEConfig, tiles: Tiles, height: int, width: int, count: int, placement: Placement | None
+) -> Any:
+    """jitted (params, every tile, int32 first frame) -> (uint8 [1,count,Y,X,3], non-finite share)."""
+    where: Any = wan.cut_to_decode(cfg, tiles, height, width)
+
+    def join(params: Params, rows: Any, start: Array) -> tuple[Array, Array]:
+        rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, count, axis=1), rows)
+        frames = wan.join_tiles(cfg, rows, where)
+        pixels, bad = to_pixels(frames), nonfinite_share(frames)
+        return (pixels, bad) if placement is None else placement.replicate((pixels, bad))
+
+    return jax.jit(join)
+
+
 def _preview(models: Models, forward: Forward) -> Stage:
     return Stage("preview", "vae", _first_frames(models.configs["vae"], forward.placement, forward.decode))
 
@@ -347,18 +490,22 @@ def _first_frames(cfg: wan.VAEConfig, placement: Placement | None, arithmetic: s
 # ------------------------------------------------------------------------------------------------------------- values
 
 
-def _published(dit: wan.DiTConfig, **more: Any) -> Models:
+def _published(*experts: wan.DiTConfig, vae: wan.VAEConfig = wan.WAN_2_1_VAE, **index: Any) -> Models:
     """What a published repository says of itself."""
-    return Models({"transformer": dit, "vae": wan.WAN_2_1_VAE, "text_encoder": umt5.UMT5_XXL, **more}, {}, {})
+    configs: dict[str, Any] = {**dict(zip(EXPERTS, experts, strict=False)), "vae": vae, "text_encoder": umt5.UMT5_XXL}
+    if experts[0].image_dim:
+        configs["image_encoder"] = clip.VIT_H_14
+    return Models(configs, {}, index)
 
 
 TEXT_TO_VIDEO = Family(
-    name="Wan 2.1 text-to-video",
+    name="Wan text-to-video",
     pipeline="WanPipeline",
-    parts={"transformer": TRANSFORMER, "vae": VAE, "text_encoder": TEXT_ENCODER},
+    parts={**dict.fromkeys(EXPERTS, TRANSFORMER), "vae": VAE, "text_encoder": TEXT_ENCODER},
     files={"scheduler": SCHEDULER, "tokenizer": TOKENIZER},
     settings=Settings,
     subject="prompts",
+    unit=_unit,
     misfits=_misfits,
     complete=_complete,
     check_subject=_check_prompt,
@@ -376,6 +523,16 @@ TEXT_TO_VIDEO = Family(
     published={
         "Wan2.1-T2V-1.3B-Diffusers": _published(wan.WAN_2_1_T2V_1_3B),
         "Wan2.1-T2V-14B-Diffusers": _published(wan.WAN_2_1_T2V_14B),
+        "Wan2.2-T2V-A14B-Diffusers": _published(wan.WAN_2_1_T2V_14B, wan.WAN_2_1_T2V_14B, boundary_ratio=0.875),
+    },
+)
+TEXT_AND_IMAGE_TO_VIDEO = dataclasses.replace(
+    TEXT_TO_VIDEO,
+    name="Wan 2.2 text- and image-to-video",
+    takes=("image",),
+    finish=_finish,
+    published={
+        "Wan2.2-TI2V-5B-Diffusers": _published(wan.WAN_2_2_TI2V_5B, vae=wan.WAN_2_2_VAE, **{EXPANDED: True}),
     },
 )
 IMAGE_TO_VIDEO = dataclasses.replace(
@@ -386,18 +543,39 @@ IMAGE_TO_VIDEO = dataclasses.replace(
     files={**TEXT_TO_VIDEO.files, "image_processor": IMAGE_PROCESSOR},
     takes=("image", "last_image"),  # the second where the network has no picture tokens, see `conditions.inputs`
     needs=("image",),
-    unit=lambda models: models.configs["vae"].spatial_factor * models.configs["transformer"].patch_size[1],
     published={
-        "Wan2.1-I2V-14B-480P-Diffusers": _published(wan.WAN_2_1_I2V_14B, image_encoder=clip.VIT_H_14),
-        "Wan2.1-I2V-14B-720P-Diffusers": _published(wan.WAN_2_1_I2V_14B, image_encoder=clip.VIT_H_14),
+        "Wan2.1-I2V-14B-480P-Diffusers": _published(wan.WAN_2_1_I2V_14B),
+        "Wan2.1-I2V-14B-720P-Diffusers": _published(wan.WAN_2_1_I2V_14B),
+        "Wan2.2-I2V-A14B-Diffusers": _published(*[wan.WAN_2_2_I2V_A14B] * 2, boundary_ratio=0.9),
     },
 )
 FIRST_LAST_FRAME = dataclasses.replace(
     IMAGE_TO_VIDEO,
     name="Wan first-last-frame to video",
     needs=("image", "last_image"),
-    published={"Wan2.1-FLF2V-14B-720P-Diffusers": _published(wan.WAN_2_1_FLF2V_14B, image_encoder=clip.VIT_H_14)},
+    published={"Wan2.1-FLF2V-14B-720P-Diffusers": _published(wan.WAN_2_1_FLF2V_14B)},
+)
+_GATED = (dataclasses.replace(cfg, gate_compress=True) for cfg in (wan.WAN_2_1_T2V_1_3B, wan.WAN_2_1_T2V_14B))
+FEW_STEPS = dataclasses.replace(
+    TEXT_TO_VIDEO,
+    name="FastWan",
+    pipeline="WanDMDPipeline",
+    complete=_complete_few_steps,
+    published={
+        name: _published(dit, vae=vae)
+        for name, dit, vae in zip(
+            ("FastWan2.1-T2V-1.3B-Diffusers", "FastWan2.1-T2V-14B-Diffusers", "FastWan2.2-TI2V-5B-FullAttn-Diffusers"),
+            (*_GATED, wan.WAN_2_2_TI2V_5B),
+            (wan.WAN_2_1_VAE, wan.WAN_2_1_VAE, wan.WAN_2_2_VAE),
+            strict=True,
+        )
+    },
 )
 CAUSAL = dataclasses.replace(
-    TEXT_TO_VIDEO, name="causal Wan 2.1 text-to-video", pipeline="WanCausalDMDPipeline", published={}, at_once=False
+    TEXT_TO_VIDEO,
+    name="causal Wan 2.1 text-to-video",
+    pipeline="WanCausalDMDPipeline",
+    parts={"transformer": dataclasses.replace(TRANSFORMER, optional=False), "vae": VAE, "text_encoder": TEXT_ENCODER},
+    published={},
+    at_once=False,
 )

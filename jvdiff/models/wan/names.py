@@ -1,12 +1,12 @@
-"""Wan 2.1: names in Diffusers' files <-> jvdiff's parameter trees, of the transformer and of the causal VAE.
+"""Wan: names in Diffusers' files <-> jvdiff's parameter trees, of the transformer and of the causal VAE.
 
 Source of the names: `diffusers.WanTransformer3DModel`, `diffusers.AutoencoderKLWan` and the published
 Wan2.1-T2V-*-Diffusers repositories. Those of the causal models (wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers) are the same.
 
 Diffusers' `norm2` is the affine norm before cross-attention, which the original Wan files call `norm3`. Files of models
 trained with video sparse attention (FastVideo's FastWan2.1-*-Diffusers) have `GATE` besides, those that attend to
-pictures `IMAGE_Q_NORM`, which nothing reads. Diffusers numbers the
-encoder's residual blocks and downsamplers in one flat list `down_blocks.0, 1, 2, ...`; the tree has stages.
+pictures `IMAGE_Q_NORM`, which nothing reads. Diffusers numbers the encoder's residual blocks and downsamplers in one
+flat list `down_blocks.0, 1, 2, ...` (Wan 2.2's residual VAE has stages); the tree has stages.
 """
 
 from collections.abc import Sequence
@@ -104,6 +104,9 @@ class Stages(Protocol):
     @property
     def num_res_blocks(self) -> int: ...
 
+    @property
+    def is_residual(self) -> bool: ...
+
 
 def _conv(pattern: str, path: str, kernel: Transform) -> list[Rule]:
     return [Rule(f"{pattern}.weight", f"{path}/kernel", kernel), Rule(f"{pattern}.bias", f"{path}/bias")]
@@ -141,18 +144,34 @@ def _side(side: str) -> list[Rule]:
 
 def vae(cfg: Stages) -> list[Rule]:
     """The table of one VAE; `cfg` gives the number of stages and of residual blocks in each."""
+    return [
+        *_side("encoder"),
+        *(_stages_down() if cfg.is_residual else _flat_list_down(cfg)),
+        *_conv("quant_conv", "quant_conv", CONV_1X1X1),
+        *_conv("post_quant_conv", "post_quant_conv", CONV_1X1X1),
+        *_side("decoder"),
+        *_residual("decoder.up_blocks.{stage}.resnets.{block}", "decoder/up_{stage}/res_{block}"),
+        *_resample(
+            "decoder.up_blocks.{stage}." + ("upsampler" if cfg.is_residual else "upsamplers.0"),
+            "decoder/up_{stage}/upsample",
+        ),
+    ]
+
+
+def _flat_list_down(cfg: Stages) -> list[Rule]:
+    """The encoder of Wan 2.1, whose published names count through all stages."""
     down = []
     for stage in range(len(cfg.dim_mult)):
         first = stage * (cfg.num_res_blocks + 1)
         for block in range(cfg.num_res_blocks):
             down += _residual(f"encoder.down_blocks.{first + block}", f"encoder/down_{stage}/res_{block}")
         down += _resample(f"encoder.down_blocks.{first + cfg.num_res_blocks}", f"encoder/down_{stage}/downsample")
+    return down
+
+
+def _stages_down() -> list[Rule]:
+    """The encoder of Wan 2.2."""
     return [
-        *_side("encoder"),
-        *down,
-        *_conv("quant_conv", "quant_conv", CONV_1X1X1),
-        *_conv("post_quant_conv", "post_quant_conv", CONV_1X1X1),
-        *_side("decoder"),
-        *_residual("decoder.up_blocks.{stage}.resnets.{block}", "decoder/up_{stage}/res_{block}"),
-        *_resample("decoder.up_blocks.{stage}.upsamplers.0", "decoder/up_{stage}/upsample"),
+        *_residual("encoder.down_blocks.{stage}.resnets.{block}", "encoder/down_{stage}/res_{block}"),
+        *_resample("encoder.down_blocks.{stage}.downsampler", "encoder/down_{stage}/downsample"),
     ]

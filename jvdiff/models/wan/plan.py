@@ -104,10 +104,11 @@ class Past(NamedTuple):
 class Shared(NamedTuple):
     """What all blocks have in common.
 
-    modulation: float32 [B,1 or T,6,D].
+    modulation: float32 [B,1, 2 or T,6,D].
     text: [B,P,S,D]; None: the layers remember its keys.
     rope: cosines and sines, float32 [L,K/2].
     past: what all layers need to know of it; None: no stream.
+    frames: int32 [L], of each token, where its modulation does not follow from its place in raster order.
     image: float32 [B,I,D], tokens of pictures; None: the model attends to none.
     """
 
@@ -115,6 +116,7 @@ class Shared(NamedTuple):
     text: Array | None
     rope: tuple[Array, Array]
     past: Past | None
+    frames: Array | None = None
     image: Array | None = None
 
 
@@ -178,13 +180,11 @@ def check(
                 f"velocity: latent {name} is {n}; expected a multiple of the patch size {p}, "
                 f"at most {p * cfg.rope_max_seq_len} (rope_max_seq_len {cfg.rope_max_seq_len})"
             )
-    if timestep.shape not in ((B,), (B, grid[0])) or timestep.dtype != jnp.float32:
+    if timestep.shape not in ((B,), (B, 2), (B, grid[0])) or timestep.dtype != jnp.float32:
         raise UsageError(
-            f"velocity: timestep is {timestep.dtype}{list(timestep.shape)}; expected float32[{B}], or "
-            f"[{B},{grid[0]}] with one for each frame"
+            f"velocity: timestep is {timestep.dtype}{list(timestep.shape)}; expected float32[{B}], [{B},2] with that "
+            f"of the first frame and that of the others, or [{B},{grid[0]}] with one for each frame"
         )
-    if timestep.ndim == 2 and not pattern.raster:
-        raise UsageError("velocity: a timestep for each frame goes with Dense() and BlockCausal(...) only")
     if text.ndim not in (3, 4) or text.shape[0] != B or text.shape[-1] != cfg.text_dim or text.shape[-2] == 0:
         raise UsageError(
             f"velocity: text is {text.shape}; expected [{B},S,{cfg.text_dim}] with S at least 1, or "

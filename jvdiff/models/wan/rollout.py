@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jvdiff.diffusion import schedules
-from jvdiff.errors import UsageError
+from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.kernels import patterns
 from jvdiff.models import wan
 from jvdiff.models.family import Models, Rollout
@@ -74,7 +74,13 @@ def _config(name: str, models: Models) -> StreamInferencePipelineConfig:
     if published.get("_class_name") == "SelfForcingFlowMatchScheduler":
         scheduler = FlowMatchSchedulerConfig(**schedules.from_self_forcing_config(published))
     else:
-        scheduler = UniPCSchedulerConfig(shift=schedules.from_scheduler_config(published).shift)
+        found = schedules.from_scheduler_config(published)
+        if found != ("unipc", found.shift, "diffusers", None):
+            raise CheckpointError(
+                f"{name}: scheduler_config.json asks for {found.solver}, {found.grid}, shift_terminal "
+                f"{found.shift_terminal}.\nA causal model takes UniPC of order 2 without spacings of its noise levels."
+            )
+        scheduler = UniPCSchedulerConfig(shift=found.shift)
     transformer = _transformer(configs["transformer"], configs["text_encoder"])
     decoder = StreamingVideoDecoder(configs["vae"])
     return StreamInferencePipelineConfig(name, DiffusionModelConfig(transformer, scheduler), decoder=decoder)

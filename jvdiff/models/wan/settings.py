@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jvdiff.config import option
-from jvdiff.errors import CheckpointError
+from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import options
-from jvdiff.weights.safetensors import read_json
+from jvdiff.weights.safetensors import STEM, read_json, tensor_names
 
 PIPELINES = {  # _class_name: names in family.py
-    "WanPipeline": ("TEXT_TO_VIDEO",),
-    "WanImageToVideoPipeline": ("IMAGE_TO_VIDEO", "FIRST_LAST_FRAME"),
+    "WanPipeline": ("TEXT_TO_VIDEO", "TEXT_AND_IMAGE_TO_VIDEO"),
+    "WanImageToVideoPipeline": ("IMAGE_TO_VIDEO", "FIRST_LAST_FRAME", "TEXT_AND_IMAGE_TO_VIDEO"),
+    "WanDMDPipeline": ("FEW_STEPS",),
     "WanCausalDMDPipeline": ("CAUSAL",),
 }
+EXPANDED = "expand_timesteps"  # in model_index.json: a picture is the first frame, and that has a timestep of its own
+_GRIDS = ("diffusers", "wan", "karras", "exponential", "beta", "sigmas", "timesteps")
+
+
+def _check_grid(name: str, value: str) -> None:
+    if value.partition(":")[0] not in _GRIDS:
+        raise UsageError(f"{name} is {value!r:.80}; expected one of {', '.join(_GRIDS)}, the last two with numbers.")
 
 
 @dataclass(frozen=True)
@@ -25,16 +33,39 @@ class Settings:
     """Everything besides prompt, seed and weights that decides what a clip looks like."""
 
     num_frames: int = option(81, "pixel frames, 1 + 4k")
-    height: int = option(480, "pixels, a multiple of 16")
-    width: int = option(832, "pixels, a multiple of 16")
+    height: int = option(480, "pixels, a multiple of 16; of 32 where latents have 48 channels")
+    width: int = option(832, "pixels, as height")
     fps: int = options.fps(16)
     steps: int = options.steps(50)
     guidance: float = options.guidance(5.0)
+    guidance_2: float | None = option(
+        None, "guidance of the second transformer, where there are two; none: guidance", low=0.0, high=100.0
+    )
+    boundary: float | None = option(
+        None,
+        "where there are two transformers: the first has the steps whose timestep is at least this share of 1000; "
+        "none: as model_index.json says",
+        low=0.0,
+        high=1.0,
+    )
+    boundary_step: int | None = option(
+        None, "in place of boundary: how many of the steps, from 0, the first transformer has", low=0, high=1000
+    )
     negative_prompt: str = option("", "what guidance leads away from", prose=True)
     shift: float = option(3.0, "how much the noise levels lean towards noise", low=0.01, high=100.0)
-    solver: str = option("unipc", "unipc, euler, or renoise:1000,750,500,250 (timesteps of a distilled model)")
+    solver: str = option(
+        "unipc",
+        "unipc (unipc:1, unipc:3: of that order), euler, renoise, or renoise:1000,750,500,250 and dmd:1000,757,522 "
+        "(timesteps of a distilled model)",
+    )
     grid: str = option(
-        "diffusers", "whose noise levels: diffusers, or wan (the authors' programs)", choices=("diffusers", "wan")
+        "diffusers",
+        "which noise levels: diffusers, wan (the authors' programs), karras, exponential, beta, or a list: "
+        "sigmas:1,0.9,0.75,0.5 (before the shift), timesteps:1000,750,500,250",
+        check=_check_grid,
+    )
+    shift_terminal: float | None = option(
+        None, "the last noise level above 0, to which the others are stretched; none: as it is", low=1e-6, high=0.999999
     )
     pattern: str = option(
         "dense",
@@ -42,6 +73,11 @@ class Settings:
         "windows:FILE (docs/sparse_attention.md)",
     )
     dense_steps: int | None = option(None, "first steps in which all tokens see each other; none: 0", low=0, high=999)
+    vae_tiles: str | None = option(
+        None,
+        "the VAE in tiles, 256x256:192x192 (height x width of a tile, then of the stride, in pixels), which takes less "
+        "memory and gives other frames; off: never; none: where nothing else fits",
+    )
     attention: str | Callable[..., Any] | None = option(
         None, "implementation of self-attention in jvdiff.kernels (in Python also a function); none: the best that can"
     )
@@ -89,24 +125,54 @@ def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
     """
     name = str(index.get("_class_name"))
     second = index.get("transformer_2")
-    if isinstance(second, list) and second[:1] not in ([], [None]) and name.startswith("Wan"):
+    if name == "WanCausalDMDPipeline" and isinstance(second, list) and second[:1] not in ([], [None]):
         raise CheckpointError(
-            "holds two transformers (Wan 2.2 A14B), which jvdiff does not run yet.\n"
-            "Use a Wan 2.1 text-to-video repository."
+            "holds two causal transformers (Self-Forcing of Wan 2.2), which jvdiff does not run.\n"
+            "Use a causal repository with one, wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers for instance."
         )
+    expanded = index.get(EXPANDED)
+    if expanded not in (None, False, True):
+        raise CheckpointError(f"model_index.json: {EXPANDED} is {expanded!r:.40}; expected true or false.")
     names = PIPELINES.get(name, (None,))
-    # Of the image-to-video models those have learned places for their picture tokens that take two pictures.
-    return names[-1] if configs.get("transformer", {}).get("pos_embed_seq_len") else names[0]
+    if "FIRST_LAST_FRAME" in names and configs.get("transformer", {}).get("pos_embed_seq_len"):
+        return "FIRST_LAST_FRAME"  # each token of two pictures has a place of its own
+    return names[-1] if expanded else names[0]
 
 
 def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """The settings that a repository's own files ask for: solver, shift and grid of its scheduler.
+    """The settings that a repository's own files ask for: solver, noise levels and shift of its scheduler, the boundary
+    between two transformers, and the sizes that its kind of VAE shows.
 
     Raises:
-        CheckpointError: jvdiff has no equivalent of the scheduler.
+        CheckpointError: jvdiff has no equivalent of the scheduler, or the boundary is not a share.
     """
+    if index.get("_class_name") == "WanDMDPipeline":
+        config = with_fields(
+            read_json(folder / "transformer" / "config.json"), tensor_names(folder / "transformer", STEM)
+        )
+        return few_steps(config.get("in_channels", 16), config.get("gate_compress", False))
     file = folder / "scheduler" / "scheduler_config.json"
-    return scheduled(read_json(file)) if file.is_file() else {}
+    vae = folder / "vae" / "config.json"
+    kind = kind_defaults(read_json(vae).get("z_dim")) if vae.is_file() else {}
+    return {**kind, **(scheduled(read_json(file)) if file.is_file() else {}), **boundary(index)}
+
+
+def kind_defaults(channels: Any) -> Mapping[str, Any]:
+    """What a kind of model makes that its files do not say, by the channels of its latents: 48 are Wan 2.2's 5B."""
+    return {"num_frames": 121, "height": 704, "width": 1280, "fps": 24} if channels == 48 else {}
+
+
+def boundary(index: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The setting `boundary` that a model_index.json has; raises as `defaults`."""
+    ratio = index.get("boundary_ratio")
+    if ratio is None:
+        return {}
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        raise CheckpointError(
+            f"model_index.json: boundary_ratio is {ratio!r:.40}; expected a number from 0 to 1, or null.\n"
+            "Copy the file again from the repository that it came from."
+        )
+    return {"boundary": float(ratio)}
 
 
 def scheduled(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -114,3 +180,22 @@ def scheduled(config: Mapping[str, Any]) -> Mapping[str, Any]:
     from jvdiff.diffusion import schedules  # has numpy, which no other page of help needs
 
     return schedules.from_scheduler_config(config)._asdict()
+
+
+def few_steps(channels: int, gated: bool) -> Mapping[str, Any]:
+    """The settings of FastWan, which none of its files has: FastVideo's sampler of three steps, whose shift is 8 for
+    every model and which does without guidance, at the size of the training. The scheduler's file is not used.
+
+    Args:
+        channels: of the latents, 48 for Wan 2.2's 5B. gated: whether it was trained with video sparse attention.
+    """
+    size = {"num_frames": 61, "height": 448, "width": 832, "fps": 16, **kind_defaults(channels)}
+    sampler = {"solver": "dmd:1000,757,522", "steps": 3, "shift": 8.0, "grid": "diffusers", "guidance": 1.0}
+    return {**size, **sampler, "pattern": "video_sparse:4x4x4:0.8" if gated else "dense"}
+
+
+def with_fields(config: Mapping[str, Any], tensors: Collection[str]) -> Mapping[str, Any]:
+    """A transformer's config.json with what only its tensors say: whether the blocks have the gate of video sparse
+    attention, and whether they have the norm that nobody uses."""
+    shown = {"gate_compress": "to_gate_compress.weight", "image_q_norm": "attn2.norm_added_q.weight"}
+    return {**{field: True for field, name in shown.items() if f"blocks.0.{name}" in tensors}, **config}

@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, reduce
 from jax import lax
 
 from jvdiff import kernels
@@ -261,14 +261,15 @@ class _Downsample(nn.Module):
 
 
 class _Upsample(nn.Module):
-    """x [B,T,H,W,C] -> twice the grid, half the channels and, if `temporal`, twice the frames; remembers two frames."""
+    """x [B,T,H,W,C] -> [B,T,2H,2W,features] and, if `temporal`, twice the frames; remembers two frames."""
 
+    features: int
     temporal: bool
     tf32: bool
 
     @nn.compact
     def __call__(self, x: Array, cache: Array | None) -> tuple[Array, Array | None]:
-        spatial = _SpatialConv(x.shape[-1] // 2, True, self.tf32, name="conv")
+        spatial = _SpatialConv(self.features, True, self.tf32, name="conv")
         if not self.temporal:
             return spatial(x), None
         time_conv = _TimeConv(2 * x.shape[-1], self.tf32, name="time_conv")
@@ -285,11 +286,13 @@ class _DownStage(nn.Module):
     """A level of the encoder: residual blocks, then the step to the next.
 
     downsample: temporal too, in space only, or (None) not at all.
+    shortcut: means of what comes in are added to what goes out.
     """
 
     features: int
     blocks: int
     downsample: bool | None
+    shortcut: bool
     tf32: bool
 
     @nn.compact
@@ -297,23 +300,53 @@ class _DownStage(nn.Module):
         layers: list[nn.Module] = [_ResBlock(self.features, self.tf32, name=f"res_{i}") for i in range(self.blocks)]
         if self.downsample is not None:
             layers.append(_Downsample(self.downsample, self.tf32, name="downsample"))
-        return _chain(x, cache, layers)
+        y, new = _chain(x, cache, layers)
+        return (y + _means(x, self.features, self.downsample) if self.shortcut else y), new
 
 
 class _UpStage(nn.Module):
-    """A level of the decoder: residual blocks, then the step to the next; `upsample` as in `_DownStage`."""
+    """A level of the decoder: residual blocks, then the step to the next; `upsample` as in `_DownStage`.
+
+    shortcut: copies of what comes in are added to what goes out, and the step keeps the width, which it else halves.
+    """
 
     features: int
     blocks: int
     upsample: bool | None
+    shortcut: bool
     tf32: bool
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
         layers: list[nn.Module] = [_ResBlock(self.features, self.tf32, name=f"res_{i}") for i in range(self.blocks)]
         if self.upsample is not None:
-            layers.append(_Upsample(self.upsample, self.tf32, name="upsample"))
-        return _chain(x, cache, layers)
+            width = self.features if self.shortcut else self.features // 2
+            layers.append(_Upsample(width, self.upsample, self.tf32, name="upsample"))
+        y, new = _chain(x, cache, layers)
+        if self.upsample is None or not self.shortcut:
+            return y, new
+        return y + _copies(x, self.features, self.upsample, cache is None), new
+
+
+def _means(x: Array, features: int, temporal: bool | None) -> Array:
+    """[B,T,H,W,C] -> means [B,T/t,H/s,W/s,features], s and t as the step of a level has them (see `_DownStage`).
+
+    The cells of t frames, s rows and s columns become channels, the width slowest, and of each few in a row the mean is
+    taken. The first frame of a clip comes alone, and what precedes it is zero.
+    """
+    t, s = (2 if temporal else 1), (1 if temporal is None else 2)
+    if x.shape[1] % t:
+        x = jnp.pad(x, ((0, 0), (t - 1, 0), (0, 0), (0, 0), (0, 0)))  # [B,t,H,W,C]
+    cells = rearrange(x, "B (T t) (H h) (W w) C -> B T H W (C t h w)", t=t, h=s, w=s)
+    return reduce(cells, "B T H W (features group) -> B T H W features", "mean", features=features)
+
+
+def _copies(x: Array, features: int, temporal: bool, first: bool) -> Array:
+    """The opposite way: [B,T,H,W,C] -> copies [B,T*t,2H,2W,features]; the first frame of a clip gives one."""
+    t = 2 if temporal else 1
+    cells = jnp.repeat(x, features * t * 4 // x.shape[-1], axis=-1)
+    frames = rearrange(cells, "B T H W (C t h w) -> B (T t) (H h) (W w) C", t=t, h=2, w=2)
+    return frames[:, t - 1 :] if first else frames
 
 
 def _chain(x: Array, cache: Cache, layers) -> tuple[Array, dict[str, Any]]:
@@ -325,7 +358,7 @@ def _chain(x: Array, cache: Cache, layers) -> tuple[Array, dict[str, Any]]:
 
 
 class Encoder(nn.Module):
-    """Pixels [B,1 or 4n,Y,X,3] -> mean and log-variance [B,1 or n,H,W,2C]."""
+    """Pixels [B,1 or 4n,Y,X,3], patches of them as channels -> mean and log-variance [B,1 or n,H,W,2C]."""
 
     cfg: VAEConfig
     picture: Picture | None = None
@@ -336,13 +369,14 @@ class Encoder(nn.Module):
         cfg = self.cfg
         layers: list[nn.Module] = [_CausalConv(cfg.base_dim, self.tf32, name="conv_in")]
         for i, (mult, temporal) in enumerate(zip(cfg.dim_mult, (*cfg.temperal_downsample, None), strict=True)):
-            layers.append(_DownStage(cfg.base_dim * mult, cfg.num_res_blocks, temporal, self.tf32, name=f"down_{i}"))
+            how = cfg.num_res_blocks, temporal, cfg.is_residual, self.tf32
+            layers.append(_DownStage(cfg.base_dim * mult, *how, name=f"down_{i}"))
         x, new = _chain(x, cache, [*layers, _Mid(self.picture, self.tf32, name="mid")])
         return _head(x, cache, new, 2 * cfg.z_dim, self.tf32)
 
 
 class Decoder(nn.Module):
-    """Latents [B,1 or n,H,W,C] -> pixels [B,1 or 4n,Y,X,3], not yet clamped."""
+    """Latents [B,1 or n,H,W,C] -> pixels [B,1 or 4n,Y,X,3], patches of them as channels, not yet clamped."""
 
     cfg: VAEConfig
     picture: Picture | None = None
@@ -352,15 +386,16 @@ class Decoder(nn.Module):
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
         cfg = self.cfg
         layers: list[nn.Module] = [
-            _CausalConv(cfg.base_dim * cfg.dim_mult[-1], self.tf32, name="conv_in"),
+            _CausalConv(cfg.decoder_width * cfg.dim_mult[-1], self.tf32, name="conv_in"),
             _Mid(self.picture, self.tf32, name="mid"),
         ]
         for i, (mult, temporal) in enumerate(
             zip(reversed(cfg.dim_mult), (*reversed(cfg.temperal_downsample), None), strict=True)
         ):
-            layers.append(_UpStage(cfg.base_dim * mult, cfg.num_res_blocks + 1, temporal, self.tf32, name=f"up_{i}"))
+            how = cfg.num_res_blocks + 1, temporal, cfg.is_residual, self.tf32
+            layers.append(_UpStage(cfg.decoder_width * mult, *how, name=f"up_{i}"))
         x, new = _chain(x, cache, layers)
-        return _head(x, cache, new, 3, self.tf32)
+        return _head(x, cache, new, cfg.pixel_channels, self.tf32)
 
 
 def _head(x: Array, cache: Cache, new: dict, features: int, tf32: bool) -> tuple[Array, Cache]:

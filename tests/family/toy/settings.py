@@ -34,7 +34,7 @@ class Settings:
 
 def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The value in family.py that a repository is made for; None where it is of another family."""
-    return "TOY" if index.get("_class_name") in PIPELINES else None
+    return PIPELINES.get(str(index.get("_class_name")), (None,))[0]
 
 
 def defaults(index: Mapping[str, Any], folder: Path | None = None) -> Mapping[str, Any]:

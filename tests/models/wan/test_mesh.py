@@ -80,6 +80,20 @@ def test_a_mesh_gives_the_numbers_of_one_device(pattern, mesh, batch):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
+def test_a_timestep_of_the_first_frame_and_one_of_the_others_on_a_mesh():
+    """Tokens in tiles and padding behind them: 45 do not divide among six devices."""
+    latents, t, text = inputs(1)
+    placement, params = placed("sequence=6", params_of(CFG))
+    times, how = np.stack([0 * t, t], axis=1), dict(pattern=PATTERNS["windows"], text_length=9)
+    run = jax.jit(
+        lambda placement, *args: wan.velocity(args[0], CFG, *args[1:], placement=placement, **how), static_argnums=0
+    )
+    expected = np.asarray(run(None, params_of(CFG), latents, times, text))
+    found = run(placement, params, latents, times, text)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(expected - on_one_device("windows")[:1]).max() > 0.1 * np.abs(expected).max()
+
+
 def test_a_gradient_is_that_of_one_device_and_lies_where_the_weights_lie():
     """Rematerialised and with tokens that do not divide; every kind of mesh is in tests/training/test_meshes.py."""
     x, t, text = inputs(2)

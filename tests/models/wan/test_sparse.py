@@ -77,6 +77,22 @@ def test_sparsity_changes_the_result_the_order_of_tokens_does_not(params, patter
         assert error(alone, got[i : i + 1]) < 1e-5
 
 
+@pytest.mark.parametrize("pattern", [VideoSparse((2, 3, 4), 0.0), Dense()], ids=repr)
+def test_a_timestep_for_each_frame_in_any_order_of_tokens(params, pattern):
+    """Of the first frame and the others, or of each; a clip whose frames all have one is that of the one."""
+    params, (latents, _, text) = without_gate(params), inputs(1)
+    t = np.array([[0.0, 700.0]], np.float32)
+    both = velocity(params, CFG, latents, t, text, pattern=pattern)
+    assert error(both, velocity(params, CFG, latents, t, text)) < 1e-5
+    assert error(both, velocity(params, CFG, latents, t[:, ::-1], text)) > 1e-2
+    longer = np.concatenate([latents, latents[:, :1]], axis=1)
+    want = velocity(params, CFG, longer, np.array([[0.0, 700.0, 700.0]], np.float32), text)
+    assert error(velocity(params, CFG, longer, t, text, pattern=pattern), want) < 1e-5
+    each = np.array([[0.0, 700.0, 300.0]], np.float32)
+    want = velocity(params, CFG, longer, each, text)
+    assert error(velocity(params, CFG, longer, each, text, pattern=pattern), want) < 1e-5
+
+
 def test_tiles_are_neighbourhoods(params):
     """With windows of one tile, one layer carries nothing from one tile to another."""
     cfg = dataclasses.replace(CFG, num_layers=1)
@@ -98,6 +114,9 @@ def test_the_gate_belongs_to_video_sparse_attention(params):
         np.testing.assert_array_equal(got, want)
     fine = velocity(bare, CFG, *args, pattern=pattern)
     assert error(velocity(params, GATED, *args, pattern=pattern), fine) > 1e-3
+    dense = velocity(bare, CFG, *args, pattern=Dense())
+    # FastVideo's default sparsity: no tile is left out, and the gate's branch is still added.
+    assert error(velocity(params, GATED, *args, pattern=VideoSparse((2, 3, 4), 0.0)), dense) > 0.05
     start = wan.init_params(jax.random.key(0), GATED)["blocks"]["self_attn"]["gate"]
     assert not any(np.asarray(x).any() for x in jax.tree.leaves(start))
     attention = params["blocks"]["self_attn"] | {"gate": start}

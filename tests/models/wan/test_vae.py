@@ -16,7 +16,7 @@ import pytest
 
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import wan
-from jvdiff.models.wan import vae_layers
+from jvdiff.models.wan import vae, vae_layers
 from jvdiff.precision import DECODING
 from jvdiff.weights.naming import flatten
 
@@ -29,6 +29,9 @@ CFG = wan.VAEConfig(
     latents_mean=(0.5,) * 4,
     latents_std=(2.0,) * 4,
 )
+RESIDUAL = dataclasses.replace(
+    CFG, dim_mult=(2, 2), temperal_downsample=(True,), is_residual=True, patch_size=2, decoder_base_dim=4
+)
 init_params = jax.jit(wan.init_params, static_argnums=1)
 encode = jax.jit(wan.encode, static_argnums=1, static_argnames="chunk")
 decode = jax.jit(wan.decode, static_argnums=1, static_argnames=("chunk", "clip"))
@@ -36,9 +39,7 @@ encode_chunk = jax.jit(wan.encode_chunk, static_argnums=1)
 decode_chunk = jax.jit(wan.decode_chunk, static_argnums=1)
 
 
-@pytest.fixture(scope="module")
-def params():
-    """Parameters that are all away from their trivial start."""
+def every_leaf_away_from_its_start(cfg):
     random = np.random.default_rng(0)
 
     def fill(path, leaf):
@@ -46,7 +47,12 @@ def params():
         values = random.standard_normal(leaf.shape, np.float32) * np.float32(fan_in**-0.5)
         return values + np.float32("scale" in jax.tree_util.keystr(path))
 
-    return jax.tree_util.tree_map_with_path(fill, wan.abstract_params(CFG))
+    return jax.tree_util.tree_map_with_path(fill, wan.abstract_params(cfg))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return every_leaf_away_from_its_start(CFG)
 
 
 def video(F=17, Y=8, X=12, B=2, seed=0):
@@ -138,6 +144,45 @@ def test_the_cache_has_the_described_shapes(params):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == jax.tree.map(
             lambda x: (x.shape, x.dtype), described
         )
+
+
+def test_the_residual_vae_in_chunks_is_the_whole_clip():
+    """Its shortcut pads a clip once in front when it encodes, and drops a frame once when it decodes."""
+    params, x, z = every_leaf_away_from_its_start(RESIDUAL), video(F=5), latents(T=3)
+    mean = in_pieces(lambda x, cache: encode_chunk(params, RESIDUAL, x, cache), x, [2, 2])
+    assert mean.shape == (2, 3, 2, 3, 4)
+    assert error(mean, encode(params, RESIDUAL, x, chunk=2)) <= 1e-5
+    frames = in_pieces(lambda z, cache: decode_chunk(params, RESIDUAL, z, cache), z, [1, 1])
+    assert frames.shape == (2, 5, 8, 12, 3)
+    assert error(frames, decode(params, RESIDUAL, z, chunk=2)) <= 1e-5
+
+
+def test_the_shortcuts_of_the_residual_vae():
+    """Of the first frame every even channel is 0 and every odd one the frame's mean; when decoding it comes once."""
+    x = np.random.default_rng(0).standard_normal((1, 2, 4, 6, 8), np.float32)
+    squares = x.reshape(1, 2, 2, 2, 3, 2, 8).mean((3, 5))  # [B,T,H/2,W/2,C]
+    first = vae_layers._means(x[:, :1], 16, True)
+    np.testing.assert_allclose(first[..., 0::2], 0)
+    np.testing.assert_allclose(first[..., 1::2], squares[:, :1], atol=1e-6)
+    both = vae_layers._means(x, 16, True)
+    np.testing.assert_allclose(both[..., 0::2], squares[:, :1], atol=1e-6)
+    np.testing.assert_allclose(both[..., 1::2], squares[:, 1:], atol=1e-6)
+    np.testing.assert_array_equal(vae_layers._means(x, 8, None), x)
+
+    doubled = x.repeat(2, axis=2).repeat(2, axis=3)
+    np.testing.assert_array_equal(vae_layers._copies(x, 8, True, False), doubled.repeat(2, axis=1))
+    np.testing.assert_array_equal(vae_layers._copies(x[:, :1], 8, True, True), doubled[:, :1])
+    rows = vae_layers._copies(x, 4, False, False)  # two channels a row of the square
+    np.testing.assert_array_equal(rows[:, :, 0::2], doubled[:, :, 0::2, :, 0::2])
+    np.testing.assert_array_equal(rows[:, :, 1::2], doubled[:, :, 1::2, :, 1::2])
+
+
+def test_patches_put_the_column_before_the_row():
+    frames = np.arange(2 * 2 * 3, dtype=np.float32).reshape(1, 1, 2, 2, 3)
+    patches = vae._patches(frames, 2)
+    assert patches.shape == (1, 1, 1, 1, 12)
+    assert patches[0, 0, 0, 0, 1] == frames[0, 0, 1, 0, 0]  # c 0, column 0, row 1
+    np.testing.assert_array_equal(vae._pixels(patches, 2), frames)
 
 
 @pytest.mark.parametrize("run", ["encode", "decode"])
@@ -282,7 +327,16 @@ def test_the_published_config():
     assert hash(wan.WAN_2_1_VAE) == hash(wan.VAEConfig())
 
 
-@pytest.mark.parametrize("cfg", [CFG, wan.WAN_2_1_VAE, dataclasses.replace(CFG, dim_mult=(1, 8, 4))])
+@pytest.mark.parametrize("other, field", [({"patch_size": 2}, "in_channels"), ({"is_residual": True}, "dim_mult")])
+def test_fields_that_do_not_go_together(other, field):
+    """diffusers takes three channels where a file does not say; a shortcut makes 12 widths of 8, and never 5."""
+    with pytest.raises(CheckpointError, match=field):
+        wan.VAEConfig.from_json(PUBLISHED | {"dim_mult": [1, 2, 5, 5]} | other)
+
+
+@pytest.mark.parametrize(
+    "cfg", [CFG, wan.WAN_2_1_VAE, wan.WAN_2_2_VAE, RESIDUAL, dataclasses.replace(CFG, dim_mult=(1, 8, 4))]
+)
 def test_configs_survive_json(cfg):
     assert wan.VAEConfig.from_json(json.loads(json.dumps(cfg.to_json()))) == cfg
 
@@ -309,9 +363,10 @@ def test_configs_survive_json(cfg):
         ("latents_std", [0.0] + [1.0] * 15),
         ("latents_std", [float("nan")] * 16),
         ("attn_scales", [1.0]),
-        ("is_residual", True),
+        ("is_residual", 1),
+        ("decoder_base_dim", 0),
         ("in_channels", 12),
-        ("patch_size", 2),
+        ("patch_size", "2"),
     ],
 )
 def test_configs_that_cannot_be(field, value):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jvdiff.models import wan
+from jvdiff.models.vae_tiles import Tiles
 from jvdiff.sharding import MeshShape, Placement, make_mesh
 
 CFG = wan.VAEConfig(
@@ -111,6 +112,15 @@ def test_decoding_is_that_of_one_device_and_compiles_two_programs(params, placem
     assert run._cache_size() == 2
     assert all(leaf.addressable_shards[0].data.size == leaf.size // 8 for leaf in jax.tree.leaves(cache))
     assert error(np.concatenate(pieces, axis=1), jax.jit(wan.decode, static_argnums=1)(params, CFG, z)) <= 1e-5
+
+
+def test_tiles_are_those_of_one_device(params, placement):
+    """Eight devices share each tile, of which the last are too narrow for so many."""
+    run, z = jax.jit(wan.decode, static_argnums=1, static_argnames=("placement", "tiles")), latents(T=1, H=6, W=7)
+    tiles = Tiles((8, 8), (6, 6))
+    found = run(params, CFG, z, placement=placement, tiles=tiles)
+    assert found.shape == (2, 1, 12, 14, 3)
+    assert error(found, run(params, CFG, z, tiles=tiles)) <= 1e-5
 
 
 def test_gradients_are_those_of_one_device(params, placement):

@@ -1,0 +1,222 @@
+"""Two transformers of one clip (Wan 2.2 A14B): which steps are whose, with which guidance, and one solver for both."""
+
+import dataclasses
+import gc
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jvdiff
+from jvdiff import pipeline, plan
+from jvdiff.commands import sample
+from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.models.family import Request
+from jvdiff.models.wan.family import TEXT_TO_VIDEO
+from jvdiff.pipeline import repository
+
+PROMPT = "a red seven moving left"
+FILE = "diffusion_pytorch_model.safetensors"
+# As published (Wan-AI/Wan2.2-T2V-A14B-Diffusers), but for its boundary of 0.875: at shift 3 the timesteps of four steps
+# are 999, 900, 750 and 500, and 0.9 is that of the A14B for pictures.
+INDEX = {"_class_name": "WanPipeline", "_diffusers_version": "0.35.0.dev0", "boundary_ratio": 0.9}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_repository, tmp_path_factory):
+    """A repository with two transformers of other weights."""
+    root = shutil.copytree(tiny_repository, tmp_path_factory.mktemp("experts") / "repository")
+    shutil.copytree(root / "transformer", root / "transformer_2")
+    weights = load_file(root / "transformer" / FILE)
+    save_file({name: np.ascontiguousarray(x[::-1]) for name, x in weights.items()}, root / "transformer_2" / FILE)
+    index = json.loads((root / "model_index.json").read_text())
+    (root / "model_index.json").write_text(json.dumps(index | INDEX | {"transformer_2": index["transformer"]}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return jvdiff.load(folder, "float32")
+
+
+def without(pipe, *names, **index):
+    """The pipeline without these parts, and with these values of model_index.json."""
+    models = dataclasses.replace(
+        pipe.models,
+        configs={name: cfg for name, cfg in pipe.models.configs.items() if name not in names},
+        index={**pipe.models.index, **{name: [None, None] for name in names}, **index},
+    )
+    return dataclasses.replace(pipe, repository=dataclasses.replace(pipe.repository, models=models))
+
+
+def told(pipe, **settings):
+    return [(s.start, s.stop, s.part, s.guidance) for s in pipe.clip(**settings).segments]
+
+
+def test_the_step_at_the_boundary_is_the_first_transformers(pipe):
+    assert told(pipe) == [(0, 2, "transformer", 3.0), (2, 4, "transformer_2", 3.0)]
+    assert told(pipe, boundary=0.9001)[0][1] == 1 and told(pipe, boundary=0.75)[0][1] == 3
+    assert told(pipe, boundary=0.0) == [(0, 4, "transformer", 3.0)]
+    assert told(pipe, boundary=1.0) == [(0, 4, "transformer_2", 3.0)]
+    assert told(pipe, boundary=0.9000000000000001)[0][1] == 2  # 900.0000000000001, and torch compares as float32
+
+
+@pytest.mark.parametrize(
+    ("shift", "boundary", "steps"), [(12.0, 0.875, 26), (3.0, 0.875, 13), (5.0, 0.9, 15), (3.0, 0.9, 11)]
+)
+def test_how_many_of_forty_steps_are_the_first_transformers(pipe, shift, boundary, steps):
+    assert told(pipe, steps=40, shift=shift, boundary=boundary)[0][:3] == (0, steps, "transformer")
+
+
+def test_a_boundary_by_step(pipe):
+    """In place of the repository's; it holds for any list of steps."""
+    assert told(pipe, boundary_step=3) == [(0, 3, "transformer", 3.0), (3, 4, "transformer_2", 3.0)]
+    assert told(pipe, boundary_step=0) == [(0, 4, "transformer_2", 3.0)]
+    assert told(pipe, boundary_step=4) == told(pipe, boundary_step=9) == [(0, 4, "transformer", 3.0)]
+    assert pipe.settings(boundary_step=1).boundary is None and pipe.settings().boundary == 0.9
+    assert told(pipe, solver="euler", steps=6, boundary_step=2)[0][1] == 2
+    with pytest.raises(UsageError, match=r"boundary is 0\.5 and boundary_step is 2; leave one of them out"):
+        pipe.clip(boundary=0.5, boundary_step=2)
+
+
+def test_guidance_of_each(pipe):
+    """The first's decides whether there is any."""
+    assert [s[3] for s in told(pipe, guidance=4.0, guidance_2=2.0)] == [4.0, 2.0]
+    assert [s[3] for s in told(pipe, guidance=4.0)] == [4.0, 4.0]
+    assert [s[3] for s in told(pipe, guidance=1.0, guidance_2=2.0)] == [1.0, 1.0]
+    assert not pipe.clip(guidance=1.0, guidance_2=2.0).guided and pipe.clip(guidance=4.0, guidance_2=1.0).guided
+
+
+def test_first_steps_that_are_dense(pipe):
+    """Cut twice: behind them, and at the boundary."""
+    sparse = {"pattern": "sliding_tile:1x1x1:1x1x1", "num_frames": 9}
+    parts = [(s.start, s.stop, s.part, str(s.pattern)) for s in pipe.clip(dense_steps=1, **sparse).segments]
+    assert [p[:3] for p in parts] == [(0, 1, "transformer"), (1, 2, "transformer"), (2, 4, "transformer_2")]
+    assert parts[0][3] != parts[1][3] == parts[2][3]
+    assert [s[:3] for s in told(pipe, dense_steps=3, **sparse)][1:] == [
+        (2, 3, "transformer_2"),
+        (3, 4, "transformer_2"),
+    ]
+
+
+def test_one_solver_goes_through_both(pipe):
+    """Where both are one and the same transformer, the boundary is nowhere to be seen: nothing is begun anew at it."""
+    same = pipeline.Weights({**pipe.weights, "transformer_2": pipe.weights["transformer"]})
+    clips = [
+        jvdiff.generate(dataclasses.replace(pipe, weights=same), PROMPT, seed=1, boundary_step=step).latents
+        for step in (4, 2, 3)
+    ]
+    for clip in clips[1:]:
+        np.testing.assert_array_equal(clip, clips[0])
+    assert np.abs(jvdiff.generate(pipe, PROMPT, seed=1).latents - clips[0]).max() > 0.01
+
+
+def test_one_transformer_is_what_it_was(pipe, tiny_repository):
+    """The first alone makes the clip of a repository with one; what such a one has no use for is refused."""
+    single = jvdiff.load(tiny_repository, "float32")
+    clip = jvdiff.generate(single, PROMPT, seed=1)
+    np.testing.assert_array_equal(jvdiff.generate(pipe, PROMPT, seed=1, boundary_step=4).latents, clip.latents)
+    with pytest.raises(UsageError, match=r"guidance_2 is 2\.0, and these weights have no second transformer"):
+        single.clip(guidance_2=2.0)
+    assert told(single, boundary=0.0) == told(single) == [(0, 4, "transformer", 3.0)]
+    with pytest.raises(UsageError, match=r"with boundary 0\.9, steps 3 to 4 of 4 are those of transformer_2"):
+        single.clip(boundary=0.9)
+
+
+def test_one_of_them_is_null(pipe):
+    first, second = without(pipe, "transformer_2"), without(pipe, "transformer")
+    assert told(first, boundary_step=4) == [(0, 4, "transformer", 3.0)]
+    assert told(second, boundary=1.0, guidance_2=2.0) == [(0, 4, "transformer_2", 2.0)]
+    message = r"steps 3 to 4 of 4 .* transformer_2, which these weights lack; .* transformer with --boundary_step=4"
+    with pytest.raises(UsageError, match=message):
+        first.clip()
+    message = r"steps 1 to 2 of 4 .* transformer, which these weights lack; .* transformer_2 with --boundary_step=0"
+    with pytest.raises(UsageError, match=message):
+        second.clip()
+    with pytest.raises(UsageError, match="with no boundary, steps 1 to 4 of 4"):
+        without(pipe, "transformer", boundary_ratio=None).clip()
+    both = jvdiff.generate(pipe, PROMPT, seed=1, boundary=1.0).latents
+    np.testing.assert_array_equal(jvdiff.generate(second, PROMPT, seed=1, boundary=1.0).latents, both)
+
+
+def test_a_repository_with_null(folder, tmp_path):
+    """Its folder may be missing, or be there and not be meant; without either there is nothing to run."""
+    copy = shutil.copytree(folder, tmp_path / "repository")
+    index = json.loads((copy / "model_index.json").read_text())
+
+    def inspected(**values):
+        (copy / "model_index.json").write_text(json.dumps({**index, **values}))
+        return repository.inspect(copy)
+
+    assert "transformer" not in inspected(transformer=[None, None]).models.configs
+    with pytest.raises(CheckpointError, match="there is no transformer"):
+        inspected(transformer=[None, None], transformer_2=[None, None])
+    with pytest.raises(CheckpointError, match=r"boundary_ratio is 875; expected a number from 0 to 1"):
+        inspected(boundary_ratio=875)
+    with pytest.raises(CheckpointError, match="holds two causal transformers"):
+        inspected(_class_name="WanCausalDMDPipeline")
+    shutil.rmtree(copy / "transformer_2")
+    with pytest.raises(CheckpointError, match="names transformer_2, and there is no such folder"):
+        inspected()
+    assert list(inspected(transformer_2=None).models.configs) == ["transformer", "vae", "text_encoder"]
+
+
+def test_transformers_that_do_not_fit(pipe):
+    configs = {**pipe.models.configs}
+    configs["transformer_2"] = dataclasses.replace(configs["transformer_2"], out_channels=8)
+    models = dataclasses.replace(pipe.models, configs=configs)
+    assert re.search("transformer and transformer_2 differ", TEXT_TO_VIDEO.misfits(models) or "")
+
+
+def test_the_plan_of_the_published_models():
+    """Two transformers of 14.3 B parameters; 13 of 40 steps at shift 3 are the first's."""
+    config = sample.default_config()
+    config.update({"checkpoint": "Wan2.2-T2V-A14B-Diffusers", "precision": "float32", "steps": 40})
+    context, clip = plan.resolved(config)
+    assert [(s.part, s.stop) for s in clip.segments] == [("transformer", 13), ("transformer_2", 40)]
+    sizes = {name: count for name, (count, _) in plan.resident(context, None).items()}
+    assert sizes["transformer"] == sizes["transformer_2"] == 14_288_491_584
+    one, two = (context.family.network(context.models, s, context.forward(clip, s)) for s in clip.segments)
+    assert one is two  # compiled once
+
+
+def live(kind):
+    """Bytes of all arrays in memory of a kind."""
+    return sum(x.nbytes for x in jax.live_arrays() if x.sharding.memory_kind == kind)
+
+
+@pytest.mark.parametrize("mesh", [None, "data=1"])
+def test_what_a_device_holds_between_stages(pipe, folder, mesh):
+    """One part at a time, the others in host memory; where arrays have a place to come back to, it is pinned."""
+    sizes = {part: sum(x.nbytes for x in jax.tree.leaves(tree)) for part, tree in pipe.weights.items()}
+    clip = pipe.clip()
+    expected = jvdiff.generate(pipe, PROMPT, seed=1)
+    gc.collect()
+    before, seen = live("device"), []
+    turns = jvdiff.load(folder, "float32", mesh, in_turn="all")
+    assert live("device") == before and turns.weights.away() == ("transformer", "transformer_2", "vae", "text_encoder")
+    assert live("pinned_host") == (sum(sizes.values()) if mesh else 0)
+
+    def run(stage, *arguments):
+        result = turns.run(stage, *arguments)
+        seen.append((stage.part, live("device") - before))
+        return result
+
+    context = turns.context
+    inputs = turns.family.inputs(turns.models, clip, Request(prompts=(PROMPT,)))
+    solver = clip.sampler.make()
+    state = pipeline.begin(clip, solver, pipeline.initial_noise([1], clip.latents), [1])
+    state = pipeline.denoise(context, clip, pipeline.encode(context, clip, inputs, run), state, solver, run)
+    video = pipeline.decode(context, clip, state.x, run)
+    parts = ["text_encoder", "transformer", "transformer", "transformer_2", "transformer_2", "vae", "vae"]
+    assert [part for part, _ in seen] == parts
+    for part, size in seen:
+        rest = sizes["transformer" if part == "vae" else "text_encoder"]  # conditions, latents, what a decoder keeps
+        assert sizes[part] < size < sizes[part] + rest
+    assert live("pinned_host") == (sum(sizes.values()) if mesh else 0)  # copies stay
+    np.testing.assert_allclose(state.x, expected.latents, rtol=0, atol=1e-5 if mesh else 0)
+    np.testing.assert_allclose(video, expected.video, rtol=0, atol=1 if mesh else 0)
