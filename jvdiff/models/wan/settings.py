@@ -15,6 +15,7 @@ from jvdiff.weights.safetensors import STEM, read_json, tensor_names
 
 PIPELINES = {  # _class_name: names in family.py
     "WanPipeline": ("TEXT_TO_VIDEO", "TEXT_AND_IMAGE_TO_VIDEO"),
+    "WanImageToVideoPipeline": ("IMAGE_TO_VIDEO", "FIRST_LAST_FRAME", "TEXT_AND_IMAGE_TO_VIDEO"),
     "WanDMDPipeline": ("FEW_STEPS",),
     "WanCausalDMDPipeline": ("CAUSAL",),
 }
@@ -132,6 +133,8 @@ def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
     if expanded not in (None, False, True):
         raise CheckpointError(f"model_index.json: {EXPANDED} is {expanded!r:.40}; expected true or false.")
     names = PIPELINES.get(name, (None,))
+    if "FIRST_LAST_FRAME" in names and configs.get("transformer", {}).get("pos_embed_seq_len"):
+        return "FIRST_LAST_FRAME"  # each token of two pictures has a place of its own
     return names[-1] if expanded else names[0]
 
 
@@ -143,7 +146,7 @@ def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
         CheckpointError: jvdiff has no equivalent of the scheduler, or the boundary is not a share.
     """
     if index.get("_class_name") == "WanDMDPipeline":
-        config = with_gate(
+        config = with_fields(
             read_json(folder / "transformer" / "config.json"), tensor_names(folder / "transformer", STEM)
         )
         return few_steps(config.get("in_channels", 16), config.get("gate_compress", False))
@@ -208,8 +211,8 @@ def few_steps(channels: int, gated: bool) -> Mapping[str, Any]:
     return {**size, **sampler, "pattern": "video_sparse:4x4x4:0.8" if gated else "dense"}
 
 
-def with_gate(config: Mapping[str, Any], tensors: Collection[str]) -> Mapping[str, Any]:
-    """Files do not say in config.json whether the blocks have the gate of video sparse attention; their tensors do."""
-    if "gate_compress" in config or "blocks.0.to_gate_compress.weight" not in tensors:
-        return config
-    return {**config, "gate_compress": True}
+def with_fields(config: Mapping[str, Any], tensors: Collection[str]) -> Mapping[str, Any]:
+    """A transformer's config.json with what only its tensors say: whether the blocks have the gate of video sparse
+    attention, and whether they have the norm that nobody uses."""
+    shown = {"gate_compress": "to_gate_compress.weight", "image_q_norm": "attn2.norm_added_q.weight"}
+    return {**{field: True for field, name in shown.items() if f"blocks.0.{name}" in tensors}, **config}
