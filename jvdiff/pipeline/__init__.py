@@ -1,11 +1,13 @@
 """From a repository to a video: what it says of itself, its weights, settings, and the stages of a clip."""
 
+from jvdiff.pipeline.embeddings import read_embeddings, save_embeddings
 from jvdiff.pipeline.generate import (
     Output,
     Pipeline,
     check_fits,
     check_parts,
     check_subjects,
+    embed,
     generate,
     load,
     make_request,
@@ -50,6 +52,7 @@ __all__ = [
     "check_subjects",
     "decode",
     "denoise",
+    "embed",
     "encode",
     "encode_ahead",
     "generate",
@@ -59,9 +62,11 @@ __all__ = [
     "make_request",
     "place",
     "read_defaults",
+    "read_embeddings",
     "read_parts",
     "resolve",
     "save",
+    "save_embeddings",
     "size_for",
     "trace",
 ]

@@ -6,10 +6,12 @@ one is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from jvdiff.models.family import Clip
+from jvdiff.models.vae_tiles import OFF, Tiles
 from jvdiff.plan.counting import gib
 
 
@@ -96,3 +98,31 @@ def choose(clip: Clip, works: Sequence[Work], held: Mapping[str, int], limit: in
     if chosen is not every[0]:
         line += f" (all weights resident: {gib(every[0].peak).strip()})"
     return chosen, line
+
+
+def in_tiles(clip: Clip) -> Clip | None:
+    """The clip with its pictures in tiles, where its settings leave that open; None where they do not."""
+    if getattr(clip.settings, "vae_tiles", OFF) is not None or clip.vae_tiles is not None:
+        return None
+    return dataclasses.replace(clip, vae_tiles=Tiles())
+
+
+def fitted(
+    clip: Clip,
+    measured: Callable[[Clip], list[Work]],
+    chosen: Callable[[list[Work]], tuple[Residency, str]],
+    limit: int | None,
+) -> tuple[Clip, Residency, str]:
+    """The clip as it is to run, whose weights are in turn, and a line about it.
+
+    Pictures are cut into tiles only where that is left open, nothing else fits into `limit` bytes, and it then fits.
+
+    measured: clip -> its programs. chosen: `choose`, or what was asked for.
+    """
+    way, line = chosen(measured(clip))
+    if limit is None or way.peak <= limit or (tiled := in_tiles(clip)) is None:
+        return clip, way, line
+    smaller, told = chosen(measured(tiled))
+    if smaller.peak > limit:
+        return clip, way, line
+    return tiled, smaller, f"{told}; with the VAE in tiles ({tiled.vae_tiles}), since nothing else fits"
