@@ -20,6 +20,19 @@ PIPELINES = {  # _class_name: names in family.py
     "WanDMDPipeline": ("FEW_STEPS",),
     "WanCausalDMDPipeline": ("CAUSAL",),
 }
+CONFIGURATIONS = {  # published repositories, whose files do not say all that their authors do: of `configs/`
+    "Wan2.1-T2V-1.3B-Diffusers": "wan2_1_t2v_1_3b",
+    "Wan2.1-T2V-14B-Diffusers": "wan2_1_t2v_14b",
+    "Wan2.1-I2V-14B-480P-Diffusers": "wan2_1_i2v_14b_480p",
+    "Wan2.1-I2V-14B-720P-Diffusers": "wan2_1_i2v_14b_720p",
+    "Wan2.1-FLF2V-14B-720P-Diffusers": "wan2_1_flf2v_14b",
+    "Wan2.2-T2V-A14B-Diffusers": "wan2_2_t2v_a14b",
+    "Wan2.2-I2V-A14B-Diffusers": "wan2_2_i2v_a14b",
+    "Wan2.2-TI2V-5B-Diffusers": "wan2_2_ti2v_5b",
+    "FastWan2.1-T2V-1.3B-Diffusers": "fastwan2_1_t2v_1_3b",
+    "FastWan2.1-T2V-14B-Diffusers": "fastwan2_1_t2v_14b",
+    "FastWan2.2-TI2V-5B-FullAttn-Diffusers": "fastwan2_2_ti2v_5b",
+}
 EXPANDED = "expand_timesteps"  # in model_index.json: a picture is the first frame, and that has a timestep of its own
 _GRIDS = ("diffusers", "wan", "karras", "exponential", "beta", "sigmas", "timesteps")
 
