@@ -38,7 +38,7 @@ class Job:
     subject: prompt, or name of the class
     seed: of its noise
     clip: what its settings mean
-    inputs: arrays of its request, made once
+    made: -> the arrays of its request
     name: of its files
     pictures: digests of its pictures, by option (`image`, `last_image`)
     files: where those of them are that its own entry names
@@ -51,7 +51,7 @@ class Job:
     subject: Any
     seed: int
     clip: Clip
-    inputs: Any
+    made: Callable[[], Any]
     name: str
     pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -61,9 +61,19 @@ class Job:
     claim: Claim | None = None
 
     @property
+    def inputs(self) -> Any:
+        """The arrays of its request; in a large batch, pictures are read once more, and must be the same."""
+        return _kept(self.made)
+
+    @property
     def stem(self) -> str:
         """The name of its files, complete."""
         return f"{self.name}_seed{self.seed}" if self.numbered else self.name
+
+
+@functools.lru_cache(maxsize=256)  # with pictures they are a few MiB each
+def _kept(made: Callable[[], Any]) -> Any:
+    return made()
 
 
 def make_jobs(config: Any, repository: Repository, given: Collection[str] = ()) -> tuple[list[Job], list[str]]:
@@ -76,9 +86,9 @@ def make_jobs(config: Any, repository: Repository, given: Collection[str] = ()) 
     field = SUBJECTS[family.subject]
     _check_fields(config, field)
     common = {name: config.get(name) for name in options.names(family.settings)}
-    family.clip(repository.models, repository.settings(**common))
-    plan = _Common(repository, common, _paths(config), frozenset(given))
-    plan.read(plan.paths)  # a file that cannot be read is told once, not line by line
+    shared = _Shared(repository, common, _paths(config), frozenset(given))
+    shared.clip(repository.settings(**common))  # settings that cannot be are told once, not line by line
+    shared.shown(shared.paths)  # a file that cannot be read is told once, not line by line
     seeds, (part, parts) = _seeds(config), _part(config.part)
     first = peers.gather(check_seed(config.seed))[0]  # of several processes each would draw its own
     for i, entry in enumerate(_entries(config, field, repository)):
@@ -86,7 +96,7 @@ def make_jobs(config: Any, repository: Repository, given: Collection[str] = ()) 
         if not (chosen := [seed for j, seed in enumerate(every, i * len(every)) if j % parts == part - 1]):
             continue
         try:
-            job = _job(entry, plan)
+            job = _job(entry, shared)
             if seeds and job.seed_given:
                 raise UsageError(f"seed is {job.seed}, and --seeds={config.seeds}; leave one of them out.")
             if job.seed_given:
@@ -102,8 +112,8 @@ def make_jobs(config: Any, repository: Repository, given: Collection[str] = ()) 
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Common:
-    """What all entries share.
+class _Shared:
+    """What the entries of a run share.
 
     repository: of the weights
     settings: of the configuration
@@ -114,20 +124,36 @@ class _Common:
     repository: Repository
     settings: Mapping[str, Any]
     paths: Mapping[str, str]
-    given: frozenset[str]
-
-    def read(self, paths: Mapping[str, str]) -> dict[str, np.ndarray]:
-        """The pictures uint8 [Y,X,3] of these files, by option."""
-        return {name: self._picture(path, name) for name, path in paths.items()}
+    given: frozenset[str] = frozenset()
 
     @functools.cached_property
-    def _picture(self) -> Callable[[str, str], np.ndarray]:
+    def _read(self) -> Callable[[str, str], np.ndarray]:
         return functools.lru_cache(maxsize=4)(pictures.read)  # entry after entry may name the same file
 
     @functools.cached_property
     def clip(self) -> Callable[[Any], Clip]:
         """Of complete settings."""
         return functools.cache(functools.partial(self.repository.family.clip, self.repository.models))
+
+    def shown(self, paths: Mapping[str, str]) -> dict[str, np.ndarray]:
+        """The pictures uint8 [Y,X,3] of these files, by option."""
+        return {name: self._read(path, name) for name, path in paths.items()}
+
+    def job(self, subject: Any, seed: int, clip: Clip, name: str, paths: Mapping[str, str], **more: Any) -> Job:
+        """A job whose request can be made, with these pictures."""
+        digests = _digests(self.shown(paths))
+        job = Job(
+            subject, seed, clip, functools.partial(self._inputs, subject, clip, paths, digests), name, digests, **more
+        )
+        _ = job.inputs  # says what is wrong with it
+        return job
+
+    def _inputs(self, subject: Any, clip: Clip, paths: Mapping[str, str], digests: Mapping[str, str]) -> Any:
+        shown, family = self.shown(paths), self.repository.family
+        if changed := [paths[name] for name, digest in _digests(shown).items() if digest != digests[name]]:
+            raise CheckpointError(f"{changed[0]}: changed since it was read before; start again.")
+        request = make_request(family, clip, (subject,), **{name: (each,) for name, each in shown.items()})
+        return family.inputs(self.repository.models, clip, request)
 
 
 def by_size(jobs: Sequence[Job]) -> list[Job]:
@@ -163,21 +189,20 @@ def _entries(config: Any, field: str, repository: Repository) -> list[Entry]:
     return entries
 
 
-def _job(entry: Entry, common: _Common) -> Job:
+def _job(entry: Entry, shared: _Shared) -> Job:
     """The job of an entry, whose seed is 0 where it has none; UsageError or CheckpointError where it cannot be made."""
     if entry.problem is not None:
         raise UsageError(entry.problem)
-    values, repository, own = entry.values, common.repository, _paths(entry.values)
-    changes = {name: values[name] for name in common.settings if values.get(name) is not None}
-    settings, shown = {**common.settings, **changes}, common.read({**common.paths, **own})
-    complete = repository.settings(**settings)
-    if "image" in shown:
-        size = size_for(repository.family, repository.models, complete, [shown["image"]], common.given | changes.keys())
+    values, repository, own = entry.values, shared.repository, _paths(entry.values)
+    changes, paths = {n: values[n] for n in shared.settings if values.get(n) is not None}, {**shared.paths, **own}
+    complete = repository.settings(**{**shared.settings, **changes})
+    if first := [image for name, image in shared.shown(paths).items() if name == "image"]:
+        size = size_for(repository.family, repository.models, complete, first, shared.given | changes.keys())
         complete = dataclasses.replace(complete, **size)
     subject, seed, name = values[SUBJECTS[repository.family.subject]], values.get("seed"), values.get("id")
     told = {"seed_given": seed is not None, "numbered": name is None, "files": own}
     seed = 0 if seed is None else check_seed(seed)
-    return make_job(repository, subject, seed, common.clip(complete), name or slug(subject), shown, **told)
+    return shared.job(subject, seed, shared.clip(complete), name or slug(subject), paths, **told)
 
 
 def _paths(fields: Any) -> dict[str, str]:
@@ -212,21 +237,6 @@ def _part(text: str | None) -> tuple[int, int]:
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise UsageError(f"part is {text!r:.80}; expected 1/16 for the first of sixteen, up to 16/16 for the last.")
     return int(match[1]), int(match[2])
-
-
-def make_job(
-    repository: Repository,
-    subject: Any,
-    seed: int,
-    clip: Clip,
-    name: str,
-    shown: Mapping[str, np.ndarray],
-    **more: Any,
-) -> Job:
-    """A job and the arrays of its request; shown: its pictures uint8 [Y,X,3] by option."""
-    request = make_request(repository.family, clip, (subject,), **{name: (each,) for name, each in shown.items()})
-    inputs = repository.family.inputs(repository.models, clip, request)
-    return Job(subject, seed, clip, inputs, name, _digests(shown), **more)
 
 
 def _digests(shown: Mapping[str, np.ndarray]) -> dict[str, str]:
@@ -308,11 +318,11 @@ def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], r
         settings = {name: saved[name] for name in options.names(family.settings) if name in saved}
         clip = family.clip(repository.models, repository.settings(**settings, fps=config.get("fps")))
         run_state.check_same(saved, {name: value for name, value in clip.facts().items() if name == PATTERN}, folder)
-        shown = {name: pictures.read(path, name) for name, path in _paths(config).items()}
-        run_state.check_same(saved, dict.fromkeys(PICTURES) | _digests(shown), folder)
+        shared = _Shared(repository, settings, _paths(config))
+        run_state.check_same(saved, dict.fromkeys(PICTURES) | _digests(shared.shown(shared.paths)), folder)
         name = Path(folder).resolve().name.removesuffix(".state")
         subject = family.check_subject(repository.models, saved[fact])
-        return make_job(repository, subject, saved["seed"], clip, name, shown, state=state)
+        return shared.job(subject, saved["seed"], clip, name, shared.paths, state=state)
     except UsageError as error:
         raise CheckpointError(f"{folder}: the state does not describe a run of this model: {error}") from None
 

@@ -208,13 +208,13 @@ def _in_turn(config: Any, context: Any, job: Any, ahead: Any, seconds: dict[str,
     from jvdiff import plan
     from jvdiff.commands import one_video
 
-    works, pool = [], plan.pool()
-    if pool is not None:
+    if (pool := plan.pool()) is not None:
         with progress.phase("compiling", seconds, "compile"), one_video.stage("compile"):
-            works = one_video.measured(context, job, config.stop_at, {}, ahead)
+            _, chosen, sentence = one_video.fitted(context, job, config, {}, ahead, pool)
     elif config.in_turn is None:
         return ()
-    chosen, sentence = one_video.residency(context, job.clip, works, config.in_turn, pool)
+    else:
+        chosen, sentence = one_video.residency(context, job.clip, [], config.in_turn, None)
     say(sentence)
     return chosen.in_turn
 
@@ -247,12 +247,14 @@ def _made(maker: Any, jobs: Sequence[Any], batch: Any, problems: list[str], seco
     """
     from jvdiff.commands import one_video
 
-    paths: list[Path] = []
+    paths, encoded = [], 0
     turns = (each for each in enumerate(jobs)) if batch is None else batch.turns(maker.asked_to_stop, maker.again)
     with contextlib.closing(turns):
         for number, job in turns:
             if len(jobs) > 1:
                 say(f"video {number + 1} of {len(jobs)}")
+            if number >= encoded:
+                encoded = number + one_video.encode_ahead(maker, jobs[number:])
             try:
                 with profiling.profile(maker.config.profile if not paths else None):
                     paths += one_video.make(maker, job, dict(seconds))

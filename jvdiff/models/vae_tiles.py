@@ -28,7 +28,7 @@ class Tiles:
     """How a VAE's pictures are cut; `str` gives the text that `read` takes.
 
     tile, stride: height and width in pixels, of a tile and from one to the next. The numbers are those that diffusers'
-        `enable_tiling` takes; where a VAE has patches of pixels (Wan 2.2) it encodes tiles that are as many patches.
+        `enable_tiling` takes; where a VAE has patches of pixels it encodes tiles that are as many patches.
     """
 
     tile: tuple[int, int] = (256, 256)

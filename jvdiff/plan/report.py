@@ -98,7 +98,7 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
     from jvdiff.plan import meshes
     from jvdiff.plan.compiled import programs, resident
     from jvdiff.plan.counting import flops, gib
-    from jvdiff.plan.residency import Work, choose, ways
+    from jvdiff.plan.residency import Work, choose, in_tiles, ways
     from jvdiff.sharding import check_mesh
 
     if shape is not None:
@@ -127,6 +127,13 @@ def lines(context: Any, clip: Any, target: str | None, shape: Any = None) -> Ite
         waiting = f"; in host memory ({PINNED} on a mesh): {gib(host).strip()}" if host else ""
         yield f"  {way}: {gib(way.peak).strip()} at most ({stages}){waiting}"
     if (pool := target_memory(target) if target else meshes.pool()) is not None:
+        if choose(clip, works, sizes, pool)[0].peak > pool and (tiled := in_tiles(clip)) is not None:
+            yield f"nothing fits; with the VAE in tiles ({tiled.vae_tiles}), which are then chosen:"
+            steps = {segment.part for segment in clip.segments}
+            works = [work for work in works if work.part in steps]
+            for program in programs(context, tiled, target, shape, steps):
+                works.append(Work(program.name, program.part, program.needs))
+                yield from _program(program, clip.tokens)
         yield choose(clip, works, sizes, pool)[1]
         yield f"JAX's pool on each device: {gib(pool).strip()}, {gpus.share():g} of it"
     yield "not in these figures: the workspaces of cuDNN, cuBLAS and NCCL"

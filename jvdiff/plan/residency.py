@@ -6,10 +6,12 @@ one is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from jvdiff.models.family import Clip
+from jvdiff.models.vae_tiles import OFF, Tiles
 from jvdiff.plan.counting import gib
 
 
@@ -53,14 +55,25 @@ def ways(clip: Clip, works: Sequence[Work], held: Mapping[str, int]) -> Iterator
 
     works: the programs in order. held: bytes of each part's weights on one device.
     """
-    steps = {segment.part for segment in clip.segments}
-    first = next((i for i, work in enumerate(works) if work.part in steps), len(works))
-    later = {work.part for work in works[first:]}
+    steps, later = {segment.part for segment in clip.segments}, _later(clip, works)
     idle = [part for part in held if part not in later]
     experts = [part for part in held if part in steps] if len(steps) > 1 else []
     tiers = ((), idle, [part for part in held if part in {*idle, *experts}], held)
     for in_turn in dict.fromkeys(map(tuple, tiers)):
         yield with_turns(in_turn, works, held)
+
+
+def encoders(clip: Clip, works: Sequence[Work]) -> tuple[str, ...]:
+    """The parts that have nothing more to do when the first step begins, in the order in which they work."""
+    later = _later(clip, works)
+    return tuple(dict.fromkeys(work.part for work in works if work.part not in later))
+
+
+def _later(clip: Clip, works: Sequence[Work]) -> set[str]:
+    """The parts that work from the first step on."""
+    steps = {segment.part for segment in clip.segments}
+    first = next((i for i, work in enumerate(works) if work.part in steps), len(works))
+    return {work.part for work in works[first:]}
 
 
 def with_turns(in_turn: Sequence[str], works: Sequence[Work], held: Mapping[str, int]) -> Residency:
@@ -85,3 +98,31 @@ def choose(clip: Clip, works: Sequence[Work], held: Mapping[str, int], limit: in
     if chosen is not every[0]:
         line += f" (all weights resident: {gib(every[0].peak).strip()})"
     return chosen, line
+
+
+def in_tiles(clip: Clip) -> Clip | None:
+    """The clip with its pictures in tiles, where its settings leave that open; None where they do not."""
+    if getattr(clip.settings, "vae_tiles", OFF) is not None or clip.vae_tiles is not None:
+        return None
+    return dataclasses.replace(clip, vae_tiles=Tiles())
+
+
+def fitted(
+    clip: Clip,
+    measured: Callable[[Clip], list[Work]],
+    chosen: Callable[[list[Work]], tuple[Residency, str]],
+    limit: int | None,
+) -> tuple[Clip, Residency, str]:
+    """The clip as it is to run, whose weights are in turn, and a line about it.
+
+    Pictures are cut into tiles only where that is left open, nothing else fits into `limit` bytes, and it then fits.
+
+    measured: clip -> its programs. chosen: `choose`, or what was asked for.
+    """
+    way, line = chosen(measured(clip))
+    if limit is None or way.peak <= limit or (tiled := in_tiles(clip)) is None:
+        return clip, way, line
+    smaller, told = chosen(measured(tiled))
+    if smaller.peak > limit:
+        return clip, way, line
+    return tiled, smaller, f"{told}; with the VAE in tiles ({tiled.vae_tiles}), since nothing else fits"

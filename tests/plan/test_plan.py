@@ -1,5 +1,6 @@
 """Planning without weights: operations counted, memory of the compiled programs, no LxL array."""
 
+import dataclasses
 import importlib.util
 
 import jax
@@ -230,7 +231,7 @@ def test_the_smallest_mesh_that_fits(monkeypatch):
         compiled.append((str(shape), bool(without)))
         for part, needs in (("transformer", 60 / shape.devices), ("vae", 30), ("vae", 50 / shape.devices)):
             if part not in without:
-                yield plan.Program("", part, 1, 0.0, 0, 0, int(needs * 2**30), "", 0, 0.0, (), {}, 0, 0)
+                yield plan.Program("", part, 1, 0.0, 0, 0, int(needs * 2**30), "", 0, 0.0, (), {}, 0, 0, "")
 
     monkeypatch.setattr(meshes, "programs", programs)
     find = lambda devices, gib: plan.smallest_mesh(*wan, devices, int(gib * 2**30))  # noqa: E731
@@ -266,6 +267,30 @@ def test_whose_weights_are_on_a_device_together():
         assert ("(all weights resident: 88.00 GiB)" in line) == (way > 0) and ("too little" in line) == (limit == 34)
     picture = [plan.Work("picture", "vae", gib), *works]  # a VAE that encodes, and decodes later
     assert {*next(way for way in plan.ways(clip, picture, held) if way.in_turn).in_turn} == {*encoders}
+
+
+def test_tiles_are_taken_where_nothing_else_fits_and_they_do():
+    """With what programs need said instead of measured, in GiB: whole pictures 20, tiles 3, a step 8."""
+    _, clip = planned("Wan2.1-T2V-1.3B-Diffusers")
+    held = {"transformer": 3, "vae": 1, "text_encoder": 11}
+    held = {part: size * 2**30 for part, size in held.items()}
+
+    def measured(clip):
+        frames = 3 if clip.vae_tiles else 20
+        works = ("text", "text_encoder", 1), ("denoise", "transformer", 8), ("frames", "vae", frames)
+        return [plan.Work(name, part, needs * 2**30) for name, part, needs in works]
+
+    def found(clip, limit):
+        fitted, way, line = plan.fitted(clip, measured, lambda works: plan.choose(clip, works, held, limit), limit)
+        return str(fitted.vae_tiles), way.peak // 2**30, "256x256:192x192" in line
+
+    assert found(clip, None) == ("None", 35, False)
+    assert found(clip, 21 * 2**30) == ("None", 21, False)  # all parts in turn
+    assert found(clip, 20 * 2**30) == ("256x256:192x192", 16, True)
+    assert found(clip, 12 * 2**30) == ("256x256:192x192", 12, True)
+    assert found(clip, 10 * 2**30) == ("None", 21, False)  # the text encoder fits nowhere
+    off = dataclasses.replace(clip, settings=dataclasses.replace(clip.settings, vae_tiles="off"))
+    assert found(off, 20 * 2**30) == ("None", 21, False)
 
 
 def test_memory_of_devices(monkeypatch):
