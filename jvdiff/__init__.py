@@ -2,6 +2,7 @@
 
 load(path) -> Pipeline                 a Hugging Face folder or a converted repository
 generate(pipe, prompts, ...) -> Output  video uint8 [B,F,Y,X,3] and latents float32 [B,T,H,W,C]
+embed(pipe, prompts, ...)              what encoders make of them, for generate(pipe, **embeddings)
 pipeline                               the stages of generate, one by one; what decides a clip
 streaming                              video without end, chunk by chunk
 models, kernels, diffusion             the rooms below: pure functions over arrays
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
         training,
         weights,
     )
-    from jvdiff.pipeline import Output, Pipeline, generate, load
+    from jvdiff.pipeline import Output, Pipeline, embed, generate, load
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "Pipeline",
     "diffusion",
     "digits",
+    "embed",
     "errors",
     "generate",
     "kernels",

@@ -22,6 +22,7 @@ class Precision:
     name: of the entry
     transformer: of the denoising network
     text_encoder: of the text encoder
+    image_encoder: of what encodes pictures for the transformer to attend to; diffusers keeps it in float32 too
     vae: of the weights of the encoder and the decoder of frames, and of what the encoder computes
     vae_decode: how frames are decoded, a name of DECODING
     softmax: of attention weights; float32 everywhere: records say so, and no code asks
@@ -30,16 +31,29 @@ class Precision:
     name: str
     transformer: str
     text_encoder: str
+    image_encoder: str
     vae: str
     vae_decode: str
     softmax: str = "float32"
 
 
 TABLE = {  # as on a GPU; elsewhere frames are decoded exactly
-    "float32": Precision("float32", transformer="float32", text_encoder="float32", vae="float32", vae_decode="tf32"),
+    "float32": Precision(
+        "float32",
+        transformer="float32",
+        text_encoder="float32",
+        image_encoder="float32",
+        vae="float32",
+        vae_decode="tf32",
+    ),
     # Encoding stays in float32: a rollout that begins with a picture drifts from what bfloat16 rounds.
     "bfloat16": Precision(
-        "bfloat16", transformer="bfloat16", text_encoder="bfloat16", vae="float32", vae_decode="bf16"
+        "bfloat16",
+        transformer="bfloat16",
+        text_encoder="bfloat16",
+        image_encoder="float32",
+        vae="float32",
+        vae_decode="bf16",
     ),
 }
 

@@ -149,6 +149,27 @@ def tiny_causal_repository(tiny_repository, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_few_step_repository(tiny_repository, tmp_path_factory):
+    """The same weights as a FastWan repository: with a gate, which only its tensors show."""
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    root = shutil.copytree(tiny_repository, tmp_path_factory.mktemp("few") / "repository")
+    index = json.loads((root / "model_index.json").read_text()) | {"_class_name": "WanDMDPipeline"}
+    (root / "model_index.json").write_text(json.dumps(index))
+    (root / "jvdiff_defaults.json").unlink()
+    file = root / "transformer" / "diffusion_pytorch_model.safetensors"
+    random, tensors = np.random.default_rng(2), load_file(file)
+    for layer in range(2):
+        gate = f"blocks.{layer}.to_gate_compress"
+        tensors[f"{gate}.weight"] = random.standard_normal((24, 24), np.float32) * 24**-0.5
+        tensors[f"{gate}.bias"] = random.standard_normal(24, np.float32)
+    save_file(tensors, file)
+    return root
+
+
+@pytest.fixture(scope="session")
 def same_files():
     """same_files(one, other): asserts that every file of the folder `one` is in `other`, byte for byte.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jvdiff.commands.prompts import Entry, read_subjects
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.media import pictures
 from jvdiff.models.family import PICTURES, SUBJECTS, Clip
-from jvdiff.pipeline import Context, Repository, check_seed, check_subjects, make_request
+from jvdiff.pipeline import Context, Repository, check_seed, check_subjects, make_request, size_for
 from jvdiff.precision import Precision
 from jvdiff.runtime import environment, peers, run_state
 from jvdiff.runtime.claims import Claim
@@ -37,9 +38,10 @@ class Job:
     subject: prompt, or name of the class
     seed: of its noise
     clip: what its settings mean
-    inputs: arrays of its request, made once
+    made: -> the arrays of its request
     name: of its files
     pictures: digests of its pictures, by option (`image`, `last_image`)
+    files: where those of them are that its own entry names
     numbered: whether the seed stands behind the name
     seed_given: somebody asked for this seed
     state: where an earlier run stopped
@@ -49,13 +51,19 @@ class Job:
     subject: Any
     seed: int
     clip: Clip
-    inputs: Any
+    made: Callable[[], Any]
     name: str
     pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     numbered: bool = False
     seed_given: bool = True
     state: run_state.RunState | None = None
     claim: Claim | None = None
+
+    @property
+    def inputs(self) -> Any:
+        """The arrays of its request; in a large batch, pictures are read once more, and must be the same."""
+        return _kept(self.made)
 
     @property
     def stem(self) -> str:
@@ -63,17 +71,24 @@ class Job:
         return f"{self.name}_seed{self.seed}" if self.numbered else self.name
 
 
-def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]]:
+@functools.lru_cache(maxsize=256)  # with pictures they are a few MiB each
+def _kept(made: Callable[[], Any]) -> Any:
+    return made()
+
+
+def make_jobs(config: Any, repository: Repository, given: Collection[str] = ()) -> tuple[list[Job], list[str]]:
     """What to make, checked, before any weight is read; and the problems of single entries of a file or a tuple.
 
-    Entry i has the seed `config.seed` + i, whether the entries before it can be used or not.
+    Entry i has the seed `config.seed` + i, whether the entries before it can be used or not. given: the fields that the
+    command line itself sets: a height or width among them stays, whatever a picture's proportions.
     """
     family, jobs, problems = repository.family, [], []
     field = SUBJECTS[family.subject]
     _check_fields(config, field)
     common = {name: config.get(name) for name in options.names(family.settings)}
-    clip = family.clip(repository.models, repository.settings(**common))
-    shown = _pictures(config)  # a file that cannot be read is told once, not line by line
+    shared = _Shared(repository, common, _paths(config), frozenset(given))
+    shared.clip(repository.settings(**common))  # settings that cannot be are told once, not line by line
+    shared.shown(shared.paths)  # a file that cannot be read is told once, not line by line
     seeds, (part, parts) = _seeds(config), _part(config.part)
     first = peers.gather(check_seed(config.seed))[0]  # of several processes each would draw its own
     for i, entry in enumerate(_entries(config, field, repository)):
@@ -81,19 +96,75 @@ def make_jobs(config: Any, repository: Repository) -> tuple[list[Job], list[str]
         if not (chosen := [seed for j, seed in enumerate(every, i * len(every)) if j % parts == part - 1]):
             continue
         try:
-            job = _job(entry, common, clip, shown, repository)
+            job = _job(entry, shared)
             if seeds and job.seed_given:
                 raise UsageError(f"seed is {job.seed}, and --seeds={config.seeds}; leave one of them out.")
             if job.seed_given:
                 jobs.append(job)
                 continue
-            given, numbered = bool(seeds) or config.seed is not None, job.numbered or bool(seeds)
-            jobs += [dataclasses.replace(job, seed=seed, seed_given=given, numbered=numbered) for seed in chosen]
-        except UsageError as error:
+            told, numbered = bool(seeds) or config.seed is not None, job.numbered or bool(seeds)
+            jobs += [dataclasses.replace(job, seed=seed, seed_given=told, numbered=numbered) for seed in chosen]
+        except (UsageError, CheckpointError) as error:
             if not are_entries(config, repository):
                 raise
             problems.append(f"{entry.where}: {str(error).splitlines()[0]}")
     return jobs, problems
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Shared:
+    """What the entries of a run share.
+
+    repository: of the weights
+    settings: of the configuration
+    paths: of its pictures, by option
+    given: fields that the command line itself sets
+    """
+
+    repository: Repository
+    settings: Mapping[str, Any]
+    paths: Mapping[str, str]
+    given: frozenset[str] = frozenset()
+
+    @functools.cached_property
+    def _read(self) -> Callable[[str, str], np.ndarray]:
+        return functools.lru_cache(maxsize=4)(pictures.read)  # entry after entry may name the same file
+
+    @functools.cached_property
+    def clip(self) -> Callable[[Any], Clip]:
+        """Of complete settings."""
+        return functools.cache(functools.partial(self.repository.family.clip, self.repository.models))
+
+    def shown(self, paths: Mapping[str, str]) -> dict[str, np.ndarray]:
+        """The pictures uint8 [Y,X,3] of these files, by option."""
+        return {name: self._read(path, name) for name, path in paths.items()}
+
+    def job(self, subject: Any, seed: int, clip: Clip, name: str, paths: Mapping[str, str], **more: Any) -> Job:
+        """A job whose request can be made, with these pictures."""
+        digests = _digests(self.shown(paths))
+        job = Job(
+            subject, seed, clip, functools.partial(self._inputs, subject, clip, paths, digests), name, digests, **more
+        )
+        _ = job.inputs  # says what is wrong with it
+        return job
+
+    def _inputs(self, subject: Any, clip: Clip, paths: Mapping[str, str], digests: Mapping[str, str]) -> Any:
+        shown, family = self.shown(paths), self.repository.family
+        if changed := [paths[name] for name, digest in _digests(shown).items() if digest != digests[name]]:
+            raise CheckpointError(f"{changed[0]}: changed since it was read before; start again.")
+        request = make_request(family, clip, (subject,), **{name: (each,) for name, each in shown.items()})
+        return family.inputs(self.repository.models, clip, request)
+
+
+def by_size(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs with those of one size together, so that each size is compiled once; where there are several, that is
+    said."""
+    sizes = collections.Counter(job.clip.frames for job in jobs)
+    if len(sizes) > 1:
+        each = ", ".join(f"{n} of {width}x{height} and {frames} frames" for (frames, height, width), n in sizes.items())
+        say(f"{len(sizes)} sizes of clips, each compiled once: {each:.200}")
+    order = {size: number for number, size in enumerate(sizes)}
+    return sorted(jobs, key=lambda job: order[job.clip.frames])
 
 
 def are_entries(config: Any, repository: Repository) -> bool:
@@ -118,20 +189,25 @@ def _entries(config: Any, field: str, repository: Repository) -> list[Entry]:
     return entries
 
 
-def _job(
-    entry: Entry, common: dict[str, Any], clip: Clip, shown: Mapping[str, np.ndarray], repository: Repository
-) -> Job:
-    """The job of an entry, whose seed is 0 where it has none; UsageError where it cannot be made."""
+def _job(entry: Entry, shared: _Shared) -> Job:
+    """The job of an entry, whose seed is 0 where it has none; UsageError or CheckpointError where it cannot be made."""
     if entry.problem is not None:
         raise UsageError(entry.problem)
-    family, values = repository.family, entry.values
-    changes = {name: values[name] for name in common if values.get(name) is not None}
-    if changes:
-        clip = family.clip(repository.models, repository.settings(**common | changes))
-    subject, seed, name = values[SUBJECTS[family.subject]], values.get("seed"), values.get("id")
-    told = {"seed_given": seed is not None, "numbered": name is None}
+    values, repository, own = entry.values, shared.repository, _paths(entry.values)
+    changes, paths = {n: values[n] for n in shared.settings if values.get(n) is not None}, {**shared.paths, **own}
+    complete = repository.settings(**{**shared.settings, **changes})
+    if first := [image for name, image in shared.shown(paths).items() if name == "image"]:
+        size = size_for(repository.family, repository.models, complete, first, shared.given | changes.keys())
+        complete = dataclasses.replace(complete, **size)
+    subject, seed, name = values[SUBJECTS[repository.family.subject]], values.get("seed"), values.get("id")
+    told = {"seed_given": seed is not None, "numbered": name is None, "files": own}
     seed = 0 if seed is None else check_seed(seed)
-    return make_job(repository, subject, seed, clip, name or slug(subject), shown, **told)
+    return shared.job(subject, seed, shared.clip(complete), name or slug(subject), paths, **told)
+
+
+def _paths(fields: Any) -> dict[str, str]:
+    """The files of pictures that fields name, by option."""
+    return {name: options.expanded(name, fields[name]) for name in PICTURES if fields.get(name) is not None}
 
 
 def _seeds(config: Any) -> list[int]:
@@ -163,21 +239,6 @@ def _part(text: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def make_job(
-    repository: Repository,
-    subject: Any,
-    seed: int,
-    clip: Clip,
-    name: str,
-    shown: Mapping[str, np.ndarray],
-    **more: Any,
-) -> Job:
-    """A job and the arrays of its request; shown: its pictures uint8 [Y,X,3] by option."""
-    request = make_request(repository.family, clip, (subject,), **{name: (each,) for name, each in shown.items()})
-    inputs = repository.family.inputs(repository.models, clip, request)
-    return Job(subject, seed, clip, inputs, name, _digests(shown), **more)
-
-
 def _digests(shown: Mapping[str, np.ndarray]) -> dict[str, str]:
     return {name: pictures.digest(each) for name, each in shown.items()}
 
@@ -194,11 +255,6 @@ def _check_kind(fields: Any, field: str) -> None:
     other = next((name for name in SUBJECTS.values() if name != field and fields.get(name) is not None), None)
     if other is not None:
         raise UsageError(f"{other} is given; this model takes {field}.")
-
-
-def _pictures(fields: Any) -> dict[str, np.ndarray]:
-    """The pictures uint8 [Y,X,3] that fields name, by option."""
-    return {name: pictures.read(fields[name], name) for name in PICTURES if fields.get(name) is not None}
 
 
 def slug(text: Any) -> str:
@@ -223,7 +279,7 @@ def asked(job: Job, repository: Repository, dtypes: Precision) -> dict[str, Any]
     return {
         **{name: subject[name] for name in family.facts},
         "seed": job.seed,
-        **job.pictures,
+        **{name: job.pictures.get(name) for name in family.takes},
         **job.clip.facts(),
         "precision": dtypes.name,
         "vae_decode": dtypes.vae_decode,
@@ -262,11 +318,11 @@ def resumed(config: Any, state: run_state.RunState, fields: Mapping[str, Any], r
         settings = {name: saved[name] for name in options.names(family.settings) if name in saved}
         clip = family.clip(repository.models, repository.settings(**settings, fps=config.get("fps")))
         run_state.check_same(saved, {name: value for name, value in clip.facts().items() if name == PATTERN}, folder)
-        shown = _pictures(config)
-        run_state.check_same(saved, dict.fromkeys(PICTURES) | _digests(shown), folder)
+        shared = _Shared(repository, settings, _paths(config))
+        run_state.check_same(saved, dict.fromkeys(PICTURES) | _digests(shared.shown(shared.paths)), folder)
         name = Path(folder).resolve().name.removesuffix(".state")
         subject = family.check_subject(repository.models, saved[fact])
-        return make_job(repository, subject, saved["seed"], clip, name, shown, state=state)
+        return shared.job(subject, saved["seed"], clip, name, shared.paths, state=state)
     except UsageError as error:
         raise CheckpointError(f"{folder}: the state does not describe a run of this model: {error}") from None
 

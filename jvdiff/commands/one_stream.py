@@ -6,7 +6,6 @@ B rollouts (here 1) · F pixel frames · Y X pixel height, width
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import resource
 import sys
@@ -56,13 +55,13 @@ class Rollout:
     prompts: by the chunk from which they hold
     negative_prompt: what guidance leads away from
     reencode: whether a change of the prompt changes the past too
-    image: uint8 [1,Y,X,3] that chunk 0 begins with; None without one
+    image: uint8 [1,Y,X,3] that chunk 0 begins with; None without one, and where chunk 0 is there already
+    image_digest: of the picture that it was made of
     seed: of the rollout's key
     fps: frames a second, for the file
     precision: name of an entry of the precision table
     repository: of the weights
     folder, stem: where the files are, and their name without suffix
-    image_digest: of the picture of an earlier run
     state: where that run stopped; its video, folder/stem.mp4, is continued
     """
 
@@ -71,13 +70,13 @@ class Rollout:
     negative_prompt: str
     reencode: bool
     image: np.ndarray | None
+    image_digest: str | None
     seed: int
     fps: float
     precision: str
     repository: Repository
     folder: Path
     stem: str
-    image_digest: str | None = None
     state: run_state.RunState | None = None
 
     @property
@@ -87,11 +86,10 @@ class Rollout:
 
     def facts(self) -> dict[str, Any]:
         """What decides the video, as JSON values."""
-        digest = self.image_digest if self.image is None else hashlib.sha256(self.image.tobytes()).hexdigest()
         return {
             "prompts": {str(i): prompt for i, prompt in self.prompts.items()},
             **{name: getattr(self, name) for name in FACTS},
-            "image": digest,
+            "image": self.image_digest,
             "vae_decode": decoded(self.config),
             "pipeline": to_json(self.config),
             "checkpoint_digest": self.repository.digest,

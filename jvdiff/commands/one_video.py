@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +66,7 @@ class Maker:
     again: the command that goes on with a batch; None where there is one video, whose state goes on
     compiled: bytes that each program needs besides the weights, of those that were compiled, by key
     ahead: waits for programs that are compiled since before weights were read, and gives them by key
+    kept: what encoders made of prompts and pictures
     """
 
     pipe: Pipeline
@@ -77,14 +78,19 @@ class Maker:
     compiled: dict[Any, int] = dataclasses.field(default_factory=dict)
     ahead: Callable[[], dict[Any, Any]] = dict
 
-    def command(self, state: Path) -> str:
-        """The command that goes on from a saved state."""
+    @functools.cached_property
+    def kept(self) -> pipeline.Kept:
+        return pipeline.Kept(self.pipe.run)
+
+    def command(self, state: Path, job: Job) -> str:
+        """The command that goes on from a saved state of a job."""
         return self.request.command(
             checkpoint=self.config.checkpoint,
             output=self.config.output,
             resume=state,
             stop_at=self.request.unset("stop_at"),
             **dict.fromkeys(_OF_ONE_RUN),
+            **job.files,
         )
 
 
@@ -158,7 +164,7 @@ class _Making:
     def _command(self, state: Path) -> str:
         """The command that goes on: with the whole batch, where that finds the state."""
         found = self.maker.again if state.parent == self.base.parent else None
-        return found or self.maker.command(state)
+        return found or self.maker.command(state, self.job)
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
@@ -213,7 +219,7 @@ def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
         making = _Making(maker, job, base, job.clip.sampler.make(), done, seconds)
         making.residency = _compile(making)
         with progress.phase("encode", seconds, "encode"), stage("encode"):
-            conditions = pipeline.encode(pipe.context, job.clip, job.inputs, pipe.run)
+            conditions = pipeline.encode(pipe.context, job.clip, job.inputs, maker.kept)
         making.state = _begin(making)
         with deferred():
             with making.keeping():
@@ -222,7 +228,7 @@ def make(maker: Maker, job: Job, seconds: dict[str, float]) -> list[Path]:
                 raise making.interrupted()
             if making.done < making.steps:
                 folder = making.save()
-                command = maker.command(folder)
+                command = maker.command(folder, job)
                 say(f"stopped after step {making.done} of {making.steps}; finish it with:\n  {command}")
                 return [folder]
             with making.keeping():
@@ -244,10 +250,11 @@ def _compile(making: _Making) -> plan.Residency | None:
     """
     maker, pipe, pool = making.maker, making.maker.pipe, plan.pool()
     with progress.phase("compiling", making.seconds, "compile"), stage("compile"):
+        works = measured(pipe.context, making.job, maker.config.stop_at, maker.compiled, maker.ahead)
+        maker.kept.parts = plan.encoders(making.clip, works)
         if pool is None and maker.config.in_turn is None:
-            measured(pipe.context, making.job, maker.config.stop_at, maker.compiled, maker.ahead)
             return None
-        job, chosen, sentence = fitted(pipe.context, making.job, maker.config, maker.compiled, maker.ahead, pool)
+        job, chosen, sentence = fitted(pipe.context, making.job, maker.config, maker.compiled, maker.ahead, pool, works)
     if job is not making.job:
         say(f"notice: nothing else fits; the VAE works in tiles ({job.clip.vae_tiles}), and gives other frames")
         making.job = job
@@ -264,10 +271,16 @@ def fitted(
     compiled: dict[Any, int],
     ahead: Callable[[], dict[Any, Any]],
     pool: int | None,
+    known: list[plan.Work] | None = None,
 ) -> tuple[Job, plan.Residency, str]:
-    """The job as it is to run, whose weights are in turn, and a line about both; see `measured`, `residency`."""
+    """The job as it is to run, whose weights are in turn, and a line about both; see `measured`, `residency`.
+
+    known: the programs of the job as it is, where they were measured before.
+    """
 
     def works(clip: Clip) -> list[plan.Work]:
+        if known is not None and clip is job.clip:
+            return known
         return measured(context, dataclasses.replace(job, clip=clip), config.stop_at, compiled, ahead)
 
     def chosen(works: list[plan.Work]) -> tuple[plan.Residency, str]:
@@ -275,6 +288,21 @@ def fitted(
 
     clip, way, line = plan.fitted(job.clip, works, chosen, pool)
     return job if clip is job.clip else dataclasses.replace(job, clip=clip), way, line
+
+
+def encode_ahead(maker: Maker, jobs: Sequence[Job]) -> int:
+    """Lets encoders that are in turn see these jobs one encoder after another, before any clip is made.
+
+    So the weights of each come to the device once. Returns how many jobs they have seen, as far as that is kept.
+    """
+    pipe, kept = maker.pipe, maker.kept
+    if len(jobs) < 2 or not pipe.weights.in_turn:
+        return 0
+    works = measured(pipe.context, jobs[0], maker.config.stop_at, maker.compiled, maker.ahead)
+    kept.parts = plan.encoders(jobs[0].clip, works)
+    kept.clear()
+    with progress.phase("encoding what is to be made", {}, "encode"), stage("encode"):
+        return pipeline.encode_ahead(pipe.context, [(job.clip, job.inputs) for job in jobs], kept)
 
 
 def measured(

@@ -38,7 +38,7 @@ class Entry:
     """One entry of a prompts file.
 
     where: file and line
-    values: its subject, and id, seed and settings where it has them
+    values: its subject, and id, seed, files of pictures and settings where it has them
     problem: a sentence, where it cannot be used
     """
 
@@ -278,7 +278,7 @@ def _cells(header: list[str], row: list[str], problem: UsageError | None, reposi
 def _keys(repository: Repository) -> tuple[str, ...]:
     """What an entry may say."""
     family = repository.family
-    return SUBJECTS[family.subject], "id", "seed", *options.names(family.settings)
+    return SUBJECTS[family.subject], "id", "seed", *family.takes, *options.names(family.settings)
 
 
 def _checked(entry: Any, repository: Repository, ids: dict[str, str]) -> dict[str, Any]:
@@ -291,6 +291,9 @@ def _checked(entry: Any, repository: Repository, ids: dict[str, str]) -> dict[st
     for name, value in entry.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{name} is {value}; expected a finite number.")
+    for name in repository.family.takes:
+        if not isinstance(entry.get(name), str | None):
+            raise UsageError(f"{name} is {entry[name]!r:.80}; expected the path of a picture.")
     field = SUBJECTS[repository.family.subject]
     entry = {**entry, field: repository.family.check_subject(repository.models, entry.get(field))}
     if (name := entry.get("id")) is not None:

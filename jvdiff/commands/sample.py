@@ -140,7 +140,7 @@ def _run(request: Request) -> list[Path]:
     if config.plan:
         from jvdiff import plan  # before jax: it may have to be kept from looking for GPUs
 
-        for line in plan.sampling(config):
+        for line in plan.sampling(config, request.given):
             print(line, flush=True)
         return []
     from jvdiff import pipeline, precision
@@ -162,7 +162,8 @@ def _run(request: Request) -> list[Path]:
         dtypes = precision.choose(state.facts["precision"], state.facts["vae_decode"])
     else:
         dtypes = precision.choose(config.precision, config.vae_decode)
-        wanted, problems = jobs.make_jobs(config, repository)
+        wanted, problems = jobs.make_jobs(config, repository, request.given)
+        wanted = jobs.by_size(wanted)
         if config.seeds is not None or jobs.are_entries(config, repository):
             batch = batches.Batch(wanted, repository, dtypes, output, config.stop_at)
             wanted = _left(batch)
@@ -246,12 +247,14 @@ def _made(maker: Any, jobs: Sequence[Any], batch: Any, problems: list[str], seco
     """
     from jvdiff.commands import one_video
 
-    paths: list[Path] = []
+    paths, encoded = [], 0
     turns = (each for each in enumerate(jobs)) if batch is None else batch.turns(maker.asked_to_stop, maker.again)
     with contextlib.closing(turns):
         for number, job in turns:
             if len(jobs) > 1:
                 say(f"video {number + 1} of {len(jobs)}")
+            if number >= encoded:
+                encoded = number + one_video.encode_ahead(maker, jobs[number:])
             try:
                 with profiling.profile(maker.config.profile if not paths else None):
                     paths += one_video.make(maker, job, dict(seconds))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -178,7 +177,7 @@ def _new(config: Any, repository: Any) -> Rollout:
         prompts=prompts,
         negative_prompt=_first(config.negative_prompt, defaults.get("negative_prompt"), ""),
         reencode=config.reencode,
-        image=_picture(config.image, chosen),
+        **_begin_with(config.image, chosen),
         seed=seed,
         fps=_first(config.fps, defaults.get("fps"), 16),
         precision=dtypes.name,
@@ -218,7 +217,7 @@ def _resumed(config: Any, state: RunState, given: Mapping[str, Any], repository:
     if patch := given.get("pipeline"):
         now |= _flat(streaming.to_json(_override(chosen, patch, chosen.enable_sync_and_profile)))
     if given.get("image"):
-        now["image"] = _digest(_picture(config.image, chosen))
+        now["image"] = _begin_with(config.image, chosen)["image_digest"]
     wanted = _schedule(given.get("then")) | ({0: given["prompt"]} if given.get("prompt") is not None else {})
     past = {i: prompt for i, prompt in prompts.items() if i < done}
     saved |= {f"the prompt from chunk {i} on": past.get(i, "no change there") for i in wanted if i < done}
@@ -272,10 +271,12 @@ def _schedule(then: Any) -> dict[int, str]:
     )
 
 
-def _picture(path: str | None, config: Any) -> Any:
-    """The picture uint8 [1,Y,X,3] that a pipeline with an ImageEncoder begins with; None without one."""
+def _begin_with(path: str | None, config: Any) -> dict[str, Any]:
+    """Of a Rollout: the picture uint8 [1,Y,X,3] that a pipeline with an ImageEncoder begins with, and its digest; None
+    without one."""
     from jvdiff import streaming
-    from jvdiff.media import video as videos
+    from jvdiff.media import pictures
+    from jvdiff.models.vision.pictures import squash
 
     encoder, cfg = config.encoder, config.diffusion_model.transformer
     if encoder is None and path is not None:
@@ -284,17 +285,14 @@ def _picture(path: str | None, config: Any) -> Any:
             "with --pipeline.encoder.class=ImageEncoder."
         )
     if encoder is None:
-        return None
+        return {"image": None, "image_digest": None}
     if not isinstance(encoder, streaming.ImageEncoder):
         raise UsageError(f"pipeline.encoder is {type(encoder).__name__}; this program feeds an ImageEncoder only.")
     if path is None:
         raise UsageError("this pipeline begins with a picture; give --image=FILE.")
-    ratio = encoder.spatial_compression_ratio
-    return videos.read_picture(path, cfg.height * ratio, cfg.width * ratio)[None]
-
-
-def _digest(picture: Any) -> str | None:
-    return None if picture is None else hashlib.sha256(picture.tobytes()).hexdigest()
+    ratio, picture = encoder.spatial_compression_ratio, pictures.read(path)
+    seen = squash(picture, cfg.height * ratio, cfg.width * ratio)
+    return {"image": seen[None], "image_digest": pictures.digest(picture)}
 
 
 def _flat(value: Any, path: str = "pipeline") -> dict[str, Any]:

@@ -39,6 +39,13 @@ class FlowLoss:
 
 
 @dataclass(frozen=True)
+class PictureLoss(FlowLoss):
+    """`loss`: which noise levels are seen, how often a picture is given, and how the gradient is computed."""
+
+    pictures: float = option(0.0, "the share of clips whose first latent frame is given", low=0, high=1)
+
+
+@dataclass(frozen=True)
 class OnLatents:
     """What both trainings on the VAE's latents have."""
 
@@ -58,7 +65,7 @@ class OnLatents:
 class TextToVideo(OnLatents):
     """Task text_to_video."""
 
-    loss: FlowLoss = option(None, "noise levels and gradient")
+    loss: PictureLoss = option(None, "noise levels, pictures and gradient")
     pattern: str | None = option(None, "which tokens see each other, for instance video_sparse:1x2x2:0.75")
     sparsity_warmup: dict[str, Any] | None = option(None, "rate and interval: the sparsity rises so much, so often")
 

@@ -148,7 +148,7 @@ def digest(pixels: np.ndarray) -> str:
     return hashlib.sha256(f"{pixels.shape[0]}x{pixels.shape[1]}:".encode() + pixels.tobytes()).hexdigest()
 
 
-def fitting(height: int, width: int, area: int, unit: int) -> tuple[int, int]:
+def fitting(height: int, width: int, area: float, unit: int) -> tuple[int, int]:
     """(height, width) of a clip with the proportions of a picture and about this area, multiples of `unit`.
 
     As the examples of diffusers' image-to-video pipelines choose it: each side rounded, then cut to the multiple below.

@@ -250,25 +250,6 @@ def _resize(frames: np.ndarray, low: int = 128, high: int = 480) -> np.ndarray:
     return np.rint(blocks.mean((2, 4))).astype(np.uint8) if factor > 1 else frames
 
 
-def read_picture(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
-    """A PNG, JPEG or WebP file as uint8 RGB [height,width,3]: upright, its middle cut out and resized to fill that.
-
-    CheckpointError over MAX_PIXELS, CorruptFile for what is not such a picture, UsageError without such a file.
-    """
-    from PIL import Image, ImageOps
-
-    path = expanded("image", path)
-    if not Path(path).is_file():
-        raise UsageError(f"{path}: there is no such file; expected a picture")
-    try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            check_pixels(Path(path), 1, image.height, image.width, MAX_PIXELS // 8)
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        return np.asarray(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CorruptFile(f"{path} cannot be read as a PNG, JPEG or WebP picture ({str(error)[:200]})") from error
-
-
 def write_png(path: str | os.PathLike, image: np.ndarray, metadata: Mapping[str, Any] | None = None) -> Path:
     """Write a picture uint8 [Y,X,3]; `metadata` becomes JSON in a text chunk named jvdiff."""
     path, data = expanded("path", path), png(image, metadata)

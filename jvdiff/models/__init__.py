@@ -97,7 +97,8 @@ def families() -> "list[Family]":
     values = [
         getattr(importlib.import_module(f"{__name__}.{package}.family"), name)
         for package in FAMILIES
-        for name in _settings(package).PIPELINES.values()
+        for names in _settings(package).PIPELINES.values()
+        for name in names
     ]
     return list(dict.fromkeys(values))
 

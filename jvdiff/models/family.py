@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -110,6 +110,17 @@ class Models:
 SUBJECTS = {"prompts": "prompt", "labels": "class_label"}
 # Pictures that a clip may have, as options, prompts files and records name them, and the fields of `Request`.
 PICTURES = {"image": "images", "last_image": "last_images"}
+
+
+class Embedding(NamedTuple):
+    """What a user may give in place of what an encoder makes of a request.
+
+    part: the encoder
+    check: (models, clip, clips, value as given) -> what the part's stage returns, as numpy arrays; UsageError
+    """
+
+    part: str
+    check: Callable[[Models, Clip, int, Any], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,6 +278,7 @@ class Family:
     attention: (models, clip, forward, inputs) -> implementation of each attention by kind; NotImplementedError where
         the one that was asked for cannot compute the clip, or not on this machine
     describe: (models, one subject) -> what the record says of it; `facts` of them decide the numbers
+    embeddings: name -> what may be given in place of an encoder's work, "text_embeddings" for instance
     facts: names in `describe` that say which clip it is; the first is the subject, as `check_subject` takes it
     window_losses: (models, part, forward, tile, candidate windows) -> (weights, x, t, condition) -> (velocity, how far
         each window is from dense attention, float32 [layers,candidates,heads]); None: it has no patterns of tiles
@@ -294,6 +306,7 @@ class Family:
     attention: Callable[[Models, Clip, Forward, Any], Mapping[str, str]]
     describe: Callable[[Models, Any], dict[str, Any]]
     finish: Callable[[Clip, Any, tuple[Any, Any], Array], Array] = lambda clip, inputs, conditions, latents: latents
+    embeddings: Mapping[str, Embedding] = dataclasses.field(default_factory=dict)
     facts: tuple[str, ...] = ("prompt",)
     takes: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()

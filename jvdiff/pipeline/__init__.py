@@ -1,28 +1,44 @@
 """From a repository to a video: what it says of itself, its weights, settings, and the stages of a clip."""
 
+from jvdiff.pipeline.embeddings import read_embeddings, save_embeddings
 from jvdiff.pipeline.generate import (
     Output,
     Pipeline,
-    abstract_params,
     check_fits,
     check_parts,
     check_subjects,
+    embed,
     generate,
     load,
     make_request,
     place,
     read_parts,
-    sized,
+    size_for,
 )
 from jvdiff.pipeline.lending import Weights
 from jvdiff.pipeline.repository import Repository, inspect, save
 from jvdiff.pipeline.settings import check_seed, read_defaults, resolve
-from jvdiff.pipeline.stages import Call, Context, Executor, Tracer, begin, decode, denoise, encode, initial_noise, trace
+from jvdiff.pipeline.stages import (
+    Call,
+    Context,
+    Executor,
+    Kept,
+    Tracer,
+    abstract_params,
+    begin,
+    decode,
+    denoise,
+    encode,
+    encode_ahead,
+    initial_noise,
+    trace,
+)
 
 __all__ = [
     "Call",
     "Context",
     "Executor",
+    "Kept",
     "Output",
     "Pipeline",
     "Repository",
@@ -36,7 +52,9 @@ __all__ = [
     "check_subjects",
     "decode",
     "denoise",
+    "embed",
     "encode",
+    "encode_ahead",
     "generate",
     "initial_noise",
     "inspect",
@@ -44,9 +62,11 @@ __all__ = [
     "make_request",
     "place",
     "read_defaults",
+    "read_embeddings",
     "read_parts",
     "resolve",
     "save",
-    "sized",
+    "save_embeddings",
+    "size_for",
     "trace",
 ]

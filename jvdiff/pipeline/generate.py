@@ -20,12 +20,12 @@ from jvdiff import precision as precisions
 from jvdiff.errors import UsageError
 from jvdiff.kernels import admission
 from jvdiff.media import pictures
-from jvdiff.models.family import PICTURES, Clip, Family, Models, Request, read_weights
+from jvdiff.models.family import PICTURES, Clip, Family, Models, Request, Stage, read_weights
 from jvdiff.pipeline import stages
 from jvdiff.pipeline.lending import Weights
 from jvdiff.pipeline.repository import Repository, check_at_once, inspect
 from jvdiff.pipeline.settings import check_seed
-from jvdiff.pipeline.stages import Context, Executor
+from jvdiff.pipeline.stages import Context, Executor, abstract_params
 from jvdiff.runtime import memory, peers, profiling
 from jvdiff.runtime.target import here
 from jvdiff.sharding import MeshShape, Placement, check_mesh, make_mesh, read_mesh
@@ -92,14 +92,6 @@ class Output:
     subjects: tuple[str, ...]
     seeds: tuple[int, ...]
     settings: Any
-
-
-def abstract_params(family: Family, models: Models, dtypes: precisions.Precision) -> dict[str, Params]:
-    """The parameter tree of each part as ShapeDtypeStructs, in the dtypes of the precision table."""
-    return {
-        name: family.parts[name].abstract(cfg, jnp.dtype(getattr(dtypes, family.parts[name].precision)))
-        for name, cfg in models.configs.items()
-    }
 
 
 def load(
@@ -209,6 +201,8 @@ def generate(
     renoise: Any = None,
     image: Any = None,
     last_image: Any = None,
+    text_embeddings: Any = None,
+    image_embeddings: Any = None,
     callback: Callable[[int, Any], Any] | None = None,
     profile: str | Path | None = None,
     **settings: Any,
@@ -223,8 +217,11 @@ def generate(
         renoise: float32 [steps-1,B,T,H,W,C] in place of what a solver draws.
         image: what the first frame shows, where the model takes it: uint8 [Y,X,3] of any size, a Pillow picture or the
             path of a file (`jvdiff.media.pictures`); one for all clips, or a list with one each. A clip has its
-            proportions, at the model's area, unless height and width are given.
+            proportions, at the model's area; a height or width that is given stays.
         last_image: likewise, what the last frame shows.
+        text_embeddings: in place of what the text encoder makes of the prompts, which may then be left out: what
+            `embed` gives, or (rows [B,S,D], rows of the negative prompt).
+        image_embeddings: in place of what the image encoder makes of the pictures, [B,I,D].
         callback: see `stages.denoise`.
         profile: a folder that gets a trace of `jax.profiler` of the stages; the programs are compiled in it, unless
             they were before.
@@ -239,10 +236,14 @@ def generate(
         raise UsageError(f"pipe is {pipe!r:.80}; expected what jvdiff.load returns.")
     if callback is not None and not callable(callback):
         raise UsageError(f"callback is {callback!r:.80}; expected a function of (steps done, state).")
-    subjects = check_subjects(pipe.repository, prompts=prompts, labels=labels)
-    given = {"image": image, "last_image": last_image}
-    shown = {name: pictures.one_each(value, len(subjects), name) for name, value in given.items()}
-    clip = pipe.clip(**sized(pipe.repository, settings, shown["image"]))
+    embeddings = {"text_embeddings": text_embeddings, "image_embeddings": image_embeddings}
+    if text_embeddings is not None and prompts is None and pipe.family.subject == "prompts":
+        rows = text_embeddings[0] if isinstance(text_embeddings, tuple | list) else text_embeddings
+        subjects = ("",) * len(rows)
+    else:
+        subjects = check_subjects(pipe.repository, prompts=prompts, labels=labels)
+    clip, inputs = _asked(pipe, subjects, image, last_image, settings)
+    run = stages.Given(pipe.run, _given(pipe, clip, len(subjects), embeddings))
     check_fits(pipe.context, clip, len(subjects))
     shape = (len(subjects), *clip.latents)
     first = check_seed(seed)
@@ -251,16 +252,81 @@ def generate(
     seeds = tuple((first + i) % 2**32 for i in range(len(subjects)))
     if noise is not None:
         _check_array("noise", noise, np.float32, shape)
-    request = make_request(pipe.family, clip, subjects, **shown)
-    inputs, solver = pipe.family.inputs(pipe.models, clip, request), clip.sampler.make()
+    solver = clip.sampler.make()
     with profiling.profile(profile):
-        conditions = stages.encode(pipe.context, clip, inputs, pipe.run)
+        conditions = stages.encode(pipe.context, clip, inputs, run)
         standard = stages.initial_noise(seeds, clip.latents) if noise is None else noise
         state = stages.begin(clip, solver, standard, seeds, renoise)
         state = stages.denoise(pipe.context, clip, conditions, state, solver, pipe.run, callback=callback)
         latents = np.array(pipe.family.finish(clip, inputs, conditions, state.x))
         video = stages.decode(pipe.context, clip, latents, pipe.run)
     return Output(video, latents, subjects, seeds, clip.settings)
+
+
+def embed(
+    pipe: Pipeline,
+    prompts: str | Sequence[str] | None = None,
+    *,
+    image: Any = None,
+    last_image: Any = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What the encoders make of a request, to be given to `generate` in its place: `generate(pipe, **embeddings)`.
+
+    Args: as those of `generate`; without guidance there is nothing of the negative prompt.
+
+    Returns:
+        text_embeddings (rows [B,S,D], rows of the negative prompt or None), image_embeddings [B,I,D] if there are
+        pictures and a part that looks at them: numpy arrays, which `jvdiff.pipeline.save_embeddings` writes.
+
+    Raises:
+        UsageError: as `generate`, or a family that takes no embeddings.
+    """
+    names = {embedding.part: name for name, embedding in pipe.family.embeddings.items()}
+    if not names:
+        raise UsageError(f"{pipe.family.name} takes no embeddings.")
+    subjects = check_subjects(pipe.repository, prompts=prompts)
+    clip, inputs = _asked(pipe, subjects, image, last_image, settings)
+    made: dict[str, Any] = {}
+
+    def run(stage: Stage, *arguments: Any) -> Any:
+        if stage.part not in names:
+            return shapes(stage, *arguments)
+        result = pipe.run(stage, *arguments)
+        made[names[stage.part]] = jax.device_get(result)
+        return result
+
+    shapes = stages.shapes_only(pipe.context)
+    stages.encode(pipe.context, clip, inputs, run)
+    return made
+
+
+def _asked(
+    pipe: Pipeline, subjects: tuple[Any, ...], image: Any, last_image: Any, settings: dict[str, Any]
+) -> tuple[Clip, Any]:
+    """What settings and pictures mean, and the arrays of the request."""
+    given = {"image": image, "last_image": last_image}
+    shown = {name: pictures.one_each(value, len(subjects), name) for name, value in given.items()}
+    if shown["image"]:
+        chosen = {name for name, value in settings.items() if value is not None}
+        settings |= size_for(pipe.family, pipe.models, pipe.settings(**settings), shown["image"], chosen)
+    clip = pipe.clip(**settings)
+    return clip, pipe.family.inputs(pipe.models, clip, make_request(pipe.family, clip, subjects, **shown))
+
+
+def _given(pipe: Pipeline, clip: Clip, clips: int, embeddings: Mapping[str, Any]) -> dict[str, Any]:
+    """Embeddings by the part that would make them, checked."""
+    results = {}
+    for name, value in embeddings.items():
+        if value is None:
+            continue
+        embedding = pipe.family.embeddings.get(name)
+        if embedding is None or embedding.part not in pipe.models.configs:
+            raise UsageError(
+                f"{pipe.repository.path}: a model of {pipe.family.name} that takes no {name}; leave them out."
+            )
+        results[embedding.part] = embedding.check(pipe.models, clip, clips, value)
+    return results
 
 
 def check_subjects(repository: Repository, **fields: Any) -> tuple[Any, ...]:
@@ -282,24 +348,33 @@ def check_subjects(repository: Repository, **fields: Any) -> tuple[Any, ...]:
     return tuple(family.check_subject(models, subject) for subject in subjects)
 
 
-def sized(repository: Repository, given: Mapping[str, Any], images: Sequence[np.ndarray] | None) -> dict[str, Any]:
-    """The given settings, with the size that the pictures ask for where neither height nor width is given.
+def size_for(
+    family: Family, models: Models, settings: Any, images: Sequence[np.ndarray], given: Collection[str]
+) -> dict[str, int]:
+    """The height and width of a clip that begins with these pictures: their proportions, at the area of the settings.
+
+    Args:
+        settings: complete.
+        given: which of height and width the user chose: these stay, and the other one follows.
 
     Raises:
-        UsageError: the pictures of a batch ask for several.
+        UsageError: the pictures of a batch ask for several, or the family takes none.
     """
-    if not images or any(given.get(name) is not None for name in ("height", "width")):
-        return dict(given)
-    settings, unit = repository.settings(**given), repository.family.unit(repository.models)
-    area = settings.height * settings.width
-    sizes = {pictures.fitting(image.shape[0], image.shape[1], area, unit) for image in images}
+    _check_takes(family, "image")
+    chosen = {name: getattr(settings, name) for name in ("height", "width")}
+    fixed, unit = {name: size for name, size in chosen.items() if name in given}, family.unit(models)
+    if len(fixed) == 2:
+        return chosen
+    sizes = set()
+    for y, x in (image.shape[:2] for image in images):
+        area = {"height": settings.height**2 * x / y, "width": settings.width**2 * y / x}
+        sizes.add(pictures.fitting(y, x, area[next(iter(fixed))] if fixed else settings.height * settings.width, unit))
     if len(sizes) > 1:
         several = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)[:4])
         raise UsageError(
             f"the pictures ask for clips of {len(sizes)} sizes ({several}), and a batch has one; give height and width."
         )
-    height, width = sizes.pop()
-    return {**given, "height": height, "width": width}
+    return dict(zip(chosen, sizes.pop(), strict=True)) | fixed
 
 
 def make_request(
@@ -317,8 +392,8 @@ def make_request(
     """
     given = {"image": image, "last_image": last_image}
     for name, each in given.items():
-        if each is not None and name not in family.takes:
-            raise UsageError(f"{family.name} takes no {name}; leave it out.")
+        if each is not None:
+            _check_takes(family, name)
         if each is None and name in family.needs:
             raise UsageError(f"{family.name} needs {' and '.join(family.needs)}; give {name}.")
     if last_image is not None and (image is None or clip.frames[0] == 1):
@@ -326,6 +401,11 @@ def make_request(
         raise UsageError(f"last_image is given, and {found}; it is the last frame of a clip whose first is image.")
     more: dict[str, Any] = {PICTURES[name]: each for name, each in given.items()}
     return Request(**{family.subject: subjects}, **more)
+
+
+def _check_takes(family: Family, name: str) -> None:
+    if name not in family.takes:
+        raise UsageError(f"{family.name} takes no {name}; leave it out.")
 
 
 def _check_array(name: str, value: Any, dtype: Any, shape: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jvdiff import config
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.kernels import Pattern
 from jvdiff.models.family import Family, Models
 from jvdiff.weights.safetensors import read_json
 
@@ -29,8 +30,13 @@ def resolve(family: Family, models: Models, defaults: Mapping[str, Any], given: 
         CheckpointError: jvdiff has no equivalent of the scheduler.
     """
     config.check_names("setting", given, config.names(family.settings))
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: _plain(value) for name, value in given.items() if value is not None}
     return config.replace(family.settings(), family.complete(models, defaults, chosen))
+
+
+def _plain(value: Any) -> Any:
+    """A value as settings have it: a pattern by its text, of which `jvdiff.kernels.patterns.read` makes it again."""
+    return str(value) if isinstance(value, Pattern) else value
 
 
 def read_defaults(path: str | Path, family: Family) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,14 @@ class Context:
 # ---------------------------------------------------------------------------------------------------------- what runs
 
 
+def abstract_params(family: Family, models: Models, dtypes: Precision) -> dict[str, Params]:
+    """The parameter tree of each part as ShapeDtypeStructs, in the dtypes of the precision table."""
+    return {
+        name: family.parts[name].abstract(cfg, jnp.dtype(getattr(dtypes, family.parts[name].precision)))
+        for name, cfg in models.configs.items()
+    }
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Executor:
     """Computes stages with weights that are lent for the time of a call.
@@ -68,9 +77,9 @@ class Executor:
 
     def __call__(self, stage: Stage, *arguments: Any) -> Any:
         with profiling.stage(stage.name), self.weights.use(stage.part) as params:
-            return stage.program(params, *self._placed(arguments))
+            return stage.program(params, *self.placed(arguments))
 
-    def _placed(self, tree: Any) -> Any:
+    def placed(self, tree: Any) -> Any:
         """Arrays of the host on every device; what a stage made is where the next one wants it."""
         if self.placement is None:
             return tree
@@ -80,6 +89,53 @@ class Executor:
             return x if np.ndim(x) == 0 or (isinstance(x, jax.Array) and x.committed) else jax.device_put(x, everywhere)
 
         return jax.tree.map(put, tree)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Given:
+    """A run that is given what some parts would make: results by part."""
+
+    run: Executor
+    results: Mapping[str, Any]
+
+    def __call__(self, stage: Stage, *arguments: Any) -> Any:
+        if stage.part not in self.results:
+            return self.run(stage, *arguments)
+        return self.run.placed(jax.tree.map(jnp.asarray, self.results[stage.part]))
+
+
+class Kept:
+    """A run that keeps in the host's memory what encoders made, and computes it once for equal arguments.
+
+    parts: those whose results are kept, since they work before the first step alone
+    """
+
+    LIMIT = 2**30  # bytes at which it is full: some hundred prompts, or 64 of the longest; at twice that it forgets
+
+    def __init__(self, run: Executor, parts: Sequence[str] = ()):
+        self.run, self.parts, self._results, self._size = run, parts, {}, 0
+
+    def __call__(self, stage: Stage, *arguments: Any) -> Any:
+        if stage.part not in self.parts:
+            return self.run(stage, *arguments)
+        arrays, structure = jax.tree.flatten(jax.device_get(arguments))
+        content = ((x.shape, str(x.dtype), hashlib.sha256(x.tobytes()).digest()) for x in map(np.asarray, arrays))
+        key = stage.name, stage.program, structure, *content
+        if key not in self._results:
+            result = jax.device_get(self.run(stage, *arguments))
+            if self._size >= 2 * self.LIMIT:
+                self.clear()
+            self._results[key], self._size = result, self._size + sum(x.nbytes for x in jax.tree.leaves(result))
+        return self.run.placed(jax.tree.map(jnp.asarray, self._results[key]))
+
+    @property
+    def full(self) -> bool:
+        """Whether it holds as much as it should."""
+        return self._size >= self.LIMIT
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._results, self._size = {}, 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,9 +216,7 @@ def trace(
         last: the step after which the clip is stopped; None: it is decoded.
         first: the step that it goes on with.
     """
-    if context.placement is not None:
-        params = {name: _placed_params(context, name, tree) for name, tree in params.items()}
-    run, solver = Tracer(params, context.placement), clip.sampler.make()
+    run, solver = _tracer(context, params), clip.sampler.make()
     conditions = encode(context, clip, inputs, run)
     state = jax.eval_shape(lambda: begin(clip, solver, jnp.zeros((1, *clip.latents), jnp.float32), (0,)))
     denoise(context, clip, conditions, state, solver, run, start=first, stop=last)
@@ -171,6 +225,17 @@ def trace(
         for _ in context.family.decode(context.models, clip, context.forward(clip), run, latents):
             pass
     return list(run.calls.values())
+
+
+def shapes_only(context: Context) -> Tracer:
+    """A run that computes nothing and gives shapes."""
+    return _tracer(context, abstract_params(context.family, context.models, context.precision))
+
+
+def _tracer(context: Context, params: Mapping[str, Params]) -> Tracer:
+    if context.placement is not None:
+        params = {name: _placed_params(context, name, tree) for name, tree in params.items()}
+    return Tracer(params, context.placement)
 
 
 def _placed_params(context: Context, part: str, tree: Params) -> Any:
@@ -233,6 +298,26 @@ def encode(context: Context, clip: Clip, inputs: Any, run: Run) -> tuple[Any, An
             name = " or ".join(map(_spoken, parts))
             raise NumericsError(f"{name}: {share:.1%} of the numbers of its output ({leaf.dtype}) are NaN or infinite.")
     return conditions
+
+
+def encode_ahead(context: Context, requests: Sequence[tuple[Clip, Any]], kept: Kept) -> int:
+    """Lets one encoder after another see several requests, (clip, inputs) each: its weights come to the device once.
+
+    It ends when `kept` is full, and returns how many it has seen. What other parts make of a request is not computed.
+    Numbers are checked by `encode`.
+    """
+    shapes = shapes_only(context)
+    for part in kept.parts:
+
+        def run(stage: Stage, *arguments: Any, part: str = part) -> Any:
+            return (kept if stage.part == part else shapes)(stage, *arguments)
+
+        for number, (clip, inputs) in enumerate(requests, 1):
+            context.family.encode(context.models, clip, context.forward(clip), run, inputs)
+            if kept.full and part == kept.parts[0]:
+                requests = requests[:number]
+                break
+    return len(requests)
 
 
 def denoise(

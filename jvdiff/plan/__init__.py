@@ -28,6 +28,7 @@ __all__ = [
     "describe",
     "described",
     "described_number",
+    "encoders",
     "fitted",
     "flops",
     "gib",

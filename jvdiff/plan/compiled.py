@@ -37,6 +37,7 @@ class Program(NamedTuple):
     sends: kind of collective -> (how often it runs, bytes that one device sends) in one call
     asynchronous: how many of its `collectives` are asynchronous
     collectives: how many its text has
+    text: its optimised HLO
     """
 
     name: str
@@ -53,6 +54,7 @@ class Program(NamedTuple):
     sends: Mapping[str, tuple[int, int]]
     asynchronous: int
     collectives: int
+    text: str
 
     @property
     def needs(self) -> int:
@@ -102,6 +104,7 @@ def programs(
             sends=collectives.by_kind(sent),
             asynchronous=sum(each.asynchronous for each in sent),
             collectives=len(sent),
+            text=text,
         )
 
 

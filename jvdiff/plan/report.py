@@ -8,20 +8,22 @@ L video tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from jvdiff import models
 from jvdiff.config import nearest
 from jvdiff.errors import CheckpointError, UsageError
+from jvdiff.media import pictures
 from jvdiff.plan.targets import check_target, described, target_memory
 from jvdiff.runtime import gpus
 from jvdiff.weights import locate
 
 
-def sampling(config: Any) -> Iterator[str]:
-    """The plan of a sampling config, line by line, each as soon as it is known.
+def sampling(config: Any, given: Collection[str] = ()) -> Iterator[str]:
+    """The plan of a sampling config, line by line, each as soon as it is known; given: as of `resolved`.
 
     Raises:
         UsageError: neither a folder nor a published model, settings or a mesh that they cannot use.
@@ -34,7 +36,7 @@ def sampling(config: Any) -> Iterator[str]:
     from jvdiff.sharding import read_mesh
 
     shape = read_mesh(config.mesh)
-    context, clip = resolved(config)
+    context, clip = resolved(config, given)
     if shape == "auto":
         devices, limit = (8, target_memory(config.plan_target)) if config.plan_target else (None, None)
         shape, sentence = smallest_mesh(context, clip, devices, limit, config.plan_target)
@@ -42,14 +44,21 @@ def sampling(config: Any) -> Iterator[str]:
     yield from lines(context, clip, config.plan_target, shape)
 
 
-def resolved(config: Any) -> tuple[Any, Any]:
-    """(Context, Clip) of a sampling config, without weights."""
+def resolved(config: Any, given: Collection[str] = ()) -> tuple[Any, Any]:
+    """(Context, Clip) of a sampling config, without weights.
+
+    given: the fields that the command line itself sets: a height or width among them stays, whatever the proportions of
+    the picture that the clip begins with.
+    """
     from jvdiff import pipeline, precision
     from jvdiff.config import names
 
     family, known, defaults = describe(config.checkpoint, config.get("family"), bool(config.get("follow_symlinks")))
-    given = {name: config.get(name) for name in names(family.settings)}
-    clip = family.clip(known, pipeline.resolve(family, known, defaults, given))
+    settings = pipeline.resolve(family, known, defaults, {name: config.get(name) for name in names(family.settings)})
+    if config.get("image") is not None and "image" in family.takes:
+        size = pipeline.size_for(family, known, settings, [pictures.read(config.image)], given)
+        settings = dataclasses.replace(settings, **size)
+    clip = family.clip(known, settings)
     target = config.plan_target
     dtypes = precision.choose(config.precision, config.get("vae_decode"), described(target) if target else None)
     return pipeline.Context(family, known, dtypes), clip

@@ -55,14 +55,25 @@ def ways(clip: Clip, works: Sequence[Work], held: Mapping[str, int]) -> Iterator
 
     works: the programs in order. held: bytes of each part's weights on one device.
     """
-    steps = {segment.part for segment in clip.segments}
-    first = next((i for i, work in enumerate(works) if work.part in steps), len(works))
-    later = {work.part for work in works[first:]}
+    steps, later = {segment.part for segment in clip.segments}, _later(clip, works)
     idle = [part for part in held if part not in later]
     experts = [part for part in held if part in steps] if len(steps) > 1 else []
     tiers = ((), idle, [part for part in held if part in {*idle, *experts}], held)
     for in_turn in dict.fromkeys(map(tuple, tiers)):
         yield with_turns(in_turn, works, held)
+
+
+def encoders(clip: Clip, works: Sequence[Work]) -> tuple[str, ...]:
+    """The parts that have nothing more to do when the first step begins, in the order in which they work."""
+    later = _later(clip, works)
+    return tuple(dict.fromkeys(work.part for work in works if work.part not in later))
+
+
+def _later(clip: Clip, works: Sequence[Work]) -> set[str]:
+    """The parts that work from the first step on."""
+    steps = {segment.part for segment in clip.segments}
+    first = next((i for i, work in enumerate(works) if work.part in steps), len(works))
+    return {work.part for work in works[first:]}
 
 
 def with_turns(in_turn: Sequence[str], works: Sequence[Work], held: Mapping[str, int]) -> Residency:

@@ -46,6 +46,11 @@ class Target:
         """
         return {"xla_gpu_enable_triton_gemm": False} if self.epilogues else {}
 
+    @property
+    def rows(self) -> int:
+        """The number of which a product's rows should be a multiple: XLA pads others of 16 bits to it, by copies."""
+        return 1 if self.capability is None else 8
+
     def refusal(self, kernel: str) -> str | None:
         """Why a kernel is not to run there, or None."""
         reason = dict(self.refused).get(kernel)

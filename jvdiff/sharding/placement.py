@@ -176,8 +176,9 @@ class Split:
 
     @property
     def padding(self) -> int:
-        """Tokens to add so that every device has the same number."""
-        return -self.tokens % self.devices(self.ring + self.heads)
+        """Tokens to add so that every device has the same number, and products rows that a GPU does not pad."""
+        devices = self.devices(self.ring + self.heads)
+        return 0 if devices == 1 else -self.tokens % (devices * self.target.rows)
 
     def constrain(self, x: Array, *axes: Any) -> Array:
         """x divided as `axes` say, one for each of its axes; further ones are whole."""

@@ -424,7 +424,7 @@ def weight_files(path: Path, stem: str = STEM) -> list[Path]:
 def tensor_names(path: Path, stem: str) -> set[str]:
     """The names of a component's tensors; none where its files are not in order, which `open_folder` tells in full."""
     try:
-        return set(open_folder(path, stem, follow_symlinks=True).tensors)  # only headers are read
+        return set(open_folder(path, stem, ignored=(".*",), follow_symlinks=True).tensors)  # only headers are read
     except (JvdiffError, OSError):
         return set()
 

@@ -14,7 +14,7 @@ from convert.from_diffusers import find
 from jvdiff import config as configs
 from jvdiff.commands import convert, options, sample, stream, train
 from jvdiff.errors import UsageError
-from jvdiff.media import clips, video
+from jvdiff.media import clips, pictures, video
 from jvdiff.pipeline import inspect
 from jvdiff.training.options import Going, Training
 from jvdiff.weights import save
@@ -158,7 +158,7 @@ def test_python_takes_the_same_paths(home, tiny_repository):
     assert (home / "tree" / "jvdiff.json").is_file()
     picture = np.zeros((16, 16, 3), np.uint8)
     assert video.write_png("~/p.png", picture) == home / "p.png"
-    assert (video.read_picture("~/p.png", 16, 16) == picture).all()
+    assert (pictures.picture("~/p.png") == picture).all()
     assert video.write_apng("~/p.apng", picture[None], 8) == home / "p.apng"
     assert video.write_mp4("~/v.mp4", picture[None], 8) == home / "v.mp4"
     assert video.read_video("~/v.mp4").shape == (1, 16, 16, 3) and video.read_metadata("~/v.mp4") is not None

@@ -476,6 +476,32 @@ def test_weights_take_turns_on_a_device_that_is_too_small(command, tmp_path, mon
     np.testing.assert_array_equal(read(tmp_path / "text_encoder" / f"{STEM}.npz")["latents"], first["latents"])
 
 
+def test_prompts_of_a_batch_are_encoded_while_the_encoder_is_there(command, tmp_path, monkeypatch, capsys):
+    """It comes to the device once, before any clip is made, and sees each text once; alone a clip is the same."""
+    (tmp_path / "prompts.txt").write_text("a red seven\na blue two\na red seven")
+    asked, came, run = [], [], pipeline.Executor.__call__
+    back = pipeline.Weights.__getitem__
+
+    def getitem(weights, part):
+        came.extend([part] if part in weights.away() else [])
+        return back(weights, part)
+
+    def execute(executor, stage, *arguments):
+        asked.append(stage.part)
+        return run(executor, stage, *arguments)
+
+    monkeypatch.setattr(pipeline.Executor, "__call__", execute)
+    monkeypatch.setattr(pipeline.Weights, "__getitem__", getitem)
+    given = {"prompt": None, "prompts": tmp_path / "prompts.txt", "steps": 2, "save_arrays": "true"}
+    assert sample.main(command(in_turn="all", **given)) == 0
+    assert asked.count("text_encoder") == 2 and asked[:2] == ["text_encoder"] * 2
+    assert came == ["text_encoder", *["transformer", "vae"] * 3]
+    one = next((tmp_path / "out").glob("a-blue-two*.npz"))
+    given = {"prompt": "a blue two", "seed": 4, "output": tmp_path / "alone"}
+    assert sample.main(command(steps=2, save_arrays="true", **given)) == 0
+    np.testing.assert_array_equal(read(tmp_path / "alone" / one.name)["latents"], read(one)["latents"])
+
+
 def test_an_output_that_cannot_be_written_is_told_first(command, tmp_path, capsys, no_weights):
     (tmp_path / "out").write_text("a file")
     assert sample.main(command()) == 4

@@ -18,6 +18,7 @@ import pytest
 from jvdiff import pipeline, streaming
 from jvdiff.commands import stream
 from jvdiff.errors import CheckpointError
+from jvdiff.media import pictures
 from jvdiff.media import video as videos
 from jvdiff.media.fragmented_mp4 import FragmentedMP4
 from jvdiff.models.wan.rollout import ROLLOUT
@@ -191,7 +192,7 @@ def test_a_resumed_rollout_is_the_uninterrupted_one(command, resume, copied, tmp
     assert [(x["chunk"], x["prompt"]) for x in told] == [(x["chunk"], x["prompt"]) for x in whole]
     assert json.loads(Path(f"{base}.json").read_text())["resumed_at_chunk"] == 2
     sheets = [Path(f"{place}.png") for place in (base, tmp_path / "out" / STEM)]
-    one, other = (videos.read_picture(path, 64, 128) for path in sheets)
+    one, other = (pictures.read(path) for path in sheets)
     np.testing.assert_array_equal(one, other)
 
 
@@ -352,7 +353,7 @@ def test_a_state_is_not_resumed_with_other_weights(resume, copied, tiny_causal_r
         ({"pipeline.decoder": "none"}, "a video needs one"),
         ({"image": "picture.png"}, "this pipeline takes none"),
         ({"pipeline.encoder.class": "ImageEncoder"}, "begins with a picture"),
-        ({"pipeline.encoder.class": "ImageEncoder", "image": "nowhere.png"}, "there is no such file"),
+        ({"pipeline.encoder.class": "ImageEncoder", "image": "nowhere.png"}, "nowhere.png is not a file"),
         ({"pipeline.encoder.class": "ImageEncoder", "pipeline.encoder.mode": "blend", "image": "x.png"}, "mode"),
         ({"pipeline.encoder.class": "NullEncoder", "image": "x.png"}, "feeds an ImageEncoder only"),
     ],
@@ -377,7 +378,7 @@ def test_without_av_it_says_so(command, monkeypatch, no_weights, capsys):
 def test_a_file_that_is_no_picture_is_refused(command, tmp_path, no_weights, capsys):
     (tmp_path / "picture.png").write_text("<html>")
     assert stream.main(command({"pipeline.encoder.class": "ImageEncoder", "image": tmp_path / "picture.png"})) == 3
-    assert "PNG, JPEG or WebP" in error_of(capsys)
+    assert "PNG, JPEG, WEBP, GIF or BMP" in error_of(capsys)
 
 
 def numbers_go_wrong(made):

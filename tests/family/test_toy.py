@@ -4,6 +4,7 @@ the command lines."""
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ import jvdiff
 from jvdiff import models, pipeline, plan, precision
 from jvdiff.commands import convert, jobs, planning, sample
 from jvdiff.errors import CheckpointError, NumericsError, UsageError
+from jvdiff.media import pictures
 from jvdiff.media import video as videos
 from jvdiff.models.vision.pictures import squash
 from jvdiff.sharding import rules
@@ -36,6 +38,9 @@ KINDS = {
     "image_encoder": networks.PICTURE,
 }
 PICTURE = np.random.default_rng(5).integers(0, 256, (16, 16, 3), np.uint8)
+
+
+SQUARE = {"height": 16, "width": 16}
 
 
 def write_repository(root, seed=0):
@@ -119,7 +124,7 @@ def test_pictures_of_any_size(pipe, clip, tmp_path):
     """Each clip has its own, squashed to the clip; without a size the clip has the picture's proportions."""
     wide = np.random.default_rng(6).integers(0, 256, (9, 20, 3), np.uint8)
     videos.write_png(tmp_path / "wide.png", wide)
-    both = jvdiff.generate(pipe, ["seven", "a red seven"], seed=2, image=[tmp_path / "wide.png", PICTURE], height=16)
+    both = jvdiff.generate(pipe, ["seven", "a red seven"], seed=2, image=[tmp_path / "wide.png", PICTURE], **SQUARE)
     first = networks.encode(pipe.weights["vae"], squash(wide, 16, 16)[None])
     np.testing.assert_allclose(both.latents[:1, :1], first, rtol=0, atol=1e-5)
     np.testing.assert_allclose(both.latents[1], clip.latents[0], rtol=0, atol=1e-5)
@@ -129,13 +134,27 @@ def test_pictures_of_any_size(pipe, clip, tmp_path):
         ({"image": [PICTURE] * 3}, "image has 3 pictures for 2 clips"),
         ({"image": [wide, PICTURE]}, r"clips of 2 sizes \(24x10, 16x16\)"),
         ({"image": PICTURE.astype(float)}, r"image is float64\[16, 16, 3\]; expected uint8"),
-        ({"last_image": PICTURE}, "the toy takes no last_image"),
+        ({"last_image": PICTURE}, "last_image is given, and there is no image"),
+        ({"image": PICTURE, "last_image": PICTURE, "num_frames": 1}, "last_image is given, and the clip has one frame"),
     ):
         with pytest.raises(UsageError, match=sentence):
             jvdiff.generate(pipe, ["seven", "two"], **change)
-    needs = dataclasses.replace(TOY, needs=("image",))
-    with pytest.raises(UsageError, match="the toy needs image; give image"):
-        pipeline.make_request(needs, pipe.clip(), ("seven",))
+    for change, given, sentence in (
+        ({"needs": ("image", "last_image")}, {"image": (wide,)}, "the toy needs image and last_image; give last_image"),
+        ({"takes": ()}, {"image": (wide,)}, "the toy takes no image; leave it out"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            pipeline.make_request(dataclasses.replace(TOY, **change), pipe.clip(), ("seven",), **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [({}, (10, 24)), ({"height"}, (16, 36)), ({"width"}, (6, 16)), ({"height", "width"}, (16, 16))],
+    ids=lambda x: " ".join(sorted(map(str, x))),
+)
+def test_the_size_that_is_given_stays(pipe, given, size):
+    found = pipeline.size_for(TOY, pipe.models, pipe.settings(), [np.zeros((9, 20, 3), np.uint8)], given)
+    assert (found["height"], found["width"]) == size
 
 
 @pytest.mark.parametrize(
@@ -257,11 +276,76 @@ def test_a_file_of_prompts_and_what_is_made_already(command, tmp_path, capsys):
     assert sorted(arrays(tmp_path / "out")) == ["blue_seed5", "one", "two-moves_seed4"]
 
 
-def test_a_line_of_a_file_gets_the_picture_at_its_own_size(command, repository, tmp_path):
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "two"}\n{"prompt": "seven", "height": 8, "width": 32}')
-    config = sample.parse(command(prompts=tmp_path / "prompts.jsonl")).config
-    made, problems = jobs.make_jobs(config, pipeline.inspect(repository, family=TOY))
-    assert [job.inputs["image"].shape for job in made] == [(1, 16, 16, 3), (1, 8, 32, 3)] and not problems
+@pytest.fixture
+def illustrated(tmp_path):
+    """A file of prompts beside which pictures stand, two of them of another size; two lines cannot be used."""
+    wide, names = np.random.default_rng(6).integers(0, 256, (9, 20, 3), np.uint8), ("wide.png", "picture.png")
+    videos.write_png(tmp_path / "wide.png", wide)
+    one, other = (str(tmp_path / name) for name in names)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "wide.png").read_bytes()[:99])
+    lines = [
+        {"prompt": "two", "image": one},
+        {"prompt": "seven"},
+        {"prompt": "red", "image": str(tmp_path / "cut.png")},
+        {"prompt": "blue", "image": 5},
+        {"prompt": "a red seven", "image": one, "last_image": other, "id": "both"},
+        {"prompt": "moves", "image": one, "height": 8},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return wide, tmp_path / "prompts.jsonl"
+
+
+def test_a_line_of_a_file_has_its_own_pictures(command, repository, illustrated, capsys):
+    """One to one; each at its own size, those of one size together; a line whose picture is broken fails alone."""
+    wide, path = illustrated
+    request = sample.parse(command(prompts=path))
+    made, problems = jobs.make_jobs(request.config, pipeline.inspect(repository, family=TOY), request.given)
+    made = jobs.by_size(made)
+    assert [(job.name, job.seed, job.clip.frames[1:]) for job in made] == [
+        *(("two", 3, (10, 24)), ("both", 7, (10, 24)), ("seven", 4, (16, 16)), ("moves", 8, (8, 18)))
+    ]
+    assert "3 sizes of clips, each compiled once: 2 of 24x10 and 3 frames, 1 of 16x16" in capsys.readouterr().err
+    np.testing.assert_array_equal(made[1].inputs["image"], squash(wide, 10, 24)[None])
+    np.testing.assert_array_equal(made[1].inputs["last_image"], squash(PICTURE, 10, 24)[None])
+    own, common = (pictures.digest(each) for each in (wide, PICTURE))
+    assert [each for job in made[:3] for each in job.pictures.values()] == [own, own, common, common]
+    assert [problem.split(" ", 1)[1] for problem in problems] == [
+        f"line 3: {path.parent / 'cut.png'}: expected a picture (PNG, JPEG, WEBP, GIF or BMP), and it is damaged "
+        "(image file is truncated); save it anew as PNG.",
+        "line 4: image is 5; expected the path of a picture.",
+    ]
+    for cache in (jobs._kept, made[0].made.func.__self__._read):
+        cache.cache_clear()
+    videos.write_png(path.parent / "wide.png", 255 - wide)
+    with pytest.raises(CheckpointError, match=r"wide\.png: changed since it was read before; start again"):
+        [job.inputs for job in made[::-1]]
+    request = sample.parse(command(prompts=path, **SQUARE))
+    made, _ = jobs.make_jobs(request.config, pipeline.inspect(repository, family=TOY), request.given)
+    assert {job.clip.frames[1:] for job in made} == {(16, 16), (8, 16)}
+
+
+def test_the_command_that_goes_on_names_the_pictures_of_its_line(command, pipe, illustrated, tmp_path, capsys):
+    wide, path = illustrated
+    path.write_text(path.read_text().splitlines()[4])
+    short = {"num_frames": 2, "steps": 2, "solver": "euler"}
+    assert sample.main(command(prompts=path, stop_at=1, **short)) == 0
+    words = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    assert f"--image={tmp_path / 'wide.png'}" in words and f"--last_image={tmp_path / 'picture.png'}" in words
+    assert sample.main(["jvdiff sample", *words[2:]]) == 0
+    whole = jvdiff.generate(pipe, "a red seven", seed=3, image=wide, last_image=Image.fromarray(PICTURE), **short)
+    np.testing.assert_array_equal(arrays(tmp_path / "out")["both"], whole.latents[0])
+    last = networks.encode(pipe.weights["vae"], squash(PICTURE, 10, 24)[None])
+    np.testing.assert_allclose(whole.latents[:, -1:], last, rtol=0, atol=1e-5)
+    record = json.loads((tmp_path / "out" / "both.json").read_text())
+    assert (record["image"], record["last_image"]) == (pictures.digest(wide), pictures.digest(PICTURE))
+    assert sample.main(command(prompts=path, **short)) == 0
+    assert "1 of 1 videos are already in" in capsys.readouterr().err
+
+
+def test_a_plan_is_of_the_pictures_size(repository, illustrated, tmp_path, capsys):
+    words = ["jvdiff plan", f"--checkpoint={repository}", FAMILY, "--num_frames=1", f"--image={tmp_path / 'wide.png'}"]
+    assert planning.main(words) == 0
+    assert "plan: 24x10, 1 frames" in capsys.readouterr().out
 
 
 def test_help_has_the_defaults_of_its_files(repository, capsys):

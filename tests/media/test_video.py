@@ -229,24 +229,3 @@ def test_preview_recovers_a_linear_decoder():
     np.testing.assert_allclose(found[1], bias, atol=1e-5)
     strip = video.latent_preview(rng.standard_normal((5, 4, 6, 16), np.float32), *found)
     assert strip.shape == (32, 5 * 48, 3) and strip.dtype == np.uint8
-
-
-def test_f56_pictures(tmp_path):
-    upright = np.zeros((60, 20, 3), np.uint8)
-    upright[20:40] = 255  # the middle, which is kept
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    Image.fromarray(np.rot90(upright)).save(tmp_path / "turned.png", exif=exif)
-    assert video.read_picture(tmp_path / "turned.png", 8, 8).min() > 200
-    Image.new("LA", (5, 5)).save(tmp_path / "grey.webp")
-    assert video.read_picture(tmp_path / "grey.webp", 4, 6).shape == (4, 6, 3)
-    (tmp_path / "cut.png").write_bytes((tmp_path / "turned.png").read_bytes()[:60])
-    Image.new("RGB", (4, 4)).save(tmp_path / "other.bmp")
-    for name in ("cut.png", "other.bmp"):
-        with pytest.raises(CorruptFile, match=f"{name} cannot be read as a PNG, JPEG or WebP"):
-            video.read_picture(tmp_path / name, 8, 8)
-    Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
-    with pytest.raises(CheckpointError, match="the limit is"):
-        video.read_picture(tmp_path / "bomb.png", 8, 8)
-    with pytest.raises(UsageError, match="no such file"):
-        video.read_picture(tmp_path / "nothing.png", 8, 8)

@@ -11,18 +11,21 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from jvdiff.errors import CheckpointError, UnsafeFormat
 from jvdiff.models import wan
-from jvdiff.models.family import read_config
+from jvdiff.models.family import read_config, read_weights
 from jvdiff.models.text import umt5
-from jvdiff.models.wan.family import TEXT_ENCODER, TEXT_TO_VIDEO, TRANSFORMER, VAE
+from jvdiff.models.vision import clip
+from jvdiff.models.wan.family import IMAGE_ENCODER, TEXT_ENCODER, TEXT_TO_VIDEO, TRANSFORMER, VAE
 from jvdiff.weights import naming as rules
 
 LISTS = Path(__file__).parents[1] / "data" / "tensors"
 FASTWAN = dataclasses.replace(wan.WAN_2_1_T2V_1_3B, gate_compress=True)
+WITH_DEAD_NORM = dataclasses.replace(wan.WAN_2_1_I2V_14B, image_q_norm=True)
 SELF_FORCING = dataclasses.replace(wan.WAN_2_1_T2V_1_3B, causal=True)
 
 
@@ -42,6 +45,8 @@ def published(name):
         ("wan2_1_t2v_1_3b", TRANSFORMER, SELF_FORCING, 825, 1_418_996_800),  # the published lists are equal
         ("fastwan2_1_t2v_1_3b", TRANSFORMER, FASTWAN, 885, 1_489_821_760),
         ("wan2_1_t2v_14b", TRANSFORMER, wan.WAN_2_1_T2V_14B, 1095, 14_288_491_584),  # and both of Wan 2.2 T2V-A14B
+        ("wan2_1_i2v_14b", TRANSFORMER, WITH_DEAD_NORM, 1343, 16_395_083_584),  # 480P and 720P alike
+        ("wan2_1_i2v_image_encoder", IMAGE_ENCODER, clip.VIT_H_14, 520, 632_076_800),
         ("wan2_1_vae", VAE, wan.WAN_2_1_VAE, 194, 126_892_531),
         ("wan2_2_ti2v_5b", TRANSFORMER, wan.WAN_2_2_TI2V_5B, 825, 4_999_787_712),
         ("wan2_2_vae", VAE, wan.WAN_2_2_VAE, 196, 704_688_668),
@@ -56,6 +61,39 @@ def test_published_tensors(name, part, cfg, count, parameters):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == parameters
 
 
+@pytest.mark.parametrize(
+    "cfg, more, count, parameters",
+    [
+        (wan.WAN_2_1_I2V_14B, {}, 1303, 16_394_878_784),
+        (wan.WAN_2_1_FLF2V_14B, {"condition_embedder.image_embedder.pos_embed": (1, 514, 1280)}, 1304, 16_395_536_704),
+    ],
+)
+def test_derived_tensors(cfg, more, count, parameters):
+    """No list of FLF2V's file is at hand: it is derived from image-to-video's, without the norm that nobody uses."""
+    abstract = TRANSFORMER.abstract(cfg, jnp.bfloat16)
+    ours = {tensor: entry.shape for tensor, entry in rules.expected(TRANSFORMER.names(cfg), abstract).items()}
+    expected = {name: shape for name, shape in published("wan2_1_i2v_14b").items() if "norm_added_q" not in name}
+    assert ours == expected | more and len(ours) == count
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == parameters
+
+
+def test_fastwan_14b_is_derived():
+    """No list of it is published: a gate beside each block of Wan 2.1's, as in the list of the 1.3B."""
+
+    def gated(name, layers, width):
+        gates = {"weight": (width, width), "bias": (width,)}
+        return published(name) | {
+            f"blocks.{i}.to_gate_compress.{k}": v for i in range(layers) for k, v in gates.items()
+        }
+
+    assert gated("wan2_1_t2v_1_3b", 30, 1536) == published("fastwan2_1_t2v_1_3b")
+    cfg = dataclasses.replace(wan.WAN_2_1_T2V_14B, gate_compress=True)
+    abstract = TRANSFORMER.abstract(cfg, jnp.bfloat16)
+    ours = {tensor: entry.shape for tensor, entry in rules.expected(TRANSFORMER.names(cfg), abstract).items()}
+    assert ours == gated("wan2_1_t2v_14b", 40, 5120)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == 15_337_272_384
+
+
 def test_the_causal_class(tmp_path):
     """The class's name is all in which Self-Forcing's config.json differs from Wan 2.1's."""
     config = wan.WAN_2_1_T2V_1_3B.to_json() | {"_class_name": "CausalWanTransformer3DModel"}
@@ -63,6 +101,23 @@ def test_the_causal_class(tmp_path):
     assert read_config(tmp_path, TRANSFORMER) == SELF_FORCING
     assert SELF_FORCING.to_json() == config
     assert "causal" not in config
+
+
+def test_a_tower_shows_by_its_tensors(tmp_path):
+    """config.json is the same with the projection and without; so are names, with `vision_model.` and without."""
+    cfg = clip.Config(8, 16, 4, num_hidden_layers=2, num_attention_heads=2, image_size=6, patch_size=3)
+    for projected, prefix in ((True, "vision_model."), (False, "vision_model."), (False, "")):
+        made = dataclasses.replace(cfg, projected=projected)
+        tree = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), clip.abstract_params(made))
+        weights = {
+            name if name.startswith("visual") else prefix + name.removeprefix("vision_model."): tensor
+            for name, tensor in rules.disassemble(IMAGE_ENCODER.names(made), tree)
+        }
+        (tmp_path / "config.json").write_text(json.dumps(cfg.to_json()))
+        save_file(weights | {f"{prefix}embeddings.position_ids": np.arange(5)}, tmp_path / "model.safetensors")
+        assert read_config(tmp_path, IMAGE_ENCODER) == made
+        read = read_weights(tmp_path, IMAGE_ENCODER, made, jnp.float32)
+        assert jax.tree.map(jnp.shape, read) == jax.tree.map(jnp.shape, tree)
 
 
 @pytest.mark.parametrize("sharded", [False, True])

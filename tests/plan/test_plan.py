@@ -231,7 +231,7 @@ def test_the_smallest_mesh_that_fits(monkeypatch):
         compiled.append((str(shape), bool(without)))
         for part, needs in (("transformer", 60 / shape.devices), ("vae", 30), ("vae", 50 / shape.devices)):
             if part not in without:
-                yield plan.Program("", part, 1, 0.0, 0, 0, int(needs * 2**30), "", 0, 0.0, (), {}, 0, 0)
+                yield plan.Program("", part, 1, 0.0, 0, 0, int(needs * 2**30), "", 0, 0.0, (), {}, 0, 0, "")
 
     monkeypatch.setattr(meshes, "programs", programs)
     find = lambda devices, gib: plan.smallest_mesh(*wan, devices, int(gib * 2**30))  # noqa: E731

@@ -1,11 +1,13 @@
 """Sequence-parallel attention equals the local function on whole sequences, forwards and in gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvdiff import kernels
+from jvdiff import kernels, plan
 from jvdiff.sharding import MeshShape, Placement, Sizes, make_mesh, read_mesh, sequence
 
 GRID, TILE = (3, 4, 5), (2, 2, 2)
@@ -90,6 +92,16 @@ def test_a_ring_counts_no_padding_even_where_a_device_has_nothing_else():
     assert split.padding == 6
     found = jax.jit(lambda *x: sequence.self_attention(dense, split, *x, None))(q, k, v)[:, :10]
     np.testing.assert_allclose(found, kernels.attention(q[:, :10], k[:, :10], v[:, :10]), atol=2e-6)
+
+
+def test_each_gpu_has_a_multiple_of_eight_tokens():
+    """XLA pads the rows of a product of 16 bits to that, with a copy before and behind each."""
+    gpu, sizes = plan.described("h200"), Sizes(1, 32760, 12, 8)
+    for mesh, padding in (("sequence=2", 8), ("sequence=8", 8), ("sequence=2,ring=2", 8), ("data=1", 0)):
+        shape = read_mesh(mesh)
+        placement = Placement(make_mesh(shape), shape.ring)
+        assert placement.split(sizes).padding == 0
+        assert dataclasses.replace(placement.split(sizes), target=gpu).padding == padding
 
 
 @pytest.mark.parametrize(

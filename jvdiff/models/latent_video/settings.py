@@ -11,7 +11,7 @@ from jvdiff.config import option
 from jvdiff.errors import CheckpointError
 from jvdiff.models import options
 
-PIPELINES = {"LatentVideoPipeline": "CLASS_CONDITIONAL"}  # _class_name: name in family.py
+PIPELINES = {"LatentVideoPipeline": ("CLASS_CONDITIONAL",)}  # _class_name: names in family.py
 SOLVERS = ("ddim", "ddpm", "unipc", "euler")
 
 
@@ -30,7 +30,7 @@ class Settings:
 
 def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The value in family.py that a repository is made for; None where it is of another family."""
-    return PIPELINES.get(str(index.get("_class_name")))
+    return PIPELINES.get(str(index.get("_class_name")), (None,))[0]
 
 
 def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:

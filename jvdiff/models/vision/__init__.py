@@ -2,6 +2,6 @@
 
 from jvdiff.lazy import attach
 
-__all__ = ["pictures"]
+__all__ = ["clip", "clip_names", "pictures"]
 
 __getattr__ = attach(__name__, __all__)

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
         text_keys,
     )
     from jvdiff.models.wan.config import (
+        WAN_2_1_FLF2V_14B,
+        WAN_2_1_I2V_14B,
         WAN_2_1_T2V_1_3B,
         WAN_2_1_T2V_14B,
         WAN_2_1_VAE,
+        WAN_2_2_I2V_A14B,
         WAN_2_2_TI2V_5B,
         WAN_2_2_VAE,
         DiTConfig,
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
         denormalize_latents,
         encode,
         encode_chunk,
+        encode_shown,
         init_cache,
         join_tiles,
         normalize_latents,
@@ -49,9 +53,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DECODER",
+    "WAN_2_1_FLF2V_14B",
+    "WAN_2_1_I2V_14B",
     "WAN_2_1_T2V_1_3B",
     "WAN_2_1_T2V_14B",
     "WAN_2_1_VAE",
+    "WAN_2_2_I2V_A14B",
     "WAN_2_2_TI2V_5B",
     "WAN_2_2_VAE",
     "DiTConfig",
@@ -70,6 +77,7 @@ __all__ = [
     "denormalize_latents",
     "encode",
     "encode_chunk",
+    "encode_shown",
     "extend",
     "init_cache",
     "init_kv_cache",

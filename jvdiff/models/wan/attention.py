@@ -1,6 +1,7 @@
 """The attention of the transformer's blocks: of video tokens to one another, to the past of a stream, and to text.
 
-B batch · L video tokens · S text or past tokens · N heads · K head dim · D model width · P texts of a clip.
+B batch · L video tokens · S text or past tokens · I tokens of pictures · N heads · K head dim · D model width ·
+P texts of a clip.
 """
 
 import math
@@ -46,8 +47,13 @@ class Attention(nn.Module):
         rope: tuple[Array, Array] | None,
         attend: Callable[[Array, Array, Array, Array | None], tuple[Array, Any]],
         keys: tuple[Array, Array] | None = None,
+        second: tuple[Array, Callable[..., tuple[Array, Any]]] | None = None,
     ) -> tuple[Array, Any]:
-        """keys: those of the context with their values, [B,S,N,K], worked out before."""
+        """keys: those of the context with their values, [B,S,N,K], worked out before.
+
+        second: another context [B,I,D], with keys and values of its own, and how the queries attend to it; the two
+            results are added.
+        """
         cfg, D = self.cfg, self.cfg.width
         linear = partial(Linear, D, dtype=self.dtype)
         heads = lambda a: a.reshape(*a.shape[:2], -1, cfg.attention_head_dim)  # noqa: E731 - [B,L,D] -> [B,L,N,K]
@@ -64,6 +70,12 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         out, memory = attend(q.astype(dtype), k.astype(dtype), v, gate)
+        if second is not None:
+            image, attend = second
+            k, v = heads(norm(name="image_k_norm")(linear(name="image_k")(image))), heads(linear(name="image_v")(image))
+            out = out + attend(q.astype(dtype), k.astype(dtype), v, None)[0]
+            if cfg.image_q_norm and self.is_initializing():  # the file has it, and nothing is computed with it
+                norm(name="image_q_norm")(x)
         out = out.reshape(x.shape)  # [B,L,N,K] -> [B,L,D]
         return linear(name="out")(out).astype(jnp.float32), memory
 
@@ -132,15 +144,18 @@ def _attend_past(plan: Plan, q: Array, k: Array, v: Array, past: tuple[Array, Ar
     return kernels.attention(q, k, v, kv_length=length, implementation=_dense(implementation), target=plan.target)
 
 
-def attend_text(plan: Plan, parts: int, q: Array, k: Array, v: Array, gate: Array | None) -> tuple[Array, None]:
-    """Attention to text [B,P*S,N,K], of each of P parts of the tokens to its own part; the last row counts often."""
+def attend_text(
+    plan: Plan, parts: int, extra: int, q: Array, k: Array, v: Array, gate: Array | None
+) -> tuple[Array, None]:
+    """Attention to text [B,P*S,N,K], of each of P parts of the tokens to its own part; the last row counts `extra`
+    times more."""
 
     def local(q: Array, k: Array, v: Array) -> Array:
         shape = q.shape
         if parts > 1:  # [B,P*S,N,K] -> [B*P,S,N,K]
             q, k, v = (x.reshape(x.shape[0] * parts, -1, *x.shape[2:]) for x in (q, k, v))
         how = dict(implementation=_dense(plan.implementation), target=plan.target)
-        return _attend_rows(q, k, v, plan.extra_text, how).reshape(shape)  # [B,L,N,K]
+        return _attend_rows(q, k, v, extra, how).reshape(shape)  # [B,L,N,K]
 
     return local(q, k, v) if plan.split is None else sequence.cross_attention(local, plan.split, q, k, v), None
 

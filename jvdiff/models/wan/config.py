@@ -20,14 +20,11 @@ _INT_RANGES = {
     "num_layers": (1, 1024),
     "rope_max_seq_len": (1, 1048576),
 }
-# Keys of diffusers' class for which only Wan 2.1 text-to-video's value is implemented.
-_FIXED = {
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "image_dim": None,
-    "added_kv_proj_dim": None,
-    "pos_embed_seq_len": None,
-}
+# Keys of diffusers' class for which only the value of every published Wan is implemented.
+_FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
+# Of models that attend to pictures; None in the others.
+_IMAGE_RANGES = {"image_dim": (1, 65536), "added_kv_proj_dim": (1, 65536), "pos_embed_seq_len": (1, 65536)}
+EXPERTS = ("transformer", "transformer_2")  # of much noise, and of little; one of them may do all the work
 _SCALES = ("scale_factor_temporal", "scale_factor_spatial")  # of the VAE, which follow from its other fields
 _OF_2_2 = ("decoder_base_dim", "is_residual", "patch_size")  # fields that Wan 2.1's VAE leaves as they are
 _CLASSES = {"WanTransformer3DModel": False, "CausalWanTransformer3DModel": True}  # _class_name: DiTConfig.causal
@@ -37,10 +34,16 @@ _CLASSES = {"WanTransformer3DModel": False, "CausalWanTransformer3DModel": True}
 class DiTConfig:
     """diffusers' WanTransformer3DModel arguments, with its names and defaults (those of the 14B model).
 
+    in_channels: out_channels, and those of a condition behind them where the model takes one.
+    image_dim: width of the picture tokens that the blocks attend to beside text; None: there are none.
+    added_kv_proj_dim: of which width these are when keys are made of them: the model's.
+    pos_embed_seq_len: how many picture tokens a clip has, each with a place that was learned; None: places are not.
     gate_compress: the blocks have the gate of video sparse attention's coarse branch, as FastWan's do. A field of ours,
         which diffusers would ignore; published files show it by their tensors alone.
     causal: the weights were trained to make a video chunk by chunk, as Self-Forcing's, and the class is named
         CausalWanTransformer3DModel; tensors and computation are the same.
+    image_q_norm: the file has a norm of queries that nobody uses, as published ones with image_dim have. A field of
+        ours; their tensors tell, and are written back.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -54,8 +57,12 @@ class DiTConfig:
     num_layers: int = 40
     eps: float = 1e-6
     rope_max_seq_len: int = 1024
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    pos_embed_seq_len: int | None = None
     gate_compress: bool = False
     causal: bool = False
+    image_q_norm: bool = False
 
     @property
     def width(self) -> int:
@@ -74,7 +81,7 @@ class DiTConfig:
             raise _error("_class_name", name, " or ".join(map(repr, _CLASSES)))
         for field, only in _FIXED.items():
             if (value := fields.pop(field, only)) != only:
-                raise _error(field, value, f"{only!r} (Wan 2.1 text-to-video)")
+                raise _error(field, value, f"{only!r}, as in every published Wan model")
         if fields.get("out_channels", 0) is None:
             fields["out_channels"] = fields.get("in_channels", cls.in_channels)
         for field, (low, high) in _INT_RANGES.items():
@@ -87,25 +94,53 @@ class DiTConfig:
         patch = fields.get("patch_size", cls.patch_size)
         if not isinstance(patch, list | tuple) or tuple(patch) != cls.patch_size:
             raise _error("patch_size", patch, f"{list(cls.patch_size)}, as in every published Wan model")
-        if type(gate := fields.get("gate_compress", False)) is not bool:
-            raise _error("gate_compress", gate, "true or false")
+        for field in ("gate_compress", "image_q_norm"):
+            if type(value := fields.get(field, False)) is not bool:
+                raise _error(field, value, "true or false")
         eps = fields.get("eps", cls.eps)
         if type(eps) is not float or not 0 < eps < 1:  # NaN compares false
             raise _error("eps", eps, "a number above 0 and below 1")
-        return cls(**{**fields, "patch_size": tuple(patch), "eps": eps, "causal": _CLASSES[name]})
+        cfg = cls(**{**fields, "patch_size": tuple(patch), "eps": eps, "causal": _CLASSES[name]})
+        cfg._check_image()
+        return cfg
+
+    def _check_image(self) -> None:
+        """Raises CheckpointError unless the fields of picture tokens fit together."""
+        given = {field: value for field in _IMAGE_RANGES if (value := getattr(self, field)) is not None}
+        for field, value in given.items():
+            low, high = _IMAGE_RANGES[field]
+            if type(value) is not int or not low <= value <= high:
+                raise _error(field, value, f"an integer from {low} to {high}, or null")
+        for field in [*given, *(["image_q_norm"] if self.image_q_norm else [])]:
+            if self.image_dim is None:
+                raise _error(field, getattr(self, field), "null where image_dim is")
+        if self.image_dim is not None and self.added_kv_proj_dim != self.width:
+            raise _error("added_kv_proj_dim", self.added_kv_proj_dim, f"{self.width}, the model's width")
+        if self.image_dim is not None and self.causal:
+            raise _error("image_dim", self.image_dim, "null in a causal model")
 
     def to_json(self) -> dict[str, Any]:
-        """What `diffusers.WanTransformer3DModel.from_config` reads; it passes over a `gate_compress` with a warning."""
+        """What `diffusers.WanTransformer3DModel.from_config` reads; it passes over fields of ours with a warning."""
         fields = dataclasses.asdict(self) | {"patch_size": list(self.patch_size)}
-        if not self.gate_compress:
-            del fields["gate_compress"]
+        for field in ("gate_compress", "image_q_norm"):
+            if not fields[field]:
+                del fields[field]
         name = {causal: name for name, causal in _CLASSES.items()}[bool(fields.pop("causal"))]
         return {"_class_name": name} | fields | _FIXED
 
 
 WAN_2_1_T2V_1_3B = DiTConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 WAN_2_1_T2V_14B = DiTConfig()
+WAN_2_1_I2V_14B = DiTConfig(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
+WAN_2_1_FLF2V_14B = dataclasses.replace(WAN_2_1_I2V_14B, pos_embed_seq_len=514)
+WAN_2_2_I2V_A14B = DiTConfig(in_channels=36)
 WAN_2_2_TI2V_5B = DiTConfig(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48)
+
+
+def expert(configs: Mapping[str, Any]) -> DiTConfig:
+    """The configuration of a transformer, of those of all parts: what is asked of it is the same for both, where there
+    are two."""
+    return next(configs[name] for name in EXPERTS if name in configs)
 
 
 def _error(field: str, value: Any, allowed: str) -> CheckpointError:
@@ -193,6 +228,11 @@ class VAEConfig:
     def decoder_width(self) -> int:
         """Channels of the decoder at full size."""
         return self.base_dim if self.decoder_base_dim is None else self.decoder_base_dim
+
+    @property
+    def latent_channels(self) -> int:
+        """C, of the latents."""
+        return self.z_dim
 
     @property
     def pixel_channels(self) -> int:

@@ -1,12 +1,12 @@
 """Wan 2.1's diffusion transformer: the velocity of flow matching, given latents, a timestep and a text.
 
 B batch · T latent frames · H W latent grid · C latent channels · L video tokens · S text tokens · N heads ·
-K head dim · D model width.
+K head dim · D model width · I tokens of pictures.
 
 The numbers are those of diffusers 0.42 (WanTransformer3DModel); in bfloat16 they are nearer to the float32 ones than
 diffusers' own, because what costs next to nothing stays float32: the residual stream, all norms, the whole timestep
 path with the modulation tables, the rotation, the patch embedding and the output head. Only the attention and
-feed-forward matrices and the text embedding are in the lower precision (see `abstract_params`).
+feed-forward matrices and the embeddings of text and pictures are in the lower precision (see `abstract_params`).
 
 Sparse self-attention works on tiles of tokens, so with such a pattern the tokens are in tile order from the patches to
 the output head; nothing else in the network looks at their order.
@@ -33,9 +33,11 @@ from jvdiff.models.wan import places
 from jvdiff.models.wan.attention import Attention, attend_text, attend_video
 from jvdiff.models.wan.config import DiTConfig
 from jvdiff.models.wan.layers import LayerNorm, rope_tables
-from jvdiff.models.wan.plan import Attend, Layer, Past, Plan, Shared, check, check_texts, make_plan
+from jvdiff.models.wan.plan import Attend, Layer, Past, Plan, Shared, check, check_image, check_texts, make_plan
 from jvdiff.sharding import Placement
 from jvdiff.types import Array, Params
+
+_IMAGE_EPS = 1e-5  # of the norms around the embedding of pictures, whatever cfg.eps is
 
 
 def velocity(
@@ -46,6 +48,7 @@ def velocity(
     text: Array,
     *,
     pattern: Pattern = Dense(),  # noqa: B008 - a frozen value
+    image: Array | None = None,
     text_length: int | None = None,
     remat: bool = False,
     implementation: str | Attend | None = None,
@@ -64,6 +67,7 @@ def velocity(
       pattern: which tokens the self-attention sees; no choice changes the parameters. `VideoSparse` adds its coarse
         branch where the configuration has its gate (`gate_compress`); the other patterns ignore the gate.
         `BlockCausal` sees no later chunk, and with `teacher_forcing` takes two copies of the frames.
+      image: [B,I,image_dim], what an image encoder made of the clip's pictures, where the configuration has image_dim.
       text_length: the last row of `text` stands for all rows up to this many (512 in Wan's pipeline, which attends
         to the zero padding too): exactly the result of repeating it, without the work. None: S.
       remat: recompute each block in the backward pass instead of keeping its activations.
@@ -84,12 +88,13 @@ def velocity(
             "whose `read` makes one of text."
         )
     check(cfg, latents, timestep, text, text_length, pattern)
+    check_image(cfg, image, len(latents))
     timestep = timestep.reshape(len(timestep), -1)  # [B] -> [B,1]; [B,2] and [B,T] stay
     text = text if text.ndim == 4 else text[:, None]  # [B,P,S,D]
     plan = make_plan(cfg, latents.shape[:4], pattern, text.shape[-2], text_length, implementation, placement, dtype)
     check_texts(text, plan.split)
     frames = pattern.frames(plan.grid[0])
-    v, _ = apply(params, cfg, plan, latents, timestep, text, frames=frames, remat=remat)
+    v, _ = apply(params, cfg, plan, latents, timestep, text, image=image, frames=frames, remat=remat)
     return v
 
 
@@ -102,6 +107,7 @@ def window_losses(
     *,
     tile: Grid,
     candidates: tuple[Grid, ...],
+    image: Array | None = None,
     text_length: int | None = None,
     dtype: Any = None,
 ) -> tuple[Array, Array]:
@@ -110,9 +116,10 @@ def window_losses(
     Arguments as in `velocity`; of a window the mean squared difference from the head's dense attention.
     """
     check(cfg, latents, timestep, text, text_length, Dense())
+    check_image(cfg, image, len(latents))
     plan = make_plan(cfg, latents.shape[:4], Dense(), text.shape[-2], text_length, None, None, dtype)
     plan = replace(plan, measured=(tile, candidates))
-    return apply(params, cfg, plan, latents, timestep[:, None], text[:, None])
+    return apply(params, cfg, plan, latents, timestep[:, None], text[:, None], image=image)
 
 
 def apply(
@@ -123,6 +130,7 @@ def apply(
     timestep: Array,
     text: Array | None,
     *,
+    image: Array | None = None,
     frames: Any = None,
     layers: Layer | None = None,
     past: Past | None = None,
@@ -130,26 +138,29 @@ def apply(
 ) -> tuple[Array, Any]:
     """(velocity, keys and values of every layer [layers,B,L,N,K] where `plan.keep`) of latents [B,T,H,W,C].
 
-    timestep [B,1], [B,2] or [B,T]; text [B,P,S,D], or None where `layers` have its keys; frames: see `rope_tables`.
+    timestep [B,1], [B,2] or [B,T]; text [B,P,S,D], or None where `layers` have its keys; image [B,I,image_dim]
+    or None; frames: see `rope_tables`.
     """
     if placement := plan.placement:
         whole: Any = placement.whole({k: v for k, v in params.items() if k != "blocks"}, places.DIT)
         params = {**whole, "blocks": params["blocks"]}
-        latents, timestep, text, past = placement.replicate((latents, timestep, text, past))
+        latents, timestep, text, past, image = placement.replicate((latents, timestep, text, past, image))
     model = Transformer(cfg, plan, remat)
-    out: Any = model.apply({"params": params}, latents, timestep, text, frames, layers, past)
+    out: Any = model.apply({"params": params}, latents, timestep, text, frames, layers, past, image)
     return out
 
 
 def abstract_params(cfg: DiTConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The parameter tree as ShapeDtypeStructs; linear kernels are [in,out], `blocks` has the layers in axis 0.
 
-    With a lower `dtype`, the text embedding and the linear layers of the blocks have it; the rest stays float32.
+    With a lower `dtype`, the linear layers of the blocks and of what embeds text and pictures have it; the rest stays
+    float32.
     """
     leaves: dict[Any, Any] = traverse_util.flatten_dict(jax.eval_shape(lambda: init_params(jax.random.key(0), cfg)))
 
     def dtype_of(path: tuple[str, ...]) -> Any:
-        lower = path[0] in ("blocks", "text_embed") and path[-1] in ("kernel", "bias") and path[1] != "cross_norm"
+        embed = path[0] in ("text_embed", "image_embed") and path[1].startswith("linear")
+        lower = embed or (path[0] == "blocks" and path[-1] in ("kernel", "bias") and path[1] != "cross_norm")
         return dtype if lower else jnp.float32
 
     return traverse_util.unflatten_dict(
@@ -178,6 +189,7 @@ class Transformer(nn.Module):
         frames: Any = None,
         layers: Layer | None = None,
         past: Past | None = None,
+        image: Array | None = None,
     ) -> tuple[Array, Any]:
         cfg, plan, D = self.cfg, self.plan, self.cfg.width
         B, T, H, W, C = latents.shape
@@ -206,8 +218,10 @@ class Transformer(nn.Module):
         modulation = modulation.reshape(*timestep.shape, 6, D)  # [B,1, 2 or T,6,D]
         if text is not None:
             text = MLP(D, D, gelu, dtype=plan.dtype, name="text_embed")(text)
+        if image is not None:
+            image = _ImageEmbed(cfg, plan.dtype, name="image_embed")(image)
         if placement := plan.placement:
-            t, modulation, text = placement.replicate((t, modulation, text))
+            t, modulation, text, image = placement.replicate((t, modulation, text, image))
 
         block = _Block
         if placement and placement.shape.fsdp > 1:
@@ -222,7 +236,7 @@ class Transformer(nn.Module):
         )(cfg, plan, name="blocks")
         chosen = pattern.of_layers(timestep[:, -1:], cfg.num_layers, cfg.num_attention_heads)
         layers = (layers or Layer())._replace(chosen=chosen)
-        x, memory = blocks(x, Shared(modulation, text, rope, past, token_frames), layers)
+        x, memory = blocks(x, Shared(modulation, text, rope, past, token_frames, image), layers)
 
         x = _Head(cfg, plan, name="head")(x, t, token_frames)
         if placement and split:
@@ -233,6 +247,24 @@ class Transformer(nn.Module):
         return x.reshape(B, T, H, W, cfg.out_channels), memory  # [B,T,H,W,C]
 
 
+class _ImageEmbed(nn.Module):
+    """What an image encoder made of pictures, [B,I,image_dim] -> [B,I,D] in the dtype of the products."""
+
+    cfg: DiTConfig
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        cfg, x = self.cfg, x.astype(jnp.float32)
+        if cfg.pos_embed_seq_len:
+            places = self.param("places", nn.initializers.zeros, (cfg.pos_embed_seq_len, x.shape[-1]), jnp.float32)
+            x = x + places[None]
+        x = LayerNorm(_IMAGE_EPS, name="norm_1")(x)
+        x = Linear(x.shape[-1], dtype=self.dtype, name="linear_1")(x)
+        x = Linear(cfg.width, dtype=self.dtype, name="linear_2")(nn.gelu(x.astype(jnp.float32), approximate=False))
+        return LayerNorm(_IMAGE_EPS, name="norm_2")(x.astype(jnp.float32)).astype(x.dtype)
+
+
 class _Block(nn.Module):
     """x float32 [B,L,D] -> the same, and what `plan.keep` keeps of this layer."""
 
@@ -241,10 +273,11 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, shared: Shared, layer: Layer) -> tuple[Array, Any]:
-        cfg, plan, text = self.cfg, self.plan, shared.text
+        cfg, plan, text, image = self.cfg, self.plan, shared.text, shared.image
         if split := plan.split:
             x = split.along_tokens(x)
             text = None if text is None else split.constrain(text, split.batch)
+            image = None if image is None else split.constrain(image, split.batch)
         table = self.param("modulation", _modulation_init, (6, cfg.width), jnp.float32)
         each = jnp.moveaxis(shared.modulation + table[None, None], 2, 0)  # [6,B,1, 2 or T,D]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (
@@ -261,8 +294,9 @@ class _Block(nn.Module):
         h = LayerNorm(cfg.eps, name="cross_norm")(x)
         parts = 1 if text is None else text.shape[1]
         text = None if text is None else text.reshape(text.shape[0], -1, text.shape[3])  # [B,P*S,D]
-        attend = partial(attend_text, plan, parts)
-        h, _ = Attention(cfg, dtype=plan.dtype, name="cross_attn")(h, text, None, attend, layer.text)
+        attend = partial(attend_text, plan, parts, plan.extra_text)
+        second = None if image is None else (image, partial(attend_text, plan, 1, 0))
+        h, _ = Attention(cfg, dtype=plan.dtype, name="cross_attn")(h, text, None, attend, layer.text, second)
         x = x + h
 
         h = layer_norm(x, cfg.eps) * (1 + scale_2) + shift_2
@@ -324,5 +358,7 @@ def _init(key: Array, cfg: DiTConfig) -> dict[str, Any]:
     pattern = VideoSparse((1, 1, 1), 0.0) if cfg.gate_compress else Dense()  # one that uses every parameter
     model = Transformer(cfg, Plan((1, 1, 1), pattern, implementation="xla"))
     latents = jnp.zeros((1, *cfg.patch_size, cfg.in_channels))
-    variables: Any = model.init(key, latents, jnp.zeros((1, 1)), jnp.zeros((1, 1, 1, cfg.text_dim)))
+    image = cfg.image_dim and jnp.zeros((1, cfg.pos_embed_seq_len or 1, cfg.image_dim))
+    text = jnp.zeros((1, 1, 1, cfg.text_dim))
+    variables: Any = model.init(key, latents, jnp.zeros((1, 1)), text, image=image)
     return variables["params"]

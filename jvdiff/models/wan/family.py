@@ -1,10 +1,11 @@
-"""Wan as families: text-to-video at once, with one transformer or two, with a picture or without, and chunk by chunk
-(Self-Forcing).
+"""Wan as families: text-to-video at once, with one transformer or two, with a picture or without, in few steps
+(FastWan), and chunk by chunk (Self-Forcing).
 
     B batch · T latent frames · H W latent grid · C latent channels · S text tokens · D text width
 
-Source: the published repositories Wan-AI/Wan2.1-T2V-*-Diffusers and Wan-AI/Wan2.2-T2V-A14B-Diffusers as diffusers'
-WanPipeline runs them, and
+Source: the published repositories Wan-AI/Wan2.1-T2V-*-Diffusers, Wan2.2-T2V-A14B-Diffusers and Wan2.2-TI2V-5B-Diffusers
+as diffusers' WanPipeline runs them, Wan2.1-I2V-*, Wan2.1-FLF2V-* and Wan2.2-I2V-A14B-Diffusers as its
+WanImageToVideoPipeline does, FastVideo/FastWan2.*-Diffusers as FastVideo's WanDMDPipeline does, and
 wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers.
 """
 
@@ -28,31 +29,25 @@ from jvdiff.kernels.patterns import Pattern, WindowTable
 from jvdiff.kernels.patterns import read as read_pattern
 from jvdiff.kernels.tiles import Grid
 from jvdiff.models import vae_tiles, wan
-from jvdiff.models.family import Clip, Family, Files, Forward, Models, Part, Run, Segment, Stage
+from jvdiff.models.family import Clip, Embedding, Family, Files, Forward, Models, Part, Run, Segment, Stage
 from jvdiff.models.pixels import nonfinite_share, to_pixels
 from jvdiff.models.text import tokenizer as tokenizers
 from jvdiff.models.text import umt5, umt5_names
 from jvdiff.models.vae_tiles import Tiles
-from jvdiff.models.wan import conditions, names, places
+from jvdiff.models.vision import clip, clip_names, pictures
+from jvdiff.models.wan import conditions, embeddings, names, places
 from jvdiff.models.wan.conditions import TEXT_LENGTH, Condition, Inputs
-from jvdiff.models.wan.settings import EXPANDED, Settings, boundary, kind_defaults, scheduled
+from jvdiff.models.wan.config import EXPERTS, expert
+from jvdiff.models.wan.settings import EXPANDED, Settings, boundary, few_steps, kind_defaults, scheduled, with_fields
 from jvdiff.sharding import MeshShape, Placement, Sizes
 from jvdiff.sharding.rules import REPLICATED
 from jvdiff.types import Array, Params
 from jvdiff.weights.safetensors import read_json
 
-EXPERTS = ("transformer", "transformer_2")  # of much noise, and of little; one of them may do all the work
 _CAUSAL_SCHEDULERS = ("SelfForcingFlowMatchScheduler", "UniPCMultistepScheduler")
 
 
 # ---------------------------------------------------------------------------------------------------------- the folders
-
-
-def _with_gate(config: Mapping[str, Any], tensors: Any) -> Mapping[str, Any]:
-    """Files do not say in config.json whether the blocks have the gate of video sparse attention; their tensors do."""
-    if "gate_compress" in config or f"{names.GATE.format(layer=0)}.weight" not in tensors:
-        return config
-    return {**config, "gate_compress": True}
 
 
 TRANSFORMER = Part(
@@ -63,7 +58,7 @@ TRANSFORMER = Part(
     names=names.transformer,
     precision="transformer",
     published=("diffusers", lambda cfg: cfg.to_json()["_class_name"]),
-    complete=_with_gate,
+    complete=with_fields,
     optional=True,  # one of EXPERTS may be missing, which `_misfits` knows
 )
 VAE = Part(
@@ -86,6 +81,22 @@ TEXT_ENCODER = Part(
     published=("transformers", lambda cfg: "UMT5EncoderModel"),
     stem="model",
 )
+IMAGE_ENCODER = Part(
+    config=clip.Config,
+    classes=("clip_vision_model",),
+    abstract=clip.abstract_params,
+    places=clip.PLACES,
+    names=clip_names.rules,
+    precision="image_encoder",
+    published=("transformers", clip.class_of),
+    stem="model",
+    ignored=lambda cfg: clip_names.IGNORED,
+    complete=clip.complete,
+    optional=True,
+)
+IMAGE_PROCESSOR = Files(
+    (pictures.FILE,), pictures.read_processor, ("transformers", lambda processor: "CLIPImageProcessor"), optional=True
+)
 TOKENIZER = Files(
     ("*.json", "*.model", "*.txt"),
     tokenizers.load,
@@ -107,16 +118,20 @@ def _misfits(models: Models) -> str | None:
     dit, vae, text = experts[0], models.configs["vae"], models.configs["text_encoder"]
     if len({_interface(expert) for expert in experts}) > 1:
         return f"transformer and transformer_2 differ in what they take and give: {experts[0]}, {experts[1]}."
-    if dit.in_channels != vae.z_dim or dit.text_dim != text.d_model:
+    pipeline, expected = models.index.get("_class_name"), _pipelines_of(dit, models.index)
+    concatenated = pipeline == "WanImageToVideoPipeline" and not models.index.get(EXPANDED)
+    channels = vae.z_dim + (conditions.channels(vae) if concatenated else 0)
+    if (dit.in_channels, dit.out_channels, dit.text_dim) != (channels, vae.z_dim, text.d_model):
         return (
-            f"the transformer takes {dit.in_channels} latent channels and text of width {dit.text_dim},\n"
-            f"the VAE gives {vae.z_dim} and the text encoder {text.d_model}."
+            f"the transformer takes {dit.in_channels} latent channels, gives {dit.out_channels}, and takes text of "
+            f"width {dit.text_dim};\nexpected {channels} and {vae.z_dim} with this VAE, and text of {text.d_model}."
         )
-    pipeline, expected = models.index.get("_class_name"), _pipeline_of(dit)
-    if pipeline != expected:
+    if (problem := _image_misfits(models, dit)) is not None:
+        return problem
+    if pipeline not in expected:
         return (
             f"model_index.json describes a {pipeline}, transformer/config.json a {dit.to_json()['_class_name']}; "
-            f"expected {expected} with that."
+            f"expected {' or '.join(expected)} with that."
         )
     values = {name: value for name, value in models.index.items() if not isinstance(value, list)}
     known_fields("model_index.json", values, ("_class_name", EXPANDED, "boundary_ratio"))
@@ -134,11 +149,34 @@ def _misfits(models: Models) -> str | None:
 
 def _interface(dit: wan.DiTConfig) -> tuple[Any, ...]:
     """What two transformers of one clip have in common."""
-    return dit.patch_size, dit.in_channels, dit.out_channels, dit.text_dim, dit.causal
+    return dit.patch_size, dit.in_channels, dit.out_channels, dit.text_dim, dit.image_dim, dit.causal
 
 
-def _pipeline_of(dit: wan.DiTConfig) -> str:
-    return "WanCausalDMDPipeline" if dit.causal else "WanPipeline"
+def _image_misfits(models: Models, dit: wan.DiTConfig) -> str | None:
+    """What does not fit together of the transformer and the image encoder, if there is one."""
+    encoder, processor = models.configs.get("image_encoder"), models.files.get("image_processor")
+    if dit.image_dim is None and encoder is None:
+        return None
+    if encoder is None or dit.image_dim != encoder.hidden_size:
+        given = "there is none" if encoder is None else f"the one that is there gives {encoder.hidden_size}"
+        return f"the transformer's image_dim is {dit.image_dim}: what its image encoder gives; {given}."
+    if dit.pos_embed_seq_len not in (None, 2 * encoder.tokens):
+        return (
+            f"the transformer has places for {dit.pos_embed_seq_len} picture tokens (pos_embed_seq_len); the image "
+            f"encoder makes {encoder.tokens} of each of two pictures."
+        )
+    if models.files and getattr(processor, "side", None) != encoder.image_size:
+        made = "there is no image processor" if processor is None else f"the image processor makes {processor.side}"
+        return f"the image encoder takes pictures of {encoder.image_size} pixels a side; {made}."
+    return None
+
+
+def _pipelines_of(dit: wan.DiTConfig, index: Mapping[str, Any]) -> tuple[str, ...]:
+    if dit.causal:
+        return ("WanCausalDMDPipeline",)
+    if dit.in_channels != dit.out_channels:
+        return ("WanImageToVideoPipeline",)
+    return ("WanPipeline", "WanDMDPipeline", *(["WanImageToVideoPipeline"] if index.get(EXPANDED) else []))
 
 
 # ------------------------------------------------------------------------------------------------- what settings mean
@@ -149,9 +187,13 @@ def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, A
     where neither has them, and the boundary between two transformers from model_index.json.
 
     A solver or a grid that is a list says how many steps there are, unless `steps` is given too. A boundary that is
-    given, in either way, is the only one.
+    given, in either way, is the only one; a guidance that is given is that of both transformers.
     """
-    values = {**kind_defaults(models.configs["vae"].z_dim), **defaults, **given}
+    second = models.configs.get("transformer_2")
+    kind = dict(kind_defaults(models.configs["vae"].z_dim, second and second.in_channels))
+    if "guidance" in {**defaults, **given}:
+        kind.pop("guidance_2", None)
+    values = {**kind, **defaults, **given}
     scheduler = models.files.get("scheduler")
     if not {"boundary", "boundary_step"} & values.keys():
         values |= boundary(models.index)
@@ -168,6 +210,11 @@ def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, A
     return values | ({"steps": listed} if listed and "steps" not in given else {})
 
 
+def _complete_few_steps(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    dit = expert(models.configs)
+    return _complete(models, {**few_steps(dit.in_channels, dit.gate_compress), **defaults}, given)
+
+
 def _check_prompt(models: Models, prompt: Any) -> str:
     return tokenizers.check_prompt(prompt)
 
@@ -178,7 +225,7 @@ def make_clip(models: Models, settings: Settings) -> Clip:
     Raises:
         UsageError: a size that the models cannot make (with the nearest), a pattern or an implementation they lack.
     """
-    dit, vae = expert(models), models.configs["vae"]
+    dit, vae = expert(models.configs), models.configs["vae"]
     _check_sizes(settings, dit, vae)
     pattern = read_pattern(settings.pattern, dit.num_attention_heads, dit.num_layers)
     if isinstance(settings.attention, str) and settings.attention not in pattern.implementations:
@@ -212,18 +259,13 @@ def _tiles(settings: Settings, vae: wan.VAEConfig) -> Tiles | None:
     return tiles
 
 
-def expert(models: Models) -> wan.DiTConfig:
-    """The configuration of a transformer: what is asked of it is the same for both, where there are two."""
-    return next(models.configs[name] for name in EXPERTS if name in models.configs)
-
-
 def _segments(models: Models, settings: Settings, sampler: Sampler, pattern: Pattern) -> tuple[Segment, ...]:
     """Steps under one transformer and one pattern each: cut at the boundary, and behind the first `dense_steps`, which
     are under the pattern that leaves nothing out.
 
     Whether there is guidance at all is what `guidance` says, of both transformers.
     """
-    full, dense = pattern.full(expert(models).gate_compress), settings.dense_steps or 0
+    full, dense = pattern.full(expert(models.configs).gate_compress), settings.dense_steps or 0
     if pattern == full:
         dense = 0
     if dense >= sampler.steps:
@@ -272,7 +314,7 @@ def _border(models: Models, settings: Settings, sampler: Sampler) -> int:
 
 
 def _unit(models: Models) -> int:
-    return models.configs["vae"].spatial_factor * expert(models).patch_size[1]
+    return models.configs["vae"].spatial_factor * expert(models.configs).patch_size[1]
 
 
 def _check_sizes(settings: Settings, dit: wan.DiTConfig, vae: wan.VAEConfig) -> None:
@@ -291,7 +333,7 @@ def _mesh_sizes(models: Models, clip: Clip, clips: int, shape: MeshShape) -> Siz
 def _sizes(models: Models, clip: Clip, clips: int, shape: MeshShape, pattern: Pattern) -> Sizes:
     guided = all(segment.guidance != 1 for segment in clip.segments)
     branches = 2 if guided and clip.batched(clips, shape) else 1
-    return wan.mesh_sizes(expert(models), clip.latents[:3], clips * branches, pattern)
+    return wan.mesh_sizes(expert(models.configs), clip.latents[:3], clips * branches, pattern)
 
 
 # ------------------------------------------------------------------------------------------------------- transformer
@@ -309,7 +351,8 @@ def _velocity(cfg: wan.DiTConfig, forward: Forward) -> Callable[..., Array]:
         if (first := condition.first) is not None:
             x = jnp.concatenate([first, x[:, 1:]], axis=1)  # [B,T,H,W,C], its first frame as given at every step
             t = jnp.stack([jnp.zeros_like(t), t], axis=1)  # [B] -> [B,2]
-        return wan.velocity(params, cfg, x, t, condition.text, text_length=TEXT_LENGTH, **how)
+        x, text, image = conditions.network_input(condition, x), condition.text, condition.image
+        return wan.velocity(params, cfg, x, t, text, image=image, text_length=TEXT_LENGTH, **how)
 
     return network
 
@@ -324,13 +367,14 @@ def _window_losses(models: Models, part: str, forward: Forward, tile: Grid, cand
     how: Any = dict(tile=tile, candidates=tuple(candidates), text_length=TEXT_LENGTH, dtype=forward.dtype)
 
     def network(params: Params, x: Array, t: Array, condition: Condition) -> tuple[Array, Array]:
-        return wan.window_losses(params, models.configs[part], x, t, condition.text, **how)
+        x, image = conditions.network_input(condition, x), condition.image
+        return wan.window_losses(params, models.configs[part], x, t, condition.text, image=image, **how)
 
     return network
 
 
 def _attention(models: Models, clip: Clip, forward: Forward, inputs: Inputs) -> Mapping[str, str]:
-    dit, placement = expert(models), forward.placement
+    dit, placement = expert(models.configs), forward.placement
     shape = placement and placement.shape
     choices = wan.attention_choice(
         dit,
@@ -448,10 +492,12 @@ def _first_frames(cfg: wan.VAEConfig, placement: Placement | None, arithmetic: s
 # ------------------------------------------------------------------------------------------------------------- values
 
 
-def _published(*experts: wan.DiTConfig, **index: Any) -> Models:
+def _published(*experts: wan.DiTConfig, vae: wan.VAEConfig = wan.WAN_2_1_VAE, **index: Any) -> Models:
     """What a published repository says of itself."""
-    transformers = dict(zip(EXPERTS, experts, strict=False))
-    return Models({**transformers, "vae": wan.WAN_2_1_VAE, "text_encoder": umt5.UMT5_XXL}, {}, index)
+    configs: dict[str, Any] = {**dict(zip(EXPERTS, experts, strict=False)), "vae": vae, "text_encoder": umt5.UMT5_XXL}
+    if experts[0].image_dim:
+        configs["image_encoder"] = clip.VIT_H_14
+    return Models(configs, {}, index)
 
 
 TEXT_TO_VIDEO = Family(
@@ -476,6 +522,7 @@ TEXT_TO_VIDEO = Family(
     attention=_attention,
     window_losses=_window_losses,
     describe=lambda models, prompt: {"prompt": prompt},
+    embeddings={"text_embeddings": Embedding("text_encoder", embeddings.text)},
     published={
         "Wan2.1-T2V-1.3B-Diffusers": _published(wan.WAN_2_1_T2V_1_3B),
         "Wan2.1-T2V-14B-Diffusers": _published(wan.WAN_2_1_T2V_14B),
@@ -488,10 +535,42 @@ TEXT_AND_IMAGE_TO_VIDEO = dataclasses.replace(
     takes=("image",),
     finish=_finish,
     published={
-        "Wan2.2-TI2V-5B-Diffusers": Models(
-            {"transformer": wan.WAN_2_2_TI2V_5B, "vae": wan.WAN_2_2_VAE, "text_encoder": umt5.UMT5_XXL},
-            {},
-            {EXPANDED: True},
+        "Wan2.2-TI2V-5B-Diffusers": _published(wan.WAN_2_2_TI2V_5B, vae=wan.WAN_2_2_VAE, **{EXPANDED: True}),
+    },
+)
+IMAGE_TO_VIDEO = dataclasses.replace(
+    TEXT_TO_VIDEO,
+    name="Wan image-to-video",
+    pipeline="WanImageToVideoPipeline",
+    parts={**TEXT_TO_VIDEO.parts, "image_encoder": IMAGE_ENCODER},
+    files={**TEXT_TO_VIDEO.files, "image_processor": IMAGE_PROCESSOR},
+    takes=("image", "last_image"),  # the second where the network has no picture tokens, see `conditions.inputs`
+    needs=("image",),
+    published={
+        "Wan2.1-I2V-14B-480P-Diffusers": _published(wan.WAN_2_1_I2V_14B),
+        "Wan2.1-I2V-14B-720P-Diffusers": _published(wan.WAN_2_1_I2V_14B),
+        "Wan2.2-I2V-A14B-Diffusers": _published(*[wan.WAN_2_2_I2V_A14B] * 2, boundary_ratio=0.9),
+    },
+)
+FIRST_LAST_FRAME = dataclasses.replace(
+    IMAGE_TO_VIDEO,
+    name="Wan first-last-frame to video",
+    needs=("image", "last_image"),
+    published={"Wan2.1-FLF2V-14B-720P-Diffusers": _published(wan.WAN_2_1_FLF2V_14B)},
+)
+_GATED = (dataclasses.replace(cfg, gate_compress=True) for cfg in (wan.WAN_2_1_T2V_1_3B, wan.WAN_2_1_T2V_14B))
+FEW_STEPS = dataclasses.replace(
+    TEXT_TO_VIDEO,
+    name="FastWan",
+    pipeline="WanDMDPipeline",
+    complete=_complete_few_steps,
+    published={
+        name: _published(dit, vae=vae)
+        for name, dit, vae in zip(
+            ("FastWan2.1-T2V-1.3B-Diffusers", "FastWan2.1-T2V-14B-Diffusers", "FastWan2.2-TI2V-5B-FullAttn-Diffusers"),
+            (*_GATED, wan.WAN_2_2_TI2V_5B),
+            (wan.WAN_2_1_VAE, wan.WAN_2_1_VAE, wan.WAN_2_2_VAE),
+            strict=True,
         )
     },
 )

@@ -50,31 +50,43 @@ def text_to_video_task(
     shift: float = 3.0,
     text_length: int = 512,
     remat: bool = False,
+    pictures: float = 0.0,
     placement: Placement | None = None,
 ) -> Task:
     """Parameters {"transformer", "text_encoder"}, trained together; unconditional batches come from `batches`, and so
-    does the pattern of each step. `placement`: the mesh that `fit` is given."""
+    does the pattern of each step.
+
+    Args:
+        pictures: the share of clips whose first latent frame is given, as a picture is: clean, at timestep 0, and
+            without a part in the loss (Wan 2.2 TI2V). Above 0 each frame has a timestep.
+        placement: the mesh that `fit` is given.
+    """
 
     def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Mapping[str, Array]]:
         sigma_key, noise_key = jax.random.split(key)
         clean = batch.latents.astype(jnp.float32)
         sigma = noise_levels(sigma_key, clean.shape[:1], shift)
         noise = jax.random.normal(noise_key, clean.shape)
-        level = sigma[:, None, None, None, None]
+        levels = jnp.broadcast_to(sigma[:, None], clean.shape[:2])  # [B,T]
+        if pictures:
+            given = jax.random.bernoulli(jax.random.fold_in(key, 1), pictures, sigma.shape)
+            levels = levels.at[:, 0].multiply(1.0 - given)
+        level = levels[:, :, None, None, None]  # [B,T,1,1,1]
         ids, mask = jnp.asarray(batch.ids), jnp.asarray(batch.mask)
         text = encode_text(params["text_encoder"], text_encoder, ids, mask, placement)
         predicted = wan.velocity(
             params["transformer"],
             transformer,
             (1.0 - level) * clean + level * noise,
-            1000.0 * sigma,
+            1000.0 * (levels if pictures else sigma),
             text,
             pattern=batch.pattern,
             text_length=text_length,
             remat=remat,
             placement=placement,
         )
-        error = jnp.mean((predicted - (noise - clean)) ** 2, axis=(1, 2, 3, 4))
+        error = jnp.mean((predicted - (noise - clean)) ** 2, axis=(2, 3, 4))  # [B,T]
+        error = jnp.mean(error, axis=1, where=levels > 0)  # [B]
         noisy = (sigma > 0.75).astype(jnp.float32)
         return jnp.mean(error), {"loss_noisy": jnp.sum(error * noisy) / jnp.maximum(jnp.sum(noisy), 1.0)}
 

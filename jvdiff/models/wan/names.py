@@ -4,9 +4,9 @@ Source of the names: `diffusers.WanTransformer3DModel`, `diffusers.AutoencoderKL
 Wan2.1-T2V-*-Diffusers repositories. Those of the causal models (wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers) are the same.
 
 Diffusers' `norm2` is the affine norm before cross-attention, which the original Wan files call `norm3`. Files of models
-trained with video sparse attention (FastVideo's FastWan2.1-*-Diffusers) have `GATE` besides. Diffusers numbers the
-encoder's residual blocks and downsamplers in one flat list `down_blocks.0, 1, 2, ...` (Wan 2.2's residual VAE has
-stages); the tree has stages.
+trained with video sparse attention (FastVideo's FastWan2.1-*-Diffusers) have `GATE` besides, those that attend to
+pictures `IMAGE_Q_NORM`, which nothing reads. Diffusers numbers the encoder's residual blocks and downsamplers in one
+flat list `down_blocks.0, 1, 2, ...` (Wan 2.2's residual VAE has stages); the tree has stages.
 """
 
 from collections.abc import Sequence
@@ -34,6 +34,10 @@ def _linear(pattern: str, path: str) -> list[Rule]:
     return [Rule(f"{pattern}.weight", f"{path}/kernel", LINEAR), Rule(f"{pattern}.bias", f"{path}/bias")]
 
 
+def _norm(pattern: str, path: str) -> list[Rule]:
+    return [Rule(f"{pattern}.weight", f"{path}/scale"), Rule(f"{pattern}.bias", f"{path}/bias")]
+
+
 def _attention(pattern: str, path: str) -> list[Rule]:
     return [
         *_linear(f"{pattern}.to_q", f"{path}/q"),
@@ -46,6 +50,8 @@ def _attention(pattern: str, path: str) -> list[Rule]:
 
 
 GATE = "blocks.{layer}.to_gate_compress"
+IMAGE_Q_NORM = "blocks.{layer}.attn2.norm_added_q.weight"
+_IMAGE = "condition_embedder.image_embedder"
 _TRANSFORMER = [
     Rule("patch_embedding.bias", "patch_embed/bias"),
     *_linear("condition_embedder.time_embedder.linear_1", "time_embed/linear_1"),
@@ -53,12 +59,20 @@ _TRANSFORMER = [
     *_linear("condition_embedder.time_proj", "time_proj"),
     *_linear("condition_embedder.text_embedder.linear_1", "text_embed/linear_1"),
     *_linear("condition_embedder.text_embedder.linear_2", "text_embed/linear_2"),
+    Rule(f"{_IMAGE}.pos_embed", "image_embed/places", Transform("1 i d", "i d")),
+    *_norm(f"{_IMAGE}.norm1", "image_embed/norm_1"),
+    *_linear(f"{_IMAGE}.ff.net.0.proj", "image_embed/linear_1"),
+    *_linear(f"{_IMAGE}.ff.net.2", "image_embed/linear_2"),
+    *_norm(f"{_IMAGE}.norm2", "image_embed/norm_2"),
     Rule("blocks.{layer}.scale_shift_table", "blocks/modulation", MODULATION),
     *_attention("blocks.{layer}.attn1", "blocks/self_attn"),
     *_attention("blocks.{layer}.attn2", "blocks/cross_attn"),
     *_linear(GATE, "blocks/self_attn/gate"),
-    Rule("blocks.{layer}.norm2.weight", "blocks/cross_norm/scale"),
-    Rule("blocks.{layer}.norm2.bias", "blocks/cross_norm/bias"),
+    *_linear("blocks.{layer}.attn2.add_k_proj", "blocks/cross_attn/image_k"),
+    *_linear("blocks.{layer}.attn2.add_v_proj", "blocks/cross_attn/image_v"),
+    Rule("blocks.{layer}.attn2.norm_added_k.weight", "blocks/cross_attn/image_k_norm/scale"),
+    Rule(IMAGE_Q_NORM, "blocks/cross_attn/image_q_norm/scale"),
+    *_norm("blocks.{layer}.norm2", "blocks/cross_norm"),
     *_linear("blocks.{layer}.ffn.net.0.proj", "blocks/ffn/up"),
     *_linear("blocks.{layer}.ffn.net.2", "blocks/ffn/down"),
     Rule("scale_shift_table", "head/modulation", MODULATION),

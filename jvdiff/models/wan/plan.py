@@ -1,7 +1,7 @@
 """What is known of a forward pass of the transformer when it is compiled, what its layers share, and the checks.
 
 B batch · T latent frames · H W latent grid · C latent channels · L video tokens · S text tokens · N heads ·
-K head dim · D model width · P texts of a clip · V tokens of a frame.
+K head dim · D model width · P texts of a clip · V tokens of a frame · I tokens of pictures.
 """
 
 import math
@@ -109,6 +109,7 @@ class Shared(NamedTuple):
     rope: cosines and sines, float32 [L,K/2].
     past: what all layers need to know of it; None: no stream.
     frames: int32 [L], of each token, where its modulation does not follow from its place in raster order.
+    image: float32 [B,I,D], tokens of pictures; None: the model attends to none.
     """
 
     modulation: Array
@@ -116,6 +117,7 @@ class Shared(NamedTuple):
     rope: tuple[Array, Array]
     past: Past | None
     frames: Array | None = None
+    image: Array | None = None
 
 
 def mesh_sizes(
@@ -137,6 +139,20 @@ def _check_attend(pattern: Pattern, implementation: str | Attend | None) -> None
             f"attention is a function of your own, and the pattern {pattern!r:.80}; expected the pattern Dense(): such "
             "a function is given the tokens in raster order, and decides itself which see each other."
         )
+
+
+def check_image(cfg: DiTConfig, image: Array | None, batch: int) -> None:
+    """Raises UsageError unless picture tokens [B,I,width of their encoder] are there if and only if the model has use
+    for them."""
+    if cfg.image_dim is None and image is None:
+        return
+    if cfg.image_dim is None or image is None:
+        found = "none are given" if image is None else f"{list(image.shape)} are given"
+        raise UsageError(f"velocity: picture tokens: {found}; this model's image_dim is {cfg.image_dim}")
+    places = cfg.pos_embed_seq_len or (image.shape[1] if image.ndim == 3 else 0)
+    if places == 0 or image.shape != (batch, places, cfg.image_dim):
+        expected = f"[{batch},{cfg.pos_embed_seq_len or 'I'},{cfg.image_dim}]"
+        raise UsageError(f"velocity: picture tokens are {list(image.shape)}; expected {expected}")
 
 
 def check_texts(text: Array, split: Split | None) -> None:

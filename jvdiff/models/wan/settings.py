@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,15 @@ from typing import Any
 from jvdiff.config import option
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import options
-from jvdiff.weights.safetensors import read_json
+from jvdiff.weights.safetensors import STEM, read_json, tensor_names
 
-PIPELINES = {"WanPipeline": "TEXT_TO_VIDEO", "WanCausalDMDPipeline": "CAUSAL"}  # _class_name: name in family.py
+PIPELINES = {  # _class_name: names in family.py
+    "WanPipeline": ("TEXT_TO_VIDEO", "TEXT_AND_IMAGE_TO_VIDEO"),
+    "WanImageToVideoPipeline": ("IMAGE_TO_VIDEO", "FIRST_LAST_FRAME", "TEXT_AND_IMAGE_TO_VIDEO"),
+    "WanDMDPipeline": ("FEW_STEPS",),
+    "WanCausalDMDPipeline": ("CAUSAL",),
+}
 EXPANDED = "expand_timesteps"  # in model_index.json: a picture is the first frame, and that has a timestep of its own
-
 _GRIDS = ("diffusers", "wan", "karras", "exponential", "beta", "sigmas", "timesteps")
 
 
@@ -120,8 +124,7 @@ def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
         CheckpointError: it is of this family, and jvdiff does not run it.
     """
     name = str(index.get("_class_name"))
-    second = index.get("transformer_2")
-    if name == "WanCausalDMDPipeline" and isinstance(second, list) and second[:1] not in ([], [None]):
+    if name == "WanCausalDMDPipeline" and two_experts(index):
         raise CheckpointError(
             "holds two causal transformers (Self-Forcing of Wan 2.2), which jvdiff does not run.\n"
             "Use a causal repository with one, wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers for instance."
@@ -129,7 +132,10 @@ def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
     expanded = index.get(EXPANDED)
     if expanded not in (None, False, True):
         raise CheckpointError(f"model_index.json: {EXPANDED} is {expanded!r:.40}; expected true or false.")
-    return "TEXT_AND_IMAGE_TO_VIDEO" if name == "WanPipeline" and expanded else PIPELINES.get(name)
+    names = PIPELINES.get(name, (None,))
+    if "FIRST_LAST_FRAME" in names and configs.get("transformer", {}).get("pos_embed_seq_len"):
+        return "FIRST_LAST_FRAME"  # each token of two pictures has a place of its own
+    return names[-1] if expanded else names[0]
 
 
 def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
@@ -139,15 +145,38 @@ def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     Raises:
         CheckpointError: jvdiff has no equivalent of the scheduler, or the boundary is not a share.
     """
+    if index.get("_class_name") == "WanDMDPipeline":
+        config = with_fields(
+            read_json(folder / "transformer" / "config.json"), tensor_names(folder / "transformer", STEM)
+        )
+        return few_steps(config.get("in_channels", 16), config.get("gate_compress", False))
     file = folder / "scheduler" / "scheduler_config.json"
-    vae = folder / "vae" / "config.json"
-    kind = kind_defaults(read_json(vae).get("z_dim")) if vae.is_file() else {}
+    vae, second = folder / "vae" / "config.json", folder / "transformer_2" / "config.json"
+    channels = read_json(second).get("in_channels") if two_experts(index) and second.is_file() else None
+    kind = kind_defaults(read_json(vae).get("z_dim"), channels) if vae.is_file() else {}
     return {**kind, **(scheduled(read_json(file)) if file.is_file() else {}), **boundary(index)}
 
 
-def kind_defaults(channels: Any) -> Mapping[str, Any]:
-    """What a kind of model makes that its files do not say, by the channels of its latents: 48 are Wan 2.2's 5B."""
-    return {"num_frames": 121, "height": 704, "width": 1280, "fps": 24} if channels == 48 else {}
+def two_experts(index: Mapping[str, Any]) -> bool:
+    """Whether a model_index.json names a second transformer."""
+    second = index.get("transformer_2")
+    return isinstance(second, list) and second[:1] not in ([], [None])
+
+
+def kind_defaults(channels: Any, second: Any = None) -> Mapping[str, Any]:
+    """What a kind of model is run with that its files do not say; {} for Wan 2.1.
+
+    Args:
+        channels: of the latents; 48 are Wan 2.2's 5B.
+        second: channels that a second transformer takes, which Wan 2.2's A14B has; more than those of the latents are
+            those of the model for pictures. None: there is none.
+    """
+    if channels == 48:
+        return {"num_frames": 121, "height": 704, "width": 1280, "fps": 24}
+    if second is None:
+        return {}
+    guidance = (4.0, 3.0) if second == channels else (3.5, 3.5)
+    return {"height": 720, "width": 1280, "steps": 40, **dict(zip(("guidance", "guidance_2"), guidance, strict=True))}
 
 
 def boundary(index: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -168,3 +197,22 @@ def scheduled(config: Mapping[str, Any]) -> Mapping[str, Any]:
     from jvdiff.diffusion import schedules  # has numpy, which no other page of help needs
 
     return schedules.from_scheduler_config(config)._asdict()
+
+
+def few_steps(channels: int, gated: bool) -> Mapping[str, Any]:
+    """The settings of FastWan, which none of its files has: FastVideo's sampler of three steps, whose shift is 8 for
+    every model and which does without guidance, at the size of the training. The scheduler's file is not used.
+
+    Args:
+        channels: of the latents, 48 for Wan 2.2's 5B. gated: whether it was trained with video sparse attention.
+    """
+    size = {"num_frames": 61, "height": 448, "width": 832, "fps": 16, **kind_defaults(channels)}
+    sampler = {"solver": "dmd:1000,757,522", "steps": 3, "shift": 8.0, "grid": "diffusers", "guidance": 1.0}
+    return {**size, **sampler, "pattern": "video_sparse:4x4x4:0.8" if gated else "dense"}
+
+
+def with_fields(config: Mapping[str, Any], tensors: Collection[str]) -> Mapping[str, Any]:
+    """A transformer's config.json with what only its tensors say: whether the blocks have the gate of video sparse
+    attention, and whether they have the norm that nobody uses."""
+    shown = {"gate_compress": "to_gate_compress.weight", "image_q_norm": "attn2.norm_added_q.weight"}
+    return {**{field: True for field, name in shown.items() if f"blocks.0.{name}" in tensors}, **config}

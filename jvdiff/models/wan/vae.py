@@ -174,6 +174,45 @@ def encode(
     return (mean, jnp.clip(spread, -30.0, 20.0)) if logvar else mean
 
 
+def encode_shown(
+    params: Params,
+    cfg: VAEConfig,
+    shown: Array,
+    frames: int,
+    *,
+    placement: Placement | None = None,
+    tiles: Tiles | str | None = None,
+) -> Array:
+    """As `encode`, the posterior mean [B,T,H,W,C] of clips that are grey (0) but for one picture or two.
+
+    Args:
+      shown: [B,n,Y,X,3] in [-1,1]: the first frame, and for n = 2 the last.
+      frames: T, of the latents; at least n.
+      placement, tiles: see `encode`.
+    """
+    step = partial(_encode_patches, params, cfg, placement=placement, dtype=None)
+
+    def run(shown: Array) -> Array:
+        first, cache = step(shown[:, :1], None)
+        grey = jnp.zeros_like(shown[:, :1])
+
+        def following(cache: Cache, last: Array) -> tuple[Cache, Array]:
+            end = jnp.where(last, shown[:, -1:], grey) if shown.shape[1] == 2 else grey
+            chunk = jnp.concatenate([grey] * (cfg.temporal_factor - 1) + [end], axis=1)
+            moments, cache = step(chunk, cache)
+            return cache, moments[:, 0]
+
+        if frames == 1:
+            return first
+        _, later = lax.scan(following, cache, jnp.arange(1, frames) == frames - 1)  # [T-1,B,H,W,2C]
+        return jnp.concatenate([first, jnp.moveaxis(later, 0, 1)], axis=1)
+
+    patches = _patches(shown, cfg.patch_size)
+    where = _cut_to_encode(cfg, vae_tiles.read(tiles), *shown.shape[2:4])
+    moments = vae_tiles.join(vae_tiles.each(run, patches, where), where) if where else run(patches)
+    return moments[..., : cfg.z_dim]
+
+
 def decode(
     params: Params,
     cfg: VAEConfig,

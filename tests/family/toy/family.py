@@ -130,14 +130,15 @@ def _ids(words: tuple[str, ...], prompts: list[str]) -> tuple[np.ndarray, np.nda
 
 
 def _inputs(models: Models, clip: Clip, request: Request) -> dict[str, Any]:
-    """Tokens of each encoder, the empty prompt last; the guidance to embed [B]; the picture uint8 [B,Y,X,3] if any."""
+    """Tokens of each encoder, the empty prompt last; the guidance to embed [B]; pictures uint8 [B,Y,X,3], if any."""
     texts = [*request.prompts, *([""] if clip.guided else [])]
     clips = len(request.prompts)
-    picture = {}
-    if request.images is not None:
-        picture["image"] = np.stack([squash(image, *clip.frames[1:]) for image in request.images])
+    shown = {"image": request.images, "last_image": request.last_images}
+    pictures = {
+        name: np.stack([squash(one, *clip.frames[1:]) for one in every]) for name, every in shown.items() if every
+    }
     tokens = {encoder: _ids(models.files[tokenizer], texts) for encoder, tokenizer in ENCODERS.items()}
-    return {**tokens, **picture, "guidance": np.full(clips, clip.settings.embedded_guidance, np.float32)}
+    return {**tokens, **pictures, "guidance": np.full(clips, clip.settings.embedded_guidance, np.float32)}
 
 
 def _longest(models: Models, clip: Clip, clips: int) -> dict[str, Any]:
@@ -152,6 +153,8 @@ def _encode(models: Models, clip: Clip, forward: Forward, run: Run, inputs: dict
     common, placement = {"guidance": inputs["guidance"]}, forward.placement
     if "image" in inputs:
         common["first"] = run(Stage("picture", "vae", _first(placement)), inputs["image"])
+        if "last_image" in inputs:
+            common["last"] = run(Stage("picture", "vae", _first(placement)), inputs["last_image"])
         if "image_encoder" in models.configs:
             common["look"] = run(Stage("look", "image_encoder", _look(placement)), inputs["image"])
     text = [run(Stage(name, name, _text(clip.guided, name[-1] == "2", placement)), *inputs[name]) for name in ENCODERS]
@@ -176,7 +179,7 @@ def _text(guided: bool, pooled: bool, placement: Placement | None) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _first(placement: Placement | None) -> Any:
-    """jitted (params of the VAE, uint8 [B,Y,X,3]) -> the first latent frame float32 [B,1,H,W,C]."""
+    """jitted (params of the VAE, uint8 [B,Y,X,3]) -> the latent frame of a picture, float32 [B,1,H,W,C]."""
     return jax.jit(lambda params, image: _everywhere(networks.encode(params, image), placement))
 
 
@@ -208,9 +211,10 @@ def _velocity(cfg: networks.Config, placement: Placement | None) -> Callable[...
 
 
 def _finish(clip: Clip, inputs: Any, conditions: tuple[Any, Any], latents: Array) -> Array:
-    """The picture's own latents in the place of the first frame, whatever the steps made of it."""
-    first = conditions[0].get("first")
-    return latents if first is None else jnp.concatenate([first, latents[:, 1:]], axis=1)
+    """The pictures' own latents in the place of the first and the last frame, whatever the steps made of them."""
+    if "last" in conditions[0]:
+        latents = jnp.concatenate([latents[:, :-1], conditions[0]["last"]], axis=1)
+    return jnp.concatenate([conditions[0]["first"], latents[:, 1:]], axis=1) if "first" in conditions[0] else latents
 
 
 def _decode(
@@ -257,7 +261,7 @@ TOY = Family(
     files=dict.fromkeys(ENCODERS.values(), TOKENIZER),
     settings=Settings,
     subject="prompts",
-    takes=("image",),
+    takes=("image", "last_image"),
     unit=lambda models: 2,
     misfits=_misfits,
     complete=_complete,

@@ -10,7 +10,7 @@ from typing import Any
 from jvdiff.config import option
 from jvdiff.errors import CheckpointError
 
-PIPELINES = {"ToyPipeline": "TOY"}  # _class_name: name in family.py
+PIPELINES = {"ToyPipeline": ("TOY",)}  # _class_name: names in family.py
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Settings:
 
 def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The value in family.py that a repository is made for; None where it is of another family."""
-    return PIPELINES.get(str(index.get("_class_name")))
+    return PIPELINES.get(str(index.get("_class_name")), (None,))[0]
 
 
 def defaults(index: Mapping[str, Any], folder: Path | None = None) -> Mapping[str, Any]:

@@ -175,9 +175,15 @@ def test_transformers_that_do_not_fit(pipe):
 def test_the_plan_of_the_published_models():
     """Two transformers of 14.3 B parameters; 13 of 40 steps at shift 3 are the first's."""
     config = sample.default_config()
-    config.update({"checkpoint": "Wan2.2-T2V-A14B-Diffusers", "precision": "float32", "steps": 40})
+    config.update({"checkpoint": "Wan2.2-T2V-A14B-Diffusers", "precision": "float32"})
     context, clip = plan.resolved(config)
-    assert [(s.part, s.stop) for s in clip.segments] == [("transformer", 13), ("transformer_2", 40)]
+    assert [(s.part, s.stop, s.guidance) for s in clip.segments] == [
+        ("transformer", 13, 4.0),
+        ("transformer_2", 40, 3.0),
+    ]
+    assert (clip.frames, clip.settings.fps, clip.tokens) == ((81, 720, 1280), 16, 75_600)
+    config.guidance = 2.0  # that of both, unless there is guidance_2 too
+    assert [segment.guidance for segment in plan.resolved(config)[1].segments] == [2.0, 2.0]
     sizes = {name: count for name, (count, _) in plan.resident(context, None).items()}
     assert sizes["transformer"] == sizes["transformer_2"] == 14_288_491_584
     one, two = (context.family.network(context.models, s, context.forward(clip, s)) for s in clip.segments)
@@ -220,3 +226,16 @@ def test_what_a_device_holds_between_stages(pipe, folder, mesh):
     assert live("pinned_host") == (sum(sizes.values()) if mesh else 0)  # copies stay
     np.testing.assert_allclose(state.x, expected.latents, rtol=0, atol=1e-5 if mesh else 0)
     np.testing.assert_allclose(video, expected.video, rtol=0, atol=1 if mesh else 0)
+
+
+def test_what_is_encoded_ahead_has_a_limit(pipe, monkeypatch):
+    """Of the first encoder, which comes to the device again for what is left; equal requests are computed once."""
+    clip = pipe.clip()
+    texts = ("a", "a red seven", "a")
+    requests = [(clip, pipe.family.inputs(pipe.models, clip, Request(prompts=(text,)))) for text in texts]
+    kept = pipeline.Kept(pipe.run, ("text_encoder",))
+    assert pipeline.encode_ahead(pipe.context, requests, kept) == 3
+    monkeypatch.setattr(pipeline.Kept, "LIMIT", 1)
+    assert kept.full and pipeline.encode_ahead(pipe.context, requests, kept) == 1
+    direct, again = (pipeline.encode(pipe.context, *requests[1], run) for run in (pipe.run, kept))
+    jax.tree.map(np.testing.assert_array_equal, again, direct)

@@ -110,6 +110,9 @@ def test_the_gate_belongs_to_video_sparse_attention(params):
         np.testing.assert_array_equal(got, want)
     fine = velocity(bare, CFG, *args, pattern=pattern)
     assert error(velocity(params, GATED, *args, pattern=pattern), fine) > 1e-3
+    dense = velocity(bare, CFG, *args, pattern=Dense())
+    # FastVideo's default sparsity: no tile is left out, and the gate's branch is still added.
+    assert error(velocity(params, GATED, *args, pattern=VideoSparse((2, 3, 4), 0.0)), dense) > 0.05
     start = wan.init_params(jax.random.key(0), GATED)["blocks"]["self_attn"]["gate"]
     assert not any(np.asarray(x).any() for x in jax.tree.leaves(start))
     attention = params["blocks"]["self_attn"] | {"gate": start}
