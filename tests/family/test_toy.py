@@ -308,17 +308,14 @@ def test_a_line_of_a_file_has_its_own_pictures(command, repository, illustrated,
     np.testing.assert_array_equal(made[1].inputs["image"], squash(wide, 10, 24)[None])
     np.testing.assert_array_equal(made[1].inputs["last_image"], squash(PICTURE, 10, 24)[None])
     own, common = (pictures.digest(each) for each in (wide, PICTURE))
-    assert [job.pictures for job in made[:3]] == [
-        {"image": own},
-        {"image": own, "last_image": common},
-        {"image": common},
-    ]
+    assert [each for job in made[:3] for each in job.pictures.values()] == [own, own, common, common]
     assert [problem.split(" ", 1)[1] for problem in problems] == [
         f"line 3: {path.parent / 'cut.png'}: expected a picture (PNG, JPEG, WEBP, GIF or BMP), and it is damaged "
         "(image file is truncated); save it anew as PNG.",
         "line 4: image is 5; expected the path of a picture.",
     ]
-    jobs._kept.cache_clear()
+    for cache in (jobs._kept, made[0].made.func.__self__._read):
+        cache.cache_clear()
     videos.write_png(path.parent / "wide.png", 255 - wide)
     with pytest.raises(CheckpointError, match=r"wide\.png: changed since it was read before; start again"):
         [job.inputs for job in made[::-1]]

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from jvdiff.errors import CheckpointError
+from jvdiff.kernels import SlidingTile
 from jvdiff.models.wan.family import TEXT_TO_VIDEO
 from jvdiff.pipeline import repository, settings
 
@@ -33,3 +34,10 @@ def test_a_scheduler_that_is_not_ours_can_be_overridden(tiny_repository):
     given = {"solver": "euler", "shift": 2.0, "grid": "wan"}
     known = settings.resolve(whole.family, foreign, whole.defaults, given)
     assert (known.solver, known.shift, known.grid, known.steps) == ("euler", 2.0, "wan", 4)
+
+
+def test_a_pattern_may_be_a_value(tiny_repository):
+    """Settings have its text, as a record does."""
+    whole, pattern = repository.inspect(tiny_repository), SlidingTile((1, 2, 2), (1, 3, 3))
+    assert whole.settings(pattern=pattern) == whole.settings(pattern="sliding_tile:1x2x2:1x3x3")
+    assert whole.family.clip(whole.models, whole.settings(pattern=pattern, num_frames=1)).segments[0].pattern == pattern
