@@ -211,7 +211,7 @@ def _complete(models: Models, defaults: Mapping[str, Any], given: Mapping[str, A
 
 
 def _complete_few_steps(models: Models, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
-    dit = expert(models)
+    dit = expert(models.configs)
     return _complete(models, {**few_steps(dit.in_channels, dit.gate_compress), **defaults}, given)
 
 
