@@ -1,4 +1,4 @@
-"""Wan 2.1 text-to-video, 1.3B parameters, 480x832 pixels, 81 frames: diffusers' defaults and the authors' negative prompt.
+"""Wan 2.1 text-to-video, 1.3B parameters, 480x832 pixels, 81 frames: diffusers' defaults, the authors' negative prompt.
 
     hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir checkpoints/Wan2.1-T2V-1.3B-Diffusers
     jvdiff sample --config wan2_1_t2v_1_3b --prompt="..." --seed=3

@@ -86,8 +86,8 @@ def make_jobs(config: Any, repository: Repository, given: Collection[str] = ()) 
     field = SUBJECTS[family.subject]
     _check_fields(config, field)
     common = {name: config.get(name) for name in options.names(family.settings)}
-    family.clip(repository.models, repository.settings(**common))
     shared = _Shared(repository, common, _paths(config), frozenset(given))
+    shared.clip(repository.settings(**common))  # settings that cannot be are told once, not line by line
     shared.shown(shared.paths)  # a file that cannot be read is told once, not line by line
     seeds, (part, parts) = _seeds(config), _part(config.part)
     first = peers.gather(check_seed(config.seed))[0]  # of several processes each would draw its own

@@ -250,18 +250,44 @@ def _compile(making: _Making) -> plan.Residency | None:
     """
     maker, pipe, pool = making.maker, making.maker.pipe, plan.pool()
     with progress.phase("compiling", making.seconds, "compile"), stage("compile"):
-        job, chosen, sentence = making.job, None, ""
-        if pool is not None or maker.config.in_turn is not None:
-            job, chosen, sentence = fitted(pipe.context, job, maker.config, maker.compiled, maker.ahead, pool)
-        works = measured(pipe.context, job, maker.config.stop_at, maker.compiled, maker.ahead)
-    maker.kept.parts = plan.encoders(job.clip, works)
+        works = measured(pipe.context, making.job, maker.config.stop_at, maker.compiled, maker.ahead)
+        maker.kept.parts = plan.encoders(making.clip, works)
+        if pool is None and maker.config.in_turn is None:
+            return None
+        job, chosen, sentence = fitted(pipe.context, making.job, maker.config, maker.compiled, maker.ahead, pool, works)
     if job is not making.job:
         say(f"notice: nothing else fits; the VAE works in tiles ({job.clip.vae_tiles}), and gives other frames")
         making.job = job
-    if chosen is not None and chosen.in_turn != pipe.weights.in_turn:
+    if chosen.in_turn != pipe.weights.in_turn:
         say(sentence)
         pipe.weights.take_turns(chosen.in_turn)
     return chosen
+
+
+def fitted(
+    context: pipeline.Context,
+    job: Job,
+    config: Any,
+    compiled: dict[Any, int],
+    ahead: Callable[[], dict[Any, Any]],
+    pool: int | None,
+    known: list[plan.Work] | None = None,
+) -> tuple[Job, plan.Residency, str]:
+    """The job as it is to run, whose weights are in turn, and a line about both; see `measured`, `residency`.
+
+    known: the programs of the job as it is, where they were measured before.
+    """
+
+    def works(clip: Clip) -> list[plan.Work]:
+        if known is not None and clip is job.clip:
+            return known
+        return measured(context, dataclasses.replace(job, clip=clip), config.stop_at, compiled, ahead)
+
+    def chosen(works: list[plan.Work]) -> tuple[plan.Residency, str]:
+        return residency(context, job.clip, works, config.in_turn, pool)
+
+    clip, way, line = plan.fitted(job.clip, works, chosen, pool)
+    return job if clip is job.clip else dataclasses.replace(job, clip=clip), way, line
 
 
 def encode_ahead(maker: Maker, jobs: Sequence[Job]) -> int:
@@ -277,26 +303,6 @@ def encode_ahead(maker: Maker, jobs: Sequence[Job]) -> int:
     kept.clear()
     with progress.phase("encoding what is to be made", {}, "encode"), stage("encode"):
         return pipeline.encode_ahead(pipe.context, [(job.clip, job.inputs) for job in jobs], kept)
-
-
-def fitted(
-    context: pipeline.Context,
-    job: Job,
-    config: Any,
-    compiled: dict[Any, int],
-    ahead: Callable[[], dict[Any, Any]],
-    pool: int | None,
-) -> tuple[Job, plan.Residency, str]:
-    """The job as it is to run, whose weights are in turn, and a line about both; see `measured`, `residency`."""
-
-    def works(clip: Clip) -> list[plan.Work]:
-        return measured(context, dataclasses.replace(job, clip=clip), config.stop_at, compiled, ahead)
-
-    def chosen(works: list[plan.Work]) -> tuple[plan.Residency, str]:
-        return residency(context, job.clip, works, config.in_turn, pool)
-
-    clip, way, line = plan.fitted(job.clip, works, chosen, pool)
-    return job if clip is job.clip else dataclasses.replace(job, clip=clip), way, line
 
 
 def measured(
