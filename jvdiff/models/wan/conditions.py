@@ -230,7 +230,16 @@ def _text_program(cfg: umt5.Config, placement: Placement | None) -> Any:
     return jax.jit(text)
 
 
+encode_pictures = towers.encode  # by the name under which `jvdiff.models.wan` has it
+
+
 def encode_text(params: Params, cfg: umt5.Config, ids: Array, mask: Array, placement: Placement | None = None) -> Array:
-    """ids int32 [B,S], mask bool [B,S] -> text rows [B,S,D], zero where the mask is false."""
+    """Tokens of `tokenize` -> text rows [B,S,D] as the transformer takes them, zero where the mask is false.
+
+    Args:
+        params: tree of `umt5.abstract_params`; their dtype is that of the products.
+        ids: int32 [B,S]. mask: bool [B,S].
+        placement: the devices to work on; None: one.
+    """
     rows = umt5.encode(params, cfg, ids, mask, placement=placement)
     return jnp.where(mask[:, :, None], rows, jnp.zeros((), rows.dtype))
