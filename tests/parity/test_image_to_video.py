@@ -109,7 +109,9 @@ CASES = {
 }
 
 
-def diffusers_clip(pipe, noise, prompts, guidance, negative_prompt, steps, size, image, last_image=None):
+def diffusers_clip(
+    pipe, noise, prompts, guidance, negative_prompt, steps, size, image, last_image=None, guidance_2=None
+):
     """(latents [B,T,H,W,C], frames uint8 [B,F,Y,X,3]) of WanImageToVideoPipeline, one clip after another: with several
     prompts it repeats image tokens wrongly."""
     latents, frames = [], []
@@ -121,6 +123,7 @@ def diffusers_clip(pipe, noise, prompts, guidance, negative_prompt, steps, size,
                 prompt=prompt,
                 negative_prompt=negative_prompt,
                 guidance_scale=guidance,
+                guidance_scale_2=guidance_2,
                 num_inference_steps=steps,
                 latents=torch.from_numpy(noise[i : i + 1].transpose(0, 4, 1, 2, 3).copy()),
                 output_type="latent",
@@ -152,17 +155,24 @@ def test_same_noise_same_clip(both, case, caplog):
     if case == "guided":  # from the converted form, which the others need not show again
         ours = jvdiff.load(root / "orbax", precision="float32")
     out = jvdiff.generate(ours, prompts, noise=noise, steps=4, **given, **size, **pictures)
+    check_same(out, latents, frames)
+
+
+def check_same(out, latents, frames):
     error = np.linalg.norm(out.latents - latents) / np.linalg.norm(latents)
     difference = out.video.astype(np.float64) - frames
     psnr = 10 * np.log10(255**2 / max(np.mean(difference**2), 1e-12))
-    print(f"{case}: latents {error:.1e}, frames {psnr:.1f} dB")
+    print(f"latents {error:.1e}, frames {psnr:.1f} dB")
     assert error <= 1e-4 and psnr >= 52
     assert latents.std() > 0.1 and frames.std() > 5  # there is something to compare
 
 
 def test_conversion_back_gives_every_tensor_bit_for_bit(both):
     """Those that nobody uses too: norm_added_q, the tower's last layer, its last norm and its projection."""
-    root, ours, *_ = both
+    check_back(*both[:2])
+
+
+def check_back(root, ours):
     for part in ours.models.configs:
         theirs, back = (
             safetensors.open_folder(root / name / part, ours.family.parts[part].stem) for name in ("hf", "back")
@@ -171,3 +181,49 @@ def test_conversion_back_gives_every_tensor_bit_for_bit(both):
         for name in theirs.tensors:
             np.testing.assert_array_equal(theirs.read(name), back.read(name), err_msg=name)
     assert repository.inspect(root / "back").family is ours.family
+
+
+# ------------------------------------------------------------------------------ Wan 2.2: two experts, no picture tokens
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """As `both`, with two transformers that see pictures in their channels alone."""
+    root = tmp_path_factory.mktemp("experts")
+    parts = components(root, False) | {"image_encoder": None, "image_processor": None}
+    config = {**parts["transformer"].config, "image_dim": None, "added_kv_proj_dim": None}
+    for seed, name in ((3, "transformer"), (5, "transformer_2")):
+        parts[name] = randomised(diffusers.WanTransformer3DModel.from_config(config), seed)
+    theirs = diffusers.WanImageToVideoPipeline(**parts, boundary_ratio=0.9)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(root / "hf")
+    convert(root / "hf", root / "orbax", dtype="float32")
+    to_hf(root / "orbax", root / "back")
+    return root, jvdiff.load(root / "hf", precision="float32"), theirs
+
+
+GIVEN = {"guidance": 4.0, "guidance_2": 2.5, "negative_prompt": "blue right", "steps": 4}  # 999, 900, 750, 500
+
+
+def test_two_experts_with_two_pictures_in_one_batch(experts):
+    """Each clip is that of diffusers alone; and converted it is the same clip."""
+    root, ours, theirs = experts
+    prompts, images = ["a red seven", "up"], [picture(0), picture(1)]
+    noise = np.random.default_rng(0).standard_normal((2, *ours.clip(**SIZE).latents), np.float32)
+    given = {"size": SIZE, **GIVEN}
+    clips = [diffusers_clip(theirs, noise[i : i + 1], prompts[i : i + 1], image=images[i], **given) for i in (0, 1)]
+    assert [segment.part for segment in ours.clip(**SIZE, steps=4).segments] == ["transformer", "transformer_2"]
+    out = jvdiff.generate(ours, prompts, noise=noise, image=images, **GIVEN, **SIZE)
+    check_same(out, *map(np.concatenate, zip(*clips, strict=True)))
+    converted = jvdiff.load(root / "orbax", precision="float32")
+    again = jvdiff.generate(converted, prompts, noise=noise, image=images, **GIVEN, **SIZE).latents
+    np.testing.assert_array_equal(again, out.latents)
+    check_back(root, ours)
+
+
+def test_two_experts_between_a_first_and_a_last_frame(experts):
+    _, ours, theirs = experts
+    prompts, shown = ["a blue two", "up"], {"image": picture(0), "last_image": picture(1)}
+    noise = np.random.default_rng(1).standard_normal((2, *ours.clip(**SIZE).latents), np.float32)
+    clips = diffusers_clip(theirs, noise, prompts, size=SIZE, **GIVEN, **shown)
+    check_same(jvdiff.generate(ours, prompts, noise=noise, **GIVEN, **SIZE, **shown), *clips)
