@@ -5,6 +5,7 @@ import gc
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -232,12 +233,13 @@ def test_what_is_encoded_ahead_has_a_limit(pipe, monkeypatch):
     """Of the first encoder, which comes to the device again for what is left; equal requests are computed once."""
     clip = pipe.clip()
     texts = ("a", "a red seven", "a")
-    requests = [(clip, pipe.family.inputs(pipe.models, clip, Request(prompts=(text,)))) for text in texts]
+    every = [pipe.family.inputs(pipe.models, clip, Request(prompts=(text,))) for text in texts]
+    requests = [SimpleNamespace(clip=clip, inputs=inputs) for inputs in every]
     kept = pipeline.Kept(pipe.run, ("text_encoder",))
     assert pipeline.encode_ahead(pipe.context, requests, kept) == 3
     monkeypatch.setattr(pipeline.Kept, "LIMIT", 1)
     assert kept.full and pipeline.encode_ahead(pipe.context, requests, kept) == 1
-    direct, again = (pipeline.encode(pipe.context, *requests[1], run) for run in (pipe.run, kept))
+    direct, again = (pipeline.encode(pipe.context, clip, every[1], run) for run in (pipe.run, kept))
     jax.tree.map(np.testing.assert_array_equal, again, direct)
 
 
