@@ -5,6 +5,7 @@
     python benchmarks/prompt_adherence.py --vae checkpoints/digits         # and the VAE's round trip of held-out clips
     python benchmarks/prompt_adherence.py --clips-from out                 # and the .mp4 files of a folder, or one .npz
     python benchmarks/prompt_adherence.py --stream checkpoints/digits-stream  # and streams that turn
+    python benchmarks/prompt_adherence.py --pictures checkpoints/digits-image  # and clips that continue pictures
     python benchmarks/prompt_adherence.py --classes runs/latent_video_digits/repository  # and clips by class
 
 The prompts are the 32 combinations that training never shows, in turn, each clip with a seed of its own. The judge is
@@ -26,6 +27,7 @@ import class_adherence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import picture_adherence
 import stream_adherence
 from machine import describe
 
@@ -52,6 +54,7 @@ def main() -> int:
     parser.add_argument("--straight", action="store_true", help="streams whose prompts never change")
     parser.add_argument("--context-noise", type=float, help="of streams; default: the checkpoint's")
     parser.add_argument("--sink-noise", type=float, help="of streams; default: the checkpoint's")
+    parser.add_argument("--pictures", help="generate clips that continue pictures from this folder of a model that can")
     parser.add_argument("--classes", help="generate clips of each class from this folder of a class-conditional model")
     parser.add_argument(
         "--guidances", type=float, nargs="+", default=[1, 3.5, 7.5, 15], help="which --classes compares"
@@ -121,6 +124,15 @@ def main() -> int:
         stream_adherence.show("generated streams", found["generated"])
         stream_adherence.show_held(found["rollouts_at"])
         print("goals: " + ", ".join(f"{name} {'met' if met else 'missed'}" for name, met in found["met"].items()))
+        if args.save:
+            np.savez_compressed(args.save, video=videos)
+    if args.pictures:
+        import jvdiff
+
+        pipe = jvdiff.load(args.pictures)
+        found, videos = picture_adherence.measure(judge, pipe, args.clips, args.batch or 10, args.seed)
+        report["pictures"] = {"checkpoint": Path(args.pictures).name} | found | common
+        picture_adherence.show(found)
         if args.save:
             np.savez_compressed(args.save, video=videos)
     if args.classes:

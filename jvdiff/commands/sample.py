@@ -152,6 +152,8 @@ def _run(request: Request) -> list[Path]:
     output = command_line.writable(config.output, "output")
     how: dict[str, Any] = {"family": models.named(config.family), "follow_symlinks": config.follow_symlinks}
     repository = pipeline.inspect(folder_of(config.checkpoint), at_once=True, **how)
+    if not request.file and (name := models.configuration(config.checkpoint)):
+        say(f"notice: the settings that the authors of these weights use are those of --config {name}")
     command_line.use_device(config)
     batch, problems = None, []
     if config.resume is not None:

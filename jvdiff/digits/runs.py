@@ -27,8 +27,16 @@ from jvdiff.models import layouts, wan
 from jvdiff.models.family import Models, read_config, read_weights
 from jvdiff.models.text import tokenizer, umt5
 from jvdiff.models.wan import reconstruction
-from jvdiff.models.wan.family import CAUSAL, TEXT_ENCODER, TEXT_TO_VIDEO, TRANSFORMER, VAE
+from jvdiff.models.wan.family import (
+    CAUSAL,
+    TEXT_AND_IMAGE_TO_VIDEO,
+    TEXT_ENCODER,
+    TEXT_TO_VIDEO,
+    TRANSFORMER,
+    VAE,
+)
 from jvdiff.models.wan.flow_matching import Batch, text_to_video_task
+from jvdiff.models.wan.settings import EXPANDED
 from jvdiff.models.wan.teacher_forcing import teacher_forcing_task
 from jvdiff.pipeline import repository, resolve
 from jvdiff.runtime import peers
@@ -273,10 +281,14 @@ def _trained(config: ConfigDict, folder: Path, models: _Models, run: _Run, task:
     }
     if peers.writes():
         digits_tokenizer.save(models.tokens, folder / "tokenizer")
+    family, index = CAUSAL if models.configs.transformer.causal else TEXT_TO_VIDEO, {}
+    if config.loss.get("pictures"):
+        family, index = TEXT_AND_IMAGE_TO_VIDEO, {EXPANDED: True}
     repository.save(
         run.result,
-        CAUSAL if models.configs.transformer.causal else TEXT_TO_VIDEO,
+        family,
         components,
+        index=index,
         files={
             "tokenizer": folder / "tokenizer",
             "scheduler": {"scheduler_config.json": config.scheduler.to_dict()},

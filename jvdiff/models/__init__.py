@@ -24,6 +24,7 @@ FAMILIES = ("wan", "latent_video")
 
 __all__ = [
     "FAMILIES",
+    "configuration",
     "defaults",
     "families",
     "family",
@@ -90,6 +91,15 @@ def defaults(settings: type, folder: Path) -> Mapping[str, Any]:
     with contextlib.suppress(CheckpointError):
         values |= safetensors.read_json(folder / "jvdiff_defaults.json")
     return values
+
+
+def configuration(checkpoint: str) -> str | None:
+    """The name of the configuration with the authors' settings for a published repository; None for any other."""
+    name = Path(checkpoint).name.lower()
+    known = {
+        of.lower(): stem for each in FAMILIES for of, stem in getattr(_settings(each), "CONFIGURATIONS", {}).items()
+    }
+    return known.get(name)
 
 
 def families() -> "list[Family]":

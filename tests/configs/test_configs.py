@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from jvdiff import pipeline, plan, precision, streaming
+from jvdiff import models, pipeline, plan, precision, streaming
 from jvdiff.commands import sample, stream, train
 from jvdiff.models.family import Models
 from jvdiff.models.latent_video import runs as latent_video_runs
+from jvdiff.models.wan import settings
 from jvdiff.models.wan.family import CAUSAL
 from jvdiff.models.wan.rollout import SELF_FORCING_WAN_2_1_T2V_1_3B
 from jvdiff.training import loop
@@ -96,3 +97,11 @@ def test_a_streaming_config_fits_its_model(path, monkeypatch):
 def test_there_are_streaming_and_sampling_configs():
     assert {"stream_digits", "self_forcing_wan2_1_t2v_1_3b"} <= {p.stem for p in STREAMING}
     assert {"digits", "wan2_1_t2v_1_3b", "wan2_1_t2v_14b", "wan2_2_t2v_a14b"} <= {p.stem for p in SAMPLING}
+
+
+def test_a_published_repository_has_the_configuration_of_its_name():
+    for name, stem in settings.CONFIGURATIONS.items():
+        assert Path(read(ROOT / "configs" / f"{stem}.py").get_config().checkpoint).name == name
+        assert models.configuration(f"somebody/{name}") == models.configuration(name.lower()) == stem
+    assert set(settings.CONFIGURATIONS.values()) == {p.stem for p in SAMPLING} - {"digits"}
+    assert models.configuration("checkpoints/mine") is None

@@ -44,6 +44,11 @@ def authors_by_their_config(x, _):
     return put(x, **{"config.json": json.dumps({"_class_name": "WanModel", "dim": 5120})})
 
 
+def of_kind(x, kind, dim):
+    config = {"_class_name": "WanModel", "model_type": kind, "dim": dim}
+    return put(x, **{"Wan2.1_VAE.pth": "", "config.json": json.dumps(config)})
+
+
 def too_high(x, tiny):
     shutil.copytree(tiny, x / "unpacked" / "Wan")
     return put(x, "notes.txt")
@@ -80,6 +85,10 @@ def converted_part(x, tiny):
 
 LAYOUTS = {
     authors: "T2V-1.3B-Diffusers or Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    lambda x, _: put(authors(x, _), "high_noise_model/config.json"): "Wan-AI/Wan2.2-I2V-A14B-Diffusers.",
+    lambda x, _: of_kind(x, "i2v", 5120): "Wan2.1-I2V-14B-480P-Diffusers or Wan-AI/Wan2.1-I2V-14B-720P-Diffusers.",
+    lambda x, _: of_kind(x, "ti2v", 3072): "published so: Wan-AI/Wan2.2-TI2V-5B-Diffusers.",
+    lambda x, _: of_kind(x, "s2v", 5120): "own program, and speech-to-video; jvdiff does not run it.",
     authors_by_their_tensors: "layout of the Wan authors' own program",
     authors_by_their_config: "published so: Wan-AI/Wan2.1-T2V-14B-Diffusers.",
     lambda x, _: put(x, "wan2.1_t2v_1.3B_fp16.safetensors"): "as ComfyUI takes them",
@@ -120,6 +129,29 @@ def test_a_wrong_folder_is_known_by_sight(tiny_repository, tmp_path, monkeypatch
         monkeypatch.chdir(place)
         with pytest.raises(CheckpointError):
             repository.inspect(".")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "transformer", "what"),
+    [
+        ("WanVACEPipeline", "WanVACETransformer3DModel", "VACE"),
+        ("WanAnimatePipeline", "WanAnimateTransformer3DModel", "Animate"),
+        ("WanPipeline", "WanVACETransformer3DModel", "VACE"),
+        ("WanVideoToVideoPipeline", "WanTransformer3DModel", "video-to-video"),
+        ("WanSpeechToVideoPipeline", "WanS2VTransformer3DModel", "speech-to-video"),
+        ("WanFunControlPipeline", "WanTransformer3DModel", "Fun"),
+        ("SkyReelsV2Pipeline", "SkyReelsV2Transformer3DModel", "SkyReels"),
+        ("SkyReelsV2DiffusionForcingPipeline", "SkyReelsV2Transformer3DModel", "SkyReels"),
+    ],
+)
+def test_models_that_look_alike_are_refused_by_name(tiny_repository, tmp_path, pipeline, transformer, what):
+    """Some would load and run, and be wrong."""
+    folder = shutil.copytree(tiny_repository, tmp_path / "FOLDER")
+    for name, value in (("model_index.json", pipeline), ("transformer/config.json", transformer)):
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": value}))
+    with pytest.raises(CheckpointError, match=rf"is {what}\b.*; jvdiff does not run it\.\nUse a text-to-video"):
+        repository.inspect(folder)
 
 
 def test_pickles_are_called_unsafe_and_what_is_not_there_is_no_folder(tmp_path):

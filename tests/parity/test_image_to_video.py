@@ -27,7 +27,8 @@ pytestmark = [
 ]
 
 WORDS = ["a", "red", "blue", "seven", "two", "moving", "left", "right", "up"]
-SIZE = {"num_frames": 9, "height": 16, "width": 24}
+SIZE = {"num_frames": 9, "height": 16, "width": 32}
+TILES = (16, 16, 16, 16)  # height and width of a tile, then of the stride
 SIDE, TOKENS = 30, 17  # of a picture for the image encoder, of whose patches of 7 a border is left
 
 
@@ -110,23 +111,28 @@ def both(request, tmp_path_factory):
 
 CASES = {
     "two clips, two pictures": {"prompts": ["a  red seven\nmoving &amp; LEFT", "up"], "guidance": 4.0},
-    "one frame": {"prompts": ["a blue two"], "guidance": 1.0, "num_frames": 1},
+    "one frame, in tiles": {"prompts": ["a blue two"], "guidance": 1.0, "num_frames": 1},
 }
+GIVEN = {"negative_prompt": "blue right", "steps": 4}
 
 
-def diffusers_clip(pipe, noise, prompts, guidance, size, image, last_image=None):
-    """(latents [B,T,H,W,C], frames uint8 [B,F,Y,X,3]) of WanImageToVideoPipeline, one clip after another: a list of
-    pictures is refused, and several prompts repeat picture tokens wrongly."""
+def diffusers_clip(
+    pipe, noise, prompts, guidance, negative_prompt, steps, size, image, last_image=None, guidance_2=None
+):
+    """(latents [B,T,H,W,C], frames uint8 [B,F,Y,X,3]) of WanImageToVideoPipeline, one clip after another: lists of
+    pictures are refused, and several prompts repeat picture tokens wrongly."""
     latents, frames = [], []
+    of = lambda pictures, i: Image.fromarray(pictures[i] if isinstance(pictures, list) else pictures)  # noqa: E731
     for i, prompt in enumerate(prompts):
         with torch.inference_mode():
             out = pipe(
-                image=Image.fromarray(image[i]),
-                last_image=None if last_image is None else Image.fromarray(last_image[i]),
+                image=of(image, i),
+                last_image=None if last_image is None else of(last_image, i),
                 prompt=prompt,
-                negative_prompt="blue right",
+                negative_prompt=negative_prompt,
                 guidance_scale=guidance,
-                num_inference_steps=4,
+                guidance_scale_2=guidance_2,
+                num_inference_steps=steps,
                 latents=torch.from_numpy(noise[i : i + 1].transpose(0, 4, 1, 2, 3).copy()),
                 output_type="latent",
                 **size,
@@ -145,30 +151,39 @@ def diffusers_clip(pipe, noise, prompts, guidance, size, image, last_image=None)
 def test_same_noise_same_clip(both, case, caplog):
     """Two clips of one batch are those that diffusers makes of each alone."""
     root, ours, theirs, names = both
-    given = dict(CASES[case])
+    given = {**GIVEN, **CASES[case]}
     size = SIZE | {name: given.pop(name) for name in ("num_frames",) if name in given}
     pictures = {name: [picture(10 * i + j) for j in range(len(given["prompts"]))] for i, name in enumerate(names)}
-    if case == "one frame":  # from the converted form, which the others need not show again
+    tiles = {}
+    if size["num_frames"] == 1:  # from the converted form, which the others need not show again
         ours = jvdiff.load(root / "orbax", precision="float32")
+        theirs.vae.enable_tiling(*TILES)
+        tiles["vae_tiles"] = "{}x{}:{}x{}".format(*TILES)
         if "last_image" in names:
             with pytest.raises(UsageError, match="one frame"):
                 jvdiff.generate(ours, **given, **size, **pictures)
             return
     noise = np.random.default_rng(0).standard_normal((len(given["prompts"]), *ours.clip(**size).latents), np.float32)
     with caplog.at_level(logging.ERROR):
-        latents, frames = diffusers_clip(theirs, noise, **given, size=size, **pictures)
-    out = jvdiff.generate(ours, noise=noise, steps=4, negative_prompt="blue right", **given, **size, **pictures)
+        latents, frames = diffusers_clip(theirs, noise, size=size, **given, **pictures)
+    check_same(jvdiff.generate(ours, noise=noise, **given, **size, **tiles, **pictures), latents, frames)
+
+
+def check_same(out, latents, frames):
     error = np.linalg.norm(out.latents - latents) / np.linalg.norm(latents)
     difference = out.video.astype(np.float64) - frames
     psnr = 10 * np.log10(255**2 / max(np.mean(difference**2), 1e-12))
-    print(f"{case}: latents {error:.1e}, frames {psnr:.1f} dB")
+    print(f"latents {error:.1e}, frames {psnr:.1f} dB")
     assert error <= 1e-4 and psnr >= 52
     assert latents.std() > 0.1 and frames.std() > 5  # there is something to compare
 
 
 def test_conversion_back_gives_every_tensor_bit_for_bit(both):
     """Those that nobody uses too: norm_added_q, the tower's last layer, its last norm and its projection."""
-    root, ours, *_ = both
+    check_back(*both[:2])
+
+
+def check_back(root, ours):
     for part in ours.models.configs:
         theirs, back = (
             safetensors.open_folder(root / name / part, ours.family.parts[part].stem) for name in ("hf", "back")
@@ -177,3 +192,48 @@ def test_conversion_back_gives_every_tensor_bit_for_bit(both):
         for name in theirs.tensors:
             np.testing.assert_array_equal(theirs.read(name), back.read(name), err_msg=name)
     assert repository.inspect(root / "back").family is ours.family
+
+
+# ------------------------------------------------------------------------------ Wan 2.2: two experts, no picture tokens
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """As `both`, with two transformers that see pictures in their channels alone."""
+    root = tmp_path_factory.mktemp("experts")
+    parts = components(root, False) | {"image_encoder": None, "image_processor": None}
+    config = {**parts["transformer"].config, "image_dim": None, "added_kv_proj_dim": None}
+    for seed, name in ((3, "transformer"), (5, "transformer_2")):
+        parts[name] = randomised(diffusers.WanTransformer3DModel.from_config(config), seed)
+    theirs = diffusers.WanImageToVideoPipeline(**parts, boundary_ratio=0.9)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(root / "hf")
+    convert(root / "hf", root / "orbax", dtype="float32")
+    to_hf(root / "orbax", root / "back")
+    return root, jvdiff.load(root / "hf", precision="float32"), theirs
+
+
+BOTH = {"guidance": 4.0, "guidance_2": 2.5, **GIVEN}  # timesteps 999, 900, 750, 500
+
+
+def test_two_experts_with_two_pictures_in_one_batch(experts):
+    """Each clip is that of diffusers alone; and converted it is the same clip."""
+    root, ours, theirs = experts
+    prompts, images = ["a red seven", "up"], [picture(0), picture(1)]
+    noise = np.random.default_rng(0).standard_normal((2, *ours.clip(**SIZE).latents), np.float32)
+    clips = diffusers_clip(theirs, noise, prompts, size=SIZE, image=images, **BOTH)
+    assert [segment.part for segment in ours.clip(**SIZE, steps=4).segments] == ["transformer", "transformer_2"]
+    out = jvdiff.generate(ours, prompts, noise=noise, image=images, **BOTH, **SIZE)
+    check_same(out, *clips)
+    converted = jvdiff.load(root / "orbax", precision="float32")
+    again = jvdiff.generate(converted, prompts, noise=noise, image=images, **BOTH, **SIZE).latents
+    np.testing.assert_array_equal(again, out.latents)
+    check_back(root, ours)
+
+
+def test_two_experts_between_a_first_and_a_last_frame(experts):
+    _, ours, theirs = experts
+    prompts, shown = ["a blue two", "up"], {"image": picture(0), "last_image": picture(1)}
+    noise = np.random.default_rng(1).standard_normal((2, *ours.clip(**SIZE).latents), np.float32)
+    clips = diffusers_clip(theirs, noise, prompts, size=SIZE, **BOTH, **shown)
+    check_same(jvdiff.generate(ours, prompts, noise=noise, **BOTH, **SIZE, **shown), *clips)

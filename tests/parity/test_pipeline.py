@@ -194,14 +194,14 @@ def test_two_experts(experts):
 
 
 def test_one_expert_is_null(experts):
-    """All steps of a boundary of 1 are below it; unguided by `guidance`, whatever `guidance_2` says."""
+    """All steps of a boundary of 1 are below it, and under the second's guidance."""
     ours, _, theirs, size = experts
     null = diffusers.WanPipeline(**{**theirs.components, "transformer": None}, boundary_ratio=1.0)
     null.set_progress_bar_config(disable=True)
-    noise = np.random.default_rng(6).standard_normal((1, *ours.clip(**size).latents), np.float32)
-    given = {"guidance": 1.0, "guidance_2": 3.0, "negative_prompt": "", "steps": 3}
-    latents, frames = diffusers_clip(null, noise, ["a red two"], size=size, **given)
-    same_clip(jvdiff.generate(ours, ["a red two"], noise=noise, boundary=1.0, **given, **size), latents, frames)
+    noise = np.random.default_rng(6).standard_normal((2, *ours.clip(**size).latents), np.float32)
+    given = {"guidance": 4.0, "guidance_2": 3.0, "negative_prompt": "", "steps": 3}
+    latents, frames = diffusers_clip(null, noise, ["a red two", "up"], size=size, **given)
+    same_clip(jvdiff.generate(ours, ["a red two", "up"], noise=noise, boundary=1.0, **given, **size), latents, frames)
 
 
 def same_clip(out, latents, frames):

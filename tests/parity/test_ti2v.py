@@ -70,17 +70,16 @@ def both(tmp_path_factory):
 
 
 CASES = {
-    "with a picture": {"prompts": ["a red seven moving left"], "guidance": 4.0, "negative_prompt": "blue", "frames": 9},
-    "two clips of it, in tiles": {"prompts": ["up", "a blue two"], "guidance": 1.0, "tiled": True, "frames": 5},
-    "one frame of it": {"prompts": ["a blue two moving up"], "guidance": 3.0, "negative_prompt": "", "frames": 1},
-    "without": {"prompts": ["a red two"], "guidance": 2.5, "negative_prompt": "", "image": False, "frames": 9},
+    "two clips of a picture": {"prompts": ["a red seven moving left", "up"], "guidance": 4.0, "negative_prompt": "two"},
+    "one frame of it, in tiles": {"prompts": ["a blue two moving up"], "guidance": 1.0, "tiled": True, "frames": 1},
+    "without": {"prompts": ["a red two"], "guidance": 1.0, "image": False},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_same_noise_same_clip(both, case, caplog):
     ours, folder = both
-    given = {"negative_prompt": "", "image": True, "tiled": False} | CASES[case]
+    given = {"negative_prompt": "", "image": True, "tiled": False, "frames": 9} | CASES[case]
     size = {"num_frames": given.pop("frames"), "height": 32, "width": 48}
     random = np.random.default_rng(1)
     cells = random.integers(0, 256, (4, 5, 3), np.uint8)

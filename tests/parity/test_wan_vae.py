@@ -94,8 +94,7 @@ def error(a, b):
         (TWO_BLOCKS, (1, 2, 3, 5), 1, 5),
         (TWO_BLOCKS, (1, 5, 2, 3), 4, 6),
         (DIGITS, (2, 5, 3, 2), 1, 7),
-        (RESIDUAL, (2, 1, 3, 5), 1, 8),
-        (RESIDUAL, (1, 3, 3, 2), 1, 9),
+        (RESIDUAL, (1, 3, 3, 5), 1, 8),
     ],
 )
 def test_float32(cfg, size, chunk, seed):
@@ -126,7 +125,7 @@ def test_tiles(cfg):
     model.enable_tiling(*tiles.tile, *tiles.stride)
     video, latents = inputs(cfg, 1, 1, 7, 6)
     mean, frames = theirs(model, video, latents)
-    assert (np.abs(frames) == 1).mean() > 0.05
+    assert (np.abs(frames) == 1).mean() > 0.02
     run = partial(jax.jit, static_argnums=1, static_argnames="tiles")
     assert error(run(wan.encode)(params, cfg, video, tiles=tiles), mean) <= 1e-5
     assert error(run(wan.decode)(params, cfg, latents, tiles=tiles), frames) <= 1e-5

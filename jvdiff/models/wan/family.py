@@ -546,6 +546,7 @@ IMAGE_TO_VIDEO = dataclasses.replace(
     files={**TEXT_TO_VIDEO.files, "image_processor": IMAGE_PROCESSOR},
     takes=("image", "last_image"),  # the second where the network has no picture tokens, see `conditions.inputs`
     needs=("image",),
+    embeddings={**TEXT_TO_VIDEO.embeddings, "image_embeddings": Embedding("image_encoder", embeddings.image)},
     published={
         "Wan2.1-I2V-14B-480P-Diffusers": _published(wan.WAN_2_1_I2V_14B),
         "Wan2.1-I2V-14B-720P-Diffusers": _published(wan.WAN_2_1_I2V_14B),

@@ -70,7 +70,7 @@ def text_to_video_task(
         levels = jnp.broadcast_to(sigma[:, None], clean.shape[:2])  # [B,T]
         if pictures:
             given = jax.random.bernoulli(jax.random.fold_in(key, 1), pictures, sigma.shape)
-            levels = levels.at[:, 0].multiply(1.0 - given)
+            levels = levels.at[:, 0].set(jnp.where(given, 0.0, sigma))
         level = levels[:, :, None, None, None]  # [B,T,1,1,1]
         ids, mask = jnp.asarray(batch.ids), jnp.asarray(batch.mask)
         text = encode_text(params["text_encoder"], text_encoder, ids, mask, placement)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,19 @@ PIPELINES = {  # _class_name: names in family.py
     "WanImageToVideoPipeline": ("IMAGE_TO_VIDEO", "FIRST_LAST_FRAME", "TEXT_AND_IMAGE_TO_VIDEO"),
     "WanDMDPipeline": ("FEW_STEPS",),
     "WanCausalDMDPipeline": ("CAUSAL",),
+}
+CONFIGURATIONS = {  # published repositories, whose files do not say all that their authors do: of `configs/`
+    "Wan2.1-T2V-1.3B-Diffusers": "wan2_1_t2v_1_3b",
+    "Wan2.1-T2V-14B-Diffusers": "wan2_1_t2v_14b",
+    "Wan2.1-I2V-14B-480P-Diffusers": "wan2_1_i2v_14b_480p",
+    "Wan2.1-I2V-14B-720P-Diffusers": "wan2_1_i2v_14b_720p",
+    "Wan2.1-FLF2V-14B-720P-Diffusers": "wan2_1_flf2v_14b",
+    "Wan2.2-T2V-A14B-Diffusers": "wan2_2_t2v_a14b",
+    "Wan2.2-I2V-A14B-Diffusers": "wan2_2_i2v_a14b",
+    "Wan2.2-TI2V-5B-Diffusers": "wan2_2_ti2v_5b",
+    "FastWan2.1-T2V-1.3B-Diffusers": "fastwan2_1_t2v_1_3b",
+    "FastWan2.1-T2V-14B-Diffusers": "fastwan2_1_t2v_14b",
+    "FastWan2.2-TI2V-5B-FullAttn-Diffusers": "fastwan2_2_ti2v_5b",
 }
 EXPANDED = "expand_timesteps"  # in model_index.json: a picture is the first frame, and that has a timestep of its own
 _GRIDS = ("diffusers", "wan", "karras", "exponential", "beta", "sigmas", "timesteps")
@@ -86,7 +100,27 @@ class Settings:
 # Files of the authors' own program, and a tensor of their naming.
 _AUTHORS = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth")
 _TENSOR = b'"blocks.0.self_attn.q.weight"'
-_WIDTHS = {1536: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 5120: "Wan-AI/Wan2.1-T2V-14B-Diffusers"}
+_KINDS = {  # (model_type, dim) of the authors' config.json: the same weights as diffusers has them
+    ("t2v", 1536): "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    ("t2v", 5120): "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    ("i2v", 5120): "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers or Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+    ("flf2v", 5120): "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",
+    ("ti2v", 3072): "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+}
+_EXPERTS = "Wan-AI/Wan2.2-T2V-A14B-Diffusers or Wan-AI/Wan2.2-I2V-A14B-Diffusers"
+_OTHERS = {  # kinds of model that are none of these, by a word in the names of their classes
+    "VACE": "VACE, which is told what to make by a video and a mask",
+    "Animate": "Animate, which moves a figure as another video does",
+    "S2V": "speech-to-video",
+    "SpeechToVideo": "speech-to-video",
+    "Fun": "Fun, which is told what to make by a video",
+    "VideoToVideo": "video-to-video, which starts from a video",
+    "SkyReels": "SkyReels, whose transformer takes frame rates and a noise level for each frame",
+}
+_INSTEAD = (
+    "Use a text-to-video repository (WanPipeline), or an image-to-video one (WanImageToVideoPipeline), such as "
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers."
+)
 
 
 def foreign(path: Path, names: Sequence[str]) -> str | None:
@@ -97,10 +131,13 @@ def foreign(path: Path, names: Sequence[str]) -> str | None:
     weights = [path / name for name in names if name.startswith("diffusion_pytorch_model") and name.endswith("tensors")]
     if not ({*_AUTHORS} & {*names} or config.get("_class_name") == "WanModel" or any(map(_of_authors, weights))):
         return None
-    known = _WIDTHS.get(config.get("dim", 0), " or ".join(_WIDTHS.values()))
+    kind = str(config.get("model_type", "t2v"))
+    if other := _OTHERS.get({"vace": "VACE", "animate": "Animate", "s2v": "S2V"}.get(kind, "")):
+        return f"the layout of the Wan authors' own program, and {other}; jvdiff does not run it.\n{_INSTEAD}"
+    known = _EXPERTS if "high_noise_model" in names else _KINDS.get((kind, config.get("dim", 0)))
     return (
         "the layout of the Wan authors' own program; expected that of diffusers.\n"
-        f"The same weights are published so: {known}.\n"
+        f"The same weights are published so: {known or ' or '.join(dict.fromkeys(_KINDS.values()))}.\n"
         "Give that name, or what `hf download NAME --local-dir FOLDER` makes of it."
     )
 
@@ -124,6 +161,8 @@ def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
         CheckpointError: it is of this family, and jvdiff does not run it.
     """
     name = str(index.get("_class_name"))
+    if other := _other(name, configs.get("transformer", {})):
+        raise CheckpointError(f"is {other}; jvdiff does not run it.\n{_INSTEAD}")
     if name == "WanCausalDMDPipeline" and two_experts(index):
         raise CheckpointError(
             "holds two causal transformers (Self-Forcing of Wan 2.2), which jvdiff does not run.\n"
@@ -136,6 +175,14 @@ def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
     if "FIRST_LAST_FRAME" in names and configs.get("transformer", {}).get("pos_embed_seq_len"):
         return "FIRST_LAST_FRAME"  # each token of two pictures has a place of its own
     return names[-1] if expanded else names[0]
+
+
+def _other(pipeline: str, transformer: Mapping[str, Any]) -> str | None:
+    """What a repository is whose networks look like these and are others; None where it is none of them."""
+    classes = f"{pipeline} {transformer.get('_class_name')}"
+    if not re.search(r"\b(Wan|SkyReels)", classes):
+        return None
+    return next((what for word, what in _OTHERS.items() if word in classes), None)
 
 
 def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ import jvdiff
 from jvdiff import models
 from jvdiff.diffusion import denoise
 from jvdiff.errors import CheckpointError
-from jvdiff.models.wan.family import FEW_STEPS
+from jvdiff.models.wan.family import FEW_STEPS, TEXT_TO_VIDEO
 from jvdiff.models.wan.settings import Settings
 from jvdiff.pipeline import inspect, settings
 
@@ -67,6 +67,16 @@ def test_a_clip_is_three_estimates_noised_anew(pipe):
         x = x - sigma * (np.sin(2 * x) + t / 1000 * x)
     assert np.linalg.norm(sampled(np.stack(added)) - x) <= 1e-6 * np.linalg.norm(x)
     assert np.linalg.norm(sampled(np.stack([start, start])) - x) > 0.1 * np.linalg.norm(x)
+
+
+def test_the_four_steps_that_most_people_take():
+    """A list of timesteps, shifted; two steps of each transformer of the A14B, without guidance."""
+    known = TEXT_TO_VIDEO.published["Wan2.2-T2V-A14B-Diffusers"]
+    given = {"solver": "euler", "grid": "timesteps:1000,750,500,250", "shift": 5.0, "guidance": 1.0, "boundary_step": 2}
+    clip = TEXT_TO_VIDEO.clip(known, settings.resolve(TEXT_TO_VIDEO, known, {}, given))
+    assert [(s.start, s.stop, s.part) for s in clip.segments] == [(0, 2, "transformer"), (2, 4, "transformer_2")]
+    np.testing.assert_allclose(clip.sampler.schedule.timesteps, [1000, 937.5, 2500 / 3, 625], rtol=1e-12)
+    assert clip.settings.steps == 4 and not clip.guided
 
 
 def test_a_pipeline_of_few_steps_is_not_a_causal_one(tiny_few_step_repository, tiny_causal_repository, tmp_path):

@@ -57,6 +57,31 @@ def run(random_params):
     return first, values
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_first_frame_that_is_given_is_clean_at_timestep_0_and_has_no_loss(monkeypatch, share):
+    seen = {}
+
+    def velocity(params, cfg, latents, timestep, text, **how):
+        seen.update(latents=np.asarray(latents), timestep=np.asarray(timestep))
+        return 1.0 + jnp.zeros_like(latents)
+
+    monkeypatch.setattr(flow_matching, "encode_text", lambda *args: None)
+    monkeypatch.setattr(wan, "velocity", velocity)
+    empty, clips = {"transformer": None, "text_encoder": None}, batch()
+    loss, _ = task(pictures=share).loss(empty, clips, jax.random.key(3))
+    clean, x, t = clips.latents.astype(np.float32), seen["latents"], seen["timestep"]
+    if share == 0:
+        assert t.shape == (4,)
+    t = np.broadcast_to(t.reshape(4, -1), (4, 2))
+    given = t[:, 0] == 0
+    assert given.sum() == {0.0: 0, 0.5: 2, 1.0: 4}[share] and (t[:, 1] > 0).all()
+    np.testing.assert_array_equal(x[given, 0], clean[given, 0])
+    level = t[:, :, None, None, None] / 1000
+    aim = np.where(level > 0, (x - clean) / np.maximum(level, 1e-9), 0)  # x = clean + level (noise - clean)
+    each = ((1 - aim) ** 2).mean((2, 3, 4))
+    np.testing.assert_allclose(loss, np.where(given, each[:, 1], each.mean(1)).mean(), rtol=1e-5)
+
+
 def test_the_exact_velocity_has_no_loss_and_an_offset_has_its_square(monkeypatch):
     """Given noise - clean at the network's own input, whatever sigma is: interpolation and target belong together."""
     seen = {}
