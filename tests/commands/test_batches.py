@@ -68,6 +68,7 @@ def made(monkeypatch):
         made.append((path.stem, job.seed))
         return [path]
 
+    monkeypatch.setattr(one_video, "encode_ahead", lambda maker, jobs: 0)
     monkeypatch.setattr(one_video, "make", make)
     return made
 

@@ -16,6 +16,7 @@ def asked(tiny_repository, tmp_path, monkeypatch, capsys):
     """asked(file's name, its content, **fields) -> (exit status, [(prompt, seed, name, steps)], stderr)."""
     jobs = []
     monkeypatch.setattr(pipeline, "load", lambda *args, **how: None)
+    monkeypatch.setattr(one_video, "encode_ahead", lambda maker, jobs: 0)
     monkeypatch.setattr(one_video, "make", lambda maker, job, seconds: jobs.append(job) or [])
 
     def ask(name, content, **fields):
