@@ -140,7 +140,11 @@ def test_pictures_of_any_size(pipe, clip, tmp_path):
         with pytest.raises(UsageError, match=sentence):
             jvdiff.generate(pipe, ["seven", "two"], **change)
     for change, given, sentence in (
-        ({"needs": ("image", "last_image")}, {"image": (wide,)}, "the toy needs image and last_image; give last_image"),
+        (
+            {"needs": ("image", "last_image")},
+            {"image": (wide,)},
+            "the toy needs image and last_image; give last_im",
+        ),
         ({"takes": ()}, {"image": (wide,)}, "the toy takes no image; leave it out"),
     ):
         with pytest.raises(UsageError, match=sentence):
