@@ -346,10 +346,10 @@ def test_the_command_that_goes_on_names_the_pictures_of_its_line(command, pipe, 
     assert "1 of 1 videos are already in" in capsys.readouterr().err
 
 
-def test_a_plan_is_of_the_pictures_size(repository, illustrated, tmp_path, capsys):
-    words = ["jvdiff plan", f"--checkpoint={repository}", FAMILY, "--num_frames=1", f"--image={tmp_path / 'wide.png'}"]
-    assert planning.main(words) == 0
-    assert "plan: 24x10, 1 frames" in capsys.readouterr().out
+def test_a_plan_is_of_the_pictures_size(command, illustrated, tmp_path):
+    for given, size in ({}, (10, 24)), (SQUARE, (16, 16)):
+        request = sample.parse(command(image=tmp_path / "wide.png", **given))
+        assert plan.resolved(request.config, request.given)[1].frames[1:] == size
 
 
 def test_help_has_the_defaults_of_its_files(repository, capsys):
