@@ -128,7 +128,7 @@ class _Shared:
 
     @functools.cached_property
     def _read(self) -> Callable[[str, str], np.ndarray]:
-        return functools.lru_cache(maxsize=4)(pictures.read)  # entry after entry may name the same file
+        return functools.lru_cache(maxsize=2)(pictures.read)  # entry after entry may name the same file
 
     @functools.cached_property
     def clip(self) -> Callable[[Any], Clip]:
@@ -142,9 +142,8 @@ class _Shared:
     def job(self, subject: Any, seed: int, clip: Clip, name: str, paths: Mapping[str, str], **more: Any) -> Job:
         """A job whose request can be made, with these pictures."""
         digests = _digests(self.shown(paths))
-        job = Job(
-            subject, seed, clip, functools.partial(self._inputs, subject, clip, paths, digests), name, digests, **more
-        )
+        made = functools.partial(self._inputs, subject, clip, paths, digests)
+        job = Job(subject, seed, clip, made, name, digests, **more)
         _ = job.inputs  # says what is wrong with it
         return job
 
@@ -197,8 +196,8 @@ def _job(entry: Entry, shared: _Shared) -> Job:
     values, repository, own = entry.values, shared.repository, _paths(entry.values)
     changes, paths = {n: values[n] for n in shared.settings if values.get(n) is not None}, {**shared.paths, **own}
     complete = repository.settings(**{**shared.settings, **changes})
-    if first := [image for name, image in shared.shown(paths).items() if name == "image"]:
-        size = size_for(repository.family, repository.models, complete, first, shared.given | changes.keys())
+    if (first := shared.shown(paths).get("image")) is not None:
+        size = size_for(repository.family, repository.models, complete, [first], shared.given | changes.keys())
         complete = dataclasses.replace(complete, **size)
     subject, seed, name = values[SUBJECTS[repository.family.subject]], values.get("seed"), values.get("id")
     told = {"seed_given": seed is not None, "numbered": name is None, "files": own}

@@ -23,8 +23,8 @@ from typing import Any
 from jvdiff import config as options
 from jvdiff.commands.command_line import say
 from jvdiff.errors import UsageError
-from jvdiff.models.family import SUBJECTS
-from jvdiff.pipeline import Repository
+from jvdiff.models.family import PICTURES, SUBJECTS
+from jvdiff.pipeline import Repository, check_takes
 
 MAX_BYTES = 64 * 2**20
 ID_BYTES = 200  # a file's name has 255 at most, with `_seedN`, numbers and the suffixes of unfinished files
@@ -287,13 +287,14 @@ def _checked(entry: Any, repository: Repository, ids: dict[str, str]) -> dict[st
         raise UsageError(f"is {entry!r:.40}, not a JSON object.")
     if isinstance(entry, _Twice):
         raise UsageError(f"says {', '.join(entry)} more than once.")
+    for name in PICTURES.keys() & entry.keys():
+        check_takes(repository.family, name)
+        if not isinstance(entry[name], str | None):
+            raise UsageError(f"{name} is {entry[name]!r:.80}; expected the path of a picture.")
     options.check_names("key", entry, _keys(repository))
     for name, value in entry.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{name} is {value}; expected a finite number.")
-    for name in repository.family.takes:
-        if not isinstance(entry.get(name), str | None):
-            raise UsageError(f"{name} is {entry[name]!r:.80}; expected the path of a picture.")
     field = SUBJECTS[repository.family.subject]
     entry = {**entry, field: repository.family.check_subject(repository.models, entry.get(field))}
     if (name := entry.get("id")) is not None:

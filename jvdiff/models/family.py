@@ -261,6 +261,7 @@ class Family:
     subject: the field of `Request` with one entry for each clip, of SUBJECTS
     takes: pictures that it takes, of PICTURES
     needs: those of them that it cannot do without
+    instead: picture that it does not take -> models that do, for the message
     unit: models -> of what height and width of a clip are multiples; where it takes pictures, whose proportions a clip
         has unless its size is given
     misfits: models -> what does not fit together, or None
@@ -312,6 +313,7 @@ class Family:
     facts: tuple[str, ...] = ("prompt",)
     takes: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    instead: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unit: Callable[[Models], int] = lambda models: 1
     window_losses: Callable[..., Callable[[Params, Array, Array, Any], tuple[Array, Array]]] | None = None
     published: Mapping[str, Models] = dataclasses.field(default_factory=dict)

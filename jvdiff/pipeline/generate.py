@@ -378,7 +378,7 @@ def size_for(
     Raises:
         UsageError: the pictures of a batch ask for several, or the family takes none.
     """
-    _check_takes(family, "image")
+    check_takes(family, "image")
     chosen = {name: getattr(settings, name) for name in ("height", "width")}
     fixed, unit = {name: size for name, size in chosen.items() if name in given}, family.unit(models)
     if len(fixed) == 2:
@@ -412,9 +412,9 @@ def make_request(
     given = {"image": image, "last_image": last_image}
     for name, each in given.items():
         if each is not None:
-            _check_takes(family, name)
+            check_takes(family, name)
         if each is None and name in family.needs:
-            raise UsageError(f"{family.name} needs {' and '.join(family.needs)}; give {name}.")
+            raise UsageError(f"{family.name} needs {' and '.join(family.needs)}; give {name} (--{name}=FILE).")
     if last_image is not None and (image is None or clip.frames[0] == 1):
         found = "there is no image" if image is None else "the clip has one frame"
         raise UsageError(f"last_image is given, and {found}; it is the last frame of a clip whose first is image.")
@@ -422,9 +422,11 @@ def make_request(
     return Request(**{family.subject: subjects}, **more, negative_prompts=negative_prompts)
 
 
-def _check_takes(family: Family, name: str) -> None:
+def check_takes(family: Family, name: str) -> None:
+    """Raises UsageError for a picture that the family does not take, `image` or `last_image`."""
     if name not in family.takes:
-        raise UsageError(f"{family.name} takes no {name}; leave it out.")
+        instead = f", or take {family.instead[name]}" if name in family.instead else ""
+        raise UsageError(f"{family.name} takes no {name}; leave it out{instead}.")
 
 
 def _check_array(name: str, value: Any, dtype: Any, shape: tuple[int, ...]) -> None:

@@ -48,11 +48,13 @@ def made(monkeypatch):
     monkeypatch.setattr(
         pipeline,
         "load",
-        lambda repository, name, mesh, vae_decode: SimpleNamespace(
-            repository=repository, precision=precision.choose(name, vae_decode)
+        lambda repository, name, mesh, vae_decode, in_turn: SimpleNamespace(
+            repository=repository,
+            precision=precision.choose(name, vae_decode),
+            weights=SimpleNamespace(in_turn=in_turn),
+            run=None,
         ),
     )
-
     monkeypatch.setattr(one_video, "calls", lambda *args: [])  # nothing is compiled ahead
 
     class Made(list):

@@ -140,7 +140,11 @@ def test_pictures_of_any_size(pipe, clip, tmp_path):
         with pytest.raises(UsageError, match=sentence):
             jvdiff.generate(pipe, ["seven", "two"], **change)
     for change, given, sentence in (
-        ({"needs": ("image", "last_image")}, {"image": (wide,)}, "the toy needs image and last_image; give last_image"),
+        (
+            {"needs": ("image", "last_image")},
+            {"image": (wide,)},
+            "the toy needs image and last_image; give last_im",
+        ),
         ({"takes": ()}, {"image": (wide,)}, "the toy takes no image; leave it out"),
     ):
         with pytest.raises(UsageError, match=sentence):
@@ -342,10 +346,10 @@ def test_the_command_that_goes_on_names_the_pictures_of_its_line(command, pipe, 
     assert "1 of 1 videos are already in" in capsys.readouterr().err
 
 
-def test_a_plan_is_of_the_pictures_size(repository, illustrated, tmp_path, capsys):
-    words = ["jvdiff plan", f"--checkpoint={repository}", FAMILY, "--num_frames=1", f"--image={tmp_path / 'wide.png'}"]
-    assert planning.main(words) == 0
-    assert "plan: 24x10, 1 frames" in capsys.readouterr().out
+def test_a_plan_is_of_the_pictures_size(command, illustrated, tmp_path):
+    for given, size in ({}, (10, 24)), (SQUARE, (16, 16)):
+        request = sample.parse(command(image=tmp_path / "wide.png", **given))
+        assert plan.resolved(request.config, request.given)[1].frames[1:] == size
 
 
 def test_help_has_the_defaults_of_its_files(repository, capsys):

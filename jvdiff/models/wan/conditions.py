@@ -37,6 +37,7 @@ from jvdiff.types import Array, Params
 
 log = logging.getLogger("jvdiff")
 
+TWO_PICTURES = "Wan2.1-FLF2V-14B-720P or Wan2.2-I2V-A14B"  # the models that take image and last_image
 TEXT_LENGTH = 512  # rows of text that the DiT attends to; those beyond the prompt are zeros (Wan pads, without a mask)
 TEXT_BUCKETS = (32, 64, 128, 256, TEXT_LENGTH)
 
@@ -109,8 +110,7 @@ def inputs(models: Models, clip: Clip, request: Request) -> Inputs:
     dit = expert(models.configs)
     if request.last_images is not None and dit.image_dim and not dit.pos_embed_seq_len:
         raise UsageError(
-            "last_image is given, and these weights take one picture; leave it out, or take weights for two: "
-            "Wan2.1-FLF2V-14B-720P or Wan2.2-I2V-A14B."
+            f"last_image is given, and these weights take one picture; leave it out, or take {TWO_PICTURES}."
         )
     negative = (request.negative_prompts or [clip.settings.negative_prompt]) if clip.guided else []
     every, clips = tokenize(models.files["tokenizer"], [*request.prompts, *negative]), len(request.prompts)

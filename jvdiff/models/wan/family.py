@@ -507,6 +507,10 @@ TEXT_TO_VIDEO = Family(
     files={"scheduler": SCHEDULER, "tokenizer": TOKENIZER},
     settings=Settings,
     subject="prompts",
+    instead={
+        "image": "Wan2.2-TI2V-5B, Wan2.2-I2V-A14B, Wan2.1-I2V-14B-480P or -720P",
+        "last_image": conditions.TWO_PICTURES,
+    },
     unit=_unit,
     misfits=_misfits,
     complete=_complete,
