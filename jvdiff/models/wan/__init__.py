@@ -1,4 +1,5 @@
-"""Wan 2.1 and 2.2: the diffusion transformer and the causal VAE, as pure functions over nested dicts of arrays.
+"""Wan 2.1 and 2.2: the diffusion transformer, the causal VAE and what encodes prompts and pictures, as pure functions
+over nested dicts of arrays.
 
 Sources: the published repositories `Wan-AI/Wan2.*-Diffusers` and diffusers 0.42, whose numbers these match.
 """
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         remembered,
         text_keys,
     )
+    from jvdiff.models.wan.conditions import encode_image, encode_text
     from jvdiff.models.wan.config import (
         WAN_2_1_FLF2V_14B,
         WAN_2_1_I2V_14B,
@@ -77,7 +79,9 @@ __all__ = [
     "denormalize_latents",
     "encode",
     "encode_chunk",
+    "encode_image",
     "encode_shown",
+    "encode_text",
     "extend",
     "init_cache",
     "init_kv_cache",
@@ -92,4 +96,4 @@ __all__ = [
     "window_losses",
 ]
 
-__getattr__ = attach(__name__, __all__, ("config", "params", "plan", "attention", "dit", "causal", "vae"))
+__getattr__ = attach(__name__, __all__, ("config", "params", "plan", "attention", "dit", "causal", "vae", "conditions"))

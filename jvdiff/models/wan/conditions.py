@@ -41,6 +41,9 @@ TEXT_LENGTH = 512  # rows of text that the DiT attends to; those beyond the prom
 TEXT_BUCKETS = (32, 64, 128, 256, TEXT_LENGTH)
 
 
+encode_image = towers.encode
+
+
 class Condition(NamedTuple):
     """What the transformer is given beside latents and timestep; None where a model or a request has no such thing.
 
@@ -177,7 +180,7 @@ def _image_program(cfg: towers.Config, placement: Placement | None, clips: int) 
     """jitted (params, float32 [P,n,S,S,3]) -> picture tokens [B,I,D], those of a clip's pictures behind one another."""
 
     def image(params: Params, seen: Array) -> Array:
-        rows = towers.encode(params, cfg, seen.reshape(-1, *seen.shape[2:]), placement=placement)
+        rows = encode_image(params, cfg, seen.reshape(-1, *seen.shape[2:]), placement=placement)
         rows = rows.reshape(len(seen), -1, rows.shape[-1])  # [P*n,257,D] -> [P,I,D]
         rows = jnp.broadcast_to(rows, (clips, *rows.shape[1:]))
         return rows if placement is None else placement.replicate(rows)
