@@ -178,4 +178,4 @@ def test_keys_of_pictures_are_divided_like_those_of_text():
     assert cross["image_k_norm"] == cross["k_norm"] and tuple(cross["image_k"]["kernel"]) == (None, None, "tensor")
     layers = rules.specs(clip.PLACES, clip.abstract_params(TOWER), axes)["layers"]
     assert tuple(layers["mlp"]["up"]["kernel"]) == (None, None, "tensor")
-    assert tuple(layers["mlp"]["down"]["kernel"]) == (None, "tensor", None)
+    assert tuple(layers["mlp"]["down"]["kernel"]) == (None, "tensor")
