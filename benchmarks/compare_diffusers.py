@@ -55,6 +55,7 @@ DIGITS_DIT = wan.DiTConfig(
 DIGITS_VAE = wan.VAEConfig(
     base_dim=8, dim_mult=(1, 4, 8, 8), num_res_blocks=1, z_dim=8, latents_mean=(0.0,) * 8, latents_std=(1.0,) * 8
 )
+SMALL_VAE_2_2 = replace(wan.WAN_2_2_VAE, base_dim=8, decoder_base_dim=8, num_res_blocks=1)
 DIGITS_TOWER = clip.Config(64, 128, 32, num_hidden_layers=4, num_attention_heads=4, patch_size=14, hidden_act="gelu")
 DIGITS_TEXT = umt5.Config(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
 
@@ -218,6 +219,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         yield vae_decode("VAE decode", wan.WAN_2_1_VAE, size, **half)
         yield vae_encode("VAE encode", wan.WAN_2_1_VAE, size)
         yield vae_encode("VAE encode", wan.WAN_2_1_VAE, size, **half)
+        yield vae_decode("VAE 2.2 decode", wan.WAN_2_2_VAE, (1, 21, 44, 80))
+        yield vae_encode("VAE 2.2 encode", wan.WAN_2_2_VAE, (1, 21, 44, 80))
         yield text("UMT5-XXL", umt5.UMT5_XXL, (1, 512), **half)
         layers = replace(wan.WAN_2_1_I2V_14B, num_layers=4)
         yield dit("I2V 14B, 4 layers", layers, size, 512, 63, implementation="cudnn", **half)
@@ -230,6 +233,10 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         yield vae_decode("VAE decode 96 wide", wan.WAN_2_1_VAE, (1, 3, 16, 24))
         yield vae_encode("VAE encode digits", DIGITS_VAE, (1, 5, 8, 8))
         yield vae_encode("VAE encode 96 wide", wan.WAN_2_1_VAE, (1, 3, 16, 24))
+        yield vae_decode("VAE 2.2 decode 8 wide", SMALL_VAE_2_2, (1, 5, 8, 8))
+        yield vae_encode("VAE 2.2 encode 8 wide", SMALL_VAE_2_2, (1, 5, 8, 8))
+        yield vae_decode("VAE 2.2 decode 256 wide", wan.WAN_2_2_VAE, (1, 3, 8, 12))
+        yield vae_encode("VAE 2.2 encode 160 wide", wan.WAN_2_2_VAE, (1, 3, 8, 12))
         yield text("UMT5 digits", DIGITS_TEXT, (2, 512))
         wide = {"vocab_size": 8192, "d_model": 1024, "d_ff": 2560, "num_layers": 4, "num_heads": 16}
         yield text("UMT5 1024 wide, 4 layers", umt5.Config(**wide), (1, 512))
