@@ -40,6 +40,7 @@ from jvdiff.errors import JvdiffError, SetupError
 from jvdiff.models import wan
 from jvdiff.models.family import Part
 from jvdiff.models.text import umt5
+from jvdiff.models.vision import clip
 from jvdiff.models.wan import family
 from jvdiff.plan import count_flops
 from jvdiff.weights.naming import disassemble, flatten, unflatten
@@ -54,6 +55,8 @@ DIGITS_DIT = wan.DiTConfig(
 DIGITS_VAE = wan.VAEConfig(
     base_dim=8, dim_mult=(1, 4, 8, 8), num_res_blocks=1, z_dim=8, latents_mean=(0.0,) * 8, latents_std=(1.0,) * 8
 )
+SMALL_VAE_2_2 = replace(wan.WAN_2_2_VAE, base_dim=8, decoder_base_dim=8, num_res_blocks=1)
+DIGITS_TOWER = clip.Config(64, 128, 32, num_hidden_layers=4, num_attention_heads=4, patch_size=14, hidden_act="gelu")
 DIGITS_TEXT = umt5.Config(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
 
 Run = Callable[[], Any]  # runs once, waits for the result, returns it as our side lays it out
@@ -122,23 +125,26 @@ def _normal(*shape: int) -> np.ndarray:
 
 def dit(name: str, cfg: wan.DiTConfig, size: Sequence[int], text: int, prompt: int, **options: Any) -> Case:
     """size: B, T, H, W; text: rows that both sides attend to, zero beyond the first `prompt`, as in both pipelines.
+    A model that attends to pictures gets the 257 tokens of one; `text` is 512 then, which is how diffusers parts them.
 
     Ours gets only those and merges the zero rows' share, as `jvdiff.generate` does; the numbers are the same.
     """
     implementation = options.pop("implementation", None)
 
-    def ours(params: Any, x: Any, t: Any, rows: Any, how: str | None = implementation) -> Any:
+    def ours(params: Any, x: Any, t: Any, rows: Any, image: Any = None, how: str | None = implementation) -> Any:
         # `rows` are cast as the pipeline has them, in the dtype of the text encoder.
         rows = rows[:, : prompt + 1].astype(params["blocks"]["ffn"]["up"]["kernel"].dtype)
-        return wan.velocity(params, cfg, x, t, rows, text_length=text, implementation=how)
+        return wan.velocity(params, cfg, x, t, rows, image=image, text_length=text, implementation=how)
 
-    def theirs(model: Any, x: Any, t: Any, rows: Any) -> Any:
+    def theirs(model: Any, x: Any, t: Any, rows: Any, image: Any = None) -> Any:
         first = x.permute(0, 4, 1, 2, 3).to(model.dtype)
-        return model(first, t, rows.to(model.dtype), return_dict=False)[0].permute(0, 2, 3, 4, 1)
+        image = None if image is None else image.to(model.dtype)
+        return model(first, t, rows.to(model.dtype), image, return_dict=False)[0].permute(0, 2, 3, 4, 1)
 
     rows = _normal(size[0], text, cfg.text_dim)
     rows[:, prompt:] = 0
     inputs = _normal(*size, cfg.in_channels), np.full(size[0], 500.0, np.float32), rows
+    inputs += (_normal(size[0], 257, cfg.image_dim),) if cfg.image_dim else ()
     return Case(name, cfg, inputs, ours, theirs, counted=partial(ours, how="xla"), **options)
 
 
@@ -173,6 +179,24 @@ def text(name: str, cfg: umt5.Config, size: Sequence[int], **options: Any) -> Ca
     return Case(name, cfg, inputs, lambda p, ids, mask: umt5.encode(p, cfg, ids, mask), theirs, **options)
 
 
+def tower(name: str, cfg: clip.Config, pictures: int, **options: Any) -> Case:
+    """What the tower of an image encoder sees in so many pictures."""
+
+    def theirs(model: Any, pixels: Any) -> Any:
+        pixels = pixels.permute(0, 3, 1, 2).to(model.dtype)
+        return model(pixels, output_hidden_states=True).hidden_states[-2]
+
+    inputs = (_normal(pictures, cfg.image_size, cfg.image_size, 3),)
+    return Case(name, cfg, inputs, lambda p, pixels: clip.encode(p, cfg, pixels), theirs, **options)
+
+
+def with_pictures(cfg: wan.DiTConfig, image_dim: int = 1280) -> wan.DiTConfig:
+    """The same transformer with a condition of 20 channels (with 16 of latents) and picture tokens."""
+    behind = 4 + cfg.out_channels
+    more = {"image_dim": image_dim, "added_kv_proj_dim": cfg.width}
+    return replace(cfg, in_channels=cfg.out_channels + behind, **more)
+
+
 def cases(device: str, quick: bool = False) -> Iterator[Case]:
     """What is compared on a device; `quick` shrinks everything, to see that it runs."""
     if quick:
@@ -185,6 +209,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         yield vae_decode("VAE decode", small_vae, (1, 2, 2, 3), dtype=dtype)
         yield vae_encode("VAE encode", small_vae, (1, 2, 2, 3), dtype=dtype)
         yield text("UMT5", small_text, (1, 8), dtype=dtype)
+        yield dit("I2V", with_pictures(small_dit, 24), (1, 2, 4, 6), 512, 3, dtype=dtype)
+        yield tower("CLIP", replace(DIGITS_TOWER, image_size=28), 1, dtype=dtype)
     elif device == "gpu":
         size = (1, 21, 60, 104)
         half = {"dtype": "bfloat16"}
@@ -193,7 +219,12 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         yield vae_decode("VAE decode", wan.WAN_2_1_VAE, size, **half)
         yield vae_encode("VAE encode", wan.WAN_2_1_VAE, size)
         yield vae_encode("VAE encode", wan.WAN_2_1_VAE, size, **half)
+        yield vae_decode("VAE 2.2 decode", wan.WAN_2_2_VAE, (1, 21, 44, 80))
+        yield vae_encode("VAE 2.2 encode", wan.WAN_2_2_VAE, (1, 21, 44, 80))
         yield text("UMT5-XXL", umt5.UMT5_XXL, (1, 512), **half)
+        layers = replace(wan.WAN_2_1_I2V_14B, num_layers=4)
+        yield dit("I2V 14B, 4 layers", layers, size, 512, 63, implementation="cudnn", **half)
+        yield tower("CLIP ViT-H/14", clip.VIT_H_14, 1)  # float32, as both programs run it by default
     else:
         heads = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 4}
         yield dit("DiT digits", DIGITS_DIT, (2, 5, 8, 8), 512, 31)  # 2: with and without the prompt
@@ -202,9 +233,17 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         yield vae_decode("VAE decode 96 wide", wan.WAN_2_1_VAE, (1, 3, 16, 24))
         yield vae_encode("VAE encode digits", DIGITS_VAE, (1, 5, 8, 8))
         yield vae_encode("VAE encode 96 wide", wan.WAN_2_1_VAE, (1, 3, 16, 24))
+        yield vae_decode("VAE 2.2 decode 8 wide", SMALL_VAE_2_2, (1, 5, 8, 8))
+        yield vae_encode("VAE 2.2 encode 8 wide", SMALL_VAE_2_2, (1, 5, 8, 8))
+        yield vae_decode("VAE 2.2 decode 256 wide", wan.WAN_2_2_VAE, (1, 3, 8, 12))
+        yield vae_encode("VAE 2.2 encode 160 wide", wan.WAN_2_2_VAE, (1, 3, 8, 12))
         yield text("UMT5 digits", DIGITS_TEXT, (2, 512))
         wide = {"vocab_size": 8192, "d_model": 1024, "d_ff": 2560, "num_layers": 4, "num_heads": 16}
         yield text("UMT5 1024 wide, 4 layers", umt5.Config(**wide), (1, 512))
+        yield dit("I2V digits", with_pictures(DIGITS_DIT), (2, 5, 8, 8), 512, 31)
+        yield dit("I2V 1536 wide, 4 layers", with_pictures(wan.DiTConfig(**heads)), (1, 3, 60, 104), 512, 63)
+        yield tower("CLIP digits", DIGITS_TOWER, 1)
+        yield tower("CLIP 1280 wide, 4 layers", replace(clip.VIT_H_14, num_hidden_layers=4), 1)
 
 
 # ------------------------------------------------------------------------------------------------------- both sides
@@ -212,7 +251,7 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
 
 def part_of(cfg: Any) -> Part:
     """The part of a repository that a configuration is of."""
-    return next(part for part in family.TEXT_TO_VIDEO.parts.values() if isinstance(cfg, part.config))
+    return next(part for part in family.IMAGE_TO_VIDEO.parts.values() if isinstance(cfg, part.config))
 
 
 def random_params(cfg: Any) -> dict[str, Any]:
@@ -283,6 +322,8 @@ def _torch_model(cfg: Any, device: str) -> Any:
     with torch.device(device):
         if isinstance(cfg, umt5.Config):
             return transformers.UMT5EncoderModel(transformers.UMT5Config(**cfg.to_json()))
+        if isinstance(cfg, clip.Config):
+            return transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**cfg.to_json()))
         kind = diffusers.AutoencoderKLWan if isinstance(cfg, wan.VAEConfig) else diffusers.WanTransformer3DModel
         return kind.from_config(cfg.to_json())
 

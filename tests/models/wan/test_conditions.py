@@ -15,7 +15,8 @@ from jvdiff.models import wan
 from jvdiff.models.family import Models, Request
 from jvdiff.models.text import umt5
 from jvdiff.models.vision import clip, pictures
-from jvdiff.models.wan import conditions, family
+from jvdiff.models.wan import conditions, family, places
+from jvdiff.sharding import rules
 
 VAE = wan.VAEConfig(
     base_dim=4,
@@ -167,3 +168,14 @@ def test_what_does_not_fit_together(change, words):
     assert "takes pictures of 9" in family.IMAGE_TO_VIDEO.misfits(models)
     del models.files["image_processor"], configs["image_encoder"]
     assert "there is none" in family.IMAGE_TO_VIDEO.misfits(models)
+
+
+def test_keys_of_pictures_are_divided_like_those_of_text():
+    axes = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 2}
+    cross = rules.specs(places.DIT, wan.abstract_params(DIT), axes)["blocks"]["cross_attn"]
+    for name in "kv":
+        assert cross[f"image_{name}"] == cross[name]
+    assert cross["image_k_norm"] == cross["k_norm"] and tuple(cross["image_k"]["kernel"]) == (None, None, "tensor")
+    layers = rules.specs(clip.PLACES, clip.abstract_params(TOWER), axes)["layers"]
+    assert tuple(layers["mlp"]["up"]["kernel"]) == (None, None, "tensor")
+    assert tuple(layers["mlp"]["down"]["kernel"]) == (None, "tensor")
