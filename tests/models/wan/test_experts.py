@@ -13,6 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jvdiff
+from convert.from_diffusers import convert
+from convert.to_diffusers import to_hf
 from jvdiff import pipeline, plan
 from jvdiff.commands import sample, windows
 from jvdiff.errors import CheckpointError, UsageError
@@ -154,6 +156,12 @@ def test_a_repository_with_null(folder, tmp_path):
         return repository.inspect(copy)
 
     assert "transformer" not in inspected(transformer=[None, None]).models.configs
+    convert(copy, tmp_path / "orbax")
+    assert not (tmp_path / "orbax" / "transformer").exists() and (tmp_path / "orbax" / "transformer_2").exists()
+    to_hf(tmp_path / "orbax", tmp_path / "back")
+    back = repository.inspect(tmp_path / "back")
+    assert list(back.models.configs) == ["transformer_2", "vae", "text_encoder"]
+    assert back.models.index["transformer"] == [None, None] and back.settings().boundary == 0.9
     with pytest.raises(CheckpointError, match="there is no transformer"):
         inspected(transformer=[None, None], transformer_2=[None, None])
     with pytest.raises(CheckpointError, match=r"boundary_ratio is 875; expected a number from 0 to 1"):
