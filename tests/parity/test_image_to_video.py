@@ -3,8 +3,10 @@
 B batch · T latent frames · H W latent grid · C latent channels · F pixel frames · Y X pixel height, width.
 """
 
+import dataclasses
 import logging
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +14,7 @@ from PIL import Image
 import jvdiff
 from convert.from_diffusers import convert
 from convert.to_diffusers import to_hf
+from jvdiff import pipeline
 from jvdiff.digits import tokenizer as digits_tokenizer
 from jvdiff.errors import UsageError
 from jvdiff.pipeline import repository
