@@ -169,7 +169,18 @@ def test_same_noise_same_clip(both, case, caplog):
     noise = np.random.default_rng(0).standard_normal((len(given["prompts"]), *ours.clip(**size).latents), np.float32)
     with caplog.at_level(logging.ERROR):
         latents, frames = diffusers_clip(theirs, noise, size=size, **given, **pictures)
-    check_same(jvdiff.generate(ours, noise=noise, **given, **size, **tiles, **pictures), latents, frames)
+    out = jvdiff.generate(ours, noise=noise, **given, **size, **tiles, **pictures)
+    check_same(out, latents, frames)
+    if not tiles:  # what both encoders made, given in their place
+        asked = {name: value for name, value in given.items() if name != "steps"}
+        embeddings = jvdiff.embed(ours, **asked, **size, **pictures)
+        assert embeddings.keys() == {"text_embeddings", "image_embeddings"}
+        nothing = {part: jax.tree.map(np.zeros_like, ours.weights[part]) for part in ("text_encoder", "image_encoder")}
+        deaf = dataclasses.replace(ours, weights=pipeline.Weights({**ours.weights, **nothing}))
+        again = jvdiff.generate(deaf, noise=noise, **given, **size, **pictures, **embeddings)
+        np.testing.assert_array_equal(again.latents, out.latents)
+        with pytest.raises(UsageError, match="image_embeddings have width 15; this model's have 16"):
+            jvdiff.generate(deaf, **given, **size, **pictures, image_embeddings=np.zeros((1, 17, 15), np.float32))
 
 
 def check_same(out, latents, frames):
