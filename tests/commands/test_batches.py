@@ -48,8 +48,10 @@ def made(monkeypatch):
     monkeypatch.setattr(
         pipeline,
         "load",
-        lambda repository, name, mesh, vae_decode: SimpleNamespace(
-            repository=repository, precision=precision.choose(name, vae_decode)
+        lambda repository, name, mesh, vae_decode, in_turn: SimpleNamespace(
+            repository=repository,
+            precision=precision.choose(name, vae_decode),
+            weights=SimpleNamespace(in_turn=in_turn),
         ),
     )
 
