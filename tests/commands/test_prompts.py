@@ -1,6 +1,7 @@
 """Prompts files as people have them: what they ask for, and what is refused, before any weight is read."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,8 @@ ROWS = [{"prompt": RED, "seed": 5}, {"prompt": BLUE, "id": "b", "steps": 2}]
 def asked(tiny_repository, tmp_path, monkeypatch, capsys):
     """asked(file's name, its content, **fields) -> (exit status, [(prompt, seed, name, steps)], stderr)."""
     jobs = []
-    monkeypatch.setattr(pipeline, "load", lambda *args, **how: None)
+    loaded = SimpleNamespace(weights=SimpleNamespace(in_turn=()))
+    monkeypatch.setattr(pipeline, "load", lambda *args, **how: loaded)
     monkeypatch.setattr(one_video, "make", lambda maker, job, seconds: jobs.append(job) or [])
 
     def ask(name, content, **fields):
