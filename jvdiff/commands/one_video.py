@@ -295,9 +295,10 @@ def encode_ahead(maker: Maker, jobs: Sequence[Job]) -> int:
 
     So the weights of each come to the device once. Returns how many jobs they have seen, as far as that is kept.
     """
-    pipe, kept = maker.pipe, maker.kept
+    pipe = maker.pipe
     if len(jobs) < 2 or not pipe.weights.in_turn:
         return 0
+    kept = maker.kept
     works = measured(pipe.context, jobs[0], maker.config.stop_at, maker.compiled, maker.ahead)
     kept.parts = plan.encoders(jobs[0].clip, works)
     kept.clear()

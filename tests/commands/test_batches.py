@@ -52,9 +52,9 @@ def made(monkeypatch):
             repository=repository,
             precision=precision.choose(name, vae_decode),
             weights=SimpleNamespace(in_turn=in_turn),
-            run=None,
         ),
     )
+
     monkeypatch.setattr(one_video, "calls", lambda *args: [])  # nothing is compiled ahead
 
     class Made(list):
@@ -70,7 +70,6 @@ def made(monkeypatch):
         made.append((path.stem, job.seed))
         return [path]
 
-    monkeypatch.setattr(one_video, "encode_ahead", lambda maker, jobs: 0)
     monkeypatch.setattr(one_video, "make", make)
     return made
 

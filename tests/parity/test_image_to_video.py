@@ -3,8 +3,10 @@
 B batch · T latent frames · H W latent grid · C latent channels · F pixel frames · Y X pixel height, width.
 """
 
+import dataclasses
 import logging
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import jvdiff
 from convert.from_diffusers import convert
 from convert.to_diffusers import to_hf
+from jvdiff import pipeline
 from jvdiff.digits import tokenizer as digits_tokenizer
 from jvdiff.errors import UsageError
 from jvdiff.pipeline import repository
@@ -170,7 +173,18 @@ def test_same_noise_same_clip(both, case, caplog):
     noise = np.random.default_rng(0).standard_normal((len(given["prompts"]), *ours.clip(**size).latents), np.float32)
     with caplog.at_level(logging.ERROR):
         latents, frames = diffusers_clip(theirs, noise, size=size, **given, **pictures)
-    check_same(jvdiff.generate(ours, noise=noise, **given, **size, **tiles, **pictures), latents, frames)
+    out = jvdiff.generate(ours, noise=noise, **given, **size, **tiles, **pictures)
+    check_same(out, latents, frames)
+    if not tiles:  # what both encoders made, given in their place
+        asked = {name: value for name, value in given.items() if name != "steps"}
+        embeddings = jvdiff.embed(ours, **asked, **size, **pictures)
+        assert embeddings.keys() == {"text_embeddings", "image_embeddings"}
+        nothing = {part: jax.tree.map(np.zeros_like, ours.weights[part]) for part in ("text_encoder", "image_encoder")}
+        deaf = dataclasses.replace(ours, weights=pipeline.Weights({**ours.weights, **nothing}))
+        again = jvdiff.generate(deaf, noise=noise, **given, **size, **pictures, **embeddings)
+        np.testing.assert_array_equal(again.latents, out.latents)
+        with pytest.raises(UsageError, match="image_embeddings have width 15; this model's have 16"):
+            jvdiff.generate(deaf, **given, **size, **pictures, image_embeddings=np.zeros((1, 17, 15), np.float32))
 
 
 def check_same(out, latents, frames):
