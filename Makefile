@@ -19,8 +19,9 @@ PYTEST ?= # more arguments for pytest, for instance -x or a file
 JAX = 0.12.0.1# of make kernels: a newer one changes what kernels compile to, and is tried before it stands here
 WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 
-# How XLA compiles for tests: soon, and so that a loop has the bits of its steps (no fused multiplications; on x86 only).
-QUICKLY = --xla_backend_optimization_level=0 $(if $(filter x86_64,$(shell uname -m)),--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX)
+# How XLA compiles for tests: soon, each program in one piece, and so that a loop has the bits of its steps (no fused
+# multiplications; on x86 only).
+QUICKLY = --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 $(if $(filter x86_64,$(shell uname -m)),--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX)
 
 PIP = -m pip install --quiet --disable-pip-version-check
 RUN = .venv/bin/python

@@ -6,6 +6,7 @@ long Python and JAX take to begin, or what they begin without.
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -78,6 +79,8 @@ class Process:
 
 def _begin(words, setup, environment, folder, files):
     """What the process does: as `python WORDS` would, in that folder; what it says goes to the files."""
+    gc.freeze()  # as in conftest: what the server has imported is looked through, and its memory copied, no more
+    gc.set_threshold(50_000, 20, 50)
     for stream, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY), stream)
     os.environ.clear()

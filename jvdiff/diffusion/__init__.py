@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jvdiff.diffusion.guidance import classifier_free
     from jvdiff.diffusion.sampling import denoise, denoise_scan
     from jvdiff.diffusion.schedules import Schedule, from_scheduler_config
-    from jvdiff.diffusion.solvers import SOLVERS, Solver, add_noise, ddpm, euler, renoise, unipc
+    from jvdiff.diffusion.solvers import SOLVERS, Solver, add_noise, ddpm, euler, euler_tokens, renoise, unipc
     from jvdiff.diffusion.variance_preserving import alphas_cumprod, clean_and_noise, diffuse, v_prediction
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "denoise_scan",
     "diffuse",
     "euler",
+    "euler_tokens",
     "from_scheduler_config",
     "guidance",
     "renoise",

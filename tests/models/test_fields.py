@@ -63,10 +63,13 @@ def test_options_of_the_pipeline_in_model_index_follow_the_rule(copy, told):
     """Wan 2.2's: an expert boundary, a timestep for each token."""
     change(copy / "model_index.json", boundary_ratio=None, expand_timesteps=False)
     assert repository.inspect(copy) and not told()
-    for name, value in {"boundary_ratio": 0.875, "expand_timesteps": True, "sampling": {"a": 1}}.items():
-        off = {"boundary_ratio": None, "expand_timesteps": False, "sampling": None}
-        change(copy / "model_index.json", **(off | {name: value}))
-        with pytest.raises(CheckpointError, match=f"model_index.json: unknown field '{name}'"):
+    change(copy / "model_index.json", boundary_ratio=0.875, expand_timesteps=True)
+    assert repository.inspect(copy).family.takes == ("image",) and not told()
+    wrong = {"boundary_ratio": (1.5, "a number from 0 to 1"), "expand_timesteps": ("yes", "true or false")}
+    for name, (value, message) in (wrong | {"sampling": ({"a": 1}, "unknown field 'sampling'")}).items():
+        known = {"boundary_ratio": None, "expand_timesteps": None, "sampling": None}
+        change(copy / "model_index.json", **(known | {name: value}))
+        with pytest.raises(CheckpointError, match=f"model_index.json: .*{message}"):
             repository.inspect(copy)
 
 
@@ -99,7 +102,7 @@ def test_what_files_of_the_past_say_is_known():
         umt5.Config.from_json(umt5.UMT5_XXL.to_json() | {"pruned_heads": {"0": [1]}})
     vae = wan.WAN_2_1_VAE.to_json() | {"decoder_base_dim": None, "is_residual": False, "patch_size": None}
     assert wan.VAEConfig.from_json(vae) == wan.WAN_2_1_VAE
-    for name, value in {"decoder_base_dim": 128, "scale_factor_temporal": 8, "scale_factor_spatial": 16}.items():
+    for name, value in {"scale_factor_temporal": 8, "scale_factor_spatial": 16}.items():
         with pytest.raises(CheckpointError, match=f"{name} is {value}, but the other fields make it"):
             wan.VAEConfig.from_json(vae | {name: value})
 

@@ -41,3 +41,17 @@ def test_a_pattern_may_be_a_value(tiny_repository):
     whole, pattern = repository.inspect(tiny_repository), SlidingTile((1, 2, 2), (1, 3, 3))
     assert whole.settings(pattern=pattern) == whole.settings(pattern="sliding_tile:1x2x2:1x3x3")
     assert whole.family.clip(whole.models, whole.settings(pattern=pattern, num_frames=1)).segments[0].pattern == pattern
+
+
+def test_a_list_of_timesteps_takes_the_place_of_a_schedulers_levels(tiny_repository):
+    """Of all of them: what the file does to its own levels does nothing to these."""
+    whole = repository.inspect(tiny_repository)
+    scheduler = whole.models.files["scheduler"] | {"shift_terminal": 0.1, "solver_order": 3}
+    known = dataclasses.replace(whole.models, files=whole.models.files | {"scheduler": scheduler})
+    found = settings.resolve(whole.family, known, {}, {})
+    assert (found.solver, found.shift_terminal) == ("unipc:3", 0.1)
+    assert whole.family.clip(known, found).sampler.schedule.sigmas[-2] == pytest.approx(0.1)
+    found = settings.resolve(whole.family, known, {}, {"solver": "renoise:1000,500"})
+    assert (found.shift_terminal, found.steps, found.shift) == (None, 2, 3.0)
+    found = settings.resolve(whole.family, known, {}, {"grid": "sigmas:1,0.5,0.2"})
+    assert (found.solver, found.steps, found.shift_terminal) == ("unipc:3", 3, 0.1)

@@ -219,8 +219,8 @@ def by_hand(config, seed, texts, payloads=None, chunks=3):
     cfg, params = model.transformer, weights(model.transformer.network)["transformer"]
     velocity = jax.jit(lambda *a: wan.chunk_velocity(params, cfg.network, cfg.span, *a))
     extend = jax.jit(lambda *a: wan.extend(params, cfg.network, cfg.span, *a))
-    padded = [jnp.pad(t, ((0, 0), (0, cfg.text_length - t.shape[1]), (0, 0))) for t in texts]
-    keys = [wan.text_keys(params, cfg.network, t) for t in padded]
+    text_keys = jax.jit(lambda text: wan.text_keys(params, cfg.network, text))
+    keys = [text_keys(np.pad(t, ((0, 0), (0, cfg.text_length - t.shape[1]), (0, 0)))) for t in texts]
     pasts = [wan.init_kv_cache(cfg.network, cfg.span, 1, (cfg.height, cfg.width)) for _ in texts]
     shift, shape = model.scheduler.shift, (1, cfg.len_t, cfg.height, cfg.width, 4)
     concatenates, out = cfg.network.in_channels > 4, []

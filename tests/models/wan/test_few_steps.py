@@ -13,6 +13,7 @@ from jvdiff import models
 from jvdiff.diffusion import denoise
 from jvdiff.errors import CheckpointError
 from jvdiff.models.wan.family import FEW_STEPS, TEXT_TO_VIDEO
+from jvdiff.models.wan.rollout import ROLLOUT
 from jvdiff.models.wan.settings import Settings
 from jvdiff.pipeline import inspect, settings
 
@@ -96,3 +97,12 @@ def test_a_timestep_for_each_token_is_no_news(tiny_few_step_repository):
     known = inspect(tiny_few_step_repository).models
     told = dataclasses.replace(known, index={**known.index, "expand_timesteps": True, "boundary_ratio": None})
     assert FEW_STEPS.misfits(told) is None
+
+
+def test_a_causal_model_takes_no_other_levels(tiny_causal_repository):
+    known = inspect(tiny_causal_repository).models
+    plain = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    for asked in ({"use_karras_sigmas": True}, {"solver_order": 3}, {"shift_terminal": 0.1}):
+        told = dataclasses.replace(known, files=known.files | {"scheduler": plain | asked})
+        with pytest.raises(CheckpointError, match="A causal model takes UniPC of order 2"):
+            ROLLOUT.config("tiny", told)
