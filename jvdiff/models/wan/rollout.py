@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,6 +87,13 @@ def _config(name: str, models: Models) -> StreamInferencePipelineConfig:
     return StreamInferencePipelineConfig(name, DiffusionModelConfig(transformer, scheduler), decoder=decoder)
 
 
+def _picture_shape(cache: Any) -> tuple[int, ...]:
+    """[B,2,Y,X,3]: the first convolution remembers two frames of its input, whose channels are those of a patch."""
+    batch, frames, height, width, channels = cache["conv_in"].shape
+    side = math.isqrt(channels // 3)
+    return batch, frames, height * side, width * side, 3
+
+
 ROLLOUT = Rollout(
     configs=(wan.DiTConfig, wan.VAEConfig, umt5.Config),
     config=_config,
@@ -104,7 +112,7 @@ ROLLOUT = Rollout(
     decode_chunk=wan.decode_chunk,
     normalize_latents=wan.normalize_latents,
     denormalize_latents=wan.denormalize_latents,
-    picture_shape=lambda cache: cache["conv_in"].shape,  # the first convolution remembers two frames of its input
+    picture_shape=_picture_shape,
 )
 
 CAUSAL_WAN_2_1_T2V_1_3B = dataclasses.replace(wan.WAN_2_1_T2V_1_3B, causal=True)

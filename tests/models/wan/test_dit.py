@@ -51,6 +51,7 @@ def error(a, b):
     [
         ("wan_2_1_t2v_1_3b", wan.WAN_2_1_T2V_1_3B, 1_418_996_800),
         ("wan_2_1_t2v_14b", wan.WAN_2_1_T2V_14B, 14_288_491_584),
+        ("wan_2_2_ti2v_5b", wan.WAN_2_2_TI2V_5B, 4_999_787_712),
         ("fastwan_2_1_t2v_1_3b", dataclasses.replace(wan.WAN_2_1_T2V_1_3B, gate_compress=True), 1_489_821_760),
     ],
 )

@@ -17,6 +17,7 @@ import pytest
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models import wan
 from jvdiff.models.wan import vae, vae_layers
+from jvdiff.models.wan.rollout import ROLLOUT
 from jvdiff.precision import DECODING
 from jvdiff.weights.naming import flatten
 
@@ -155,6 +156,12 @@ def test_the_residual_vae_in_chunks_is_the_whole_clip():
     frames = in_pieces(lambda z, cache: decode_chunk(params, RESIDUAL, z, cache), z, [1, 1])
     assert frames.shape == (2, 5, 8, 12, 3)
     assert error(frames, decode(params, RESIDUAL, z, chunk=2)) <= 1e-5
+
+
+def test_a_stream_knows_the_size_of_its_pictures():
+    """Also where the network sees patches of them."""
+    for cfg in (CFG, RESIDUAL):
+        assert ROLLOUT.picture_shape(wan.init_cache(cfg, "encode", 2, 2, 3)) == (2, 2, 8, 12, 3)
 
 
 def test_the_shortcuts_of_the_residual_vae():
