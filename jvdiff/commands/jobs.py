@@ -152,7 +152,8 @@ class _Shared:
         shown, family = self.shown(paths), self.repository.family
         if changed := [paths[name] for name, digest in _digests(shown).items() if digest != digests[name]]:
             raise CheckpointError(f"{changed[0]}: changed since it was read before; start again.")
-        request = make_request(family, clip, (subject,), **{name: (each,) for name, each in shown.items()})
+        each: dict[str, Any] = {name: (picture,) for name, picture in shown.items()}
+        request = make_request(family, clip, (subject,), **each)
         return family.inputs(self.repository.models, clip, request)
 
 

@@ -302,7 +302,7 @@ def encode_ahead(maker: Maker, jobs: Sequence[Job]) -> int:
     kept.parts = plan.encoders(jobs[0].clip, works)
     kept.clear()
     with progress.phase("encoding what is to be made", {}, "encode"), stage("encode"):
-        return pipeline.encode_ahead(pipe.context, [(job.clip, job.inputs) for job in jobs], kept)
+        return pipeline.encode_ahead(pipe.context, jobs, kept)
 
 
 def measured(

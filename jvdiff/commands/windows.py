@@ -151,6 +151,11 @@ def _check(wanted: Sequence[Any], timesteps: tuple[float, ...]) -> None:
     clip = wanted[0].clip
     if any((job.clip.latents, job.clip.sampler) != (clip.latents, clip.sampler) for job in wanted):
         raise UsageError("the clips differ in size or sampler; a table is of one size, and its rows are one sampler's.")
+    if len({segment.part for segment in clip.segments}) > 1:
+        raise UsageError(
+            "two transformers share the steps, and a table is of one; give all steps to one of them, with "
+            f"--boundary_step=0 or --boundary_step={len(timesteps)}."
+        )
     if not windows.falling(timesteps):
         raise UsageError(f"two of the {len(timesteps)} timesteps cannot be told apart; take fewer steps.")
 

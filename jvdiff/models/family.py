@@ -131,12 +131,14 @@ class Request:
     labels: class of each clip, by name or number, where the family takes labels
     images, last_images: uint8 [Y,X,3] for each clip, the picture that its first or last frame is to show, as it was
         given: of any size; None: no clip has one
+    negative_prompts: what guidance leads each clip away from; None: the setting `negative_prompt` holds for all
     """
 
     prompts: tuple[str, ...] = ()
     labels: tuple[Any, ...] = ()
     images: tuple[np.ndarray, ...] | None = None
     last_images: tuple[np.ndarray, ...] | None = None
+    negative_prompts: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

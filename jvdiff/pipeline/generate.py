@@ -84,7 +84,7 @@ class Output:
     latents: float32 [B,T,H,W,C] after the sampler and the family's `finish` (normalised, model scale)
     subjects: prompt, or name of the class, of each clip
     seeds: of each clip
-    settings: every resolved setting
+    settings: every resolved setting; of a list of negative prompts the first clip's
     """
 
     video: np.ndarray
@@ -226,7 +226,8 @@ def generate(
         profile: a folder that gets a trace of `jax.profiler` of the stages; the programs are compiled in it, unless
             they were before.
         settings: any of the family's (`pipe.family.settings`): num_frames, height, width, steps, guidance and so on.
-            What is missing or None comes from the repository, else from the family.
+            What is missing or None comes from the repository, else from the family. A negative_prompt may be a list
+            with one for each clip; a pattern may be a value of `jvdiff.kernels`, vae_tiles a value too.
 
     Raises:
         UsageError: subjects, sizes or settings that the models cannot use.
@@ -310,8 +311,25 @@ def _asked(
     if shown["image"]:
         chosen = {name for name, value in settings.items() if value is not None}
         settings |= size_for(pipe.family, pipe.models, pipe.settings(**settings), shown["image"], chosen)
-    clip = pipe.clip(**settings)
-    return clip, pipe.family.inputs(pipe.models, clip, make_request(pipe.family, clip, subjects, **shown))
+    negative = _one_each("negative_prompt", settings, len(subjects))
+    clips = [pipe.clip(**settings, **each) for each in negative]  # every one is checked
+    texts = tuple(each["negative_prompt"] for each in negative) if len(negative) > 1 else None
+    request = make_request(pipe.family, clips[0], subjects, negative_prompts=texts, **shown)
+    return clips[0], pipe.family.inputs(pipe.models, clips[0], request)
+
+
+def _one_each(name: str, settings: dict[str, Any], clips: int) -> list[dict[str, Any]]:
+    """Takes a setting that may be a list out of the settings: what is to be set of one clip after another, or of all.
+
+    Raises:
+        UsageError: it is a list of another length.
+    """
+    value = settings.pop(name, None)
+    if not isinstance(value, list | tuple):
+        return [{} if value is None else {name: value}]
+    if len(value) != clips:
+        raise UsageError(f"{name} has {len(value)} texts for {clips} clips; expected one for all, or one each.")
+    return [{name: each} for each in value]
 
 
 def _given(pipe: Pipeline, clip: Clip, clips: int, embeddings: Mapping[str, Any]) -> dict[str, Any]:
@@ -384,6 +402,7 @@ def make_request(
     *,
     image: tuple[np.ndarray, ...] | None = None,
     last_image: tuple[np.ndarray, ...] | None = None,
+    negative_prompts: tuple[str, ...] | None = None,
 ) -> Request:
     """A request with these subjects, in the family's field, and a picture of each clip, uint8 [Y,X,3] of any size.
 
@@ -400,7 +419,7 @@ def make_request(
         found = "there is no image" if image is None else "the clip has one frame"
         raise UsageError(f"last_image is given, and {found}; it is the last frame of a clip whose first is image.")
     more: dict[str, Any] = {PICTURES[name]: each for name, each in given.items()}
-    return Request(**{family.subject: subjects}, **more)
+    return Request(**{family.subject: subjects}, **more, negative_prompts=negative_prompts)
 
 
 def _check_takes(family: Family, name: str) -> None:

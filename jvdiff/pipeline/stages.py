@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -300,8 +300,18 @@ def encode(context: Context, clip: Clip, inputs: Any, run: Run) -> tuple[Any, An
     return conditions
 
 
-def encode_ahead(context: Context, requests: Sequence[tuple[Clip, Any]], kept: Kept) -> int:
-    """Lets one encoder after another see several requests, (clip, inputs) each: its weights come to the device once.
+class Asked(Protocol):
+    """A clip and the arrays of its request, which may be made anew each time that they are asked for."""
+
+    @property
+    def clip(self) -> Clip: ...
+
+    @property
+    def inputs(self) -> Any: ...
+
+
+def encode_ahead(context: Context, requests: Sequence[Asked], kept: Kept) -> int:
+    """Lets one encoder after another see several requests, so that its weights come to the device once.
 
     It ends when `kept` is full, and returns how many it has seen. What other parts make of a request is not computed.
     Numbers are checked by `encode`.
@@ -312,8 +322,8 @@ def encode_ahead(context: Context, requests: Sequence[tuple[Clip, Any]], kept: K
         def run(stage: Stage, *arguments: Any, part: str = part) -> Any:
             return (kept if stage.part == part else shapes)(stage, *arguments)
 
-        for number, (clip, inputs) in enumerate(requests, 1):
-            context.family.encode(context.models, clip, context.forward(clip), run, inputs)
+        for number, asked in enumerate(requests, 1):
+            context.family.encode(context.models, asked.clip, context.forward(asked.clip), run, asked.inputs)
             if kept.full and part == kept.parts[0]:
                 requests = requests[:number]
                 break

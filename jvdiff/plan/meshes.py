@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jvdiff.models.family import Clip
 from jvdiff.pipeline import Context
 from jvdiff.plan.compiled import programs, resident
 from jvdiff.plan.counting import gib
+from jvdiff.plan.residency import Work, ways
 from jvdiff.runtime import memory
 from jvdiff.sharding import MeshShape
 from jvdiff.sharding.rules import REPLICATED
@@ -23,9 +24,10 @@ def smallest_mesh(
     """(mesh, a line that explains it) of the smallest split of one clip whose compiled programs fit.
 
     Meshes are tried by the number of devices they use (1, 2, 4, ...); among equally many, those that communicate less
-    come first: tokens divided, then weights too, then heads. A mesh whose weights alone do not fit is not compiled.
-    Programs of parts that every device has whole are spread over all devices whatever the axes, and are compiled once
-    for each number of devices.
+    come first: tokens divided, then weights too, then heads. All weights are resident; where no mesh holds them, all
+    are tried again with weights in turn (`jvdiff.plan.residency`). A mesh whose weights alone do not fit is not
+    compiled. Programs of parts that every device has whole are spread over all devices whatever the axes, and are
+    compiled once for each number of devices.
 
     devices: how many there are; None: those at hand, with several processes all of them, since each has some.
     limit: bytes of memory of one; None: of those at hand.
@@ -40,33 +42,56 @@ def smallest_mesh(
     limit = memory_limit() if limit is None else limit
     whole = {name for name, part in context.family.parts.items() if part.places is REPLICATED}
     tried: dict[MeshShape, int] = {}
-    spread: dict[int, int] = {}  # bytes besides the weights, of the programs of `whole`, by devices
-    for shape in candidates(devices):
-        if context.family.mesh_sizes(context.models, clip, 1, shape).problem(shape) is not None:
-            continue
-        if exactly and shape.devices < devices:
-            continue
-        weights = sum(size for _, size in resident(context, shape).values())
-        need = weights + spread.get(shape.devices, 0)
-        if need <= limit:
-            known = whole if shape.devices in spread else ()
-            for program in programs(context, clip, target, shape, known):
-                need = max(need, weights + program.needs)
-                if program.part in whole:
-                    spread[shape.devices] = max(spread.get(shape.devices, 0), program.needs)
-        if need <= limit:
-            return shape, _chosen(shape, devices, need, limit, tried)
-        tried[shape] = need
+    known: dict[tuple[Any, bool], list[Work]] = {}
+    shapes = [
+        shape
+        for shape in candidates(devices)
+        if context.family.mesh_sizes(context.models, clip, 1, shape).problem(shape) is None
+        and not (exactly and shape.devices < devices)
+    ]
+    for in_turn in (False, True):
+        for shape in shapes:
+            held = {part: size for part, (_, size) in resident(context, shape).items()}
+            spread = max((work.needs for work in known.get((shape.devices, True), ())), default=0)
+            need = max(held.values()) if in_turn else sum(held.values()) + spread
+            if need <= limit:
+                every = list(ways(clip, _works(context, clip, target, shape, whole, known), held))
+                need = every[-1 if in_turn else 0].peak
+                if need <= limit:
+                    return shape, _chosen(shape, devices, need, limit, tried, in_turn)
+                tried[shape] = need
+            tried.setdefault(shape, need)
     raise _none_fits(tried, devices, limit)
 
 
-def _chosen(shape: MeshShape, devices: int, need: int, limit: int, tried: dict[MeshShape, int]) -> str:
+def _works(
+    context: Context,
+    clip: Clip,
+    target: str | None,
+    shape: MeshShape,
+    whole: Collection[str],
+    known: dict[tuple[Any, bool], list[Work]],
+) -> list[Work]:
+    """The programs of a clip on a mesh, those of the parts in `whole` last.
+
+    known: what was compiled before, and what is now: by mesh and False those of parts that are divided, by the number
+        of devices and True the others.
+    """
+    if (shape, False) not in known:
+        there = whole if (shape.devices, True) in known else ()
+        every = list(programs(context, clip, target, shape, there))
+        works = [Work(program.name, program.part, program.needs) for program in every]
+        known[shape, False] = [work for work in works if work.part not in whole]
+        known.setdefault((shape.devices, True), [work for work in works if work.part in whole])
+    return known[shape, False] + known[shape.devices, True]
+
+
+def _chosen(shape: MeshShape, devices: int, need: int, limit: int, tried: dict[MeshShape, int], in_turn: bool) -> str:
     fewer = min((size for other, size in tried.items() if other.devices < shape.devices), default=None)
     reason = f"; fewer devices would need {gib(fewer).strip()} or more" if fewer else ""
-    of = f"{shape.devices} of {devices} devices"
-    return (
-        f"mesh {shape}: {of}, the smallest split that fits, {gib(need).strip()} of {gib(limit).strip()} on each{reason}"
-    )
+    of, how = f"{shape.devices} of {devices} devices", " with weights in turn" if in_turn else ""
+    sizes = f"{gib(need).strip()} of {gib(limit).strip()} on each"
+    return f"mesh {shape}: {of}, the smallest split that fits{how}, {sizes}{reason}"
 
 
 def _none_fits(tried: dict[MeshShape, int], devices: int, limit: int) -> Exception:

@@ -77,6 +77,15 @@ def test_derived_tensors(cfg, more, count, parameters):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == parameters
 
 
+def test_the_two_experts_for_pictures():
+    """Both files of Wan 2.2 I2V-A14B list what Wan 2.1's text-to-video does, with 36 channels in."""
+    abstract = TRANSFORMER.abstract(wan.WAN_2_2_I2V_A14B, jnp.bfloat16)
+    expected = rules.expected(TRANSFORMER.names(wan.WAN_2_2_I2V_A14B), abstract)
+    ours = {tensor: entry.shape for tensor, entry in expected.items()}
+    assert ours == published("wan2_1_t2v_14b") | {"patch_embedding.weight": (5120, 36, 1, 2, 2)}
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == 14_288_901_184
+
+
 def test_fastwan_14b_is_derived():
     """No list of it is published: a gate beside each block of Wan 2.1's, as in the list of the 1.3B."""
 

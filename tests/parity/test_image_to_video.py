@@ -13,6 +13,7 @@ import jvdiff
 from convert.from_diffusers import convert
 from convert.to_diffusers import to_hf
 from jvdiff.digits import tokenizer as digits_tokenizer
+from jvdiff.errors import UsageError
 from jvdiff.pipeline import repository
 from jvdiff.weights import safetensors
 
@@ -26,7 +27,8 @@ pytestmark = [
 ]
 
 WORDS = ["a", "red", "blue", "seven", "two", "moving", "left", "right", "up"]
-SIZE = {"num_frames": 9, "height": 32, "width": 48}
+SIZE = {"num_frames": 9, "height": 16, "width": 32}
+TILES = (16, 16, 16, 16)  # height and width of a tile, then of the stride
 SIDE, TOKENS = 30, 17  # of a picture for the image encoder, of whose patches of 7 a border is left
 
 
@@ -63,7 +65,14 @@ def components(root, last):
         pos_embed_seq_len=2 * TOKENS if last else None,
     )  # fmt: skip
     vae = diffusers.AutoencoderKLWan(
-        base_dim=6, z_dim=4, num_res_blocks=1, latents_mean=[0.1, -0.2, 0.0, 0.3], latents_std=[1.0, 0.9, 1.1, 1.2]
+        base_dim=6,
+        z_dim=4,
+        dim_mult=[1, 2, 2],
+        temperal_downsample=[True, True],
+        num_res_blocks=1,
+        scale_factor_spatial=4,
+        latents_mean=[0.1, -0.2, 0.0, 0.3],
+        latents_std=[1.0, 0.9, 1.1, 1.2],
     )
     text = transformers.UMT5Config(
         vocab_size=len(tokenizer),
@@ -89,7 +98,7 @@ def components(root, last):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["first", "first and last"])
 def both(request, tmp_path_factory):
-    """(ours from the folder, ours from its converted form, theirs, the pictures of a request)."""
+    """(where the folders are, ours, theirs, which pictures a request has)."""
     root = tmp_path_factory.mktemp("image_to_video")
     theirs = diffusers.WanImageToVideoPipeline(**components(root, request.param))
     theirs.set_progress_bar_config(disable=True)
@@ -97,29 +106,28 @@ def both(request, tmp_path_factory):
     convert(root / "hf", root / "orbax", dtype="float32")
     to_hf(root / "orbax", root / "back")
     names = ("image", "last_image") if request.param else ("image",)
-    pictures = {name: picture(i) for i, name in enumerate(names)}
-    return root, jvdiff.load(root / "hf", precision="float32"), theirs, pictures
+    return root, jvdiff.load(root / "hf", precision="float32"), theirs, names
 
 
 CASES = {
-    "guided": {"prompts": ["a red seven moving left"], "guidance": 4.0, "negative_prompt": "blue right"},
-    "unguided": {"prompts": ["a red two moving right"], "guidance": 1.0, "negative_prompt": ""},
-    "two prompts, one picture": {"prompts": ["a red seven", "up"], "guidance": 2.5, "negative_prompt": "two"},
-    "one frame": {"prompts": ["a blue two"], "guidance": 3.0, "negative_prompt": "", "num_frames": 1},
+    "two clips, two pictures": {"prompts": ["a  red seven\nmoving &amp; LEFT", "up"], "guidance": 4.0},
+    "one frame, in tiles": {"prompts": ["a blue two"], "guidance": 1.0, "num_frames": 1},
 }
+GIVEN = {"negative_prompt": "blue right", "steps": 4}
 
 
 def diffusers_clip(
     pipe, noise, prompts, guidance, negative_prompt, steps, size, image, last_image=None, guidance_2=None
 ):
-    """(latents [B,T,H,W,C], frames uint8 [B,F,Y,X,3]) of WanImageToVideoPipeline, one clip after another: with several
-    prompts it repeats image tokens wrongly."""
+    """(latents [B,T,H,W,C], frames uint8 [B,F,Y,X,3]) of WanImageToVideoPipeline, one clip after another: lists of
+    pictures are refused, and several prompts repeat picture tokens wrongly."""
     latents, frames = [], []
+    of = lambda pictures, i: Image.fromarray(pictures[i] if isinstance(pictures, list) else pictures)  # noqa: E731
     for i, prompt in enumerate(prompts):
         with torch.inference_mode():
             out = pipe(
-                image=Image.fromarray(image),
-                last_image=None if last_image is None else Image.fromarray(last_image),
+                image=of(image, i),
+                last_image=None if last_image is None else of(last_image, i),
                 prompt=prompt,
                 negative_prompt=negative_prompt,
                 guidance_scale=guidance,
@@ -141,21 +149,24 @@ def diffusers_clip(
 
 @pytest.mark.parametrize("case", CASES)
 def test_same_noise_same_clip(both, case, caplog):
-    root, ours, theirs, pictures = both
-    given = dict(CASES[case])
+    """Two clips of one batch are those that diffusers makes of each alone."""
+    root, ours, theirs, names = both
+    given = {**GIVEN, **CASES[case]}
     size = SIZE | {name: given.pop(name) for name in ("num_frames",) if name in given}
-    if size["num_frames"] == 1 and "last_image" in pictures:
-        with pytest.raises(jvdiff.errors.UsageError, match="one frame"):
-            jvdiff.generate(ours, **given, **size, **pictures)
-        return
-    prompts = given.pop("prompts")
-    noise = np.random.default_rng(0).standard_normal((len(prompts), *ours.clip(**size).latents), np.float32)
-    with caplog.at_level(logging.ERROR):
-        latents, frames = diffusers_clip(theirs, noise, prompts, steps=4, size=size, **given, **pictures)
-    if case == "guided":  # from the converted form, which the others need not show again
+    pictures = {name: [picture(10 * i + j) for j in range(len(given["prompts"]))] for i, name in enumerate(names)}
+    tiles = {}
+    if size["num_frames"] == 1:  # from the converted form, which the others need not show again
         ours = jvdiff.load(root / "orbax", precision="float32")
-    out = jvdiff.generate(ours, prompts, noise=noise, steps=4, **given, **size, **pictures)
-    check_same(out, latents, frames)
+        theirs.vae.enable_tiling(*TILES)
+        tiles["vae_tiles"] = "{}x{}:{}x{}".format(*TILES)
+        if "last_image" in names:
+            with pytest.raises(UsageError, match="one frame"):
+                jvdiff.generate(ours, **given, **size, **pictures)
+            return
+    noise = np.random.default_rng(0).standard_normal((len(given["prompts"]), *ours.clip(**size).latents), np.float32)
+    with caplog.at_level(logging.ERROR):
+        latents, frames = diffusers_clip(theirs, noise, size=size, **given, **pictures)
+    check_same(jvdiff.generate(ours, noise=noise, **given, **size, **tiles, **pictures), latents, frames)
 
 
 def check_same(out, latents, frames):
@@ -202,7 +213,7 @@ def experts(tmp_path_factory):
     return root, jvdiff.load(root / "hf", precision="float32"), theirs
 
 
-GIVEN = {"guidance": 4.0, "guidance_2": 2.5, "negative_prompt": "blue right", "steps": 4}  # 999, 900, 750, 500
+BOTH = {"guidance": 4.0, "guidance_2": 2.5, **GIVEN}  # timesteps 999, 900, 750, 500
 
 
 def test_two_experts_with_two_pictures_in_one_batch(experts):
@@ -210,13 +221,12 @@ def test_two_experts_with_two_pictures_in_one_batch(experts):
     root, ours, theirs = experts
     prompts, images = ["a red seven", "up"], [picture(0), picture(1)]
     noise = np.random.default_rng(0).standard_normal((2, *ours.clip(**SIZE).latents), np.float32)
-    given = {"size": SIZE, **GIVEN}
-    clips = [diffusers_clip(theirs, noise[i : i + 1], prompts[i : i + 1], image=images[i], **given) for i in (0, 1)]
+    clips = diffusers_clip(theirs, noise, prompts, size=SIZE, image=images, **BOTH)
     assert [segment.part for segment in ours.clip(**SIZE, steps=4).segments] == ["transformer", "transformer_2"]
-    out = jvdiff.generate(ours, prompts, noise=noise, image=images, **GIVEN, **SIZE)
-    check_same(out, *map(np.concatenate, zip(*clips, strict=True)))
+    out = jvdiff.generate(ours, prompts, noise=noise, image=images, **BOTH, **SIZE)
+    check_same(out, *clips)
     converted = jvdiff.load(root / "orbax", precision="float32")
-    again = jvdiff.generate(converted, prompts, noise=noise, image=images, **GIVEN, **SIZE).latents
+    again = jvdiff.generate(converted, prompts, noise=noise, image=images, **BOTH, **SIZE).latents
     np.testing.assert_array_equal(again, out.latents)
     check_back(root, ours)
 
@@ -225,5 +235,5 @@ def test_two_experts_between_a_first_and_a_last_frame(experts):
     _, ours, theirs = experts
     prompts, shown = ["a blue two", "up"], {"image": picture(0), "last_image": picture(1)}
     noise = np.random.default_rng(1).standard_normal((2, *ours.clip(**SIZE).latents), np.float32)
-    clips = diffusers_clip(theirs, noise, prompts, size=SIZE, **GIVEN, **shown)
-    check_same(jvdiff.generate(ours, prompts, noise=noise, **GIVEN, **SIZE, **shown), *clips)
+    clips = diffusers_clip(theirs, noise, prompts, size=SIZE, **BOTH, **shown)
+    check_same(jvdiff.generate(ours, prompts, noise=noise, **BOTH, **SIZE, **shown), *clips)

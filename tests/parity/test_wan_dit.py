@@ -1,5 +1,6 @@
 """The Wan transformer against diffusers' WanTransformer3DModel, live, with weights scaled so that no layer is idle."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -17,6 +18,8 @@ diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.parity
 
 TINY = wan.DiTConfig(num_attention_heads=3, attention_head_dim=16, ffn_dim=80, num_layers=3, text_dim=24, freq_dim=32)
+IMAGE = dataclasses.replace(TINY, num_layers=2, in_channels=9, out_channels=4, image_dim=20, added_kv_proj_dim=48)
+TWO_PICTURES = dataclasses.replace(IMAGE, pos_embed_seq_len=6)
 REAL_HEADS = wan.DiTConfig(num_attention_heads=2, ffn_dim=300, num_layers=2, text_dim=40)
 
 
@@ -26,7 +29,7 @@ def reference(cfg, seed=0):
     model = diffusers.WanTransformer3DModel.from_config(cfg.to_json()).eval()
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            if "scale_shift_table" in name:  # gates and scales of order one
+            if "scale_shift_table" in name or "pos_embed" in name:  # gates and scales of order one
                 tensor.normal_(0, 0.5)
             elif tensor.ndim > 1:
                 tensor.normal_(0, (2 if "to_q" in name or "to_k" in name else 1) * tensor[0].numel() ** -0.5)
@@ -52,10 +55,11 @@ def inputs(cfg, B, T, H, W, S, seed=0):
     return latents, np.array([937.5, 12.25, 500.0], np.float32)[:B], text
 
 
-def theirs(model, latents, timestep, text, dtype=torch.float32):
+def theirs(model, latents, timestep, text, dtype=torch.float32, image=None):
     with torch.inference_mode():
         x = torch.from_numpy(latents.transpose(0, 4, 1, 2, 3).copy()).to(dtype)
-        out = model(x, torch.from_numpy(timestep), torch.from_numpy(text).to(dtype), return_dict=False)[0]
+        image = None if image is None else torch.from_numpy(image)
+        out = model(x, torch.from_numpy(timestep), torch.from_numpy(text).to(dtype), image, return_dict=False)[0]
     return out.float().numpy().transpose(0, 2, 3, 4, 1)
 
 
@@ -83,6 +87,21 @@ def test_float32(cfg, size):
     params, args = converted(model, cfg), inputs(cfg, *size)
     want = theirs(model, *args)
     assert error(velocity(params, cfg, *args), want) <= 1e-5
+
+
+@pytest.mark.parametrize("cfg", [IMAGE, TWO_PICTURES], ids=["one", "two"])
+def test_picture_tokens(cfg):
+    """The text has 512 rows, which is how diffusers tells the two apart; ours stand for them."""
+    model = reference(cfg)
+    tensors = {k: v.numpy() for k, v in model.state_dict().items() if "norm_added_q" not in k}  # nobody uses it
+    source = SimpleNamespace(tensors=tensors, read=tensors.__getitem__)
+    params = jax.tree.map(jnp.asarray, rules.assemble(names.transformer(cfg), wan.abstract_params(cfg), source))
+    latents, timestep, text = inputs(cfg, 2, 2, 4, 6, 9)
+    text[:, 6:] = 0
+    tokens = np.random.default_rng(1).standard_normal((2, 6, cfg.image_dim), np.float32)
+    pictures = tokens.reshape(4, 3, -1) if cfg.pos_embed_seq_len else tokens
+    want = theirs(model, latents, timestep, np.pad(text, ((0, 0), (0, 503), (0, 0))), image=pictures)
+    assert error(velocity(params, cfg, latents, timestep, text, image=tokens, text_length=512), want) <= 1e-5
 
 
 @pytest.mark.parametrize(

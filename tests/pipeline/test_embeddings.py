@@ -42,6 +42,23 @@ def test_embeddings_make_the_clips_of_their_prompts(pipe, deaf, tmp_path):
     assert np.abs(swapped - clips).max() > 1e-3
 
 
+def test_each_clip_may_have_a_negative_prompt_of_its_own(pipe):
+    """One to one, as if each clip were alone; one for all is the same as a list of equal ones."""
+    both = jvdiff.embed(pipe, PROMPTS, negative_prompt=["blue", "left left"])["text_embeddings"]
+    for i, negative in enumerate(["blue", "left left"]):
+        alone = jvdiff.embed(pipe, PROMPTS[i], negative_prompt=negative)["text_embeddings"]
+        for one, other in zip(alone, both, strict=True):
+            np.testing.assert_allclose(one[0], other[i], rtol=0, atol=1e-5)
+    assert np.abs(both[1][0] - both[1][1]).max() > 0.1
+    for wrong, words in (
+        (["blue"], "negative_prompt has 1 texts for 2 clips; expected one for all, or one each"),
+        (["blue", 5], "negative_prompt is 5; expected text"),
+        (["blue", "bad \ud800"], "surrogate"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            jvdiff.generate(pipe, PROMPTS, negative_prompt=wrong)
+
+
 def test_without_guidance_there_is_no_other_half(pipe, tmp_path):
     made = jvdiff.embed(pipe, PROMPTS[0], guidance=1.0)
     assert made["text_embeddings"][1] is None

@@ -1,5 +1,7 @@
 """Wan 2.1 and 2.2: the diffusion transformer and the causal VAE, as pure functions over nested dicts of arrays.
 
+So are the encoders that it listens and looks through: `encode_text` (UMT5) and `encode_pictures` (CLIP).
+
 Sources: the published repositories `Wan-AI/Wan2.*-Diffusers` and diffusers 0.42, whose numbers these match.
 """
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
         remembered,
         text_keys,
     )
+    from jvdiff.models.wan.conditions import encode_pictures, encode_text, tokenize
     from jvdiff.models.wan.config import (
         WAN_2_1_FLF2V_14B,
         WAN_2_1_I2V_14B,
@@ -77,7 +80,9 @@ __all__ = [
     "denormalize_latents",
     "encode",
     "encode_chunk",
+    "encode_pictures",
     "encode_shown",
+    "encode_text",
     "extend",
     "init_cache",
     "init_kv_cache",
@@ -88,8 +93,9 @@ __all__ = [
     "reencode",
     "remembered",
     "text_keys",
+    "tokenize",
     "velocity",
     "window_losses",
 ]
 
-__getattr__ = attach(__name__, __all__, ("config", "params", "plan", "attention", "dit", "causal", "vae"))
+__getattr__ = attach(__name__, __all__, ("config", "params", "plan", "attention", "dit", "causal", "vae", "conditions"))

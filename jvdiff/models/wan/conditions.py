@@ -57,7 +57,7 @@ class Condition(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens of prompts, the negative prompt last.
+    """Tokens of texts.
 
     ids: int32 [B,S]
     mask: bool [B,S], true where there is a token
@@ -71,11 +71,13 @@ class Inputs(NamedTuple):
     """A request as arrays.
 
     tokens: of the prompts
+    negative: of what guidance leads away from, as many rows S: one text for all clips, or one each; None: no guidance
     pixels: uint8 [P,n,Y,X,3], the clips' pictures at their size
     seen: float32 [P,n,S,S,3], the same pictures as the image encoder takes them
     """
 
     tokens: Tokens
+    negative: Tokens | None = None
     pixels: Any = None
     seen: Any = None
 
@@ -110,33 +112,37 @@ def inputs(models: Models, clip: Clip, request: Request) -> Inputs:
             "last_image is given, and these weights take one picture; leave it out, or take weights for two: "
             "Wan2.1-FLF2V-14B-720P or Wan2.2-I2V-A14B."
         )
-    negative = [clip.settings.negative_prompt] if clip.guided else []
-    tokens = tokenize(models.files["tokenizer"], [*request.prompts, *negative])
+    negative = (request.negative_prompts or [clip.settings.negative_prompt]) if clip.guided else []
+    every, clips = tokenize(models.files["tokenizer"], [*request.prompts, *negative]), len(request.prompts)
+    tokens = Tokens(every.ids[:clips], every.mask[:clips])
+    other = Tokens(every.ids[clips:], every.mask[clips:]) if negative else None
     if request.images is None:
-        return Inputs(tokens)
+        return Inputs(tokens, other)
     shown = list(zip(*(each for each in (request.images, request.last_images) if each is not None), strict=True))
     if all(one is other for each in shown for one, other in zip(each, shown[0], strict=True)):
         shown = shown[:1]
     _, height, width = clip.frames
     pixels = np.stack([[pictures.squash(one, height, width) for one in each] for each in shown])
     if "image_encoder" not in models.configs:
-        return Inputs(tokens, pixels)
+        return Inputs(tokens, other, pixels)
     processor = models.files["image_processor"]
-    return Inputs(tokens, pixels, np.stack([[pictures.seen_by_clip(one, processor) for one in each] for each in shown]))
+    seen = np.stack([[pictures.seen_by_clip(one, processor) for one in each] for each in shown])
+    return Inputs(tokens, other, pixels, seen)
 
 
 def longest(models: Models, clip: Clip, clips: int) -> Inputs:
     """The arrays of `clips` clips as ShapeDtypeStructs, with the longest text and pictures of their own each."""
-    struct, shape = jax.ShapeDtypeStruct, (clips + clip.guided, TEXT_LENGTH)
-    tokens = Tokens(struct(shape, jnp.int32), struct(shape, jnp.bool_))
+    struct = jax.ShapeDtypeStruct
+    texts = [Tokens(struct((n, TEXT_LENGTH), jnp.int32), struct((n, TEXT_LENGTH), jnp.bool_)) for n in (clips, 1)]
+    tokens, other = texts[0], texts[1] if clip.guided else None
     dit, tower = expert(models.configs), models.configs.get("image_encoder")
     if dit.in_channels == dit.out_channels and not models.index.get(EXPANDED):
-        return Inputs(tokens)
+        return Inputs(tokens, other)
     count = 2 if dit.pos_embed_seq_len else 1
     pixels = struct((clips, count, *clip.frames[1:], 3), jnp.uint8)
     if tower is None:
-        return Inputs(tokens, pixels)
-    return Inputs(tokens, pixels, struct((clips, count, tower.image_size, tower.image_size, 3), jnp.float32))
+        return Inputs(tokens, other, pixels)
+    return Inputs(tokens, other, pixels, struct((clips, count, tower.image_size, tower.image_size, 3), jnp.float32))
 
 
 def encode(
@@ -147,9 +153,9 @@ def encode(
     S of the text is a bucket, not 512: the last row, zero like the 512 - S that would follow, stands for all of them
     (`velocity(..., text_length=512)`).
     """
-    placement, clips = forward.placement, len(inputs.tokens.ids) - clip.guided
-    program = _text_program(models.configs["text_encoder"], placement, clip.guided)
-    rows, other = run(Stage("text", "text_encoder", program), *inputs.tokens)
+    placement, clips = forward.placement, len(inputs.tokens.ids)
+    program = _text_program(models.configs["text_encoder"], placement)
+    rows, other = run(Stage("text", "text_encoder", program), inputs.tokens, inputs.negative)
     image = latents = first = None
     if inputs.seen is not None:
         program = _image_program(models.configs["image_encoder"], placement, clips)
@@ -208,21 +214,32 @@ def _picture_program(
 
 
 @functools.lru_cache(maxsize=8)
-def _text_program(cfg: umt5.Config, placement: Placement | None, guided: bool) -> Any:
-    """jitted (params, ids int32 [B+guided,S], mask) -> rows [B,S,D], and [B,S,D] of the last text or None."""
+def _text_program(cfg: umt5.Config, placement: Placement | None) -> Any:
+    """jitted (params, tokens of B texts, those of 1 or B others or None) -> rows [B,S,D], and [B,S,D] of the others or
+    None."""
 
-    def text(params: Params, ids: Array, mask: Array) -> tuple[Array, Array | None]:
-        rows = encode_text(params, cfg, ids, mask, placement)
+    def text(params: Params, tokens: Tokens, others: Tokens | None) -> tuple[Array, Array | None]:
+        clips = len(tokens.ids)
+        both = tokens if others is None else jax.tree.map(lambda *each: jnp.concatenate(each), tokens, others)
+        rows = encode_text(params, cfg, both.ids, both.mask, placement)
         rows = rows if placement is None else placement.replicate(rows)
-        if not guided:
+        if others is None:
             return rows, None
-        wanted = rows[:-1]  # [B+1,S,D] -> [B,S,D]
-        return wanted, jnp.broadcast_to(rows[-1:], wanted.shape)  # [1,S,D] -> [B,S,D]
+        return rows[:clips], jnp.broadcast_to(rows[clips:], (clips, *rows.shape[1:]))  # [1 or B,S,D] -> [B,S,D]
 
     return jax.jit(text)
 
 
+encode_pictures = towers.encode  # by the name under which `jvdiff.models.wan` has it
+
+
 def encode_text(params: Params, cfg: umt5.Config, ids: Array, mask: Array, placement: Placement | None = None) -> Array:
-    """ids int32 [B,S], mask bool [B,S] -> text rows [B,S,D], zero where the mask is false."""
+    """Tokens of `tokenize` -> text rows [B,S,D] as the transformer takes them, zero where the mask is false.
+
+    Args:
+        params: tree of `umt5.abstract_params`; their dtype is that of the products.
+        ids: int32 [B,S]. mask: bool [B,S].
+        placement: the devices to work on; None: one.
+    """
     rows = umt5.encode(params, cfg, ids, mask, placement=placement)
     return jnp.where(mask[:, :, None], rows, jnp.zeros((), rows.dtype))

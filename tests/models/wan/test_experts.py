@@ -5,6 +5,7 @@ import gc
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import jvdiff
 from jvdiff import pipeline, plan
-from jvdiff.commands import sample
+from jvdiff.commands import sample, windows
 from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models.family import Request
 from jvdiff.models.wan.family import TEXT_TO_VIDEO
@@ -232,10 +233,18 @@ def test_what_is_encoded_ahead_has_a_limit(pipe, monkeypatch):
     """Of the first encoder, which comes to the device again for what is left; equal requests are computed once."""
     clip = pipe.clip()
     texts = ("a", "a red seven", "a")
-    requests = [(clip, pipe.family.inputs(pipe.models, clip, Request(prompts=(text,)))) for text in texts]
+    every = [pipe.family.inputs(pipe.models, clip, Request(prompts=(text,))) for text in texts]
+    requests = [SimpleNamespace(clip=clip, inputs=inputs) for inputs in every]
     kept = pipeline.Kept(pipe.run, ("text_encoder",))
     assert pipeline.encode_ahead(pipe.context, requests, kept) == 3
     monkeypatch.setattr(pipeline.Kept, "LIMIT", 1)
     assert kept.full and pipeline.encode_ahead(pipe.context, requests, kept) == 1
-    direct, again = (pipeline.encode(pipe.context, *requests[1], run) for run in (pipe.run, kept))
+    direct, again = (pipeline.encode(pipe.context, clip, every[1], run) for run in (pipe.run, kept))
     jax.tree.map(np.testing.assert_array_equal, again, direct)
+
+
+def test_windows_are_those_of_one_transformer(folder, tmp_path, capsys):
+    words = [f"--checkpoint={folder}", f"--table={tmp_path / 'w.json'}", "--prompt=a"]
+    words += ["--tile=1x1x1", "--candidates=1x1x1"]
+    assert windows.main(["windows", *words]) == 2
+    assert "two transformers share the steps, and a table is of one" in capsys.readouterr().err

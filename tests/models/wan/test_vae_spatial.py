@@ -69,6 +69,7 @@ def placement():
         (8, (4, 6), (4, 2)),  # no strips, but tiles
         (8, (6, 10), (2, 2)),  # every part twice
         (8, (3, 5), (1, 1)),
+        (8, (4, 2), (4, 1)),  # and not a cell for each, which XLA computes wrongly
         (6, (60, 104), (6, 1)),
         (1, (60, 104), (1, 1)),
     ],
