@@ -108,7 +108,10 @@ def make(
     if unipc and grid != "training" and abs(sigmas[0] - 1) < _EPS:
         sigmas[0] -= _EPS
     if not np.all(np.diff(sigmas, append=0.0) < 0):
-        raise UsageError(f"the noise levels are {np.round(sigmas, 6).tolist()}; expected falling ones above 0.")
+        raise UsageError(
+            f"noise levels cannot be told apart at shift {shift}: of {steps} steps the first are "
+            f"{np.round(sigmas[:3], 6).tolist()}; take fewer steps or a shift near 5."
+        )
     truncated = grid == "training" or (unipc and grid != "timesteps")
     timesteps = sigmas * train_steps
     return _schedule(sigmas, np.trunc(timesteps) if truncated else timesteps)

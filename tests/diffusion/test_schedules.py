@@ -83,7 +83,7 @@ def test_every_schedule_falls_to_zero(grid, solver, shift, steps):
         (2, {"shift": 3.0, "grid": "sigmas", "values": (float("nan"), 0.9)}, "falling numbers"),
         (2, {"shift": 3.0, "grid": "sigmas"}, "0 numbers; expected one for each of 2 steps"),
         (2, {"shift": 3.0, "grid": "timesteps", "values": (1001, 900)}, "at most 1000"),
-        (2, {"shift": 1e9, "grid": "sigmas", "values": (1.0, 0.9999)}, r"levels are .* expected falling ones"),
+        (2, {"shift": 1e9, "grid": "sigmas", "values": (1.0, 0.9999)}, "cannot be told apart at shift"),
         (2, {"shift": 3.0, "terminal": 1.0}, "between 0 and 1"),
         (1, {"shift": 3.0, "terminal": 0.1}, "no noise level below 1"),
         (4, {"shift": 3.0, "solver": "dpm++"}, "solver"),
