@@ -8,6 +8,7 @@ plan measures them: what is planned is what runs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,7 +22,7 @@ from jax.tree_util import Partial
 
 from jvdiff.diffusion import Solver, classifier_free, sampling
 from jvdiff.diffusion.solvers import NoisyState
-from jvdiff.errors import NumericsError, UsageError
+from jvdiff.errors import CheckpointError, NumericsError, UsageError
 from jvdiff.models.family import Clip, Family, Forward, Models, Run, Segment, Stage
 from jvdiff.pipeline.lending import Weights
 from jvdiff.precision import Precision
@@ -323,7 +324,8 @@ def encode_ahead(context: Context, requests: Sequence[Asked], kept: Kept) -> int
             return (kept if stage.part == part else shapes)(stage, *arguments)
 
         for number, asked in enumerate(requests, 1):
-            context.family.encode(context.models, asked.clip, context.forward(asked.clip), run, asked.inputs)
+            with contextlib.suppress(CheckpointError, UsageError):  # of one request: told when its turn comes
+                context.family.encode(context.models, asked.clip, context.forward(asked.clip), run, asked.inputs)
             if kept.full and part == kept.parts[0]:
                 requests = requests[:number]
                 break

@@ -263,6 +263,21 @@ def test_what_is_encoded_ahead_has_a_limit(pipe, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, again, direct)
 
 
+def test_a_picture_that_changed_fails_when_its_turn_comes_and_not_ahead(pipe):
+    class Changed:
+        clip = pipe.clip()
+
+        @property
+        def inputs(self):
+            raise CheckpointError("changed since it was read before")
+
+    good = SimpleNamespace(
+        clip=pipe.clip(), inputs=pipe.family.inputs(pipe.models, pipe.clip(), Request(prompts=("a",)))
+    )
+    kept = pipeline.Kept(pipe.run, ("text_encoder",))
+    assert pipeline.encode_ahead(pipe.context, [Changed(), good], kept) == 2
+
+
 def test_windows_are_those_of_one_transformer(folder, tmp_path, capsys):
     words = [f"--checkpoint={folder}", f"--table={tmp_path / 'w.json'}", "--prompt=a"]
     words += ["--tile=1x1x1", "--candidates=1x1x1"]
