@@ -121,7 +121,7 @@ def test_large_logits_do_not_overflow(name):
     q, k, v = operands(1, 9, 9, 1, 8)
     out, lse = attend(q * 100, k * 100, v, return_lse=True, implementation=name)
     want, want_lse = definition(q * 100, k * 100, v)
-    assert np.isfinite(out).all() and error(out, want) < 1e-3  # float32 logits near 1e5
+    assert np.isfinite(out).all() and error(out, want) < 1e-2  # a float32 near 1e5 has steps of 0.008
     np.testing.assert_allclose(lse, want_lse, rtol=1e-6)
 
 
