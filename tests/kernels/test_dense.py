@@ -72,13 +72,14 @@ def name(request, monkeypatch):
 )
 def test_output_and_lse(name, shape):
     q, k, v = operands(*shape)
-    out, lse = attend(q, k, v, return_lse=True, implementation=name)
+    q, k, v = map(jnp.asarray, (q, k, v))
+    out, lse = kernels.attention(q, k, v, return_lse=True, implementation=name)
     want, want_lse = definition(q, k, v)
     assert out.dtype == q.dtype and lse.dtype == jnp.float32
     assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
     assert error(out, want) < 1e-6
     np.testing.assert_allclose(lse, want_lse, rtol=0, atol=1e-5)
-    assert error(attend(q, k, v, implementation=name), want) < 1e-6
+    np.testing.assert_array_equal(out, kernels.attention(q, k, v, implementation=name))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -118,10 +119,10 @@ def test_gradients(name, shape):
 
 
 def test_large_logits_do_not_overflow(name):
-    q, k, v = operands(1, 9, 9, 1, 8)
-    out, lse = attend(q * 100, k * 100, v, return_lse=True, implementation=name)
+    q, k, v = map(jnp.asarray, operands(1, 9, 9, 1, 8))
+    out, lse = kernels.attention(q * 100, k * 100, v, return_lse=True, implementation=name)
     want, want_lse = definition(q * 100, k * 100, v)
-    assert np.isfinite(out).all() and error(out, want) < 1e-2  # a float32 near 1e5 has steps of 0.008
+    assert np.isfinite(out).all() and error(out, want) < 1e-3  # float32 logits near 1e5
     np.testing.assert_allclose(lse, want_lse, rtol=1e-6)
 
 
