@@ -10,18 +10,10 @@ pipeline for it.
 
 from ml_collections import ConfigDict
 
-from jvdiff.commands import sample
+from jvdiff.config import load
 
 
 def get_config() -> ConfigDict:
-    config = sample.default_config()
+    config = load("fastwan2_1_t2v_1_3b")
     config.checkpoint = "checkpoints/FastWan2.1-T2V-14B-Diffusers"
-    config.num_frames = 61
-    config.height = 448
-    config.width = 832
-    config.fps = 16
-    config.shift = 8.0
-    config.pattern = "video_sparse:4x4x4:0.8"
-    config.steps = 3
-    config.guidance = 1.0
     return config

@@ -33,7 +33,7 @@ class Content:
     )
     class_label: int | str | tuple[Any, ...] | None = option(None, "a class by name or number, or a tuple of them")
     image: str | None = option(None, "a picture's file: what the first frame shows, for models that take it", path=True)
-    last_image: str | None = option(None, "likewise, what the last frame shows", path=True)
+    last_image: str | None = option(None, "the picture that the last frame shows, a file as image is", path=True)
     seed: int | None = option(None, "video i gets seed + i; none draws one and prints it")
     seeds: str | None = option(None, "in place of seed: 0:16 makes sixteen videos of each prompt; or a list, 3,5,8")
     part: str | None = option(None, "3/16 makes the third of sixteen equal parts of the videos")

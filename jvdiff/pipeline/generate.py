@@ -218,7 +218,7 @@ def generate(
         image: what the first frame shows, where the model takes it: uint8 [Y,X,3] of any size, a Pillow picture or the
             path of a file (`jvdiff.media.pictures`); one for all clips, or a list with one each. A clip has its
             proportions, at the model's area; a height or width that is given stays.
-        last_image: likewise, what the last frame shows.
+        last_image: the picture of the last frame, given as image is.
         text_embeddings: in place of what the text encoder makes of the prompts, which may then be left out: what
             `embed` gives, or (rows [B,S,D], rows of the negative prompt).
         image_embeddings: in place of what the image encoder makes of the pictures, [B,I,D].
@@ -416,8 +416,8 @@ def make_request(
         if each is None and name in family.needs:
             raise UsageError(f"{family.name} needs {' and '.join(family.needs)}; give {name} (--{name}=FILE).")
     if last_image is not None and (image is None or clip.frames[0] == 1):
-        found = "there is no image" if image is None else "the clip has one frame"
-        raise UsageError(f"last_image is given, and {found}; it is the last frame of a clip whose first is image.")
+        found = "without image" if image is None else "for a clip of one frame"
+        raise UsageError(f"last_image is given {found}; it is the last frame of a clip that begins with image.")
     more: dict[str, Any] = {PICTURES[name]: each for name, each in given.items()}
     return Request(**{family.subject: subjects}, **more, negative_prompts=negative_prompts)
 

@@ -134,8 +134,8 @@ def test_pictures_of_any_size(pipe, clip, tmp_path):
         ({"image": [PICTURE] * 3}, "image has 3 pictures for 2 clips"),
         ({"image": [wide, PICTURE]}, r"clips of 2 sizes \(24x10, 16x16\)"),
         ({"image": PICTURE.astype(float)}, r"image is float64\[16, 16, 3\]; expected uint8"),
-        ({"last_image": PICTURE}, "last_image is given, and there is no image"),
-        ({"image": PICTURE, "last_image": PICTURE, "num_frames": 1}, "last_image is given, and the clip has one frame"),
+        ({"last_image": PICTURE}, "last_image is given without image"),
+        ({"image": PICTURE, "last_image": PICTURE, "num_frames": 1}, "last_image is given for a clip of one frame"),
     ):
         with pytest.raises(UsageError, match=sentence):
             jvdiff.generate(pipe, ["seven", "two"], **change)
