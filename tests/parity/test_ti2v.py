@@ -17,10 +17,10 @@ from jvdiff.models import wan
 from jvdiff.models.text import umt5
 from jvdiff.models.wan.family import TEXT_AND_IMAGE_TO_VIDEO
 from jvdiff.pipeline import repository
-from tests.parity.test_pipeline import SCHEDULERS, WORDS, diffusers_clip
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
+from tests.parity.test_pipeline import SCHEDULERS, WORDS, diffusers_clip  # noqa: E402 - it is skipped without torch
 
 pytestmark = [
     pytest.mark.parity,
