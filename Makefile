@@ -35,6 +35,7 @@ sample: .venv/.sample
 test: .venv/.test
 	XLA_FLAGS="$(QUICKLY)" $(RUN) -m pytest $(WORKERS) $(PYTEST)
 
+# One after another, unlike the others: torch and JAX together fill the memory of a small machine.
 parity: .venv/.parity
 	$(RUN) -m pytest -m parity tests $(PYTEST)
 
@@ -48,7 +49,7 @@ kernels:
 	@python=$$(.ci/find_python 3.12) || { echo "kernels: skipped, no Python 3.12 on this machine"; exit 0; }; \
 	$(MAKE) --no-print-directory .venv312/.kernels-$(JAX) PYTHON312="$$python" && \
 	.venv312/bin/python -m jvdiff.commands.compiler --install && \
-	.venv312/bin/python -m jvdiff.commands.compiler -m pytest \
+	.venv312/bin/python -m jvdiff.commands.compiler -m pytest $(WORKERS) \
 		tests/kernels tests/sharding $(addprefix tests/models/wan/test_,mesh.py dit_compiled.py vae_compiled.py \
 		windows.py causal_tiles.py) tests/benchmarks/test_first_gpu_hour.py $(PYTEST)
 
@@ -78,7 +79,7 @@ wheel:
 
 .venv312/.kernels-$(JAX): pyproject.toml setup.py
 	$(PYTHON312) -m venv --clear .venv312
-	.venv312/bin/python $(PIP) --editable . "jax==$(JAX)" pytest safetensors
+	.venv312/bin/python $(PIP) --editable . "jax==$(JAX)" pytest pytest-xdist safetensors
 	@touch $@
 
 clean:
