@@ -11,7 +11,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-
 from jvdiff.models.text import byte_pairs
 from jvdiff.models.text.tokenizer import tokenize as ids_of
 from jvdiff.models.text.tokenizer import unicode

@@ -52,7 +52,9 @@ def load(folder: str | Path) -> Tokenizer:
     expected = "a T5 tokenizer.json (or spiece.model)"
     tokenizer, file, ids = opened(folder, {"tokenizer.json": from_json, "spiece.model": spiece.load}, expected)
     if not ids or ids[-1] != EOS:
-        raise unusable(file, f"a prompt's ids end with {ids[-1:]}, expected eos [{EOS}] as T5 tokenizers have it", expected)
+        raise unusable(
+            file, f"a prompt's ids end with {ids[-1:]}, expected eos [{EOS}] as T5 tokenizers have it", expected
+        )
     other = file.with_name("spiece.model")
     if file != other and other.is_file() and not _same(tokenizer, other):
         tell_once(f"{folder}: tokenizer.json and spiece.model differ; tokenizer.json is used, as transformers does")
