@@ -118,7 +118,7 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
 
 
 def clean(prompt: str) -> str:
-    """The prompt as diffusers tokenises Wan's: ftfy, HTML entities decoded twice, white space collapsed.
+    """The prompt as most of diffusers' video pipelines tokenise it: ftfy, HTML entities decoded twice, white space collapsed.
 
     Raises UsageError as `unicode` does.
     """
