@@ -23,7 +23,7 @@ encode = jax.jit(clip_text.encode, static_argnums=1)
 def reference(seed, **sizes):
     """(torch model, configuration, weights in our tree) of which no layer is idle."""
     torch.manual_seed(seed)
-    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**SIZES, **sizes)).eval()
+    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**{**SIZES, **sizes})).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             narrow = 0.3 if p.ndim == 1 or "embedding" in name else p.shape[-1] ** -0.5

@@ -54,6 +54,6 @@ def _from_vocabulary(file: Path) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (START, END)])
-    start, end = ((token, tokenizer.token_to_id(token)) for token in (START, END))
+    start, end = ((token, vocabulary[token]) for token in (START, END))
     tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
     return tokenizer

@@ -180,7 +180,7 @@ def encode(
     x = jnp.take(table, ids, axis=0).astype(jnp.float32)  # [B,S,D]
     if placement is not None:
         x, mask = placement.replicate((x, mask))
-    seen = np.tri(length, dtype=bool)[None] & mask[:, None]  # [B,q,S]: itself and what is in front of it
+    seen = jnp.asarray(np.tri(length, dtype=bool))[None] & mask[:, None]  # [B,q,S]: itself and what is in front of it
     angles = np.arange(length, dtype=np.float32)[:, None] * _rates(cfg)[None]
     turn = jnp.asarray(np.cos(angles))[None, :, None], jnp.asarray(np.sin(angles))[None, :, None]  # [1,S,1,K/2]
 

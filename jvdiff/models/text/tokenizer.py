@@ -1,4 +1,4 @@
-"""Prompts to token ids, padded on the right. T5's prompts are cleaned as Diffusers does it and end with eos, id 1.
+"""Prompts to token ids, padded on the right; prompts of T5 end with eos, id 1.
 
 B batch · S text tokens.
 
@@ -118,7 +118,7 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
 
 
 def clean(prompt: str) -> str:
-    """The prompt as diffusers tokenises Wan's: ftfy, HTML entities decoded twice, white space collapsed.
+    """The prompt as some of diffusers' pipelines tokenise it: ftfy, HTML entities decoded twice, white space collapsed.
 
     Raises UsageError as `unicode` does.
     """
