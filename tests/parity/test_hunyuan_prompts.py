@@ -15,7 +15,7 @@ from tests.parity import test_clip_text, test_llama  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
-PROMPTS = ["a  red cat\n walks, realistic", "", "red " * 300, "<b>don't</b> &amp; <|eot_id|> \u201c日本語\u201d"]
+PROMPTS = [" a  red cat\n walks, realistic", "", "red " * 300, "<b>don't</b> &amp; <|eot_id|> \u201c日本語\u201d"]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from jvdiff.errors import CheckpointError
 from jvdiff.models.quantised import quantise
 from jvdiff.models.text import clip_text, clip_text_names
-from jvdiff.sharding import Placement, make_mesh, param_shardings, read_mesh
+from jvdiff.sharding import Placement, make_mesh, param_shardings, read_mesh, rules
 from jvdiff.weights import naming
 
 CFG = clip_text.Config(
@@ -59,8 +59,9 @@ def test_the_end_token_sees_what_is_in_front_of_it(params):
         assert error(encode(params, CFG, other), want) > 1e-2
 
 
-def test_eight_bits_on_one_device_and_on_a_mesh(params):
-    """As near as rounding explains, and a mesh gives the numbers of one device."""
+def test_eight_bits_on_one_device_and_on_a_mesh(params, monkeypatch):
+    """As near as rounding explains, and a mesh gives the numbers of one device, also of weights that it divides."""
+    monkeypatch.setattr(rules, "SMALL", 1)
     ids = np.array([[48, 5, 6, 7, 49, 49], [48, 9, 9, 9, 9, 49]], np.int32)
     layers = jax.tree_util.tree_map_with_path(
         lambda path, leaf: quantise(leaf) if path[-1].key == "kernel" else leaf, params["layers"]
@@ -70,6 +71,7 @@ def test_eight_bits_on_one_device_and_on_a_mesh(params):
     assert 1e-4 < error(ours, encode(params, CFG, ids)) < 0.03
     placement = Placement(make_mesh(read_mesh("fsdp=2,tensor=2")))
     placed = jax.device_put(small, param_shardings(placement.mesh, small, clip_text.PLACES))
+    assert not placed["layers"]["attn"]["k"]["kernel"].values.sharding.is_fully_replicated
     found = jax.jit(lambda p: clip_text.encode(p, CFG, ids, placement=placement))(placed)
     assert found.sharding.is_fully_replicated and error(found, ours) < 1e-6
 

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from jvdiff.errors import CheckpointError
+from jvdiff.errors import CheckpointError, JvdiffError
 from jvdiff.models.quantised import quantise
 from jvdiff.models.text import llama, llama_names
-from jvdiff.sharding import Placement, make_mesh, param_shardings, read_mesh
-from jvdiff.weights import naming
+from jvdiff.sharding import Placement, make_mesh, param_shardings, read_mesh, rules
+from jvdiff.weights import naming, restore
 
 CFG = llama.Config(
     rms_norm_eps=1e-5, rope_theta=500000.0, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
@@ -61,6 +62,46 @@ def prompts():
     return ids, np.arange(16)[None, :] < np.asarray([[16], [9]])
 
 
+def plain(params, ids):
+    """One text without padding, written out: each query head by itself, float64."""
+    tree = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    x, K, length = tree["token_embed"]["embedding"][ids], CFG.head_dim, len(ids)
+
+    def norm(x, scale):
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5) * scale
+
+    def turned(head):  # pairs (i, i + K/2), a token's place times theta^(-2i/K)
+        out = np.empty_like(head)
+        for i in range(K // 2):
+            angle = np.arange(length) * 500000.0 ** (-2 * i / K)
+            a, b = head[:, i], head[:, i + K // 2]
+            out[:, i], out[:, i + K // 2] = a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)
+        return out
+
+    for layer in range(2):  # of the four that the configuration names
+        attn, ffn = (jax.tree.map(lambda w: w[layer], tree["layers"][part]) for part in ("attn", "ffn"))  # noqa: B023
+        h = norm(x, attn["norm"]["scale"])
+        heads = []
+        for n in range(4):
+            q = turned(h @ attn["q"]["kernel"][:, n * K : (n + 1) * K])
+            own = slice(n // 2 * K, (n // 2 + 1) * K)  # two query heads share a key head
+            k, v = turned(h @ attn["k"]["kernel"][:, own]), h @ attn["v"]["kernel"][:, own]
+            weights = np.tril(np.exp(q @ k.T / np.sqrt(K)))
+            heads.append(weights / weights.sum(axis=1, keepdims=True) @ v)
+        x = x + np.concatenate(heads, axis=1) @ attn["out"]["kernel"]
+        h = norm(x, ffn["norm"]["scale"])
+        gate = h @ ffn["gate"]["kernel"]
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ ffn["up"]["kernel"])) @ ffn["down"]["kernel"]
+    return x
+
+
+def test_the_encoder_written_out(params, prompts):
+    ids, mask = prompts
+    ours = np.asarray(encode(params, CFG, ids, mask))
+    for row, length in ((0, 16), (1, 9)):
+        assert error(ours[row, :length], plain(params, ids[row, :length])) < 1e-6
+
+
 def test_a_token_sees_what_is_in_front_of_it(params, prompts):
     """Padding does not count, nor what comes later; what came earlier does."""
     ids, mask = prompts
@@ -72,19 +113,40 @@ def test_a_token_sees_what_is_in_front_of_it(params, prompts):
     assert min(error(first[0, i], want[0, i]) for i in range(16)) > 1e-3
 
 
-def test_eight_bits_on_one_device_and_on_a_mesh(params, prompts):
-    """As near as rounding explains, and a mesh gives the numbers of one device."""
+def in_eight_bits(params):
     layers = jax.tree_util.tree_map_with_path(
         lambda path, leaf: quantise(leaf) if path[-1].key == "kernel" else leaf, params["layers"]
     )
-    small = {**params, "layers": layers}
+    return {**params, "layers": layers}
+
+
+def test_eight_bits_on_one_device_and_on_a_mesh(params, prompts, monkeypatch):
+    """As near as rounding explains, and a mesh gives the numbers of one device, also of weights that it divides."""
+    monkeypatch.setattr(rules, "SMALL", 1)
+    small, mask = in_eight_bits(params), prompts[1]
     ours = encode(small, CFG, *prompts)
-    mask = prompts[1]
     assert 1e-4 < error(np.asarray(ours)[mask], np.asarray(encode(params, CFG, *prompts))[mask]) < 0.03
     placement = Placement(make_mesh(read_mesh("fsdp=2,tensor=2")))
     placed = jax.device_put(small, param_shardings(placement.mesh, small, llama.PLACES))
+    assert not placed["layers"]["attn"]["k"]["kernel"].values.sharding.is_fully_replicated
     found = jax.jit(lambda p: llama.encode(p, CFG, *prompts, placement=placement))(placed)
     assert found.sharding.is_fully_replicated and error(found, ours) < 1e-6
+
+
+def test_the_last_layers_are_neither_read_nor_written(params, tmp_path):
+    """Of a folder as it is published, in float16: they may hold anything."""
+    expected = llama.abstract_params(CFG, jnp.bfloat16)
+    tensors = {name: x.astype(np.float16) for name, x in naming.disassemble(llama_names.RULES, params)}
+    assert not any(name.startswith(("norm", "layers.2", "layers.3")) for name in tensors)
+    for layer in range(2, 4):
+        first = {name: x for name, x in tensors.items() if name.startswith("layers.0.")}
+        tensors |= {name.replace("layers.0.", f"layers.{layer}."): np.zeros((1,), np.int32) for name in first}
+    save_file({**tensors, "norm.weight": np.full(32, np.nan, np.float16)}, tmp_path / "model.safetensors")
+    with pytest.raises(JvdiffError, match="I32"):
+        restore(tmp_path, expected, llama_names.RULES, stem="model")
+    read = restore(tmp_path, expected, llama_names.RULES, stem="model", ignored=llama_names.ignored(CFG))
+    want = jax.tree.map(lambda x: x.astype(np.float16).astype(jnp.bfloat16), params)
+    jax.tree.map(np.testing.assert_array_equal, read, want)
 
 
 def test_what_a_config_may_say():
