@@ -15,10 +15,10 @@ from safetensors.numpy import load_file
 import jvdiff
 from convert.from_diffusers import convert
 from convert.to_diffusers import to_hf
-from jvdiff import models, pipeline, plan
+from jvdiff import models, plan
 from jvdiff.commands import sample
 from jvdiff.errors import CheckpointError, UsageError
-from jvdiff.models.family import Request
+from jvdiff.models.family import Request, read_config
 from jvdiff.models.hunyuan_video import settings
 from jvdiff.models.hunyuan_video.family import TEXT_TO_VIDEO
 from jvdiff.sharding import rules
@@ -195,5 +195,5 @@ def test_published_files_are_read(tmp_path):
     assert models.select(tmp_path, index) == ("jvdiff.models.hunyuan_video", "TEXT_TO_VIDEO")
     known = TEXT_TO_VIDEO.published["HunyuanVideo"].configs
     for name, part in TEXT_TO_VIDEO.parts.items():
-        assert pipeline.read_config(tmp_path / name, part) == known[name]
+        assert read_config(tmp_path / name, part) == known[name]
     assert settings.defaults(index, tmp_path)["shift"] == 7.0
