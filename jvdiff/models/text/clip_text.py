@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvdiff.config import known_fields
-from jvdiff.errors import CheckpointError
+from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models.layers import as_array, compute_dtype
 from jvdiff.models.vision.clip import ACTIVATIONS, LAYER_PLACES, abstract_layers, norm, run_layers
 from jvdiff.sharding import Placement
@@ -129,9 +129,14 @@ def encode(params: Params, cfg: Config, ids: Array, *, placement: Placement | No
         dtype: a float dtype; None: that of the token embedding.
 
     Raises:
-        UsageError: a kernel of integers without a scale.
+        UsageError: a kernel of integers without a scale, or texts that are too long.
     """
     table, length = params["token_embed"]["embedding"], ids.shape[1]
+    if length > cfg.max_position_embeddings:
+        raise UsageError(
+            f"a text has {length} tokens; this tower has places for {cfg.max_position_embeddings} (its config.json's "
+            "max_position_embeddings)."
+        )
     dtype = compute_dtype(table, dtype)
     x = jnp.take(table, ids, axis=0).astype(jnp.float32)  # [B,S,D]
     x = x + as_array(params["place_embed"]["embedding"], jnp.float32)[None, :length]

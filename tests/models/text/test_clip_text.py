@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvdiff.errors import CheckpointError
+from jvdiff.errors import CheckpointError, UsageError
 from jvdiff.models.quantised import quantise
 from jvdiff.models.text import clip_text, clip_text_names
 from jvdiff.sharding import Placement, make_mesh, param_shardings, read_mesh, rules
@@ -74,6 +74,11 @@ def test_eight_bits_on_one_device_and_on_a_mesh(params, monkeypatch):
     assert not placed["layers"]["attn"]["k"]["kernel"].values.sharding.is_fully_replicated
     found = jax.jit(lambda p: clip_text.encode(p, CFG, ids, placement=placement))(placed)
     assert found.sharding.is_fully_replicated and error(found, ours) < 1e-6
+
+
+def test_a_text_that_is_too_long(params):
+    with pytest.raises(UsageError, match="a text has 13 tokens; this tower has places for 12"):
+        clip_text.encode(params, CFG, np.ones((1, 13), np.int32))
 
 
 @pytest.mark.parametrize(
