@@ -33,8 +33,9 @@ def decode(models: Models, clip: Clip, forward: Forward, run: Run, latents: Arra
     piece = _piece_program(cfg, forward.placement, forward.decode)
     join = _join_program(cfg, where, forward.placement)
     tail, done = None, 0
-    for cut in vae.cut_in_windows(frames):
-        last = cut.stop == frames
+    cuts = vae.cut_in_windows(frames)
+    for cut in cuts:
+        last = cut == cuts[-1]
         stage = Stage("decode last window" if last else "decode window", "vae", piece)
         rows = []
         for y in where.rows if where else [slice(None)]:
