@@ -116,7 +116,7 @@ def test_what_changes_a_clip(both):
 
 
 # (latent frames, tiles of the VAE in space, windows in time)
-DECODINGS = [(1, None, True), (2, None, True), (5, None, True), (5, None, False), (9, "32x32:24x24", True)]
+DECODINGS = [(1, None, True), (2, "32x32:32x24", True), (5, None, True), (5, None, False), (9, None, True)]
 
 
 @pytest.mark.parametrize("frames, tiles, windows", DECODINGS)
@@ -128,7 +128,7 @@ def test_lengths_and_tiles(both, frames, tiles, windows):
     vae.use_framewise_decoding, vae.use_tiling = windows, tiles is not None
     if tiles:
         vae.enable_tiling(
-            tile_sample_min_height=32, tile_sample_min_width=32, tile_sample_stride_height=24,
+            tile_sample_min_height=32, tile_sample_min_width=32, tile_sample_stride_height=32,
             tile_sample_stride_width=24,
         )  # fmt: skip
     try:
@@ -154,8 +154,8 @@ def test_a_fast_clip(both):
 
 
 def test_converted_and_written_back(tmp_path):
-    """Hugging Face -> Orbax -> Hugging Face, which diffusers loads: Llama's last layers, which are not written back, are
-    drawn anew there, and change nothing."""
+    """Hugging Face -> Orbax -> Hugging Face, which diffusers loads. It draws Llama's last layers anew, which are not
+    written back; they change nothing."""
     folder = tiny.write(tmp_path / "hf", 7)
     convert(folder, tmp_path / "orbax")
     to_hf(tmp_path / "orbax", tmp_path / "back")

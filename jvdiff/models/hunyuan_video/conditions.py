@@ -82,20 +82,20 @@ def encode(
     configs, placement = models.configs, forward.placement
     text = Stage("text", "text_encoder", _text_program(configs["text_encoder"], placement))
     pooled = Stage("pooled", "text_encoder_2", _pooled_program(configs["text_encoder_2"], placement))
-    rows = run(text, tokens[:2], None if other is None else other[:2])
-    vectors = run(pooled, tokens.clip, None if other is None else other.clip)
-    both = [None if part is None else Condition(*part, vector, guidance) for part, vector in zip(rows, vectors, strict=True)]
-    return both[0], both[1]
+    (states, mask), against = run(text, tokens[:2], None if other is None else other[:2])
+    vectors, others = run(pooled, tokens.clip, None if other is None else other.clip)
+    first = Condition(states, mask, vectors, guidance)
+    return first, None if other is None else Condition(against[0], against[1], others, guidance)
 
 
 def _apart(whole: Any, clips: int, placement: Placement | None) -> tuple[Any, Any]:
     """Arrays [B+n,...] of the texts of B clips and of n others, 0, 1 or B -> [B,...] of the first, and of the others or
     None; on every device."""
     whole = whole if placement is None else placement.replicate(whole)
-    first, others = (jax.tree.map(lambda x: x[part], whole) for part in (slice(clips), slice(clips, None)))
-    if not len(jax.tree.leaves(others)[0]):
+    first = jax.tree.map(lambda x: x[:clips], whole)
+    if len(jax.tree.leaves(whole)[0]) == clips:
         return first, None
-    return first, jax.tree.map(lambda x: jnp.broadcast_to(x, (clips, *x.shape[1:])), others)
+    return first, jax.tree.map(lambda x: jnp.broadcast_to(x[clips:], (clips, *x.shape[1:])), whole)
 
 
 def _together(one: Any, other: Any) -> Any:

@@ -18,22 +18,23 @@ from jvdiff.models.family import Clip, Forward, Models, Run, Stage
 from jvdiff.models.hunyuan_video import vae
 from jvdiff.models.hunyuan_video.vae_config import VAEConfig
 from jvdiff.models.pixels import nonfinite_share, to_pixels
-from jvdiff.models.vae_tiles import Cut
+from jvdiff.models.vae_tiles import Tiles
 from jvdiff.sharding import Placement
 from jvdiff.types import Array, Params
 
 
 def decode(models: Models, clip: Clip, forward: Forward, run: Run, latents: Array) -> Iterator[tuple[Any, Any, int]]:
-    """One window of time after another, of which each fades in over the one before: device memory does not depend on T.
+    """One window of time after another, of which each fades in over the one before: device memory does not depend on T
+    (but where `vae_windows` is off, and the clip is one piece).
 
     All windows but the last have one program, and so have all tiles of a size.
     """
     cfg, (frames, height, width, _) = models.configs["vae"], clip.latents
     where = vae.cut_to_decode(cfg, clip.vae_tiles, height, width)
     piece = _piece_program(cfg, forward.placement, forward.decode)
-    join = _join_program(cfg, where, forward.placement)
-    tail, done = None, 0
-    cuts = vae.cut_in_windows(frames)
+    cuts = vae.cut_in_windows(frames) if clip.settings.vae_windows else [slice(0, frames)]
+    join = _join_program(cfg, clip.vae_tiles, height, width, len(cuts) > 1, forward.placement)
+    tail, done, nothing = None, 0, np.zeros((1, 0, *clip.frames[1:], 3), np.uint8)
     for cut in cuts:
         last = cut == cuts[-1]
         stage = Stage("decode last window" if last else "decode window", "vae", piece)
@@ -42,11 +43,7 @@ def decode(models: Models, clip: Clip, forward: Forward, run: Run, latents: Arra
             rows.append([])
             for x in where.columns if where else [slice(None)]:
                 rows[-1].append(run(stage, latents[:, cut, y, x]))
-                yield (
-                    np.zeros((1, 0, *clip.frames[1:], 3), np.uint8),
-                    0.0,
-                    done,
-                )  # progress can be told, and a stop heard
+                yield nothing, 0.0, done  # progress can be told, and a stop heard
         pixels, bad, tail = run(Stage("join last window" if last else "join window", "vae", join), rows, tail)
         done = frames if last else cut.start + vae.STRIDE + 1
         yield pixels, bad, done
@@ -65,14 +62,17 @@ def _piece_program(cfg: VAEConfig, placement: Placement | None, arithmetic: str 
 
 
 @functools.lru_cache(maxsize=8)
-def _join_program(cfg: VAEConfig, where: Cut | None, placement: Placement | None) -> Any:
+def _join_program(
+    cfg: VAEConfig, tiles: Tiles | None, height: int, width: int, several: bool, placement: Placement | None
+) -> Any:
     """jitted (params, rows of tiles [1,1+n,y,x,3] of a window, end of the window before or None)
-    -> (uint8 [1,F,Y,X,3], non-finite share, its end)."""
+    -> (uint8 [1,F,Y,X,3], non-finite share, its end). A clip of several windows, or of one, which is left whole."""
+    where: Any = vae.cut_to_decode(cfg, tiles, height, width)
 
     def join(params: Params, rows: Any, tail: Array | None) -> tuple[Array, Array, Array]:
         frames = vae_tiles.join(rows, where) if where else rows[0][0]
-        frames, tail = vae.join_window(frames, tail, cfg.temporal_factor)
-        result = to_pixels(frames), nonfinite_share(frames), tail
+        frames, end = vae.join_window(frames, tail, cfg.temporal_factor) if several else (frames, frames[:, :0])
+        result = to_pixels(frames), nonfinite_share(frames), end
         return result if placement is None else placement.replicate(result)
 
     return jax.jit(join)

@@ -94,9 +94,7 @@ _TRANSFORMERS = {  # the same by the class of the transformer, or by what its co
     "HunyuanVideoFramepackTransformer3DModel": _OTHERS["HunyuanVideoFramepackPipeline"],
     "HunyuanVideo15Transformer3DModel": _OTHERS["HunyuanVideo15Pipeline"],
 }
-_INSTEAD = (
-    "Use a text-to-video repository (HunyuanVideoPipeline), hunyuanvideo-community/HunyuanVideo for instance."
-)
+_INSTEAD = "Use a text-to-video repository (HunyuanVideoPipeline), hunyuanvideo-community/HunyuanVideo for instance."
 
 
 def select(index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -132,7 +130,7 @@ def defaults(index: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
 
 
 def scheduled(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings that a scheduler_config.json asks for, on the levels that the pipeline gives; raises as `defaults`."""
+    """The settings that a scheduler_config.json asks for, on the pipeline's levels; raises as `defaults`."""
     from jvdiff.diffusion import schedules  # has numpy, which no other page of help needs
 
     asked = schedules.from_scheduler_config(config)

@@ -1,4 +1,4 @@
-"""A whole HunyuanVideo repository in Hugging Face layout, random and tiny, with no leaf zero, so that nothing is idle."""
+"""A whole HunyuanVideo repository in Hugging Face layout, random and tiny; no leaf is zero, so that nothing is idle."""
 
 import json
 
