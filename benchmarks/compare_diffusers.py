@@ -6,9 +6,10 @@
 
 Each row is the median of runs that alternate (ours, theirs, ours, theirs, ...) after one of each that does not count;
 what JAX needs to compile is a column of its own. `difference` is the relative L2 distance between the two results, so
-that a fast wrong answer shows. Without torch and diffusers (`make parity` installs them) only our side is timed; with
-them, --checkpoint needs accelerate too, without which the rival cannot load one. The table goes to benchmarks/results
-with the machine that it was measured on.
+that a fast wrong answer shows. `products` is the time of the program's matrix products and convolutions, each compiled
+and run by itself, as a share of the time of the whole. Without torch and diffusers (`make parity` installs them) only
+our side is timed; with them, --checkpoint needs accelerate too, without which the rival cannot load one. The table goes
+to benchmarks/results with the machine that it was measured on.
 
 B batch · T latent frames · H W latent grid · C latent channels · S text tokens · F pixel frames · Y X pixel size.
 """
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from machine import describe
-from timing import RESULTS, in_turn, matmul_peak, short, write
+from timing import RESULTS, in_turn, short, write
 
 from jvdiff.errors import JvdiffError, SetupError
 from jvdiff.models import wan
@@ -42,7 +43,7 @@ from jvdiff.models.family import Part
 from jvdiff.models.text import umt5
 from jvdiff.models.vision import clip
 from jvdiff.models.wan import family
-from jvdiff.plan import count_flops
+from jvdiff.plan import count_flops, products
 from jvdiff.weights.naming import disassemble, flatten, unflatten
 
 PROMPT = "a red seven moving left"
@@ -72,7 +73,7 @@ class Case:
     ours: (params, *inputs) -> output; traced
     theirs: (model, *inputs) -> output; gets torch tensors of the same layout and dtype on its device, and answers in it
     dtype: of inputs and weights
-    counted: a form of `ours` whose products are all visible to count_flops; None: `ours`
+    counted: a form of `ours` whose products are all visible to `plan.products`; None: `ours`
     """
 
     name: str
@@ -90,7 +91,7 @@ class Case:
 
 @dataclass
 class Row:
-    """Seconds of every counted run; None where there is no rival."""
+    """Seconds of every counted run; None where there is no rival. `products`: of the bare products, all together."""
 
     name: str
     shape: str
@@ -99,7 +100,7 @@ class Row:
     compile: float | None = None
     difference: float | None = None
     flops: float | None = None
-    peak: float | None = field(default=None, repr=False)
+    products: float | None = None
 
     def record(self) -> dict[str, Any]:
         ours = statistics.median(self.ours)
@@ -111,8 +112,8 @@ class Row:
         record |= {"theirs_all_s": [short(s) for s in self.theirs or ()]}
         if self.flops:
             record["ours_tflops_per_s"] = short(self.flops / ours / 1e12)
-            if self.peak:
-                record["share_of_peak"] = round(self.flops / ours / self.peak, 3)
+        if self.products:
+            record |= {"products_s": short(self.products), "share_of_products": round(self.products / ours, 3)}
         return record
 
 
@@ -344,17 +345,33 @@ def _leaf(result: Any) -> Any:
     return jax.tree.leaves(result)[0]
 
 
-def measure(case: Case, repeats: int, rival: str | None, peak: float | None = None) -> Row:
+def bare(jaxpr: Any, repeats: int) -> float:
+    """Seconds of the products of a jaxpr: the median of each, compiled by itself, as often as it is in the jaxpr."""
+    alike: dict[str, tuple[int, Any]] = {}
+    for times, equation in products(jaxpr):
+        key = f"{equation.primitive} {[each.aval for each in equation.invars]} {equation.params}"
+        alike[key] = (alike.get(key, (0, None))[0] + times, equation)
+    total = 0.0
+    for times, equation in alike.values():
+        inputs = [jnp.asarray(_normal(*each.aval.shape), each.aval.dtype) for each in equation.invars]
+        product = jax.jit(partial(equation.primitive.bind, **equation.params))
+        run = lambda product=product, inputs=inputs: jax.block_until_ready(product(*inputs))  # noqa: E731
+        run()
+        total += times * statistics.median(in_turn([run], repeats)[0])
+    return total
+
+
+def measure(case: Case, repeats: int, rival: str | None) -> Row:
     """One row of the table; `rival`: torch's device, or None."""
     params = random_params(case.cfg)
     ours, compile_seconds = our_run(case, params)
     theirs = their_run(case, params, rival) if rival else None
-    counted = jax.make_jaxpr(case.counted or case.ours)
     abstract = part_of(case.cfg).abstract(case.cfg, jnp.dtype(case.dtype))
-    flops = count_flops(counted(abstract, *case.inputs).jaxpr)
+    counted = jax.make_jaxpr(case.counted or case.ours)(abstract, *case.inputs).jaxpr
     del params
     seconds, their_seconds, difference = alternate(ours, theirs, repeats)
-    return Row(case.name, case.shape, seconds, their_seconds, short(compile_seconds), difference, flops, peak)
+    compiling, flops, alone = short(compile_seconds), count_flops(counted), bare(counted, repeats)
+    return Row(case.name, case.shape, seconds, their_seconds, compiling, difference, flops, alone)
 
 
 # ------------------------------------------------------------------------------------------- a checkpoint's clip
@@ -452,7 +469,7 @@ def measure_first_frame(checkpoint: str, repeats: int, rival: str | None) -> Row
 def table(rows: Sequence[Row]) -> str:
     """The rows as text; a ratio below 1 means that jvdiff is faster."""
     lines = [
-        f"{'':<28}{'input':<34}{'ours':>10}{'theirs':>10}{'ratio':>7}{'compile':>9}{'difference':>12}{'TFLOP/s':>9}"
+        f"{'':<28}{'input':<34}{'ours':>10}{'theirs':>10}{'ratio':>7}{'compile':>9}{'difference':>12}{'TFLOP/s':>9}{'products':>10}"
     ]
     for row in rows:
         r = row.record()
@@ -460,9 +477,9 @@ def table(rows: Sequence[Row]) -> str:
         compiling = "-" if row.compile is None else f"{row.compile:.1f} s"
         apart = "-" if row.difference is None else f"{row.difference:.0e}"
         rate = f"{r['ours_tflops_per_s']:.3g}" if row.flops else "-"
-        rate += f" ({r['share_of_peak']:.0%})" if "share_of_peak" in r else ""
+        share = f"{r['share_of_products']:.0%}" if row.products else "-"
         numbers = f"{r['ours_s']:.4g} s".rjust(10) + theirs[0].rjust(10) + theirs[1].rjust(7)
-        lines.append(f"{row.name:<28}{row.shape:<34}{numbers}{compiling:>9}{apart:>12}{rate:>9}")
+        lines.append(f"{row.name:<28}{row.shape:<34}{numbers}{compiling:>9}{apart:>12}{rate:>9}{share:>10}")
     return "\n".join(lines)
 
 
@@ -490,10 +507,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
         torch.set_num_threads(threads or 1)
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None  # other work spoils figures
-    peak = matmul_peak() if args.device == "gpu" and not args.quick else None
     repeats, rows = 1 if args.quick else args.repeats, []
     todo: list[tuple[str, Callable[[], Row]]] = [
-        (case.name, partial(measure, case, repeats, rival, peak)) for case in cases(args.device, args.quick)
+        (case.name, partial(measure, case, repeats, rival)) for case in cases(args.device, args.quick)
     ]
     if args.checkpoint:
         todo.append(("whole clip", partial(measure_clip, args.checkpoint, repeats, rival)))
@@ -510,15 +526,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
             torch.cuda.empty_cache()
     print(table(rows))
-    if peak:
-        print(f"bfloat16 product of 8192x8192 matrices: {peak / 1e12:.0f} TFLOP/s")
 
     output = args.output or (None if args.quick else RESULTS / f"compare_diffusers_{args.device}.json")
     if output:
         rivals = {name: version(name) for name in RIVALS} if rival else {}
         report = {
             "machine": describe() | rivals | {"threads": threads, "load_before": load},
-            "peak_bfloat16_tflops_per_s": peak and round(peak / 1e12, 1),
             "rows": [row.record() for row in rows],
         }
         write(output, report)

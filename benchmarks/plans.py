@@ -88,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = args.output or RESULTS / f"plans_{args.target}.json"
     old = json.loads(output.read_text())["rows"] if output.exists() else []
     kept = [each for each in old if (each["name"], each["gpus"]) not in {(new["name"], new["gpus"]) for new in rows}]
-    report = {"target": args.target, "jax": jax.__version__, "rows": kept + rows}
+    order = [row.name for row in PLANS]
+    every = sorted(kept + rows, key=lambda each: (order.index(each["name"]), each["gpus"]))
+    report = {"target": args.target, "jax": jax.__version__, "rows": every}
     output.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
@@ -130,8 +132,8 @@ def planned(row: Row, target: str) -> Iterator[dict[str, Any]]:
 
 HEAD = "\n".join(
     (
-        "| model | clip | GPUs | PFLOP | all resident | in turn | a step | the clip |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| model | transformer | clip | GPUs | PFLOP | all resident | in turn | a step | the clip |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
     )
 )
 
@@ -142,11 +144,18 @@ def line(found: dict[str, Any]) -> str:
     peaks = [*found["peak_gib"].values()]
     steps = [stage["seconds"] for name, stage in found["stages"].items() if name.startswith("denoise")]
     step = " and ".join(dict.fromkeys(f"{seconds:.2f}" for seconds in steps))
+    sizes = [count for part, count in found["parameters"].items() if part.startswith("transformer")]
+    size = f"{len(sizes)} x " * (len(sizes) > 1) + f"{sizes[0] / 1e9:.1f} B"
     return (
-        f"| {found['name']} | {width}x{height}, {frames} frames, {found['steps']} steps | {found['gpus']} "
-        f"| {found['flops'] / 1e15:,.0f} | {peaks[0]:.0f} GiB | {peaks[-1]:.0f} GiB | {step} s "
-        f"| {found['seconds']:,.0f} s |"
+        f"| {found['name']} | {size} | {width}x{height}, {frames} frames, {found['steps']} steps "
+        f"| {found['gpus']} | {_short(found['flops'] / 1e15)} | {peaks[0]:.0f} GiB | {peaks[-1]:.0f} GiB | {step} s "
+        f"| {_short(found['seconds'])} s |"
     )
+
+
+def _short(number: float) -> str:
+    """Two digits at least."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}"
 
 
 if __name__ == "__main__":
