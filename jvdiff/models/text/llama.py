@@ -212,7 +212,8 @@ def _layer(layer: Params, cfg: Config, dtype: Any, turn: tuple[Array, Array], se
         scores = jnp.einsum("BqGRK,BSGK->BGqRS", q, k, preferred_element_type=jnp.float32) * cfg.head_dim**-0.5
         scores = jnp.where(seen[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-        h = jnp.einsum("BGqRS,BSGK->BqGRK", weights, v).reshape(*x.shape[:2], -1)  # [B,S,G*R*K]
+        # v first: in the other order XLA for CPUs would copy the scores
+        h = jnp.einsum("BSGK,BGqRS->BqGRK", v, weights).reshape(*x.shape[:2], -1)
     x = x + product(h, attn["out"]["kernel"], dtype, out=jnp.float32)
     h = _norm(ffn["norm"], cfg, x)
     gate, up = (product(h, ffn[name]["kernel"], dtype, out=jnp.float32) for name in ("gate", "up"))
