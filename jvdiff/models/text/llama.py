@@ -37,6 +37,7 @@ _PASSED = (
     "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "tie_word_embeddings",
     "torch_dtype", "transformers_version", "use_cache",
 )  # fmt: skip
+_REALS = {"rms_norm_eps": (1e-12, 0.1), "rope_theta": (1.0, 1e9)}
 
 # Where the weights live; `layers` has the layers in axis 0.
 PLACES: Rules = (
@@ -82,18 +83,19 @@ class Config:
         for name, only in _FIXED.items():
             if mapping.get(name, only) != only:
                 raise _bad_field(name, mapping[name], repr(only))
-        values = {name: mapping[name] for name in names if mapping.get(name) is not None} | _rope(mapping)
-        for name in ("rms_norm_eps", "rope_theta"):
+        given = {name: mapping[name] for name in names if mapping.get(name) is not None}
+        values: dict[str, Any] = given | _rope(mapping)
+        for name in _REALS:
             if name not in values:
                 raise _bad_field(name, None, "a number: what transformers would take in its place is another model's")
         heads = values.get("num_attention_heads", cls.num_attention_heads)
         values.setdefault("num_key_value_heads", heads)
         for name, value in values.items():
-            number, low, high = (float, 1e-12, 1e9) if name in ("rms_norm_eps", "rope_theta") else (int, 1, 2**20)
-            if type(value) is not number or not low <= value <= high:
-                raise _bad_field(name, value, f"{number.__name__} from {low} to {high}")
+            low, high = _REALS.get(name, (1, 2**20))
+            if type(value) not in ((int, float) if name in _REALS else (int,)) or not low <= value <= high:
+                raise _bad_field(name, value, f"a number from {low} to {high}")
         values.setdefault("head_dim", values.get("hidden_size", cls.hidden_size) // heads)
-        cfg = cls(**values)
+        cfg = cls(**{**values, **{name: float(values[name]) for name in _REALS}})
         if not SKIPPED < cfg.num_hidden_layers <= 1000:
             raise _bad_field("num_hidden_layers", cfg.num_hidden_layers, f"from {SKIPPED + 1} to 1000")
         if cfg.num_attention_heads % cfg.num_key_value_heads:
@@ -210,7 +212,8 @@ def _layer(layer: Params, cfg: Config, dtype: Any, turn: tuple[Array, Array], se
         scores = jnp.einsum("BqGRK,BSGK->BGqRS", q, k, preferred_element_type=jnp.float32) * cfg.head_dim**-0.5
         scores = jnp.where(seen[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-        h = jnp.einsum("BGqRS,BSGK->BqGRK", weights, v).reshape(*x.shape[:2], -1)  # [B,S,G*R*K]
+        # v first: in the other order XLA for CPUs would copy the scores
+        h = jnp.einsum("BSGK,BGqRS->BqGRK", v, weights).reshape(*x.shape[:2], -1)
     x = x + product(h, attn["out"]["kernel"], dtype, out=jnp.float32)
     h = _norm(ffn["norm"], cfg, x)
     gate, up = (product(h, ffn[name]["kernel"], dtype, out=jnp.float32) for name in ("gate", "up"))

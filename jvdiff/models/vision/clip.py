@@ -233,7 +233,8 @@ def _layer(layer: Params, cfg: Any, dtype: Any, x: Array, seen: Array | None) ->
         if seen is not None:
             scores = jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-        h = jnp.einsum("PNqI,PINK->PqNK", weights, v).reshape(x.shape)  # [P,I,N,K] -> [P,I,D]
+        # v first: in the other order XLA for CPUs would copy the scores
+        h = jnp.einsum("PINK,PNqI->PqNK", v, weights).reshape(x.shape)  # [P,I,N,K] -> [P,I,D]
     x = x + _linear(attn["out"], h, dtype).astype(jnp.float32)
     h = _linear(layer["mlp"]["up"], norm(layer["norm_2"], cfg, x), dtype).astype(jnp.float32)
     return x + _linear(layer["mlp"]["down"], ACTIVATIONS[cfg.hidden_act](h), dtype).astype(jnp.float32)

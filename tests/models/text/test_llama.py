@@ -153,9 +153,9 @@ def test_what_a_config_may_say():
     five = {name: value for name, value in PUBLISHED.items() if not name.startswith("rope_")}
     five["rope_parameters"] = {"rope_theta": 500000.0, "rope_type": "default"}  # as transformers 5 writes it
     assert llama.Config.from_json(five) == llama.LLAMA_3_8B == llama.Config.from_json(llama.LLAMA_3_8B.to_json())
-    short = {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "hidden_size": 96, "num_attention_heads": 6}
+    short = {"rms_norm_eps": 1e-5, "rope_theta": 500000, "hidden_size": 96, "num_attention_heads": 6}
     cfg = llama.Config.from_json({**short, "num_key_value_heads": None, "head_dim": None})
-    assert (cfg.num_key_value_heads, cfg.head_dim) == (6, 16)
+    assert (cfg.num_key_value_heads, cfg.head_dim) == (6, 16) and type(cfg.rope_theta) is float
 
 
 @pytest.mark.parametrize(
@@ -169,6 +169,9 @@ def test_what_a_config_may_say():
         ("rope_parameters", {"rope_type": "default"}),
         ("rope_parameters", [500000.0]),
         ("rms_norm_eps", 1),
+        ("rms_norm_eps", math.nan),
+        ("rope_theta", "500000.0"),
+        ("num_attention_heads", 32.0),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("mlp_bias", True),
