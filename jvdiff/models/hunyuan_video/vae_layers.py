@@ -8,7 +8,7 @@ borders repeated is a concatenation, for which it would gather all of it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from jvdiff.sharding import Picture
 from jvdiff.types import Array, Params
 
 _EPS = 1e-6
+_LARGEST = 2**30  # numbers that a convolution reads at once: cuDNN counts up to 2^31
 _SIDES = ((2, "height"), (3, "width"))  # the axes of [B,T,H,W,C] that devices divide, and their names in `Picture`
 
 
@@ -105,20 +106,40 @@ def _over_time(x: Array, kernel: Array, conv: Callable[[Array, Array], Array], s
 
     x [B,T,...,C], kernel [3,h,w,C,O], the newest tap last; conv: (x, kernel [h,w,C,O]) -> y of as many frames.
     About twice as fast as one 3-D convolution on XLA:CPU. Narrow layers, and those in bfloat16, which is to be rounded
-    once, stack the three frames in channels and convolve once instead.
+    once, stack the three frames in channels and convolve once instead, and so do the largest.
     """
     frames = x.shape[1]
     if frames == 1:
         return conv(x, kernel.sum(0))
-    seen = [x[:, : max(frames - back, 1)] for back in (2, 1, 0)]
-    if x.shape[-1] < 32 or x.dtype != jnp.float32:
-        stacked = jnp.concatenate([_delayed(part, frames)[:, ::stride] for part in seen], axis=-1)
-        return conv(stacked, rearrange(kernel, "tap h w I O -> h w (tap I) O"))
+    if x.shape[-1] < 32 or x.dtype != jnp.float32 or _too_large(x, 3):
+        return _stacked(x, (2, 1, 0), range(0, frames, stride), rearrange(kernel, "tap h w I O -> h w (tap I) O"), conv)
     if stride == 1:  # what repeats is convolved once
-        taps = [_delayed(conv(part, tap), frames) for part, tap in zip(seen, kernel, strict=True)]
+        taps = [_delayed(conv(x[:, : max(frames - 2 + i, 1)], tap), frames) for i, tap in enumerate(kernel)]
     else:
-        taps = [conv(_delayed(part, frames)[:, ::stride], tap) for part, tap in zip(seen, kernel, strict=True)]
+        taps = [conv(_before(x, 2 - i)[:, ::stride], tap) for i, tap in enumerate(kernel)]
     return taps[0] + taps[1] + taps[2]
+
+
+def _stacked(x: Array, backs: Sequence[int], at: range, kernel: Array, conv: Callable[[Array, Array], Array]) -> Array:
+    """conv of several frames in channels: those that stand so far `backs` from each frame that is `at`."""
+    if not _too_large(x, len(backs)):
+        return conv(jnp.concatenate([_before(x, back)[:, at.start :: at.step] for back in backs], axis=-1), kernel)
+
+    def one(t: Array) -> Array:
+        frames = [lax.dynamic_index_in_dim(x, jnp.maximum(t - back, 0), axis=1) for back in backs]
+        return conv(jnp.concatenate(frames, axis=-1), kernel)[:, 0]
+
+    return jnp.moveaxis(lax.map(one, jnp.array(at, jnp.int32)), 0, 1)
+
+
+def _too_large(x: Array, copies: int) -> bool:
+    """Whether a convolution of so many copies of x should be one of each frame instead."""
+    return x.size * copies > _LARGEST
+
+
+def _before(x: Array, back: int) -> Array:
+    """x [B,T,...] -> for each frame the one so far before it, or the first."""
+    return _delayed(x[:, : max(x.shape[1] - back, 1)], x.shape[1])
 
 
 def _delayed(x: Array, frames: int) -> Array:
@@ -189,7 +210,7 @@ def _doubled(x: Array, kernel: Array, conv: Callable[[Array, Array], Array]) -> 
         return first
     old, middle, new = kernel
     before, now = (jnp.concatenate(pair, axis=-1) for pair in ((old + middle, old), (new, middle + new)))
-    both = conv(jnp.concatenate([x[:, :-1], x[:, 1:]], axis=-1), jnp.concatenate([before, now], axis=-2))
+    both = _stacked(x, (1, 0), range(1, x.shape[1]), jnp.concatenate([before, now], axis=-2), conv)
     later = rearrange(both, "B T H W (two O) -> B (T two) H W O", two=2)
     return jnp.concatenate([first, later], axis=1)
 

@@ -16,7 +16,7 @@ import pytest
 
 from jvdiff.errors import CheckpointError
 from jvdiff.models.family import Forward, Models
-from jvdiff.models.hunyuan_video import decoding, vae, vae_names
+from jvdiff.models.hunyuan_video import decoding, vae, vae_layers, vae_names
 from jvdiff.models.hunyuan_video.vae_config import HUNYUAN_VIDEO_VAE, VAEConfig
 from jvdiff.sharding import MeshShape, Placement, make_mesh
 from jvdiff.weights import naming as rules
@@ -200,8 +200,9 @@ def clip(latents, **fields):
     return SimpleNamespace(latents=latents.shape[1:], frames=frames, vae_tiles=None, **fields)
 
 
-def test_decoded_in_windows_as_a_plain_program_does_it(params, plain):
-    """The windows are on unless told otherwise; two programs decode any number of them."""
+def test_decoded_in_windows_as_a_plain_program_does_it(params, plain, monkeypatch):
+    """The windows are on unless told otherwise; two programs decode any number of them. Large layers go by frames."""
+    monkeypatch.setattr(vae_layers, "_LARGEST", 3000)
     latents = given(5, 3, 2)
     z = latents[0]
     ahead = list(
