@@ -29,7 +29,7 @@ from jvdiff.models.hunyuan_video.attention import attend
 from jvdiff.models.hunyuan_video.config import DiTConfig
 from jvdiff.models.hunyuan_video.plan import Plan, Shared, check, make_plan
 from jvdiff.models.layers import MLP, LayerNorm, Linear, RMSNorm, gelu, layer_norm, product, rope_tables, rotate, row
-from jvdiff.sharding import Placement, Split
+from jvdiff.sharding import Placement
 from jvdiff.types import Array, Params
 
 _EPS = 1e-6  # of all norms
@@ -265,7 +265,7 @@ class _Single(nn.Module):
         seen = attend(plan, shared.lengths, chosen, heads(h[0], shared.rope), heads(h[1], None))
         up = Linear(cfg.ffn_dim, dtype=plan.dtype, name="up")
         hidden = [gelu(up(a), plan.target) for a in h]
-        out = _Joined(D, plan, name="out")
+        out = _Joined(D, plan.dtype, name="out")
         video, text = (
             x + gate * out(a.reshape(x.shape), b)
             for x, (_, _, gate), a, b in zip(streams, each, seen, hidden, strict=True)
@@ -277,28 +277,20 @@ class _Joined(nn.Module):
     """What [a | b] @ kernel + bias is, without the copy: a [B,L,D], b [B,L,F] -> float32 [B,L,features]."""
 
     features: int
-    plan: Plan
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, a: Array, b: Array) -> Array:
         rows = a.shape[-1] + b.shape[-1]
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), (rows, self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        split, dtype = self.plan.split, self.plan.dtype
 
-        def of(x: Array, start: int, stop: int) -> Array:
-            part = jax.tree.map(lambda leaf: leaf[start:stop] if leaf.shape[0] == rows else leaf, kernel)
-            if split is not None:  # each device multiplies what it has with the rows that these meet
-                part = jax.tree.map(partial(_by_rows, split), part)
-            return product(x, part, dtype, out=jnp.float32)
+        def of(x: Array, part: slice) -> Array:
+            own = jax.tree.map(lambda leaf: leaf[part] if leaf.shape[0] == rows else leaf, kernel)  # a scale is for all
+            return product(x, own, self.dtype, out=jnp.float32)
 
-        y = of(a, 0, a.shape[-1]) + of(b, a.shape[-1], rows)
+        y = of(a, slice(a.shape[-1])) + of(b, slice(a.shape[-1], rows))
         return y + row(bias, y)
-
-
-def _by_rows(split: Split, x: Array) -> Array:
-    """A part of a kernel [in,out], or its scale [1,out], divided as what it multiplies is."""
-    return split.constrain(x, split.tensor) if len(x) > 1 else x
 
 
 class _Refiner(nn.Module):

@@ -1,7 +1,7 @@
 """Where the weights of the transformer live; see `jvdiff.sharding.rules`. `blocks` have the layers in axis 0.
 
 The matrix that takes attention and feed-forward side by side (`single/blocks/out`) is whole on `tensor`: its rows are
-of both, so that no equal cut gives each device the rows of what it has. It multiplies with its own part of them.
+of both, so that no equal cut gives each device the rows of what it has. Each multiplies with its own part of them.
 """
 
 from jvdiff.sharding.rules import P, Rules
