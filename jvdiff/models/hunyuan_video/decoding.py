@@ -18,7 +18,7 @@ from jvdiff.models.family import Clip, Forward, Models, Run, Stage
 from jvdiff.models.hunyuan_video import vae
 from jvdiff.models.hunyuan_video.vae_config import VAEConfig
 from jvdiff.models.pixels import nonfinite_share, to_pixels
-from jvdiff.models.vae_tiles import Cut
+from jvdiff.models.vae_tiles import Tiles
 from jvdiff.sharding import Placement
 from jvdiff.types import Array, Params
 
@@ -31,7 +31,7 @@ def decode(models: Models, clip: Clip, forward: Forward, run: Run, latents: Arra
     cfg, (frames, height, width, _) = models.configs["vae"], clip.latents
     where = vae.cut_to_decode(cfg, clip.vae_tiles, height, width)
     piece = _piece_program(cfg, forward.placement, forward.decode)
-    join = _join_program(cfg, where, forward.placement)
+    join = _join_program(cfg, clip.vae_tiles, height, width, forward.placement)
     tail, done = None, 0
     cuts = vae.cut_in_windows(frames)
     for cut in cuts:
@@ -65,9 +65,10 @@ def _piece_program(cfg: VAEConfig, placement: Placement | None, arithmetic: str 
 
 
 @functools.lru_cache(maxsize=8)
-def _join_program(cfg: VAEConfig, where: Cut | None, placement: Placement | None) -> Any:
+def _join_program(cfg: VAEConfig, tiles: Tiles | None, height: int, width: int, placement: Placement | None) -> Any:
     """jitted (params, rows of tiles [1,1+n,y,x,3] of a window, end of the window before or None)
     -> (uint8 [1,F,Y,X,3], non-finite share, its end)."""
+    where = vae.cut_to_decode(cfg, tiles, height, width)
 
     def join(params: Params, rows: Any, tail: Array | None) -> tuple[Array, Array, Array]:
         frames = vae_tiles.join(rows, where) if where else rows[0][0]
