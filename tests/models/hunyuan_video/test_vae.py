@@ -8,6 +8,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jvdiff.errors import CheckpointError
 from jvdiff.models.family import Forward, Models
 from jvdiff.models.hunyuan_video import decoding, vae, vae_layers, vae_names
 from jvdiff.models.hunyuan_video.vae_config import HUNYUAN_VIDEO_VAE, VAEConfig
+from jvdiff.models.vae_tiles import Tiles
 from jvdiff.sharding import MeshShape, Placement, make_mesh
 from jvdiff.weights import naming as rules
 
@@ -195,25 +197,39 @@ def run(params):
     return lambda stage, *arguments: stage.program(params, *arguments)
 
 
-def clip(latents, **fields):
+def streamed(params, latents, tiles=None, **how):
+    """Pixels [F,Y,X,3] as clips are decoded, and how many latent frames were done after each piece."""
     frames = 1 + 4 * (latents.shape[1] - 1), *(4 * n for n in latents.shape[2:4])
-    return SimpleNamespace(latents=latents.shape[1:], frames=frames, vae_tiles=None, **fields)
+    clip: Any = SimpleNamespace(latents=latents.shape[1:], frames=frames, vae_tiles=tiles)
+    given = Models({"vae": CFG}, {}, {}), clip, Forward(**how), run(params), latents * 0.476986
+    pieces, bad, done = zip(*decoding.decode(*given), strict=True)
+    assert not any(bad)
+    return np.concatenate(pieces, axis=1)[0].astype(int), done
+
+
+def as_pixels(x):
+    return np.round(np.clip(x / 2 + 0.5, 0, 1) * 255)
 
 
 def test_decoded_in_windows_as_a_plain_program_does_it(params, plain, monkeypatch):
     """The windows are on unless told otherwise; two programs decode any number of them. Large layers go by frames."""
     monkeypatch.setattr(vae_layers, "_LARGEST", 3000)
     latents = given(5, 3, 2)
-    z = latents[0]
-    ahead = list(
-        decoding.decode(Models({"vae": CFG}, {}, {}), clip(latents), Forward(), run(params), latents * 0.476986)
-    )
-    assert [done for _, _, done in ahead] == [0, 4, 4, 5] and all(bad == 0 for _, bad, _ in ahead)
-    pixels = np.concatenate([piece for piece, _, _ in ahead], axis=1)[0].astype(int)
-    expected, whole = (np.round(np.clip(x / 2 + 0.5, 0, 1) * 255) for x in (plain.windows(z), plain.decode(z)))
-    assert pixels.shape == (17, 12, 8, 3) and pixels.std() > 40
-    assert np.abs(pixels - expected).max() <= 1  # a number may fall on the other side of a half
-    assert np.abs(pixels - whole).max() > 10
+    pixels, done = streamed(params, latents)
+    assert done == (0, 4, 4, 5) and pixels.shape == (17, 12, 8, 3) and pixels.std() > 40
+    assert np.abs(pixels - as_pixels(plain.windows(latents[0]))).max() <= 1  # a number may cross a half
+    assert np.abs(pixels - as_pixels(plain.decode(latents[0]))).max() > 10
+
+
+def test_tiles_of_a_window(params, plain):
+    """Two columns, of which the second fades in over four pixels; and products as TF32 has them, within a level."""
+    latents = given(1, 1, 6)
+    pixels, done = streamed(params, latents, Tiles((16, 16), (16, 12)), decode="tf32")
+    left, right = (plain.decode(latents[0, :, :, part]) for part in (slice(4), slice(3, 6)))
+    share = (np.arange(4) / 4)[:, None]
+    seam = left[:, :, 12:] * (1 - share) + right[:, :, :4] * share
+    assert done == (0, 0, 1)
+    assert np.abs(pixels - as_pixels(np.concatenate([left[:, :, :12], seam, right[:, :, 4:]], axis=2))).max() <= 1
 
 
 def test_eight_devices_share_every_frame(params, plain):
