@@ -200,7 +200,8 @@ def run(params):
 def streamed(params, latents, tiles=None, **how):
     """Pixels [F,Y,X,3] as clips are decoded, and how many latent frames were done after each piece."""
     frames = 1 + 4 * (latents.shape[1] - 1), *(4 * n for n in latents.shape[2:4])
-    clip: Any = SimpleNamespace(latents=latents.shape[1:], frames=frames, vae_tiles=tiles)
+    settings = SimpleNamespace(vae_windows=True)
+    clip: Any = SimpleNamespace(latents=latents.shape[1:], frames=frames, vae_tiles=tiles, settings=settings)
     given = Models({"vae": CFG}, {}, {}), clip, Forward(**how), run(params), latents * 0.476986
     pieces, bad, done = zip(*decoding.decode(*given), strict=True)
     assert not any(bad)
