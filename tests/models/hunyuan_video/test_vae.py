@@ -3,6 +3,7 @@
 B batch · T latent frames · H W latent grid · C channels · F pixel frames · Y X pixel height, width.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -220,6 +221,28 @@ def test_decoded_in_windows_as_a_plain_program_does_it(params, plain, monkeypatc
     assert done == (0, 4, 4, 5) and pixels.shape == (17, 12, 8, 3) and pixels.std() > 40
     assert np.abs(pixels - as_pixels(plain.windows(latents[0]))).max() <= 1  # a number may cross a half
     assert np.abs(pixels - as_pixels(plain.decode(latents[0]))).max() > 10
+
+
+def test_a_longer_clip_takes_no_more_memory():
+    """129 frames are eleven windows, of which ten are alike; nothing that a program is given or gives depends on T."""
+    calls = collections.Counter()
+
+    def run(stage, *arguments):
+        calls[stage.name, str(jax.tree.map(np.shape, arguments))] += 1
+        frames = np.zeros((1, 17, 8, 8, 3), np.float32)
+        return frames if stage.name.startswith("decode") else (frames, 0.0, frames[:, 13:])
+
+    clip: Any = SimpleNamespace(latents=(33, 2, 2, 3), frames=(129, 8, 8), vae_tiles=None)
+    for _ in decoding.decode(Models({"vae": CFG}, {}, {}), clip, Forward(), run, jnp.zeros((1, 33, 2, 2, 3))):
+        pass
+    rows, tail = "[[(1, 17, 8, 8, 3)]]", "(1, 4, 8, 8, 3)"
+    assert calls == {
+        ("decode window", "((1, 5, 2, 2, 3),)"): 10,
+        ("decode last window", "((1, 3, 2, 2, 3),)"): 1,
+        ("join window", f"({rows}, None)"): 1,
+        ("join window", f"({rows}, {tail})"): 9,
+        ("join last window", f"({rows}, {tail})"): 1,
+    }
 
 
 def test_tiles_of_a_window(params, plain):
