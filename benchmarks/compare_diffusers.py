@@ -6,9 +6,10 @@
 
 Each row is the median of runs that alternate (ours, theirs, ours, theirs, ...) after one of each that does not count;
 what JAX needs to compile is a column of its own. `difference` is the relative L2 distance between the two results, so
-that a fast wrong answer shows. Without torch and diffusers (`make parity` installs them) only our side is timed; with
-them, --checkpoint needs accelerate too, without which the rival cannot load one. The table goes to benchmarks/results
-with the machine that it was measured on.
+that a fast wrong answer shows. `products` is the time of the program's matrix products and convolutions, each compiled
+and run by itself, as a share of the time of the whole. Without torch and diffusers (`make parity` installs them) only
+our side is timed; with them, --checkpoint needs accelerate too, without which the rival cannot load one. The table goes
+to benchmarks/results with the machine that it was measured on.
 
 B batch · T latent frames · H W latent grid · C latent channels · S text tokens · F pixel frames · Y X pixel size.
 """
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,15 +35,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from machine import describe
-from timing import RESULTS, in_turn, matmul_peak, short, write
+from timing import RESULTS, in_turn, short, write
 
+from jvdiff import models
 from jvdiff.errors import JvdiffError, SetupError
 from jvdiff.models import wan
 from jvdiff.models.family import Part
-from jvdiff.models.text import umt5
+from jvdiff.models.text import clip_text, llama, umt5
 from jvdiff.models.vision import clip
-from jvdiff.models.wan import family
-from jvdiff.plan import count_flops
+from jvdiff.plan import count_flops, products
 from jvdiff.weights.naming import disassemble, flatten, unflatten
 
 PROMPT = "a red seven moving left"
@@ -58,6 +59,21 @@ DIGITS_VAE = wan.VAEConfig(
 SMALL_VAE_2_2 = replace(wan.WAN_2_2_VAE, base_dim=8, decoder_base_dim=8, num_res_blocks=1)
 DIGITS_TOWER = clip.Config(64, 128, 32, num_hidden_layers=4, num_attention_heads=4, patch_size=14, hidden_act="gelu")
 DIGITS_TEXT = umt5.Config(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+SMALL_LLAMA = replace(
+    llama.LLAMA_3_8B,
+    **{"vocab_size": 128, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4 + llama.SKIPPED},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+)
+SMALL_CLIP_TEXT = replace(
+    clip_text.CLIP_L,
+    **{
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    },
+)
 
 Run = Callable[[], Any]  # runs once, waits for the result, returns it as our side lays it out
 
@@ -72,7 +88,7 @@ class Case:
     ours: (params, *inputs) -> output; traced
     theirs: (model, *inputs) -> output; gets torch tensors of the same layout and dtype on its device, and answers in it
     dtype: of inputs and weights
-    counted: a form of `ours` whose products are all visible to count_flops; None: `ours`
+    counted: a form of `ours` whose products are all visible to `plan.products`; None: `ours`
     """
 
     name: str
@@ -90,7 +106,7 @@ class Case:
 
 @dataclass
 class Row:
-    """Seconds of every counted run; None where there is no rival."""
+    """Seconds of every counted run; None where there is no rival. `products`: of the bare products, all together."""
 
     name: str
     shape: str
@@ -99,7 +115,7 @@ class Row:
     compile: float | None = None
     difference: float | None = None
     flops: float | None = None
-    peak: float | None = field(default=None, repr=False)
+    products: float | None = None
 
     def record(self) -> dict[str, Any]:
         ours = statistics.median(self.ours)
@@ -111,8 +127,8 @@ class Row:
         record |= {"theirs_all_s": [short(s) for s in self.theirs or ()]}
         if self.flops:
             record["ours_tflops_per_s"] = short(self.flops / ours / 1e12)
-            if self.peak:
-                record["share_of_peak"] = round(self.flops / ours / self.peak, 3)
+        if self.products:
+            record |= {"products_s": short(self.products), "share_of_products": round(self.products / ours, 3)}
         return record
 
 
@@ -179,6 +195,27 @@ def text(name: str, cfg: umt5.Config, size: Sequence[int], **options: Any) -> Ca
     return Case(name, cfg, inputs, lambda p, ids, mask: umt5.encode(p, cfg, ids, mask), theirs, **options)
 
 
+def decoder(name: str, cfg: llama.Config, size: Sequence[int], **options: Any) -> Case:
+    """size: B, S. Theirs has as many layers as ours computes, and no last norm."""
+
+    def theirs(model: Any, ids: Any, mask: Any) -> Any:
+        return model(ids.long(), attention_mask=mask.long()).last_hidden_state
+
+    ids = np.random.default_rng(0).integers(2, cfg.vocab_size, size, np.int32)
+    inputs = ids, np.ones(size, bool)
+    return Case(name, cfg, inputs, lambda p, ids, mask: llama.encode(p, cfg, ids, mask), theirs, **options)
+
+
+def pooled(name: str, cfg: clip_text.Config, size: Sequence[int], **options: Any) -> Case:
+    """size: B, S."""
+
+    def theirs(model: Any, ids: Any) -> Any:
+        return model(ids.long()).pooler_output
+
+    ids = np.random.default_rng(0).integers(2, cfg.vocab_size, size, np.int32)
+    return Case(name, cfg, (ids,), lambda p, ids: clip_text.encode(p, cfg, ids), theirs, **options)
+
+
 def tower(name: str, cfg: clip.Config, pictures: int, **options: Any) -> Case:
     """What the tower of an image encoder sees in so many pictures."""
 
@@ -211,6 +248,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         yield text("UMT5", small_text, (1, 8), dtype=dtype)
         yield dit("I2V", with_pictures(small_dit, 24), (1, 2, 4, 6), 512, 3, dtype=dtype)
         yield tower("CLIP", replace(DIGITS_TOWER, image_size=28), 1, dtype=dtype)
+        yield decoder("Llama", replace(SMALL_LLAMA, num_hidden_layers=1 + llama.SKIPPED), (1, 8), dtype=dtype)
+        yield pooled("CLIP text", replace(SMALL_CLIP_TEXT, num_hidden_layers=1), (1, 8), dtype=dtype)
     elif device == "gpu":
         size = (1, 21, 60, 104)
         half = {"dtype": "bfloat16"}
@@ -225,6 +264,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         layers = replace(wan.WAN_2_1_I2V_14B, num_layers=4)
         yield dit("I2V 14B, 4 layers", layers, size, 512, 63, implementation="cudnn", **half)
         yield tower("CLIP ViT-H/14", clip.VIT_H_14, 1)  # float32, as both programs run it by default
+        yield decoder("Llama 3 8B, 30 layers", llama.LLAMA_3_8B, (1, 351), **half)
+        yield pooled("CLIP-L text", clip_text.CLIP_L, (1, 77), **half)
     else:
         heads = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 4}
         yield dit("DiT digits", DIGITS_DIT, (2, 5, 8, 8), 512, 31)  # 2: with and without the prompt
@@ -244,6 +285,11 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         yield dit("I2V 1536 wide, 4 layers", with_pictures(wan.DiTConfig(**heads)), (1, 3, 60, 104), 512, 63)
         yield tower("CLIP digits", DIGITS_TOWER, 1)
         yield tower("CLIP 1280 wide, 4 layers", replace(clip.VIT_H_14, num_hidden_layers=4), 1)
+        yield decoder("Llama 64 wide, 4 layers", SMALL_LLAMA, (2, 127))
+        few = replace(llama.LLAMA_3_8B, vocab_size=8192, num_hidden_layers=2 + llama.SKIPPED)
+        yield decoder("Llama 4096 wide, 2 layers", few, (1, 351))
+        yield pooled("CLIP text 64 wide, 4 layers", SMALL_CLIP_TEXT, (2, 77))
+        yield pooled("CLIP-L text", clip_text.CLIP_L, (1, 77))
 
 
 # ------------------------------------------------------------------------------------------------------- both sides
@@ -251,7 +297,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
 
 def part_of(cfg: Any) -> Part:
     """The part of a repository that a configuration is of."""
-    return next(part for part in family.IMAGE_TO_VIDEO.parts.values() if isinstance(cfg, part.config))
+    parts = (part for family in models.families() for part in family.parts.values())
+    return next(part for part in parts if isinstance(cfg, part.config))
 
 
 def random_params(cfg: Any) -> dict[str, Any]:
@@ -293,7 +340,8 @@ def their_run(case: Case, params: dict[str, Any], device: str) -> Run:
 
     model, names = _torch_model(case.cfg, device), part_of(case.cfg).names
     assert names is not None
-    state = {name: torch.from_numpy(array) for name, array in disassemble(names(case.cfg), params)}
+    prefix = "text_model." if isinstance(case.cfg, clip_text.Config) else ""  # which transformers 5 has no more
+    state = {name.removeprefix(prefix): torch.from_numpy(array) for name, array in disassemble(names(case.cfg), params)}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert set(missing) <= {"encoder.embed_tokens.weight"} and not unexpected, (missing, unexpected)
     del state
@@ -322,6 +370,13 @@ def _torch_model(cfg: Any, device: str) -> Any:
     with torch.device(device):
         if isinstance(cfg, umt5.Config):
             return transformers.UMT5EncoderModel(transformers.UMT5Config(**cfg.to_json()))
+        if isinstance(cfg, llama.Config):
+            sizes: Any = cfg.to_json() | {"num_hidden_layers": cfg.layers}
+            model: Any = transformers.LlamaModel(transformers.LlamaConfig(**sizes))
+            model.norm = torch.nn.Identity()
+            return model
+        if isinstance(cfg, clip_text.Config):
+            return transformers.CLIPTextModel(transformers.CLIPTextConfig(**cfg.to_json()))
         if isinstance(cfg, clip.Config):
             return transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**cfg.to_json()))
         kind = diffusers.AutoencoderKLWan if isinstance(cfg, wan.VAEConfig) else diffusers.WanTransformer3DModel
@@ -344,17 +399,33 @@ def _leaf(result: Any) -> Any:
     return jax.tree.leaves(result)[0]
 
 
-def measure(case: Case, repeats: int, rival: str | None, peak: float | None = None) -> Row:
+def bare(jaxpr: Any, repeats: int) -> float:
+    """Seconds of the products of a jaxpr: the median of each, compiled by itself, as often as it is in the jaxpr."""
+    alike: dict[str, tuple[int, Any]] = {}
+    for times, equation in products(jaxpr):
+        key = f"{equation.primitive} {[each.aval for each in equation.invars]} {equation.params}"
+        alike[key] = (alike.get(key, (0, None))[0] + times, equation)
+    total = 0.0
+    for times, equation in alike.values():
+        inputs = [jnp.asarray(_normal(*each.aval.shape), each.aval.dtype) for each in equation.invars]
+        product = jax.jit(partial(equation.primitive.bind, **equation.params))
+        run = lambda product=product, inputs=inputs: jax.block_until_ready(product(*inputs))  # noqa: E731
+        run()
+        total += times * statistics.median(in_turn([run], repeats)[0])
+    return total
+
+
+def measure(case: Case, repeats: int, rival: str | None) -> Row:
     """One row of the table; `rival`: torch's device, or None."""
     params = random_params(case.cfg)
     ours, compile_seconds = our_run(case, params)
     theirs = their_run(case, params, rival) if rival else None
-    counted = jax.make_jaxpr(case.counted or case.ours)
     abstract = part_of(case.cfg).abstract(case.cfg, jnp.dtype(case.dtype))
-    flops = count_flops(counted(abstract, *case.inputs).jaxpr)
+    counted = jax.make_jaxpr(case.counted or case.ours)(abstract, *case.inputs).jaxpr
     del params
     seconds, their_seconds, difference = alternate(ours, theirs, repeats)
-    return Row(case.name, case.shape, seconds, their_seconds, short(compile_seconds), difference, flops, peak)
+    compiling, flops, alone = short(compile_seconds), count_flops(counted), bare(counted, repeats)
+    return Row(case.name, case.shape, seconds, their_seconds, compiling, difference, flops, alone)
 
 
 # ------------------------------------------------------------------------------------------- a checkpoint's clip
@@ -452,7 +523,7 @@ def measure_first_frame(checkpoint: str, repeats: int, rival: str | None) -> Row
 def table(rows: Sequence[Row]) -> str:
     """The rows as text; a ratio below 1 means that jvdiff is faster."""
     lines = [
-        f"{'':<28}{'input':<34}{'ours':>10}{'theirs':>10}{'ratio':>7}{'compile':>9}{'difference':>12}{'TFLOP/s':>9}"
+        f"{'':<28}{'input':<34}{'ours':>10}{'theirs':>10}{'ratio':>7}{'compile':>9}{'difference':>12}{'TFLOP/s':>9}{'products':>10}"
     ]
     for row in rows:
         r = row.record()
@@ -460,9 +531,9 @@ def table(rows: Sequence[Row]) -> str:
         compiling = "-" if row.compile is None else f"{row.compile:.1f} s"
         apart = "-" if row.difference is None else f"{row.difference:.0e}"
         rate = f"{r['ours_tflops_per_s']:.3g}" if row.flops else "-"
-        rate += f" ({r['share_of_peak']:.0%})" if "share_of_peak" in r else ""
+        share = f"{r['share_of_products']:.0%}" if row.products else "-"
         numbers = f"{r['ours_s']:.4g} s".rjust(10) + theirs[0].rjust(10) + theirs[1].rjust(7)
-        lines.append(f"{row.name:<28}{row.shape:<34}{numbers}{compiling:>9}{apart:>12}{rate:>9}")
+        lines.append(f"{row.name:<28}{row.shape:<34}{numbers}{compiling:>9}{apart:>12}{rate:>9}{share:>10}")
     return "\n".join(lines)
 
 
@@ -490,10 +561,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
         torch.set_num_threads(threads or 1)
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None  # other work spoils figures
-    peak = matmul_peak() if args.device == "gpu" and not args.quick else None
     repeats, rows = 1 if args.quick else args.repeats, []
     todo: list[tuple[str, Callable[[], Row]]] = [
-        (case.name, partial(measure, case, repeats, rival, peak)) for case in cases(args.device, args.quick)
+        (case.name, partial(measure, case, repeats, rival)) for case in cases(args.device, args.quick)
     ]
     if args.checkpoint:
         todo.append(("whole clip", partial(measure_clip, args.checkpoint, repeats, rival)))
@@ -510,15 +580,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
             torch.cuda.empty_cache()
     print(table(rows))
-    if peak:
-        print(f"bfloat16 product of 8192x8192 matrices: {peak / 1e12:.0f} TFLOP/s")
 
     output = args.output or (None if args.quick else RESULTS / f"compare_diffusers_{args.device}.json")
     if output:
         rivals = {name: version(name) for name in RIVALS} if rival else {}
         report = {
             "machine": describe() | rivals | {"threads": threads, "load_before": load},
-            "peak_bfloat16_tflops_per_s": peak and round(peak / 1e12, 1),
             "rows": [row.record() for row in rows],
         }
         write(output, report)

@@ -16,13 +16,19 @@ import jvdiff
 from jvdiff.digits import clips as digits
 from jvdiff.digits import judge as digits_judge
 from jvdiff.digits.clips import Combo
+from jvdiff.media.video import contact_sheet
 from jvdiff.types import Params
 
 FRAMES = 17
 
 
-def measure(judge: Params, pipe: Any, count: int, batch: int, seed: int) -> tuple[dict[str, Any], np.ndarray]:
-    """What is found in `count` generated clips, and the clips uint8 [B,F,Y,X,3]; clip i has seed + i."""
+def measure(
+    judge: Params, pipe: Any, count: int, batch: int, seed: int
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """(what is found in `count` generated clips, pictures uint8 [B,Y,X,3], the clips uint8 [B,F,Y,X,3])
+
+    Clip i has seed + i.
+    """
     real, prompts = digits.batch(np.random.default_rng(seed), count, "test", "held_out")
     wanted, pictures = [digits.parse_prompt(prompt) for prompt in prompts], real[:, 0]
     found = {
@@ -39,7 +45,15 @@ def measure(judge: Params, pipe: Any, count: int, batch: int, seed: int) -> tupl
         videos.append(out.video[: count - start])
         print(f"generated {min(start + batch, count)} of {count}", file=sys.stderr)
     made = np.concatenate(videos)
-    return found | {"clips": count, "first_seed": seed, "generated": score(judge, made, wanted, pictures)}, made
+    found |= {"clips": count, "first_seed": seed, "guidance": pipe.settings().guidance}
+    return found | {"generated": score(judge, made, wanted, pictures)}, pictures, made
+
+
+def sheet(pictures: np.ndarray, videos: np.ndarray) -> np.ndarray:
+    """uint8 [Y,X,3]: a row for each picture [B,Y,X,3], and behind it eight frames of the clip that continues it."""
+    shown = np.linspace(0, FRAMES - 1, 8).round().astype(int)
+    every = np.concatenate([pictures[:, None], videos[:, shown]], axis=1)  # [B,9,Y,X,3]
+    return np.concatenate([contact_sheet(row, 9, 9) for row in every])
 
 
 def _wrong(real: np.ndarray) -> dict[str, np.ndarray]:

@@ -130,9 +130,11 @@ def main() -> int:
         import jvdiff
 
         pipe = jvdiff.load(args.pictures)
-        found, videos = picture_adherence.measure(judge, pipe, args.clips, args.batch or 10, args.seed)
+        found, pictures, videos = picture_adherence.measure(judge, pipe, args.clips, args.batch or 10, args.seed)
         report["pictures"] = {"checkpoint": Path(args.pictures).name} | found | common
         picture_adherence.show(found)
+        picture = picture_adherence.sheet(pictures[:3], videos[:3])
+        print(f"written to {video.write_png(args.output.with_suffix('.png'), picture)}")
         if args.save:
             np.savez_compressed(args.save, video=videos)
     if args.classes:

@@ -27,7 +27,7 @@ from jvdiff.weights import safetensors as reader
 from jvdiff.weights.naming import by_leaf, check, fill, flatten
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_COPIED = ("model_index.json", "jvdiff_defaults.json", "README.md", "LICENSE*", "NOTICE*")
+_COPIED = ("model_index.json", "jvdiff_defaults.json", "README.md", "LICENSE*", "NOTICE*", "Notice*")
 _PACKAGES = ("jvdiff", "jax", "orbax-checkpoint", "numpy", "ml_dtypes")
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "memory_of",
     "meshes",
     "pool",
+    "products",
     "programs",
     "report",
     "residency",

@@ -11,30 +11,40 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 
 
 def count_flops(jaxpr: Any) -> float:
-    """FLOPs of the matrix products and convolutions of a jaxpr, loops counted as often as they run.
+    """FLOPs of the matrix products and convolutions of a jaxpr, each as often as `products` says."""
+    return sum(times * _flops(equation) for times, equation in products(jaxpr))
+
+
+def products(jaxpr: Any) -> Iterator[tuple[int, Any]]:
+    """(times, equation) of the matrix products and convolutions of a jaxpr, loops counted as often as they run.
 
     What a `shard_map` does, every device of its mesh does, and they are added up; the rest counts once. A branch counts
     as its dearest alternative; a `while` without a known length counts once.
     """
-    total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contract, _), _ = params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contract)
-        elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
-            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
-        elif name == "cond":
-            total += max(count_flops(branch.jaxpr) for branch in params["branches"])
-        else:
-            times = params["length"] if name == "scan" else 1
-            if name == "shard_map":
-                times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
-            total += times * sum(count_flops(j) for value in params.values() for j in _jaxprs(value))
-    return total
+        if name in ("dot_general", "conv_general_dilated"):
+            yield 1, equation
+            continue
+        inner, repeats = [each for value in params.values() for each in _jaxprs(value)], 1
+        if name == "cond":
+            inner = [max((branch.jaxpr for branch in params["branches"]), key=count_flops)]
+        elif name == "scan":
+            repeats = params["length"]
+        elif name == "shard_map":
+            repeats = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+        for each in inner:
+            yield from ((repeats * times, product) for times, product in products(each))
+
+
+def _flops(equation: Any) -> float:
+    params, (left, right) = equation.params, (each.aval.shape for each in equation.invars)
+    if equation.primitive.name == "dot_general":
+        (contract, _), _ = params["dimension_numbers"]
+        depth = math.prod(left[axis] for axis in contract)
+    else:
+        depth = math.prod(right) / right[params["dimension_numbers"].rhs_spec[0]]
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
 
 
 def _jaxprs(value: Any) -> Iterator[Any]:

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 import jvdiff
+from convert.from_diffusers import convert
 from convert.to_diffusers import to_hf
 from jvdiff.digits import tokenizer as digits_tokenizer
 from jvdiff.models import wan
@@ -103,3 +105,14 @@ def test_same_noise_same_clip(both, case, caplog):
     print(f"{case}: latents {error:.1e}, frames {psnr:.1f} dB")
     assert error <= 1e-4 and psnr >= 52
     assert latents.std() > 0.1 and frames.std() > 5  # there is something to compare
+
+
+def test_there_and_back_is_bit_equal(both, tmp_path):
+    _, folder = both
+    convert(folder, tmp_path / "orbax")
+    to_hf(tmp_path / "orbax", tmp_path / "back")
+    files = sorted(file.relative_to(folder) for file in folder.rglob("*.safetensors"))
+    assert [file.parent.name for file in files] == ["text_encoder", "transformer", "vae"]
+    for file in files:
+        there, back = load_file(folder / file), load_file(tmp_path / "back" / file)
+        assert there.keys() == back.keys() and all(there[name].tobytes() == back[name].tobytes() for name in there)

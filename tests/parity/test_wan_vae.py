@@ -37,7 +37,7 @@ RESIDUAL = wan.VAEConfig(  # Wan 2.2's, in widths that differ on every level
     latents_mean=(0.0,) * 6,
     latents_std=(1.0,) * 6,
 )
-encode = jax.jit(wan.encode, static_argnums=1, static_argnames="chunk")
+encode = jax.jit(wan.encode, static_argnums=1, static_argnames=("chunk", "logvar"))
 decode = jax.jit(wan.decode, static_argnums=1, static_argnames="chunk")
 
 
@@ -63,11 +63,12 @@ def to_torch(x, dtype=torch.float32):
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 4, 1, 2, 3))).to(dtype)
 
 
-def theirs(model, video, latents, dtype=torch.float32):
+def theirs(model, video, latents, dtype=torch.float32, logvar=False):
     with torch.inference_mode():
-        mean = model.encode(to_torch(video, dtype)).latent_dist.mode()
+        posterior = model.encode(to_torch(video, dtype)).latent_dist
         frames = model.decode(to_torch(latents, dtype)).sample
-    return [x.float().numpy().transpose(0, 2, 3, 4, 1) for x in (mean, frames)]
+    arrays = (posterior.mean, frames, *([posterior.logvar] if logvar else []))
+    return [x.float().numpy().transpose(0, 2, 3, 4, 1) for x in arrays]
 
 
 def inputs(cfg, B, T, H, W, seed=0):
@@ -100,13 +101,15 @@ def error(a, b):
 def test_float32(cfg, size, chunk, seed):
     model, params = reference(cfg, seed)
     video, latents = inputs(cfg, *size, seed=seed)
-    mean, frames = theirs(model, video, latents)
+    mean, frames, logvar = theirs(model, video, latents, logvar=True)
     assert frames.std() > 0.02 and (np.abs(frames) == 1).mean() < 0.2
+    posterior = encode(params, cfg, video, chunk=chunk, logvar=True)
     errors = (
-        error(encode(params, cfg, video, chunk=chunk), mean),
+        error(posterior[0], mean),
+        error(posterior[1], logvar),
         error(decode(params, cfg, latents, chunk=chunk), frames),
     )
-    print(f"encode {errors[0]:.1e}, decode {errors[1]:.1e}")
+    print(f"encode {errors[0]:.1e}, log-variance {errors[1]:.1e}, decode {errors[2]:.1e}")
     assert max(errors) <= 1e-5
 
 
@@ -131,8 +134,8 @@ def test_tiles(cfg):
     assert error(run(wan.decode)(params, cfg, latents, tiles=tiles), frames) <= 1e-5
 
 
-def test_the_published_size():
-    cfg = wan.WAN_2_1_VAE
+@pytest.mark.parametrize("cfg", [wan.WAN_2_1_VAE, dataclasses.replace(wan.WAN_2_2_VAE, num_res_blocks=1)])
+def test_the_published_widths(cfg):
     model, params = reference(cfg, 0)
     video, latents = inputs(cfg, 1, 2, 2, 3)
     mean, frames = theirs(model, video, latents)

@@ -461,7 +461,7 @@ FIRST_LAST_FRAME = dataclasses.replace(
     IMAGE_TO_VIDEO,
     name="Wan first-last-frame to video",
     needs=("image", "last_image"),
-    published={"Wan2.1-FLF2V-14B-720P-Diffusers": _published(wan.WAN_2_1_FLF2V_14B)},
+    published={"Wan2.1-FLF2V-14B-720P-diffusers": _published(wan.WAN_2_1_FLF2V_14B)},
 )
 _GATED = (dataclasses.replace(cfg, gate_compress=True) for cfg in (wan.WAN_2_1_T2V_1_3B, wan.WAN_2_1_T2V_14B))
 FEW_STEPS = dataclasses.replace(

@@ -25,7 +25,7 @@ CONFIGURATIONS = {  # published repositories, whose files do not say all that th
     "Wan2.1-T2V-14B-Diffusers": "wan2_1_t2v_14b",
     "Wan2.1-I2V-14B-480P-Diffusers": "wan2_1_i2v_14b_480p",
     "Wan2.1-I2V-14B-720P-Diffusers": "wan2_1_i2v_14b_720p",
-    "Wan2.1-FLF2V-14B-720P-Diffusers": "wan2_1_flf2v_14b",
+    "Wan2.1-FLF2V-14B-720P-diffusers": "wan2_1_flf2v_14b",
     "Wan2.2-T2V-A14B-Diffusers": "wan2_2_t2v_a14b",
     "Wan2.2-I2V-A14B-Diffusers": "wan2_2_i2v_a14b",
     "Wan2.2-TI2V-5B-Diffusers": "wan2_2_ti2v_5b",
