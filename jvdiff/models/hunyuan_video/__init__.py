@@ -1,7 +1,7 @@
 """HunyuanVideo: the diffusion transformer and the causal VAE, as pure functions over nested dicts of arrays.
 
-Sources: the published repository `hunyuanvideo-community/HunyuanVideo` and diffusers 0.42, whose numbers these match. The
-text encoders are `jvdiff.models.text.llama` and `clip_text`.
+Sources: the published repository `hunyuanvideo-community/HunyuanVideo` and diffusers 0.42, whose numbers these match.
+The text encoders are `jvdiff.models.text.llama` and `clip_text`.
 """
 
 from typing import TYPE_CHECKING
