@@ -25,7 +25,7 @@ TABLE = Path(__file__).parents[2] / "data" / "tensors" / "hunyuan_video_original
 
 
 def table(cfg):
-    """(name there, its shape in the published file, names here in the order of their rows, whether halves change places)"""
+    """(name there, shape in the published file, names here in the order of their rows, whether halves change places)"""
     layers = {"double": cfg.num_layers, "single": cfg.num_single_layers, "txt_in": cfg.num_refiner_layers}
     for line in TABLE.read_text().splitlines()[1:]:
         name, shape, _, published, halves = line.split("\t")
@@ -63,7 +63,8 @@ def test_the_published_layout():
     entries = naming.expected(names.transformer(HUNYUAN_VIDEO), dit.abstract_params(HUNYUAN_VIDEO), parts)
     assert len(found) == 856 and len(parts) == 1264
     assert {name: tensor.shape for name, tensor in parts.items()} == {n: e.shape for n, e in entries.items()}
-    assert [n for n, t in sorted(parts.items(), key=lambda x: x[1].begin)] == sum(map(order.get, sorted(order)), [])
+    expected = [name for start in sorted(order) for name in order[start]]
+    assert [name for name, _ in sorted(parts.items(), key=lambda part: part[1].begin)] == expected
     assert sum(tensor.end - tensor.begin for tensor in parts.values()) == begin
 
 
@@ -86,11 +87,9 @@ def test_so_it_does_in_parts_on_a_mesh(tmp_path):
     read = read_weights(written(tmp_path, theirs), TRANSFORMER, CFG, jnp.float32, placement)
     assert jax.tree.all(jax.tree.map(np.array_equal, read, expected))
     swapped = next(rule for rule in names.transformer(CFG) if "adaLN" in rule.pattern).transform
-    whole = theirs["final_layer.adaLN_modulation.1.weight"]
+    whole, kernel = theirs["final_layer.adaLN_modulation.1.weight"], expected["head"]["modulation"]["kernel"]
     get, keep = swapped.cut([slice(4, 8), slice(20, 40)])
-    np.testing.assert_array_equal(
-        swapped.forward(whole[get])[keep], expected["head"]["modulation"]["kernel"][4:8, 20:40]
-    )
+    np.testing.assert_array_equal(swapped.forward(whole[get])[keep], kernel[4:8, 20:40])
 
 
 def test_other_sizes_keep_their_names(tmp_path):
