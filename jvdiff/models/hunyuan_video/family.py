@@ -28,6 +28,7 @@ from jvdiff.models.hunyuan_video import (
     decoding,
     dit,
     names,
+    original,
     places,
     plan,
     prompts,
@@ -53,6 +54,7 @@ TRANSFORMER = Part(
     abstract=dit.abstract_params,
     places=places.DIT,
     names=names.transformer,
+    renamed=original.renamed,
     precision="transformer",
     published=("diffusers", lambda cfg: "HunyuanVideoTransformer3DModel"),
 )

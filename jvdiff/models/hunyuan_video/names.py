@@ -1,12 +1,14 @@
 """HunyuanVideo: names in Diffusers' files <-> jvdiff's parameter tree of the transformer.
 
 Source of the names: `diffusers.HunyuanVideoTransformer3DModel` and the published repository. In the head's modulation
-the scale comes before the shift, as in Diffusers' files, and unlike in the original ones.
+the scale comes before the shift, as in Diffusers' files. In the original ones, whose other tensors `original` renames,
+it is the other way round: both names have a rule.
 """
 
+from dataclasses import replace
 from typing import Protocol
 
-from jvdiff.weights.naming import LINEAR, Rule, patch
+from jvdiff.weights.naming import IDENTITY, LINEAR, Rule, patch
 
 
 def _linear(pattern: str, path: str) -> list[Rule]:
@@ -63,6 +65,8 @@ _TRANSFORMER = [
     *_linear(f"{_SINGLE}.proj_mlp", "single/blocks/up"),
     *_linear(f"{_SINGLE}.proj_out", "single/blocks/out"),
     *_linear("norm_out.linear", "head/modulation"),
+    Rule("final_layer.adaLN_modulation.1.weight", "head/modulation/kernel", replace(LINEAR, swapped=True)),
+    Rule("final_layer.adaLN_modulation.1.bias", "head/modulation/bias", replace(IDENTITY, swapped=True)),
     *_linear("proj_out", "head/proj"),
 ]
 
