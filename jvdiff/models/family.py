@@ -292,7 +292,7 @@ class Family:
     embeddings: name -> what may be given in place of an encoder's work, "text_embeddings" for instance
     facts: names in `describe` that say which clip it is; the first is the subject, as `check_subject` takes it
     window_losses: (models, part, forward, tile, candidate windows) -> (weights, x, t, condition) -> (velocity, how far
-        each window is from dense attention, float32 [layers,candidates,heads]); None: it has no patterns of tiles
+        each window is from dense attention, float32 [layers,candidates,heads]); None: nothing searches for its windows
     published: what can be planned without a download: name of a published repository -> its models
     at_once: whether it makes a clip at once, rather than chunk by chunk (`jvdiff.models.rollout`)
     """

@@ -232,7 +232,8 @@ def test_a_longer_clip_takes_no_more_memory():
         frames = np.zeros((1, 17, 8, 8, 3), np.float32)
         return frames if stage.name.startswith("decode") else (frames, 0.0, frames[:, 13:])
 
-    clip: Any = SimpleNamespace(latents=(33, 2, 2, 3), frames=(129, 8, 8), vae_tiles=None)
+    settings = SimpleNamespace(vae_windows=True)
+    clip: Any = SimpleNamespace(latents=(33, 2, 2, 3), frames=(129, 8, 8), vae_tiles=None, settings=settings)
     for _ in decoding.decode(Models({"vae": CFG}, {}, {}), clip, Forward(), run, jnp.zeros((1, 33, 2, 2, 3))):
         pass
     rows, tail = "[[(1, 17, 8, 8, 3)]]", "(1, 4, 8, 8, 3)"
