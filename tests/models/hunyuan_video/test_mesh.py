@@ -3,6 +3,8 @@
 Eight fake CPU devices; what is counted is counted in the compiled program.
 """
 
+import json
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvdiff.kernels import Dense, SlidingTile
+from jvdiff.kernels import Dense, SlidingTile, patterns
 from jvdiff.models.hunyuan_video import dit, names
 from jvdiff.models.hunyuan_video.config import DiTConfig
 from jvdiff.models.hunyuan_video.places import DIT
@@ -97,22 +99,27 @@ def test_layers_are_numbered_from_the_double_blocks_on(params, divided):
 
 
 @slower
-def test_windows_go_with_the_heads():
-    """Five heads on three devices, tokens and a text of another length in each clip."""
-    pattern = SlidingTile((1, 2, 2), tuple((1, 1 + 2 * (i % 2), 1 + i // 2) for i in range(5)))
+def test_windows_go_with_the_heads(tmp_path):
+    """Five heads on three devices; each clip has windows of its own, and a text of another length."""
+    choices, numbers = ((1, 1, 1), (1, 1, 3), (2, 1, 1)), np.int32([[0, 1, 2, 1, 0], [2, 0, 0, 1, 2]])
+    values = {"tile": (1, 2, 2), "canvas": (2, 2, 7), "choices": choices, "table": [[[0] * 5]], "timesteps": [900]}
+    (tmp_path / "windows.json").write_text(json.dumps({"version": 1, "recorded": {}, **values}))
+    pattern = patterns.read(f"windows:{tmp_path / 'windows.json'}", 5, 1)
     mesh = make_mesh(read_mesh("sequence=3"))
-    split = Placement(mesh).split(Sizes(2, 14, 5, 8, dense=False))
+    split = Placement(mesh).split(Sizes(2, 28, 5, 8, dense=False))
     draw = np.random.default_rng(0).standard_normal
-    video, text, lengths = draw((3, 2, 14, 5, 8), np.float32), draw((3, 2, 4, 5, 8), np.float32), np.int32([3, 1])
+    video, text, lengths = draw((3, 2, 28, 5, 8), np.float32), draw((3, 2, 4, 5, 8), np.float32), np.int32([3, 1])
 
-    def local(q, k, v, lengths, first=None):
-        return pattern.attend(q, k, v, None, grid=(1, 2, 7), text_length=lengths, first_head=first)
+    def local(q, k, v, lengths, first, chosen):
+        return pattern.attend(q, k, v, None, grid=(2, 2, 7), text_length=lengths, first_head=first, chosen=chosen)
 
     def shared(video, text):
         padded = jnp.pad(video, ((0, 0), (0, 0), (0, split.padding), (0, 0), (0, 0)))
-        return sequence.joint_attention(local, split, (*padded,), (*text,), lengths)
+        return sequence.joint_attention(local, split, (*padded,), (*text,), lengths, numbers=jnp.asarray(numbers))
 
-    found = jnp.concatenate([x[:, :n] for x, n in zip(jax.jit(shared)(video, text), (14, 4), strict=True)], axis=1)
-    expected = np.asarray(jax.jit(local)(*np.concatenate([video, text], axis=2), lengths))
-    for i, length in enumerate(14 + lengths):  # later rows of a text are anything
-        close(found[i, :length], expected[i, :length])
+    found = jnp.concatenate([x[:, :n] for x, n in zip(jax.jit(shared)(video, text), (28, 4), strict=True)], axis=1)
+    for i, length in enumerate(lengths):
+        one = SlidingTile((1, 2, 2), tuple(choices[n] for n in numbers[i]))
+        q, k, v = np.concatenate([video, text[:, :, :length]], axis=2)[:, i : i + 1]
+        expected = jax.jit(partial(one.attend, gate=None, grid=(2, 2, 7)))(q, k, v, text_length=np.full(1, length))
+        close(found[i, : 28 + length], expected[0])
