@@ -415,8 +415,8 @@ def bare(jaxpr: Any, repeats: int) -> float:
     return total
 
 
-def measure(case: Case, repeats: int, rival: str | None) -> Row:
-    """One row of the table; `rival`: torch's device, or None."""
+def measure(case: Case, repeats: int, rival: str | None, alone: bool = True) -> Row:
+    """One row of the table; `rival`: torch's device, or None; `alone`: the bare products too."""
     params = random_params(case.cfg)
     ours, compile_seconds = our_run(case, params)
     theirs = their_run(case, params, rival) if rival else None
@@ -424,8 +424,9 @@ def measure(case: Case, repeats: int, rival: str | None) -> Row:
     counted = jax.make_jaxpr(case.counted or case.ours)(abstract, *case.inputs).jaxpr
     del params
     seconds, their_seconds, difference = alternate(ours, theirs, repeats)
-    compiling, flops, alone = short(compile_seconds), count_flops(counted), bare(counted, repeats)
-    return Row(case.name, case.shape, seconds, their_seconds, compiling, difference, flops, alone)
+    compiling, flops = short(compile_seconds), count_flops(counted)
+    row = Row(case.name, case.shape, seconds, their_seconds, compiling, difference, flops)
+    return replace(row, products=bare(counted, repeats)) if alone else row
 
 
 # ------------------------------------------------------------------------------------------- a checkpoint's clip
@@ -563,7 +564,7 @@ def main(words: Sequence[str] | None = None) -> int:
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None  # other work spoils figures
     repeats, rows = 1 if args.quick else args.repeats, []
     todo: list[tuple[str, Callable[[], Row]]] = [
-        (case.name, partial(measure, case, repeats, rival)) for case in cases(args.device, args.quick)
+        (case.name, partial(measure, case, repeats, rival, not args.quick)) for case in cases(args.device, args.quick)
     ]
     if args.checkpoint:
         todo.append(("whole clip", partial(measure_clip, args.checkpoint, repeats, rival)))

@@ -4,6 +4,8 @@ import importlib
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -85,3 +87,13 @@ def test_gpu_rows_are_the_published_model_at_its_size(benchmark):
 def test_random_weights_leave_no_layer_idle(benchmark):
     for case in benchmark.cases("cpu", quick=True):
         assert all(np.any(leaf != 0) for leaf in flatten(benchmark.random_params(case.cfg)).values())
+
+
+def test_bare_products_are_compiled_once_and_count_as_often_as_they_run(benchmark, monkeypatch):
+    def program(x, y):
+        twice = x @ y @ y
+        return jax.lax.scan(lambda carry, _: (carry @ y, None), twice, length=5)[0]
+
+    x, y = jnp.ones((3, 4)), jnp.ones((4, 4))
+    monkeypatch.setattr(benchmark, "in_turn", lambda runs, repeats: [[1.0] * repeats for _ in runs])
+    assert benchmark.bare(jax.make_jaxpr(program)(x, y).jaxpr, 3) == 7.0

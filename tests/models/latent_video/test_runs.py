@@ -66,7 +66,7 @@ def config(tmp_path, clips):
 def trained(tmp_path_factory, clips):
     """A whole run: its command line, and the folder that it is in."""
     folder = tmp_path_factory.mktemp("trained")
-    flags = [*command(folder, clips), "--config.loop.show_every=2"]
+    flags = [*command(folder, clips), "--config.loop.accumulate=2", "--config.loop.show_every=2"]
     assert train.main(flags) == 0
     return flags, folder
 

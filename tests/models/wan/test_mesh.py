@@ -59,15 +59,18 @@ def on_one_device(pattern):
     return np.asarray(run(params_of(CFG), *inputs(2)))
 
 
+slower = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="more of the same, for make kernels")
+
+
 @pytest.mark.parametrize(
     ("pattern", "mesh", "batch"),
     [
         ("dense", "sequence=8", 1),
-        ("dense", "sequence=8,ring=2", 1),
+        pytest.param("dense", "sequence=8,ring=2", 1, marks=slower),
         ("dense", "data=2,tensor=2,sequence=2", 2),
-        ("dense", "fsdp=2,tensor=4", 2),
+        pytest.param("dense", "fsdp=2,tensor=4", 2, marks=slower),
         ("windows", "tensor=2,sequence=4", 1),
-        ("video sparse", "sequence=6", 1),
+        pytest.param("video sparse", "sequence=6", 1, marks=slower),
         ("video sparse", "data=2,fsdp=2,tensor=2", 2),
     ],
 )
@@ -113,7 +116,6 @@ def test_a_gradient_is_that_of_one_device_and_lies_where_the_weights_lie():
 
 # With few tiles to choose from, so that small steps change no choice.
 PUSHED = {**PATTERNS, "video sparse": VideoSparse((3, 3, 3), 0.5), "causal": BlockCausal(1)}
-slower = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="more of the same, for make kernels")
 
 
 @pytest.mark.parametrize("pattern", ["video sparse", *(pytest.param(p, marks=slower) for p in PUSHED if p[0] != "v")])
