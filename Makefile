@@ -51,7 +51,8 @@ kernels:
 	.venv312/bin/python -m jvdiff.commands.compiler --install && \
 	.venv312/bin/python -m jvdiff.commands.compiler -m pytest $(WORKERS) \
 		tests/kernels tests/sharding $(addprefix tests/models/wan/test_,mesh.py dit_compiled.py vae_compiled.py \
-		windows.py causal_tiles.py) tests/benchmarks/test_first_gpu_hour.py $(PYTEST)
+		windows.py causal_tiles.py) $(addprefix tests/models/hunyuan_video/test_,mesh.py vae_compiled.py) \
+		tests/benchmarks/test_first_gpu_hour.py $(PYTEST)
 
 wheel:
 	@.ci/wheel $(PYTHON)

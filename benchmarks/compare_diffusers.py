@@ -37,12 +37,12 @@ import numpy as np
 from machine import describe
 from timing import RESULTS, in_turn, short, write
 
+from jvdiff import models
 from jvdiff.errors import JvdiffError, SetupError
 from jvdiff.models import wan
 from jvdiff.models.family import Part
-from jvdiff.models.text import umt5
+from jvdiff.models.text import clip_text, llama, umt5
 from jvdiff.models.vision import clip
-from jvdiff.models.wan import family
 from jvdiff.plan import count_flops, products
 from jvdiff.weights.naming import disassemble, flatten, unflatten
 
@@ -59,6 +59,21 @@ DIGITS_VAE = wan.VAEConfig(
 SMALL_VAE_2_2 = replace(wan.WAN_2_2_VAE, base_dim=8, decoder_base_dim=8, num_res_blocks=1)
 DIGITS_TOWER = clip.Config(64, 128, 32, num_hidden_layers=4, num_attention_heads=4, patch_size=14, hidden_act="gelu")
 DIGITS_TEXT = umt5.Config(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+SMALL_LLAMA = replace(
+    llama.LLAMA_3_8B,
+    **{"vocab_size": 128, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4 + llama.SKIPPED},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+)
+SMALL_CLIP_TEXT = replace(
+    clip_text.CLIP_L,
+    **{
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    },
+)
 
 Run = Callable[[], Any]  # runs once, waits for the result, returns it as our side lays it out
 
@@ -180,6 +195,27 @@ def text(name: str, cfg: umt5.Config, size: Sequence[int], **options: Any) -> Ca
     return Case(name, cfg, inputs, lambda p, ids, mask: umt5.encode(p, cfg, ids, mask), theirs, **options)
 
 
+def decoder(name: str, cfg: llama.Config, size: Sequence[int], **options: Any) -> Case:
+    """size: B, S. Theirs has as many layers as ours computes, and no last norm."""
+
+    def theirs(model: Any, ids: Any, mask: Any) -> Any:
+        return model(ids.long(), attention_mask=mask.long()).last_hidden_state
+
+    ids = np.random.default_rng(0).integers(2, cfg.vocab_size, size, np.int32)
+    inputs = ids, np.ones(size, bool)
+    return Case(name, cfg, inputs, lambda p, ids, mask: llama.encode(p, cfg, ids, mask), theirs, **options)
+
+
+def pooled(name: str, cfg: clip_text.Config, size: Sequence[int], **options: Any) -> Case:
+    """size: B, S."""
+
+    def theirs(model: Any, ids: Any) -> Any:
+        return model(ids.long()).pooler_output
+
+    ids = np.random.default_rng(0).integers(2, cfg.vocab_size, size, np.int32)
+    return Case(name, cfg, (ids,), lambda p, ids: clip_text.encode(p, cfg, ids), theirs, **options)
+
+
 def tower(name: str, cfg: clip.Config, pictures: int, **options: Any) -> Case:
     """What the tower of an image encoder sees in so many pictures."""
 
@@ -212,6 +248,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         yield text("UMT5", small_text, (1, 8), dtype=dtype)
         yield dit("I2V", with_pictures(small_dit, 24), (1, 2, 4, 6), 512, 3, dtype=dtype)
         yield tower("CLIP", replace(DIGITS_TOWER, image_size=28), 1, dtype=dtype)
+        yield decoder("Llama", replace(SMALL_LLAMA, num_hidden_layers=1 + llama.SKIPPED), (1, 8), dtype=dtype)
+        yield pooled("CLIP text", replace(SMALL_CLIP_TEXT, num_hidden_layers=1), (1, 8), dtype=dtype)
     elif device == "gpu":
         size = (1, 21, 60, 104)
         half = {"dtype": "bfloat16"}
@@ -226,6 +264,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         layers = replace(wan.WAN_2_1_I2V_14B, num_layers=4)
         yield dit("I2V 14B, 4 layers", layers, size, 512, 63, implementation="cudnn", **half)
         yield tower("CLIP ViT-H/14", clip.VIT_H_14, 1)  # float32, as both programs run it by default
+        yield decoder("Llama 3 8B, 30 layers", llama.LLAMA_3_8B, (1, 351), **half)
+        yield pooled("CLIP-L text", clip_text.CLIP_L, (1, 77), **half)
     else:
         heads = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 4}
         yield dit("DiT digits", DIGITS_DIT, (2, 5, 8, 8), 512, 31)  # 2: with and without the prompt
@@ -245,6 +285,11 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         yield dit("I2V 1536 wide, 4 layers", with_pictures(wan.DiTConfig(**heads)), (1, 3, 60, 104), 512, 63)
         yield tower("CLIP digits", DIGITS_TOWER, 1)
         yield tower("CLIP 1280 wide, 4 layers", replace(clip.VIT_H_14, num_hidden_layers=4), 1)
+        yield decoder("Llama 64 wide, 4 layers", SMALL_LLAMA, (2, 127))
+        few = replace(llama.LLAMA_3_8B, vocab_size=8192, num_hidden_layers=2 + llama.SKIPPED)
+        yield decoder("Llama 4096 wide, 2 layers", few, (1, 351))
+        yield pooled("CLIP text 64 wide, 4 layers", SMALL_CLIP_TEXT, (2, 77))
+        yield pooled("CLIP-L text", clip_text.CLIP_L, (1, 77))
 
 
 # ------------------------------------------------------------------------------------------------------- both sides
@@ -252,7 +297,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
 
 def part_of(cfg: Any) -> Part:
     """The part of a repository that a configuration is of."""
-    return next(part for part in family.IMAGE_TO_VIDEO.parts.values() if isinstance(cfg, part.config))
+    parts = (part for family in models.families() for part in family.parts.values())
+    return next(part for part in parts if isinstance(cfg, part.config))
 
 
 def random_params(cfg: Any) -> dict[str, Any]:
@@ -294,7 +340,8 @@ def their_run(case: Case, params: dict[str, Any], device: str) -> Run:
 
     model, names = _torch_model(case.cfg, device), part_of(case.cfg).names
     assert names is not None
-    state = {name: torch.from_numpy(array) for name, array in disassemble(names(case.cfg), params)}
+    prefix = "text_model." if isinstance(case.cfg, clip_text.Config) else ""  # which transformers 5 has no more
+    state = {name.removeprefix(prefix): torch.from_numpy(array) for name, array in disassemble(names(case.cfg), params)}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert set(missing) <= {"encoder.embed_tokens.weight"} and not unexpected, (missing, unexpected)
     del state
@@ -323,6 +370,13 @@ def _torch_model(cfg: Any, device: str) -> Any:
     with torch.device(device):
         if isinstance(cfg, umt5.Config):
             return transformers.UMT5EncoderModel(transformers.UMT5Config(**cfg.to_json()))
+        if isinstance(cfg, llama.Config):
+            sizes: Any = cfg.to_json() | {"num_hidden_layers": cfg.layers}
+            model: Any = transformers.LlamaModel(transformers.LlamaConfig(**sizes))
+            model.norm = torch.nn.Identity()
+            return model
+        if isinstance(cfg, clip_text.Config):
+            return transformers.CLIPTextModel(transformers.CLIPTextConfig(**cfg.to_json()))
         if isinstance(cfg, clip.Config):
             return transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**cfg.to_json()))
         kind = diffusers.AutoencoderKLWan if isinstance(cfg, wan.VAEConfig) else diffusers.WanTransformer3DModel

@@ -152,10 +152,11 @@ class Seconds(NamedTuple):
         return max(self.compute, self.hidden) + self.exposed
 
 
-def work(text: str, layers: int = 1) -> Work:
-    """What one device computes: the sums of `kernels`, the sparse ones as if every block were listed (as in a ring)."""
+def work(text: str, layers: int = 1, share: float = 1.0) -> Work:
+    """What one device computes: the sums of `kernels`, the sparse ones as if every block were listed (as in a ring), or
+    with the `share` of the pairs that they compute."""
     total = {"products": 0.0, "attention": 0.0, "float32": 0.0, "": 0.0}
-    for each in kernels(text, layers):
+    for each in kernels(text, layers, share):
         kind = {"tf32": "float32", "convolutions": "products"}.get(each.kind, each.kind)
         total[kind] += each.runs * (each.flops if kind else each.bytes)
     return Work(*total.values())

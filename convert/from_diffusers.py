@@ -27,7 +27,7 @@ from jvdiff.weights import safetensors as reader
 from jvdiff.weights.naming import by_leaf, check, fill, flatten
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_COPIED = ("model_index.json", "jvdiff_defaults.json", "README.md", "LICENSE*", "NOTICE*")
+_COPIED = ("model_index.json", "jvdiff_defaults.json", "README.md", "LICENSE*", "NOTICE*", "Notice*")
 _PACKAGES = ("jvdiff", "jax", "orbax-checkpoint", "numpy", "ml_dtypes")
 
 
@@ -100,8 +100,9 @@ def convert(
         repository.settings()  # a scheduler that sampling would refuse is refused while it can still be changed
     kinds, folders, parts = repository.family.parts, {}, {}
     for name, cfg in repository.models.configs.items():
-        how = {"follow_symlinks": follow_symlinks, "allow_nonfinite": allow_nonfinite}
-        folders[name] = reader.open_folder(source / name, kinds[name].stem, ignored=kinds[name].ignored(cfg), **how)
+        how: Any = {"ignored": kinds[name].ignored(cfg), "renamed": kinds[name].renaming(cfg)}
+        how |= {"follow_symlinks": follow_symlinks, "allow_nonfinite": allow_nonfinite}
+        folders[name] = reader.open_folder(source / name, kinds[name].stem, **how)
         cast = None if kinds[name].keeps_dtype else dtype
         parts[name] = _leaves(source / name, kinds[name], cfg, folders[name], cast)
     total = sum(leaf.nbytes for part in parts.values() for leaf in part.values())

@@ -30,6 +30,8 @@ WORDS = {
     "guidance_scale": "guidance",
     "cfg_scale": "guidance",
     "sample_guide_scale": "guidance",
+    "embedded_cfg_scale": "guidance",
+    "true_cfg_scale": "true_guidance",
     "generator": "seed",
     "base_seed": "seed",
     "flow_shift": "shift",

@@ -114,7 +114,7 @@ def _recorded(config: Any) -> Any:
     how: Any = {"family": models.named(config.family), "follow_symlinks": config.follow_symlinks}
     repository = pipeline.inspect(sample.folder_of(config.checkpoint), at_once=True, **how)
     if repository.family.window_losses is None:
-        raise UsageError(f"{repository.family.name} has no patterns of tiles; there is nothing to record.")
+        raise UsageError(f"{repository.family.name} has no search for windows of tiles; there is nothing to record.")
     wanted, problems = jobs.make_jobs(config, repository)
     if problems or not wanted:
         raise UsageError(problems[0] if problems else f"part is {config.part}, which has no clip.")

@@ -17,7 +17,7 @@ from jvdiff.errors import CheckpointError, UsageError
 
 SPACINGS = ("karras", "exponential", "beta")  # grids between two ends
 LISTS = ("sigmas", "timesteps")  # grids that are given
-GRIDS = ("diffusers", "training", *SPACINGS, *LISTS)
+GRIDS = ("diffusers", "linear", "training", *SPACINGS, *LISTS)
 SOLVERS = ("unipc", "euler")
 _EPS = 1e-6  # how far below 1 the first sigma of UniPC is
 
@@ -71,6 +71,9 @@ def make(
     grid "diffusers", solver "euler": diffusers' FlowMatchEulerDiscreteScheduler with its own grid. linspace from 1 to
         the *shifted* 1/train_steps, both ends kept, then shifted; timesteps are not truncated. (That the low end goes
         through the shift twice is diffusers' behaviour, reproduced on purpose; every other point does so once.)
+    grid "linear", either solver: linspace(1, 0, steps + 1) without its end, shifted. A pipeline of diffusers that has
+        levels of its own gives these to the scheduler. With Euler all of it is float32 arithmetic, as there, because
+        networks that tell timesteps apart finely notice; timesteps are truncated for UniPC alone.
     grid "training", either solver: the authors' programs of video models (FlowUniPCMultistepScheduler, built with
         shift 1 and shifted in set_timesteps), which begin at the highest level of training.
         linspace(1 - 1/train_steps, 0, steps + 1) without its end, shifted; timesteps truncated.
@@ -113,7 +116,7 @@ def make(
             f"{np.round(sigmas[:3], 6).tolist()}; take fewer steps or a shift near 5."
         )
     truncated = grid == "training" or (unipc and grid != "timesteps")
-    timesteps = sigmas * train_steps
+    timesteps = (sigmas * train_steps).astype(np.float64)
     return _schedule(sigmas, np.trunc(timesteps) if truncated else timesteps)
 
 
@@ -123,6 +126,8 @@ def _unshifted(steps: int, shift: float, grid: str, solver: str, values: Sequenc
     if grid == "training":
         # The official program keeps this end in float32; a little more than 0.999, it decides some truncations.
         return np.linspace(float(np.float32(1 - 1 / train_steps)), 0, steps + 1)[:-1]
+    if grid == "linear":
+        return np.linspace(1, 0, steps + 1)[:-1].astype(np.float64 if solver == "unipc" else np.float32)
     if solver == "unipc":
         return np.linspace(1, 1 / train_steps, steps + 1)[:-1]
     return np.linspace(1, _shifted(1 / train_steps, shift), steps)

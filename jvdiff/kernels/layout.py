@@ -5,6 +5,7 @@ B batch · L tokens · N heads · K head dim · V places in a block: a tile's vo
 `place` int64 [L] says where each token of the operands goes when every block is padded to V places.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class Blocks(NamedTuple):
         v: Any,
         q2k: Any,
         count: Any,
-        kv_sizes: np.ndarray,
+        kv_sizes: Any,
         *,
         start: int,
         end: int,
@@ -65,13 +66,18 @@ class Blocks(NamedTuple):
         return block_sparse.block_sparse_attention(q[:, low:high], k, v, q2k, count, kv_sizes, return_lse=True, **rows)
 
 
-def blocks(target: Target | None, name: str, block: int, *parts: tuple[np.ndarray, np.ndarray]) -> Blocks:
-    """Tokens as blocks of `block` places; parts: (place, sizes) of what follows each other in the sequence."""
+def blocks(
+    target: Target | None, name: str, block: int, *parts: tuple[np.ndarray, np.ndarray], padded: bool = False
+) -> Blocks:
+    """Tokens as blocks of `block` places; parts: (place, sizes) of what follows each other in the sequence.
+
+    padded: in any case, for keys whose number is known only as the program runs.
+    """
     starts = np.cumsum([0, *(sizes.size for _, sizes in parts)]) * block
     place = np.concatenate([start + place for start, (place, _) in zip(starts, parts, strict=False)])
     sizes = np.concatenate([sizes for _, sizes in parts])
     together = np.array_equal(place, tiles.non_pad_index(sizes, block)) and place.size < sizes.size * block
-    in_place = name == "mosaic_gpu" and together and not (sizes % block_sparse.ALIGNED).any()
+    in_place = name == "mosaic_gpu" and not padded and together and not (sizes % block_sparse.ALIGNED).any()
     return Blocks(target, name, block, place, sizes, np.cumsum(sizes) - sizes if in_place else None)
 
 
@@ -88,16 +94,34 @@ def segment_places(lengths: tuple[int, ...], tokens: int, block: int) -> tuple[n
     return tiles.non_pad_index(np.array(sizes, np.int64), block), np.array(sizes, np.int64)
 
 
+def text_sizes(sizes: np.ndarray, text_length: Any, block: int) -> Any:
+    """[n]: how many tokens of each block of a text are keys, where its blocks hold `sizes` tokens and the first
+    `text_length` tokens count: numpy, or traced as that is."""
+    xp: Any = np if isinstance(text_length, int) else jnp
+    return xp.clip(text_length - block * np.arange(sizes.size, dtype=np.int32), 0, sizes.astype(np.int32))
+
+
+def by_clip(attend: Callable[..., jax.Array], text_length: Any, *arrays: Any) -> jax.Array:
+    """`attend(length int32 [], *arrays)` for each clip of [B] and [B,...] in turn: one list of blocks serves texts of
+    one length. Arrays that are None stay so."""
+    if text_length.shape[0] == 1:
+        return attend(text_length[0], *arrays)
+    one = lambda x: attend(x[0], *jax.tree.map(lambda a: a[None], x[1]))[0]  # noqa: E731
+    return jax.lax.map(one, (text_length, arrays))
+
+
 def to_blocks(x: jax.Array, place: np.ndarray, slots: int) -> jax.Array:
     """[B,L,...] -> [B,slots,...], zero where no token lies. Nothing happens to what is in place already."""
-    source = _sources(place, slots)
-    return x if np.array_equal(place, np.arange(slots)) else _take(x, source, place)
+    if np.array_equal(place, np.arange(place.size)):  # all in front, so that XLA need not gather
+        return x if place.size == slots else jnp.pad(x, ((0, 0), (0, slots - place.size), *((0, 0),) * (x.ndim - 2)))
+    return _take(x, _sources(place, slots), place)
 
 
 def from_blocks(x: jax.Array, place: np.ndarray) -> jax.Array:
     """The inverse of `to_blocks`: [B,slots,...] -> [B,L,...]."""
-    slots = x.shape[1]
-    return x if np.array_equal(place, np.arange(slots)) else _take(x, place, _sources(place, slots))
+    if np.array_equal(place, np.arange(place.size)):
+        return x[:, : place.size]
+    return _take(x, place, _sources(place, x.shape[1]))
 
 
 def _sources(place: np.ndarray, slots: int) -> np.ndarray:

@@ -52,12 +52,15 @@ class Pattern:
         gate: Any,
         *,
         grid: Grid,
+        text_length: Any = None,
         first_head: Any = None,
         implementation: str | None = None,
         target: Target | None = None,
     ) -> jax.Array:
         """Attention of the tokens [B,L,N,K] of a grid, in the pattern's order, to one another.
 
+        text_length: int32 [B], where rows of text [B,S,N,K] stand behind the tokens: how many of each clip's count, at
+        least one. All tokens see those, and those see everything; rows that do not count give anything finite.
         gate: [B,L,N,K], or None. first_head: int32 [], where the heads of q are those from this one on. implementation:
         one of `implementations`; None takes the best. target: what the program is made for; None: the devices at hand.
         A pattern with `of_layers` also gets a layer's share of it, as `chosen`.
@@ -127,8 +130,9 @@ class Dense(Pattern):
     ring = True
     example = "'dense'"
 
-    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
-        return dense.attention(q, k, v, implementation=implementation, target=target)
+    def attend(self, q, k, v, gate, *, grid, text_length=None, first_head=None, implementation=None, target=None):
+        keys = None if text_length is None else math.prod(grid) + text_length
+        return dense.attention(q, k, v, kv_length=keys, implementation=implementation, target=target)
 
     def choose(self, q, grid, *, lse=False, implementation=None, target=None):
         return dense.choose(q, q, q, return_lse=lse, implementation=implementation, target=target)

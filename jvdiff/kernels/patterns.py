@@ -48,9 +48,14 @@ class SlidingTile(Tiled):
     window: Windows = (3, 3, 3)
     example = "'sliding_tile:6x8x8:3x3x3' (tile, window)"
 
-    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
+    def attend(self, q, k, v, gate, *, grid, text_length=None, first_head=None, implementation=None, target=None):
         common: Any = dict(grid=grid, tile=self.tile, tiled=True, implementation=implementation, target=target)
-        out = sliding_tile_attention(q, k, v, window=self.window, first_head=first_head, **common)  # which checks
+        common |= dict(window=self.window, first_head=first_head)
+        if text_length is None:
+            out = sliding_tile_attention(q, k, v, **common)  # which checks
+        else:
+            one = lambda n, q, k, v: sliding_tile_attention(q, k, v, text_length=n, **common)  # noqa: E731
+            out = layout.by_clip(one, text_length, q, k, v)
         self._tell(q, grid, implementation, target)
         return out
 
@@ -109,13 +114,31 @@ class WindowTable(Tiled):
     def recorded_of(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.table.recorded.get("checkpoint_digest")
 
-    def attend(self, q, k, v, gate, *, grid, first_head=None, chosen: Any = None, implementation=None, target=None):
+    def attend(
+        self,
+        q,
+        k,
+        v,
+        gate,
+        *,
+        grid,
+        text_length=None,
+        first_head=None,
+        chosen: Any = None,
+        implementation=None,
+        target=None,
+    ):
         self._check_grid(grid)
         if first_head is not None:  # of the heads of all devices those that are here; padding takes the last one's
             own = jnp.minimum(first_head + np.arange(q.shape[2], dtype=np.int32), chosen.shape[1] - 1)
             chosen = chosen[:, own]
         common: Any = dict(grid=grid, tile=self.tile, tiled=True, implementation=implementation, target=target)
-        out = sliding_tile_attention(q, k, v, window=self.table.choices, chosen=chosen, **common)
+        common |= dict(window=self.table.choices)
+        if text_length is None:
+            out = sliding_tile_attention(q, k, v, chosen=chosen, **common)
+        else:
+            one = lambda n, q, k, v, c: sliding_tile_attention(q, k, v, text_length=n, chosen=c, **common)  # noqa: E731
+            out = layout.by_clip(one, text_length, q, k, v, chosen)
         self._tell(q, grid, implementation, target)
         return out
 
@@ -189,9 +212,14 @@ class VideoSparse(Tiled):
     gated = True
     example = "'video_sparse:4x4x4:0.9' (tile, sparsity)"
 
-    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
+    def attend(self, q, k, v, gate, *, grid, text_length=None, first_head=None, implementation=None, target=None):
         common: Any = dict(grid=grid, tile=self.tile, tiled=True, implementation=implementation, target=target)
-        out = video_sparse_attention(q, k, v, gate, sparsity=self.sparsity, **common)  # which checks
+        common |= dict(sparsity=self.sparsity)
+        if text_length is None:
+            out = video_sparse_attention(q, k, v, gate, **common)  # which checks
+        else:
+            one = lambda n, q, k, v, gate: video_sparse_attention(q, k, v, gate, text_length=n, **common)  # noqa: E731
+            out = layout.by_clip(one, text_length, q, k, v, gate)
         self._tell(q, grid, implementation, target)
         return out
 
@@ -257,7 +285,9 @@ class BlockCausal(Pattern):
                 f"of {self.window} and the sink of {self.sink}; expected a divisor of these."
             )
 
-    def attend(self, q, k, v, gate, *, grid, first_head=None, implementation=None, target=None):
+    def attend(self, q, k, v, gate, *, grid, text_length=None, first_head=None, implementation=None, target=None):
+        if text_length is not None:
+            raise UsageError(f"pattern {self}: a text that sees the whole video does not go with it; expected another.")
         how: Any = dict(implementation=implementation, target=target)
         seen = self.visible(grid[0])
         if self.near is None:

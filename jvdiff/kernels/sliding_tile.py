@@ -28,7 +28,7 @@ def sliding_tile_attention(
     grid: Grid,
     tile: Grid,
     window: Windows,
-    text_length: int = 0,
+    text_length: Any = 0,
     causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
@@ -48,7 +48,7 @@ def sliding_tile_attention(
       window: (wt,wh,ww) tiles that a tile sees on each axis, or a tuple of N of them, one per head.
       text_length: how many text slots, from the first on, are valid keys: video queries see them beside their window,
         text queries see them and the whole video. Later slots are not keys; as queries they give meaningless values.
-        0: no text slots.
+        0: no text slots. An int32 [] that is traced may be anything up to their number.
       causal: a tile sees no tile of later frames than its own; not beside text, which sees the whole video.
       scale: of the logits; None: K^-1/2.
       return_lse: also return the log-sum-exp of each query's scaled logits.
@@ -67,11 +67,13 @@ def sliding_tile_attention(
       ValueError: operands, grid, tile, window or text length that do not fit together.
       NotImplementedError: the named implementation cannot do this.
     """
-    counts = tiles.counts(grid, tile)
+    counts, known = tiles.counts(grid, tile), isinstance(text_length, int)
     video, slots = int(np.prod(grid)), q.shape[1] - int(np.prod(grid)) if q.ndim == 4 else 0
-    meaning = f"the grid {tuple(grid)}" + (f" and {max(slots, text_length)} text slots" if text_length else "")
-    layout.check("sliding_tile_attention", {"q": q, "k": k, "v": v}, video + (slots if text_length else 0), meaning)
-    if not 0 <= text_length <= slots:
+    rows = (max(slots, text_length) if text_length else 0) if known else slots
+    meaning = f"the grid {tuple(grid)}" + (f" and {rows} text slots" if rows else "")
+    expected = video + (slots if rows else 0)
+    layout.check("sliding_tile_attention", {"q": q, "k": k, "v": v}, expected, meaning)
+    if known and not 0 <= text_length <= slots:
         raise ValueError(
             f"sliding_tile_attention: text_length {text_length} must lie in 0..{slots}, the slots after the "
             f"{video} video tokens of the grid {tuple(grid)}"
@@ -84,14 +86,15 @@ def sliding_tile_attention(
 
     n = int(np.prod(counts))
     name, block = layout.choose(q, n, int(np.prod(tile)), implementation, target)
-    text_places = layout.segment_places((slots,), block, block)
-    blocks = layout.blocks(target, name, block, layout.video_places(grid, tile, tiled, block), text_places)
+    places = layout.video_places(grid, tile, tiled, block), layout.segment_places((slots,), block, block)
+    blocks = layout.blocks(target, name, block, *places, padded=not known)
     q, k, v = blocks.enter(q), blocks.enter(k), blocks.enter(v)
     texts = blocks.sizes.size - n
-    text_sizes = np.clip(text_length - block * np.arange(texts), 0, block)
-    sizes = np.concatenate([blocks.sizes[:n], text_sizes])  # [tiles + text blocks], those that are keys
+    of_text = layout.text_sizes(blocks.sizes[n:], text_length, block)
+    # [tiles + text blocks], those that are keys
+    sizes: Any = (np if known else jnp).concatenate([blocks.sizes[:n].astype(np.int32), of_text])
 
-    text = (n + np.flatnonzero(text_sizes)).astype(np.int32)
+    text = n + (np.flatnonzero(of_text) if known else np.arange(texts)).astype(np.int32)
     q2k = np.concatenate([np.broadcast_to(text, (*q2k.shape[:3], text.size)), q2k], axis=-1)  # [1,heads,tiles,text+M]
     count = count + np.int32(text.size)
     if first_head is not None and q2k.shape[1] > 1:
@@ -101,7 +104,7 @@ def sliding_tile_attention(
         q2k, count = (jnp.take(x[0], chosen, axis=0, mode="clip") for x in (q2k, count))  # [B or 1,N,tiles,...]
     out, lse = blocks.attend(q, k, v, q2k, count, sizes, start=0, end=n, scale=scale)
     if slots:
-        everything = layout.everything(texts, sizes)
+        everything = layout.everything(texts, sizes if known else blocks.sizes)
         text_out, text_lse = blocks.attend(q, k, v, *everything, sizes, start=n, end=n + texts, scale=scale)
         # The text behind the video: out [B,places,N,K], lse [B,N,places].
         out, lse = jnp.concatenate([out, text_out], axis=1), jnp.concatenate([lse, text_lse], axis=2)

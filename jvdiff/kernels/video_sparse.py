@@ -6,6 +6,8 @@ Source: arXiv 2505.13389 and FastVideo's code (which, unlike the paper, gates on
 and coarse softmax are float32 here. The choice of tiles is a constant to the gradient.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,7 @@ def video_sparse_attention(
     sparsity: float,
     prefix_lengths: tuple[int, ...] = (),
     prefix_policy: str = "exempt",
+    text_length: Any = None,
     causal: bool = False,
     scale: float | None = None,
     tiled: bool = False,
@@ -42,8 +45,8 @@ def video_sparse_attention(
     mean query, the lowest tile number first on ties; every head and batch entry chooses for itself.
 
     Args:
-      q, k, v: [B,L,N,K] of one float dtype: the prefix segments' tokens, then the T*H*W video tokens. k and v may have
-        fewer heads, each for as many of q that follow each other.
+      q, k, v: [B,L,N,K] of one float dtype: the prefix segments' tokens, then the T*H*W video tokens, then text slots
+        if `text_length` is given. k and v may have fewer heads, each for as many of q that follow each other.
       gate: [B,L,N,K], factor of the coarse branch for each token and channel; None: the fine branch alone.
       grid: (T,H,W) of the video tokens.
       tile: (a,b,c) tokens of one tile.
@@ -52,8 +55,11 @@ def video_sparse_attention(
         one ragged; prefix queries see everything.
       prefix_policy: "exempt": video queries see the whole prefix and their best tiles. "compete": they see the same
         number of blocks, the best of prefix and video together.
+      text_length: how many of the text slots, from the first on, are keys, a number or int32 [] that may be traced: all
+        tokens see those beside what they choose, and text sees everything. Later slots give meaningless values. Not
+        beside a gate: text has no part in the coarse branch.
       causal: a tile sees no tile of later frames than its own, and keeps its share of those that it may see; not beside
-        a prefix, which sees everything.
+        a prefix or text, which see everything.
       scale: of the logits; None: K^-1/2.
       tiled: the video tokens are in tile order (`tiles.partition_indices`), not raster order, and so is the result.
       implementation: of `block_sparse_attention`; None takes the best.
@@ -77,10 +83,14 @@ def video_sparse_attention(
         raise ValueError(f"video_sparse_attention: sparsity must be a number in 0..1, not {sparsity!r}")
     operands = {"q": q, "k": k, "v": v} | ({} if gate is None else {"gate": gate})
     meaning = f"the grid {tuple(grid)}" + (f" with prefixes of {tuple(prefix_lengths)}" if prefix_lengths else "")
-    layout.check("video_sparse_attention", operands, sum(prefix_lengths) + int(np.prod(grid)), meaning)
+    before = sum(prefix_lengths) + int(np.prod(grid))
+    slots = 0 if text_length is None or q.ndim != 4 else max(0, q.shape[1] - before)
+    layout.check("video_sparse_attention", operands, before + slots, meaning)
 
-    if causal and prefix_lengths:
-        raise ValueError("video_sparse_attention: causal does not go with a prefix, which sees everything")
+    if causal and (prefix_lengths or slots):
+        raise ValueError("video_sparse_attention: causal does not go with a prefix or text, which see everything")
+    if gate is not None and slots:
+        raise ValueError("video_sparse_attention: a gate does not go with text, which has no coarse branch")
 
     scale = block_sparse.scale_of(q, scale)
     k, v = layout.grouped(k, q.shape[2]), layout.grouped(v, q.shape[2])
@@ -90,10 +100,12 @@ def video_sparse_attention(
     )  # of a tile; tiles of the same frames
     name, block = layout.choose(q, video_tiles, tokens, implementation, target)
     prefix = layout.segment_places(prefix_lengths, tokens, block)
-    blocks = layout.blocks(target, name, block, prefix, layout.video_places(grid, tile, tiled, block))
-    n, P = blocks.sizes.size, prefix[1].size
+    text = layout.segment_places((slots,), block, block)
+    video = layout.video_places(grid, tile, tiled, block)
+    blocks = layout.blocks(target, name, block, prefix, video, text, padded=slots > 0)
+    n, P = blocks.sizes.size - text[1].size, prefix[1].size
     q, k, v = blocks.enter(q), blocks.enter(k), blocks.enter(v)
-    means = [_means(x, blocks) for x in (q, k, v)]  # [B,n,N,K]
+    means = [_means(x, blocks)[:, :n] for x in (q, k, v)]  # [B,n,N,K]
     # [B,N,n,n]
     scores = jnp.einsum("bink,bjnk->bnij", *means[:2], precision=_PRECISION) * scale
     fixed = lax.stop_gradient(scores[:, :, P:])
@@ -104,11 +116,18 @@ def video_sparse_attention(
     else:
         q2k = _best(fixed, tiles.top_k_count(sparsity, video_tiles), P, prefix_policy)
         count = np.full((1, 1, 1), q2k.shape[-1], np.int32)
-    out, _ = blocks.attend(q, k, v, q2k, count, blocks.sizes, start=P, end=n, scale=scale)
-    if P:
-        everything = layout.everything(P, blocks.sizes)
-        of_prefix, _ = blocks.attend(q, k, v, *everything, blocks.sizes, start=0, end=P, scale=scale)
-        out = jnp.concatenate([of_prefix, out], axis=1)  # all tokens, the prefix first
+    sizes: Any = blocks.sizes
+    if slots:
+        sizes = jnp.concatenate([sizes[:n].astype(np.int32), layout.text_sizes(text[1], text_length, block)])
+        rows = np.broadcast_to(np.arange(n, sizes.size, dtype=np.int32), (*q2k.shape[:3], text[1].size))
+        q2k, count = jnp.concatenate([rows, q2k], axis=-1), count + np.int32(text[1].size)
+    parts = [blocks.attend(q, k, v, q2k, count, sizes, start=P, end=n, scale=scale)[0]]
+    for start, end in ((0, P), (n, sizes.size)):  # those that see everything
+        if start < end:
+            everything = layout.everything(end - start, blocks.sizes)
+            of_part, _ = blocks.attend(q, k, v, *everything, sizes, start=start, end=end, scale=scale)
+            parts.insert(0 if start == 0 else len(parts), of_part)
+    out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)  # all tokens, the prefix first
     out = blocks.leave(out)
     if gate is None:
         return out

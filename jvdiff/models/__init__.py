@@ -20,7 +20,7 @@ from jvdiff.weights import safetensors
 if TYPE_CHECKING:
     from jvdiff.models.family import Family, Rollout
 
-FAMILIES = ("wan", "latent_video")
+FAMILIES = ("wan", "hunyuan_video", "latent_video")
 
 __all__ = [
     "FAMILIES",

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -49,6 +50,8 @@ class Part:
     published: (library, configuration -> class) in model_index.json
     stem: name of its safetensors file, without suffix
     ignored: configuration -> patterns of published tensors that nobody uses
+    renamed: (configuration, tensors as they lie in files) -> the same by their published names, of another layout than
+        the published one too
     complete: (config.json, tensor names) -> config.json with what only the names of tensors say
     optional: a repository may lack it
     keeps_dtype: a conversion leaves its weights in the dtype that they are published in, whatever it asks of the others
@@ -63,9 +66,14 @@ class Part:
     published: tuple[str, Callable[[Any], str]]
     stem: str = safetensors.STEM
     ignored: Callable[[Any], tuple[str, ...]] = _nothing
+    renamed: Callable[[Any, Mapping[str, Any]], Mapping[str, Any]] | None = None
     complete: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Any]] = _as_it_is
     optional: bool = False
     keeps_dtype: bool = False
+
+    def renaming(self, cfg: Any) -> safetensors.Renamed | None:
+        """`renamed` for one configuration, as `safetensors.open_folder` takes it."""
+        return partial(self.renamed, cfg) if self.renamed else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,7 +292,7 @@ class Family:
     embeddings: name -> what may be given in place of an encoder's work, "text_embeddings" for instance
     facts: names in `describe` that say which clip it is; the first is the subject, as `check_subject` takes it
     window_losses: (models, part, forward, tile, candidate windows) -> (weights, x, t, condition) -> (velocity, how far
-        each window is from dense attention, float32 [layers,candidates,heads]); None: it has no patterns of tiles
+        each window is from dense attention, float32 [layers,candidates,heads]); None: nothing searches for its windows
     published: what can be planned without a download: name of a published repository -> its models
     at_once: whether it makes a clip at once, rather than chunk by chunk (`jvdiff.models.rollout`)
     """
@@ -410,4 +418,5 @@ def read_weights(folder: Path, part: Part, cfg: Any, dtype: Any, placement: Plac
     names = part.names(cfg) if part.names else []
     made = transformed(abstract, how.get("transform"))
     where = param_shardings(placement.mesh, made, part.places) if placement else None
-    return restore(folder, abstract, names, where, stem=part.stem, ignored=part.ignored(cfg), **how)
+    layout: Any = dict(stem=part.stem, ignored=part.ignored(cfg), renamed=part.renaming(cfg))
+    return restore(folder, abstract, names, where, **layout, **how)

@@ -201,3 +201,60 @@ def sinusoid(timestep: Array, size: int) -> Array:
     rates = np.exp(-math.log(10000.0) * np.arange(size // 2) / (size // 2)).astype(np.float32)
     angles = timestep[..., None] * row(jnp.asarray(rates), timestep[..., None])
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)  # [...,size/2] twice -> [...,size]
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with weights: float32 [B,L,D] -> the same."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        return layer_norm(x, self.eps) * scale[None, None] + bias[None, None]
+
+
+def rope_tables(
+    grid: tuple[int, int, int], sizes: tuple[int, int, int], theta: float, frames: Any = None
+) -> tuple[Array, Array]:
+    """Cosines and sines [L,K/2] float32 of the rotation of each channel pair at each token (t,h,w), w fastest.
+
+    sizes: how many of a head's K channels turn with each axis. Only short tables of each axis are constants of the
+    compiled program. `frames`: int32 [T], traced or not, from 0 without a limit: the place in the video of each frame;
+    None: 0, 1, ...
+    """
+    whole: tuple[list[Array], list[Array]] = ([], [])
+    for axis, (length, size) in enumerate(zip(grid, sizes, strict=True)):
+        places = np.arange(length) if axis or frames is None else frames
+        for table, short in zip(whole, _turns(places, size, theta), strict=True):
+            short = jnp.expand_dims(short, tuple({0, 1, 2} - {axis}))  # [n,size/2] -> [n,1,1,size/2], n on its axis
+            table.append(jnp.broadcast_to(short, (*grid, size // 2)))
+    cos, sin = (jnp.concatenate(t, axis=-1).reshape(-1, sum(sizes) // 2) for t in whole)  # [T,H,W,K/2] -> [L,K/2]
+    return cos, sin
+
+
+def _turns(places: Any, size: int, theta: float) -> tuple[Array, Array]:
+    """Cosines and sines float32 [n,size/2] of places [n] times the rates of an axis of `size` channels.
+
+    Angles are float64. Traced places are made of digits in base 256, whose turns are constants and follow one another:
+    so the last frame of a day is as exact as the first.
+    """
+    rates = theta ** (-np.arange(0, size, 2) / size)
+    if isinstance(places, np.ndarray):
+        angles = places[:, None] * rates
+        return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    cos, sin = _turns(np.arange(256), size, theta)
+    digits = cos[places & 255], sin[places & 255]  # rows of [256,size/2] -> [n,size/2]
+    for shift in (8, 16, 24):
+        c, s = (t[(places >> shift) & 255] for t in _turns(np.arange(256) << shift, size, theta))  # [n,size/2]
+        digits = digits[0] * c - digits[1] * s, digits[1] * c + digits[0] * s
+    return digits
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates each adjacent channel pair of x float32 [B,L,N,K] by the angles of `rope_tables`."""
+    even, odd = x[..., 0::2], x[..., 1::2]  # [B,L,N,K/2]
+    c, s = cos[None, :, None], sin[None, :, None]  # [1,L,1,K/2]
+    pairs = jnp.stack([even * c - odd * s, even * s + odd * c], axis=-1)  # [B,L,N,K/2,2]
+    return pairs.reshape(x.shape)  # [B,L,N,K]

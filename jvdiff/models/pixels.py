@@ -1,9 +1,11 @@
-"""What families share around a VAE: frames as pixels, what is not finite in them, statistics of latents."""
+"""What families share around a VAE: frames as pixels, what is not finite in them, sizes, statistics of latents."""
+
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from jvdiff.errors import NumericsError
+from jvdiff.errors import NumericsError, UsageError
 from jvdiff.types import Array
 
 
@@ -20,6 +22,20 @@ def from_pixels(pictures: Array) -> Array:
 def nonfinite_share(x: Array) -> Array:
     """The share of numbers that are NaN or infinite, float32."""
     return jnp.mean(1.0 - jnp.isfinite(x).astype(jnp.float32))
+
+
+def check_video(shape: Sequence[int], temporal: int, spatial: int) -> None:
+    """Raises UsageError unless a video [B,F,Y,X,3] is what a causal VAE takes, which makes latents of it.
+
+    temporal, spatial: frames to a latent frame after the first, and pixels to a latent cell along each side.
+    """
+    frames = shape[1]
+    if over := (frames - 1) % temporal:
+        below = frames - over
+        raise UsageError(f"The VAE takes 1 + {temporal}k frames, found {frames}; use {below} or {below + temporal}.")
+    for size, name in zip(shape[2:4], ("height", "width"), strict=True):
+        if size % spatial:
+            raise UsageError(f"The VAE takes a {name} divisible by {spatial}, found {size}.")
 
 
 def latent_statistics(latents: np.ndarray, advice: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -132,15 +132,15 @@ def join(tiles: Sequence[Sequence[Array]], where: Cut) -> Array:
     for tile_row in tiles:
         blended: list[Array] = []
         for j, tile in enumerate(tile_row):
-            tile = _blended(above[j], tile, down, 2) if above else tile
-            blended.append(_blended(blended[-1], tile, right, 3) if blended else tile)
+            tile = faded(above[j], tile, down, 2) if above else tile
+            blended.append(faded(blended[-1], tile, right, 3) if blended else tile)
         rows.append(jnp.concatenate([tile[:, :, :height, :width] for tile in blended], axis=3))
         above = blended
     return jnp.concatenate(rows, axis=2)[:, :, : size[0], : size[1]]  # [B,F,H,W,C]
 
 
-def _blended(before: Array, tile: Array, extent: int, axis: int) -> Array:
-    """The tile, its beginning along an axis faded in over the end of the one before."""
+def faded(before: Array, tile: Array, extent: int, axis: int) -> Array:
+    """The tile, its beginning along an axis faded in over the end of the one before, as many lines as both have."""
     extent = min(extent, before.shape[axis], tile.shape[axis])
     if extent == 0:
         return tile

@@ -22,7 +22,7 @@ from jvdiff.sharding.placement import Split
 from jvdiff.types import Array
 
 # (q, k, v, gate, first head) -> out, all [B,L,n,K]; the gate may be None. The n heads are those from `first head` on.
-# Where there are numbers of all heads, they come last.
+# With a text behind the tokens its lengths take the place of the gate. Numbers of all heads, if any, come last.
 Local = Callable[..., Array]
 
 
@@ -47,6 +47,30 @@ def self_attention(
     specs = (whole, whole, whole, whole, P(split.batch))  # None has no leaf that would need one
     run = jax.shard_map(body, mesh=split.mesh, in_specs=specs, out_specs=whole, check_vma=False)
     return run(q, k, v, gate, numbers)
+
+
+def joint_attention(
+    local: Local,
+    split: Split,
+    video: tuple[Array, Array, Array],
+    text: tuple[Array, Array, Array],
+    lengths: Array,
+    implementation: str | None = None,
+    numbers: Array | None = None,
+) -> tuple[Array, Array]:
+    """Attention of video tokens and the rows of a text to one another: `self_attention` with a text behind the tokens.
+
+    video: queries, keys and values [B,L,N,K] divided as `split` says, L padded. text: the same [B,S,N,K], which all
+    devices of a clip have. lengths: int32 [B], how many rows of the text count as keys.
+
+    Returns:
+        what video and text become, divided as they are.
+    """
+    tokens, rows = P(split.batch, split.ring + split.heads, split.tensor), P(split.batch, None, split.tensor)
+    body = partial(_exchanged_joint, local, split, implementation)
+    specs = (tokens,) * 3, (rows,) * 3, P(split.batch), P(split.batch)
+    run = jax.shard_map(body, mesh=split.mesh, in_specs=specs, out_specs=(tokens, rows), check_vma=False)
+    return run(video, text, lengths, numbers)
 
 
 def cross_attention(local: Callable[[Array, Array, Array], Array], split: Split, q: Array, k: Array, v: Array) -> Array:
@@ -149,10 +173,38 @@ def _exchanged(
     return out[:, :, :heads]
 
 
-def _ring(q: Array, k: Array, v: Array, split: Split, implementation: str | None) -> Array:
-    """Dense attention of a device's queries [B,c,n,K] to the keys of R devices, padding excepted."""
+def _exchanged_joint(
+    local: Local, split: Split, implementation: str | None, video: Any, text: Any, lengths: Array, numbers: Array | None
+) -> tuple[Array, Array]:
+    """On each device: video [B,L/(R U),n,K] and text [B,S,n,K], three of each -> one of each."""
+    tokens, U, heads = split.tokens, split.devices(split.heads), video[0].shape[2]
+    share = -(-heads // U)
+    first = _rank(split.tensor) * heads + _rank(split.heads) * share
+    padded = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, share * U - heads), (0, 0)))  # noqa: E731 - n a multiple of U
+    if U > 1:  # [B,L/R,n/U,K] and [B,S,n/U,K]
+        video = [lax.all_to_all(padded(x), split.heads, split_axis=2, concat_axis=1, tiled=True) for x in video]
+        text = [lax.dynamic_slice_in_dim(padded(x), _rank(split.heads) * share, share, axis=2) for x in text]
+    length = video[0].shape[1]
+    if split.ring:
+        queries = jnp.concatenate([video[0], text[0]], axis=1)
+        out = _ring(queries, video[1], video[2], split, implementation, (*text[1:], lengths))
+        of_video, of_text = out[:, :length], out[:, length:]
+    else:
+        q, k, v = (jnp.concatenate([x[:, :tokens], y], axis=1) for x, y in zip(video, text, strict=True))
+        out = local(q, k, v, lengths, first, *(() if numbers is None else (numbers,)))  # [B,L+S,n/U,K]
+        of_video = jnp.pad(out[:, :tokens], ((0, 0), (0, length - tokens), (0, 0), (0, 0)))
+        of_text = out[:, tokens:]
+    if U > 1:  # [B,L/(R U),n,K] and [B,S,n,K]
+        of_video = lax.all_to_all(of_video, split.heads, split_axis=1, concat_axis=2, tiled=True)[:, :, :heads]
+        of_text = lax.all_gather(of_text, split.heads, axis=2, tiled=True)[:, :, :heads]
+    return of_video, of_text
+
+
+def _ring(q: Array, k: Array, v: Array, split: Split, implementation: str | None, text: Any = None) -> Array:
+    """Dense attention of a device's queries [B,c,n,K] to the keys [B,c',n,K] of R devices, padding excepted; and to
+    those of a text that each has, of which some count: keys and values [B,S,n,K], and int32 [B]."""
     R, tokens = split.devices(split.ring), split.tokens
-    length, rank = q.shape[1], _rank(split.ring)
+    length, rank = k.shape[1], _rank(split.ring)
     how: Any = dict(return_lse=True, implementation=implementation, target=split.target)
     onwards = [(i, (i + 1) % R) for i in range(R)]
     parts = []
@@ -164,6 +216,9 @@ def _ring(q: Array, k: Array, v: Array, split: Split, implementation: str | None
         if step < R - 1:  # sent before the work, so that both can go on at once
             k, v = lax.ppermute((k, v), split.ring, onwards)
         out, lse = kernels.attention(q, *held, kv_length=valid, **how)
+        parts.append((out.astype(jnp.float32), lse))
+    if text is not None:
+        out, lse = kernels.attention(q, *text[:2], kv_length=text[2], **how)
         parts.append((out.astype(jnp.float32), lse))
     out, _ = reduce(lambda one, two: kernels.merge(*one, *two), parts)
     return out.astype(q.dtype)

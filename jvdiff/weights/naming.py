@@ -41,6 +41,7 @@ class Transform:
     source: axes in the checkpoint
     target: axes in the tree
     sizes: of axes that are one product with others in the tree
+    swapped: the halves of the checkpoint's first axis change places
     all_zero: what is wrong if every number is 0, where that can be told; else empty
     """
 
@@ -48,20 +49,26 @@ class Transform:
     target: str
     sizes: tuple[tuple[str, int], ...] = ()
     all_zero: str = ""
+    swapped: bool = False
 
     def forward(self, array: np.ndarray) -> np.ndarray:
         """Checkpoint layout -> parameter layout (a view where numpy can give one)."""
-        return rearrange(array, f"{self.source} -> {self.target}", **dict(self.sizes))
+        return rearrange(self._halves(array), f"{self.source} -> {self.target}", **dict(self.sizes))
 
     def inverse(self, array: np.ndarray) -> np.ndarray:
         """Parameter layout -> checkpoint layout (a view where numpy can give one)."""
-        return rearrange(array, f"{self.target} -> {self.source}", **dict(self.sizes))
+        return self._halves(rearrange(array, f"{self.target} -> {self.source}", **dict(self.sizes)))
+
+    def _halves(self, array: np.ndarray) -> np.ndarray:
+        return np.roll(array, len(array) // 2, axis=0) if self.swapped else array
 
     def cut(self, index: Sequence[slice]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """For a part of the leaf: (what to read of the tensor, what to keep of that once it is rearranged).
 
         Axes that the tensor has too are cut as they are read; one that is made of several axes, afterwards.
         """
+        if self.swapped:  # a small tensor
+            return (slice(None),) * len(index), tuple(index)
         if self.source == "...":
             return tuple(index), (slice(None),) * len(index)
         axes = dict(zip(re.findall(r"\(.*?\)|\S+", self.target), index, strict=True))

@@ -68,6 +68,7 @@ def restore(
     stem: str = reader.STEM,
     transform: LeafTransform | None = None,
     ignored: Sequence[str] = (),
+    renamed: reader.Renamed | None = None,
     verify: bool = True,
     cast: bool = True,
     follow_symlinks: bool = False,
@@ -89,6 +90,7 @@ def restore(
         stem: name of the published file, without suffix.
         transform: applied to every leaf, after the cast to the dtype of `abstract`.
         ignored: see `naming.check`.
+        renamed: see `safetensors.open_folder`.
         verify: compare what is read with the manifest (Orbax only; safetensors are checked as they are read).
         cast: convert to the dtypes of `abstract`, and log it; False refuses another dtype.
         follow_symlinks: see `jvdiff.weights.safetensors.check_link`.
@@ -108,7 +110,7 @@ def restore(
     reader.weight_files(path, stem)  # raises where there are two
     if (path / PARAMS).is_dir():
         return _like(abstract, _from_orbax(path, wanted, shardings, transform, verify, cast, follow_symlinks))
-    opened, entries = _open_published(path, abstract, names, stem, ignored, cast, follow_symlinks)
+    opened, entries = _open_published(path, abstract, names, stem, ignored, renamed, cast, follow_symlinks)
     if transform is None and jax.process_count() == 1:
         leaves, found = _one_pass(opened, entries, wanted, _places(wanted, shardings))
     else:
@@ -155,6 +157,7 @@ def _open_published(
     names: Sequence[Rule],
     stem: str,
     ignored: Sequence[str],
+    renamed: reader.Renamed | None,
     cast: bool,
     follow_symlinks: bool,
 ) -> tuple[reader.Folder, dict[str, Entry]]:
@@ -165,7 +168,7 @@ def _open_published(
             "Give the folder that a training wrote, whole."
         )
     wanted = flatten(abstract)
-    folder = reader.open_folder(path, stem, ignored=ignored, follow_symlinks=follow_symlinks)
+    folder = reader.open_folder(path, stem, ignored=ignored, renamed=renamed, follow_symlinks=follow_symlinks)
     entries = check(names, abstract, folder, where=str(path), ignored=ignored)
     _tell_casts(path, [(folder.tensors[name].dtype, wanted[e.path].dtype) for name, e in entries.items()], cast)
     return folder, entries

@@ -13,8 +13,8 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -135,6 +135,12 @@ class Tensor:
     @property
     def dtype(self) -> np.dtype:
         return DTYPES[self.stored]
+
+    def rows(self, start: int, stop: int) -> "Tensor":
+        """The tensor of the rows from `start` to `stop`, which lie behind one another in the file."""
+        row = (self.end - self.begin) // self.shape[0]
+        begin, end = self.begin + start * row, self.begin + stop * row
+        return replace(self, shape=(stop - start, *self.shape[1:]), begin=begin, end=end)
 
 
 def what_it_is(start: bytes) -> str | None:
@@ -265,6 +271,9 @@ def _runs(tensor: Tensor, index: Sequence[slice] | None) -> tuple[list[int], lis
     return shape, places.reshape(-1).tolist(), math.prod(shape[max(cut, 0) :]) * tensor.dtype.itemsize
 
 
+Renamed = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
 @dataclass
 class Folder:
     """One component of a Hugging Face repository, opened: a source of tensors for `jvdiff.weights.naming`.
@@ -336,6 +345,7 @@ def open_folder(
     stem: str = STEM,
     *,
     ignored: Sequence[str] = (),
+    renamed: Renamed | None = None,
     follow_symlinks: bool = False,
     allow_nonfinite: bool = False,
 ) -> Folder:
@@ -344,6 +354,7 @@ def open_folder(
     Takes STEM.safetensors, or the files that STEM.safetensors.index.json names; variants beside them
     (STEM.fp16.safetensors) are not the weights.
     `ignored`: see `naming.check`; such tensors may be of any dtype.
+    `renamed`: makes of the tensors of another layout those of the published one, by whose names they are read.
     `follow_symlinks`: see `check_link`.
 
     Raises:
@@ -381,7 +392,7 @@ def open_folder(
         raise MissingTensor(
             f"{first}: disagrees with its shards ({len(problems)} times): {listed(problems)}.\n{_AGAIN}"
         )
-    return Folder(path, tensors, identities, allow_nonfinite)
+    return Folder(path, dict(renamed(tensors)) if renamed else tensors, identities, allow_nonfinite)
 
 
 def _is_gone(file: Path) -> bool:

@@ -25,7 +25,8 @@ def benchmark(monkeypatch):
 def test_every_model_is_timed_alone(benchmark, tmp_path, capsys):
     assert benchmark.main(["--quick", "--alone", "--output", str(tmp_path / "results.json")]) == 0
     report = json.loads((tmp_path / "results.json").read_text())
-    assert [row["name"] for row in report["rows"]] == ["DiT", "VAE decode", "VAE encode", "UMT5", "I2V", "CLIP"]
+    names = ["DiT", "VAE decode", "VAE encode", "UMT5", "I2V", "CLIP", "Llama", "CLIP text"]
+    assert [row["name"] for row in report["rows"]] == names
     for row in report["rows"]:
         assert row["ours_s"] > 0 and row["compile_s"] > 0 and row["ours_tflops_per_s"] > 0 and "ratio" not in row
     assert {"cpu", "cores", "jax", "date", "threads"} <= report["machine"].keys()

@@ -70,7 +70,7 @@ def test_what_cannot_be_recorded_is_a_sentence(tiny_repository, changes, message
 def test_a_family_without_tiles_is_said(capsys):
     line = ["windows", "--checkpoint=digits-classes", "--class_label=seven", "--candidates=1x1x1", "--tile=1x1x1"]
     assert windows.main(line) == 2
-    assert "has no patterns of tiles; there is nothing to record" in capsys.readouterr().err
+    assert "has no search for windows of tiles; there is nothing to record" in capsys.readouterr().err
 
 
 def test_a_mask_strategy_becomes_a_table(tmp_path):

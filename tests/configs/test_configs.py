@@ -10,6 +10,7 @@ import pytest
 from jvdiff import models, pipeline, plan, precision, streaming
 from jvdiff.commands import sample, stream, train
 from jvdiff.models.family import Models
+from jvdiff.models.hunyuan_video import settings as hunyuan
 from jvdiff.models.latent_video import runs as latent_video_runs
 from jvdiff.models.wan import settings
 from jvdiff.models.wan.family import CAUSAL
@@ -21,6 +22,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if not p.stem.starts
 STREAMING = [p for p in CONFIGS if "import stream\n" in p.read_text()]
 LATENT_VIDEO = [p for p in CONFIGS if p.stem.startswith("latent_video_")]
 SAMPLING = [p for p in CONFIGS if p not in STREAMING + LATENT_VIDEO]
+TEXT = dict.fromkeys(("hunyuan_video", "fast_hunyuan"), (256, 4096))  # rows, and their width; 512 of the others
 
 
 def read(path):
@@ -46,11 +48,12 @@ def test_a_sampling_config_fits_its_model(path, monkeypatch):
     results = {call.stage.name: jax.tree.leaves(call.traced.out_info) for call in calls}
     for latents in [found[0] for stage, found in results.items() if stage.startswith("denoise")]:
         assert latents.shape == (1, *clip.latents) and latents.dtype == "float32"
-    first, following = results["decode first"][0], results["decode next"][0]
-    assert first.shape == (1, 1, settings.height, settings.width, 3) and first.dtype == "uint8"
-    assert 1 + (settings.num_frames - 1) // 4 * following.shape[1] // 1 == settings.num_frames
-    width = context.models.configs["text_encoder"].d_model
-    assert [x.shape for x in results["text"]] == [(1, 512, width)] * (1 + (settings.guidance != 1))
+    frames = [(call.times, out) for call in calls for out in jax.tree.leaves(call.traced.out_info) if out.ndim == 5]
+    pixels = [(times, out) for times, out in frames if out.dtype == "uint8"]
+    assert {(out.shape[0], *out.shape[2:]) for _, out in pixels} == {(1, settings.height, settings.width, 3)}
+    assert sum(times * out.shape[1] for times, out in pixels) == settings.num_frames
+    states = [x.shape for x in results["text"] if x.ndim == 3]
+    assert states == [(1, *TEXT.get(path.stem, (512, states[0][2])))] * (1 + clip.guided)
 
 
 @pytest.mark.parametrize("path", LATENT_VIDEO, ids=lambda p: p.stem)
@@ -100,8 +103,9 @@ def test_there_are_streaming_and_sampling_configs():
 
 
 def test_a_published_repository_has_the_configuration_of_its_name():
-    for name, stem in settings.CONFIGURATIONS.items():
+    known = {**settings.CONFIGURATIONS, **hunyuan.CONFIGURATIONS}
+    for name, stem in known.items():
         assert Path(read(ROOT / "configs" / f"{stem}.py").get_config().checkpoint).name == name
         assert models.configuration(f"somebody/{name}") == models.configuration(name.lower()) == stem
-    assert set(settings.CONFIGURATIONS.values()) == {p.stem for p in SAMPLING} - {"digits"}
+    assert set(known.values()) == {p.stem for p in SAMPLING} - {"digits"}
     assert models.configuration("checkpoints/mine") is None

@@ -43,10 +43,20 @@ def test_timesteps_are_truncated_for_unipc_only():
     assert euler[0] == 1000 and np.any(euler != np.trunc(euler))
 
 
+def test_the_linear_grid_is_float32_for_euler():
+    """Not the grid of Euler's own scheduler (1000, 934, 781, 47), and to the last bit what float32 makes of it."""
+    schedule = schedules.make(4, shift=7.0, grid="linear", solver="euler")
+    np.testing.assert_array_equal(schedule.timesteps, np.float32([1000, 954.5454, 875, 700]))
+    fifty = schedules.make(50, shift=7.0, grid="linear", solver="euler")
+    np.testing.assert_array_equal(fifty.timesteps[:3], np.float32([1000, 997.0930, 994.0829]))
+    np.testing.assert_array_equal(fifty.sigmas, np.float32(fifty.sigmas))
+    assert schedules.make(4, shift=7.0, grid="linear").timesteps.tolist() == [999, 954, 875, 700]
+
+
 @pytest.mark.parametrize("steps", (1, 2, 5, 50, 1000))
 @pytest.mark.parametrize("shift", (0.5, 1, 3.0, 17.0))
 @pytest.mark.parametrize(
-    "grid,solver", [("diffusers", "unipc"), ("diffusers", "euler"), ("training", "unipc"), ("training", "euler")]
+    "grid,solver", [(grid, solver) for grid in ("diffusers", "linear", "training") for solver in ("unipc", "euler")]
 )
 def test_every_schedule_falls_to_zero(grid, solver, shift, steps):
     schedule = schedules.make(steps, shift=shift, grid=grid, solver=solver)

@@ -141,7 +141,7 @@ def test_merge_is_attention_over_the_union():
 
 
 def test_only_the_first_keys_count(name):
-    """Output and gradients, for a traced number of keys, against a call with those keys alone."""
+    """Output and gradients, for a traced number of keys for each entry, against a call with those keys alone."""
     q, k, v = operands(2, 9, 20, 3, 8)
     cotangent = operands(2, 9, 20, 3, 8, seed=1)[0]
 
@@ -151,14 +151,15 @@ def test_only_the_first_keys_count(name):
         out, lse = kernels.attention(q, k, v, kv_length=kv_length, return_lse=True, implementation=name)
         return jnp.sum(out * cotangent) + jnp.sum(jnp.where(jnp.isneginf(lse), 0.0, lse)), (out, lse)
 
-    (_, (out, lse)), gradients = run(q, k, v, 0)
+    (_, (out, lse)), gradients = run(q, k, v, np.int32([0, 0]))
     assert np.isneginf(lse).all() and not any(np.any(x) for x in (out, *gradients))
-    for length in (13, 99):
-        (_, (out, lse)), (dq, dk, dv) = run(q, k, v, length)
+    (_, (out, lse)), (dq, dk, dv) = run(q, k, v, np.int32([13, 99]))
+    for i, length in enumerate((13, 99)):
         (_, wants), (want_dq, *wants_kv) = run(q, k[:, :length], v[:, :length])
-        for got, want in zip((out, lse, dq, dk[:, :length], dv[:, :length]), (*wants, want_dq, *wants_kv), strict=True):
-            np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
-        assert not np.any(dk[:, length:]) and not np.any(dv[:, length:])
+        found = (out, lse, dq, dk[:, :length], dv[:, :length])
+        for got, want in zip(found, (*wants, want_dq, *wants_kv), strict=True):
+            np.testing.assert_allclose(got[i], want[i], rtol=0, atol=2e-5)
+        assert not np.any(dk[i, length:]) and not np.any(dv[i, length:])
 
 
 def test_merge_takes_sets_without_keys():
@@ -403,7 +404,7 @@ def test_mistakes_are_named():
         kernels.attention(q, k, v, implementation="flash")
     with pytest.raises(ValueError, match="k is bfloat16"):
         kernels.attention(q, k.astype(jnp.bfloat16), v)
-    with pytest.raises(ValueError, match=r"kv_length is int32\[1\]; it must be one whole number"):
-        kernels.attention(q, k, v, kv_length=jnp.array([4]))
+    with pytest.raises(ValueError, match=r"kv_length is int32\[2\]; it must be one whole number.*int32\[1\]"):
+        kernels.attention(q, k, v, kv_length=jnp.array([4, 4]))
     with pytest.raises(ValueError, match=r"v is float32\[1, 4, 2, 8\]"):
         kernels.attention(q, k, v[:, :4])

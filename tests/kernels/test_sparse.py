@@ -426,9 +426,24 @@ def test_sliding_tiles(name, case):
     compare(got, definition(q, k, v, mask, dout, dlse), F32, slice(0, video + text))
     if name == "xla":
         order = np.concatenate([tiles.partition_indices(grid, tile), np.arange(video, L)])
-        out, lse = jax.jit(partial(f, tiled=True, return_lse=True))(*(x[:, order] for x in (q, k, v)))
-        np.testing.assert_allclose(out, np.asarray(got[0])[:, order], atol=1e-6)
-        np.testing.assert_allclose(lse, np.asarray(got[1])[..., order], atol=1e-6)
+        tiled = jax.jit(lambda n, *x: f(*x, tiled=True, return_lse=True, **({"text_length": n} if slots else {})))
+        out, lse = tiled(np.int32(text), *(x[:, order] for x in (q, k, v)))
+        used = video + text if slots else None  # rows of a text that nobody uses are anything
+        np.testing.assert_allclose(out[:, :used], np.asarray(got[0])[:, order][:, :used], atol=1e-6)
+        np.testing.assert_allclose(lse[..., :used], np.asarray(got[1])[..., order][..., :used], atol=1e-6)
+
+
+def test_text_behind_chosen_tiles_is_a_prefix_before_them():
+    """All see those of its rows that count, whose number is traced, and it sees everything."""
+    grid, tile, text = (3, 4, 5), (2, 2, 2), 3
+    q, k, v = (normal(s, 1, 60 + 5, 2, 8) for s in range(3))
+    f = partial(kernels.video_sparse_attention, gate=None, grid=grid, tile=tile, sparsity=0.7)
+    got = jax.jit(lambda n, *x: f(*x, text_length=n))(np.int32(text), q, k, v)[:, : 60 + text]
+    order = np.concatenate([np.arange(60, 60 + text), np.arange(60)])
+    want = jax.jit(partial(f, prefix_lengths=(text,)))(*(x[:, order] for x in (q, k, v)))
+    np.testing.assert_allclose(got[:, order], want, atol=1e-6)
+    with pytest.raises(ValueError, match="a gate does not go with text"):
+        kernels.video_sparse_attention(q, k, v, q, grid=grid, tile=tile, sparsity=0.7, text_length=3)
 
 
 def video_sparse_definition(q, k, v, gate, tile_ids, sizes, kept, P, policy):

@@ -13,7 +13,7 @@ from jvdiff.errors import UsageError
 from jvdiff.models import latent_video, wan
 from jvdiff.models.layers import as_array, product
 from jvdiff.models.quantised import Quantised, quantise
-from jvdiff.models.text import umt5
+from jvdiff.models.text import clip_text, llama, umt5
 from jvdiff.models.wan import places
 from jvdiff.sharding import Placement, make_mesh, param_shardings, read_mesh, specs
 
@@ -128,12 +128,18 @@ def test_integers_without_a_scale_are_refused():
 VIDEO = latent_video.VAEConfig(width=4, groups=4, blocks=1)
 WAN_VAE = wan.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1), temperal_downsample=(True,), num_res_blocks=1,
                         latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)  # fmt: skip
+LLAMA = llama.Config(
+    1e-5, 1e4, 50, 16, 24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=4
+)
+TOWER = clip_text.Config(50, 16, 24, num_hidden_layers=1, num_attention_heads=2)
 CLASSES = latent_video.DiTConfig(hidden_size=16, depth=1, num_heads=2, num_classes=3, freq_dim=16)
 ones = jnp.ones
 DECODES = {None: None, jnp.float32: "exact", jnp.bfloat16: "bf16"}
 FACES = {
     "wan": (DIT, lambda p, d: wan.velocity(p, DIT, ones((1, 1, 2, 2, 4)), ones(1), ones((1, 1, 192)), dtype=d)),
     "text": (TEXT, lambda p, d: umt5.encode(p, TEXT, ones((1, 2), jnp.int32), ones((1, 2), bool), dtype=d)),
+    "llama": (LLAMA, lambda p, d: llama.encode(p, LLAMA, ones((1, 2), jnp.int32), ones((1, 2), bool), dtype=d)),
+    "clip text": (TOWER, lambda p, d: clip_text.encode(p, TOWER, ones((1, 2), jnp.int32), dtype=d)),
     "wan encoder": (WAN_VAE, lambda p, d: wan.encode(p, WAN_VAE, ones((1, 3, 4, 4, 3)), dtype=d)),
     "wan decoder": (WAN_VAE, lambda p, d: wan.decode(p, WAN_VAE, ones((1, 2, 2, 2, 4)), arithmetic=DECODES[d])),
     "latent video": (
@@ -151,7 +157,9 @@ FACES = {
 
 
 def abstract_params(cfg, dtype=jnp.float32):
-    room = next(room for room in (wan, latent_video, umt5) if type(cfg).__module__.startswith(room.__name__))
+    room = next(
+        room for room in (wan, latent_video, umt5, llama, clip_text) if type(cfg).__module__.startswith(room.__name__)
+    )
     return room.abstract_params(cfg, dtype)
 
 

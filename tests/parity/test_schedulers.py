@@ -264,6 +264,18 @@ def test_sigmas_that_are_given(kind, config, sigmas):
     np.testing.assert_allclose(schedule.timesteps, theirs.timesteps.numpy(), rtol=4e-7)
 
 
+@pytest.mark.parametrize("steps,shift", [(4, 7.0), (6, 17.0), (30, 5.0), (50, 7.0)])
+def test_levels_that_a_pipeline_gives(steps, shift):
+    """To the last bit of float32, with Euler; those of UniPC are float64 in both, and it truncates timesteps."""
+    given = np.linspace(1.0, 0.0, steps + 1)[:-1]
+    for kind, config, solver in ((EULER, {"shift": shift}, "euler"), (UNIPC, WAN | {"flow_shift": shift}, "unipc")):
+        theirs = kind(**config)
+        theirs.set_timesteps(sigmas=given)
+        schedule = samplers.read(solver, steps, shift, "linear").schedule
+        np.testing.assert_array_equal(schedule.sigmas.astype(np.float32), theirs.sigmas.numpy())
+        np.testing.assert_array_equal(schedule.timesteps.astype(np.float32), theirs.timesteps.numpy())
+
+
 def test_timesteps_that_are_given():
     """The sigmas are those of diffusers; it tells the network the numbers as given, and warns that they do not fit."""
     given = (1000, 750, 500, 250)

@@ -9,7 +9,8 @@ import pytest
 
 from jvdiff.digits import clips as digits
 from jvdiff.digits import tokenizer as digits_tokenizer
-from jvdiff.models.text import tokenizer
+from jvdiff.models.text import byte_pairs, tokenizer
+from tests.models.text import tiny_tokenizers
 
 transformers = pytest.importorskip("transformers")
 
@@ -83,6 +84,46 @@ def test_spiece_model(tmp_path):
     check(tokenizer.load(tmp_path), theirs, prompts)
     theirs.save_pretrained(tmp_path / "saved")
     check(tokenizer.load(tmp_path / "saved"), theirs, prompts)
+
+
+MORE = [
+    "İstanbul ǅ ½ ﬁ ß",
+    "e\u0301 x\u00a0y \u3000 z",
+    "I'LL we're don't",
+    "12345678",
+    "<|endoftext|>",
+    "<|ENDOFTEXT|> <|eot_id|>b",
+]
+
+
+def test_clip(tmp_path):
+    """From vocabulary and merges, and from the tokenizer.json that transformers makes of them."""
+    tiny_tokenizers.save_clip([*WORDS, "we", "x"], tmp_path)
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").is_file() and not (tmp_path / "saved" / "vocab.json").exists()
+    for ours in (byte_pairs.load_clip(tmp_path), byte_pairs.load_clip(tmp_path / "saved")):
+        end = ours.token_to_id(byte_pairs.END)
+        assert end == theirs.eos_token_id == theirs.pad_token_id
+        for length in (7, 77):
+            prompts = [*PROMPTS, *MORE]
+            want = theirs(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+            got = tokenizer.tokenize(ours, prompts, length, end=end, pad=end)
+            np.testing.assert_array_equal(got.ids, want.input_ids)
+
+
+def test_llama(tmp_path):
+    """As transformers reads the file under its own class; under LlamaTokenizerFast, which Llama 3's are published with,
+    transformers 5 splits text in another way than the file says."""
+    tiny_tokenizers.save_llama([*PROMPTS, *MORE], tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    prompts = [*PROMPTS, *MORE, *("\n\n" + text for text in MORE)]
+    for length in (7, 64):
+        want = theirs(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+        ours = byte_pairs.load(tmp_path)
+        got = tokenizer.tokenize(ours, prompts, length, end=None, pad=ours.token_to_id("<pad>"))
+        np.testing.assert_array_equal(got.ids, want.input_ids)
+        np.testing.assert_array_equal(got.mask, want.attention_mask.astype(bool))
 
 
 def test_clean():

@@ -4,7 +4,7 @@ B batch · L query tokens · S key tokens · N heads · K head dim.
 
 Every implementation is a plain function `(q, k, v, return_lse, kv_length, target) -> (out, lse or None)` in a file of
 its own, with an `unsupported(q, k, v, return_lse, target) -> reason or None` beside it that looks at shapes, dtypes and
-the target only. It may rely on kv_length lying in 1..S.
+the target only. It may rely on kv_length, int32 [] or [B], lying in 1..S.
 """
 
 import logging
@@ -39,8 +39,9 @@ def attention(
     Args:
       q: [B,L,N,K], any float dtype.
       k, v: [B,S,N,K], the dtype of q.
-      kv_length: int32 [], may be traced: only the first kv_length keys count; None counts all. With 0 keys out is 0 and
-        the log-sum-exp -inf. Keys and values that do not count must be finite all the same.
+      kv_length: int32 [], or [B] with one for each entry, may be traced: only the first kv_length keys count; None
+        counts all. With 0 keys out is 0 and the log-sum-exp -inf. Keys and values that do not count must be finite all
+        the same.
       return_lse: also return the log-sum-exp of each query's scaled logits.
       implementation: None takes the best that can do this shape and dtype on the target, and always works; a name
         takes exactly that one.
@@ -65,8 +66,9 @@ def attention(
     kv_length = jnp.asarray(kv_length, jnp.int32)
     length = jnp.clip(kv_length, 1, k.shape[1])
     out, lse = attend(q, k, v, return_lse, length, target)
-    out = jnp.where(kv_length > 0, out, 0)
-    return (out, jnp.where(kv_length > 0, lse, -jnp.inf)) if return_lse else out
+    some = (kv_length > 0).reshape(-1, 1, 1)  # [B or 1,1,1]
+    out = jnp.where(some[..., None], out, 0)
+    return (out, jnp.where(some, lse, -jnp.inf)) if return_lse else out
 
 
 def choose(
@@ -90,9 +92,13 @@ def choose(
                 f"attention: {name} is {x.dtype}{list(x.shape)}; with q {q.dtype}{list(q.shape)} it must be "
                 f"[B,S,N,K] with the same B, N, K and dtype, and the same S for k and v"
             )
-    if kv_length is not None and (jnp.ndim(kv_length) or not jnp.issubdtype(jnp.result_type(kv_length), jnp.integer)):
-        kind = f"{jnp.result_type(kv_length)}{list(jnp.shape(kv_length))}"
-        raise ValueError(f"attention: kv_length is {kind}; it must be one whole number, int32[]")
+    if kv_length is not None:
+        shape, dtype = jnp.shape(kv_length), jnp.result_type(kv_length)
+        if shape not in ((), q.shape[:1]) or not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(
+                f"attention: kv_length is {dtype}{list(shape)}; it must be one whole number, int32[], or one for each "
+                f"entry of the batch, int32[{q.shape[0]}]"
+            )
     target = target or here()
     if implementation is None:
         return next(n for n, i in IMPLEMENTATIONS.items() if i.unsupported(q, k, v, return_lse, target) is None)

@@ -38,6 +38,10 @@ def attention(
     L, starts = q.shape[1], np.arange(0, k.shape[1], BLOCK, dtype=np.int32)
     sizes: Any = np.minimum(k.shape[1] - starts, BLOCK)
     q2k, count = layout.everything(-(-L // BLOCK), sizes)
+    if kv_length is not None and kv_length.ndim:  # the lists of the kernels are of one length for all: one by one
+        one = lambda x: attention(x[0][None], x[1][None], x[2][None], return_lse, x[3], target)  # noqa: E731
+        out, lse = jax.lax.map(one, (q, k, v, kv_length))
+        return out[:, 0], lse[:, 0]
     if kv_length is not None:
         sizes = jnp.clip(kv_length - starts, 0, BLOCK)
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, 0))) for x in (q, k, v))  # whole blocks

@@ -23,7 +23,8 @@ def attention(
     qf, kf, vf = (x.astype(jnp.float32) for x in (q, k, v))
     logits = jnp.einsum("blnk,bsnk->bnls", qf, kf) * q.shape[-1] ** -0.5  # [B,N,L,S]
     if kv_length is not None:
-        logits = jnp.where(jnp.arange(k.shape[1]).reshape(1, 1, 1, -1) < kv_length, logits, -jnp.inf)  # [1,1,1,S]
+        valid = jnp.arange(k.shape[1]).reshape(1, 1, 1, -1) < kv_length.reshape(-1, 1, 1, 1)  # [B or 1,1,1,S]
+        logits = jnp.where(valid, logits, -jnp.inf)
     lse = jax.nn.logsumexp(logits, axis=-1)
     out = jnp.einsum("bnls,bsnk->blnk", jnp.exp(logits - lse[..., None]), vf)  # [B,L,N,K]
     return out.astype(q.dtype), lse if return_lse else None

@@ -32,11 +32,13 @@ def attention(
     B, L, N, K = q.shape
     heads, queries = block_sizes(B * N, L, k.shape[1], target.platform)
     q, k, v = (jnp.swapaxes(x, 1, 2).reshape(B * N, -1, K) for x in (q, k, v))  # [B*N,L or S,K]
+    length = None if kv_length is None else jnp.repeat(jnp.broadcast_to(kv_length, (B,)), N)  # [B*N]
     if heads == B * N and queries == L:
-        out, lse = _block(q, k, v, kv_length)
+        out, lse = _block(q, k, v, length)
     else:
-        group = lambda x: x.reshape(B * N // heads, heads, -1, K)  # noqa: E731 - [groups,G,L or S,K]
-        out, lse = lax.map(lambda x: _queries_in_turn(x, kv_length, queries), (group(q), group(k), group(v)))
+        group = lambda x: x.reshape(B * N // heads, heads, *x.shape[1:])  # noqa: E731 - [groups,G,...]
+        operands = jax.tree.map(group, (q, k, v, length))
+        out, lse = lax.map(lambda x: _queries_in_turn(x[:3], x[3], queries), operands)
     out = jnp.swapaxes(out.reshape(B, N, L, K), 1, 2)  # [B,L,N,K]
     return out, lse.reshape(B, N, L) if return_lse else None  # [B,L,N,K], [B,N,L]
 
@@ -54,7 +56,7 @@ def block_sizes(heads: int, queries: int, keys: int, platform: str) -> tuple[int
 def _queries_in_turn(
     operands: tuple[jax.Array, jax.Array, jax.Array], kv_length: jax.Array | None, size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """q [G,L,K], k and v [G,S,K] -> out [G,L,K], lse [G,L], `size` queries at a time."""
+    """q [G,L,K], k and v [G,S,K], kv_length [G] -> out [G,L,K], lse [G,L], `size` queries at a time."""
     q, k, v = operands
     G, L, K = q.shape
     n = -(-L // size)
@@ -66,10 +68,11 @@ def _queries_in_turn(
 
 
 def _block(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Plain attention: q [G,Q,K], k and v [G,S,K] -> out [G,Q,K], lse float32 [G,Q]."""
+    """Plain attention: q [G,Q,K], k and v [G,S,K], kv_length [G] -> out [G,Q,K], lse float32 [G,Q]."""
     logits = jnp.einsum("gqk,gsk->gqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5  # [G,Q,S]
     if kv_length is not None:
-        logits = jnp.where(lax.broadcasted_iota(jnp.int32, logits.shape, 2) < kv_length, logits, -jnp.inf)
+        valid = lax.broadcasted_iota(jnp.int32, logits.shape, 2) < kv_length[:, None, None]
+        logits = jnp.where(valid, logits, -jnp.inf)
     top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)

@@ -35,11 +35,14 @@ _PASSED = (
 )  # fmt: skip
 
 # Where the weights live; `layers` has the layers in axis 0.
-PLACES: Rules = (
+LAYER_PLACES: Rules = (
     (r"layers/attn/(q|k|v)/kernel|layers/mlp/up/kernel", P(None, None, "tensor")),
     (r"layers/attn/(q|k|v)/bias|layers/mlp/up/bias", P(None, "tensor")),
     (r"layers/(attn/out|mlp/down)/kernel", P(None, "tensor")),
     (r"layers/(attn/out|mlp/down)/bias|layers/norm_(1|2)/(scale|bias)", P()),
+)
+PLACES: Rules = (
+    *LAYER_PLACES,
     (r"patch_embed/kernel|(class|place)_embed/embedding|(pre|post)_norm/(scale|bias)|projection/kernel", P()),
 )
 
@@ -133,31 +136,38 @@ def _bad_field(name: str, value: object, allowed: str) -> CheckpointError:
 
 def abstract_params(cfg: Config, dtype: Any = jnp.float32) -> Params:
     """The parameter tree as ShapeDtypeStructs, every leaf in `dtype`; `layers` are stacked on axis 0."""
-    D, layers, hidden = cfg.hidden_size, cfg.num_hidden_layers, cfg.intermediate_size
+    D = cfg.hidden_size
 
     def leaf(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
-
-    def norm(*stack: int) -> Params:
-        return {"scale": leaf(*stack, D), "bias": leaf(*stack, D)}
-
-    def linear(rows: int, columns: int) -> Params:
-        return {"kernel": leaf(layers, rows, columns), "bias": leaf(layers, columns)}
 
     tree = {
         "patch_embed": {"kernel": leaf(cfg.patch_size**2 * 3, D)},
         "class_embed": {"embedding": leaf(D)},
         "place_embed": {"embedding": leaf(cfg.tokens, D)},
-        "pre_norm": norm(),
-        "layers": {
-            "norm_1": norm(layers),
-            "attn": {name: linear(D, D) for name in ("q", "k", "v", "out")},
-            "norm_2": norm(layers),
-            "mlp": {"up": linear(D, hidden), "down": linear(hidden, D)},
-        },
-        "post_norm": norm(),
+        "pre_norm": {"scale": leaf(D), "bias": leaf(D)},
+        "layers": abstract_layers(cfg, dtype),
+        "post_norm": {"scale": leaf(D), "bias": leaf(D)},
     }
     return tree | ({"projection": {"kernel": leaf(D, cfg.projection_dim)}} if cfg.projected else {})
+
+
+def abstract_layers(cfg: Any, dtype: Any) -> Params:
+    """The layers of CLIP's towers, of pictures and of texts, stacked on axis 0; cfg: of either."""
+    D, hidden = cfg.hidden_size, cfg.intermediate_size
+
+    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((cfg.num_hidden_layers, *shape), dtype)
+
+    def linear(rows: int, columns: int) -> Params:
+        return {"kernel": leaf(rows, columns), "bias": leaf(columns)}
+
+    return {
+        "norm_1": {"scale": leaf(D), "bias": leaf(D)},
+        "attn": {name: linear(D, D) for name in ("q", "k", "v", "out")},
+        "norm_2": {"scale": leaf(D), "bias": leaf(D)},
+        "mlp": {"up": linear(D, hidden), "down": linear(hidden, D)},
+    }
 
 
 def encode(
@@ -174,11 +184,11 @@ def encode(
     Raises:
         UsageError: a kernel of integers without a scale.
     """
-    dtype, stack = compute_dtype(params["patch_embed"]["kernel"], dtype), params["layers"]
+    dtype = compute_dtype(params["patch_embed"]["kernel"], dtype)
     if placement is not None:
         pixels = placement.replicate(pixels)
         whole: Any = placement.whole({name: leaf for name, leaf in params.items() if name != "layers"}, PLACES)
-        params = {**whole, "layers": stack}
+        params = {**whole, "layers": params["layers"]}
     size, side = cfg.patch_size, cfg.image_size // cfg.patch_size
     x = pixels[:, : side * size, : side * size]  # a border that fills no patch is not seen
     x = x.reshape(-1, side, size, side, size, 3).transpose(0, 1, 3, 2, 4, 5)  # [P,h,w,size,size,3]
@@ -186,27 +196,47 @@ def encode(
     first = params["class_embed"]["embedding"].astype(jnp.float32)[None, None]
     x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, x.shape[2])), x], axis=1)  # [P,I,D]
     x = x + as_array(params["place_embed"]["embedding"], jnp.float32)[None]
-    x = _norm(params["pre_norm"], cfg, x)
+    x = norm(params["pre_norm"], cfg, x)
 
-    def step(i: Array, x: Array) -> Array:
-        layer: Any = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i, keepdims=False), stack)
-        return _layer(placement.whole(layer, PLACES, stack="layers") if placement else layer, cfg, dtype, x)
-
-    x = lax.fori_loop(0, cfg.num_hidden_layers - 1, step, x)
+    x = run_layers(params["layers"], cfg, cfg.num_hidden_layers - 1, dtype, x, placement)
     return x if placement is None else placement.replicate(x)
 
 
-def _layer(layer: Params, cfg: Config, dtype: Any, x: Array) -> Array:
+def run_layers(
+    stack: Params,
+    cfg: Any,
+    count: int,
+    dtype: Any,
+    x: Array,
+    placement: Placement | None = None,
+    seen: Array | None = None,
+) -> Array:
+    """The first `count` layers of a tower of pictures or texts: float32 [P,I,D] -> the same.
+
+    seen: bool [1,q,I], which vectors another one sees; None: all
+    """
+
+    def step(i: Array, x: Array) -> Array:
+        layer: Any = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i, keepdims=False), stack)
+        return _layer(placement.whole(layer, LAYER_PLACES, stack="layers") if placement else layer, cfg, dtype, x, seen)
+
+    return lax.fori_loop(0, count, step, x)
+
+
+def _layer(layer: Params, cfg: Any, dtype: Any, x: Array, seen: Array | None) -> Array:
     """x float32 [P,I,D] -> the same."""
-    h, attn = _norm(layer["norm_1"], cfg, x), layer["attn"]
+    h, attn = norm(layer["norm_1"], cfg, x), layer["attn"]
     q, k, v = (_linear(attn[name], h, dtype) for name in "qkv")
     q, k, v = (a.reshape(*a.shape[:2], cfg.num_attention_heads, -1) for a in (q, k, v))  # [P,I,D] -> [P,I,N,K]
     with jax.named_scope("xla_attention"):  # as plans find it in the compiled program
         scores = jnp.einsum("PqNK,PINK->PNqI", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        if seen is not None:
+            scores = jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-        h = jnp.einsum("PNqI,PINK->PqNK", weights, v).reshape(x.shape)  # [P,I,N,K] -> [P,I,D]
+        # v first: in the other order XLA for CPUs would copy the scores
+        h = jnp.einsum("PINK,PNqI->PqNK", v, weights).reshape(x.shape)  # [P,I,N,K] -> [P,I,D]
     x = x + _linear(attn["out"], h, dtype).astype(jnp.float32)
-    h = _linear(layer["mlp"]["up"], _norm(layer["norm_2"], cfg, x), dtype).astype(jnp.float32)
+    h = _linear(layer["mlp"]["up"], norm(layer["norm_2"], cfg, x), dtype).astype(jnp.float32)
     return x + _linear(layer["mlp"]["down"], ACTIVATIONS[cfg.hidden_act](h), dtype).astype(jnp.float32)
 
 
@@ -215,6 +245,6 @@ def _linear(params: Params, x: Array, dtype: Any) -> Array:
     return y + row(params["bias"], y)
 
 
-def _norm(params: Params, cfg: Config, x: Array) -> Array:
-    """float32 [...,D] -> the same."""
+def norm(params: Params, cfg: Any, x: Array) -> Array:
+    """LayerNorm: float32 [...,D] -> the same."""
     return layer_norm(x, cfg.layer_norm_eps) * row(params["scale"], x) + row(params["bias"], x)

@@ -17,9 +17,8 @@ from jvdiff import kernels
 from jvdiff.errors import UsageError
 from jvdiff.kernels import Dense, Pattern
 from jvdiff.kernels.tiles import Grid
-from jvdiff.models.layers import Linear, RMSNorm
+from jvdiff.models.layers import Linear, RMSNorm, rotate
 from jvdiff.models.wan.config import DiTConfig
-from jvdiff.models.wan.layers import rotate
 from jvdiff.models.wan.plan import Attend, Layer, Plan, Shared
 from jvdiff.runtime.target import Target
 from jvdiff.sharding import sequence

@@ -28,11 +28,11 @@ from flax import traverse_util
 from jvdiff.errors import UsageError
 from jvdiff.kernels import Dense, Pattern, VideoSparse
 from jvdiff.kernels.tiles import Grid
-from jvdiff.models.layers import MLP, Linear, gelu, layer_norm, sinusoid
+from jvdiff.models.layers import MLP, LayerNorm, Linear, gelu, layer_norm, sinusoid
 from jvdiff.models.wan import places
 from jvdiff.models.wan.attention import Attention, attend_text, attend_video
 from jvdiff.models.wan.config import DiTConfig
-from jvdiff.models.wan.layers import LayerNorm, rope_tables
+from jvdiff.models.wan.layers import rope_tables
 from jvdiff.models.wan.plan import Attend, Layer, Past, Plan, Shared, check, check_image, check_texts, make_plan
 from jvdiff.sharding import Placement
 from jvdiff.types import Array, Params

@@ -28,6 +28,7 @@ from jax import lax
 from jvdiff.errors import UsageError
 from jvdiff.models import vae_tiles
 from jvdiff.models.layers import compute_dtype, computing, row
+from jvdiff.models.pixels import check_video
 from jvdiff.models.vae_tiles import Cut, Tiles
 from jvdiff.models.wan.config import VAEConfig
 from jvdiff.models.wan.vae_layers import Cache, Decoder, Encoder, pointwise
@@ -164,7 +165,7 @@ def encode(
     tiles: of pictures larger than one, as a value or as text, see `models.vae_tiles`; None: the whole picture.
     logvar: return (mean, log-variance), the latter within -30 and 20.
     """
-    _check_video(cfg, video)
+    check_video(video.shape, cfg.temporal_factor, cfg.spatial_factor)
     patches = _patches(video, cfg.patch_size)
     step = partial(_encode_patches, params, cfg, placement=placement, dtype=dtype)
     run = partial(_scan_chunks, step, size=chunk * cfg.temporal_factor)
@@ -331,18 +332,6 @@ def _divided(placement: Placement | None, x: Array, factor: int) -> tuple[Any, P
         return lambda tree: tree, None
     picture = placement.spread(x.shape[2] // factor, x.shape[3] // factor)
     return picture.divide, picture
-
-
-def _check_video(cfg: VAEConfig, video: Array) -> None:
-    if (video.shape[1] - 1) % cfg.temporal_factor:
-        below = video.shape[1] - 1 - (video.shape[1] - 1) % cfg.temporal_factor + 1
-        raise UsageError(
-            f"The VAE takes 1 + {cfg.temporal_factor}k frames, found {video.shape[1]}; "
-            f"use {below} or {below + cfg.temporal_factor}."
-        )
-    for axis, name in ((2, "height"), (3, "width")):
-        if video.shape[axis] % cfg.spatial_factor:
-            raise UsageError(f"The VAE takes a {name} divisible by {cfg.spatial_factor}, found {video.shape[axis]}.")
 
 
 def _check_chunk(x: Array, cache: Cache, multiple: int, what: str) -> None:
