@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jvdiff.config import tell_once
 from jvdiff.models.text import byte_pairs
 from jvdiff.models.text.tokenizer import tokenize as ids_of
 from jvdiff.models.text.tokenizer import unicode
@@ -80,11 +81,14 @@ def crop(states: Array, mask: Array) -> tuple[Array, Array]:
 
 
 def misfit(llama: Any) -> str | None:
-    """What is wrong with a tokenizer for Llama: it must make CROP tokens of what stands before a prompt."""
+    """What is wrong with a tokenizer for Llama: of CROP tokens in front of a prompt none may be the prompt's.
+
+    Where the template has more, the rest of it counts as text, as in diffusers, and a line says so.
+    """
     found = len(llama.encode(TEMPLATE.split("{}")[0]).ids)
-    if found == CROP:
-        return None
-    return (
-        f"the tokenizer makes {found} tokens of the template before a prompt, of which {CROP} are cut away;\n"
-        "expected the tokenizer.json of Llama 3."
-    )
+    told = f"the tokenizer makes {found} tokens of the template before a prompt, of which {CROP} are cut away"
+    if found < CROP:
+        return f"{told}, with the beginning of the prompt;\nexpected the tokenizer.json of Llama 3."
+    if found > CROP:
+        tell_once(f"{told}: the others count as the prompt's. That of Llama 3 makes {CROP}")
+    return None

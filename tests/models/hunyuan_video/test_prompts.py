@@ -1,6 +1,7 @@
 """Prompts within their template; the comparison with diffusers is in tests/parity/test_hunyuan_prompts.py."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,7 +69,9 @@ def test_text_that_is_not_unicode(tokenizers):
         prompts.tokenize(*tokenizers, ["red \ud83d"])
 
 
-def test_another_tokenizer_is_told():
-    """Its template would not be cut off where it ends."""
-    message = prompts.misfit(tiny_tokenizers.llama(["red"]))
-    assert "tokens of the template before a prompt, of which 95 are cut away" in message
+def test_another_tokenizer_is_told(caplog):
+    """What is cut away is not its template: less, which diffusers takes, or more, with words of the prompt."""
+    assert prompts.misfit(tiny_tokenizers.llama(["red"])) is None
+    assert "tokens of the template before a prompt, of which 95 are cut away: the others count" in caplog.text
+    short = SimpleNamespace(encode=lambda text: SimpleNamespace(ids=[0] * 94))
+    assert "makes 94 tokens" in (message := prompts.misfit(short)) and "with the beginning of the prompt" in message
