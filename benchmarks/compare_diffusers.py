@@ -41,6 +41,10 @@ from jvdiff import models
 from jvdiff.errors import JvdiffError, SetupError
 from jvdiff.models import wan
 from jvdiff.models.family import Part
+from jvdiff.models.hunyuan_video import config as hunyuan_config
+from jvdiff.models.hunyuan_video import dit as hunyuan_dit
+from jvdiff.models.hunyuan_video import vae as hunyuan_vae
+from jvdiff.models.hunyuan_video.vae_config import VAEConfig as HunyuanVAEConfig
 from jvdiff.models.text import clip_text, llama, umt5
 from jvdiff.models.vision import clip
 from jvdiff.plan import count_flops, products
@@ -64,6 +68,16 @@ SMALL_LLAMA = replace(
     **{"vocab_size": 128, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4 + llama.SKIPPED},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
 )
+SMALL_HUNYUAN = hunyuan_config.DiTConfig(
+    num_attention_heads=3,
+    attention_head_dim=64,
+    num_layers=2,
+    num_single_layers=4,
+    text_embed_dim=64,
+    pooled_projection_dim=64,
+    rope_axes_dim=(16, 24, 24),
+)
+SMALL_HUNYUAN_VAE = HunyuanVAEConfig(block_out_channels=(8, 16, 32, 32), norm_num_groups=4, layers_per_block=1)
 SMALL_CLIP_TEXT = replace(
     clip_text.CLIP_L,
     **{
@@ -164,24 +178,51 @@ def dit(name: str, cfg: wan.DiTConfig, size: Sequence[int], text: int, prompt: i
     return Case(name, cfg, inputs, ours, theirs, counted=partial(ours, how="xla"), **options)
 
 
-def vae_decode(name: str, cfg: wan.VAEConfig, size: Sequence[int], **options: Any) -> Case:
+def joint(
+    name: str, cfg: hunyuan_config.DiTConfig, size: Sequence[int], text: int, prompt: int, **options: Any
+) -> Case:
+    """size: B, T, H, W; text: rows that both sides are given, of which `prompt` count. Ours gets only those, as in
+    `jvdiff.generate`."""
+
+    def ours(params: Any, x: Any, t: Any, rows: Any, mask: Any, *others: Any, how: str | None = None) -> Any:
+        return hunyuan_dit.velocity(params, cfg, x, t, rows[:, :prompt], mask[:, :prompt], *others, implementation=how)
+
+    def theirs(model: Any, x: Any, t: Any, rows: Any, mask: Any, pooled: Any, guidance: Any) -> Any:
+        return model(x.permute(0, 4, 1, 2, 3), t, rows, mask, pooled, guidance, return_dict=False)[0].permute(
+            0, 2, 3, 4, 1
+        )
+
+    rows, pooled = _normal(size[0], text, cfg.text_embed_dim), _normal(size[0], cfg.pooled_projection_dim)
+    mask = np.arange(text)[None].repeat(size[0], 0) < prompt
+    t, guidance = (np.full(size[0], value, np.float32) for value in (500, 6000))
+    inputs = _normal(*size, cfg.in_channels), t, rows, mask, pooled, guidance
+    return Case(name, cfg, inputs, ours, theirs, counted=partial(ours, how="xla"), **options)
+
+
+def _vae(cfg: Any) -> tuple[Any, int]:
+    """The functions of a VAE, and the channels of its latents."""
+    return (hunyuan_vae, cfg.latent_channels) if isinstance(cfg, HunyuanVAEConfig) else (wan, cfg.z_dim)
+
+
+def vae_decode(name: str, cfg: Any, size: Sequence[int], **options: Any) -> Case:
     """size: B, T, H, W of the latents."""
 
     def theirs(model: Any, z: Any) -> Any:
         return model.decode(z.permute(0, 4, 1, 2, 3).to(model.dtype), return_dict=False)[0].permute(0, 2, 3, 4, 1)
 
-    return Case(name, cfg, (_normal(*size, cfg.z_dim),), lambda p, z: wan.decode(p, cfg, z), theirs, **options)
+    vae, channels = _vae(cfg)
+    return Case(name, cfg, (_normal(*size, channels),), lambda p, z: vae.decode(p, cfg, z), theirs, **options)
 
 
-def vae_encode(name: str, cfg: wan.VAEConfig, size: Sequence[int], **options: Any) -> Case:
+def vae_encode(name: str, cfg: Any, size: Sequence[int], **options: Any) -> Case:
     """size: B, T, H, W of the latents."""
 
     def theirs(model: Any, x: Any) -> Any:
         return model.encode(x.permute(0, 4, 1, 2, 3).to(model.dtype)).latent_dist.mode().permute(0, 2, 3, 4, 1)
 
-    B, T, H, W = size
+    (vae, _), (B, T, H, W) = _vae(cfg), size
     grid = (B, 1 + cfg.temporal_factor * (T - 1), H * cfg.spatial_factor, W * cfg.spatial_factor, 3)
-    return Case(name, cfg, (np.tanh(_normal(*grid)),), lambda p, x: wan.encode(p, cfg, x), theirs, **options)
+    return Case(name, cfg, (np.tanh(_normal(*grid)),), lambda p, x: vae.encode(p, cfg, x), theirs, **options)
 
 
 def text(name: str, cfg: umt5.Config, size: Sequence[int], **options: Any) -> Case:
@@ -290,6 +331,13 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         yield decoder("Llama 4096 wide, 2 layers", few, (1, 351))
         yield pooled("CLIP text 64 wide, 4 layers", SMALL_CLIP_TEXT, (2, 77))
         yield pooled("CLIP-L text", clip_text.CLIP_L, (1, 77))
+        yield joint("Hunyuan small", SMALL_HUNYUAN, (1, 5, 16, 16), 256, 31)
+        few_blocks = replace(hunyuan_config.HUNYUAN_VIDEO, num_layers=1, num_single_layers=2)
+        yield joint("Hunyuan 3072 wide, 3 blocks", few_blocks, (1, 3, 32, 48), 256, 63)
+        shallow = HunyuanVAEConfig(layers_per_block=1)
+        for label, sizes, grid in (("8 wide", SMALL_HUNYUAN_VAE, (1, 4, 8, 8)), ("128 wide", shallow, (1, 3, 8, 12))):
+            yield vae_decode(f"Hunyuan VAE decode {label}", sizes, grid)
+            yield vae_encode(f"Hunyuan VAE encode {label}", sizes, grid)
 
 
 # ------------------------------------------------------------------------------------------------------- both sides
@@ -309,7 +357,7 @@ def random_params(cfg: Any) -> dict[str, Any]:
         if path.endswith("scale"):
             leaves[path] = np.ones(leaf.shape, np.float32)
         elif path.endswith(("kernel", "embedding")):
-            stacked = path.startswith(("blocks", "layers"))
+            stacked = not {"blocks", "layers"}.isdisjoint(path.split("/")[:2])
             fan_in = 1 if "embedding" in path else max(math.prod(leaf.shape[stacked:-1]), 1)
             size = 1 / math.sqrt(fan_in * (cfg.d_kv if isinstance(cfg, umt5.Config) and "attn/q/" in path else 1))
             leaves[path] = np.resize(block, leaf.shape) * np.float32(size)
@@ -379,8 +427,13 @@ def _torch_model(cfg: Any, device: str) -> Any:
             return transformers.CLIPTextModel(transformers.CLIPTextConfig(**cfg.to_json()))
         if isinstance(cfg, clip.Config):
             return transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**cfg.to_json()))
-        kind = diffusers.AutoencoderKLWan if isinstance(cfg, wan.VAEConfig) else diffusers.WanTransformer3DModel
-        return kind.from_config(cfg.to_json())
+        kinds: Any = {
+            wan.VAEConfig: diffusers.AutoencoderKLWan,
+            wan.DiTConfig: diffusers.WanTransformer3DModel,
+            HunyuanVAEConfig: diffusers.AutoencoderKLHunyuanVideo,
+            hunyuan_config.DiTConfig: diffusers.HunyuanVideoTransformer3DModel,
+        }
+        return kinds[type(cfg)].from_config(cfg.to_json())
 
 
 def alternate(ours: Run, theirs: Run | None, repeats: int) -> tuple[list[float], list[float] | None, float | None]:
