@@ -21,6 +21,7 @@ from jax import lax
 from jvdiff import kernels
 from jvdiff.models.hunyuan_video.vae_config import VAEConfig
 from jvdiff.models.layers import as_array, as_tf32, product, row
+from jvdiff.runtime.target import Target, here
 from jvdiff.sharding import Picture
 from jvdiff.types import Array, Params
 
@@ -39,6 +40,11 @@ class How:
 
     picture: Picture | None = None
     tf32: bool = False
+
+    @property
+    def target(self) -> Target:
+        """What will run them."""
+        return self.picture.target if self.picture else here()
 
     def rounded(self, x: Array) -> Array:
         return as_tf32(x) if self.tf32 else x
@@ -92,13 +98,17 @@ class _Dense(nn.Module):
 
 
 def _conv2d(x: Array, kernel: Array, how: How, stride: int = 1) -> Array:
-    """Per-frame convolution without padding. x [B,T,H,W,C], kernel [h,w,C,O], which is rounded to the dtype of x."""
+    """Per-frame convolution without padding. x [B,T,H,W,C], kernel [h,w,C,O], which is rounded to the dtype of x.
+
+    Where nothing at all is padded XLA for CPUs takes up to fifteen times as long; so there one column is, and cut off.
+    """
     frames, kernel = rearrange(x, "B T H W C -> (B T) H W C"), kernel.astype(x.dtype)
-    layout = ("NHWC", "HWIO", "NHWC")
+    layout, cut = ("NHWC", "HWIO", "NHWC"), int(how.target.platform == "cpu")
+    padding = ((0, 0), (cut * stride, 0))
     y = lax.conv_general_dilated(
-        how.rounded(frames), how.rounded(kernel), (stride, stride), "VALID", dimension_numbers=layout
+        how.rounded(frames), how.rounded(kernel), (stride, stride), padding, dimension_numbers=layout
     )
-    return rearrange(y, "(B T) H W C -> B T H W C", T=x.shape[1])
+    return rearrange(y[:, :, cut:], "(B T) H W C -> B T H W C", T=x.shape[1])
 
 
 def _over_time(x: Array, kernel: Array, conv: Callable[[Array, Array], Array], stride: int = 1) -> Array:
@@ -271,12 +281,11 @@ def _attend_cells(q: Array, k: Array, v: Array, how: How) -> Array:
     for axis, side in _SIDES:
         if names := how.devices(side)[0]:
             k, v = (lax.all_gather(x, names, axis=axis, tiled=True) for x in (k, v))  # whole along `axis`
-    target = how.picture.target if how.picture else None
     outs = []
     for t in range(q.shape[1]):
         seen = (q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1])
         cells = (rearrange(x, "B T H W C -> B (T H W) 1 C") for x in seen)
-        outs.append(kernels.attention(*cells, target=target).reshape(q[:, t : t + 1].shape))
+        outs.append(kernels.attention(*cells, target=how.target).reshape(q[:, t : t + 1].shape))
     return jnp.concatenate(outs, axis=1)
 
 
