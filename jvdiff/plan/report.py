@@ -148,7 +148,8 @@ def _heading(context: Any, clip: Any, target: str | None, shape: Any) -> Iterato
     device = f"{target} (compiled without the device)" if target else jax.devices()[0].device_kind
     frames, height, width = clip.frames
     guidance = " then ".join(dict.fromkeys(str(segment.guidance) for segment in clip.segments))
-    yield f"plan: {width}x{height}, {frames} frames, {clip.sampler.steps} steps, guidance {guidance}"
+    passes = f"guidance {guidance}" if clip.guided else "one pass each"
+    yield f"plan: {width}x{height}, {frames} frames, {clip.sampler.steps} steps, {passes}"
     yield f"device: {device}   precision: {dtypes.name}   frames: {dtypes.vae_decode}   jax {jax.__version__}"
     if shape is not None:
         yield f"mesh: {shape}, {shape.devices} devices; FLOPs and bytes are those of one"
