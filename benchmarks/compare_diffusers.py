@@ -120,7 +120,14 @@ class Case:
 
 @dataclass
 class Row:
-    """Seconds of every counted run; None where there is no rival. `products`: of the bare products, all together."""
+    """What was measured of a case.
+
+    ours, theirs: seconds of every counted run; `theirs` is None without a rival
+    compile: seconds that JAX took to compile ours
+    difference: relative L2 distance between the two results
+    flops: of one run
+    products: seconds of all bare products together
+    """
 
     name: str
     shape: str

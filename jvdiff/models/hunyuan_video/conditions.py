@@ -52,7 +52,7 @@ class Inputs(NamedTuple):
 
 
 def inputs(models: Models, clip: Clip, request: Request) -> Inputs:
-    """The arrays of a request, made once; UsageError for a prompt that cannot be tokenised."""
+    """The arrays of a request, made once. A prompt that is not Unicode text raises UsageError."""
     clips = len(request.prompts)
     negative = (request.negative_prompts or [clip.settings.negative_prompt]) if clip.guided else []
     tokenizers = models.files["tokenizer"], models.files["tokenizer_2"]

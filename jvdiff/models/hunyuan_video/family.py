@@ -184,7 +184,7 @@ def make_clip(models: Models, settings: Settings) -> Clip:
 
 
 def _grid(models: Models, settings: Settings) -> tuple[int, int, int]:
-    """Latent frames, rows and columns of a clip; UsageError for a size that cannot be."""
+    """(T,H,W) of a clip's latents; an invalid size raises UsageError, with the nearest valid one."""
     vae, (time, height, width) = models.configs["vae"], models.configs["transformer"].patch
     multiple("num_frames", settings.num_frames, time * vae.temporal_factor, 1, 2**16, extra=1)
     for name, patch in (("height", height), ("width", width)):

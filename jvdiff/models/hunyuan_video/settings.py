@@ -49,7 +49,7 @@ class Settings:
         note="1 means without it",
     )
     negative_prompt: str | None = option(
-        None, "what true_guidance leads away from, which may be empty; none: there is no true guidance", prose=True
+        None, "what true_guidance steers away from; may be empty; none: no true guidance", prose=True
     )
     shift: float = option(7.0, "how much the noise levels lean towards noise", low=0.01, high=100.0)
     solver: str = option(

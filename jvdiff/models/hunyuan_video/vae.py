@@ -59,7 +59,7 @@ def _init(key: Array, cfg: VAEConfig) -> Params:
 def cut_in_windows(frames: int) -> list[slice]:
     """Where the windows of a clip of so many latent frames begin and end, in latent frames; a short clip is one.
 
-    All but the last are equally long. What diffusers computes besides, a last window of a single frame, gives nothing.
+    All but the last are equally long. diffusers may compute one more, of one frame, which adds nothing to the clip.
     """
     if frames <= WINDOW:
         return [slice(0, frames)]
@@ -87,7 +87,7 @@ def encode(
       logvar: return (mean, log-variance), the latter within -30 and 20.
 
     Raises:
-      UsageError: a number of frames, a height or a width that cannot be.
+      UsageError: frames that are not 1 + 4k, or a height or width that is not a multiple of the VAE's factor.
     """
     check_video(video.shape, cfg.temporal_factor, cfg.spatial_factor)
     run = partial(_encode_piece, params, cfg, placement=placement, dtype=dtype)
